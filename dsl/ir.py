@@ -1,0 +1,139 @@
+"""StepIR: one step of a recurrence as an immutable expression graph, and the one page of ops it has.
+
+A node is its own value: two nodes with the same op, attributes and arguments are equal and hash
+alike (`key` is a digest of the whole expression), so common subexpressions are shared without a
+table, and the digest of a normal form names its kernels in every process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Kind(Enum):
+    """What a value is, per head and token; the value is the axes it has."""
+
+    SCALAR = ""
+    KEY = "K"
+    VALUE = "V"
+    STATE = "KV"
+    KEY_STATE = "K'"
+
+    @property
+    def is_state(self) -> bool:
+        return self in (Kind.STATE, Kind.KEY_STATE)
+
+
+class Per(Enum):
+    """How often an operand changes."""
+
+    TOKEN = "token"
+    HEAD = "head"
+
+
+class Op(Enum):
+    """The ops of a step: `name = (number of arguments, meaning)`."""
+
+    # leaves
+    OPERAND = (0, "a tensor of the call; attrs (name, micro-step index or None)")
+    PARAM = (0, "a run-time float of the call; attrs (name,)")
+    CONST = (0, "a number; attrs (value,)")
+    STATE = (0, "the incoming state; attrs (name,)")
+    RESULT = (0, "normal form only: the value of its n-th read; attrs (n,)")
+    # elementwise; a Scalar broadcasts, otherwise the kinds agree
+    ADD = (2, "x + y (also of two states)")
+    SUB = (2, "x - y")
+    MUL = (2, "x * y")
+    DIV = (2, "x / y")
+    MAXIMUM = (2, "the larger of x and y")
+    MINIMUM = (2, "the smaller of x and y")
+    NEG = (1, "-x")
+    EXP = (1, "e**x")
+    LOG = (1, "natural logarithm")
+    EXPM1 = (1, "e**x - 1")
+    LOG1P = (1, "log(1 + x)")
+    SIGMOID = (1, "1 / (1 + e**-x)")
+    LOGSIGMOID = (1, "log sigmoid(x)")
+    SOFTPLUS = (1, "log(1 + e**x)")
+    TANH = (1, "hyperbolic tangent")
+    SQRT = (1, "square root")
+    RSQRT = (1, "1 / sqrt(x)")
+    ABS = (1, "|x|")
+    WITHIN = (1, "x, promised to lie in [lo, hi]; attrs (lo, hi)")
+    # reduction
+    SUM = (1, "sum over the channels of a Key or Value")
+    # state algebra
+    SCALE = (2, "state * factor: a Scalar scales all, a Key rows, a Value columns")
+    OUTER = (2, "Key x Value -> State; Key x Scalar -> KeyState")
+    READ = (2, "k @ S: Key x State -> Value; Key x KeyState -> Scalar")
+    READ_VALUE = (2, "S @ v: State x Value -> Key")
+
+    @property
+    def arity(self) -> int:
+        return int(self.value[0])
+
+    @property
+    def meaning(self) -> str:
+        return str(self.value[1])
+
+
+_NOT_ELEMENTWISE = (Op.SUM, Op.SCALE, Op.OUTER, Op.READ, Op.READ_VALUE)
+ELEMENTWISE = frozenset(op for op in Op if op.arity and op not in _NOT_ELEMENTWISE)
+
+Attr = str | int | float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Loc:
+    """Where in the user's file an expression was written (columns where Python gives them)."""
+
+    file: str
+    line: int
+    function: str
+    col: int | None = None
+    end_col: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """One value of a step; equality is equality of the whole expression."""
+
+    op: Op
+    args: tuple[Node, ...]
+    attrs: tuple[Attr, ...]
+    kind: Kind
+    loc: Loc | None = None
+    key: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
+        text = repr((self.op.name, self.attrs, self.kind.name, [a.key for a in self.args]))
+        object.__setattr__(self, "key", hashlib.blake2b(text.encode(), digest_size=10).hexdigest())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Node) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+def constant(value: float) -> Node:
+    """The number `value` as a Scalar."""
+    return Node(Op.CONST, (), (float(value),), Kind.SCALAR)
+
+
+def topological(*roots: Node) -> list[Node]:
+    """Every node below `roots`, arguments first, each once, in a stable order."""
+    order: dict[Node, None] = {}
+    stack: list[tuple[Node, bool]] = [(r, False) for r in reversed(roots)]
+    while stack:
+        node, done = stack.pop()
+        if node in order:
+            continue
+        if done:
+            order[node] = None
+        else:
+            stack.append((node, True))
+            stack.extend((a, False) for a in reversed(node.args))
+    return list(order)

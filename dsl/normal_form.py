@@ -1,0 +1,150 @@
+"""The normal form: what every legal step is rewritten to, and all that the compiler knows of it.
+
+Per head and token, a list of micro-steps; in each, for every state,
+
+    S <- decay . S + sum_other mix * S_other + sum_w  key_w (value_w + scale_w * (b_w^T S_read))^T
+
+with reads of the state at stated moments and an output that is an elementwise function of them
+(math.md equations (1), (2); the low-rank term a (b^T S) is a write whose value is a feedback).
+All vectors, gates and the output are StepIR expressions over the operands: the preamble and the
+postamble. When `transposed`, the roles of the Key and Value axes are exchanged: `Write.key`,
+`Feedback.key` are Values and `Write.value` is a Key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from enum import Enum
+
+from .intervals import Interval
+from .ir import Kind, Node, Per
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor of the call. `micro`: it is a tuple, one entry per micro-step (tensor [B,T,n,...])."""
+
+    name: str
+    kind: Kind
+    per: Per
+    micro: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A keyword-only run-time float of the call."""
+
+    name: str
+    default: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class StateDecl:
+    """A declared state: STATE is [K, V], KEY_STATE is [K]."""
+
+    name: str
+    kind: Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """`scale * (key^T S)`: what a write recalls of `state` as it stands when the micro-step begins.
+
+    `decayed`: the reading sees `decay . S` (this micro-step's decay), not `S`. The decay is then not
+    multiplied into `key`: the chunk form reads with the inclusive prefix instead (math.md, after (6)).
+    """
+
+    state: str
+    key: Node
+    scale: Node
+    decayed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """`key (value + feedback)^T`, added to the state; `value` or `feedback` may be absent, not both."""
+
+    key: Node
+    value: Node | None
+    feedback: Feedback | None
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """`factor * S_other` added to a state (coupled states; scalar factors only)."""
+
+    state: str
+    factor: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one micro-step does to one state. `log_decay` is natural-log; None means no decay."""
+
+    state: str
+    log_decay: Node | None
+    bound: Interval
+    mixes: tuple[Mix, ...]
+    writes: tuple[Write, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroStep:
+    """One update per state, all reading the states as they stand when the micro-step begins."""
+
+    updates: tuple[Update, ...]
+
+
+class Phase(Enum):
+    """When, within its micro-step, a read sees the state."""
+
+    BEFORE = "before the decay"
+    DECAYED = "after the decay, before the writes"
+    AFTER = "after the writes"
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """`key^T S` at a moment: a Value (a Scalar for a KeyState). `other_axis`: `S key` instead."""
+
+    state: str
+    key: Node
+    micro_step: int
+    phase: Phase
+    other_axis: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NormalForm:
+    """A recurrence, normalised. `output` has RESULT leaves, one per entry of `reads`."""
+
+    name: str
+    operands: tuple[Operand, ...]
+    params: tuple[Param, ...]
+    states: tuple[StateDecl, ...]
+    micro_steps: tuple[MicroStep, ...]
+    reads: tuple[Read, ...]
+    output: Node
+    transposed: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Names the meaning, not the spelling: equal for two declarations with one normal form."""
+        fields = (self.operands, self.params, self.states, self.reads, self.transposed)
+        text = repr([_text(x) for x in (*fields, self.micro_steps, self.output)])
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def _text(x: object) -> str:
+    """A value with every expression replaced by its digest (locations do not count)."""
+    if isinstance(x, Node):
+        return x.key
+    if isinstance(x, tuple):
+        return "(" + ",".join(_text(y) for y in x) + ")"
+    if isinstance(x, Enum):
+        return x.name
+    slots = getattr(type(x), "__slots__", None)
+    if slots:
+        return type(x).__name__ + "(" + ",".join(_text(getattr(x, s)) for s in slots) + ")"
+    return repr(x)
