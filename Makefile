@@ -1,0 +1,79 @@
+# The commands of the project. Each sets up .venv by itself: Python >= 3.10 with pip is all it needs.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+LINKS  := .links/chunkwise
+
+# PIP_EXTRA="--index-url …" takes torch from another index, e.g. one with CPU-only builds.
+PIP_EXTRA ?=
+ifeq ($(shell uname -s),Linux)
+TORCH_SPEC ?= torch==2.13.0 triton==3.7.1
+else
+TORCH_SPEC ?= torch==2.13.0
+endif
+
+JOBS      ?= 2
+# One torch thread per pytest worker: more would oversubscribe the cores.
+PYTEST    := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
+DEMO      ?=
+BENCH     ?=
+
+.PHONY: setup demo test test-gpu lint format bench docs audit clean
+.DELETE_ON_ERROR:
+
+setup: $(READY)
+
+# `python3 -m venv` lacks ensurepip on some distributions: then pip installs itself into it.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "chunkwise needs Python >= 3.10, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV) || { \
+	    rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV) && \
+	    $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
+
+$(READY): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_EXTRA) $(TORCH_SPEC)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/mqar.py $(DEMO)
+
+# Triton's interpreter replaces the compiler for the whole process, so its tests have their own.
+test: $(READY)
+	$(PYTEST) -m 'not interpreter and not gpu'
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreter
+
+# On a machine with a GPU; one worker, so that timings and memory are its own.
+test-gpu: $(READY)
+	$(BIN)/pytest -m gpu
+
+lint: $(READY) links
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=.links $(BIN)/mypy -p chunkwise -p benchmarks -m examples.mqar
+
+# The packages live in top-level folders (pyproject.toml); type checkers want them as one tree.
+.PHONY: links
+links:
+	@rm -rf .links && mkdir -p $(LINKS)
+	@cd $(LINKS) && ln -s ../../api/*.py . && \
+	    for d in dsl codegen autotune runtime; do ln -s ../../$$d $$d; done
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.run $(BENCH)
+
+# Every example in the documents runs, every link in them leads somewhere.
+docs: $(READY)
+	$(BIN)/pytest tests/test_docs.py
+
+# Compiles every emitted kernel for every target, without a GPU.
+audit: $(READY)
+	$(BIN)/python -m chunkwise.codegen.audit
+
+clean:
+	rm -rf $(VENV) .links out build dist *.egg-info

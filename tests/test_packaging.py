@@ -1,0 +1,78 @@
+"""The wheel's list of packages against the tree (an omission there is silent), and a light import."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_PACKAGES = {"tests", "benchmarks", "examples", "docs", "build", "dist", "out"}
+
+
+def _section(name: str) -> str:
+    """The text of one table of pyproject.toml (tomllib came with Python 3.11)."""
+    text = (ROOT / "pyproject.toml").read_text()
+    match = re.search(rf"^\[{re.escape(name)}\]$(.*?)(?=^\[|\Z)", text, re.M | re.S)
+    assert match is not None, f"pyproject.toml has no [{name}]"
+    return match[1]
+
+
+def _package_dirs() -> dict[str, str]:
+    """Package name to top-level folder, as declared."""
+    pattern = r'^"?([\w.]+)"? = "([\w/]+)"'
+    return dict(re.findall(pattern, _section("tool.setuptools.package-dir"), re.M))
+
+
+def _packages() -> set[str]:
+    listed = re.search(r"^packages = \[(.*?)\]", _section("tool.setuptools"), re.M | re.S)
+    assert listed is not None
+    return set(re.findall(r'"([\w.]+)"', listed[1]))
+
+
+def _tree() -> set[str]:
+    """Every folder that holds an __init__.py, as the name it would be imported by."""
+    folders = {folder: name for name, folder in _package_dirs().items()}
+    found = set()
+    for init in ROOT.glob("*/**/__init__.py"):
+        parts = init.parent.relative_to(ROOT).parts
+        if parts[0].startswith(".") or parts[0] in NOT_PACKAGES:
+            continue
+        top = folders.get(parts[0], f"undeclared:{parts[0]}")
+        found.add(".".join((top, *parts[1:])))
+    return found
+
+
+def test_every_package_of_the_tree_is_declared() -> None:
+    assert _packages() == _tree()
+
+
+def test_every_declared_package_has_a_folder() -> None:
+    dirs = _package_dirs()
+    for package in _packages():
+        top = max((d for d in dirs if f"{package}.".startswith(f"{d}.")), key=len)
+        below = package.removeprefix(top).strip(".").replace(".", "/")
+        assert (ROOT / dirs[top] / below / "__init__.py").is_file(), package
+
+
+def test_no_top_folder_shadows_the_import_name() -> None:
+    assert not (ROOT / "chunkwise").exists()
+
+
+@pytest.mark.parametrize("module", ["triton", "optuna", "sympy", "tvm", "matplotlib"])
+def test_import_is_light(module: str) -> None:
+    # a fresh process: pytest's own has imported half of them
+    code = f"import sys, chunkwise; sys.exit({module!r} in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"importing chunkwise imports {module}\n{done.stderr}"
+
+
+def test_a_folder_is_not_importable_by_itself() -> None:
+    """A folder imported under its own name would hold a second copy of every class."""
+    code = "import dsl"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "import chunkwise.dsl" in done.stderr
