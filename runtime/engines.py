@@ -1,0 +1,110 @@
+"""Which engine serves a call: by device or by name, and never silently another one."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol, cast
+
+from torch import Tensor
+
+from ..dsl import errors
+
+if TYPE_CHECKING:
+    from .call import Call
+
+ENGINE_VARIABLE = "CHUNKWISE_ENGINE"
+
+
+class EngineName(Enum):
+    """The engines; the value is what a user writes in `engine=`."""
+
+    REFERENCE = "reference"
+    EAGER = "eager"
+    TRITON = "triton"
+    TVM = "tvm"
+
+
+class Engine(Protocol):
+    """What an engine's module offers; results share no memory with the call's tensors."""
+
+    def supports(self, call: Call) -> str | None:
+        """None if the engine can serve `call`, else the reason why not."""
+
+    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output in `call.dtype`, the final states in `call.state_dtype`."""
+
+    def backward(
+        self, call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
+    ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+        """Gradients of every operand, and of the initial states (None where none was given)."""
+
+
+# the table that a new engine joins: its module, and the devices that choose it by themselves
+_MODULES = {
+    EngineName.REFERENCE: "reference",
+    EngineName.EAGER: "eager_engine",
+    EngineName.TRITON: "triton_engine",
+}
+# "meta" tensors have shapes only, and shapes do not depend on the engine
+_BY_DEVICE = {"cpu": EngineName.EAGER, "meta": EngineName.EAGER, "cuda": EngineName.TRITON}
+
+
+def choose(device_type: str, requested: EngineName | str | None = None) -> EngineName:
+    """The engine of a call: `requested`, else `CHUNKWISE_ENGINE`, else the device's own.
+
+    Raises:
+        EngineUnavailable: the name is unknown, or the device has no engine of its own.
+    """
+    if requested is None:
+        requested = os.environ.get(ENGINE_VARIABLE) or None
+    if requested is None:
+        own = _BY_DEVICE.get(device_type)
+        if own is None:
+            raise errors.EngineUnavailable(
+                f"no engine is chosen by default for device {device_type!r}: "
+                "pass engine='eager' to run it with torch operations there"
+            )
+        return own
+    try:
+        name = EngineName(requested)
+    except ValueError:
+        raise errors.EngineUnavailable(
+            f"engine={requested!r} is not known: expected one of "
+            + ", ".join(repr(n.value) for n in _MODULES)
+        ) from None
+    if name not in _MODULES:
+        raise errors.EngineUnavailable(
+            f"engine={name.value!r} is not part of this version: expected one of "
+            + ", ".join(repr(n.value) for n in _MODULES)
+        )
+    return name
+
+
+def load(name: EngineName) -> Engine:
+    """The engine's module, imported when it is first needed.
+
+    Raises:
+        EngineUnavailable: what the engine is built on (triton, say) is not installed.
+    """
+    try:
+        module = importlib.import_module(f".{_MODULES[name]}", __package__)
+    except ModuleNotFoundError as missing:
+        raise errors.EngineUnavailable(
+            f"engine={name.value!r} needs the module {missing.name!r}, which is not installed"
+        ) from missing
+    return cast(Engine, module)
+
+
+def available() -> dict[EngineName, str | None]:
+    """Every engine of this version: None if it can be loaded here, else the reason why not."""
+    found: dict[EngineName, str | None] = {}
+    for name in _MODULES:
+        try:
+            load(name)
+        except errors.EngineUnavailable as why:
+            found[name] = str(why)
+        else:
+            found[name] = None
+    return found

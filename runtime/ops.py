@@ -1,0 +1,214 @@
+"""The two torch ops of a recurrence: forward and backward, opaque to the compiler and to autograd.
+
+Per (normal form, engine) one pair is registered, when it is first needed:
+`chunkwise::<name>_<digest>_<engine>` and the same with `_backward`. Only the inputs are saved; the
+backward recomputes, so what is saved never depends on how an engine plans its kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..dsl import errors
+from .call import Call, describe, on_one_device
+from .check import check_contents
+from .engines import Engine, EngineName, load
+
+if TYPE_CHECKING:
+    from ..dsl.declaration import Declaration
+
+NAMESPACE = "chunkwise"
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """How a call is flattened into an op's arguments: operands, initial states, the rest."""
+
+    declaration: Declaration
+
+    @property
+    def operands(self) -> int:
+        return len(self.declaration.operands)
+
+    @property
+    def states(self) -> int:
+        return len(self.declaration.states)
+
+    @property
+    def inputs(self) -> str:
+        """The arguments as a schema; positions, not names, for a name may be any identifier."""
+        parts = [f"Tensor x{i}" for i in range(self.operands)]
+        parts += [f"Tensor? initial{i}" for i in range(self.states)]
+        parts += ["Tensor? cu_seqlens"]
+        parts += [f"float p{i}" for i in range(len(self.declaration.params))]
+        return ", ".join(parts)
+
+    @property
+    def forward(self) -> str:
+        returns = ", ".join(["Tensor"] * (1 + self.states))
+        return f"({self.inputs}, bool? check) -> ({returns})"
+
+    @property
+    def backward(self) -> str:
+        given = ", ".join(["Tensor? do", *(f"Tensor? dfinal{i}" for i in range(self.states))])
+        return f"({given}, {self.inputs}) -> Tensor[]"
+
+    def call(self, inputs: Sequence[Any]) -> Call:
+        """The checked call that these flat arguments stand for."""
+        a, b = self.operands, self.operands + self.states
+        names = (x.name for x in self.declaration.operands)
+        params = zip((p.name for p in self.declaration.params), inputs[b + 1 :], strict=True)
+        return describe(
+            self.declaration,
+            dict(zip(names, inputs[:a], strict=True)),
+            {n: float(p) for n, p in params},
+            tuple(inputs[a:b]),
+            inputs[b],
+        )
+
+
+class OpRegistry:
+    """The ops registered in this process; registration happens once per name, under a lock."""
+
+    def __init__(self) -> None:
+        self._library = torch.library.Library(NAMESPACE, "FRAGMENT")
+        self._lock = threading.Lock()
+        self._names: set[str] = set()
+
+    def ensure(self, declaration: Declaration, engine: EngineName, micro: int) -> str:
+        """The name of the forward op, `torch.ops.chunkwise.<name>`, registered if it was not.
+
+        Two declarations with one normal form share their ops, since nothing else is computed.
+        """
+        name = op_name(declaration, engine, micro)
+        with self._lock:
+            if name not in self._names:
+                _register(self._library, name, declaration, engine)
+                self._names.add(name)
+        return name
+
+
+REGISTRY = OpRegistry()
+
+
+def op_name(declaration: Declaration, engine: EngineName, micro: int) -> str:
+    """`<name>_<digest>_<engine>`, in the letters that torch allows."""
+    safe = re.sub(r"[^0-9A-Za-z_]", "_", declaration.name)
+    return f"{safe}_{_digest(declaration, engine, micro)}_{engine.value}"
+
+
+def _digest(declaration: Declaration, engine: EngineName, micro: int) -> str:
+    if engine is EngineName.REFERENCE:  # it also runs steps that have no normal form
+        return declaration.step(micro).digest
+    return declaration.normal_form(micro).digest
+
+
+def _register(
+    library: torch.library.Library, name: str, declaration: Declaration, engine: EngineName
+) -> None:
+    signature = Signature(declaration)
+    n, states = signature.operands, signature.states
+    backward_name = f"{name}_backward"
+    library.define(name + signature.forward)
+    library.define(backward_name + signature.backward)
+    backward_op = getattr(getattr(torch.ops, NAMESPACE), backward_name).default
+
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        *inputs, check = args
+        call = signature.call(inputs)
+        check_contents(call, check)
+        call = on_one_device(call)
+        with _without_autocast(call.device):
+            o, finals = _loaded(engine, call).forward(call)
+        return (o, *finals)
+
+    def forward_shapes(*args: Any) -> tuple[Tensor, ...]:
+        call = signature.call(args[:-1])
+        o = torch.empty(call.output_shape, dtype=call.dtype, device=call.device)
+        finals = (
+            torch.empty(call.state_shape(s), dtype=call.state_dtype, device=call.device)
+            for s in declaration.states
+        )
+        return (o, *finals)
+
+    def backward(*args: Any) -> list[Tensor]:
+        do, *dfinals = args[: 1 + states]
+        call = on_one_device(signature.call(args[1 + states :]))
+        if do is None:
+            do = torch.zeros(call.output_shape, dtype=call.dtype, device=call.device)
+        with _without_autocast(call.device):
+            # an expanded gradient (of a sum, say) has strides 0, which no kernel expects
+            of_operands, of_initial = _loaded(engine, call).backward(
+                call, do.contiguous(), tuple(d if d is None else d.contiguous() for d in dfinals)
+            )
+        grads = [of_operands[x.name] for x in declaration.operands]
+        grads += [g for g in of_initial if g is not None]
+        return [g.contiguous() for g in grads]
+
+    def backward_shapes(*args: Any) -> list[Tensor]:
+        inputs = args[1 + states :]
+        present = [x for x in inputs[: n + states] if x is not None]
+        return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in present]
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[: n + states + 1])
+        ctx.params = inputs[n + states + 1 : -1]
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        grads = iter(backward_op(*cotangents, *saved, *ctx.params))
+        differentiable = [None if x is None else next(grads) for x in saved[: n + states]]
+        # cu_seqlens, the parameters and `check`
+        return (*differentiable, *(None for _ in range(2 + len(ctx.params))))
+
+    def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        pass
+
+    def refuse(ctx: Any, *cotangents: Any) -> None:
+        raise errors.DoubleBackward(
+            f"{declaration.name}: a gradient of its gradient was asked for, and the backward "
+            "kernels have none; differentiate once (create_graph=False)"
+        )
+
+    for own, run, shapes in (
+        (name, forward, forward_shapes),
+        (backward_name, backward, backward_shapes),
+    ):
+        library.impl(own, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{own}", shapes, lib=library)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", differentiate, setup_context=save, lib=library
+    )
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{backward_name}", refuse, setup_context=save_nothing, lib=library
+    )
+
+
+def _loaded(name: EngineName, call: Call) -> Engine:
+    """The engine, once it has agreed to serve the call."""
+    engine = load(name)
+    reason = engine.supports(call)
+    if reason is not None:
+        raise errors.NotLowered(
+            f"{call.declaration.name}: engine={name.value!r} cannot serve this call: {reason}"
+        )
+    return engine
+
+
+@contextlib.contextmanager
+def _without_autocast(device: torch.device) -> Iterator[None]:
+    """Operands are used as they come: autocast may not change dtypes inside an engine."""
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield

@@ -1,0 +1,146 @@
+"""What a user holds: a declared recurrence that can be called, differentiated, explained, stepped."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..dsl import errors
+from ..dsl.declaration import Declaration
+from . import decode
+from .call import arrange, initial_states
+from .engines import EngineName, choose
+from .ops import NAMESPACE, REGISTRY
+
+States = Tensor | tuple[Tensor, ...]
+GivenStates = Tensor | Sequence[Tensor | None] | None
+
+# keyword arguments that every recurrence has, so that no operand may be called like one of them
+OPTIONS = (
+    inspect.Parameter("initial_state", inspect.Parameter.KEYWORD_ONLY, default=None),
+    inspect.Parameter("output_final_state", inspect.Parameter.KEYWORD_ONLY, default=False),
+    inspect.Parameter("cu_seqlens", inspect.Parameter.KEYWORD_ONLY, default=None),
+    inspect.Parameter("engine", inspect.Parameter.KEYWORD_ONLY, default=None),
+    inspect.Parameter("check", inspect.Parameter.KEYWORD_ONLY, default=None),
+)
+
+
+class Recurrence:
+    """A linear-attention recurrence, declared as one step and callable on whole sequences.
+
+    Calling it takes the operands in the order of the declaration (or by name), the declaration's
+    keyword-only floats, and
+
+        initial_state: `[N,HV,K,V]` (`[N,HV,K]` for a KeyState); a tuple for several states.
+            Zero where absent.
+        output_final_state: return the state after the last token too.
+        cu_seqlens: int32 or int64 `[N+1]`, boundaries of N sequences packed along T, with B = 1.
+        engine: "reference", "eager" or "triton"; by default the device's own (CHUNKWISE_ENGINE).
+        check: look for NaN in operands and growth in gates first, which waits for the device;
+            by default as CHUNKWISE_CHECK says.
+
+    and returns `(o, final_state)`: o `[B,T,HV,V]` in the dtype of the first Value operand, the
+    final state in float32 (a tuple for several states), or None where it was not asked for.
+    Everything is differentiable once: each operand, the initial state, through the final state.
+    Under autocast the operands are used in the dtype they come in.
+
+    Raises: the classes of `chunkwise.errors`, each naming operand, what it got, what it expected.
+    """
+
+    def __init__(self, declaration: Declaration) -> None:
+        self.declaration = declaration
+        self.__name__ = declaration.name
+        self.__qualname__ = declaration.name
+        self.__doc__ = declaration.function.__doc__
+        self.__module__ = declaration.function.__module__
+        self.__wrapped__ = declaration.function
+        self.__signature__ = _signature(declaration)
+        self._micro_operand = next((x.name for x in declaration.operands if x.micro), None)
+
+        def op_of(device: str, engine: EngineName | str | None, micro: int) -> str:
+            return REGISTRY.ensure(declaration, choose(device, engine), micro)
+
+        # torch.compile runs this while it traces (it may register an op) and keeps the name
+        self._op_of = torch.compiler.assume_constant_result(op_of)
+
+    def __call__(
+        self,
+        *args: Tensor,
+        initial_state: GivenStates = None,
+        output_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        engine: EngineName | str | None = None,
+        check: bool | None = None,
+        **named: Tensor | float,
+    ) -> tuple[Tensor, States | None]:
+        operands, params = arrange(self.declaration, args, named)
+        initial = initial_states(self.declaration, initial_state)
+        micro = 1
+        if self._micro_operand is not None and operands[self._micro_operand].ndim > 2:
+            # the length of a tuple is a constant even where torch.compile has made sizes symbolic
+            micro = max(1, len((None,) * operands[self._micro_operand].shape[2]))
+        device = next(iter(operands.values())).device.type
+        op = getattr(getattr(torch.ops, NAMESPACE), self._op_of(device, engine, micro)).default
+        o, *finals = op(*operands.values(), *initial, cu_seqlens, *params.values(), check)
+        if not output_final_state:
+            return o, None
+        return o, finals[0] if len(finals) == 1 else tuple(finals)
+
+    def step(
+        self, *args: Tensor, state: GivenStates = None, **named: Tensor | float
+    ) -> tuple[Tensor, States]:
+        """One token, for decoding: `(o, new_state)`.
+
+        Args:
+            *args, **named: the operands of a call without their T axis (`[B,H,K]`, `[B,HV,V]`,
+                `[B,HV]`; per-head ones unchanged) or with T = 1, and the declaration's floats.
+            state: as `initial_state` of a call, N = B; zero where absent.
+
+        Returns:
+            o `[B,HV,V]` (`[B,1,HV,V]` where the operands have T) and the float32 state.
+        """
+        return decode.step(self.declaration, args, named, state)
+
+    def explain(self) -> str:
+        """What was understood and what will run: class, equations, gates' bounds, costs."""
+        return self.declaration.explain()
+
+    def prove(self) -> str:
+        """Prove, symbolically on small sizes, that the chunk form equals the declared step."""
+        return self.declaration.prove()
+
+    def __repr__(self) -> str:
+        return f"<recurrence {self.__name__}{self.__signature__}>"
+
+
+def recurrence(function: Callable[..., object]) -> Recurrence:
+    """Declare a recurrence: the decorated function is one step, traced, never run on tensors.
+
+    Args:
+        function: `(state, ..., operand, ..., *, parameter, ...) -> (new state, output)`, every
+            argument annotated with its kind (State, KeyState, Key, Value, Scalar, HeadScalar,
+            HeadKey, HeadValue, a tuple of a token kind for micro-steps, or float).
+
+    Returns:
+        The differentiable op, as a `Recurrence`.
+    """
+    return Recurrence(Declaration(function))
+
+
+def _signature(declaration: Declaration) -> inspect.Signature:
+    reserved = {p.name for p in OPTIONS} | {"state"}
+    for x in (*declaration.operands, *declaration.params):
+        if x.name in reserved:
+            raise errors.ReservedName(
+                f"{declaration.name}: {x.name!r} is an option of every recurrence "
+                f"({', '.join(sorted(reserved))}): give the operand another name"
+            )
+    either, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter(x.name, either) for x in declaration.operands]
+    for p in declaration.params:
+        default = inspect.Parameter.empty if p.default is None else p.default
+        parameters.append(inspect.Parameter(p.name, keyword, default=default))
+    return inspect.Signature([*parameters, *OPTIONS])
