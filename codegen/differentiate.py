@@ -1,0 +1,242 @@
+"""The backward of a chunk, derived: vector-Jacobian rules for TileIR, and the scan run in reverse.
+
+Reverse the scan over chunks and its body becomes the VJP of the body (math.md, Adjoint): it carries
+R, the gradient of the state as the chunk ends, and needs S, the state as the chunk began. Rules are
+a table by op; the one rule for a pattern is the solve, where (1+L)^-1 meets what it is applied to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..dsl.ir import Op
+from . import tile
+from .chunk import Body, Carried
+from .tile import Axis, Tile, TileOp, Which
+
+GRADIENT = "d_"  # the gradient of x is called d_x; of an output, it is an operand of that name
+
+
+@dataclass(frozen=True, slots=True)
+class Adjoint:
+    """The chunk of the reversed scan: gradients of the leaves, and what the scan carries.
+
+    `saved`: the forward scan's carries, which the gradients read as each chunk began.
+    """
+
+    outputs: tuple[tuple[str, Tile], ...]
+    carried: tuple[Carried, ...]
+    saved: tuple[Tile, ...]
+
+
+Cotangents = list[tuple[Tile, Tile]]
+Rule = Callable[[Tile, Tile], Cotangents]
+
+
+def differentiate(body: Body) -> Adjoint:
+    """The adjoint of `body`, with respect to every TOKEN and HEAD leaf and every carry."""
+    incoming: dict[Tile, list[Tile]] = {}
+    roots = []
+    for name, output in body.outputs:
+        incoming.setdefault(output, []).append(tile.token(GRADIENT + name, output.axes[1:]))
+        roots.append(output)
+    for c in body.carried:
+        incoming.setdefault(c.end, []).append(tile.carry(GRADIENT + c.name, c.start.axes))
+        roots.append(c.end)
+
+    gradients: dict[Tile, Tile] = {}
+    for node in reversed(tile.topological(*roots)):
+        parts = incoming.pop(node, None)
+        if parts is None:
+            continue
+        g = tile.total(parts)
+        if node.hint:
+            g = g.named(GRADIENT + node.hint)
+        gradients[node] = g
+        for argument, part in _propagate(node, g):
+            incoming.setdefault(argument, []).append(part)
+
+    starts = {c.start: c for c in body.carried}
+    outputs = tuple(
+        (GRADIENT + _leaf_name(node), _leaf_gradient(node, g))
+        for node, g in gradients.items()
+        if node.op in (TileOp.TOKEN, TileOp.HEAD)
+    )
+    carried = tuple(
+        Carried(
+            tile.carry(GRADIENT + c.name, s.axes),
+            gradients.get(s, tile.expand(tile.const(0.0), s.axes)),
+        )
+        for s, c in starts.items()
+    )
+    return Adjoint(tuple(sorted(outputs)), carried, tuple(starts))
+
+
+def _leaf_name(leaf: Tile) -> str:
+    name, *micro = leaf.attrs
+    return f"{name}" if not micro or micro[0] is None else f"{name}_{micro[0]}"
+
+
+def _leaf_gradient(leaf: Tile, g: Tile) -> Tile:
+    return tile.expand(g, leaf.axes)
+
+
+def _propagate(node: Tile, g: Tile) -> Cotangents:
+    solve = _solve_rule(node, g)
+    if solve is not None:
+        return solve
+    if node.op is TileOp.MAP:
+        fn = node.attrs[0]
+        assert isinstance(fn, Op)
+        parts = _MAPS[fn](node, g)
+    else:
+        parts = _RULES[node.op](node, g)
+    return [(x, _to_axes(part, x)) for x, part in parts]
+
+
+def _to_axes(g: Tile, x: Tile) -> Tile:
+    """Sum `g` over the axes along which `x` was broadcast (rows beyond the end do not count)."""
+    extra = tuple(a for a in g.axes if a not in x.axes)
+    if not extra:
+        return g
+    if Axis.I in extra:
+        g = tile.rows(g)
+    return tile.reduce(g, extra)
+
+
+# ---- rules by op ---------------------------------------------------------------------------------
+
+
+def _dot(z: Tile, g: Tile) -> Cotangents:
+    x, y = z.args
+    (over,) = z.attrs
+    (x_free,) = (a for a in x.axes if a is not over)
+    (y_free,) = (a for a in y.axes if a is not over)
+    return [(x, tile.contract(g, y, y_free)), (y, tile.contract(x, g, x_free))]
+
+
+def _cumsum(z: Tile, g: Tile) -> Cotangents:
+    reverse, exclusive = z.attrs
+    g = tile.expand(g, z.axes)
+    assert g.op is not TileOp.EXPAND, "the gradient of a prefix sum varies over tokens"
+    return [(z.args[0], tile.cumsum(g, reverse=not reverse, exclusive=bool(exclusive)))]
+
+
+def _mask(z: Tile, g: Tile) -> Cotangents:
+    (which,) = z.attrs
+    assert isinstance(which, Which)
+    return [(z.args[0], tile.mask(g, which))]
+
+
+def _decay(z: Tile, g: Tile) -> Cotangents:
+    """The diagonal cancels between P and Q exactly (one prefix), so it is left out (math.md)."""
+    p, q = z.args
+    e = tile.mask(tile.mul(g, z), Which.STRICT)
+    return [(p, tile.reduce(e, (Axis.J,))), (q, tile.neg(tile.reduce(e, (Axis.I,))))]
+
+
+def _inverse(z: Tile, g: Tile) -> Cotangents:
+    left = tile.contract(z, g, Axis.I)  # T^T g
+    right = tile.contract(left, z, Axis.J)  # (T^T g) T^T, as sum_j left_ij T_kj
+    return [(z.args[0], tile.neg(tile.mask(right, Which.STRICT)))]
+
+
+def _decayed_dot(z: Tile, g: Tile) -> Cotangents:
+    """P and Q get x.dx and -y.dy: no new exponentials, and no diagonal (the op is strict)."""
+    x, y, p, q = z.args
+    dx = tile.decayed_apply(g, y, p, q, Axis.I)
+    dy = tile.decayed_apply(g, x, p, q, Axis.J)
+    return [(x, dx), (y, dy), (p, tile.mul(x, dx)), (q, tile.neg(tile.mul(y, dy)))]
+
+
+def _solve_rule(z: Tile, g: Tile) -> Cotangents | None:
+    """U = T X with T = (1+L)^-1: dX = T^T dU and dL = -stril(dX U^T).
+
+    The same as the rules of DOT and INVERSE together, with two C x C x C products folded away.
+    """
+    if z.op is not TileOp.DOT or z.attrs != (Axis.J,):
+        return None
+    t, x = z.args
+    if t.op is not TileOp.INVERSE:
+        return None
+    dx = tile.contract(t, g, Axis.I).named(GRADIENT + (x.hint or "X"))  # axes [J, ...] like x
+    (lower,) = t.args
+    (free,) = (a for a in z.axes if a is not Axis.I)
+    dl = tile.contract(tile.rename(dx, Axis.I), tile.rename(z, Axis.J), free)
+    return [(x, dx), (lower, tile.neg(tile.mask(dl, Which.STRICT)))]
+
+
+_RULES: dict[TileOp, Rule] = {
+    TileOp.TOKEN: lambda z, g: [],
+    TileOp.HEAD: lambda z, g: [],
+    TileOp.PARAM: lambda z, g: [],
+    TileOp.CONST: lambda z, g: [],
+    TileOp.EXTENT: lambda z, g: [],
+    TileOp.CARRY: lambda z, g: [],
+    TileOp.STEP: lambda z, g: [],
+    TileOp.EXPAND: lambda z, g: [(z.args[0], g)],
+    TileOp.RENAME: lambda z, g: [
+        (z.args[0], tile.rename(g, Axis.I if z.attrs == (Axis.J,) else Axis.J))
+    ],
+    TileOp.ROWS: lambda z, g: [(z.args[0], tile.rows(g))],
+    TileOp.MASK: _mask,
+    TileOp.SUM: lambda z, g: [(z.args[0], tile.expand(g, z.args[0].axes))],
+    TileOp.DOT: _dot,
+    TileOp.CUMSUM: _cumsum,
+    TileOp.DECAY: _decay,
+    TileOp.INVERSE: _inverse,
+    TileOp.DECAYED_DOT: _decayed_dot,
+}
+
+_HALF, _ONE = tile.const(0.5), tile.const(1.0)
+
+
+def _unary(derivative: Callable[[Tile, Tile], Tile]) -> Rule:
+    """A rule from d(x, z): the derivative given the argument and the value."""
+    return lambda z, g: [(z.args[0], tile.mul(g, derivative(z.args[0], z)))]
+
+
+def _larger(x: Tile, y: Tile) -> Tile:
+    return tile.step(tile.sub(x, y))
+
+
+def _selected(first: Callable[[Tile, Tile], Tile]) -> Rule:
+    """maximum, minimum: the gradient goes to the one that was taken, half to each at a tie."""
+
+    def rule(z: Tile, g: Tile) -> Cotangents:
+        x, y = z.args
+        taken = first(x, y)
+        return [(x, tile.mul(g, taken)), (y, tile.mul(g, tile.sub(_ONE, taken)))]
+
+    return rule
+
+
+_MAPS: dict[Op, Rule] = {
+    Op.ADD: lambda z, g: [(z.args[0], g), (z.args[1], g)],
+    Op.SUB: lambda z, g: [(z.args[0], g), (z.args[1], tile.neg(g))],
+    Op.MUL: lambda z, g: [
+        (z.args[0], tile.mul(g, z.args[1])),
+        (z.args[1], tile.mul(g, z.args[0])),
+    ],
+    Op.DIV: lambda z, g: [
+        (z.args[0], tile.div(g, z.args[1])),
+        (z.args[1], tile.neg(tile.div(tile.mul(g, z), z.args[1]))),
+    ],
+    Op.MAXIMUM: _selected(_larger),
+    Op.MINIMUM: _selected(lambda x, y: _larger(y, x)),
+    Op.NEG: lambda z, g: [(z.args[0], tile.neg(g))],
+    Op.EXP: _unary(lambda x, z: z),
+    Op.LOG: lambda z, g: [(z.args[0], tile.div(g, z.args[0]))],
+    Op.EXPM1: _unary(lambda x, z: tile.add(z, _ONE)),
+    Op.LOG1P: lambda z, g: [(z.args[0], tile.div(g, tile.add(z.args[0], _ONE)))],
+    Op.SIGMOID: _unary(lambda x, z: tile.mul(z, tile.sub(_ONE, z))),
+    Op.LOGSIGMOID: _unary(lambda x, z: tile.fmap(Op.SIGMOID, tile.neg(x))),
+    Op.SOFTPLUS: _unary(lambda x, z: tile.fmap(Op.SIGMOID, x)),
+    Op.TANH: _unary(lambda x, z: tile.sub(_ONE, tile.mul(z, z))),
+    Op.SQRT: lambda z, g: [(z.args[0], tile.div(tile.mul(g, _HALF), z))],
+    Op.RSQRT: lambda z, g: [
+        (z.args[0], tile.neg(tile.mul(tile.mul(g, _HALF), tile.mul(z, tile.mul(z, z)))))
+    ],
+    Op.ABS: _unary(lambda x, z: tile.sub(tile.mul(tile.const(2.0), tile.step(x)), _ONE)),
+}

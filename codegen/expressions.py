@@ -1,0 +1,215 @@
+"""What every printer shares: names, which values become statements, and how axes are laid out.
+
+A printer gives an order of axes (a tile's physical layout is its axes sorted by that order), a
+table of functions and one method per structural op. Values used once are printed inside the
+expression that uses them; the others become assignments under the names of math.md.
+"""
+
+from __future__ import annotations
+
+import keyword
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from ..dsl.ir import Op
+from .tile import Axes, Axis, Tile, TileOp, Which
+
+_INFIX = {Op.ADD: "+", Op.SUB: "-", Op.MUL: "*", Op.DIV: "/"}
+_LONGEST = 60  # an inlined expression longer than this is hard to read
+_ALIASES = (TileOp.RENAME, TileOp.EXPAND)
+_INLINE = (TileOp.MAP, TileOp.STEP, TileOp.ROWS, TileOp.MASK)
+
+
+def unaliased(x: Tile) -> Tile:
+    """The tile that holds `x`'s numbers: renaming and expanding change no value."""
+    while x.op in _ALIASES:
+        (x,) = x.args
+    return x
+
+
+class Names:
+    """Unique, readable identifiers; an operand's name wins over an intermediate's."""
+
+    def __init__(self, reserved: Iterable[str]) -> None:
+        self._used = set(reserved)
+
+    def fresh(self, wanted: str) -> str:
+        stem = wanted if wanted.isidentifier() and not keyword.iskeyword(wanted) else "x"
+        name, count = stem, 1
+        while name in self._used:
+            count += 1
+            name = f"{stem}_{count}"
+        self._used.add(name)
+        return name
+
+
+class Expressions(ABC):
+    """Prints the tiles of one kernel as assignments and expressions."""
+
+    functions: Mapping[Op, str]
+    where: str  # name of the select function
+    scalar_tiles: bool  # a tile without axes still has (batch) dimensions: it needs an index
+
+    def __init__(self, order: tuple[Axis, ...], names: Names) -> None:
+        self._rank = {axis: n for n, axis in enumerate(order)}
+        self.names = names
+        self.known: dict[Tile, str] = {}
+        self.lines: list[str] = []
+        self.uses: Counter[Tile] = Counter()
+
+    # ---- layout --------------------------------------------------------------------------------
+
+    def layout(self, x: Tile) -> tuple[Axis, ...]:
+        """The axes of `x` in the order in which this printer lays them out."""
+        return tuple(sorted(x.axes, key=self._rank.__getitem__))
+
+    def place(self, text: str, axes: Axes, target: tuple[Axis, ...]) -> str:
+        """`text`, which prints a tile with `axes`, indexed so that it broadcasts over `target`."""
+        if set(axes) == set(target) or not target or not (axes or self.scalar_tiles):
+            return text
+        index = ", ".join(":" if a in axes else "None" for a in target)
+        return f"{_atom(text)}[{self.index_prefix}{index}]"
+
+    # ---- statements ----------------------------------------------------------------------------
+
+    def count(self, tiles: Iterable[Tile], roots: Iterable[Tile]) -> None:
+        """Count the uses of each value among `tiles`, so that single uses can be inlined."""
+        self.uses.clear()
+        for t in tiles:
+            if t.op not in _ALIASES:
+                self.uses.update(unaliased(a) for a in t.args)
+        self.uses.update(unaliased(r) for r in roots)
+
+    def inlined(self, x: Tile) -> bool:
+        """Whether `x` is printed where it is used rather than assigned to a name."""
+        return x.op in _INLINE and self.uses[x] <= 1
+
+    def define(self, x: Tile) -> None:
+        """Assign `x` to a name, unless it is a leaf that has one, an alias, or is inlined."""
+        if x in self.known or x.op in (*_ALIASES, TileOp.CONST, TileOp.EXTENT):
+            return
+        if self.inlined(x) and len(self.text(x)) <= _LONGEST:
+            return
+        self.assign(x)
+
+    def assign(self, x: Tile) -> str:
+        text = self.text(x)
+        name = self.names.fresh(x.hint or "x")
+        self.lines.append(f"{name} = {text}")
+        self.known[x] = name
+        return name
+
+    # ---- expressions ---------------------------------------------------------------------------
+
+    def text(self, x: Tile) -> str:
+        """`x` in its own layout."""
+        x = unaliased(x)
+        if x in self.known:
+            return self.full(x, self.known[x])
+        if x.op is TileOp.CONST:
+            return repr(x.value)
+        if x.op is TileOp.EXTENT:
+            (axis,) = x.attrs
+            assert isinstance(axis, Axis)
+            return self.extent(axis)
+        if x.op is TileOp.MAP:
+            return self._map(x)
+        return self.structural(x)
+
+    def full(self, x: Tile, name: str) -> str:
+        """A named value at the precision in which elementwise arithmetic runs."""
+        del x
+        return name
+
+    def within(self, x: Tile, target: tuple[Axis, ...]) -> str:
+        """`x` as an operand of an elementwise expression laid out as `target`."""
+        while x.op is TileOp.EXPAND:
+            (x,) = x.args
+        if _is_number(x):
+            return self.text(x)
+        return self.place(self.text(x), x.axes, target)
+
+    def _map(self, x: Tile) -> str:
+        (fn,) = x.attrs
+        assert isinstance(fn, Op)
+        target = self.layout(x)
+        args = [self.within(a, target) for a in x.args]
+        if fn in _INFIX:
+            left, right = args
+            weak = fn in (Op.ADD, Op.SUB)
+            left = left if weak else _factor(left)
+            right = _factor(right) if fn is not Op.ADD else right
+            if fn is Op.ADD and right.startswith("-"):
+                right = _factor(right)
+            if fn in (Op.MUL, Op.DIV) and "/" in right:
+                right = _atom(right)
+            return f"{left} {_INFIX[fn]} {right}"
+        if fn is Op.NEG:
+            return f"-{_factor(args[0])}"
+        return f"{self.functions[fn]}({', '.join(args)})"
+
+    @abstractmethod
+    def structural(self, x: Tile) -> str:
+        """An op other than elementwise ones, in its own layout."""
+
+    @abstractmethod
+    def extent(self, axis: Axis) -> str:
+        """The number of channels along an axis."""
+
+    def masked(self, x: Tile, rows: str, index: Mapping[Axis, str]) -> str:
+        """ROWS, MASK and STEP, which print alike everywhere."""
+        target = self.layout(x)
+        inner = self.within(x.args[0], target)
+        if x.op is TileOp.STEP:
+            return (
+                f"{self.where}({inner} > 0, 1.0, {self.where}({inner} == 0, 0.5, 0.0))"
+            )
+        if x.op is TileOp.ROWS:
+            keep = self.place(rows, (Axis.I,), target)
+        else:
+            (which,) = x.attrs
+            assert isinstance(which, Which)
+            keep = self.comparison(which, index)
+        return f"{self.where}({keep}, {inner}, 0.0)"
+
+    def comparison(self, which: Which, index: Mapping[Axis, str]) -> str:
+        sign = {Which.LOWER: ">=", Which.STRICT: ">", Which.DIAGONAL: "=="}[which]
+        return f"{index[Axis.I]} {sign} {index[Axis.J]}"
+
+
+def _is_number(x: Tile) -> bool:
+    """Whether `x` prints as a plain number rather than as a tensor without axes."""
+    return x.op in (TileOp.CONST, TileOp.PARAM, TileOp.EXTENT) or (
+        x.op is TileOp.MAP and all(_is_number(a) for a in x.args)
+    )
+
+
+def _balanced_call(text: str) -> bool:
+    """Whether `text` is one name, number, call or indexed call: binds tighter than any operator."""
+    depth = 0
+    for c in text:
+        if c in "([":
+            depth += 1
+        elif c in ")]":
+            depth -= 1
+        elif depth == 0 and not (c.isalnum() or c in "_."):
+            return False
+    return True
+
+
+def _atom(text: str) -> str:
+    return text if _balanced_call(text) else f"({text})"
+
+
+def _factor(text: str) -> str:
+    """`text` as a factor: parenthesised if it is a sum or begins with a minus."""
+    depth = 0
+    for n, c in enumerate(text):
+        if c in "([":
+            depth += 1
+        elif c in ")]":
+            depth -= 1
+        elif depth == 0 and (c == "+" or (c == "-" and (n == 0 or text[n - 1] == " "))):
+            return f"({text})"
+    return text

@@ -1,0 +1,65 @@
+"""StepIR expressions to TileIR: the preamble and postamble of a recurrence on tiles of a chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..dsl.ir import ELEMENTWISE, Kind, Node, Op, Per
+from ..dsl.ir import topological as step_order
+from ..dsl.normal_form import NormalForm
+from . import tile
+from .tile import Axes, Axis, Tile
+
+_AXES: dict[Kind, Axes] = {
+    Kind.SCALAR: (),
+    Kind.KEY: (Axis.K,),
+    Kind.VALUE: (Axis.V,),
+    Kind.STATE: (Axis.K, Axis.V),
+    Kind.KEY_STATE: (Axis.K,),
+}
+
+
+def kind_axes(kind: Kind) -> Axes:
+    """The channel axes of a value of this kind."""
+    return _AXES[kind]
+
+
+def lower(form: NormalForm, roots: list[Node], results: Mapping[int, Tile]) -> list[Tile]:
+    """`roots` as tiles; `results` gives the tile of each RESULT leaf (reads of the state)."""
+    per = {operand.name: operand.per for operand in form.operands}
+    done: dict[Node, Tile] = {}
+    for node in step_order(*roots):
+        done[node] = _lower_one(node, [done[a] for a in node.args], per, results)
+    return [done[r] for r in roots]
+
+
+def _lower_one(
+    node: Node, args: list[Tile], per: Mapping[str, Per], results: Mapping[int, Tile]
+) -> Tile:
+    if node.op is Op.OPERAND:
+        name, micro = node.attrs
+        assert isinstance(name, str)
+        if per[name] is Per.HEAD:
+            return tile.head(name, _AXES[node.kind])
+        assert micro is None or isinstance(micro, int)
+        return tile.token(name, _AXES[node.kind], micro)
+    if node.op is Op.PARAM:
+        return tile.param(str(node.attrs[0]))
+    if node.op is Op.CONST:
+        (value,) = node.attrs
+        assert isinstance(value, float)
+        return tile.const(value)
+    if node.op is Op.RESULT:
+        (index,) = node.attrs
+        assert isinstance(index, int)
+        return results[index]
+    if node.op is Op.SUM:
+        (x,) = args
+        if x.op is tile.TileOp.MAP and x.attrs == (Op.MUL,):
+            a, b = x.args
+            channel = _AXES[node.args[0].kind][0]
+            if channel in a.axes and channel in b.axes:
+                return tile.contract(a, b, channel)
+        return tile.reduce(x, _AXES[node.args[0].kind])
+    assert node.op in ELEMENTWISE, f"a normal form has no {node.op.name} in its expressions"
+    return tile.fmap(node.op, *args)

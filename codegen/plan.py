@@ -1,0 +1,218 @@
+"""Planning as loop fission: which kernels compute a chunk, what each stores, what each recomputes.
+
+A kernel is a set of tiles to store. It reads what earlier kernels stored and computes the rest
+itself; so any assignment is right, and a plan is only a choice of what is worth storing. Legality
+is reachability: what does not depend on the carry may be hoisted into a kernel parallel over chunks
+(prep); what the next carry needs stays in the scan; the rest may follow in a kernel parallel over
+chunks that re-reads the stored carry (post).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from . import tile
+from .chunk import Body, Carried
+from .differentiate import Adjoint
+from .tile import Axis, Tile, TileOp
+
+
+class Loop(Enum):
+    """How a kernel runs over the chunks of a sequence."""
+
+    PARALLEL = "one program per chunk"
+    FORWARD = "a scan from the first chunk to the last"
+    REVERSE = "a scan from the last chunk to the first"
+
+
+class Hoist(Enum):
+    """What is computed ahead of the scan, in parallel over chunks."""
+
+    NOTHING = "all inside the scan"
+    SOLVES = "what needs the triangular inverse"
+    PRODUCTS = "everything that takes a matrix product and does not need the carry"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one direction is cut into kernels.
+
+    `reassociate`: T(x - bS) as Tx - (Tb)S (W stored, one product fewer in the serial chain).
+    `outputs_in_scan`: outputs are computed while the state is at hand, and the state is not stored;
+    the backward cannot (its outputs sum over the value axis that its scan is split along).
+    """
+
+    hoist: Hoist
+    reassociate: bool = False
+    outputs_in_scan: bool = False
+
+    @property
+    def label(self) -> str:
+        """A short name for tables: e.g. `solves+W|scan|post`."""
+        prep = "" if self.hoist is Hoist.NOTHING else self.hoist.name.lower()
+        prep += "+W" if self.reassociate else ""
+        return "|".join(p for p in (prep, "scan", "" if self.outputs_in_scan else "post") if p)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One kernel: the tiles it stores under their buffers' names, those it finds stored already."""
+
+    name: str
+    loop: Loop
+    stores: tuple[tuple[str, Tile], ...]
+    carried: tuple[Carried, ...]
+    stored: tuple[tuple[str, Tile], ...]
+
+    @property
+    def order(self) -> list[Tile]:
+        """Every tile of the kernel, arguments first; buffers and carries are leaves."""
+        roots = [t for _, t in self.stores] + [c.end for c in self.carried]
+        return tile.topological(*roots, stop=frozenset(t for _, t in self.stored))
+
+    @property
+    def buffers(self) -> dict[Tile, str]:
+        """The stored tiles that this kernel reads."""
+        used = set(self.order)
+        return {t: name for name, t in self.stored if t in used}
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The kernels of one direction, in order, and the names of the buffers that are its results."""
+
+    kernels: tuple[Kernel, ...]
+    results: tuple[str, ...]
+
+
+def forward_plans(body: Body) -> tuple[Plan, ...]:
+    """Every legal plan of a forward, the plainest first."""
+    solves = any(t.op is TileOp.INVERSE for t in _tiles(body.carried, body.outputs))
+    plans = []
+    for outputs_in_scan in (True, False):
+        plans.append(Plan(Hoist.NOTHING, outputs_in_scan=outputs_in_scan))
+        plans.append(Plan(Hoist.PRODUCTS, outputs_in_scan=outputs_in_scan))
+        if solves:
+            plans.append(Plan(Hoist.SOLVES, outputs_in_scan=outputs_in_scan))
+            plans.append(Plan(Hoist.SOLVES, reassociate=True, outputs_in_scan=outputs_in_scan))
+    return tuple(plans)
+
+
+def backward_plans(body: Body) -> tuple[Plan, ...]:
+    """Every legal plan of a backward."""
+    return tuple(p for p in forward_plans(body) if not p.outputs_in_scan)
+
+
+def plan_forward(body: Body, plan: Plan) -> Program:
+    """`body` cut into kernels by `plan`."""
+    build = _Builder()
+    carries = frozenset(c.start for c in body.carried)
+    in_scan = body.outputs if plan.outputs_in_scan else ()
+    roots = [c.end for c in body.carried] + [t for _, t in in_scan]
+    build.prepare(plan.hoist, roots, carries)
+    kept = _kept(body.outputs, carries) if not plan.outputs_in_scan else ()
+    build.kernel("scan", Loop.FORWARD, (*in_scan, *build.fresh(kept)), body.carried)
+    if not plan.outputs_in_scan:
+        build.kernel("post", Loop.PARALLEL, body.outputs)
+    return Program(tuple(build.kernels), tuple(name for name, _ in body.outputs))
+
+
+def plan_backward(body: Body, adjoint: Adjoint, plan: Plan) -> Program:
+    """The adjoint cut into kernels: prep, the states again, the reversed scan, all gradients."""
+    build = _Builder()
+    saved = frozenset(adjoint.saved)
+    reverse = frozenset(c.start for c in adjoint.carried)
+    ends = [c.end for c in (*body.carried, *adjoint.carried)]
+    build.prepare(plan.hoist, ends, saved | reverse)
+    kept = _kept((*adjoint.outputs, *((c.name, c.end) for c in adjoint.carried)), saved | reverse)
+    of_states = tuple(t for t in kept if not _depends(t, reverse))
+    build.kernel("states", Loop.FORWARD, build.fresh(of_states), body.carried)
+    of_reverse = tuple(t for t in kept if _depends(t, reverse))
+    build.kernel("reverse", Loop.REVERSE, build.fresh(of_reverse), adjoint.carried)
+    build.kernel("gradients", Loop.PARALLEL, adjoint.outputs)
+    return Program(tuple(build.kernels), tuple(name for name, _ in adjoint.outputs))
+
+
+class _Builder:
+    """Kernels as they accumulate, with everything stored so far."""
+
+    def __init__(self) -> None:
+        self.kernels: list[Kernel] = []
+        self._stored: dict[Tile, str] = {}
+
+    def kernel(
+        self,
+        name: str,
+        loop: Loop,
+        stores: tuple[tuple[str, Tile], ...],
+        carried: tuple[Carried, ...] = (),
+    ) -> None:
+        before = tuple((n, t) for t, n in self._stored.items())
+        if loop is not Loop.PARALLEL:  # a scan holds its own carry: nobody stored it before
+            starts = {c.start for c in carried}
+            before = tuple((n, t) for n, t in before if t not in starts)
+        self.kernels.append(Kernel(name, loop, stores, carried, before))
+        self._stored.update({t: n for n, t in stores})
+
+    def fresh(self, tiles: Iterable[Tile]) -> tuple[tuple[str, Tile], ...]:
+        """Buffer names for `tiles`, in order, none of them used yet."""
+        names: list[tuple[str, Tile]] = []
+        for t in tiles:
+            stem = t.hint or "x"
+            used = {*self._stored.values(), *(n for n, _ in names)}
+            name, count = f"{stem}_chunk", 1
+            while name in used:
+                count += 1
+                name = f"{stem}{count}_chunk"
+            names.append((name, t))
+        return tuple(names)
+
+    def prepare(self, hoist: Hoist, roots: list[Tile], carries: frozenset[Tile]) -> None:
+        """The kernel ahead of the scans: the largest tiles below `roots` worth hoisting."""
+        wanted: dict[Tile, None] = {}
+        for node in tile.topological(*roots):
+            if not _depends(node, carries):
+                continue
+            for x in node.args:
+                x = x.args[0] if x.op in (TileOp.RENAME, TileOp.EXPAND) else x
+                if not _depends(x, carries) and _worth_hoisting(x, hoist):
+                    wanted[x] = None
+        for root in roots:
+            if not _depends(root, carries) and _worth_hoisting(root, hoist):
+                wanted[root] = None
+        if wanted:
+            self.kernel("prep", Loop.PARALLEL, self.fresh(wanted))
+
+
+_PRODUCTS = (TileOp.DOT, TileOp.DECAYED_DOT, TileOp.INVERSE)
+
+
+def _worth_hoisting(x: Tile, hoist: Hoist) -> bool:
+    if hoist is Hoist.NOTHING or not {Axis.I, Axis.J} & set(x.axes):
+        return False  # a K x V tile per chunk is the size of the state: never worth its bytes
+    below = tile.topological(x)
+    if hoist is Hoist.SOLVES:
+        return any(t.op is TileOp.INVERSE for t in below)
+    return any(t.op in _PRODUCTS for t in below)
+
+
+def _depends(x: Tile, carries: frozenset[Tile]) -> bool:
+    return any(t in carries for t in tile.topological(x))
+
+
+def _kept(outputs: Iterable[tuple[str, Tile]], carries: frozenset[Tile]) -> tuple[Tile, ...]:
+    """What a scan stores for later kernels: its carry, and solves (dear to repeat) that depend on it."""
+    roots = [t for _, t in outputs]
+    solves = frozenset(
+        t
+        for t in tile.topological(*roots)
+        if t.op is TileOp.DOT and t.args[0].op is TileOp.INVERSE and _depends(t, carries)
+    )
+    needed = tile.topological(*roots, stop=solves)
+    return tuple(t for t in needed if t in carries or t in solves)
+
+
+def _tiles(carried: tuple[Carried, ...], outputs: tuple[tuple[str, Tile], ...]) -> list[Tile]:
+    return tile.topological(*(c.end for c in carried), *(t for _, t in outputs))

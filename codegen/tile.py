@@ -1,0 +1,396 @@
+"""TileIR: the chunk of a recurrence as a functional language of tiles whose axes have names.
+
+A tile's shape is the set of its axes: `I`, `J` run over the C tokens of the chunk (rows and columns
+of a score matrix), `K` and `V` over the channels of the state. Elementwise ops broadcast by name, a
+product names the axis it sums; so there is no transpose, and one rule of differentiation serves
+every product. A node is its own value, as in StepIR: equal expressions are one node.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ..dsl.ir import Op
+
+
+class Axis(Enum):
+    """A named axis; the order of declaration is the canonical order of a tile's axes."""
+
+    I = "i"  # noqa: E741 - tokens of the chunk, as in math.md
+    J = "j"
+    K = "k"
+    V = "v"
+
+
+Axes = tuple[Axis, ...]
+_ORDER = {axis: n for n, axis in enumerate(Axis)}
+
+
+def axes_of(*parts: Axis) -> Axes:
+    """The canonical tuple of a set of axes."""
+    return tuple(sorted(set(parts), key=_ORDER.__getitem__))
+
+
+class Which(Enum):
+    """The part of a C x C tile that a mask keeps."""
+
+    LOWER = "i >= j"
+    STRICT = "i > j"
+    DIAGONAL = "i == j"
+
+
+class TileOp(Enum):
+    """The ops of TileIR and what they mean."""
+
+    # leaves
+    TOKEN = "rows of a per-token tensor of the call; attrs (name, micro-step)"
+    HEAD = "a per-head tensor of the call; attrs (name,)"
+    PARAM = "a run-time float of the call; attrs (name,)"
+    CONST = "a number; attrs (value,)"
+    CARRY = "the state of a scan when the chunk begins; attrs (name,)"
+    EXTENT = "the number of channels along an axis; attrs (axis,)"
+    # compute
+    MAP = "elementwise function of tiles, broadcast by axis name; attrs (StepIR op,)"
+    STEP = "1 where x > 0, 1/2 where x = 0, else 0: the derivative of maximum"
+    EXPAND = "the same values along further axes"
+    RENAME = "the same tile with I called J, or J called I; attrs (to,)"
+    ROWS = "zero in the rows beyond the end of the sequence"
+    MASK = "keep a part of a C x C tile, zero elsewhere; attrs (Which,)"
+    SUM = "sum over axes; attrs (axes,)"
+    DOT = "sum over one axis of a product of two tiles; attrs (axis,)"
+    CUMSUM = "prefix sum over I; attrs (reverse, exclusive)"
+    DECAY = "e^(P_i - Q_j) in the mask, zero elsewhere; attrs (Which,)"
+    INVERSE = "(1 + L)^-1 of a strictly lower C x C tile"
+    DECAYED_DOT = "sum_k x_ik y_jk e^(P_ik - Q_jk), i > j; Q an inclusive prefix sum"
+    DECAYED_APPLY = (
+        "sum_j A_ij y_jk e^(P_ik - Q_jk), i > j (attrs (I,)), or sum_i A_ij x_ik ... (attrs (J,))"
+    )
+
+
+Attr = str | int | float | bool | None | Op | Which | Axis | Axes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tile:
+    """One value; equality is equality of the expression. `hint` is a name for readers only."""
+
+    op: TileOp
+    args: tuple[Tile, ...]
+    attrs: tuple[Attr, ...]
+    axes: Axes
+    hint: str = ""
+    key: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
+        text = repr((self.op.name, self.attrs, self.axes, [a.key for a in self.args]))
+        object.__setattr__(self, "key", hashlib.blake2b(text.encode(), digest_size=10).hexdigest())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tile) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def named(self, hint: str) -> Tile:
+        """The same value, with a name for whoever reads it printed; a leaf keeps its own."""
+        if not self.args:
+            return self
+        return Tile(self.op, self.args, self.attrs, self.axes, hint)
+
+    @property
+    def value(self) -> float:
+        """The number of a CONST."""
+        assert self.op is TileOp.CONST
+        (value,) = self.attrs
+        assert isinstance(value, float)
+        return value
+
+
+def topological(*roots: Tile, stop: frozenset[Tile] = frozenset()) -> list[Tile]:
+    """Every tile below `roots`, arguments first, each once; arguments of `stop` are not visited."""
+    order: dict[Tile, None] = {}
+    stack: list[tuple[Tile, bool]] = [(r, False) for r in reversed(roots)]
+    while stack:
+        node, done = stack.pop()
+        if node in order:
+            continue
+        if done or node in stop:
+            order[node] = None
+        else:
+            stack.append((node, True))
+            stack.extend((a, False) for a in reversed(node.args))
+    return list(order)
+
+
+# ---- constructors: each checks its axes and folds what is trivially foldable -------------------
+
+
+def const(value: float) -> Tile:
+    return Tile(TileOp.CONST, (), (float(value),), ())
+
+
+def token(name: str, axes: Axes, micro: int | None = None) -> Tile:
+    return Tile(TileOp.TOKEN, (), (name, micro), axes_of(Axis.I, *axes), name)
+
+
+def head(name: str, axes: Axes) -> Tile:
+    return Tile(TileOp.HEAD, (), (name,), axes_of(*axes), name)
+
+
+def param(name: str) -> Tile:
+    return Tile(TileOp.PARAM, (), (name,), (), name)
+
+
+def carry(name: str, axes: Axes) -> Tile:
+    return Tile(TileOp.CARRY, (), (name,), axes_of(*axes), name)
+
+
+def _is_const(x: Tile, value: float) -> bool:
+    return x.op is TileOp.CONST and x.value == value
+
+
+def fmap(fn: Op, *args: Tile) -> Tile:
+    """`fn` elementwise. EXPANDed arguments are taken as they were: broadcasting is implied."""
+    axes = axes_of(*(a for x in args for a in x.axes))
+    bare = tuple(x.args[0] if x.op is TileOp.EXPAND else x for x in args)
+    folded = _fold(fn, bare)
+    if folded is None:
+        bare_axes = axes_of(*(a for x in bare for a in x.axes))
+        folded = Tile(TileOp.MAP, bare, (fn,), bare_axes)
+    return expand(folded, axes)
+
+
+def _fold(fn: Op, args: tuple[Tile, ...]) -> Tile | None:
+    """Identities that differentiation and normalisation leave behind; None where there is none."""
+    x, y = args[0], args[-1]
+    if fn is Op.WITHIN:
+        return x
+    if fn is Op.MUL:
+        if _is_const(x, 1.0):
+            return y
+        if _is_const(y, 1.0):
+            return x
+        if _is_const(x, -1.0):
+            return neg(y)
+        if _is_const(y, -1.0):
+            return neg(x)
+        if _is_neg(x) and _is_neg(y):
+            return mul(x.args[0], y.args[0])
+        if _is_neg(x):
+            return neg(mul(x.args[0], y))
+        if _is_neg(y):
+            return neg(mul(x, y.args[0]))
+    if fn is Op.DIV and _is_const(y, 1.0):
+        return x
+    if fn is Op.NEG and _is_neg(x):
+        return x.args[0]
+    if fn is Op.ADD:
+        if _is_const(x, 0.0):
+            return y
+        if _is_const(y, 0.0):
+            return x
+        if _is_neg(y):
+            return sub(x, y.args[0])
+        if _is_neg(x):
+            return sub(y, x.args[0])
+    if fn is Op.SUB:
+        if _is_const(y, 0.0):
+            return x
+        if _is_neg(y):
+            return add(x, y.args[0])
+    if fn in (Op.ADD, Op.SUB):
+        return _common_factor(fn, x, y)
+    return None
+
+
+def _common_factor(fn: Op, x: Tile, y: Tile) -> Tile | None:
+    """a*b + a*c as a*(b + c), where `a` is broadcast: one product fewer, on the larger tile."""
+    if not (_is_product(x) and _is_product(y)):
+        return None
+    for a in x.args:
+        if a in y.args and len(a.axes) < len(x.axes):
+            b, c = (z.args[1] if z.args[0] == a else z.args[0] for z in (x, y))
+            return mul(a, fmap(fn, b, c))
+    return None
+
+
+def _is_product(x: Tile) -> bool:
+    return x.op is TileOp.MAP and x.attrs == (Op.MUL,)
+
+
+def _is_neg(x: Tile) -> bool:
+    return x.op is TileOp.MAP and x.attrs == (Op.NEG,)
+
+
+def add(x: Tile, y: Tile) -> Tile:
+    return fmap(Op.ADD, x, y)
+
+
+def sub(x: Tile, y: Tile) -> Tile:
+    return fmap(Op.SUB, x, y)
+
+
+def mul(x: Tile, y: Tile) -> Tile:
+    return fmap(Op.MUL, x, y)
+
+
+def div(x: Tile, y: Tile) -> Tile:
+    return fmap(Op.DIV, x, y)
+
+
+def neg(x: Tile) -> Tile:
+    return fmap(Op.NEG, x)
+
+
+def exp(x: Tile) -> Tile:
+    return fmap(Op.EXP, x)
+
+
+def step(x: Tile) -> Tile:
+    return Tile(TileOp.STEP, (x,), (), x.axes)
+
+
+def total(parts: list[Tile]) -> Tile:
+    """The sum of a non-empty list, positive terms first so that no chain begins with a minus."""
+    ordered = [p for p in parts if not _is_neg(p)] + [p for p in parts if _is_neg(p)]
+    result = ordered[0]
+    for part in ordered[1:]:
+        result = add(result, part)
+    return result
+
+
+def expand(x: Tile, axes: Axes) -> Tile:
+    """`x` along `axes` (a superset of its own)."""
+    axes = axes_of(*axes, *x.axes)
+    if axes == x.axes:
+        return x
+    if x.op is TileOp.EXPAND:
+        x = x.args[0]
+    return Tile(TileOp.EXPAND, (x,), (axes,), axes, x.hint)
+
+
+def rename(x: Tile, to: Axis) -> Tile:
+    """`x` with its time axis called `to`; a tile without one is itself."""
+    source = Axis.I if to is Axis.J else Axis.J
+    if source not in x.axes:
+        return x
+    assert to not in x.axes, "a score matrix has both time axes: it cannot be renamed"
+    if x.op is TileOp.RENAME:
+        return x.args[0]
+    if x.op is TileOp.EXPAND:
+        return expand(rename(x.args[0], to), axes_of(*(to if a is source else a for a in x.axes)))
+    axes = axes_of(*(to if a is source else a for a in x.axes))
+    return Tile(TileOp.RENAME, (x,), (to,), axes, x.hint)
+
+
+def rows(x: Tile) -> Tile:
+    """`x`, zero in the rows beyond the end of the sequence (a `where`: NaN there is dropped too).
+
+    A TOKEN is loaded so already, and so is a product with one.
+    """
+    if _zero_beyond_end(x):
+        return x
+    return Tile(TileOp.ROWS, (x,), (), axes_of(Axis.I, *x.axes), x.hint)
+
+
+def _zero_beyond_end(x: Tile) -> bool:
+    if x.op in (TileOp.ROWS, TileOp.TOKEN):
+        return True
+    if _is_neg(x):
+        return _zero_beyond_end(x.args[0])
+    return (
+        _is_product(x)
+        and any(_zero_beyond_end(a) for a in x.args)
+        and all(_finite_at_zero(a) for a in x.args)
+    )
+
+
+_INFINITE_AT_ZERO = (Op.LOG, Op.RSQRT, Op.DIV)
+
+
+def _finite_at_zero(x: Tile) -> bool:
+    """Whether `x` is finite for sure where the operands are zero: zero times it is then zero."""
+    return not any(t.op is TileOp.MAP and t.attrs[0] in _INFINITE_AT_ZERO for t in topological(x))
+
+
+def mask(x: Tile, which: Which) -> Tile:
+    if which is not Which.DIAGONAL and _within(x, which):
+        return x
+    if x.op is TileOp.EXPAND:
+        x = x.args[0]
+    return Tile(TileOp.MASK, (x,), (which,), axes_of(Axis.I, Axis.J, *x.axes), x.hint)
+
+
+def _within(x: Tile, which: Which) -> bool:
+    """Whether `x` is zero outside `which` already."""
+    if x.op is TileOp.DECAYED_DOT:
+        return True
+    if x.op in (TileOp.MASK, TileOp.DECAY):
+        return x.attrs[0] in (which, Which.STRICT)
+    if _is_neg(x):
+        return _within(x.args[0], which)
+    return _is_product(x) and any(_within(a, which) for a in x.args)
+
+
+def reduce(x: Tile, axes: Axes) -> Tile:
+    """Sum over those of `axes` that `x` has."""
+    axes = axes_of(*(a for a in axes if a in x.axes))
+    if not axes:
+        return x
+    if x.op is TileOp.EXPAND:  # constant along an axis: times its extent
+        (inner,) = x.args
+        constant = [a for a in axes if a not in inner.axes]
+        assert Axis.I not in constant and Axis.J not in constant, "mask rows before summing them"
+        for axis in constant:
+            inner = mul(inner, Tile(TileOp.EXTENT, (), (axis,), ()))
+        kept = axes_of(*(a for a in x.axes if a not in axes))
+        return expand(reduce(inner, tuple(a for a in axes if a not in constant)), kept)
+    return Tile(TileOp.SUM, (x,), (axes,), axes_of(*(a for a in x.axes if a not in axes)))
+
+
+def contract(x: Tile, y: Tile, over: Axis) -> Tile:
+    """sum over one axis of x*y: a matrix product where the axes fit one, a reduction elsewhere."""
+    x, y = (t.args[0] if t.op is TileOp.EXPAND and over in t.args[0].axes else t for t in (x, y))
+    if _is_neg(x):
+        return neg(contract(x.args[0], y, over))
+    if _is_neg(y):
+        return neg(contract(x, y.args[0], over))
+    shared = set(x.axes) & set(y.axes)
+    if shared == {over} and len(x.axes) == len(y.axes) == 2:
+        axes = axes_of(*(a for a in (*x.axes, *y.axes) if a is not over))
+        return Tile(TileOp.DOT, (x, y), (over,), axes)
+    return reduce(mul(x, y), (over,))
+
+
+def cumsum(x: Tile, *, reverse: bool = False, exclusive: bool = False) -> Tile:
+    assert Axis.I in x.axes, "a prefix sum runs over tokens"
+    return Tile(TileOp.CUMSUM, (x,), (reverse, exclusive), x.axes)
+
+
+def decay(p: Tile, q: Tile, which: Which) -> Tile:
+    """The C x C matrix e^(P_i - Q_j) of a scalar gate; `q` comes on axis I and is renamed here.
+
+    With LOWER, p and q must be one prefix: only then is the diagonal 1 whatever the gate, and its
+    gradient zero (the differentiation relies on it).
+    """
+    assert p.axes == q.axes == (Axis.I,)
+    assert which is Which.STRICT or p == q
+    return Tile(TileOp.DECAY, (p, rename(q, Axis.J)), (which,), (Axis.I, Axis.J))
+
+
+def inverse(lower: Tile) -> Tile:
+    assert lower.axes == (Axis.I, Axis.J)
+    return Tile(TileOp.INVERSE, (lower,), (), lower.axes)
+
+
+def decayed_dot(x: Tile, y: Tile, p: Tile, q: Tile) -> Tile:
+    """Scores under a vector gate, strictly lower; all arguments [I, K], y and q renamed here."""
+    y, q = rename(y, Axis.J), rename(q, Axis.J)
+    return Tile(TileOp.DECAYED_DOT, (x, y, p, q), (), (Axis.I, Axis.J))
+
+
+def decayed_apply(a: Tile, y: Tile, p: Tile, q: Tile, side: Axis) -> Tile:
+    """The adjoint of `decayed_dot`: `a` applied to y (side I), or transposed to x (side J)."""
+    return Tile(TileOp.DECAYED_APPLY, (a, y, p, q), (side,), axes_of(side, Axis.K))
