@@ -1,6 +1,6 @@
-"""One bound and checked call: every mistake a caller can make is named here, before an engine runs.
+"""One bound and checked call: every mistake a caller can make is named before an engine runs.
 
-Nothing in this file but `check_boundaries` reads what a tensor holds, so nothing waits for a device.
+Only `check_boundaries` reads what a tensor holds; all else is shapes, and waits for no device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from ..dsl.ir import Kind, Per
 from ..dsl.normal_form import NormalForm, Operand, StateDecl
 
 if TYPE_CHECKING:
-    from ..dsl.declaration import Declaration, Step
+    from ..dsl.declaration import Declaration
+    from ..dsl.step import Step
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TRAILING = {Kind.SCALAR: (), Kind.KEY: ("K",), Kind.VALUE: ("V",)}
@@ -85,30 +86,23 @@ def arrange(
         MissingOperand, UnknownOperand: as their names say.
         BadDtype: an operand is not a tensor, or a parameter is not a number.
     """
+    declared = [*(x.name for x in declaration.operands), *(p.name for p in declaration.params)]
     title = declaration.name
-    expected = ", ".join(x.name for x in declaration.operands)
     if len(args) > len(declaration.operands):
-        raise errors.UnknownOperand(
-            f"{title}: got {len(args)} positional operands, expected {len(declaration.operands)}: "
-            f"{expected}"
-        )
+        surplus = f"number {len(declaration.operands) + 1}"
+        raise errors.UnknownOperand(surplus, declared, op=title)
     given = {x.name: value for x, value in zip(declaration.operands, args, strict=False)}
     for name in named:
         if name in given:
-            raise errors.UnknownOperand(f"{title}: operand {name!r} was given twice")
+            raise errors.UnknownOperand(f"{name} (again)", declared, op=title)
     given.update(named)
     operands: dict[str, Tensor] = {}
     for x in declaration.operands:
         value = given.pop(x.name, None)
         if value is None:
-            raise errors.MissingOperand(
-                f"{title}: operand {x.name!r} is missing; expected {expected}"
-            )
+            raise errors.MissingOperand(x.name, kind_name(x), pattern(x), op=title)
         if not isinstance(value, Tensor):
-            raise errors.BadDtype(
-                f"{title}: operand {x.name!r}: got {type(value).__name__}, "
-                f"expected a tensor {pattern(x)}"
-            )
+            raise errors.BadDtype(x.name, type(value).__name__, f"a tensor {pattern(x)}")
         operands[x.name] = value
     params: dict[str, float] = {}
     for p in declaration.params:
@@ -116,19 +110,26 @@ def arrange(
         if number is None:
             number = p.default
         if number is None:
-            raise errors.MissingOperand(f"{title}: parameter {p.name!r} is missing: a float")
+            raise errors.MissingOperand(p.name, "float", "or rather a Python number", op=title)
         if isinstance(number, Tensor) or not isinstance(number, (int, float)):
             raise errors.BadDtype(
-                f"{title}: parameter {p.name!r}: got {type(number).__name__}, expected a Python "
-                "number (it has no gradient; declare a HeadScalar for one that is learnt)"
+                p.name,
+                type(number).__name__,
+                "a Python number",
+                help="a keyword has no gradient; declare a HeadScalar for a number that is learnt",
             )
         params[p.name] = float(number)
     for name in given:
-        raise errors.UnknownOperand(
-            f"{title}: {name!r} is not an operand or parameter; expected {expected}"
-            + "".join(f", {p.name}" for p in declaration.params)
-        )
+        raise errors.UnknownOperand(name, declared, op=title)
     return operands, params
+
+
+def kind_name(x: Operand) -> str:
+    """The operand's kind as the user wrote it."""
+    bare = x.kind.name.title()
+    if x.micro:
+        return f"tuple[{bare}, ...]"
+    return f"Head{bare}" if x.per is Per.HEAD else bare
 
 
 def pattern(x: Operand) -> str:
@@ -164,9 +165,8 @@ def initial_states(
     states = (given,) if isinstance(given, Tensor) else tuple(given)
     if len(states) != count:
         names = ", ".join(s.name for s in declaration.states)
-        raise errors.BadShape(
-            f"{declaration.name}: initial_state: got {len(states)} tensors, expected {count}, "
-            f"one per state: ({names})"
+        raise errors.BadBatch(
+            "initial_state", len(states), f"{count} tensors, one per state: {names}"
         )
     return states
 
@@ -183,88 +183,74 @@ def describe(
     Raises:
         BadShape, BadDtype, BadDevice, HeadMismatch, BadBatch, BadCuSeqlens: as their names say.
     """
-    title = declaration.name
     device = next(iter(operands.values())).device
     sizes: dict[str, tuple[int, str]] = {}
     key_heads: dict[str, int] = {}
     for x in declaration.operands:
         tensor = operands[x.name]
-        _check_placement(title, f"operand {x.name!r}", tensor, device)
-        _measure(title, x, tensor, sizes, key_heads)
-    if not {"B", "T"} <= sizes.keys():
-        raise errors.BadShape(f"{title}: no operand is per token, so the length is unknown")
+        _check_placement(x.name, tensor, device)
+        _measure(x, tensor, sizes, key_heads)
+    if "T" not in sizes:
+        raise errors.MissingOperand(
+            "per token", "Key, Value or Scalar", "[B,T,...]", op=declaration.name
+        )
     if "HV" not in sizes:
         widest = max(key_heads, key=lambda n: key_heads[n])
         sizes["HV"] = (key_heads[widest], widest)
     B, T, HV = (sizes[s][0] for s in ("B", "T", "HV"))
-    H = _key_heads(title, key_heads, HV, sizes["HV"][1])
+    H = _key_heads(key_heads, HV, sizes["HV"][1])
     # no operand says so only where no state has the axis
     K, V = (sizes.get(s, (1, ""))[0] for s in ("K", "V"))
-    micro = sizes.get("n", (1, ""))[0]
     if cu_seqlens is not None:
-        _check_cu_seqlens_form(title, cu_seqlens, B)
+        _check_cu_seqlens_form(cu_seqlens, B, sizes["B"][1])
     values = [x for x in declaration.operands if x.kind is Kind.VALUE and x.per is Per.TOKEN]
     lead = operands[(values or list(declaration.operands))[0].name]
     call = Call(
-        declaration,
-        operands,
-        params,
-        initial,
-        cu_seqlens,
-        B,
-        T,
-        H,
-        HV,
-        K,
-        V,
-        B if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        micro,
-        lead.dtype,
-        device,
+        declaration=declaration,
+        operands=operands,
+        params=params,
+        initial=initial,
+        cu_seqlens=cu_seqlens,
+        B=B,
+        T=T,
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        N=B if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        micro=sizes.get("n", (1, ""))[0],
+        dtype=lead.dtype,
+        device=device,
     )
     for state, start in zip(declaration.states, initial, strict=True):
         if start is not None:
-            what = f"initial_state {state.name!r}"
-            _check_placement(title, what, start, device)
+            _check_placement(f"initial_state ({state.name})", start, device)
             expected = call.state_shape(state)
             if tuple(start.shape) != expected:
                 letters = "[N,HV,K,V]" if state.kind is Kind.STATE else "[N,HV,K]"
                 raise errors.BadShape(
-                    f"{title}: {what}: got {_shape(start)}, expected {letters} = {list(expected)}"
+                    f"initial_state ({state.name})", start.shape, f"{letters} = {list(expected)}"
                 )
     return call
 
 
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
-
-
-def _check_placement(title: str, what: str, tensor: Tensor, device: torch.device) -> None:
+def _check_placement(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.dtype not in FLOATS:
         raise errors.BadDtype(
-            f"{title}: {what}: got {tensor.dtype}, expected one of "
-            + ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
+            name, str(tensor.dtype), "one of " + ", ".join(str(d)[len("torch.") :] for d in FLOATS)
         )
     if tensor.device != device:
-        raise errors.BadDevice(
-            f"{title}: {what}: got device {tensor.device}, expected {device}, "
-            "that of the first operand"
-        )
+        raise errors.BadDevice(name, str(tensor.device), str(device))
 
 
 def _measure(
-    title: str,
-    x: Operand,
-    tensor: Tensor,
-    sizes: dict[str, tuple[int, str]],
-    key_heads: dict[str, int],
+    x: Operand, tensor: Tensor, sizes: dict[str, tuple[int, str]], key_heads: dict[str, int]
 ) -> None:
-    """Compare one operand's shape with the sizes known so far, and add those it is first to show."""
+    """Compare one operand's shape with the sizes known so far; add those it is first to show."""
     letters = pattern(x)[1:-1].split(",")
     if tensor.ndim != len(letters):
         raise errors.BadShape(
-            f"{title}: operand {x.name!r}: got {_shape(tensor)} ({tensor.ndim} axes), "
-            f"expected {pattern(x)} ({len(letters)} axes)"
+            x.name, tensor.shape, f"{pattern(x)}, {len(letters)} axes", kind=kind_name(x)
         )
     for letter, size in zip(letters, tensor.shape, strict=True):
         if letter == "H|HV":
@@ -273,17 +259,18 @@ def _measure(
         known = sizes.setdefault(letter, (size, x.name))
         if known[0] != size:
             raise errors.BadShape(
-                f"{title}: operand {x.name!r}: got {_shape(tensor)}, expected {pattern(x)} "
-                f"with {letter} = {known[0]}, as in operand {known[1]!r}"
+                x.name,
+                tensor.shape,
+                f"{pattern(x)} with {letter} = {known[0]}, as in operand {known[1]!r}",
+                kind=kind_name(x),
             )
-    if "n" in letters and tensor.shape[2] == 0:
+    if x.micro and tensor.shape[2] == 0:
         raise errors.BadShape(
-            f"{title}: operand {x.name!r}: got {_shape(tensor)}, expected {pattern(x)} "
-            "with at least one micro-step"
+            x.name, tensor.shape, f"{pattern(x)} with at least one micro-step", kind=kind_name(x)
         )
 
 
-def _key_heads(title: str, key_heads: dict[str, int], HV: int, witness: str) -> int:
+def _key_heads(key_heads: dict[str, int], HV: int, witness: str) -> int:
     """H: the head count of the Keys that do not belong to the value heads."""
     grouped = {n: h for n, h in key_heads.items() if h != HV}
     if not grouped:
@@ -292,39 +279,34 @@ def _key_heads(title: str, key_heads: dict[str, int], HV: int, witness: str) -> 
     for name, h in grouped.items():
         if h != H:
             raise errors.HeadMismatch(
-                f"{title}: operand {name!r}: got {h} heads, expected H = {H} as in operand "
-                f"{first!r}, or HV = {HV} as in operand {witness!r}"
+                name, h, f"{H} as operand {first!r} has, or {HV} as operand {witness!r} has"
             )
     if H == 0 or HV % H != 0:
         raise errors.HeadMismatch(
-            f"{title}: operand {first!r}: got H = {H} heads, expected a divisor of HV = {HV}, "
-            f"the heads of operand {witness!r} (value head j uses key head j // (HV/H))"
+            first, H, f"{HV} as operand {witness!r} has, or a divisor of that"
         )
     return H
 
 
-def _check_cu_seqlens_form(title: str, cu_seqlens: Tensor, B: int) -> None:
+def _check_cu_seqlens_form(cu_seqlens: Tensor, B: int, witness: str) -> None:
     if not isinstance(cu_seqlens, Tensor):
-        raise errors.BadCuSeqlens(
-            f"{title}: cu_seqlens: got {type(cu_seqlens).__name__}, expected an int32 or int64 "
-            "tensor [N+1]"
-        )
+        raise errors.BadCuSeqlens(f"a {type(cu_seqlens).__name__}", "an int32 or int64 tensor")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise errors.BadCuSeqlens(
-            f"{title}: cu_seqlens: got {cu_seqlens.dtype}, expected int32 or int64"
-        )
+        raise errors.BadCuSeqlens(f"of dtype {cu_seqlens.dtype}", "int32 or int64")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise errors.BadCuSeqlens(
-            f"{title}: cu_seqlens: got {_shape(cu_seqlens)}, expected [N+1] with N >= 1 sequences"
+            f"of shape {list(cu_seqlens.shape)}", "[N+1], the boundaries of N >= 1 sequences"
         )
     if B != 1:
         raise errors.BadBatch(
-            f"{title}: cu_seqlens packs sequences along T: got B = {B}, expected B = 1 "
-            "(reshape the operands to [1, B*T, ...])"
+            witness,
+            B,
+            "1, as cu_seqlens packs sequences along T",
+            help="reshape the operands to [1, B*T, ...]",
         )
 
 
-def check_boundaries(title: str, cu_seqlens: Tensor, T: int) -> None:
+def check_boundaries(cu_seqlens: Tensor, T: int) -> None:
     """That `cu_seqlens` rises from 0 to T; waits for its device, so only for CPU tensors or checks.
 
     Raises:
@@ -332,22 +314,20 @@ def check_boundaries(title: str, cu_seqlens: Tensor, T: int) -> None:
     """
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
-        raise errors.BadCuSeqlens(f"{title}: cu_seqlens[0]: got {bounds[0]}, expected 0")
+        raise errors.BadCuSeqlens(f"{bounds[0]} at [0]", "0")
     for n in range(1, len(bounds)):
         if bounds[n] < bounds[n - 1]:
             raise errors.BadCuSeqlens(
-                f"{title}: cu_seqlens[{n}]: got {bounds[n]} after {bounds[n - 1]}, "
-                "expected boundaries that do not decrease"
+                f"{bounds[n]} at [{n}] after {bounds[n - 1]}", "offsets that do not decrease"
             )
     if bounds[-1] != T:
         raise errors.BadCuSeqlens(
-            f"{title}: cu_seqlens[{len(bounds) - 1}]: got {bounds[-1]}, expected T = {T}, "
-            "the length of the packed operands"
+            f"{bounds[-1]} at [{len(bounds) - 1}]", f"T = {T}, the length of the packed operands"
         )
 
 
 def on_one_device(call: Call) -> Call:
-    """The call with `cu_seqlens` where the operands are (it may come from the host, checked there)."""
+    """The call with `cu_seqlens` moved to where the operands are (it may come from the host)."""
     if call.cu_seqlens is None or call.cu_seqlens.device == call.device:
         return call
     return replace(call, cu_seqlens=call.cu_seqlens.to(call.device, non_blocking=True))

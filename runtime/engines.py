@@ -63,21 +63,21 @@ def choose(device_type: str, requested: EngineName | str | None = None) -> Engin
         own = _BY_DEVICE.get(device_type)
         if own is None:
             raise errors.EngineUnavailable(
-                f"no engine is chosen by default for device {device_type!r}: "
-                "pass engine='eager' to run it with torch operations there"
+                "default",
+                f"no engine is chosen by itself on a device of type {device_type!r}",
+                help='engine="eager" runs it with torch operations there',
             )
         return own
+    known = ", ".join(n.value for n in _MODULES)
     try:
         name = EngineName(requested)
     except ValueError:
         raise errors.EngineUnavailable(
-            f"engine={requested!r} is not known: expected one of "
-            + ", ".join(repr(n.value) for n in _MODULES)
+            str(requested), "there is no engine of that name", help=f"engines: {known}"
         ) from None
     if name not in _MODULES:
         raise errors.EngineUnavailable(
-            f"engine={name.value!r} is not part of this version: expected one of "
-            + ", ".join(repr(n.value) for n in _MODULES)
+            name.value, "it is not part of this version", help=f"engines: {known}"
         )
     return name
 
@@ -92,7 +92,7 @@ def load(name: EngineName) -> Engine:
         module = importlib.import_module(f".{_MODULES[name]}", __package__)
     except ModuleNotFoundError as missing:
         raise errors.EngineUnavailable(
-            f"engine={name.value!r} needs the module {missing.name!r}, which is not installed"
+            name.value, f"it needs the module {missing.name!r}, which is not installed"
         ) from missing
     return cast(Engine, module)
 

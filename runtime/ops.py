@@ -174,10 +174,7 @@ def _register(
         pass
 
     def refuse(ctx: Any, *cotangents: Any) -> None:
-        raise errors.DoubleBackward(
-            f"{declaration.name}: a gradient of its gradient was asked for, and the backward "
-            "kernels have none; differentiate once (create_graph=False)"
-        )
+        raise errors.DoubleBackward(declaration.name)
 
     for own, run, shapes in (
         (name, forward, forward_shapes),
@@ -199,7 +196,9 @@ def _loaded(name: EngineName, call: Call) -> Engine:
     reason = engine.supports(call)
     if reason is not None:
         raise errors.NotLowered(
-            f"{call.declaration.name}: engine={name.value!r} cannot serve this call: {reason}"
+            f"engine {name.value!r} cannot serve this call of {call.declaration.name}",
+            reason,
+            'engine="reference" runs any legal step, token by token',
         )
     return engine
 

@@ -1,4 +1,4 @@
-"""What a user holds: a declared recurrence that can be called, differentiated, explained, stepped."""
+"""What a user holds: a declared recurrence, to be called, differentiated, explained, stepped."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..dsl import errors
 from ..dsl.declaration import Declaration
+from ..dsl.trace import where
 from . import decode
 from .call import arrange, initial_states
 from .engines import EngineName, choose
@@ -134,10 +135,7 @@ def _signature(declaration: Declaration) -> inspect.Signature:
     reserved = {p.name for p in OPTIONS} | {"state"}
     for x in (*declaration.operands, *declaration.params):
         if x.name in reserved:
-            raise errors.ReservedName(
-                f"{declaration.name}: {x.name!r} is an option of every recurrence "
-                f"({', '.join(sorted(reserved))}): give the operand another name"
-            )
+            raise errors.ReservedName(x.name, sorted(reserved), where(declaration.function))
     either, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter(x.name, either) for x in declaration.operands]
     for p in declaration.params:
