@@ -1,0 +1,124 @@
+"""Smart constructors of elementwise expressions: what the passes build with, folding the obvious."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .ir import Kind, Node, Op, constant, topological
+
+ONE = constant(1.0)
+MINUS_ONE = constant(-1.0)
+
+
+def number(node: Node) -> float | None:
+    """The value of a constant; None for anything else."""
+    if node.op is not Op.CONST:
+        return None
+    value = node.attrs[0]
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _kind(a: Node, b: Node) -> Kind:
+    return b.kind if a.kind is Kind.SCALAR else a.kind
+
+
+def mul(a: Node, b: Node) -> Node:
+    """a * b; a Scalar broadcasts."""
+    x, y = number(a), number(b)
+    if x is not None and y is not None:
+        return constant(x * y)
+    if x == 1.0:
+        return b
+    if y == 1.0:
+        return a
+    if x == -1.0:
+        return neg(b)
+    if y == -1.0:
+        return neg(a)
+    if a.op is Op.NEG:
+        return neg(mul(a.args[0], b))
+    if b.op is Op.NEG:
+        return neg(mul(a, b.args[0]))
+    return Node(Op.MUL, (a, b), (), _kind(a, b))
+
+
+def neg(a: Node) -> Node:
+    """-a."""
+    x = number(a)
+    if x is not None:
+        return constant(-x)
+    return a.args[0] if a.op is Op.NEG else Node(Op.NEG, (a,), (), a.kind)
+
+
+def add(a: Node, b: Node) -> Node:
+    """a + b; a Scalar broadcasts."""
+    x, y = number(a), number(b)
+    if x is not None and y is not None:
+        return constant(x + y)
+    if x == 0.0 and b.kind is _kind(a, b):
+        return b
+    if y == 0.0 and a.kind is _kind(a, b):
+        return a
+    if b.op is Op.NEG:
+        return Node(Op.SUB, (a, b.args[0]), (), _kind(a, b))
+    if a.op is Op.NEG:
+        return Node(Op.SUB, (b, a.args[0]), (), _kind(a, b))
+    return Node(Op.ADD, (a, b), (), _kind(a, b))
+
+
+def div(a: Node, b: Node) -> Node:
+    """a / b; a Scalar broadcasts."""
+    y = number(b)
+    if y == 1.0:
+        return a
+    return Node(Op.DIV, (a, b), (), _kind(a, b))
+
+
+def unary(op: Op, a: Node) -> Node:
+    """An elementwise function."""
+    return Node(op, (a,), (), a.kind)
+
+
+def dot(a: Node, b: Node) -> Node:
+    """Inner product of two vectors of one kind."""
+    product = mul(a, b)
+    if product.op is Op.NEG:
+        return neg(Node(Op.SUM, product.args, (), Kind.SCALAR))
+    return Node(Op.SUM, (product,), (), Kind.SCALAR)
+
+
+def total(nodes: Iterable[Node]) -> Node | None:
+    """The sum of some expressions; None of none."""
+    result: Node | None = None
+    for node in nodes:
+        result = node if result is None else add(result, node)
+    return result
+
+
+def leaves(node: Node) -> frozenset[str]:
+    """The names of the operands and parameters that an expression depends on."""
+    found = (n for n in topological(node) if n.op in (Op.OPERAND, Op.PARAM))
+    return frozenset(str(n.attrs[:2]) for n in found)
+
+
+def split_scalar(vector: Node) -> tuple[Node, Node]:
+    """`(s, x)` with `vector = s * x`, s the Scalar factors that do not depend on x.
+
+    A normalisation `k * rsqrt(sum(k²))` stays whole: keys of length 1 are what half precision needs.
+    """
+    if vector.op is Op.NEG:
+        s, x = split_scalar(vector.args[0])
+        return neg(s), x
+    if vector.op is Op.MUL and vector.kind is not Kind.SCALAR:
+        a, b = vector.args
+        if b.kind is Kind.SCALAR:
+            a, b = b, a
+        if a.kind is Kind.SCALAR and not leaves(a) & leaves(b):
+            s, x = split_scalar(b)
+            return mul(a, s), x
+    if vector.op is Op.DIV and vector.args[1].kind is Kind.SCALAR:
+        a, b = vector.args
+        if a.kind is not Kind.SCALAR and not leaves(a) & leaves(b):
+            s, x = split_scalar(a)
+            return div(s, b), x
+    return ONE, vector

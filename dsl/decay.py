@@ -1,0 +1,70 @@
+"""Pass: a multiplier of the state to its log-decay, by rule (math.md, numerics 7)."""
+
+from __future__ import annotations
+
+import math
+
+from . import algebra, errors
+from .intervals import Interval, interval
+from .ir import Loc, Node, Op, constant
+from .printing import infix
+
+SMALLEST = 2.0**-126  # the least normal float32: log of 0 would give -inf - (-inf) inside a chunk
+
+
+def log_decay(multiplier: Node, loc: Loc | None = None) -> tuple[Node | None, Interval]:
+    """The natural log of a state's multiplier, and what is known of it; None for a multiplier of 1.
+
+    `exp(g)` with g unknown is accepted: gates are log-decays ≤ 0 by convention.
+    Raises StateGrows, UnboundedDecay, DecayNotPositive.
+    """
+    if algebra.number(multiplier) == 1.0:
+        return None, Interval(0.0, 0.0)
+    loc = multiplier.loc or loc
+    log = _log(multiplier, loc)
+    bound = interval(log)
+    if bound.hi > 0.0 and (bound.lo >= 0.0 or bound.hi < math.inf):
+        hi = math.exp(bound.hi) if bound.hi < 700 else math.inf
+        raise errors.StateGrows(infix(multiplier), math.exp(min(bound.lo, 700.0)), hi, loc)
+    return log, bound
+
+
+def _log(f: Node, loc: Loc | None) -> Node:
+    """The log of a positive expression, each rule exact except the last."""
+    value = algebra.number(f)
+    if value is not None:
+        if value <= 0.0:
+            raise errors.DecayNotPositive(f"the constant {value:g}", value, value, f.loc or loc)
+        return constant(math.log(value))
+    if f.op is Op.EXP:
+        return f.args[0]
+    if f.op is Op.SIGMOID:
+        return algebra.unary(Op.LOGSIGMOID, f.args[0])
+    complement = _one_minus(f)
+    if complement is not None and complement.op is Op.SIGMOID:
+        return algebra.unary(Op.LOGSIGMOID, algebra.neg(complement.args[0]))
+    if f.op is Op.MUL:
+        return algebra.add(_log(f.args[0], loc), _log(f.args[1], loc))
+    if f.op is Op.SQRT:
+        return algebra.mul(constant(0.5), _log(f.args[0], loc))
+    if f.op is Op.DIV and algebra.number(f.args[1]) is not None:
+        return algebra.add(_log(f.args[0], loc), algebra.neg(_log(f.args[1], loc)))
+    bound = interval(f)
+    if bound.inside(0.0, 1.0):
+        return algebra.unary(Op.LOG, _at_least(f, SMALLEST))
+    if math.isinf(bound.lo) or math.isinf(bound.hi):
+        raise errors.UnboundedDecay(infix(f), f.loc or loc)
+    if bound.lo < 0.0:
+        raise errors.DecayNotPositive(infix(f), bound.lo, bound.hi, f.loc or loc)
+    raise errors.StateGrows(infix(f), bound.lo, bound.hi, f.loc or loc)
+
+
+def _at_least(f: Node, floor: float) -> Node:
+    return Node(Op.MAXIMUM, (f, constant(floor)), (), f.kind)
+
+
+def _one_minus(f: Node) -> Node | None:
+    """x, if f is 1 - x."""
+    if f.op is Op.SUB and algebra.number(f.args[0]) == 1.0:
+        return f.args[1]
+    return None

@@ -1,0 +1,84 @@
+"""A declared recurrence: the user's function with everything that is derived from it, on demand."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+
+from .ir import Loc
+from .normal_form import NormalForm, Operand, Param, StateDecl
+from .normalise import normalise
+from .step import Step
+from .trace import Signature, read_signature, trace, where
+
+
+class Declaration:
+    """A recurrence, from its Python function; the mistakes in it are reported at once.
+
+    `any_step` also takes steps that are not affine in the state: only the reference engine runs
+    them. Raises DeclarationError (see `errors`).
+    """
+
+    def __init__(self, function: Callable[..., object], *, any_step: bool = False) -> None:
+        self.function = function
+        self.name: str = getattr(function, "__name__", "recurrence")
+        self.doc: str = inspect.getdoc(function) or ""
+        self.source_location: Loc | None = where(function)
+        self.any_step = any_step
+        self._signature: Signature = read_signature(function)
+        self._trace = lru_cache(maxsize=None)(self._trace_once)
+        self._normalise = lru_cache(maxsize=None)(self._normalise_once)
+        if any_step:
+            self.step(2 if self.has_micro else 1)
+        else:
+            self.normal_form(2 if self.has_micro else 1)
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """The tensors of a call, in order."""
+        return self._signature.operands
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        """The run-time floats of a call."""
+        return self._signature.params
+
+    @property
+    def states(self) -> tuple[StateDecl, ...]:
+        """The carried states, in order."""
+        return self._signature.states
+
+    @property
+    def statics(self) -> Mapping[str, int | bool]:
+        """The int and bool keywords, with their defaults."""
+        return dict(self._signature.statics)
+
+    @property
+    def has_micro(self) -> bool:
+        """Whether an operand is a tuple, one entry per micro-step."""
+        return any(o.micro for o in self.operands)
+
+    def step(self, micro: int = 1, static: Mapping[str, int | bool] | None = None) -> Step:
+        """The traced step, for tuples of length `micro` and static keywords `static`."""
+        return self._trace(micro, tuple(sorted((static or {}).items())))
+
+    def normal_form(
+        self, micro: int = 1, static: Mapping[str, int | bool] | None = None
+    ) -> NormalForm:
+        """The normal form of that step. Raises NotAffine, NoChunkForm and the decay errors."""
+        return self._normalise(micro, tuple(sorted((static or {}).items())))
+
+    def _trace_once(self, micro: int, static: tuple[tuple[str, int | bool], ...]) -> Step:
+        return trace(self.function, micro, dict(static))
+
+    def _normalise_once(self, micro: int, static: tuple[tuple[str, int | bool], ...]) -> NormalForm:
+        return normalise(self._trace(micro, static))
+
+    def __repr__(self) -> str:
+        return f"<recurrence {self.name}({', '.join(o.name for o in self.operands)})>"
+
+
+def declaration(function: Callable[..., object]) -> Declaration:
+    """Decorator: declare a recurrence."""
+    return Declaration(function)

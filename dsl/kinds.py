@@ -1,0 +1,85 @@
+"""The surface types: what a parameter of a step may be annotated with."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from .ir import Kind, Per
+from .traced import Traced
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What an annotation says: the kind of the value and how often it changes."""
+
+    name: str
+    kind: Kind
+    per: Per
+    micro: bool = False
+
+
+Key = Annotated[Traced, Role("Key", Kind.KEY, Per.TOKEN)]
+"""Per token, K channels: `[B,T,H,K]`, or `[B,T,HV,K]` when it belongs to the value heads."""
+Value = Annotated[Traced, Role("Value", Kind.VALUE, Per.TOKEN)]
+"""Per token, V channels: `[B,T,HV,V]`."""
+Scalar = Annotated[Traced, Role("Scalar", Kind.SCALAR, Per.TOKEN)]
+"""Per token, one number: `[B,T,HV]`."""
+HeadScalar = Annotated[Traced, Role("HeadScalar", Kind.SCALAR, Per.HEAD)]
+"""Per head, one number: `[HV]`."""
+HeadKey = Annotated[Traced, Role("HeadKey", Kind.KEY, Per.HEAD)]
+"""Per head, K channels: `[HV,K]`."""
+HeadValue = Annotated[Traced, Role("HeadValue", Kind.VALUE, Per.HEAD)]
+"""Per head, V channels: `[HV,V]`."""
+State = Annotated[Traced, Role("State", Kind.STATE, Per.TOKEN)]
+"""The carried matrix: `[N,HV,K,V]`."""
+KeyState = Annotated[Traced, Role("KeyState", Kind.KEY_STATE, Per.TOKEN)]
+"""A carried vector: `[N,HV,K]`."""
+
+_ALIASES = {
+    "Key": Key,
+    "Value": Value,
+    "Scalar": Scalar,
+    "HeadScalar": HeadScalar,
+    "HeadKey": HeadKey,
+    "HeadValue": HeadValue,
+    "State": State,
+    "KeyState": KeyState,
+}
+
+
+def role_of(annotation: object) -> Role | None:
+    """The role that an annotation states; `tuple[Key, ...]` is a Key per micro-step."""
+    if typing.get_origin(annotation) is tuple:
+        inner = typing.get_args(annotation)
+        role = role_of(inner[0]) if len(inner) == 2 and inner[1] is Ellipsis else None
+        if role is None or role.micro or role.kind.is_state or role.per is Per.HEAD:
+            return None
+        return Role(f"tuple[{role.name}, ...]", role.kind, role.per, micro=True)
+    for extra in getattr(annotation, "__metadata__", ()):
+        if isinstance(extra, Role):
+            return extra
+    return None
+
+
+def annotations_of(function: Callable[..., object]) -> dict[str, object]:
+    """The parameters' annotations, strings resolved in the function's own scope."""
+    if not isinstance(function, types.FunctionType):
+        return dict(getattr(function, "__annotations__", {}))
+    local: dict[str, object] = dict(_ALIASES)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            local[name] = cell.cell_contents
+        except ValueError:  # a name that is bound later, such as the function itself
+            continue
+    # a global of that name wins over the aliases: get_type_hints looks at locals first
+    for name in _ALIASES:
+        if name in function.__globals__:
+            local[name] = function.__globals__[name]
+    holder = types.SimpleNamespace(
+        __annotations__={n: a for n, a in function.__annotations__.items() if n != "return"}
+    )
+    return typing.get_type_hints(holder, function.__globals__, local, include_extras=True)

@@ -1,0 +1,363 @@
+"""Pass: StepIR to the normal form, for any step that is affine in its states.
+
+The step is cut into micro-steps at the expressions that already hold writes and are read again by
+a later write (DeltaProduct); where no cut separates the step, the read is expanded instead. Between
+two cuts every expression is an affine form over the states at the cut (`affine`).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+
+from . import algebra, errors
+from .affine import Moment, MomentRead, StateForm, Term, Walker
+from .decay import log_decay
+from .intervals import Interval
+from .ir import ELEMENTWISE, Kind, Node, Op
+from .normal_form import (
+    Feedback,
+    MicroStep,
+    Mix,
+    NormalForm,
+    Phase,
+    Read,
+    StateDecl,
+    Update,
+    Write,
+)
+from .step import Step, state_leaf
+
+_READS = (Op.READ, Op.READ_VALUE)
+
+
+def normalise(step: Step) -> NormalForm:
+    """The normal form of a step.
+
+    Raises NotAffine, NoChunkForm, and what `log_decay` raises about multipliers.
+    """
+    bases = _cut(step)
+    forms: list[tuple[StateForm, ...]] = []
+    for index, (base, target) in enumerate(itertools.pairwise([*bases, step.next_states])):
+        walker = Walker(_moments(step.states, base, index))
+        forms.append(tuple(walker.state(n) for n in target))
+    transposed = _is_transposed(forms, step)
+    micro_steps = tuple(
+        _micro_step(step, index, each, transposed) for index, each in enumerate(forms)
+    )
+    stops: dict[Node, Moment] = {}
+    for index, nodes in enumerate([*bases, step.next_states]):
+        for node, moment in _moments(step.states, nodes, index).items():
+            if index == len(bases):
+                stops[node] = moment
+            else:
+                stops.setdefault(node, moment)
+    decays = [_own_coefs(step.states, f, i) for i, f in enumerate(forms)]
+    output = _Output(Walker(stops), decays, step)
+    node = output.rewrite(step.output)
+    return NormalForm(
+        step.name,
+        step.operands,
+        step.params,
+        step.states,
+        micro_steps,
+        tuple(output.reads),
+        node,
+        transposed,
+    )
+
+
+def _moments(states: Sequence[StateDecl], nodes: Sequence[Node], index: int) -> dict[Node, Moment]:
+    return {n: Moment(s.name, index) for s, n in zip(states, nodes, strict=True)}
+
+
+# ---------------------------------------------------------------- cutting into micro-steps
+
+
+def _cut(step: Step) -> list[tuple[Node, ...]]:
+    """The states at the start of each micro-step, as expressions."""
+    bases = [tuple(state_leaf(s) for s in step.states)]
+    while (found := _next_cut(step, bases[-1])) is not None:
+        bases.append(found)
+    return bases
+
+
+def _next_cut(step: Step, base: tuple[Node, ...]) -> tuple[Node, ...] | None:
+    walker = Walker(_moments(step.states, base, 0))
+    above = _above(step.next_states, base)
+    for read in above:
+        if read.op not in _READS:
+            continue
+        state = read.args[1] if read.op is Op.READ else read.args[0]
+        if not walker.state(state).terms:
+            continue
+        while state.op is Op.SCALE:  # a decay belongs to the micro-step that reads through it
+            state = state.args[0]
+        cut = _separator(step, base, state, above)
+        if cut is not None:
+            return cut
+    return None
+
+
+def _above(roots: Iterable[Node], stop: Iterable[Node]) -> list[Node]:
+    """Every node below `roots` and above `stop` (which is included where it is reached)."""
+    stops = set(stop)
+    order: dict[Node, None] = {}
+
+    def visit(node: Node) -> None:
+        if node in order:
+            return
+        if node not in stops:
+            for arg in node.args:
+                visit(arg)
+        order[node] = None
+
+    for root in roots:
+        visit(root)
+    return list(order)
+
+
+def _separator(
+    step: Step, base: tuple[Node, ...], state: Node, above: list[Node]
+) -> tuple[Node, ...] | None:
+    """One expression per state, `state` among them, through which alone the step sees `base`."""
+    for slot, declared in enumerate(step.states):
+        if declared.kind is not state.kind:
+            continue
+        choices: list[list[Node]] = []
+        for j, other in enumerate(step.states):
+            nodes = [n for n in above if n.kind is other.kind]
+            if j == slot:
+                nodes = [state]
+            elif _is_alone(step, base, j):  # whole update in the first micro-step that there is
+                nodes.reverse()
+            choices.append(nodes)
+        for cut in itertools.product(*choices):
+            if cut == base or len(set(cut)) < len(cut):
+                continue
+            reached = set(_above(step.next_states, cut)) - set(cut)
+            if not reached & set(base):
+                return cut
+    return None
+
+
+def _is_alone(step: Step, base: tuple[Node, ...], j: int) -> bool:
+    """Whether state j and the others do not see each other."""
+    others = [n for i, n in enumerate(step.next_states) if i != j]
+    own = set(_above([step.next_states[j]], base))
+    return base[j] not in _above(others, base) and not any(
+        b in own for i, b in enumerate(base) if i != j
+    )
+
+
+# ---------------------------------------------------------------- one micro-step
+
+
+def _own_coefs(
+    states: Sequence[StateDecl], forms: Sequence[StateForm], index: int
+) -> dict[Moment, Node]:
+    """What each state is multiplied by, within micro-step `index`, of its own incoming value."""
+    moments = [Moment(s.name, index) for s in states]
+    own = {m: dict(f.coefs).get(m) for m, f in zip(moments, forms, strict=True)}
+    return {m: c for m, c in own.items() if c is not None}
+
+
+def _is_transposed(forms: Sequence[Sequence[StateForm]], step: Step) -> bool:
+    everything = [f for each in forms for f in each]
+    columns = any(c.kind is Kind.VALUE for f in everything for _, c in f.coefs)
+    rows = any(c.kind is Kind.KEY for f in everything for _, c in f.coefs)
+    right = any(t.read is not None and not t.read.left for f in everything for t in f.terms)
+    left = any(t.read is not None and t.read.left for f in everything for t in f.terms)
+    loc = next((n.loc for n in step.next_states if n.loc is not None), None)
+    if (columns or right) and (rows or left):
+        raise errors.NoChunkForm(
+            "the step acts on the rows of the state and on its columns",
+            "`k @ S` and a Key gate multiply the state on the left (K×K), `S @ v` and a Value gate "
+            "on the right (V×V): both together do not chunk",
+            "use one side: `k @ S` with a Key or Scalar gate, or `S @ v` with a Value or Scalar "
+            "gate",
+            loc,
+        )
+    transposed = columns or right
+    if transposed and any(s.kind is Kind.KEY_STATE for s in step.states):
+        raise errors.NoChunkForm(
+            "a KeyState accompanies a State whose columns decay or are read",
+            "the form is transposed, and a KeyState has no columns to go with it",
+            "declare the two as two ops",
+            loc,
+        )
+    return transposed
+
+
+def _micro_step(step: Step, index: int, forms: Sequence[StateForm], transposed: bool) -> MicroStep:
+    names = [s.name for s in step.states]
+    own = {m.state: c for m, c in _own_coefs(step.states, forms, index).items()}
+    coupled = any(m.state != n for n, f in zip(names, forms, strict=True) for m, _ in f.coefs)
+    coupled = coupled or any(
+        t.read is not None and t.read.moment.state != n
+        for n, f in zip(names, forms, strict=True)
+        for t in f.terms
+    )
+    updates = []
+    for name, form, node in zip(names, forms, step.next_states, strict=True):
+        multiplier = own.get(name)
+        if multiplier is None:
+            raise errors.NoChunkForm(
+                f"the new {name} does not contain the old {name}",
+                "a state that is forgotten at every token has no log-decay (log 0)",
+                f"compute it within the step instead of carrying it, or decay it: `exp(g) * {name}`",
+                node.loc,
+            )
+        mixes = tuple(Mix(m.state, c) for m, c in form.coefs if m.state != name)
+        if coupled:
+            for coef in (multiplier, *(m.factor for m in mixes)):
+                if coef.kind is not Kind.SCALAR:
+                    raise errors.NoChunkForm(
+                        "coupled states carry a gate per channel",
+                        "states mix through scalar factors only: their products must stay small "
+                        "matrices per token",
+                        "make the gates Scalars, or uncouple the states",
+                        coef.loc or node.loc,
+                    )
+        log, bound = log_decay(multiplier, node.loc)
+        writes = _writes(form.terms, own, transposed)
+        updates.append(
+            Update(name, log, Interval(0.0, 0.0) if log is None else bound, mixes, writes)
+        )
+    return MicroStep(tuple(updates))
+
+
+def _writes(terms: Sequence[Term], own: Mapping[str, Node], transposed: bool) -> tuple[Write, ...]:
+    """Terms gathered by write key; what a key's value and feedback are."""
+    values: dict[Node, list[Node]] = {}
+    feedbacks: dict[Node, list[Feedback]] = {}
+    for term in terms:
+        key, value = (term.col, term.row) if transposed else (term.row, term.col)
+        scalar, key = algebra.split_scalar(key)
+        value = algebra.mul(scalar, value)
+        values.setdefault(key, [])
+        feedbacks.setdefault(key, [])
+        if term.read is None:
+            values[key].append(value)
+        else:
+            feedbacks[key].append(_feedback(term.read, value, own, key))
+    writes: list[Write] = []
+    for key in values:
+        value_sum = algebra.total(values[key])
+        merged = _merged(feedbacks[key], own)
+        writes.append(Write(key, value_sum, merged[0] if merged else None))
+        writes += [Write(key, None, f) for f in merged[1:]]
+    return tuple(writes)
+
+
+def _feedback(read: MomentRead, scale: Node, own: Mapping[str, Node], key: Node) -> Feedback:
+    if scale.kind is not Kind.SCALAR:
+        raise errors.NoChunkForm(
+            "what is read from the state is scaled per channel before it is written back",
+            "each column would need its own triangular solve instead of one for all",
+            "scale with a Scalar; a gate per channel may scale v, or the key that reads",
+            scale.loc or key.loc,
+        )
+    factor, vector = algebra.split_scalar(read.key)
+    scale = algebra.mul(scale, factor)
+    if read.coef == own.get(read.moment.state):
+        return Feedback(read.moment.state, vector, scale, True)
+    factor, vector = algebra.split_scalar(algebra.mul(read.coef, vector))
+    return Feedback(read.moment.state, vector, algebra.mul(scale, factor), False)
+
+
+def _merged(feedbacks: Sequence[Feedback], own: Mapping[str, Node]) -> list[Feedback]:
+    """At most one feedback per state read: scales add up on equal keys, else the keys do."""
+    by_state: dict[str, list[Feedback]] = {}
+    for f in feedbacks:
+        by_state.setdefault(f.state, []).append(f)
+    result: list[Feedback] = []
+    for state, group in by_state.items():
+        if len({f.decayed for f in group}) > 1:
+            group = [_undecayed(f, own[state]) for f in group]
+        scales: dict[Node, Node] = {}
+        for f in group:
+            scales[f.key] = algebra.add(scales[f.key], f.scale) if f.key in scales else f.scale
+        decayed = group[0].decayed
+        if len(scales) == 1:
+            ((key, scale),) = scales.items()
+        else:
+            summed = algebra.total(algebra.mul(s, k) for k, s in scales.items())
+            key, scale = (group[0].key if summed is None else summed), algebra.ONE
+        result.append(Feedback(state, key, scale, decayed))
+    return result
+
+
+def _undecayed(f: Feedback, decay: Node) -> Feedback:
+    if not f.decayed:
+        return Feedback(f.state, f.key, f.scale, False)
+    factor, key = algebra.split_scalar(algebra.mul(decay, f.key))
+    return Feedback(f.state, key, algebra.mul(f.scale, factor), False)
+
+
+# ---------------------------------------------------------------- the output
+
+
+class _Output:
+    """Rewrites the output to an elementwise function of reads at moments."""
+
+    def __init__(self, walker: Walker, decays: list[dict[Moment, Node]], step: Step) -> None:
+        self.reads: list[Read] = []
+        self._walker = walker
+        self._decays = decays
+        self._kinds = {s.name: s.kind for s in step.states}
+        self._done: dict[Node, Node] = {}
+
+    def rewrite(self, node: Node) -> Node:
+        if not self._walker.depends(node):
+            return node
+        if node not in self._done:
+            self._done[node] = self._rewrite(node)
+        return self._done[node]
+
+    def _rewrite(self, node: Node) -> Node:
+        if node.op in _READS:
+            key = node.args[0] if node.op is Op.READ else node.args[1]
+            if self._walker.depends(key):
+                raise errors.NoChunkForm(
+                    "the output reads the state with what was read from it",
+                    "a chunk computes all its reads at once, so their keys must be known before",
+                    "return the first read and read again in a second op",
+                    node.loc,
+                )
+            form = self._walker.vector(node)
+            parts = [] if form.const is None else [form.const]
+            parts += [algebra.mul(coef, self._result(read)) for coef, read in form.reads]
+            return functools.reduce(algebra.add, parts)
+        if node.op is Op.SUM:
+            raise errors.NoChunkForm(
+                "the output sums a read over its channels",
+                "what follows a read is elementwise: a kernel may hold only some of the columns",
+                "return the read and normalise it outside the op",
+                node.loc,
+            )
+        if node.op not in ELEMENTWISE:
+            raise errors.NoChunkForm(
+                f"the output holds {node.op.name.lower()} of a state", "", "read it", node.loc
+            )
+        args = tuple(self.rewrite(a) for a in node.args)
+        return Node(node.op, args, node.attrs, node.kind, node.loc)
+
+    def _result(self, read: MomentRead) -> Node:
+        """The leaf that stands for a read."""
+        name, at = read.moment.state, read.moment.index
+        last = len(self._decays)
+        own = self._decays[at].get(read.moment) if at < last else None
+        if read.coef == own and own != algebra.ONE:
+            entry = Read(name, read.key, at, Phase.DECAYED, not read.left)
+        elif at == 0:
+            entry = Read(name, read.folded, 0, Phase.BEFORE, not read.left)
+        else:
+            entry = Read(name, read.folded, at - 1, Phase.AFTER, not read.left)
+        if entry not in self.reads:
+            self.reads.append(entry)
+        kind = Kind.SCALAR if self._kinds[name] is Kind.KEY_STATE else Kind.VALUE
+        if not read.left:
+            kind = Kind.KEY
+        return Node(Op.RESULT, (), (self.reads.index(entry),), kind)

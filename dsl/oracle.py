@@ -1,0 +1,426 @@
+"""The meaning of a declaration: its step, token by token, in float64. Everything is judged by it.
+
+Also the same for a normal form, which is how the passes of this folder are tested.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from . import errors
+from .ir import Kind, Node, Op, Per, topological
+from .normal_form import Feedback, NormalForm, Operand, Phase, Read, StateDecl
+from .step import Step, operand_leaf, param_leaf, state_leaf
+
+_Env = dict[Node, Tensor]
+_CHECKPOINT_ABOVE = 64  # tokens; below, autograd's own tape is smaller than the bookkeeping
+
+
+@dataclass(frozen=True, slots=True)
+class Dims:
+    """Sizes of a call: batch, tokens, value heads, key and value channels, micro-steps."""
+
+    batch: int
+    tokens: int
+    heads: int
+    key: int
+    value: int
+    micro: int
+
+
+# ---------------------------------------------------------------- ops on tensors
+
+_UNARY: dict[Op, Callable[[Tensor], Tensor]] = {
+    Op.NEG: torch.neg,
+    Op.EXP: torch.exp,
+    Op.LOG: torch.log,
+    Op.EXPM1: torch.expm1,
+    Op.LOG1P: torch.log1p,
+    Op.SIGMOID: torch.sigmoid,
+    Op.LOGSIGMOID: torch.nn.functional.logsigmoid,
+    Op.SOFTPLUS: lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+    Op.TANH: torch.tanh,
+    Op.SQRT: torch.sqrt,
+    Op.RSQRT: torch.rsqrt,
+    Op.ABS: torch.abs,
+    Op.WITHIN: lambda x: x,
+}
+_BINARY: dict[Op, Callable[[Tensor, Tensor], Tensor]] = {
+    Op.ADD: torch.add,
+    Op.SUB: torch.sub,
+    Op.MUL: torch.mul,
+    Op.DIV: torch.div,
+    Op.MAXIMUM: torch.maximum,
+    Op.MINIMUM: torch.minimum,
+}
+_RANK = {Kind.SCALAR: 0, Kind.KEY: 1, Kind.VALUE: 1, Kind.STATE: 2, Kind.KEY_STATE: 1}
+
+
+def _lifted(x: Tensor, have: Kind, want: Kind) -> Tensor:
+    """A value with trailing axes of 1 so that it broadcasts against one of kind `want`."""
+    if have is Kind.VALUE and want is Kind.STATE:
+        return x.unsqueeze(-2)
+    for _ in range(_RANK[want] - _RANK[have]):
+        x = x.unsqueeze(-1)
+    return x
+
+
+def apply(node: Node, args: Sequence[Tensor]) -> Tensor:
+    """One op of StepIR on tensors whose leading axes agree (or broadcast)."""
+    op = node.op
+    if op in _UNARY:
+        return _UNARY[op](args[0])
+    if op in _BINARY:
+        x, y = (_lifted(t, a.kind, node.kind) for t, a in zip(args, node.args, strict=True))
+        return _BINARY[op](x, y)
+    if op is Op.SUM:
+        return args[0].sum(-1)
+    if op is Op.SCALE:
+        return args[0] * _lifted(args[1], node.args[1].kind, node.kind)
+    if op is Op.OUTER:
+        if node.kind is Kind.KEY_STATE:
+            return args[0] * args[1].unsqueeze(-1)
+        return args[0].unsqueeze(-1) * args[1].unsqueeze(-2)
+    if op is Op.READ:
+        if node.kind is Kind.SCALAR:
+            return (args[0] * args[1]).sum(-1)
+        return (args[0].unsqueeze(-2) @ args[1]).squeeze(-2)
+    if op is Op.READ_VALUE:
+        return (args[0] @ args[1].unsqueeze(-1)).squeeze(-1)
+    raise errors.InvalidIR("an op without a value", op.name)
+
+
+def evaluate(order: Sequence[Node], env: _Env) -> None:
+    """Adds the values of `order` (arguments first) to `env`, which holds their leaves."""
+    like = next(iter(env.values()))
+    for node in order:
+        if node in env:
+            continue
+        if node.op is Op.CONST:
+            value = node.attrs[0]
+            env[node] = torch.tensor(value, dtype=like.dtype, device=like.device)
+        else:
+            env[node] = apply(node, [env[a] for a in node.args])
+
+
+# ---------------------------------------------------------------- operands
+
+
+def dims_of(
+    declared: Sequence[Operand],
+    operands: Mapping[str, Tensor],
+    states: Sequence[StateDecl] = (),
+    initial: Sequence[Tensor | None] | None = None,
+) -> Dims:
+    """Sizes from the operands' shapes (layouts: `dsl.kinds`). Raises MissingOperand, BadShape."""
+    batch, tokens, heads, key, value, micro = 1, -1, 1, 1, 1, 1
+    for o in declared:
+        if o.name not in operands:
+            raise errors.MissingOperand(o.name, o.kind.name, "of its kind's shape")
+        shape = list(operands[o.name].shape)
+        channels = o.kind is not Kind.SCALAR
+        rank = (3 + o.micro if o.per is Per.TOKEN else 1) + channels
+        if len(shape) != rank:
+            raise errors.BadShape(o.name, shape, f"{rank} axes")
+        if channels:
+            last = shape.pop()
+            key, value = (last, value) if o.kind is Kind.KEY else (key, last)
+        heads = max(heads, shape.pop())
+        if o.micro:
+            micro = shape.pop()
+        if o.per is Per.TOKEN:
+            batch, tokens = shape
+    for s, x in zip(states, initial or (), strict=False):
+        if x is not None:
+            heads, key = max(heads, x.shape[1]), x.shape[2]
+            value = x.shape[3] if s.kind is Kind.STATE else value
+    if tokens < 0:
+        raise errors.MissingOperand("a per-token operand", "Key, Value or Scalar", "[B,T,H,…]")
+    return Dims(batch, tokens, heads, key, value, micro)
+
+
+def _leaves(
+    declared: Sequence[Operand],
+    operands: Mapping[str, Tensor],
+    params: Mapping[str, float | Tensor],
+    form: Step | NormalForm,
+    dims: Dims,
+    dtype: torch.dtype,
+) -> _Env:
+    """Operands as `[B,T,HV,…]` in `dtype`, Keys repeated to the value heads."""
+    env: _Env = {}
+    device = next(iter(operands.values())).device if operands else torch.device("cpu")
+    for o in declared:
+        x = operands[o.name].to(dtype)
+        if o.per is Per.HEAD:
+            x = x[None, None]
+        axis = -1 if o.kind is Kind.SCALAR else -2
+        have = x.shape[axis]
+        if have != dims.heads:
+            if have == 0 or dims.heads % have:
+                raise errors.HeadMismatch(o.name, have, f"a divisor of {dims.heads}")
+            x = x.repeat_interleave(dims.heads // have, dim=axis)
+        if o.micro:
+            env |= {operand_leaf(o, i): x[:, :, i] for i in range(dims.micro)}
+        else:
+            env[operand_leaf(o)] = x
+    for p in form.params:
+        given = params.get(p.name, p.default)
+        if given is None:
+            raise errors.MissingOperand(p.name, "float", "or a default")
+        env[param_leaf(p)] = torch.as_tensor(given, dtype=dtype, device=device)
+    return env
+
+
+def _zero_state(state: StateDecl, count: int, dims: Dims, like: Tensor) -> Tensor:
+    shape = [count, dims.heads, dims.key]
+    return like.new_zeros([*shape, dims.value] if state.kind is Kind.STATE else shape)
+
+
+def _state_dependent(roots: Sequence[Node]) -> dict[Node, None]:
+    found: dict[Node, None] = {}
+    for node in topological(*roots):
+        if node.op in (Op.STATE, Op.RESULT) or any(a in found for a in node.args):
+            found[node] = None
+    return found
+
+
+# ---------------------------------------------------------------- one token
+
+_Token = Callable[[_Env, list[Tensor]], tuple[Tensor, list[Tensor]]]
+
+
+def _step_token(step: Step) -> _Token:
+    leaves = [state_leaf(s) for s in step.states]
+    order = list(_state_dependent(step.roots))
+
+    def token(env: _Env, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        local = dict(env) | dict(zip(leaves, states, strict=True))
+        evaluate(order, local)
+        return local[step.output], [local[n] for n in step.next_states]
+
+    return token
+
+
+def _form_token(form: NormalForm) -> _Token:
+    """One token of a normal form: math.md (1), (2), as written."""
+    kinds = {s.name: s.kind for s in form.states}
+    order = [s.name for s in form.states]
+    after_reads = list(_state_dependent([form.output]))
+
+    def scaled(x: Tensor, name: str, multiplier: Tensor, kind: Kind) -> Tensor:
+        return x * _lifted(multiplier, kind, kinds[name])
+
+    def read(state: Tensor, key: Tensor, kind: Kind, name: str) -> Tensor:
+        if kinds[name] is Kind.KEY_STATE:
+            return (key * state).sum(-1)
+        if kind is Kind.KEY:
+            return torch.einsum("nhk,nhkv->nhv", key, state)
+        return torch.einsum("nhv,nhkv->nhk", key, state)
+
+    def token(env: _Env, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        current = dict(zip(order, states, strict=True))
+        local = dict(env)
+        moments: dict[tuple[str, int, Phase], Tensor] = {}
+        for m, micro in enumerate(form.micro_steps):
+            decayed: dict[str, Tensor] = {}
+            for u in micro.updates:
+                s = current[u.state]
+                moments[u.state, m, Phase.BEFORE] = s
+                if u.log_decay is not None:
+                    s = scaled(s, u.state, local[u.log_decay].exp(), u.log_decay.kind)
+                moments[u.state, m, Phase.DECAYED] = decayed[u.state] = s
+            after: dict[str, Tensor] = {}
+            for u in micro.updates:
+                s = decayed[u.state]
+                for mix in u.mixes:
+                    s = s + scaled(current[mix.state], u.state, local[mix.factor], mix.factor.kind)
+                for w in u.writes:
+                    value = None if w.value is None else local[w.value]
+                    if w.feedback is not None:
+                        seen = decayed if w.feedback.decayed else current
+                        back = _feedback(w.feedback, seen, local, read)
+                        value = back if value is None else value + back
+                    s = s + _written(w.key, local[w.key], value, kinds[u.state])
+                after[u.state] = s
+                moments[u.state, m, Phase.AFTER] = s
+            current = after
+        for i, r in enumerate(form.reads):
+            state = moments[r.state, r.micro_step, r.phase]
+            local[_result(form, i)] = read(state, local[r.key], r.key.kind, r.state)
+        evaluate(after_reads, local)
+        return local[form.output], [current[n] for n in order]
+
+    return token
+
+
+def _feedback(
+    f: Feedback,
+    states: Mapping[str, Tensor],
+    env: _Env,
+    read: Callable[[Tensor, Tensor, Kind, str], Tensor],
+) -> Tensor:
+    x = read(states[f.state], env[f.key], f.key.kind, f.state)
+    scale = env[f.scale]
+    return x * (scale.unsqueeze(-1) if x.dim() > scale.dim() else scale)
+
+
+def _written(key_node: Node, key: Tensor, value: Tensor | None, kind: Kind) -> Tensor:
+    if value is None:
+        raise errors.InvalidIR("a write without value or feedback")
+    if kind is Kind.KEY_STATE:
+        return key * value.unsqueeze(-1)
+    row, col = (key, value) if key_node.kind is Kind.KEY else (value, key)
+    return row.unsqueeze(-1) * col.unsqueeze(-2)
+
+
+def _result(form: NormalForm, index: int) -> Node:
+    r: Read = form.reads[index]
+    kind = next(s.kind for s in form.states if s.name == r.state)
+    if r.other_axis:
+        return Node(Op.RESULT, (), (index,), Kind.KEY)
+    return Node(Op.RESULT, (), (index,), Kind.SCALAR if kind is Kind.KEY_STATE else Kind.VALUE)
+
+
+def form_expressions(form: NormalForm) -> list[Node]:
+    """Every preamble expression of a normal form."""
+    found: list[Node | None] = []
+    for micro in form.micro_steps:
+        for u in micro.updates:
+            found += [u.log_decay, *(m.factor for m in u.mixes)]
+            for w in u.writes:
+                found += [w.key, w.value]
+                if w.feedback is not None:
+                    found += [w.feedback.key, w.feedback.scale]
+    found += [r.key for r in form.reads]
+    return [n for n in found if n is not None]
+
+
+# ---------------------------------------------------------------- all tokens
+
+
+def _run(
+    form: Step | NormalForm,
+    token: _Token,
+    roots: Sequence[Node],
+    operands: Mapping[str, Tensor],
+    params: Mapping[str, float | Tensor],
+    initial: Sequence[Tensor | None] | None,
+    cu_seqlens: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    dims = dims_of(form.operands, operands, form.states, initial)
+    env = _leaves(form.operands, operands, params, form, dims, dtype)
+    dependent = _state_dependent(roots)
+    # the preamble once for all tokens; only what depends on the state runs token by token
+    preamble = [n for n in topological(*roots) if n not in dependent]
+    evaluate(preamble, env)
+    needed = {a for n in dependent for a in n.args if a not in dependent}
+    needed |= {r for r in roots if r not in dependent}
+    names = [n for n in preamble if n in needed]
+    # per token, [B,T,HV,…]; the rest (per head, numbers) is the same for all tokens
+    moving = [n for n in names if env[n].dim() >= 3 and _has_tokens(n, form)]
+    fixed = {n: env[n][:, 0] if env[n].dim() >= 3 else env[n] for n in names if n not in moving}
+    columns = [env[n] for n in moving]
+    like = next(iter(env.values()))
+    count = dims.batch if cu_seqlens is None else len(cu_seqlens) - 1
+    states = [
+        _zero_state(s, count, dims, like) if x is None else x.to(dtype)
+        for s, x in zip(form.states, initial or [None] * len(form.states), strict=True)
+    ]
+    shape = [dims.batch, dims.heads] + {
+        Kind.SCALAR: [],
+        Kind.KEY: [dims.key],
+        Kind.VALUE: [dims.value],
+    }[form.output.kind]
+
+    def scan(columns: list[Tensor], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        outs = []
+        for values in zip(*(c.unbind(1) for c in columns), strict=True):
+            out, states = token(fixed | dict(zip(moving, values, strict=True)), states)
+            outs.append(out.expand(shape))
+        return outs, states
+
+    def sequence(columns: list[Tensor], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        length = columns[0].shape[1]
+        if length <= _CHECKPOINT_ABOVE or not torch.is_grad_enabled():
+            return scan(columns, states)
+        outs: list[Tensor] = []
+        for parts in zip(*(c.split(math.isqrt(length), 1) for c in columns), strict=True):
+            new, states = checkpoint(scan, list(parts), states, use_reentrant=False)
+            outs += new
+        return outs, states
+
+    if cu_seqlens is None:
+        outs, states = sequence(columns, states) if dims.tokens else ([], states)
+    else:
+        outs, ends = [], []
+        bounds = [int(n) for n in cu_seqlens.tolist()]
+        for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+            own = [s[i : i + 1] for s in states]
+            if end > start:
+                new, own = sequence([c[:, start:end] for c in columns], own)
+                outs += new
+            ends.append(own)
+        states = [torch.cat(list(x)) for x in zip(*ends, strict=True)]
+    if not outs:
+        return like.new_zeros([shape[0], dims.tokens, *shape[1:]]), tuple(states)
+    return torch.stack(outs, 1), tuple(states)
+
+
+def _has_tokens(node: Node, form: Step | NormalForm) -> bool:
+    per_token = {o.name for o in form.operands if o.per is Per.TOKEN}
+    return any(n.op is Op.OPERAND and n.attrs[0] in per_token for n in topological(node))
+
+
+def run(
+    step: Step,
+    operands: Mapping[str, Tensor],
+    params: Mapping[str, float | Tensor] | None = None,
+    initial: Sequence[Tensor | None] | None = None,
+    cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The declared step, token by token; differentiable, checkpointed every √T tokens.
+
+    `operands` by name in the layouts of `kinds` (a micro operand is `[B,T,n,…]`); `initial` one
+    state per sequence, `[N,HV,K,V]` or `[N,HV,K]`, None for zeros; `cu_seqlens` packs N sequences
+    into B = 1. Returns o `[B,T,HV,V]` in `dtype`, and the final states.
+    Raises MissingOperand, BadShape, HeadMismatch.
+    """
+    roots = list(step.roots)
+    return _run(step, _step_token(step), roots, operands, params or {}, initial, cu_seqlens, dtype)
+
+
+def run_form(
+    form: NormalForm,
+    operands: Mapping[str, Tensor],
+    params: Mapping[str, float | Tensor] | None = None,
+    initial: Sequence[Tensor | None] | None = None,
+    cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The same for a normal form, micro-step by micro-step. Arguments and returns as in `run`."""
+    roots = [*form_expressions(form), form.output]
+    return _run(form, _form_token(form), roots, operands, params or {}, initial, cu_seqlens, dtype)
+
+
+def step_once(
+    step: Step,
+    operands: Mapping[str, Tensor],
+    states: Sequence[Tensor | None] | None = None,
+    params: Mapping[str, float | Tensor] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One token: operands without their token axis (`[B,H,K]`, …). Returns o `[B,HV,V]`, states."""
+    per_head = {o.name for o in step.operands if o.per is Per.HEAD}
+    one = {n: x if n in per_head else x.unsqueeze(1) for n, x in operands.items()}
+    out, new = run(step, one, params, states, dtype=dtype)
+    return out[:, 0], new

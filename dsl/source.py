@@ -1,0 +1,49 @@
+"""Where in the user's file a traced expression was written."""
+
+from __future__ import annotations
+
+import dis
+import sys
+from itertools import islice
+from types import CodeType, FrameType
+
+from .ir import Loc
+
+# frames of these modules build expressions; the user's line is in the first frame outside them
+_BUILDERS = frozenset(
+    f"{__package__}.{m}" for m in ("source", "traced", "functions", "trace", "declaration")
+)
+
+
+def here() -> Loc | None:
+    """The innermost line that is not part of the tracing machinery."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") in _BUILDERS:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    code = frame.f_code
+    line, col, end_col = frame.f_lineno, None, None
+    if sys.version_info >= (3, 11) and frame.f_lasti >= 0:
+        found = next(islice(code.co_positions(), frame.f_lasti // 2, None), None)
+        if found is not None and found[0] is not None:
+            start, end, col, end_col = found
+            line = start
+            if end != start:
+                end_col = None
+    return Loc(code.co_filename, line, code.co_name, col, end_col)
+
+
+def definition(code: CodeType) -> Loc:
+    """The first line of a function (its decorator, where it has one)."""
+    return Loc(code.co_filename, code.co_firstlineno, code.co_name)
+
+
+def last_return(code: CodeType) -> Loc:
+    """The line of the last `return` of a function; its first line if there is none."""
+    line = code.co_firstlineno
+    returns = {i.offset for i in dis.get_instructions(code) if i.opname.startswith("RETURN_")}
+    for start, end, at in code.co_lines():
+        if at is not None and any(start <= offset < end for offset in returns):
+            line = max(line, at)
+    return Loc(code.co_filename, line, code.co_name)

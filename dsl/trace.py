@@ -1,0 +1,196 @@
+"""Pass: a Python function to StepIR, by calling it once with symbols."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from . import errors
+from . import step as step_ir
+from .ir import Loc, Node, Op, topological
+from .kinds import annotations_of, role_of
+from .normal_form import Operand, Param, StateDecl
+from .source import definition, last_return
+from .step import Step
+from .traced import KIND_NAMES, Traced
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a step's parameters declare. `statics`: int and bool keywords with their defaults."""
+
+    operands: tuple[Operand, ...]
+    params: tuple[Param, ...]
+    states: tuple[StateDecl, ...]
+    statics: tuple[tuple[str, int | bool], ...]
+    keyword_only: frozenset[str]
+
+
+def read_signature(function: Callable[..., object]) -> Signature:
+    """The declared operands, states and numbers, in order.
+
+    Raises MissingAnnotation, BadAnnotation, NoState.
+    """
+    loc = where(function)
+    try:
+        hints = annotations_of(function)
+    except NameError as error:
+        raise errors.BadAnnotation(
+            getattr(error, "name", "?"), "an unknown name", str(error), loc
+        ) from error
+    operands: list[Operand] = []
+    params: list[Param] = []
+    states: list[StateDecl] = []
+    statics: list[tuple[str, int | bool]] = []
+    keyword_only: set[str] = set()
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise errors.BadAnnotation(
+                name, "a variable argument", "a step names its operands", loc
+            )
+        if name not in hints:
+            raise errors.MissingAnnotation(name, loc)
+        hint, default = hints[name], parameter.default
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            keyword_only.add(name)
+        role = role_of(hint)
+        if role is not None:
+            if default is not parameter.empty:
+                raise errors.BadAnnotation(name, f"{role.name} with a default", "", loc)
+            if role.kind.is_state:
+                states.append(StateDecl(name, role.kind))
+            else:
+                operands.append(Operand(name, role.kind, role.per, role.micro))
+        elif hint in (float, int, bool):
+            if parameter.kind is not parameter.KEYWORD_ONLY:
+                raise errors.BadAnnotation(
+                    name, "a number", "numbers are keyword-only: put a `*` before them", loc
+                )
+            missing = default is parameter.empty
+            if hint is float:
+                params.append(Param(name, None if missing else float(default)))
+            else:
+                if missing:
+                    raise errors.BadAnnotation(
+                        name, "a static number without a default", "the step is traced at once", loc
+                    )
+                statics.append((name, default))
+        else:
+            raise errors.BadAnnotation(name, _spelled(hint), "", loc)
+    if not states:
+        raise errors.NoState(function.__name__, loc)
+    return Signature(
+        tuple(operands), tuple(params), tuple(states), tuple(statics), frozenset(keyword_only)
+    )
+
+
+def trace(
+    function: Callable[..., object],
+    micro: int = 1,
+    static: Mapping[str, int | bool] | None = None,
+) -> Step:
+    """Trace `function`, with tuples of length `micro`, and `static` overriding int/bool keywords.
+
+    Raises DeclarationError: see the catalogue in `errors`.
+    """
+    signature = read_signature(function)
+    symbols: dict[str, object] = {}
+    for state in signature.states:
+        symbols[state.name] = Traced(step_ir.state_leaf(state))
+    for operand in signature.operands:
+        symbols[operand.name] = (
+            tuple(Traced(step_ir.operand_leaf(operand, i)) for i in range(micro))
+            if operand.micro
+            else Traced(step_ir.operand_leaf(operand))
+        )
+    for param in signature.params:
+        symbols[param.name] = Traced(step_ir.param_leaf(param))
+    for name, default in signature.statics:
+        symbols[name] = (static or {}).get(name, default)
+    positional = [
+        symbols[n]
+        for n in inspect.signature(function).parameters
+        if n not in signature.keyword_only
+    ]
+    keywords = {n: symbols[n] for n in signature.keyword_only}
+    result = function(*positional, **keywords)
+    next_states, output = _unpack(result, function, signature)
+    step = Step(
+        function.__name__,
+        signature.operands,
+        signature.params,
+        signature.states,
+        next_states,
+        output,
+        micro if any(o.micro for o in signature.operands) else 1,
+    )
+    _check_use(step, function)
+    return step
+
+
+def where(function: Callable[..., object]) -> Loc | None:
+    """The first line of a declared function."""
+    code = getattr(function, "__code__", None)
+    return definition(code) if isinstance(code, types.CodeType) else None
+
+
+def _return_line(function: Callable[..., object]) -> Loc | None:
+    code = getattr(function, "__code__", None)
+    return last_return(code) if isinstance(code, types.CodeType) else None
+
+
+def _unpack(
+    result: object, function: Callable[..., object], signature: Signature
+) -> tuple[tuple[Node, ...], Node]:
+    loc = _return_line(function)
+    states = signature.states
+    wanted = " and ".join(f"a {KIND_NAMES[s.kind]} ({s.name})" for s in states)
+    if len(states) > 1:
+        wanted = f"a tuple of {wanted}"
+    expected = f"{wanted}, then the output"
+    if result is None:
+        raise errors.NothingReturned(function.__name__, loc)
+    if not (isinstance(result, tuple) and len(result) == 2):
+        if isinstance(result, tuple) and len(result) == len(states) + 1 > 2:
+            raise errors.BadReturn("the states one by one", expected, loc)
+        raise errors.BadReturn(_describe(result), expected, loc)
+    new, output = result
+    if _is_state(output, states) and not _is_state(new, states):
+        raise errors.ReturnOrder(loc)
+    new = new if isinstance(new, tuple) else (new,)
+    if not _is_state(new, states):
+        raise errors.BadReturn(_describe(result), expected, loc)
+    if not isinstance(output, Traced) or output.kind.is_state:
+        raise errors.BadReturn(_describe(result), expected, loc)
+    return tuple(s.node for s in new), output.node
+
+
+def _is_state(x: object, states: tuple[StateDecl, ...]) -> bool:
+    parts = x if isinstance(x, tuple) else (x,)
+    return len(parts) == len(states) and all(
+        isinstance(p, Traced) and p.kind is s.kind for p, s in zip(parts, states, strict=True)
+    )
+
+
+def _describe(x: object) -> str:
+    if isinstance(x, Traced):
+        return f"a {KIND_NAMES[x.kind]}"
+    if isinstance(x, tuple):
+        return "(" + ", ".join(_describe(y) for y in x) + ")"
+    return f"a {type(x).__name__}"
+
+
+def _check_use(step: Step, function: Callable[..., object]) -> None:
+    for state, node in zip(step.states, step.next_states, strict=True):
+        if node == step_ir.state_leaf(state):
+            raise errors.StateUnchanged(state.name, _return_line(function))
+    leaves = {n.attrs[0] for n in topological(*step.roots) if n.op in (Op.OPERAND, Op.PARAM)}
+    for declared in (*step.operands, *step.params):
+        if declared.name not in leaves:
+            raise errors.UnusedOperand(declared.name, where(function))
+
+
+def _spelled(hint: object) -> str:
+    return getattr(hint, "__name__", None) or str(hint)
