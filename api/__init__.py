@@ -1,1 +1,71 @@
-"""placeholder"""
+"""Declare one step of a linear-attention recurrence; get a differentiable chunkwise op."""
+
+from __future__ import annotations
+
+from . import library
+from .dsl import errors
+from .dsl.functions import (
+    abs,
+    clamp,
+    dot,
+    exp,
+    expm1,
+    l2norm,
+    log,
+    log1p,
+    log2,
+    logsigmoid,
+    maximum,
+    minimum,
+    outer,
+    relu,
+    rsqrt,
+    sigmoid,
+    silu,
+    softplus,
+    sqrt,
+    sum,
+    tanh,
+    within,
+)
+from .dsl.kinds import HeadKey, HeadScalar, HeadValue, Key, KeyState, Scalar, State, Value
+from .runtime.engines import EngineName
+from .runtime.recurrence import Recurrence, recurrence
+
+__all__ = [
+    "EngineName",
+    "HeadKey",
+    "HeadScalar",
+    "HeadValue",
+    "Key",
+    "KeyState",
+    "Recurrence",
+    "Scalar",
+    "State",
+    "Value",
+    "abs",
+    "clamp",
+    "dot",
+    "errors",
+    "exp",
+    "expm1",
+    "l2norm",
+    "library",
+    "log",
+    "log1p",
+    "log2",
+    "logsigmoid",
+    "maximum",
+    "minimum",
+    "outer",
+    "recurrence",
+    "relu",
+    "rsqrt",
+    "sigmoid",
+    "silu",
+    "softplus",
+    "sqrt",
+    "sum",
+    "tanh",
+    "within",
+]

@@ -1,1 +1,1 @@
-"""placeholder"""
+"""The runtime: torch ops, engine choice, decoding, layers."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..dsl.step import Step
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Static = tuple[tuple[str, int], ...]
 _TRAILING = {Kind.SCALAR: (), Kind.KEY: ("K",), Kind.VALUE: ("V",)}
 
 
@@ -49,16 +50,17 @@ class Call:
     micro: int
     dtype: torch.dtype
     device: torch.device
+    static: Static = ()
 
     @property
     def step(self) -> Step:
         """The traced step, retraced for this number of micro-steps."""
-        return self.declaration.step(self.micro)
+        return self.declaration.step(self.micro, dict(self.static))
 
     @property
     def form(self) -> NormalForm:
         """The normal form; raises NotAffine for a step that only the reference engine can run."""
-        return self.declaration.normal_form(self.micro)
+        return self.declaration.normal_form(self.micro, dict(self.static))
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -79,14 +81,15 @@ class Call:
 
 def arrange(
     declaration: Declaration, args: Sequence[object], named: Mapping[str, object]
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Operands and parameters by name, each present once.
+) -> tuple[dict[str, Tensor], dict[str, float], Static]:
+    """Operands, run-time floats and static numbers by name, each present once.
 
     Raises:
         MissingOperand, UnknownOperand: as their names say.
         BadDtype: an operand is not a tensor, or a parameter is not a number.
     """
-    declared = [*(x.name for x in declaration.operands), *(p.name for p in declaration.params)]
+    declared = [x.name for x in (*declaration.operands, *declaration.params)]
+    declared += declaration.statics
     title = declaration.name
     if len(args) > len(declaration.operands):
         surplus = f"number {len(declaration.operands) + 1}"
@@ -119,9 +122,22 @@ def arrange(
                 help="a keyword has no gradient; declare a HeadScalar for a number that is learnt",
             )
         params[p.name] = float(number)
+    static: list[tuple[str, int]] = []
+    for name, default in sorted(declaration.statics.items()):
+        constant = given.pop(name, default)
+        if constant is None:
+            raise errors.MissingOperand(name, "int", "or rather a Python integer", op=title)
+        if not isinstance(constant, int):
+            raise errors.BadDtype(
+                name,
+                type(constant).__name__,
+                "a Python int or bool",
+                help="it is fixed when the step is traced; each value is a recurrence of its own",
+            )
+        static.append((name, constant))
     for name in given:
         raise errors.UnknownOperand(name, declared, op=title)
-    return operands, params
+    return operands, params, tuple(static)
 
 
 def kind_name(x: Operand) -> str:
@@ -150,9 +166,9 @@ def bind(
     cu_seqlens: Tensor | None = None,
 ) -> Call:
     """The call that these arguments mean, or the error that names the one at fault."""
-    operands, params = arrange(declaration, args, named)
+    operands, params, static = arrange(declaration, args, named)
     initial = initial_states(declaration, initial_state)
-    return describe(declaration, operands, params, initial, cu_seqlens)
+    return describe(declaration, operands, params, initial, cu_seqlens, static)
 
 
 def initial_states(
@@ -177,6 +193,7 @@ def describe(
     params: dict[str, float],
     initial: tuple[Tensor | None, ...],
     cu_seqlens: Tensor | None,
+    static: Static = (),
 ) -> Call:
     """Check shapes, dtypes and devices against one another, and name the sizes.
 
@@ -221,6 +238,7 @@ def describe(
         micro=sizes.get("n", (1, ""))[0],
         dtype=lead.dtype,
         device=device,
+        static=static,
     )
     for state, start in zip(declaration.states, initial, strict=True):
         if start is not None:

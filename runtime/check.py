@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import os
 
+import torch
+from torch import Tensor
+
+from ..dsl import errors, oracle
+from ..dsl.ir import Kind, Node, Op, Per, topological
+from ..dsl.step import operand_leaf, param_leaf
 from .call import Call, check_boundaries
 
 CHECK_VARIABLE = "CHUNKWISE_CHECK"
@@ -25,3 +31,77 @@ def check_contents(call: Call, check: bool | None) -> None:
     bounds = call.cu_seqlens
     if bounds is not None and (check or bounds.device.type == "cpu"):
         check_boundaries(bounds, call.T)
+    if check:
+        _check_finite(call)
+        _check_promises(call)
+
+
+def _check_finite(call: Call) -> None:
+    states = zip((s.name for s in call.declaration.states), call.initial, strict=True)
+    named = [*call.operands.items(), *((f"initial_state ({n})", x) for n, x in states)]
+    for name, x in named:
+        if x is not None and not bool(torch.isfinite(x).all()):
+            at, value = _first(~torch.isfinite(x), x)
+            raise errors.NanOperand(name, f"{value} at {at}")
+
+
+def _check_promises(call: Call) -> None:
+    """Log-decays are at most 0, and what `within` promises holds."""
+    env = _leaves(call)
+    for node in topological(*call.step.roots):
+        if node.op is Op.WITHIN and not _reads_a_state(node):
+            lo, hi = (float(x) for x in node.attrs if isinstance(x, (int, float)))
+            (x,) = oracle.evaluate([node.args[0]], dict(env))
+            _check_range(f"within(…) of {_operands_of(node)}", x, lo, hi)
+    if call.declaration.any_step:  # no normal form, hence no gates that anything relies on
+        return
+    for micro in call.form.micro_steps:
+        for update in micro.updates:
+            if update.log_decay is not None:
+                (g,) = oracle.evaluate([update.log_decay], dict(env))
+                what = f"the log-decay of state {update.state!r}"
+                what += f" (from {_operands_of(update.log_decay)})"
+                _check_range(what, g, float("-inf"), 0.0)
+
+
+def _check_range(what: str, x: Tensor, lo: float, hi: float) -> None:
+    outside = (x < lo) | (x > hi)
+    if bool(outside.any()):
+        at, value = _first(outside, x)
+        expected = "at most 0" if (lo, hi) == (float("-inf"), 0.0) else f"numbers in [{lo}, {hi}]"
+        raise errors.PositiveGate(what, f"{value} at {at}", expected)
+
+
+def _first(where: Tensor, x: Tensor) -> tuple[list[int], float]:
+    at = [int(i) for i in where.nonzero()[0]]
+    return at, float(x[tuple(at)])
+
+
+def _reads_a_state(node: Node) -> bool:
+    return any(n.op is Op.STATE for n in topological(node))
+
+
+def _operands_of(node: Node) -> str:
+    names = {str(n.attrs[0]): None for n in topological(node) if n.op is Op.OPERAND}
+    return ", ".join(repr(n) for n in names) or "constants"
+
+
+def _leaves(call: Call) -> dict[Node, Tensor]:
+    """Operands as `[B,T,HV,…]` in the state's dtype, Keys repeated to the value heads."""
+    env: dict[Node, Tensor] = {}
+    for x in call.declaration.operands:
+        tensor = call.operands[x.name].to(call.state_dtype)
+        if x.per is Per.HEAD:
+            tensor = tensor[None, None]
+        heads = -1 if x.kind is Kind.SCALAR else -2
+        if tensor.shape[heads] != call.HV:
+            tensor = tensor.repeat_interleave(call.HV // tensor.shape[heads], dim=heads)
+        if x.micro:
+            env |= {operand_leaf(x, i): tensor[:, :, i] for i in range(call.micro)}
+        else:
+            env[operand_leaf(x)] = tensor
+    for p in call.declaration.params:
+        env[param_leaf(p)] = torch.tensor(
+            call.params[p.name], dtype=call.state_dtype, device=call.device
+        )
+    return env

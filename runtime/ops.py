@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..dsl import errors
-from .call import Call, describe, on_one_device
+from .call import Call, Static, describe, on_one_device
 from .check import check_contents
 from .engines import Engine, EngineName, load
 
@@ -33,6 +33,7 @@ class Signature:
     """How a call is flattened into an op's arguments: operands, initial states, the rest."""
 
     declaration: Declaration
+    static: Static
 
     @property
     def operands(self) -> int:
@@ -72,6 +73,7 @@ class Signature:
             {n: float(p) for n, p in params},
             tuple(inputs[a:b]),
             inputs[b],
+            self.static,
         )
 
 
@@ -83,15 +85,17 @@ class OpRegistry:
         self._lock = threading.Lock()
         self._names: set[str] = set()
 
-    def ensure(self, declaration: Declaration, engine: EngineName, micro: int) -> str:
+    def ensure(
+        self, declaration: Declaration, engine: EngineName, micro: int, static: Static = ()
+    ) -> str:
         """The name of the forward op, `torch.ops.chunkwise.<name>`, registered if it was not.
 
         Two declarations with one normal form share their ops, since nothing else is computed.
         """
-        name = op_name(declaration, engine, micro)
+        name = op_name(declaration, engine, micro, static)
         with self._lock:
             if name not in self._names:
-                _register(self._library, name, declaration, engine)
+                _register(self._library, name, Signature(declaration, static), engine)
                 self._names.add(name)
         return name
 
@@ -99,22 +103,21 @@ class OpRegistry:
 REGISTRY = OpRegistry()
 
 
-def op_name(declaration: Declaration, engine: EngineName, micro: int) -> str:
+def op_name(declaration: Declaration, engine: EngineName, micro: int, static: Static) -> str:
     """`<name>_<digest>_<engine>`, in the letters that torch allows."""
     safe = re.sub(r"[^0-9A-Za-z_]", "_", declaration.name)
-    return f"{safe}_{_digest(declaration, engine, micro)}_{engine.value}"
-
-
-def _digest(declaration: Declaration, engine: EngineName, micro: int) -> str:
-    if engine is EngineName.REFERENCE:  # it also runs steps that have no normal form
-        return declaration.step(micro).digest
-    return declaration.normal_form(micro).digest
+    # the reference engine also runs steps that have no normal form
+    if engine is EngineName.REFERENCE:
+        digest = declaration.step(micro, dict(static)).digest
+    else:
+        digest = declaration.normal_form(micro, dict(static)).digest
+    return f"{safe}_{digest}_{engine.value}"
 
 
 def _register(
-    library: torch.library.Library, name: str, declaration: Declaration, engine: EngineName
+    library: torch.library.Library, name: str, signature: Signature, engine: EngineName
 ) -> None:
-    signature = Signature(declaration)
+    declaration = signature.declaration
     n, states = signature.operands, signature.states
     backward_name = f"{name}_backward"
     library.define(name + signature.forward)

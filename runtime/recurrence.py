@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ..dsl import errors
 from ..dsl.declaration import Declaration
 from ..dsl.trace import where
 from . import decode
-from .call import arrange, initial_states
+from .call import Static, arrange, initial_states
 from .engines import EngineName, choose
 from .ops import NAMESPACE, REGISTRY
 
@@ -51,8 +52,9 @@ class Recurrence:
     Raises: the classes of `chunkwise.errors`, each naming operand, what it got, what it expected.
     """
 
-    def __init__(self, declaration: Declaration) -> None:
+    def __init__(self, declaration: Declaration, engine: EngineName | str | None = None) -> None:
         self.declaration = declaration
+        self._engine = engine
         self.__name__ = declaration.name
         self.__qualname__ = declaration.name
         self.__doc__ = declaration.function.__doc__
@@ -61,11 +63,13 @@ class Recurrence:
         self.__signature__ = _signature(declaration)
         self._micro_operand = next((x.name for x in declaration.operands if x.micro), None)
 
-        def op_of(device: str, engine: EngineName | str | None, micro: int) -> str:
-            return REGISTRY.ensure(declaration, choose(device, engine), micro)
+        def op_of(device: str, engine: EngineName | str | None, micro: int, static: Static) -> str:
+            return REGISTRY.ensure(declaration, choose(device, engine), micro, static)
 
-        # torch.compile runs this while it traces (it may register an op) and keeps the name
-        self._op_of = torch.compiler.assume_constant_result(op_of)
+        # torch.compile runs this while it traces (it may register an op) and keeps the name; the
+        # mark is torch.compiler.assume_constant_result's, whose call would import the compiler
+        op_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+        self._op_of = op_of
 
     def __call__(
         self,
@@ -77,14 +81,15 @@ class Recurrence:
         check: bool | None = None,
         **named: Tensor | float,
     ) -> tuple[Tensor, States | None]:
-        operands, params = arrange(self.declaration, args, named)
+        operands, params, static = arrange(self.declaration, args, named)
         initial = initial_states(self.declaration, initial_state)
         micro = 1
         if self._micro_operand is not None and operands[self._micro_operand].ndim > 2:
             # the length of a tuple is a constant even where torch.compile has made sizes symbolic
             micro = max(1, len((None,) * operands[self._micro_operand].shape[2]))
         device = next(iter(operands.values())).device.type
-        op = getattr(getattr(torch.ops, NAMESPACE), self._op_of(device, engine, micro)).default
+        name = self._op_of(device, engine or self._engine, micro, static)
+        op = getattr(getattr(torch.ops, NAMESPACE), name).default
         o, *finals = op(*operands.values(), *initial, cu_seqlens, *params.values(), check)
         if not output_final_state:
             return o, None
@@ -117,28 +122,56 @@ class Recurrence:
         return f"<recurrence {self.__name__}{self.__signature__}>"
 
 
-def recurrence(function: Callable[..., object]) -> Recurrence:
+@overload
+def recurrence(function: Callable[..., object], /) -> Recurrence: ...
+
+
+@overload
+def recurrence(
+    *, engine: EngineName | str | None = None
+) -> Callable[[Callable[..., object]], Recurrence]: ...
+
+
+def recurrence(
+    function: Callable[..., object] | None = None, /, *, engine: EngineName | str | None = None
+) -> Recurrence | Callable[[Callable[..., object]], Recurrence]:
     """Declare a recurrence: the decorated function is one step, traced, never run on tensors.
 
     Args:
         function: `(state, ..., operand, ..., *, parameter, ...) -> (new state, output)`, every
             argument annotated with its kind (State, KeyState, Key, Value, Scalar, HeadScalar,
-            HeadKey, HeadValue, a tuple of a token kind for micro-steps, or float).
+            HeadKey, HeadValue, a tuple of a token kind for micro-steps; float, int or bool).
+        engine: the engine of calls that name none. `@recurrence(engine="reference")` also takes
+            a step that has no chunkwise form, and runs it token by token.
 
     Returns:
         The differentiable op, as a `Recurrence`.
+
+    Raises:
+        DeclarationError: the step has a mistake; the message shows its line.
     """
-    return Recurrence(Declaration(function))
+    if function is None:
+        return lambda f: _declare(f, engine)
+    return _declare(function, engine)
+
+
+def _declare(function: Callable[..., object], engine: EngineName | str | None) -> Recurrence:
+    any_step = engine is not None and choose("cpu", engine) is EngineName.REFERENCE
+    return Recurrence(Declaration(function, any_step=any_step), engine)
 
 
 def _signature(declaration: Declaration) -> inspect.Signature:
     reserved = {p.name for p in OPTIONS} | {"state"}
-    for x in (*declaration.operands, *declaration.params):
-        if x.name in reserved:
-            raise errors.ReservedName(x.name, sorted(reserved), where(declaration.function))
+    names = [x.name for x in (*declaration.operands, *declaration.params)]
+    for name in (*names, *declaration.statics):
+        if name in reserved:
+            raise errors.ReservedName(name, sorted(reserved), where(declaration.function))
     either, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter(x.name, either) for x in declaration.operands]
     for p in declaration.params:
         default = inspect.Parameter.empty if p.default is None else p.default
         parameters.append(inspect.Parameter(p.name, keyword, default=default))
+    for name, constant in declaration.statics.items():
+        default = inspect.Parameter.empty if constant is None else constant
+        parameters.append(inspect.Parameter(name, keyword, default=default))
     return inspect.Signature([*parameters, *OPTIONS])

@@ -1,0 +1,33 @@
+"""The recurrences of the literature as ops: `library.gated_delta_rule(q, k, v, g, beta)`."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from .dsl import library as declarations
+from .dsl.declaration import Declaration
+from .runtime.recurrence import Recurrence
+
+
+def names() -> tuple[str, ...]:
+    """What the library holds, in the order of its page."""
+    return tuple(n for n, x in vars(declarations).items() if isinstance(x, Declaration))
+
+
+def __getattr__(name: str) -> Recurrence:
+    if isinstance(vars(declarations).get(name), Declaration):
+        return _op(name)
+    raise AttributeError(
+        f"chunkwise.library has no recurrence {name!r}; it has {', '.join(names())}"
+    )
+
+
+def __dir__() -> list[str]:
+    return ["names", *names()]
+
+
+@cache
+def _op(name: str) -> Recurrence:
+    declared = vars(declarations)[name]
+    assert isinstance(declared, Declaration)
+    return Recurrence(declared)
