@@ -1,0 +1,152 @@
+"""One recurrence at one shape: check both sides, then time both, then say what was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import measure, peers, verify
+from .registry import Case, Shape, compulsory_bytes, cu_seqlens, draw
+
+FORWARD, BOTH = "fwd", "fwd+bwd"
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """What one side gave: None where it was not run, or failed with the error in `Row.notes`."""
+
+    ms: float | None = None
+    peak_mb: float | None = None
+    first_s: float | None = None
+    ok: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table. `floor_ms`: compulsory traffic at the device's copy bandwidth."""
+
+    recurrence: str
+    shape: str
+    mode: str
+    ours: Contestant
+    peer: Contestant
+    floor_ms: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ratio(self) -> float | None:
+        """Peer's time over ours: above 1 we are faster. None unless our results were right."""
+        if self.ours.ms is None or self.peer.ms is None or not self.ours.ok:
+            return None
+        return self.peer.ms / self.ours.ms
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a run is made; `bandwidth` in bytes per second."""
+
+    device: torch.device
+    dtype: torch.dtype
+    bandwidth: float
+    repeats: int = 50
+    peer: bool = True
+    engine: str | None = None
+    seed: int = 0
+
+
+Calls = dict[str, Callable[[], Tensor]]
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """What a side may fail with, without ending the run."""
+    known: tuple[type[BaseException], ...] = (RuntimeError, ValueError, TypeError)
+    try:
+        from triton import TritonError
+    except ImportError:
+        return known
+    return (*known, TritonError)
+
+
+def contest(case: Case, op: Callable[..., Any], shape: Shape, settings: Settings) -> list[Row]:
+    """Forward and forward+backward of one recurrence at one shape."""
+    device = settings.device
+    operands = draw(case, shape, settings.dtype, device, settings.seed)
+    packed = cu_seqlens(shape, device)
+    generator = torch.Generator(device=device).manual_seed(settings.seed + 1)
+    do = torch.randn(operands["v"].shape, generator=generator, device=device).to(settings.dtype)
+    values = tuple(operands.values())
+
+    def ours() -> Tensor:
+        o: Tensor = op(*values, cu_seqlens=packed, engine=settings.engine)[0]
+        return o
+
+    calls: Calls = {"ours": ours}
+    notes = []
+    peer = case.peer if settings.peer else None
+    if peer is not None:
+        if case.peer_backward_refused and peers.lift_refusal():
+            notes.append("† the peer refuses this backward here; timed with the refusal lifted")
+        calls["peer"] = lambda: peer(*values, cu_seqlens=packed)
+
+    pairs = verify.sample(shape)
+    expected = verify.oracle(op, case, operands, do, packed, pairs)
+    seen: dict[str, dict[str, Contestant]] = {m: {} for m in (FORWARD, BOTH)}
+    for name, call in list(calls.items()):
+        try:
+            both, note = _check(call, case, operands, do, expected, pairs, settings)
+        except failures() as error:
+            notes.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
+            del calls[name]
+            continue
+        seen[BOTH][name] = both
+        seen[FORWARD][name] = replace(both, first_s=None)
+        notes.append(f"{name}: {note}")
+    del expected
+
+    leaves = [x for x in operands.values() if x.requires_grad]
+    rows = []
+    floors = _floors(case, shape, settings)
+    for mode in (FORWARD, BOTH):
+        sides = {
+            n: measure.forward(c) if mode == FORWARD else measure.forward_backward(c, leaves, do)
+            for n, c in calls.items()
+        }
+        if sides:
+            times = measure.interleaved(list(sides.values()), device, settings.repeats)
+            for (name, side), ms in zip(sides.items(), times, strict=True):
+                peak = measure.peak_bytes(side, device)
+                mb = None if peak is None else peak / 2**20
+                seen[mode][name] = replace(seen[mode][name], ms=ms, peak_mb=mb)
+        us, them = (seen[mode].get(n, Contestant()) for n in ("ours", "peer"))
+        rows.append(Row(case.name, shape.name, mode, us, them, floors[mode], tuple(notes)))
+    return rows
+
+
+def _check(
+    call: Callable[[], Tensor],
+    case: Case,
+    operands: dict[str, Tensor],
+    do: Tensor,
+    expected: dict[str, Tensor],
+    pairs: list[tuple[int, int]],
+    settings: Settings,
+) -> tuple[Contestant, str]:
+    """Time of the first call ever, then the errors of a second one."""
+    leaves = [x for x in operands.values() if x.requires_grad]
+    side = measure.forward_backward(call, leaves, do)
+    first = measure.first_call(side, settings.device)
+    errors = verify.compare(call, case, operands, do, expected, pairs)
+    ok = all(e.ok for e in errors)
+    return Contestant(first_s=first, ok=ok), ", ".join(str(e) for e in errors)
+
+
+def _floors(case: Case, shape: Shape, settings: Settings) -> dict[str, float]:
+    forward, backward = compulsory_bytes(case, shape, settings.dtype)
+    return {
+        FORWARD: forward / settings.bandwidth * 1e3,
+        BOTH: (forward + backward) / settings.bandwidth * 1e3,
+    }

@@ -1,0 +1,113 @@
+"""Time and memory of several callables in one process: interleaved, so drift hits all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One contestant: `run` is timed; `reset`, before each run, is not."""
+
+    run: Callable[[], object]
+    reset: Callable[[], None]
+
+
+def forward(call: Callable[[], Tensor]) -> Side:
+    """The call under `no_grad`."""
+
+    def run() -> None:
+        with torch.no_grad():
+            call()
+
+    return Side(run, lambda: None)
+
+
+def forward_backward(call: Callable[[], Tensor], leaves: Sequence[Tensor], do: Tensor) -> Side:
+    """The call and `o.backward(do)`; gradients are None before, so nothing is accumulated."""
+
+    def run() -> None:
+        # torch leaves `Tensor.backward` without annotations
+        call().backward(do)  # type: ignore[no-untyped-call]
+
+    def reset() -> None:
+        for x in leaves:
+            x.grad = None
+
+    return Side(run, reset)
+
+
+def first_call(side: Side, device: torch.device) -> float:
+    """Seconds of one run, compilation and tuning included where nothing was cached."""
+    side.reset()
+    started = time.perf_counter()
+    side.run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def interleaved(
+    sides: Sequence[Side], device: torch.device, repeats: int, warmup: int = 5
+) -> list[float]:
+    """Median milliseconds of each side; one run of each in turn, on a flushed L2 cache."""
+    for _ in range(warmup):
+        for side in sides:
+            side.reset()
+            side.run()
+    if device.type == "cuda":
+        return _cuda(sides, device, repeats)
+    samples: list[list[float]] = [[] for _ in sides]
+    for _ in range(repeats):
+        for side, sample in zip(sides, samples, strict=True):
+            side.reset()
+            started = time.perf_counter()
+            side.run()
+            sample.append((time.perf_counter() - started) * 1e3)
+    return [statistics.median(x) for x in samples]
+
+
+def _cuda(sides: Sequence[Side], device: torch.device, repeats: int) -> list[float]:
+    # larger than any L2, and written before each run: else the second side finds it warm
+    flush = torch.empty(256 << 20, dtype=torch.int8, device=device)
+    pairs: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in sides]
+    for _ in range(repeats):
+        for side, pair in zip(sides, pairs, strict=True):
+            side.reset()
+            flush.zero_()
+            begin = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            begin.record()
+            side.run()
+            end.record()
+            pair.append((begin, end))
+    torch.cuda.synchronize(device)
+    return [statistics.median(b.elapsed_time(e) for b, e in pair) for pair in pairs]
+
+
+def peak_bytes(side: Side, device: torch.device) -> int | None:
+    """Most memory allocated during a run, above what was allocated before it; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    side.reset()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    side.run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second of a large copy, reads and writes counted: the ceiling of the floor."""
+    size = (1 << 30) if device.type == "cuda" else (1 << 26)
+    source = torch.ones(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    side = Side(lambda: target.copy_(source), lambda: None)
+    return 2 * size / (interleaved([side], device, repeats=20)[0] * 1e-3)

@@ -1,0 +1,90 @@
+"""Rows as a table for people and as JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from .contest import Contestant, Row
+
+_COLUMNS = (
+    "recurrence",
+    "shape",
+    "mode",
+    "ours ms",
+    "peer ms",
+    "peer/ours",
+    "x floor",
+    "ours MB",
+    "peer MB",
+    "first s",
+    "peer s",
+    "right",
+)
+
+
+def _number(x: float | None, digits: int) -> str:
+    return "-" if x is None else f"{x:.{digits}f}"
+
+
+def _right(ours: Contestant, peer: Contestant) -> str:
+    words = {True: "yes", False: "WRONG", None: "-"}
+    return f"{words[ours.ok]} / {words[peer.ok]}"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    dagger = "†" if any(n.startswith("†") for n in row.notes) else ""
+    over = None if row.ours.ms is None else row.ours.ms / row.floor_ms
+    return (
+        row.recurrence,
+        row.shape,
+        row.mode,
+        _number(row.ours.ms, 3),
+        _number(row.peer.ms, 3) + (dagger if row.mode != "fwd" else ""),
+        _number(row.ratio, 2),
+        _number(over, 1),
+        _number(row.ours.peak_mb, 0),
+        _number(row.peer.peak_mb, 0),
+        _number(row.ours.first_s, 1),
+        _number(row.peer.first_s, 1),
+        _right(row.ours, row.peer),
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line per row, columns aligned."""
+    lines = [_COLUMNS, *(_cells(r) for r in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
+
+    def aligned(line: Sequence[str]) -> str:
+        left = [c.ljust(w) for c, w in zip(line[:3], widths[:3], strict=True)]
+        right = [c.rjust(w) for c, w in zip(line[3:], widths[3:], strict=True)]
+        return "  ".join((*left, *right)).rstrip()
+
+    return "\n".join(aligned(line) for line in lines)
+
+
+def geometric_mean(rows: Sequence[Row]) -> float | None:
+    """Of the ratios that exist."""
+    ratios = [r.ratio for r in rows if r.ratio is not None]
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+
+
+def notes(rows: Sequence[Row]) -> str:
+    """What was said about each (recurrence, shape), once."""
+    lines: dict[str, None] = {}
+    for row in rows:
+        lines |= {f"{row.recurrence} {row.shape}: {n}": None for n in row.notes}
+    return "\n".join(lines)
+
+
+def write(path: Path, machine: dict[str, object], rows: Sequence[Row]) -> None:
+    """The whole run as one JSON file; written beside and renamed, so never half a file."""
+    content = {"machine": machine, "rows": [{**asdict(r), "ratio": r.ratio} for r in rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    partial.replace(path)

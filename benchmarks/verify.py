@@ -1,0 +1,125 @@
+"""Both sides against the float64 oracle, before anything is timed.
+
+Heads and sequences do not see one another, so a fixed sample of (batch, head) pairs is cut out of
+operands, output and gradients, and the declared step is run on the cut, token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .registry import Axes, Case, Input, Shape
+
+# relative RMS error by dtype: output, gradients, gradients of gates and step sizes
+TOLERANCE = {
+    torch.bfloat16: (0.005, 0.008, 0.015),
+    torch.float16: (0.002, 0.004, 0.008),
+    torch.float32: (1e-4, 1e-4, 1e-4),
+    torch.float64: (1e-9, 1e-9, 1e-9),
+}
+MAXIMUM_OVER_RMS = 10  # the maximum error may be this many times the limit, at the tensor's scale
+SAMPLE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """How far one tensor is from the oracle."""
+
+    name: str
+    rms: float
+    maximum: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        # written so that NaN fails
+        return self.rms <= self.limit and self.maximum <= MAXIMUM_OVER_RMS * self.limit
+
+    def __str__(self) -> str:
+        mark = "" if self.ok else " FAILED"
+        return f"{self.name} {self.rms:.1e} (max {self.maximum:.1e}){mark}"
+
+
+def sample(shape: Shape) -> list[tuple[int, int]]:
+    """The (batch, head) pairs that are checked: the first, the last, and one in between."""
+    pairs = shape.B * shape.H
+    chosen = sorted({0, pairs // 2 + shape.H // 2, pairs - 1} & set(range(pairs)))[:SAMPLE]
+    return [divmod(p, shape.H) for p in chosen]
+
+
+def cut(x: Tensor, axes: Axes, pairs: list[tuple[int, int]]) -> Tensor:
+    """The sampled heads of `x` as the heads of one batch entry, in float64."""
+    if axes is Axes.HEAD:
+        return x[[h for _, h in pairs]].double()
+    return torch.stack([x[b, :, h] for b, h in pairs], 1)[None].double()
+
+
+def oracle(
+    op: Callable[..., Any],
+    case: Case,
+    operands: Mapping[str, Tensor],
+    do: Tensor,
+    cu_seqlens: Tensor | None,
+    pairs: list[tuple[int, int]],
+) -> dict[str, Tensor]:
+    """Output and gradients of the sampled heads in float64, by the declared step and autograd."""
+    leaves = {
+        x.name: cut(operands[x.name].detach(), x.axes, pairs).requires_grad_(x.gradient)
+        for x in case.inputs
+    }
+    o, _ = op(*leaves.values(), cu_seqlens=cu_seqlens, engine="reference")
+    wanted = [x.name for x in case.inputs if x.gradient]
+    grads = torch.autograd.grad(o, [leaves[n] for n in wanted], cut(do, Axes.VALUE, pairs))
+    return {"o": o.detach(), **{f"d{n}": g for n, g in zip(wanted, grads, strict=True)}}
+
+
+def compare(
+    call: Callable[[], Tensor],
+    case: Case,
+    operands: Mapping[str, Tensor],
+    do: Tensor,
+    expected: Mapping[str, Tensor],
+    pairs: list[tuple[int, int]],
+) -> list[Error]:
+    """The errors of one side's output and gradients on the sampled heads."""
+    for x in operands.values():
+        x.grad = None
+    limits = TOLERANCE[do.dtype]
+    with torch.no_grad():
+        # may well be other kernels than those that save for a backward
+        inferred = _error("o alone", cut(call(), Axes.VALUE, pairs), expected["o"], limits[0])
+    o = call()
+    o.backward(do)  # type: ignore[no-untyped-call]
+    errors = [
+        inferred,
+        _error("o", cut(o.detach(), Axes.VALUE, pairs), expected["o"], limits[0]),
+    ]
+    for x in case.inputs:
+        if x.gradient:
+            errors.append(_gradient_error(x, operands[x.name].grad, expected, limits, pairs))
+    return errors
+
+
+def _gradient_error(
+    x: Input,
+    grad: Tensor | None,
+    expected: Mapping[str, Tensor],
+    limits: tuple[float, float, float],
+    pairs: list[tuple[int, int]],
+) -> Error:
+    limit = limits[1] if x.name in ("q", "k", "v") else limits[2]
+    if grad is None:
+        return Error(f"d{x.name}", float("nan"), float("nan"), limit)
+    return _error(f"d{x.name}", cut(grad, x.axes, pairs), expected[f"d{x.name}"], limit)
+
+
+def _error(name: str, got: Tensor, expected: Tensor, limit: float) -> Error:
+    scale = expected.square().mean().sqrt()
+    difference = got - expected
+    rms = float(difference.square().mean().sqrt() / scale)
+    return Error(name, rms, float(difference.abs().max() / expected.abs().max()), limit)

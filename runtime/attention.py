@@ -1,0 +1,143 @@
+"""Softmax attention, global and sliding-window: the other mixers of a hybrid model.
+
+Built on torch's `scaled_dot_product_attention`. The window is computed in blocks, each against
+itself and the block before, so memory grows with `T * window` and not with `T * T`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import positions, wide
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionState:
+    """Keys (rotated) and values still visible, `[B, H, S, D]`, and the next position."""
+
+    keys: Tensor
+    values: Tensor
+    position: int
+
+
+def rotate(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
+    """Rotary embedding of `x [..., T, H, D]` at `position [T]` (Su et al. 2021); D is even."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = position.float()[:, None, None] * frequency
+    a, b = wide(x).split(half, -1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal softmax attention, `[B, T, hidden] -> [B, T, hidden]`, with rotary positions.
+
+    Args:
+        hidden: size of the token vectors.
+        heads: query heads; `hidden` is a multiple of `2 * heads`.
+        window: each token sees itself and the `window - 1` tokens before it; None sees all.
+
+    Raises:
+        ValueError: a head dimension that is odd or not a whole number, or `window < 1`.
+    """
+
+    def __init__(self, hidden: int, heads: int, window: int | None = None) -> None:
+        super().__init__()
+        if hidden % (2 * heads):
+            raise ValueError(f"hidden must be a multiple of 2 * heads: got {hidden} and {heads}")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1: got {window}")
+        self.heads, self.window = heads, window
+        self.project = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.output = nn.Linear(hidden, hidden, bias=False)
+
+    def _qkv(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (
+            y.reshape(*y.shape[:-1], self.heads, -1) for y in self.project(x).chunk(3, dim=-1)
+        )
+        q, k = rotate(q, position), rotate(k, position)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _join(self, o: Tensor) -> Tensor:
+        return torch.as_tensor(self.output(o.transpose(1, 2).flatten(-2)))
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """`x [B, T, hidden]`; with `cu_seqlens [N + 1]`, B = 1 and sequences are independent."""
+        tokens = x.shape[1]
+        sequence, position = None, torch.arange(tokens, device=x.device)
+        if cu_seqlens is not None:
+            sequence, position = positions(cu_seqlens, tokens)
+        q, k, v = self._qkv(x, position)
+        if self.window is not None and self.window < tokens:
+            return self._join(_windowed(q, k, v, self.window, sequence))
+        if sequence is None:
+            return self._join(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        t = torch.arange(tokens, device=x.device)
+        mask = (t[:, None] >= t) & (sequence[:, None] == sequence)
+        return self._join(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, AttentionState]:
+        """`forward`, and the state from which `step` continues."""
+        tokens = x.shape[1]
+        _, k, v = self._qkv(x, torch.arange(tokens, device=x.device))
+        seen = tokens if self.window is None else min(tokens, self.window - 1)
+        keep = slice(tokens - seen, tokens)
+        return self(x), AttentionState(k[:, :, keep], v[:, :, keep], tokens)
+
+    def initial_state(self, batch: int) -> AttentionState:
+        """The state before the first token of `batch` sequences."""
+        weight = self.project.weight
+        empty = weight.new_zeros(batch, self.heads, 0, weight.shape[1] // self.heads)
+        return AttentionState(empty, empty, 0)
+
+    def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        """One token: `x [B, hidden]` and the state before it, to its output and the state after."""
+        q, k, v = self._qkv(x[:, None], torch.full((1,), state.position, device=x.device))
+        keys, values = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
+        y = self._join(F.scaled_dot_product_attention(q, keys, values))[:, 0]
+        if self.window is not None and keys.shape[2] >= self.window:
+            keys, values = keys[:, :, 1:], values[:, :, 1:]
+        return y, AttentionState(keys, values, state.position + 1)
+
+
+class GlobalAttention(Attention):
+    """Attention over the whole past."""
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__(hidden, heads)
+
+
+class SlidingWindowAttention(Attention):
+    """Attention over the last `window` tokens, at a cost linear in T."""
+
+    def __init__(self, hidden: int, heads: int, window: int) -> None:
+        super().__init__(hidden, heads, window)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, sequence: Tensor | None) -> Tensor:
+    """Banded attention over `[B, H, T, D]`: blocks of `window` rows see their own and the last."""
+    tokens = q.shape[2]
+    blocks = -(-tokens // window)
+    extra = blocks * window - tokens
+
+    def blocked(x: Tensor, before: int) -> Tensor:
+        """`[B, H, blocks, (1 + before) * window, D]`, zeros before the start and past the end."""
+        padded = F.pad(x, (0, 0, before * window, extra))
+        own = padded.unfold(2, (1 + before) * window, window)
+        return own.transpose(-1, -2)
+
+    row = torch.arange(window, device=q.device)[:, None]
+    column = torch.arange(2 * window, device=q.device) - window
+    start = torch.arange(blocks, device=q.device)[:, None, None] * window
+    # rows past the end attend to padding, never to nothing (that would be NaN)
+    mask = (column <= row) & (column > row - window) & (start + column >= 0)
+    if sequence is not None:
+        padded = F.pad(sequence, (window, extra), value=-1).unfold(0, 2 * window, window)
+        mask = mask & (padded[:, window:, None] == padded[:, None, :])
+    o = F.scaled_dot_product_attention(blocked(q, 0), blocked(k, 1), blocked(v, 1), attn_mask=mask)
+    return o.flatten(2, 3)[:, :, :tokens]

@@ -1,0 +1,127 @@
+"""A small language model whose mixers are a list: a hybrid is a list with two kinds in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import RMSNorm
+
+
+class Mixer(Protocol):
+    """A module that mixes along time; the state's type is its own affair."""
+
+    def __call__(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor: ...
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, Any]: ...
+
+    def initial_state(self, batch: int) -> Any: ...
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+
+
+class SwiGLU(nn.Module):
+    """`W3 (silu(W1 x) * W2 x)` (Shazeer 2020)."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(hidden, 2 * width, bias=False)
+        self.down = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.up(x).chunk(2, dim=-1)
+        return torch.as_tensor(self.down(F.silu(a) * b))
+
+
+class Block(nn.Module):
+    """`x + mixer(norm(x))`, then `x + mlp(norm(x))`; `width = 0` leaves the MLP out."""
+
+    def __init__(self, hidden: int, mixer: nn.Module, width: int | None = None) -> None:
+        super().__init__()
+        width = 4 * hidden if width is None else width
+        self.mixer_norm = RMSNorm(hidden)
+        self.mixer = mixer
+        self.mlp_norm = RMSNorm(hidden) if width else None
+        self.mlp = SwiGLU(hidden, width) if width else None
+
+    @property
+    def mix(self) -> Mixer:
+        return cast(Mixer, self.mixer)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        if self.mlp is None or self.mlp_norm is None:
+            return x
+        return x + torch.as_tensor(self.mlp(self.mlp_norm(x)))
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        return self._mlp(x + self.mix(self.mixer_norm(x), cu_seqlens))
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, Any]:
+        y, state = self.mix.prefill(self.mixer_norm(x))
+        return self._mlp(x + y), state
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = self.mix.step(self.mixer_norm(x), state)
+        return self._mlp(x + y), state
+
+
+class LanguageModel(nn.Module):
+    """Token embedding, one block per mixer, a norm, and logits over the vocabulary.
+
+    `tokens [B, T]` (int64) to `logits [B, T, vocabulary]`; with `cu_seqlens [N + 1]`, B = 1.
+    `width` is the MLPs' (4 * hidden when None; 0 for none); `tied` shares embedding and output.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        hidden: int,
+        mixers: Sequence[nn.Module],
+        *,
+        width: int | None = None,
+        tied: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, hidden)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        self.blocks = nn.ModuleList(Block(hidden, m, width) for m in mixers)
+        self.norm = RMSNorm(hidden)
+        self.head = nn.Linear(hidden, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def _blocks(self) -> list[Block]:
+        return [cast(Block, b) for b in self.blocks]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.head(self.norm(x)))
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        x = self.embed(tokens)
+        for block in self._blocks():
+            x = block(x, cu_seqlens)
+        return self._logits(x)
+
+    def initial_state(self, batch: int) -> list[Any]:
+        """The state before the first token of `batch` sequences: one entry per block."""
+        return [b.mix.initial_state(batch) for b in self._blocks()]
+
+    def prefill(self, tokens: Tensor) -> tuple[Tensor, list[Any]]:
+        """`forward`, and the state from which `step` continues."""
+        x, states = self.embed(tokens), []
+        for block in self._blocks():
+            x, state = block.prefill(x)
+            states.append(state)
+        return self._logits(x), states
+
+    def step(self, token: Tensor, states: list[Any]) -> tuple[Tensor, list[Any]]:
+        """One token per sequence, `[B]`, to logits `[B, vocabulary]` and the states after it."""
+        x, after = self.embed(token), []
+        for block, state in zip(self._blocks(), states, strict=True):
+            x, state = block.step(x, state)
+            after.append(state)
+        return self._logits(x), after
