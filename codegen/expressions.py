@@ -50,6 +50,7 @@ class Expressions(ABC):
     functions: Mapping[Op, str]
     where: str  # name of the select function
     scalar_tiles: bool  # a tile without axes still has (batch) dimensions: it needs an index
+    index_prefix = ""
 
     def __init__(self, order: tuple[Axis, ...], names: Names) -> None:
         self._rank = {axis: n for n, axis in enumerate(order)}

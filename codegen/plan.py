@@ -107,7 +107,7 @@ def backward_plans(body: Body) -> tuple[Plan, ...]:
 
 def plan_forward(body: Body, plan: Plan) -> Program:
     """`body` cut into kernels by `plan`."""
-    build = _Builder()
+    build = _Builder("forward")
     carries = frozenset(c.start for c in body.carried)
     in_scan = body.outputs if plan.outputs_in_scan else ()
     roots = [c.end for c in body.carried] + [t for _, t in in_scan]
@@ -121,7 +121,7 @@ def plan_forward(body: Body, plan: Plan) -> Program:
 
 def plan_backward(body: Body, adjoint: Adjoint, plan: Plan) -> Program:
     """The adjoint cut into kernels: prep, the states again, the reversed scan, all gradients."""
-    build = _Builder()
+    build = _Builder("backward")
     saved = frozenset(adjoint.saved)
     reverse = frozenset(c.start for c in adjoint.carried)
     ends = [c.end for c in (*body.carried, *adjoint.carried)]
@@ -138,7 +138,8 @@ def plan_backward(body: Body, adjoint: Adjoint, plan: Plan) -> Program:
 class _Builder:
     """Kernels as they accumulate, with everything stored so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, direction: str) -> None:
+        self._direction = direction
         self.kernels: list[Kernel] = []
         self._stored: dict[Tile, str] = {}
 
@@ -153,6 +154,7 @@ class _Builder:
         if loop is not Loop.PARALLEL:  # a scan holds its own carry: nobody stored it before
             starts = {c.start for c in carried}
             before = tuple((n, t) for n, t in before if t not in starts)
+        name = f"{self._direction}_{name}"
         self.kernels.append(Kernel(name, loop, stores, carried, before))
         self._stored.update({t: n for n, t in stores})
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..codegen import eager_library
 from ..codegen.chunk import Body, derive
 from ..codegen.differentiate import GRADIENT, differentiate
+from ..codegen.factor import factor_adjoint, factor_body
 from ..codegen.plan import Hoist, Loop, Plan, Program, plan_backward, plan_forward
 from ..codegen.print_eager import EagerKernel, print_eager
 from ..codegen.tile import Tile, TileOp
@@ -92,13 +93,14 @@ def _body(form: NormalForm) -> Body:
 
 @lru_cache(maxsize=256)
 def _forward_kernels(form: NormalForm) -> tuple[_Compiled, ...]:
-    return _compile(plan_forward(_body(form), Plan(Hoist.PRODUCTS, outputs_in_scan=False)))
+    return _compile(plan_forward(factor_body(_body(form)), Plan(Hoist.PRODUCTS, outputs_in_scan=False)))
 
 
 @lru_cache(maxsize=256)
 def _backward_kernels(form: NormalForm) -> tuple[_Compiled, ...]:
     body = _body(form)
-    return _compile(plan_backward(body, differentiate(body), Plan(Hoist.PRODUCTS)))
+    adjoint = factor_adjoint(differentiate(body))
+    return _compile(plan_backward(factor_body(body), adjoint, Plan(Hoist.PRODUCTS)))
 
 
 def _compile(program: Program) -> tuple[_Compiled, ...]:
@@ -169,9 +171,7 @@ class _Run:
         flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
         laid = flat[self._index].movedim(2, 1)  # [N, heads, slots, ...]
         laid = laid.repeat_interleave(call.HV // x.shape[2], 1)
-        self._tokens[name] = laid.reshape(
-            call.N * call.HV, self._chunks, self._chunk, *x.shape[3:]
-        )
+        self._tokens[name] = laid.reshape(call.N * call.HV, self._chunks, self._chunk, *x.shape[3:])
 
     def tokens_back(self, x: Tensor, heads: int, channels: tuple[int, ...]) -> Tensor:
         """The inverse of `add_token`, value heads summed into `heads` groups."""
@@ -206,8 +206,10 @@ class _Run:
         ends: dict[str, Tensor] = {}
         for kernel in kernels:
             if kernel.loop is Loop.PARALLEL:
-                results = kernel.run(*(self._argument(kernel, t, None, {}) for t in _tiles(kernel)),
-                                     *self._context(None))
+                results = kernel.run(
+                    *(self._argument(kernel, t, None, {}) for t in _tiles(kernel)),
+                    *self._context(None),
+                )
                 self.buffers.update(zip(kernel.stores, results, strict=True))
             else:
                 ends |= self._scan(kernel, starts)

@@ -1,0 +1,56 @@
+"""What is free once a recurrence, its dimensions and dtypes are known: plans and tiles, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from .plan import Hoist, Plan
+
+
+class Precision(Enum):
+    """How products of float32 tiles run on tensor cores."""
+
+    TF32 = "tf32"  # 10 bits: enough between half-precision roundings
+    TF32X3 = "tf32x3"  # three products, float32's 23 bits
+    IEEE = "ieee"  # where tf32 does not exist
+
+
+@dataclass(frozen=True, slots=True)
+class KernelConfig:
+    """One kernel's tiles: `v_tile` channels of the value axis a program, warps, pipeline stages."""
+
+    v_tile: int = 64
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The shared decisions and each kernel's own. `kernels` overrides `default` by kernel name."""
+
+    chunk: int = 64
+    forward: Plan = Plan(Hoist.PRODUCTS, outputs_in_scan=True)
+    backward: Plan = Plan(Hoist.SOLVES)
+    default: KernelConfig = KernelConfig()
+    kernels: tuple[tuple[str, KernelConfig], ...] = ()
+
+    def of(self, kernel: str) -> KernelConfig:
+        """The tiles of the kernel called `kernel`."""
+        return dict(self.kernels).get(kernel, self.default)
+
+
+@dataclass(frozen=True, slots=True)
+class Dims:
+    """Channels of the state: [K, V]."""
+
+    K: int
+    V: int
+
+
+def padded(channels: int, least: int = 16) -> int:
+    """The tile that holds `channels`: a power of two, at least what a tensor core takes."""
+    size = least
+    while size < channels:
+        size *= 2
+    return size

@@ -1,0 +1,94 @@
+"""From a normal form to one readable file of Triton kernels, for given dimensions, dtypes and plans."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..dsl.normal_form import NormalForm
+from . import triton_library
+from .chunk import Body, derive
+from .config import Config
+from .differentiate import Adjoint, differentiate
+from .factor import factor_adjoint, factor_body
+from .plan import Plan, Program, plan_backward, plan_forward
+from .print_triton import Signature, TritonKernel, print_triton
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """The source of a module and the kernels in it, in the order in which they are launched."""
+
+    source: str
+    forward: tuple[TritonKernel, ...]
+    backward: tuple[TritonKernel, ...]
+
+
+@lru_cache(maxsize=512)
+def chunk_body(form: NormalForm, *, reassociate: bool = False) -> Body:
+    """The chunk of `form`, derived; NotLowered outside the lowered classes."""
+    return derive(form, hoist_products=reassociate)
+
+
+@lru_cache(maxsize=512)
+def chunk_adjoint(form: NormalForm, *, reassociate: bool = False) -> Adjoint:
+    """The adjoint of the chunk of `form`."""
+    return differentiate(chunk_body(form, reassociate=reassociate))
+
+
+@lru_cache(maxsize=512)
+def forward_program(form: NormalForm, plan: Plan) -> Program:
+    """The kernels of the forward under `plan`."""
+    return plan_forward(factor_body(chunk_body(form, reassociate=plan.reassociate)), plan)
+
+
+@lru_cache(maxsize=512)
+def backward_program(form: NormalForm, plan: Plan) -> Program:
+    """The kernels of the backward under `plan`."""
+    body = factor_body(chunk_body(form, reassociate=plan.reassociate))
+    adjoint = factor_adjoint(chunk_adjoint(form, reassociate=plan.reassociate))
+    return plan_backward(body, adjoint, plan)
+
+
+@lru_cache(maxsize=512)
+def emit(form: NormalForm, signature: Signature, config: Config) -> Emitted:
+    """The Triton module of `form`; byte-identical for identical arguments."""
+    forward = tuple(
+        print_triton(k, signature, config) for k in forward_program(form, config.forward).kernels
+    )
+    backward = tuple(
+        print_triton(k, signature, config) for k in backward_program(form, config.backward).kernels
+    )
+    used: set[str] = set()
+    for kernel in (*forward, *backward):
+        used |= kernel.functions
+    parts = [_header(form, signature, config), triton_library.sources(used)]
+    parts += [k.source for k in (*forward, *backward)]
+    source = "\n\n".join(p.strip("\n") for p in parts if p) + "\n"
+    ast.parse(source)
+    return Emitted(source, forward, backward)
+
+
+def _header(form: NormalForm, signature: Signature, config: Config) -> str:
+    dims = signature.dims
+    kernels = ", ".join(
+        f"{name}: BV={k.v_tile} warps={k.warps} stages={k.stages}" for name, k in config.kernels
+    )
+    k = config.default
+    lines = [
+        f'"""{form.name}: chunkwise kernels, generated. Normal form {form.digest}.',
+        "",
+        f"dimensions  K={dims.K} V={dims.V}, products in {signature.dtype.value}",
+        f"chunk       {config.chunk} tokens",
+        f"forward     {config.forward.label}",
+        f"backward    {config.backward.label}",
+        f"kernels     BV={k.v_tile} warps={k.warps} stages={k.stages}; {kernels}".rstrip("; "),
+        f"regenerate  chunkwise emit {form.name} --dims K={dims.K},V={dims.V} "
+        f"--dtype {signature.dtype.value}",
+        '"""',
+        "",
+        "import triton",
+        "import triton.language as tl",
+    ]
+    return "\n".join(lines)

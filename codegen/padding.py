@@ -1,0 +1,55 @@
+"""What a tile holds in the padding of its channel axes: only zeros may enter a sum over channels.
+
+A power-of-two tile wider than the operand is loaded with zeros beyond the last channel. Arithmetic
+keeps them zero or not: `softplus(k)` is log 2 there, and `log(k)` is not even finite.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from ..dsl.ir import Op
+from .tile import Axis, Tile, TileOp
+
+
+class Padding(Enum):
+    """The values beyond the last channel."""
+
+    ZERO = 0
+    FINITE = 1
+    UNSAFE = 2
+
+
+_KEEPS_ZERO = (Op.NEG, Op.EXPM1, Op.LOG1P, Op.TANH, Op.SQRT, Op.ABS, Op.MAXIMUM, Op.MINIMUM)
+
+
+def padding(x: Tile, axis: Axis) -> Padding:
+    """What `x` holds beyond the last channel of `axis`; ZERO for a tile without that axis' padding."""
+    if axis not in x.axes:
+        return Padding.FINITE
+    if x.op in (TileOp.TOKEN, TileOp.HEAD, TileOp.CARRY):
+        return Padding.ZERO
+    if x.op is TileOp.MAP:
+        return _of_map(x, axis)
+    if x.op is TileOp.STEP:
+        return Padding.FINITE
+    if x.op is TileOp.DECAYED_APPLY:  # scaled by its own y (side I) or x (side J)
+        return padding(x.args[1], axis)
+    along = [padding(a, axis) for a in x.args if axis in a.axes]
+    return max(along, key=lambda p: p.value, default=Padding.FINITE)
+
+
+def _of_map(x: Tile, axis: Axis) -> Padding:
+    (fn,) = x.attrs
+    parts = [padding(a, axis) for a in x.args]
+    if fn in (Op.LOG, Op.RSQRT) or Padding.UNSAFE in parts:
+        return Padding.UNSAFE
+    if fn is Op.DIV:
+        if axis in x.args[1].axes:
+            return Padding.UNSAFE
+        return parts[0]
+    if fn is Op.MUL:
+        return Padding.ZERO if Padding.ZERO in parts else Padding.FINITE
+    if fn in (Op.ADD, Op.SUB) or fn in _KEEPS_ZERO:
+        return Padding.ZERO if all(p is Padding.ZERO for p in parts) else Padding.FINITE
+    return Padding.FINITE

@@ -1,0 +1,166 @@
+"""Triton device functions that printed kernels call, as source: each file carries those it uses.
+
+The vector-gated pair halves blocks (as eager_library does): at each level, rows in the later half of
+a block meet columns in its earlier half, both decayed to the last row of the earlier half; so every
+exponent is <= 0 whatever the gate. The inverse doubles blocks: exact inverses of the diagonal blocks
+of one size give those of twice the size.
+"""
+
+from __future__ import annotations
+
+INVERSE = '''
+@triton.jit
+def unit_lower_inverse(L, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """(1 + L)^-1 of a strictly lower [C, C] tile, C = 2^LEVELS: block inverses, doubled in size."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    X = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, L, 0.0)
+    for level in tl.static_range(1, LEVELS):
+        half = 2**level
+        below = (i // (2 * half) == j // (2 * half)) & (i // half != j // half)
+        B = tl.dot(X, tl.where(below, L, 0.0), input_precision=PRECISION)
+        X -= tl.dot(B, X, input_precision=PRECISION)
+    return X
+'''
+
+ANCHOR = '''
+@triton.jit
+def last_of_earlier_half(x, C: tl.constexpr, BK: tl.constexpr, HALF: tl.constexpr):
+    """For each row of x [C, BK], the last row of the earlier half of its block of 2 HALF rows."""
+    i = tl.arange(0, C)
+    row = (i // (2 * HALF)) * (2 * HALF) + HALF - 1
+    return tl.gather(x, tl.broadcast_to(row[:, None], (C, BK)), axis=0)
+'''
+
+DECAYED_DOT = '''
+@triton.jit
+def decayed_dot(
+    x, y, P, Q, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """A_ij = sum_k x_ik y_jk e^(P_ik - Q_jk) for i > j, else 0. Q is an inclusive prefix sum."""
+    i = tl.arange(0, C)
+    A = tl.zeros((C, C), dtype=tl.float32)
+    for level in tl.static_range(LEVELS):
+        half = 2**level
+        late = ((i // half) % 2 == 1)[:, None]
+        anchor = last_of_earlier_half(Q, C, BK, half)
+        e = tl.exp(tl.where(late, P - anchor, anchor - Q))
+        x_late = tl.where(late, x * e, 0.0).to(DT)
+        y_early = tl.where(late, 0.0, y * e).to(DT)
+        block = i[:, None] // (2 * half) == i[None, :] // (2 * half)
+        A += tl.where(block, tl.dot(x_late, tl.trans(y_early), input_precision=PRECISION), 0.0)
+    return A
+'''
+
+DECAYED_APPLY = '''
+@triton.jit
+def decayed_apply(
+    A, y, P, Q, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """z_ik = sum_j A_ij y_jk e^(P_ik - Q_jk) over j < i."""
+    i = tl.arange(0, C)
+    z = tl.zeros((C, BK), dtype=tl.float32)
+    for level in tl.static_range(LEVELS):
+        half = 2**level
+        late = ((i // half) % 2 == 1)[:, None]
+        anchor = last_of_earlier_half(Q, C, BK, half)
+        e = tl.exp(tl.where(late, P - anchor, anchor - Q))
+        block = i[:, None] // (2 * half) == i[None, :] // (2 * half)
+        B = tl.where(block & late, A, 0.0)
+        z += tl.where(late, e * tl.dot(B, tl.where(late, 0.0, y * e), input_precision=PRECISION), 0.0)
+    return z
+'''
+
+DECAYED_APPLY_TRANSPOSED = '''
+@triton.jit
+def decayed_apply_transposed(
+    A, x, P, Q, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """z_jk = sum_i A_ij x_ik e^(P_ik - Q_jk) over i > j."""
+    i = tl.arange(0, C)
+    z = tl.zeros((C, BK), dtype=tl.float32)
+    for level in tl.static_range(LEVELS):
+        half = 2**level
+        late = ((i // half) % 2 == 1)[:, None]
+        anchor = last_of_earlier_half(Q, C, BK, half)
+        e = tl.exp(tl.where(late, P - anchor, anchor - Q))
+        block = i[:, None] // (2 * half) == i[None, :] // (2 * half)
+        B = tl.trans(tl.where(block & late, A, 0.0))
+        z += tl.where(late, 0.0, e * tl.dot(B, tl.where(late, x * e, 0.0), input_precision=PRECISION))
+    return z
+'''
+
+EXCLUSIVE = '''
+@triton.jit
+def _shift(before_a, sum_a, before_b, sum_b):
+    return sum_a + before_b, sum_a + sum_b
+
+
+@triton.jit
+def exclusive_sum(x, REVERSE: tl.constexpr):
+    """Sum over the rows before (after, if REVERSE) each row; scanned, since `cumsum - x` cancels."""
+    before, _ = tl.associative_scan((tl.zeros_like(x), x), 0, _shift, reverse=REVERSE)
+    return before
+'''
+
+EXPM1 = '''
+@triton.jit
+def expm1(x):
+    """e^x - 1 without cancellation near 0 (Kahan)."""
+    u = tl.exp(x)
+    near = tl.where(u == 1.0, x, (u - 1.0) * x / tl.log(tl.where(u == 1.0, 2.0, u)))
+    return tl.where(tl.abs(x) > 1.0, u - 1.0, near)
+'''
+
+LOG1P = '''
+@triton.jit
+def log1p(x):
+    """log(1 + x) without cancellation near 0 (Kahan)."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * x / tl.where(u == 1.0, 1.0, u - 1.0))
+'''
+
+SOFTPLUS = '''
+@triton.jit
+def softplus(x):
+    """log(1 + e^x), which overflows for no x."""
+    return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+'''
+
+LOGSIGMOID = '''
+@triton.jit
+def logsigmoid(x):
+    """log sigmoid(x)."""
+    return -softplus(-x)
+'''
+
+TANH = '''
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent, exact near 0 and at large x."""
+    u = expm1(-2.0 * tl.abs(x))
+    return tl.where(x > 0, -u, u) / (u + 2.0)
+'''
+
+# name -> (source, the functions it calls)
+FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "unit_lower_inverse": (INVERSE, ()),
+    "last_of_earlier_half": (ANCHOR, ()),
+    "decayed_dot": (DECAYED_DOT, ("last_of_earlier_half",)),
+    "decayed_apply": (DECAYED_APPLY, ("last_of_earlier_half",)),
+    "decayed_apply_transposed": (DECAYED_APPLY_TRANSPOSED, ("last_of_earlier_half",)),
+    "exclusive_sum": (EXCLUSIVE, ()),
+    "expm1": (EXPM1, ()),
+    "log1p": (LOG1P, ()),
+    "softplus": (SOFTPLUS, ("log1p",)),
+    "logsigmoid": (LOGSIGMOID, ("softplus", "log1p")),
+    "tanh": (TANH, ("expm1",)),
+}
+
+
+def sources(used: set[str]) -> str:
+    """The source of the functions in `used` and of all that they call, callees first."""
+    needed = used | {callee for name in used for callee in FUNCTIONS[name][1]}
+    ordered = ("log1p", "expm1", "softplus", "last_of_earlier_half")
+    names = [n for n in ordered if n in needed] + sorted(needed - set(ordered))
+    return "\n".join(FUNCTIONS[name][0] for name in names)

@@ -1,0 +1,45 @@
+"""Where emitted source lives on disk, and how it is imported: Triton reads kernels from files."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+
+def cache_folder() -> Path:
+    """`$CHUNKWISE_CACHE`, else `chunkwise` under the XDG cache folder."""
+    chosen = os.environ.get("CHUNKWISE_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chunkwise"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """`text` at `path`, whole or not at all: a temporary file in the same folder, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    Path(temporary).replace(path)
+
+
+@lru_cache(maxsize=1024)
+def import_source(source: str) -> ModuleType:
+    """The module of `source`, from a file named by its digest; a file that differs is rewritten."""
+    digest = hashlib.blake2b(source.encode(), digest_size=10).hexdigest()
+    path = cache_folder() / "source" / f"kernels_{digest}.py"
+    if not path.exists() or path.read_text(encoding="utf-8") != source:
+        write_atomically(path, source)
+    name = f"chunkwise_emitted_{digest}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
