@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import library
+from . import fla, library
 from .dsl import errors
 from .dsl.functions import (
     abs,
@@ -49,6 +49,7 @@ __all__ = [
     "errors",
     "exp",
     "expm1",
+    "fla",
     "l2norm",
     "library",
     "log",
