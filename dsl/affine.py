@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from . import algebra, errors
-from .ir import Kind, Node, Op
+from .ir import Kind, Loc, Node, Op
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +257,7 @@ def _times(form: VectorForm, factor: Node) -> VectorForm:
     return VectorForm(const, tuple((algebra.mul(factor, c), r) for c, r in form.reads))
 
 
-def _culprit(factor: Node, node: Node) -> object:
+def _culprit(factor: Node, node: Node) -> Loc | None:
     return factor.loc or node.loc
 
 

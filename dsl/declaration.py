@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
+from .explain import explain
 from .ir import Loc
 from .normal_form import NormalForm, Operand, Param, StateDecl
 from .normalise import normalise
@@ -68,6 +69,19 @@ class Declaration:
     ) -> NormalForm:
         """The normal form of that step. Raises NotAffine, NoChunkForm and the decay errors."""
         return self._normalise(micro, tuple(sorted((static or {}).items())))
+
+    def explain(self) -> str:
+        """What was understood: operands, step, normal form, class, gates, notes."""
+        return explain(self)
+
+    def prove(self, chunk: int = 3) -> str:
+        """Proof on small symbolic sizes that the chunk form equals the step (takes seconds).
+
+        Raises NotLowered for what the proof does not cover, ProofFailed if it does not hold.
+        """
+        from .prove import prove  # SymPy takes half a second to import
+
+        return str(prove(self, chunk))
 
     def _trace_once(self, micro: int, static: tuple[tuple[str, int | bool], ...]) -> Step:
         return trace(self.function, micro, dict(static))

@@ -106,7 +106,10 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """`key^T S` at a moment: a Value (a Scalar for a KeyState). `other_axis`: `S key` instead."""
+    """`key^T S` at a moment: a Value (a Scalar for a KeyState). `other_axis`: `S key` instead.
+
+    In declared axes, transposed or not: `other_axis` goes with a key that is a Value.
+    """
 
     state: str
     key: Node
@@ -134,6 +137,20 @@ class NormalForm:
         fields = (self.operands, self.params, self.states, self.reads, self.transposed)
         text = repr([_text(x) for x in (*fields, self.micro_steps, self.output)])
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def expressions(form: NormalForm) -> list[Node]:
+    """Every expression of the preamble, in the order of the form."""
+    found: list[Node | None] = []
+    for micro in form.micro_steps:
+        for u in micro.updates:
+            found += [u.log_decay, *(m.factor for m in u.mixes)]
+            for w in u.writes:
+                found += [w.key, w.value]
+                if w.feedback is not None:
+                    found += [w.feedback.key, w.feedback.scale]
+    found += [r.key for r in form.reads]
+    return [n for n in found if n is not None]
 
 
 def _text(x: object) -> str:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import errors
 from .ir import Kind, Node, Op, Per, topological
-from .normal_form import Feedback, NormalForm, Operand, Phase, Read, StateDecl
+from .normal_form import Feedback, NormalForm, Operand, Phase, Read, StateDecl, expressions
 from .step import Step, operand_leaf, param_leaf, state_leaf
 
 _Env = dict[Node, Tensor]
@@ -97,8 +97,14 @@ def apply(node: Node, args: Sequence[Tensor]) -> Tensor:
     raise errors.InvalidIR("an op without a value", op.name)
 
 
-def evaluate(order: Sequence[Node], env: _Env) -> None:
-    """Adds the values of `order` (arguments first) to `env`, which holds their leaves."""
+def evaluate(roots: Sequence[Node], env: _Env) -> list[Tensor]:
+    """The values of expressions; `env` holds the leaves, and receives what is computed."""
+    _extend(topological(*roots), env)
+    return [env[r] for r in roots]
+
+
+def _extend(order: Sequence[Node], env: _Env) -> None:
+    """Adds the values of `order` (arguments first) to `env`."""
     like = next(iter(env.values()))
     for node in order:
         if node in env:
@@ -203,7 +209,7 @@ def _step_token(step: Step) -> _Token:
 
     def token(env: _Env, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         local = dict(env) | dict(zip(leaves, states, strict=True))
-        evaluate(order, local)
+        _extend(order, local)
         return local[step.output], [local[n] for n in step.next_states]
 
     return token
@@ -255,7 +261,7 @@ def _form_token(form: NormalForm) -> _Token:
         for i, r in enumerate(form.reads):
             state = moments[r.state, r.micro_step, r.phase]
             local[_result(form, i)] = read(state, local[r.key], r.key.kind, r.state)
-        evaluate(after_reads, local)
+        _extend(after_reads, local)
         return local[form.output], [current[n] for n in order]
 
     return token
@@ -289,20 +295,6 @@ def _result(form: NormalForm, index: int) -> Node:
     return Node(Op.RESULT, (), (index,), Kind.SCALAR if kind is Kind.KEY_STATE else Kind.VALUE)
 
 
-def form_expressions(form: NormalForm) -> list[Node]:
-    """Every preamble expression of a normal form."""
-    found: list[Node | None] = []
-    for micro in form.micro_steps:
-        for u in micro.updates:
-            found += [u.log_decay, *(m.factor for m in u.mixes)]
-            for w in u.writes:
-                found += [w.key, w.value]
-                if w.feedback is not None:
-                    found += [w.feedback.key, w.feedback.scale]
-    found += [r.key for r in form.reads]
-    return [n for n in found if n is not None]
-
-
 # ---------------------------------------------------------------- all tokens
 
 
@@ -321,7 +313,7 @@ def _run(
     dependent = _state_dependent(roots)
     # the preamble once for all tokens; only what depends on the state runs token by token
     preamble = [n for n in topological(*roots) if n not in dependent]
-    evaluate(preamble, env)
+    _extend(preamble, env)
     needed = {a for n in dependent for a in n.args if a not in dependent}
     needed |= {r for r in roots if r not in dependent}
     names = [n for n in preamble if n in needed]
@@ -353,7 +345,7 @@ def _run(
         if length <= _CHECKPOINT_ABOVE or not torch.is_grad_enabled():
             return scan(columns, states)
         outs: list[Tensor] = []
-        for parts in zip(*(c.split(math.isqrt(length), 1) for c in columns), strict=True):
+        for parts in zip(*(torch.split(c, math.isqrt(length), 1) for c in columns), strict=True):
             new, states = checkpoint(scan, list(parts), states, use_reentrant=False)
             outs += new
         return outs, states
@@ -408,7 +400,7 @@ def run_form(
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The same for a normal form, micro-step by micro-step. Arguments and returns as in `run`."""
-    roots = [*form_expressions(form), form.output]
+    roots = [*expressions(form), form.output]
     return _run(form, _form_token(form), roots, operands, params or {}, initial, cu_seqlens, dtype)
 
 

@@ -187,9 +187,9 @@ def _check_use(step: Step, function: Callable[..., object]) -> None:
         if node == step_ir.state_leaf(state):
             raise errors.StateUnchanged(state.name, _return_line(function))
     leaves = {n.attrs[0] for n in topological(*step.roots) if n.op in (Op.OPERAND, Op.PARAM)}
-    for declared in (*step.operands, *step.params):
-        if declared.name not in leaves:
-            raise errors.UnusedOperand(declared.name, where(function))
+    for name in [o.name for o in step.operands] + [p.name for p in step.params]:
+        if name not in leaves:
+            raise errors.UnusedOperand(name, where(function))
 
 
 def _spelled(hint: object) -> str:

@@ -1,0 +1,123 @@
+"""Pass: which class a normal form falls in, and so which chunk form is the cheapest correct one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from .intervals import Interval
+from .ir import Kind, Node, Op, Per, topological
+from .normal_form import NormalForm, Update
+
+
+class DecayClass(Enum):
+    """How finely a state decays, from cheapest to dearest."""
+
+    NONE = "no decay"
+    PER_HEAD = "constant decay per head"
+    SCALAR = "scalar decay"
+    KEY = "decay per key channel"
+    VALUE = "decay per value channel"
+
+
+class LowRank(Enum):
+    """What the writes of a state recall of it."""
+
+    NONE = "no low rank"
+    SYMMETRIC = "rank 1 (one write, symmetric)"
+    ONE_WRITE = "rank 1 (one write)"
+    GENERAL = "low rank, general"
+
+
+@dataclass(frozen=True, slots=True)
+class StateClass:
+    """One state's class. `bound`: what is known of its log-decay over all micro-steps."""
+
+    state: str
+    decay: DecayClass
+    bound: Interval
+    low_rank: LowRank
+    writes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """The class of a normal form. `transposed`: the roles of K and V are exchanged."""
+
+    states: tuple[StateClass, ...]
+    micro_steps: int
+    coupled: bool
+    transposed: bool
+
+    def __str__(self) -> str:
+        parts = []
+        for s in self.states:
+            what = f"{s.decay.value}, {s.low_rank.value}"
+            parts.append(f"{s.state}: {what}" if len(self.states) > 1 else what)
+        n, m = self.micro_steps, len(self.states)
+        parts.append("one micro-step" if n == 1 else f"{n} micro-steps")
+        kind = "coupled states" if self.coupled else "states"
+        parts.append("one state" if m == 1 else f"{m} {kind}")
+        if self.transposed:
+            parts.append("transposed (roles of K and V exchanged)")
+        return ", ".join(parts)
+
+
+def classify(form: NormalForm) -> Classes:
+    """The class of every state, and of the form as a whole."""
+    states = []
+    for declared in form.states:
+        updates = [u for m in form.micro_steps for u in m.updates if u.state == declared.name]
+        decays = [decay_class(form, u.log_decay) for u in updates]
+        order = list(DecayClass)
+        states.append(
+            StateClass(
+                declared.name,
+                max(decays, key=order.index),
+                Interval(min(u.bound.lo for u in updates), max(u.bound.hi for u in updates)),
+                _low_rank(declared.name, updates),
+                max(len(u.writes) for u in updates),
+            )
+        )
+    return Classes(tuple(states), len(form.micro_steps), is_coupled(form), form.transposed)
+
+
+def is_coupled(form: NormalForm) -> bool:
+    """Whether a state's update sees another state."""
+    return any(
+        u.mixes or any(w.feedback is not None and w.feedback.state != u.state for w in u.writes)
+        for m in form.micro_steps
+        for u in m.updates
+    )
+
+
+def decay_class(form: NormalForm, log_decay: Node | None) -> DecayClass:
+    """The class of one log-decay."""
+    if log_decay is None:
+        return DecayClass.NONE
+    if log_decay.kind is Kind.KEY:
+        return DecayClass.KEY
+    if log_decay.kind is Kind.VALUE:
+        return DecayClass.VALUE
+    per_token = {o.name for o in form.operands if o.per is Per.TOKEN}
+    leaves = (n for n in topological(log_decay) if n.op is Op.OPERAND)
+    moving = any(n.attrs[0] in per_token for n in leaves)
+    return DecayClass.SCALAR if moving else DecayClass.PER_HEAD
+
+
+def _low_rank(state: str, updates: Sequence[Update]) -> LowRank:
+    found = LowRank.NONE
+    for u in updates:
+        recalling = [w for w in u.writes if w.feedback is not None]
+        if not recalling:
+            continue
+        feedback = recalling[0].feedback
+        if len(u.writes) > 1 or feedback is None or feedback.state != state:
+            return LowRank.GENERAL
+        symmetric = feedback.key == recalling[0].key and feedback.decayed
+        if not symmetric:
+            found = LowRank.ONE_WRITE
+        elif found is LowRank.NONE:
+            found = LowRank.SYMMETRIC
+    return found

@@ -1,0 +1,242 @@
+"""What was understood of a declaration, as text: StepIR, normal form, class, operands, gates."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from . import algebra
+from .classify import DecayClass, classify, decay_class
+from .decay import SMALLEST
+from .ir import Kind, Node, Op, Per, topological
+from .normal_form import Feedback, NormalForm, Operand, Phase, Update, Write, expressions
+from .printing import infix
+from .step import Step
+
+if TYPE_CHECKING:
+    from .declaration import Declaration
+
+_AXES = {
+    Kind.SCALAR: "",
+    Kind.KEY: "K",
+    Kind.VALUE: "V",
+    Kind.STATE: "K,V",
+    Kind.KEY_STATE: "K",
+}
+_WHEN = {
+    Phase.BEFORE: "before the decay",
+    Phase.DECAYED: "after the decay, before the writes",
+    Phase.AFTER: "after the update",
+}
+
+
+def print_step(step: Step) -> str:
+    """StepIR, one node a line, with the user's line beside it."""
+    states = ", ".join(f"{s.name}[{_AXES[s.kind]}]" for s in step.states)
+    operands = ", ".join(
+        f"{o.name}{f'({step.micro})' if o.micro else ''}[{_AXES[o.kind]}]" for o in step.operands
+    )
+    params = "".join(f", {p.name}" for p in step.params)
+    lines = [f"step {step.name}({states}; {operands}{params})"]
+    names: dict[Node, str] = {}
+    ends = {n: f"→ {s.name}" for s, n in zip(step.states, step.next_states, strict=True)}
+    ends[step.output] = "→ o" if step.output not in ends else ends[step.output] + ", o"
+    for node in topological(*step.roots):
+        if not node.args:
+            continue
+        names_of_args = {a: names[a] for a in node.args if a in names}
+        text = _line(node, names_of_args)
+        names[node] = f"%{len(names) + 1}"
+        kind = ends.get(node, f": {'×'.join(_AXES[node.kind].split(',')) or '1'}")
+        where = "" if node.loc is None else f"{node.loc.file.rpartition('/')[2]}:{node.loc.line}"
+        lines.append(f"  {names[node]:>3} = {text:<30} {kind:<8} {where}".rstrip())
+    return "\n".join(lines)
+
+
+def _line(node: Node, names: dict[Node, str]) -> str:
+    args = [names.get(a) or infix(a) for a in node.args]
+    if node.op is Op.SCALE:
+        return f"scale {args[0]} by {args[1]}"
+    if node.op in (Op.READ, Op.READ_VALUE):
+        return f"{args[0]} @ {args[1]}"
+    if node.op is Op.WITHIN:
+        return f"{args[0]} within [{node.attrs[0]}, {node.attrs[1]}]"
+    if node.op in (Op.ADD, Op.SUB, Op.MUL, Op.DIV):
+        return infix(node, names)
+    return f"{node.op.name.lower()} {', '.join(args)}"
+
+
+def print_form(form: NormalForm) -> str:
+    """The normal form, one decay, write or read a line, and the class it falls in."""
+    lines: list[str] = []
+    for index, micro in enumerate(form.micro_steps):
+        if len(form.micro_steps) > 1:
+            lines.append(f"micro-step {index}")
+        for update in micro.updates:
+            lines += _update_lines(form, update)
+    for n, read in enumerate(form.reads):
+        text = f"{read.state} {infix(read.key)}" if read.other_axis else infix(read.key)
+        of = f" of {read.state}" if len(form.states) > 1 else ""
+        at = f" {read.micro_step}" if len(form.micro_steps) > 1 else ""
+        lines.append(_row(f"read{at}", text, f"r{n}{of}, {_WHEN[read.phase]}"))
+    if form.output.op is not Op.RESULT:
+        lines.append(_row("output", infix(form.output)))
+    lines.append(_row("class", str(classify(form))))
+    return "\n".join(lines)
+
+
+def _row(label: str, text: str, note: str = "") -> str:
+    return f"{label:<8}{text:<32}  {note}".rstrip()
+
+
+def _update_lines(form: NormalForm, update: Update) -> list[str]:
+    many = len(form.states) > 1
+    of = f" of {update.state}" if many else ""
+    lines = []
+    if update.log_decay is not None:
+        what = decay_class(form, update.log_decay)
+        text = f"e^({infix(update.log_decay)})" if update.log_decay.args else ""
+        text = text or f"e^{infix(update.log_decay)}"
+        per = " per token" if what is DecayClass.SCALAR else ""
+        lines.append(_row("decay", text, f"{what.value}{of}{per}, {_bound(update)}"))
+    for mix in update.mixes:
+        lines.append(_row("mix", f"{infix(mix.factor)} · {mix.state}", f"into {update.state}"))
+    for write in update.writes:
+        lines.append(_row("write", _write(update, write, form.transposed), _write_note(write, of)))
+    if not lines:
+        lines.append(_row("keep", update.state))
+    return lines
+
+
+def _write(update: Update, write: Write, transposed: bool) -> str:
+    key = infix(write.key)
+    key = f"({key})" if write.key.op in (Op.ADD, Op.SUB, Op.NEG) else key
+    value = _written(write)
+    return f"{value} ⊗ {key}" if transposed else f"{key} ⊗ {value}"
+
+
+def _written(write: Write) -> str:
+    if write.feedback is None:
+        return infix(write.value) if write.value is not None else "0"
+    recall = _recall(write.feedback, write.key.kind)
+    scale = write.feedback.scale
+    if write.value is None:
+        factor = _factor(scale)
+        return f"{factor}({recall})"
+    positive = scale.args[0] if scale.op is Op.NEG else None
+    if positive is not None and write.value.op is Op.MUL and write.value.args[0] == positive:
+        return f"{infix(positive)}·({infix(write.value.args[1])} − {recall})"
+    if algebra.number(scale) == -1.0:
+        return f"({infix(write.value)} − {recall})"
+    if positive is not None:
+        return f"({infix(write.value)} − {_factor(positive)}({recall}))"
+    return f"({infix(write.value)} + {_factor(scale)}({recall}))"
+
+
+def _factor(scale: Node) -> str:
+    value = algebra.number(scale)
+    if value == 1.0:
+        return ""
+    if value == -1.0:
+        return "−"
+    text = infix(scale)
+    return f"({text})·" if scale.op in (Op.ADD, Op.SUB) else f"{text}·"
+
+
+def _recall(feedback: Feedback, kind: Kind) -> str:
+    state = feedback.state + ("'" if feedback.decayed else "")
+    key = infix(feedback.key)
+    key = f"({key})" if feedback.key.args else key
+    return f"{state}{key}" if kind is Kind.VALUE else f"{key}ᵀ{state}"
+
+
+def _write_note(write: Write, of: str) -> str:
+    feedback = write.feedback
+    to = of.replace(" of ", "to ")
+    if feedback is None:
+        return to
+    same = feedback.key == write.key and feedback.decayed
+    reads = "decayed" if feedback.decayed else "undecayed"
+    note = f"{'symmetric; ' if same else ''}reads the {reads} state"
+    return f"{to}: {note}" if to else note
+
+
+def _bound(update: Update) -> str:
+    lo, hi = update.bound.lo, update.bound.hi
+    if math.isinf(lo) and hi > 0:
+        return "bound unknown"
+    return f"log-decay in [{_number(lo)}, {_number(min(hi, 0.0))}]"
+
+
+def _number(x: float) -> str:
+    return "-inf" if x == -math.inf else f"{x:.4g}"
+
+
+def explain(what: Declaration | NormalForm) -> str:
+    """A page on a recurrence: its step, normal form, class, operands with shapes, gates, notes."""
+    if isinstance(what, NormalForm):
+        return "\n".join([what.name, "", _operands(what), "", print_form(what), *_notes(what)])
+    micro = 2 if what.has_micro else 1
+    head = [what.name, *(what.doc.splitlines() if what.doc else [])]
+    step = print_step(what.step(micro))
+    if what.any_step:
+        tail = ["not normalised: only the reference engine runs it, token by token"]
+        return "\n".join([*head, "", step, "", *tail])
+    form = what.normal_form(micro)
+    body = [_operands(form), "", step, "", print_form(form), *_notes(form)]
+    return "\n".join([*head, "", *body])
+
+
+_SPELLED = {Kind.SCALAR: "Scalar", Kind.KEY: "Key", Kind.VALUE: "Value"}
+
+
+def shape_of(operand: Operand) -> str:
+    """The shape of an operand's tensor, as the documents write it."""
+    axes = [] if operand.per is Per.HEAD else ["B", "T"]
+    axes += ["n"] if operand.micro else []
+    axes += ["H" if operand.kind is Kind.KEY and operand.per is Per.TOKEN else "HV"]
+    axes += [_AXES[operand.kind]] if operand.kind is not Kind.SCALAR else []
+    return "[" + ",".join(axes) + "]"
+
+
+def _operands(form: NormalForm) -> str:
+    rows = []
+    for o in form.operands:
+        kind = ("Head" if o.per is Per.HEAD else "") + _SPELLED[o.kind]
+        rows.append((o.name, f"tuple[{kind}, ...]" if o.micro else kind, shape_of(o)))
+    for p in form.params:
+        default = "required" if p.default is None else f"default {p.default:g}"
+        rows.append((p.name, "float", default))
+    for s in form.states:
+        shape = "[N,HV,K,V]" if s.kind is Kind.STATE else "[N,HV,K]"
+        rows.append((s.name, "State" if s.kind is Kind.STATE else "KeyState", f"{shape} float32"))
+    width = max(len(r[0]) for r in rows)
+    return "\n".join(f"  {n:<{width}}  {k:<18} {s}" for n, k, s in rows)
+
+
+def _notes(form: NormalForm) -> list[str]:
+    """What a reader would otherwise be surprised by."""
+    notes: list[str] = []
+    for micro in form.micro_steps:
+        for u in micro.updates:
+            if u.log_decay is None:
+                continue
+            if u.bound.hi > 0:
+                notes.append(
+                    f"the log-decay {infix(u.log_decay)} of {u.state} is not bounded by the "
+                    "declaration: it must be ≤ 0 (checked under CHUNKWISE_CHECK), and a vector gate "
+                    "takes the exact path within a chunk"
+                )
+            if any(algebra.number(n) == SMALLEST for n in topological(u.log_decay)):
+                notes.append(
+                    f"the multiplier of {u.state} becomes log(max(f, 2^-126)): at f = 0 the state "
+                    "is scaled by 2^-126 instead of forgotten exactly"
+                )
+    if form.transposed:
+        notes.append("columns decay or are read: the state is handled transposed, V×K")
+    promises = {n for n in topological(form.output, *expressions(form)) if n.op is Op.WITHIN}
+    for n in sorted(promises, key=infix):
+        notes.append(f"{infix(n)} is a promise: checked under CHUNKWISE_CHECK, trusted otherwise")
+    unique = list(dict.fromkeys(notes))
+    return ["", *(f"note    {n}" for n in unique)] if unique else []
+
