@@ -235,7 +235,7 @@ def describe(
         K=K,
         V=V,
         N=B if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        micro=sizes.get("n", (1, ""))[0],
+        micro=int(sizes.get("n", (1, ""))[0]),
         dtype=lead.dtype,
         device=device,
         static=static,

@@ -129,8 +129,11 @@ def _register(
         call = signature.call(inputs)
         check_contents(call, check)
         call = on_one_device(call)
+        serving = _loaded(engine, call)
+        if _is_empty(call):
+            return _empty_forward(call)
         with _without_autocast(call.device):
-            o, finals = _loaded(engine, call).forward(call)
+            o, finals = serving.forward(call)
         return (o, *finals)
 
     def forward_shapes(*args: Any) -> tuple[Tensor, ...]:
@@ -145,6 +148,8 @@ def _register(
     def backward(*args: Any) -> list[Tensor]:
         do, *dfinals = args[: 1 + states]
         call = on_one_device(signature.call(args[1 + states :]))
+        if _is_empty(call):
+            return _empty_backward(call, dfinals)
         if do is None:
             do = torch.zeros(call.output_shape, dtype=call.dtype, device=call.device)
         with _without_autocast(call.device):
@@ -191,6 +196,32 @@ def _register(
     torch.library.register_autograd(
         f"{NAMESPACE}::{backward_name}", refuse, setup_context=save_nothing, lib=library
     )
+
+
+def _is_empty(call: Call) -> bool:
+    """No token in the whole call: an engine never sees it."""
+    return 0 in (call.B, call.T, call.HV)
+
+
+def _empty_forward(call: Call) -> tuple[Tensor, ...]:
+    o = torch.zeros(call.output_shape, dtype=call.dtype, device=call.device)
+    finals = (
+        torch.zeros(call.state_shape(s), dtype=call.state_dtype, device=call.device)
+        if start is None
+        else start.to(call.state_dtype, copy=True).contiguous()
+        for s, start in zip(call.declaration.states, call.initial, strict=True)
+    )
+    return (o, *finals)
+
+
+def _empty_backward(call: Call, dfinals: Sequence[Tensor | None]) -> list[Tensor]:
+    """The final state is the initial one, so its gradient passes through."""
+    grads = [torch.zeros_like(x).contiguous() for x in call.operands.values()]
+    for start, dfinal in zip(call.initial, dfinals, strict=True):
+        if start is not None:
+            passed = torch.zeros_like(start) if dfinal is None else dfinal
+            grads.append(passed.to(start.dtype, copy=True).contiguous())
+    return grads
 
 
 def _loaded(name: EngineName, call: Call) -> Engine:
