@@ -125,8 +125,6 @@ def arrange(
     static: list[tuple[str, int]] = []
     for name, default in sorted(declaration.statics.items()):
         constant = given.pop(name, default)
-        if constant is None:
-            raise errors.MissingOperand(name, "int", "or rather a Python integer", op=title)
         if not isinstance(constant, int):
             raise errors.BadDtype(
                 name,
@@ -168,7 +166,7 @@ def bind(
     """The call that these arguments mean, or the error that names the one at fault."""
     operands, params, static = arrange(declaration, args, named)
     initial = initial_states(declaration, initial_state)
-    return describe(declaration, operands, params, initial, cu_seqlens, static)
+    return describe(declaration, operands, params, initial, boundaries(cu_seqlens), static)
 
 
 def initial_states(
@@ -184,7 +182,19 @@ def initial_states(
         raise errors.BadBatch(
             "initial_state", len(states), f"{count} tensors, one per state: {names}"
         )
+    for state, start in zip(declaration.states, states, strict=True):
+        if start is not None and not isinstance(start, Tensor):
+            raise errors.BadDtype(
+                f"initial_state ({state.name})", type(start).__name__, "a tensor or None"
+            )
     return states
+
+
+def boundaries(given: Tensor | None) -> Tensor | None:
+    """`cu_seqlens`, which must be a tensor: a list would be copied to the device in every call."""
+    if given is not None and not isinstance(given, Tensor):
+        raise errors.BadCuSeqlens(f"a {type(given).__name__}", "an int32 or int64 tensor")
+    return given
 
 
 def describe(
@@ -307,8 +317,6 @@ def _key_heads(key_heads: dict[str, int], HV: int, witness: str) -> int:
 
 
 def _check_cu_seqlens_form(cu_seqlens: Tensor, B: int, witness: str) -> None:
-    if not isinstance(cu_seqlens, Tensor):
-        raise errors.BadCuSeqlens(f"a {type(cu_seqlens).__name__}", "an int32 or int64 tensor")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise errors.BadCuSeqlens(f"of dtype {cu_seqlens.dtype}", "int32 or int64")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:

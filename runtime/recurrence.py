@@ -13,7 +13,7 @@ from ..dsl import errors
 from ..dsl.declaration import Declaration
 from ..dsl.trace import where
 from . import decode
-from .call import Static, arrange, initial_states
+from .call import Static, arrange, boundaries, initial_states
 from .engines import EngineName, choose
 from .ops import NAMESPACE, REGISTRY
 
@@ -90,7 +90,8 @@ class Recurrence:
         device = next(iter(operands.values())).device.type
         name = self._op_of(device, engine or self._engine, micro, static)
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
-        o, *finals = op(*operands.values(), *initial, cu_seqlens, *params.values(), check)
+        packing = boundaries(cu_seqlens)
+        o, *finals = op(*operands.values(), *initial, packing, *params.values(), check)
         if not output_final_state:
             return o, None
         return o, finals[0] if len(finals) == 1 else tuple(finals)
@@ -172,6 +173,5 @@ def _signature(declaration: Declaration) -> inspect.Signature:
         default = inspect.Parameter.empty if p.default is None else p.default
         parameters.append(inspect.Parameter(p.name, keyword, default=default))
     for name, constant in declaration.statics.items():
-        default = inspect.Parameter.empty if constant is None else constant
-        parameters.append(inspect.Parameter(name, keyword, default=default))
+        parameters.append(inspect.Parameter(name, keyword, default=constant))
     return inspect.Signature([*parameters, *OPTIONS])

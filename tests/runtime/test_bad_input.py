@@ -1,0 +1,277 @@
+"""Every mistake of a caller is named: the operand, what it got, what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chunkwise as cw
+import pytest
+import torch
+from torch import Tensor
+
+E = cw.errors
+Change = Callable[[dict[str, Tensor]], dict[str, Any]]
+
+
+@cw.recurrence
+def scaled(
+    S: cw.State,
+    q: cw.Key,
+    k: cw.Key,
+    v: cw.Value,
+    u: cw.HeadKey,
+    *,
+    scale: float,
+    twice: bool = False,
+) -> tuple[cw.State, cw.Value]:
+    S = S + cw.outer(u * k, v)
+    return S, scale * (q @ S) * (2.0 if twice else 1.0)
+
+
+def _with(**changed: Any) -> Change:
+    return lambda x: {**x, **{n: f(x[n]) if callable(f) else f for n, f in changed.items()}}
+
+
+def _without(name: str) -> Change:
+    return lambda x: {n: t for n, t in x.items() if n != name}
+
+
+def _cu(*bounds: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor(bounds, dtype=dtype)
+
+
+# gated_delta_rule with B = 2, T = 5, H = 2, HV = 4, K = 3, V = 6
+BAD: dict[str, tuple[Change, type[Exception], tuple[str, ...]]] = {
+    "axes missing": (
+        _with(q=lambda q: q[0]),
+        E.BadShape,
+        ("'q'", "declared Key", "[5, 2, 3]", "[B,T,H|HV,K]"),
+    ),
+    "a gate per channel for a Scalar": (
+        _with(g=lambda g: g[..., None].expand(-1, -1, -1, 3)),
+        E.BadShape,
+        ("'g'", "declared Scalar", "[2, 5, 4, 3]", "[B,T,HV]", "`g: Key`"),
+    ),
+    "another length": (
+        _with(v=lambda v: v[:, :4]),
+        E.BadShape,
+        ("'v'", "[2, 4, 4, 6]", "T = 5", "operand 'q'"),
+    ),
+    "another batch": (_with(k=lambda k: k[:1]), E.BadShape, ("'k'", "[1, 5, 2, 3]", "B = 2")),
+    "another key size": (
+        _with(k=lambda k: k[..., :2]),
+        E.BadShape,
+        ("'k'", "[2, 5, 2, 2]", "K = 3"),
+    ),
+    "another number of value heads": (
+        _with(beta=lambda b: b[..., :2]),
+        E.BadShape,
+        ("'beta'", "[2, 5, 2]", "HV = 4", "operand 'v'"),
+    ),
+    "value heads not a multiple": (
+        _with(
+            q=lambda q: q[:, :, :1].expand(-1, -1, 3, -1),
+            k=lambda k: k[:, :, :1].expand(-1, -1, 3, -1),
+        ),
+        E.HeadMismatch,
+        ("'q'", "3 heads", "4", "divisor"),
+    ),
+    "two kinds of grouping": (
+        _with(k=lambda k: k[:, :, :1]),
+        E.HeadMismatch,
+        ("'k'", "1 heads", "2 as operand 'q'", "4 as operand 'v'"),
+    ),
+    "integers": (_with(v=lambda v: v.long()), E.BadDtype, ("'v'", "torch.int64", "float32")),
+    "complex": (_with(q=lambda q: q + 0j), E.BadDtype, ("'q'", "torch.complex", "bfloat16")),
+    "bool": (_with(g=lambda g: g > 0), E.BadDtype, ("'g'", "torch.bool")),
+    "not a tensor": (_with(v=[1.0]), E.BadDtype, ("'v'", "list", "[B,T,HV,V]")),
+    "another device": (_with(k=lambda k: k.to("meta")), E.BadDevice, ("'k'", "meta", "cpu")),
+    "missing": (_without("beta"), E.MissingOperand, ("'beta'", "Scalar", "[B,T,HV]")),
+    "unknown": (
+        lambda x: {**x, "gamma": x["g"]},
+        E.UnknownOperand,
+        ("'gamma'", "q, k, v, g, beta"),
+    ),
+    "state of another shape": (
+        lambda x: {**x, "initial_state": torch.zeros(2, 4, 6, 3)},
+        E.BadShape,
+        ("initial_state (S)", "[2, 4, 6, 3]", "[N,HV,K,V] = [2, 4, 3, 6]"),
+    ),
+    "state of integers": (
+        lambda x: {**x, "initial_state": torch.zeros(2, 4, 3, 6).int()},
+        E.BadDtype,
+        ("initial_state (S)", "torch.int32"),
+    ),
+    "state elsewhere": (
+        lambda x: {**x, "initial_state": torch.zeros(2, 4, 3, 6, device="meta")},
+        E.BadDevice,
+        ("initial_state (S)", "meta", "cpu"),
+    ),
+    "state of numbers": (
+        lambda x: {**x, "initial_state": (0.0,)},
+        E.BadDtype,
+        ("initial_state (S)", "float", "a tensor"),
+    ),
+    "too many states": (
+        lambda x: {**x, "initial_state": (None, None)},
+        E.BadBatch,
+        ("initial_state", "2", "1 tensors", "S"),
+    ),
+    "packed with a batch": (
+        lambda x: {**x, "cu_seqlens": _cu(0, 5)},
+        E.BadBatch,
+        ("batch size 2", "expected 1", "[1, B*T, ...]"),
+    ),
+    "an engine nobody knows": (
+        lambda x: {**x, "engine": "cuda"},
+        E.EngineUnavailable,
+        ("'cuda'", "reference, eager, triton"),
+    ),
+    "an engine of a later version": (
+        lambda x: {**x, "engine": "tvm"},
+        E.EngineUnavailable,
+        ("'tvm'", "not part of this version"),
+    ),
+}
+
+BAD_PACKINGS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "a list": ([0, 5], ("a list", "int32 or int64")),
+    "of floats": (torch.tensor([0.0, 5.0]), ("torch.float32", "int32 or int64")),
+    "of two axes": (_cu(0, 5)[None], ("[1, 2]", "[N+1]")),
+    "of one entry": (_cu(5), ("[1]", "[N+1]")),
+    "not from 0": (_cu(1, 5), ("1 at [0]", "0")),
+    "decreasing": (_cu(0, 4, 3, 5), ("3 at [2] after 4", "do not decrease")),
+    "short of T": (_cu(0, 2, 4, dtype=torch.int32), ("4 at [2]", "T = 5")),
+    "beyond T": (_cu(0, 2, 6), ("6 at [2]", "T = 5")),
+}
+
+
+def _operands(kit: Any, **sizes: Any) -> dict[str, Tensor]:
+    all_sizes = kit.Sizes(**{"T": 5, "HV": 4, "K": 3, "V": 6, "dtype": torch.float32, **sizes})
+    made = kit.make_inputs(cw.library.gated_delta_rule, all_sizes).operands
+    return {n: x.detach() for n, x in made.items()}
+
+
+def _assert_names(error: BaseException, fragments: tuple[str, ...]) -> None:
+    for fragment in fragments:
+        assert fragment in str(error), f"{fragment!r} is not in: {error}"
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_call(kit: Any, case: str) -> None:
+    change, expected, fragments = BAD[case]
+    with pytest.raises(expected) as raised:
+        cw.library.gated_delta_rule(**change(_operands(kit)))
+    _assert_names(raised.value, fragments)
+    assert isinstance(raised.value, (ValueError, TypeError))
+
+
+@pytest.mark.parametrize("case", BAD_PACKINGS)
+def test_bad_packing(kit: Any, engine: str, case: str) -> None:
+    cu_seqlens, fragments = BAD_PACKINGS[case]
+    with pytest.raises(E.BadCuSeqlens) as raised:
+        cw.library.gated_delta_rule(**_operands(kit, B=1), cu_seqlens=cu_seqlens, engine=engine)
+    _assert_names(raised.value, fragments)
+
+
+def test_operands_by_position(kit: Any) -> None:
+    x = _operands(kit)
+    with pytest.raises(E.UnknownOperand, match="number 6"):
+        cw.library.gated_delta_rule(*x.values(), x["g"])
+    with pytest.raises(E.UnknownOperand, match="beta \\(again\\)"):
+        cw.library.gated_delta_rule(*x.values(), beta=x["beta"])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected", "fragments"),
+    [
+        ({"scale": None}, E.MissingOperand, ("'scale'", "float")),
+        ({"scale": torch.tensor(1.0)}, E.BadDtype, ("'scale'", "Tensor", "HeadScalar")),
+        ({"scale": "1"}, E.BadDtype, ("'scale'", "str", "number")),
+        ({"twice": 0.5}, E.BadDtype, ("'twice'", "float", "int or bool")),
+        ({"u": lambda u: u[0]}, E.BadShape, ("'u'", "declared HeadKey", "[HV,K]")),
+        ({"u": lambda u: u[:1]}, E.BadShape, ("'u'", "[1, 8]", "HV = 2")),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
+)
+def test_numbers_and_head_operands(
+    kit: Any, change: dict[str, Any], expected: type[Exception], fragments: tuple[str, ...]
+) -> None:
+    x = {n: t.detach() for n, t in kit.make_inputs(scaled, kit.Sizes()).operands.items()}
+    with pytest.raises(expected) as raised:
+        scaled(**_with(**change)({**x, "scale": 1.0, "twice": True}))
+    _assert_names(raised.value, fragments)
+
+
+def test_micro_steps_agree(kit: Any) -> None:
+    op = cw.library.delta_product
+    x = {n: t.detach() for n, t in kit.make_inputs(op, kit.Sizes(micro=3)).operands.items()}
+    with pytest.raises(E.BadShape, match=r"'beta'.*n = 3"):
+        op(**{**x, "beta": x["beta"][:, :, :2]}, engine="reference")
+    with pytest.raises(E.BadShape, match="at least one micro-step"):
+        op(**{n: t[:, :, :0] if n != "q" else t for n, t in x.items()}, engine="reference")
+
+
+def test_names_of_options_are_reserved() -> None:
+    with pytest.raises(E.ReservedName, match="engine"):
+
+        @cw.recurrence
+        def unlucky(
+            S: cw.State, q: cw.Key, k: cw.Key, engine: cw.Value
+        ) -> tuple[cw.State, cw.Value]:
+            S = S + cw.outer(k, engine)
+            return S, q @ S
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_check_names_the_first_nan(
+    kit: Any, engine: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = _operands(kit)
+    x["v"][1, 2, 3, 4] = value
+    cw.library.gated_delta_rule(**x, engine=engine)
+    with pytest.raises(E.NanOperand) as raised:
+        cw.library.gated_delta_rule(**x, engine=engine, check=True)
+    _assert_names(raised.value, ("'v'", str(value), "[1, 2, 3, 4]"))
+    monkeypatch.setenv("CHUNKWISE_CHECK", "1")
+    with pytest.raises(E.NanOperand):
+        cw.library.gated_delta_rule(**x, engine=engine)
+    cw.library.gated_delta_rule(**x, engine=engine, check=False)
+    monkeypatch.setenv("CHUNKWISE_CHECK", "0")
+    cw.library.gated_delta_rule(**x, engine=engine)
+
+
+def test_check_looks_at_the_initial_state(kit: Any) -> None:
+    state = torch.zeros(2, 4, 3, 6)
+    state[1, 0, 0, 0] = float("nan")
+    with pytest.raises(E.NanOperand, match="initial_state"):
+        cw.library.gated_delta_rule(**_operands(kit), initial_state=state, check=True)
+
+
+def test_check_names_the_gate_that_grows(kit: Any, engine: str) -> None:
+    x = _operands(kit)
+    x["g"][0, 1, 2] = 0.25
+    with pytest.raises(E.PositiveGate) as raised:
+        cw.library.gated_delta_rule(**x, engine=engine, check=True)
+    _assert_names(raised.value, ("'g'", "0.25", "[0, 1, 2]", "at most 0"))
+    x["g"][0, 1, 2] = -20.0
+    cw.library.gated_delta_rule(**x, engine=engine, check=True)
+
+
+def test_check_looks_behind_the_preamble(kit: Any) -> None:
+    """The gate is what the step computes, not what the call passes: here -slope, per head."""
+    op = cw.library.lightning_attention
+    inputs = kit.make_inputs(op, kit.Sizes())
+    x = {n: t.detach() for n, t in inputs.operands.items()}
+    op(**x, check=True)
+    with pytest.raises(E.PositiveGate, match="'slope'"):
+        op(**{**x, "slope": -x["slope"]}, check=True)
+
+
+def test_check_holds_promises(kit: Any) -> None:
+    op = cw.library.hgrn2
+    x = {n: t.detach() for n, t in kit.make_inputs(op, kit.Sizes()).operands.items()}
+    op(**x, check=True, engine="reference")
+    with pytest.raises(E.PositiveGate, match=r"within.*'f'.*\[0.0, 1.0\]"):
+        op(**{**x, "f": 1.5 * x["f"] + 0.5}, check=True, engine="reference")

@@ -1,0 +1,76 @@
+"""Decoding token by token is the call on the whole sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chunkwise as cw
+import pytest
+import torch
+from chunkwise.dsl.ir import Per
+
+
+@pytest.mark.parametrize("keep_time", [False, True], ids=["no T axis", "T = 1"])
+@pytest.mark.parametrize(
+    "rule",
+    # a Key gate; a head operand and a read before; two states; micro-steps; run-time float
+    ["kda", "rwkv6", "momentum_delta", "gated_delta_product", "linear_attention_normalised"],
+)
+def test_step_by_step(kit: Any, rule: str, keep_time: bool) -> None:
+    op = getattr(cw.library, rule)
+    inputs = kit.make_inputs(op, kit.Sizes(T=5, HV=4, K=3, V=4, initial=True))
+    want, final = op(
+        **inputs.operands, **inputs.options, engine="reference", output_final_state=True
+    )
+    per_token = {x.name for x in op.declaration.operands if x.per is Per.TOKEN}
+    state, outputs = inputs.options["initial_state"], []
+    for t in range(5):
+        token = {
+            n: (x[:, t : t + 1] if keep_time else x[:, t]) if n in per_token else x
+            for n, x in inputs.operands.items()
+        }
+        o, state = op.step(**token, state=state)
+        outputs.append(o if not keep_time else o.squeeze(1))
+        assert o.shape == ((2, 1, 4, 4) if keep_time else (2, 4, 4))
+    torch.testing.assert_close(torch.stack(outputs, 1), want, rtol=1e-12, atol=1e-12)
+    pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (state, final)), strict=True)
+    for got, expected in pairs:
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_state_is_float32_whatever_the_token(kit: Any) -> None:
+    op = cw.library.gated_delta_rule
+    x = kit.make_inputs(op, kit.Sizes(T=1, dtype=torch.bfloat16)).operands
+    o, state = op.step(**{n: t[:, 0] for n, t in x.items()})
+    assert o.dtype is torch.bfloat16
+    assert state.dtype is torch.float32
+    o, state = op.step(**{n: t[:, 0] for n, t in x.items()}, state=state.bfloat16())
+    assert state.dtype is torch.float32
+
+
+def test_gradients_flow_through_steps(kit: Any) -> None:
+    op = cw.library.gated_delta_rule
+    inputs = kit.make_inputs(op, kit.Sizes(T=3, initial=True))
+    state, total = inputs.initial[0], 0.0
+    for t in range(3):
+        o, state = op.step(**{n: x[:, t] for n, x in inputs.operands.items()}, state=state)
+        total = total + o.square().sum()
+    leaves = list(inputs.leaves.values())
+    got = torch.autograd.grad(total, leaves)
+    o, _ = op(**inputs.operands, **inputs.options, engine="reference")
+    for a, b in zip(got, torch.autograd.grad(o.square().sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_mistakes(kit: Any) -> None:
+    op = cw.library.gated_delta_rule
+    x = kit.make_inputs(op, kit.Sizes(T=3)).operands
+    with pytest.raises(cw.errors.BadShape, match="one token"):
+        op.step(**x)
+    token = {n: t[:, 0] for n, t in x.items()}
+    with pytest.raises(cw.errors.MissingOperand, match="beta"):
+        op.step(*list(token.values())[:4])
+    with pytest.raises(cw.errors.BadShape, match="'v'"):
+        op.step(**{**token, "v": token["v"][..., 0]})
+    with pytest.raises(cw.errors.BadShape, match=r"initial_state \(S\)"):
+        op.step(**token, state=torch.zeros(1, 2, 8, 8))
