@@ -42,11 +42,12 @@ class MomentRead:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """`row col^T`; with a left read, `row (col * read)^T`; with a right read, `(row * read) col^T`."""
+    """`row col^T`; with a left read `row (col * read)^T`, with a right one `(row * read) col^T`."""
 
     row: Node
     col: Node
-    read: MomentRead | None = None
+    read: MomentRead | None
+    loc: Loc | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +134,11 @@ class Walker:
         terms: list[Term] = []
         if self.depends(key):
             form = self.vector(key)
-            terms += [Term(coef, value, read) for coef, read in form.reads]
-            terms += [Term(form.const, value)] if form.const is not None else []
+            terms += [Term(coef, value, read, node.loc) for coef, read in form.reads]
+            terms += [Term(form.const, value, None, node.loc)] if form.const is not None else []
         else:
             form = self.vector(value)
-            terms += [Term(key, form.const)] if form.const is not None else []
+            terms += [Term(key, form.const, None, node.loc)] if form.const is not None else []
             for coef, read in form.reads:
                 if coef.kind is Kind.VALUE and not _is_value_read(read, self._stops):
                     raise errors.NoChunkForm(
@@ -147,7 +148,7 @@ class Walker:
                         "divide by the normaliser after the read instead of before the write",
                         node.loc,
                     )
-                terms.append(Term(key, coef, read))
+                terms.append(Term(key, coef, read, node.loc))
         return StateForm(terms=tuple(terms))
 
     def _vector(self, node: Node) -> VectorForm:

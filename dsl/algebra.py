@@ -1,4 +1,4 @@
-"""Smart constructors of elementwise expressions: what the passes build with, folding the obvious."""
+"""Constructors of elementwise expressions: what the passes build with, folding the obvious."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def leaves(node: Node) -> frozenset[str]:
 def split_scalar(vector: Node) -> tuple[Node, Node]:
     """`(s, x)` with `vector = s * x`, s the Scalar factors that do not depend on x.
 
-    A normalisation `k * rsqrt(sum(k²))` stays whole: keys of length 1 are what half precision needs.
+    A normalisation `k * rsqrt(sum(k²))` stays whole: half precision needs keys of length 1.
     """
     if vector.op is Op.NEG:
         s, x = split_scalar(vector.args[0])

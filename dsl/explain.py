@@ -102,7 +102,9 @@ def _update_lines(form: NormalForm, update: Update) -> list[str]:
     for mix in update.mixes:
         lines.append(_row("mix", f"{infix(mix.factor)} · {mix.state}", f"into {update.state}"))
     for write in update.writes:
-        lines.append(_row("write", _write(update, write, form.transposed), _write_note(write, of)))
+        lines.append(
+            _row("write", _write(update, write, form.transposed), _write_note(update, write, many))
+        )
     if not lines:
         lines.append(_row("keep", update.state))
     return lines
@@ -111,14 +113,14 @@ def _update_lines(form: NormalForm, update: Update) -> list[str]:
 def _write(update: Update, write: Write, transposed: bool) -> str:
     key = infix(write.key)
     key = f"({key})" if write.key.op in (Op.ADD, Op.SUB, Op.NEG) else key
-    value = _written(write)
+    value = _written(update, write)
     return f"{value} ⊗ {key}" if transposed else f"{key} ⊗ {value}"
 
 
-def _written(write: Write) -> str:
+def _written(update: Update, write: Write) -> str:
     if write.feedback is None:
         return infix(write.value) if write.value is not None else "0"
-    recall = _recall(write.feedback, write.key.kind)
+    recall = _recall(update, write.feedback, write.key.kind)
     scale = write.feedback.scale
     if write.value is None:
         factor = _factor(scale)
@@ -143,22 +145,25 @@ def _factor(scale: Node) -> str:
     return f"({text})·" if scale.op in (Op.ADD, Op.SUB) else f"{text}·"
 
 
-def _recall(feedback: Feedback, kind: Kind) -> str:
-    state = feedback.state + ("'" if feedback.decayed else "")
+def _recall(update: Update, feedback: Feedback, kind: Kind) -> str:
+    decayed = feedback.decayed and update.log_decay is not None
+    state = feedback.state + ("'" if decayed else "")
     key = infix(feedback.key)
     key = f"({key})" if feedback.key.args else key
     return f"{state}{key}" if kind is Kind.VALUE else f"{key}ᵀ{state}"
 
 
-def _write_note(write: Write, of: str) -> str:
+def _write_note(update: Update, write: Write, many: bool) -> str:
+    to = f"to {update.state}" if many else ""
     feedback = write.feedback
-    to = of.replace(" of ", "to ")
     if feedback is None:
         return to
-    same = feedback.key == write.key and feedback.decayed
+    same = feedback.key == write.key and feedback.decayed and feedback.state == update.state
     reads = "decayed" if feedback.decayed else "undecayed"
-    note = f"{'symmetric; ' if same else ''}reads the {reads} state"
-    return f"{to}: {note}" if to else note
+    parts = [to] if to else []
+    parts += ["symmetric"] if same else []
+    parts += [f"reads the {reads} state"] if update.log_decay is not None else []
+    return ", ".join(parts)
 
 
 def _bound(update: Update) -> str:
@@ -222,10 +227,11 @@ def _notes(form: NormalForm) -> list[str]:
             if u.log_decay is None:
                 continue
             if u.bound.hi > 0:
+                exact = ", and is summed exactly within a chunk, not factorised"
                 notes.append(
-                    f"the log-decay {infix(u.log_decay)} of {u.state} is not bounded by the "
-                    "declaration: it must be ≤ 0 (checked under CHUNKWISE_CHECK), and a vector gate "
-                    "takes the exact path within a chunk"
+                    f"the log-decay {infix(u.log_decay)} of {u.state} has no bound in the "
+                    "declaration: it must be ≤ 0 (checked under CHUNKWISE_CHECK)"
+                    + ("" if u.log_decay.kind is Kind.SCALAR else exact)
                 )
             if any(algebra.number(n) == SMALLEST for n in topological(u.log_decay)):
                 notes.append(
@@ -239,4 +245,3 @@ def _notes(form: NormalForm) -> list[str]:
         notes.append(f"{infix(n)} is a promise: checked under CHUNKWISE_CHECK, trusted otherwise")
     unique = list(dict.fromkeys(notes))
     return ["", *(f"note    {n}" for n in unique)] if unique else []
-

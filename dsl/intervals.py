@@ -1,4 +1,4 @@
-"""Intervals, and interval analysis of the preamble: what is known of a gate before any data is seen."""
+"""Interval analysis of the preamble: what is known of a gate before any data is seen."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _times(a: float, b: float) -> float:
 
 
 def _guarded(function: Callable[[float], float], x: float, low: float, high: float) -> float:
-    """A monotone function at an end of an interval, with its limits where it over- or underflows."""
+    """A monotone function at an end of an interval, with its limits where it overflows."""
     if x == -math.inf:
         return low
     if x == math.inf:

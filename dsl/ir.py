@@ -1,4 +1,4 @@
-"""StepIR: one step of a recurrence as an immutable expression graph, and the one page of ops it has.
+"""StepIR: one step of a recurrence as an immutable expression graph, and its one page of ops.
 
 A node is its own value: two nodes with the same op, attributes and arguments are equal and hash
 alike (`key` is a digest of the whole expression), so common subexpressions are shared without a

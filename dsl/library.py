@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from . import errors
 from .declaration import Declaration, declaration
-from .functions import dot, exp, maximum, outer, sigmoid, softplus, within
 from .functions import abs as abs_
+from .functions import dot, exp, maximum, outer, sigmoid, softplus, within
 from .kinds import HeadKey, HeadScalar, Key, KeyState, Scalar, State, Value
 
 
@@ -43,7 +43,7 @@ def lightning_attention(
 
 @declaration
 def simple_gla(S: State, q: Key, k: Key, v: Value, g: Scalar) -> tuple[State, Value]:
-    """Linear attention with a scalar gate (Yang et al. 2024; Mamba-2's SSD in its plainest form)."""
+    """Linear attention with a scalar gate (Dao, Gu 2024; Yang et al. 2024)."""
     S = exp(g) * S + outer(k, v)
     return S, q @ S
 
@@ -90,7 +90,7 @@ def rwkv6(S: State, q: Key, k: Key, v: Value, w: Key, u: HeadKey) -> tuple[State
 
 @declaration
 def rwkv7(S: State, r: Key, w: Key, k: Key, v: Value, k_hat: Key, a: Key) -> tuple[State, Value]:
-    """RWKV-7 (Peng et al. 2025): decay log −e^(−1/2) σ(w); removes along k_hat, rewrites a∘k_hat."""
+    """RWKV-7 (Peng et al. 2025): log-decay −e^(−1/2) σ(w); reads with k_hat, erases at a∘k_hat."""
     S = exp(-0.6065306597126334 * sigmoid(w)) * S - outer(a * k_hat, k_hat @ S) + outer(k, v)
     return S, r @ S
 
@@ -108,7 +108,7 @@ def mlstm(
 
 @declaration
 def delta_rule(S: State, q: Key, k: Key, v: Value, beta: Scalar) -> tuple[State, Value]:
-    """The delta rule (Schlag, Irie, Schmidhuber 2021; Yang et al. 2024); k normalised by the caller."""
+    """The delta rule (Schlag, Irie, Schmidhuber 2021); k is normalised by the caller, β ≤ 2."""
     S = S + beta * outer(k, v - k @ S)
     return S, q @ S
 
@@ -175,7 +175,7 @@ def gated_delta_product(
 
 @declaration
 def gdn2(S: State, q: Key, k: Key, v: Value, g: Key, b: Key, w: Value) -> tuple[State, Value]:
-    """A gated delta rule that gates erasing per key channel (b) and writing per value channel (w)."""
+    """Gated DeltaNet-2 (Hatamizadeh, Choi, Kautz 2026): erase per key, write per value channel."""
     S = exp(g) * S
     S = S - outer(k, (b * k) @ S) + outer(k, w * v)
     return S, q @ S
@@ -218,7 +218,7 @@ def momentum_delta(
 
 @declaration
 def gated_lms(S: State, q: Key, k: Key, v: Value, beta: Scalar) -> tuple[State, Value]:
-    """Least mean squares (Widrow, Hoff 1960): one neuron per value channel, so V = 1 for a single."""
+    """Least mean squares (Widrow, Hoff 1960), β the step size: one neuron per value channel."""
     S = S + beta * outer(k, v - k @ S)
     return S, q @ S
 

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from enum import Enum
 
 from .intervals import Interval
-from .ir import Kind, Node, Per
+from .ir import Kind, Node, Op, Per
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A tensor of the call. `micro`: it is a tuple, one entry per micro-step (tensor [B,T,n,...])."""
+    """A tensor of the call. `micro`: a tuple, one entry per micro-step (tensor [B,T,n,...])."""
 
     name: str
     kind: Kind
@@ -51,8 +51,9 @@ class StateDecl:
 class Feedback:
     """`scale * (key^T S)`: what a write recalls of `state` as it stands when the micro-step begins.
 
-    `decayed`: the reading sees `decay . S` (this micro-step's decay), not `S`. The decay is then not
-    multiplied into `key`: the chunk form reads with the inclusive prefix instead (math.md, after (6)).
+    `decayed`: the reading sees `decay . S` (this micro-step's decay), not `S`. The decay is then
+    not multiplied into `key`: the chunk form reads with the inclusive prefix instead (math.md,
+    after (6)). Without a decay it is True.
     """
 
     state: str
@@ -63,7 +64,7 @@ class Feedback:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """`key (value + feedback)^T`, added to the state; `value` or `feedback` may be absent, not both."""
+    """`key (value + feedback)^T`, added to the state; one of the two may be absent."""
 
     key: Node
     value: Node | None
@@ -137,6 +138,14 @@ class NormalForm:
         fields = (self.operands, self.params, self.states, self.reads, self.transposed)
         text = repr([_text(x) for x in (*fields, self.micro_steps, self.output)])
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def result_leaf(form: NormalForm, index: int) -> Node:
+    """The leaf of `output` that stands for the n-th read."""
+    read = form.reads[index]
+    state = next(s for s in form.states if s.name == read.state)
+    kind = Kind.SCALAR if state.kind is Kind.KEY_STATE else Kind.VALUE
+    return Node(Op.RESULT, (), (index,), Kind.KEY if read.other_axis else kind)
 
 
 def expressions(form: NormalForm) -> list[Node]:

@@ -15,7 +15,7 @@ from . import algebra, errors
 from .affine import Moment, MomentRead, StateForm, Term, Walker
 from .decay import log_decay
 from .intervals import Interval
-from .ir import ELEMENTWISE, Kind, Node, Op
+from .ir import ELEMENTWISE, Kind, Loc, Node, Op
 from .normal_form import (
     Feedback,
     MicroStep,
@@ -206,7 +206,7 @@ def _micro_step(step: Step, index: int, forms: Sequence[StateForm], transposed: 
             raise errors.NoChunkForm(
                 f"the new {name} does not contain the old {name}",
                 "a state that is forgotten at every token has no log-decay (log 0)",
-                f"compute it within the step instead of carrying it, or decay it: `exp(g) * {name}`",
+                f"compute it in the step instead of carrying it, or decay it: `exp(g) * {name}`",
                 node.loc,
             )
         mixes = tuple(Mix(m.state, c) for m, c in form.coefs if m.state != name)
@@ -241,7 +241,7 @@ def _writes(terms: Sequence[Term], own: Mapping[str, Node], transposed: bool) ->
         if term.read is None:
             values[key].append(value)
         else:
-            feedbacks[key].append(_feedback(term.read, value, own, key))
+            feedbacks[key].append(_feedback(term.read, value, own, term.loc))
     writes: list[Write] = []
     for key in values:
         value_sum = algebra.total(values[key])
@@ -251,13 +251,13 @@ def _writes(terms: Sequence[Term], own: Mapping[str, Node], transposed: bool) ->
     return tuple(writes)
 
 
-def _feedback(read: MomentRead, scale: Node, own: Mapping[str, Node], key: Node) -> Feedback:
+def _feedback(read: MomentRead, scale: Node, own: Mapping[str, Node], loc: Loc | None) -> Feedback:
     if scale.kind is not Kind.SCALAR:
         raise errors.NoChunkForm(
             "what is read from the state is scaled per channel before it is written back",
             "each column would need its own triangular solve instead of one for all",
             "scale with a Scalar; a gate per channel may scale v, or the key that reads",
-            scale.loc or key.loc,
+            loc,
         )
     factor, vector = algebra.split_scalar(read.key)
     scale = algebra.mul(scale, factor)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import errors
 from .ir import Kind, Node, Op, Per, topological
-from .normal_form import Feedback, NormalForm, Operand, Phase, Read, StateDecl, expressions
+from .normal_form import Feedback, NormalForm, Operand, Phase, StateDecl, expressions, result_leaf
 from .step import Step, operand_leaf, param_leaf, state_leaf
 
 _Env = dict[Node, Tensor]
@@ -260,7 +260,7 @@ def _form_token(form: NormalForm) -> _Token:
             current = after
         for i, r in enumerate(form.reads):
             state = moments[r.state, r.micro_step, r.phase]
-            local[_result(form, i)] = read(state, local[r.key], r.key.kind, r.state)
+            local[result_leaf(form, i)] = read(state, local[r.key], r.key.kind, r.state)
         _extend(after_reads, local)
         return local[form.output], [current[n] for n in order]
 
@@ -285,14 +285,6 @@ def _written(key_node: Node, key: Tensor, value: Tensor | None, kind: Kind) -> T
         return key * value.unsqueeze(-1)
     row, col = (key, value) if key_node.kind is Kind.KEY else (value, key)
     return row.unsqueeze(-1) * col.unsqueeze(-2)
-
-
-def _result(form: NormalForm, index: int) -> Node:
-    r: Read = form.reads[index]
-    kind = next(s.kind for s in form.states if s.name == r.state)
-    if r.other_axis:
-        return Node(Op.RESULT, (), (index,), Kind.KEY)
-    return Node(Op.RESULT, (), (index,), Kind.SCALAR if kind is Kind.KEY_STATE else Kind.VALUE)
 
 
 # ---------------------------------------------------------------- all tokens

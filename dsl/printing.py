@@ -32,11 +32,12 @@ def _text(node: Node, names: Mapping[Node, str]) -> tuple[str, int]:
     if op in _BINARY:
         symbol, level = _BINARY[op]
         left = _wrapped(node.args[0], level, names)
-        # the right side of - and / binds tighter
+        # the right side of - and / binds tighter, and no sign follows an operator
         right = _wrapped(node.args[1], level + (op in (Op.SUB, Op.DIV)), names)
+        right = f"({right})" if right.startswith("-") else right
         return f"{left}{symbol}{right}", level
     if op is Op.NEG:
-        return f"-{_wrapped(node.args[0], 2, names)}", 1
+        return f"-{_wrapped(node.args[0], 2, names)}", 2
     if op is Op.SCALE:
         return f"{_wrapped(node.args[1], 2, names)}*{_wrapped(node.args[0], 2, names)}", 2
     if op in (Op.READ, Op.READ_VALUE):
@@ -60,5 +61,5 @@ def _number(value: object) -> tuple[str, int]:
             return "2^-126", _ATOM
         if math.isinf(value):
             return ("inf" if value > 0 else "-inf"), _ATOM
-        return f"{value:.6g}", _ATOM if value >= 0 else 1
+        return f"{value:.6g}", _ATOM if value >= 0 else 2
     return str(value), _ATOM

@@ -1,4 +1,4 @@
-"""Symbolic operands: Python's operators on them build StepIR, dispatched by kind, never by shape."""
+"""Symbolic operands: Python's operators on them build StepIR, by kind, never by shape."""
 
 from __future__ import annotations
 

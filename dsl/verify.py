@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .errors import InvalidIR
 from .ir import ELEMENTWISE, Kind, Node, Op, topological
-from .normal_form import NormalForm, Phase, Read, Update
+from .normal_form import NormalForm, Phase, Read, Update, result_leaf
 from .printing import infix
 from .step import Step
 
@@ -43,7 +43,7 @@ def verify_form(form: NormalForm) -> None:
     for node in topological(*expressions):
         if node.op in (Op.STATE, Op.RESULT) or node.kind.is_state:
             raise InvalidIR("the preamble reads a state", infix(node))
-    _verify_output(form, kinds)
+    _verify_output(form)
     _verify_nodes(form, (*expressions, form.output))
 
 
@@ -90,16 +90,7 @@ def _verify_read(read: Read, kinds: dict[str, Kind], micro_steps: int) -> None:
         raise InvalidIR("a read before a later micro-step: it is AFTER the one before")
 
 
-def result_kind(form: NormalForm, index: int) -> Kind:
-    """The kind of the value of the n-th read."""
-    read = form.reads[index]
-    if read.other_axis:
-        return Kind.KEY
-    kind = next(s.kind for s in form.states if s.name == read.state)
-    return Kind.SCALAR if kind is Kind.KEY_STATE else Kind.VALUE
-
-
-def _verify_output(form: NormalForm, kinds: dict[str, Kind]) -> None:
+def _verify_output(form: NormalForm) -> None:
     used: set[object] = set()
     reached: set[Node] = set()
     for node in topological(form.output):
@@ -109,7 +100,7 @@ def _verify_output(form: NormalForm, kinds: dict[str, Kind]) -> None:
             index = node.attrs[0]
             if not isinstance(index, int) or not 0 <= index < len(form.reads):
                 raise InvalidIR(f"RESULT {index} of {len(form.reads)} reads")
-            if node.kind is not result_kind(form, index):
+            if node != result_leaf(form, index):
                 raise InvalidIR(f"RESULT {index} has kind {node.kind.name}")
             used.add(index)
             reached.add(node)
@@ -164,9 +155,9 @@ def _kind(node: Node) -> Kind | None:
     if op is Op.READ_VALUE:
         return Kind.KEY if kinds == [Kind.STATE, Kind.VALUE] else None
     found = {k for k in kinds if k is not Kind.SCALAR}
-    if any(k.is_state for k in found):
-        if op.arity == 2 and (op not in _BINARY_ON_STATES or Kind.SCALAR in kinds):
-            return None
+    on_states = op.arity == 2 and any(k.is_state for k in found)
+    if on_states and (op not in _BINARY_ON_STATES or Kind.SCALAR in kinds):
+        return None
     if len(found) > 1:
         return None
     return found.pop() if found else Kind.SCALAR

@@ -1,0 +1,72 @@
+"""How a mistake is shown: one sentence, the user's own line, why, and what to do."""
+
+from __future__ import annotations
+
+import linecache
+import os
+
+from .ir import Loc
+
+
+class ChunkwiseError(Exception):
+    """Base of every error of chunkwise.
+
+    Attributes: `headline` (one sentence), `loc` (the user's line, or None), `why`, `help`.
+    """
+
+    def __init__(
+        self, headline: str, *, loc: Loc | None = None, why: str = "", help: str = ""
+    ) -> None:
+        super().__init__(headline)
+        self.headline = headline
+        self.loc = loc
+        self.why = why
+        self.help = help
+
+    def __str__(self) -> str:
+        return "\n".join([self.headline, *self._details()])
+
+    def render(self) -> str:
+        """The message as the command line prints it, the name of the mistake first."""
+        return "\n".join([f"{type(self).__name__}: {self.headline}", *self._details()])
+
+    def _details(self) -> list[str]:
+        lines = [] if self.loc is None else _snippet(self.loc)
+        margin = "   " if self.loc is None else " " * (len(str(self.loc.line)) + 1)
+        if self.why:
+            lines.append(f"{margin}= why:  {self.why}")
+        if self.help:
+            lines.append(f"{margin}= help: {self.help}")
+        return lines
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restore, (type(self), self.headline, self.loc, self.why, self.help)
+
+
+def _restore(
+    cls: type[ChunkwiseError], headline: str, loc: Loc | None, why: str, help: str
+) -> ChunkwiseError:
+    """Unpickle: tuning workers send their errors to the parent process."""
+    error = cls.__new__(cls, headline)
+    ChunkwiseError.__init__(error, headline, loc=loc, why=why, help=help)
+    return error
+
+
+def _snippet(loc: Loc) -> list[str]:
+    """The user's own line, with carets where Python gives columns."""
+    path = os.path.relpath(loc.file) if os.path.isabs(loc.file) else loc.file
+    if path.startswith(".."):
+        path = loc.file
+    number = str(loc.line)
+    margin = " " * len(number)
+    lines = [f"{margin}--> {path}:{number}, in {loc.function}"]
+    text = linecache.getline(loc.file, loc.line).rstrip("\n")
+    if not text:
+        return lines
+    lines += [f"{margin} |", f"{number} | {text}"]
+    if loc.col is not None:
+        raw = text.encode()  # Python counts columns in UTF-8 bytes
+        start = len(raw[: loc.col].decode(errors="ignore"))
+        end = len(text) if loc.end_col is None else len(raw[: loc.end_col].decode(errors="ignore"))
+        lines.append(f"{margin} | {' ' * start}{'^' * max(end - start, 1)}")
+    return lines

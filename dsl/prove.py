@@ -1,0 +1,415 @@
+"""Proof on small symbolic sizes: the chunk form of a declaration equals its step.
+
+Two independent derivations meet here. One side runs the traced step token by token on symbols. The
+other takes the normal form and applies math.md's (3) to (6) to a whole chunk: scores between
+tokens, the unit-triangular inverse, prefixes of the decays. The decays are symbols themselves
+(multipliers, not logarithms), so that everything is polynomial and `expand` decides equality.
+Functions without a polynomial (exp, sigmoid, a division) are symbols, equal where their arguments
+are equal.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, TypeAlias
+
+import sympy  # type: ignore[import-untyped]
+
+from . import algebra, errors
+from .classify import is_coupled
+from .decay import SMALLEST
+from .declaration import Declaration
+from .ir import Kind, Node, Op, Per, topological
+from .normal_form import NormalForm, Phase, Read, StateDecl, Update, result_leaf
+from .step import Step, state_leaf
+
+_Expr: TypeAlias = Any  # SymPy carries no types
+_Array = tuple[_Expr, ...]  # a Scalar has one entry, a vector its channels, a state K*V in rows
+_ZERO: _Expr = sympy.Integer(0)
+_ONE: _Expr = sympy.Integer(1)
+_ROWS, _COLUMNS = 2, 1  # columns of the state do not mix, so one stands for all
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What was shown, for which sizes."""
+
+    name: str
+    chunks: tuple[int, ...]
+    key: int
+    value: int
+    claims: tuple[str, ...]
+
+    def __str__(self) -> str:
+        sizes = ", ".join(str(c) for c in self.chunks)
+        head = f"{self.name}: proved for chunks of {sizes} tokens, K = {self.key}, V = {self.value}"
+        return "\n".join([head, *(f"  ✓ {c}" for c in self.claims)])
+
+
+def prove(what: Declaration, chunk: int = 3) -> Proof:
+    """Prove that the step is affine in its state, and that its chunk form equals it.
+
+    Chunks of 2 to `chunk` tokens from a symbolic state: every output and the final state agree.
+    Raises NotLowered for coupled states, which this proof does not cover, and for what was declared
+    for the reference engine only; ProofFailed if an identity does not hold.
+    """
+    if what.any_step:
+        raise errors.NotLowered(
+            f"{what.name}: there is no chunk form to prove",
+            "it was declared for the reference engine only, so it was not normalised",
+            'declare it without engine="reference"',
+        )
+    micro = 2 if what.has_micro else 1
+    step, form = what.step(micro), what.normal_form(micro)
+    if is_coupled(form):
+        raise errors.NotLowered(
+            f"{form.name}: the proof does not cover coupled states",
+            "their decays between two tokens are products of small matrices, not of numbers",
+            "compare numerically: dsl.oracle.run against dsl.oracle.run_form, in float64",
+        )
+    _prove_affine(step)
+    chunks = tuple(range(2, max(chunk, 2) + 1))
+    for length in chunks:
+        _prove_chunk(step, form, length)
+    claims = (
+        "every returned state is a polynomial of degree 1 in the incoming state",
+        "the outputs of the chunk form (math.md, (3) to (5)) equal those of the step",
+        "the final state of the chunk form (6) equals that of the step",
+    )
+    return Proof(what.name, chunks, *_sizes(form), claims)
+
+
+def _sizes(form: NormalForm) -> tuple[int, int]:
+    """K and V: two channels on the axis that decays and is recalled."""
+    return (_COLUMNS, _ROWS) if form.transposed else (_ROWS, _COLUMNS)
+
+
+# ---------------------------------------------------------------- symbols
+
+
+class _Symbols:
+    """Values of expressions: polynomials in symbols; one symbol per opaque function of equal
+    arguments."""
+
+    def __init__(self, form: NormalForm) -> None:
+        self._per_token = {o.name for o in form.operands if o.per is Per.TOKEN}
+        self.key, self.width = _sizes(form)
+        self._opaque: dict[tuple[object, ...], _Expr] = {}
+
+    def leaf(self, node: Node, token: int) -> _Array:
+        name = "_".join(str(a) for a in node.attrs if a is not None)
+        if node.op is Op.OPERAND and node.attrs[0] in self._per_token:
+            name += f"_{token}"
+        size = {Kind.KEY: self.key, Kind.VALUE: self.width}.get(node.kind, 1)
+        return tuple(sympy.Symbol(f"{name}__{i}", real=True) for i in range(size))
+
+    def opaque(self, name: str, *args: _Expr) -> _Expr:
+        key = (name, *(sympy.expand(a) for a in args))
+        if key not in self._opaque:
+            self._opaque[key] = sympy.Symbol(f"{name}__{len(self._opaque)}", positive=True)
+        return self._opaque[key]
+
+    def opaque_over(self, symbols: Sequence[_Expr]) -> bool:
+        """Whether an opaque function was taken of something that holds one of `symbols`."""
+        seen = set(symbols)
+        arguments = (a for key in self._opaque for a in key[1:])
+        return any(isinstance(a, sympy.Expr) and a.free_symbols & seen for a in arguments)
+
+    def value(self, node: Node, token: int, env: dict[Node, _Array]) -> _Array:
+        """The value of an expression at a token; `env` holds what is known of it."""
+        for n in topological(node):
+            if n not in env:
+                env[n] = self._compute(n, token, [env[a] for a in n.args])
+        return env[node]
+
+    def _compute(self, node: Node, token: int, args: list[_Array]) -> _Array:
+        op = node.op
+        if op in (Op.OPERAND, Op.PARAM):
+            return self.leaf(node, token)
+        if op is Op.CONST:
+            return (_rational(algebra.number(node)),)
+        if op is Op.SUM:
+            return (sympy.Add(*args[0]),)
+        if op is Op.OUTER:
+            return tuple(k * v for k in args[0] for v in args[1])
+        if op is Op.READ:
+            return _read(args[0], args[1])
+        if op is Op.READ_VALUE:
+            return _read(args[1], _transposed(args[0], self.key))
+        if op is Op.SCALE:
+            return _scaled(args[0], args[1], node.args[1].kind)
+        if op is Op.WITHIN:
+            return args[0]
+        size = max(len(a) for a in args)
+        wide = [a * size if len(a) == 1 else a for a in args]
+        return tuple(self._elementwise(op, xs) for xs in zip(*wide, strict=True))
+
+    def _elementwise(self, op: Op, xs: Sequence[_Expr]) -> _Expr:
+        rule = _POLYNOMIAL.get(op)
+        if rule is not None:
+            return rule(*xs)
+        if op is Op.DIV:
+            return xs[0] * self.reciprocal(xs[1])
+        return self.opaque(op.name.lower(), *xs)
+
+    def reciprocal(self, x: _Expr) -> _Expr:
+        return 1 / x if x.is_number else self.opaque("reciprocal", x)
+
+    def multiplier(self, log: Node, token: int, env: dict[Node, _Array]) -> _Array:
+        """e^log, undoing the rules of `decay` so that it is the polynomial that the user wrote."""
+        value = algebra.number(log)
+        if value is not None:
+            return (_rational(math.exp(value)),)
+        if log.op is Op.ADD:
+            parts = [self.multiplier(a, token, env) for a in log.args]
+            size = max(len(p) for p in parts)
+            wide = [p * size if len(p) == 1 else p for p in parts]
+            return tuple(a * b for a, b in zip(*wide, strict=True))
+        if log.op is Op.LOGSIGMOID:
+            inner = log.args[0]
+            if inner.op is Op.NEG:
+                xs = self.value(inner.args[0], token, env)
+                return tuple(1 - self.opaque("sigmoid", x) for x in xs)
+            return tuple(self.opaque("sigmoid", x) for x in self.value(inner, token, env))
+        if log.op is Op.LOG and log.args[0].op is Op.MAXIMUM:
+            f, floor = log.args[0].args
+            if algebra.number(floor) == SMALLEST:
+                return self.value(f, token, env)
+        if log.op is Op.MUL and algebra.number(log.args[0]) == 0.5:
+            # sqrt(f) became half of log f: the square root of its multiplier
+            halves = self.multiplier(log.args[1], token, env)
+            return tuple(self.opaque("sqrt", x) for x in halves)
+        return tuple(self.opaque("exp", x) for x in self.value(log, token, env))
+
+
+def _rational(value: float | None) -> _Expr:
+    """A constant as a rational, rounded so that log and exp of it come back to the same one."""
+    if value is None:
+        raise errors.InvalidIR("a constant without a number")
+    fraction = Fraction(value).limit_denominator(10**9)
+    return sympy.Rational(fraction.numerator, fraction.denominator)
+
+
+_POLYNOMIAL: dict[Op, Callable[..., _Expr]] = {
+    Op.ADD: lambda x, y: x + y,
+    Op.SUB: lambda x, y: x - y,
+    Op.MUL: lambda x, y: x * y,
+    Op.NEG: lambda x: -x,
+}
+
+
+def _read(key: _Array, state: _Array) -> _Array:
+    """keyᵀ S, for S in rows of equal length, one per channel of the key."""
+    width = len(state) // len(key)
+    return tuple(
+        sympy.Add(*(k * state[i * width + j] for i, k in enumerate(key))) for j in range(width)
+    )
+
+
+def _transposed(state: _Array, rows: int) -> _Array:
+    width = len(state) // rows
+    return tuple(state[i * width + j] for j in range(width) for i in range(rows))
+
+
+def _scaled(state: _Array, factor: _Array, kind: Kind) -> _Array:
+    """A state times a Scalar, its rows times a Key, or its columns times a Value."""
+    n = len(factor)
+    if kind is Kind.VALUE:
+        return tuple(factor[i % n] * x for i, x in enumerate(state))
+    width = len(state) // n
+    return tuple(factor[i // width] * x for i, x in enumerate(state))
+
+
+def _state_symbols(state: StateDecl, symbols: _Symbols) -> _Array:
+    size = symbols.key * (symbols.width if state.kind is Kind.STATE else 1)
+    return tuple(sympy.Symbol(f"{state.name}0__{i}", real=True) for i in range(size))
+
+
+# ---------------------------------------------------------------- the step is affine
+
+
+def _prove_affine(step: Step) -> None:
+    """Degree 1 in the state, seen by SymPy alone: nothing of `affine` or `normalise` is used."""
+    form_like = NormalForm(step.name, step.operands, step.params, step.states, (), (), step.output)
+    symbols = _Symbols(form_like)
+    incoming = {state_leaf(s): _state_symbols(s, symbols) for s in step.states}
+    flat = [x for xs in incoming.values() for x in xs]
+    env = dict(incoming)
+    for state, node in zip(step.states, step.next_states, strict=True):
+        for entry in symbols.value(node, 0, env):
+            poly = sympy.Poly(sympy.expand(entry), *flat)
+            if poly.total_degree() > 1 or any(c.free_symbols & set(flat) for c in poly.coeffs()):
+                raise errors.ProofFailed(step.name, f"the next {state.name} is not affine", entry)
+    # a function of the state has been given a symbol that hides it: only the output may hold one
+    if symbols.opaque_over(flat):
+        raise errors.ProofFailed(step.name, "a function is taken of the state", "")
+
+
+# ---------------------------------------------------------------- the chunk form
+
+
+def _prove_chunk(step: Step, form: NormalForm, length: int) -> None:
+    symbols = _Symbols(form)
+    start = {s.name: _state_symbols(s, symbols) for s in form.states}
+    # token by token
+    states = {state_leaf(s): start[s.name] for s in step.states}
+    outputs: list[_Array] = []
+    for t in range(length):
+        env = dict(states)
+        outputs.append(symbols.value(step.output, t, env))
+        new = [symbols.value(n, t, env) for n in step.next_states]
+        states = {
+            leaf: tuple(sympy.expand(x) for x in xs) for leaf, xs in zip(states, new, strict=True)
+        }
+    # a chunk at once
+    chunks = {s.name: _Chunk(symbols, form, s, start[s.name], length) for s in form.states}
+    for state in step.states:
+        pairs = zip(chunks[state.name].final(), states[state_leaf(state)], strict=True)
+        for ours, theirs in pairs:
+            _agree(form, f"the final {state.name} of {length} tokens", ours, theirs)
+    for t in range(length):
+        env = {
+            result_leaf(form, n): chunks[read.state].read(read, t)
+            for n, read in enumerate(form.reads)
+        }
+        for ours, theirs in zip(symbols.value(form.output, t, env), outputs[t], strict=True):
+            _agree(form, f"output {t} of {length} tokens", ours, theirs)
+
+
+def _agree(form: NormalForm, what: str, ours: _Expr, theirs: _Expr) -> None:
+    difference = sympy.expand(ours - theirs)
+    if difference != 0:
+        raise errors.ProofFailed(form.name, what, difference)
+
+
+class _Chunk:
+    """One state over a chunk, by math.md (3) to (6): every write of every token is one row of one
+    triangular system. With n micro-steps time is refined n-fold. A transposed form is the same with
+    the state transposed: its rows are the axis that decays and is recalled."""
+
+    def __init__(
+        self,
+        symbols: _Symbols,
+        form: NormalForm,
+        state: StateDecl,
+        start: _Array,
+        length: int,
+    ) -> None:
+        self._symbols = symbols
+        self._n = len(form.micro_steps)
+        self._transposed = form.transposed
+        self._updates = [
+            next(u for u in m.updates if u.state == state.name) for m in form.micro_steps
+        ]
+        self._rows = _ROWS
+        self._start = _transposed(start, symbols.key) if form.transposed else start
+        self._width = len(start) // _ROWS
+        self._env: list[dict[Node, _Array]] = [{} for _ in range(length)]
+        self._times = range(length * self._n)
+        self._decays = [self._decay(time) for time in self._times]
+        self._written = self._solve()
+
+    def _update(self, time: int) -> Update:
+        return self._updates[time % self._n]
+
+    def _at(self, node: Node, time: int) -> _Array:
+        token = time // self._n
+        return self._symbols.value(node, token, self._env[token])
+
+    def _decay(self, time: int) -> _Array:
+        log = self._update(time).log_decay
+        if log is None:
+            return (_ONE,) * self._rows
+        token = time // self._n
+        found = self._symbols.multiplier(log, token, self._env[token])
+        return found * self._rows if len(found) == 1 else found
+
+    def _between(self, after: int, until: int) -> _Array:
+        """e^{G_until - G_after} per row: the decays of the times after `after` up to `until`."""
+        span = self._decays[after + 1 : until + 1]
+        rows = range(self._rows)
+        return tuple(sympy.Mul(*(d[i] for d in span)) for i in rows)
+
+    def _score(self, x: _Array, y: _Array, after: int, until: int) -> _Expr:
+        triples = zip(x, y, self._between(after, until), strict=True)
+        return sympy.Add(*(a * b * decay for a, b, decay in triples))
+
+    def _recalled(self, key: _Array, until: int) -> _Array:
+        """(key e^G)ᵀ S_0, with the decays up to `until`."""
+        decay = self._between(-1, until)
+        return _read(tuple(k * d for k, d in zip(key, decay, strict=True)), self._start)
+
+    def _solve(self) -> list[tuple[int, _Array, _Array]]:
+        """U = (I + L)^-1 X: for every write its time, its key and what it writes."""
+        writes = [(time, w) for time in self._times for w in self._update(time).writes]
+        keys = [self._at(w.key, time) for time, w in writes]
+        lower = sympy.zeros(len(writes), len(writes))
+        known: list[_Array] = []
+        for i, (time, w) in enumerate(writes):
+            own = (_ZERO,) * self._width if w.value is None else self._at(w.value, time)
+            if w.feedback is not None:
+                (scale,) = self._at(w.feedback.scale, time)
+                key = self._at(w.feedback.key, time)
+                until = time if w.feedback.decayed else time - 1
+                seen = self._recalled(key, until)
+                own = tuple(v + scale * s for v, s in zip(own, seen, strict=True))
+                for j, (earlier, _) in enumerate(writes):
+                    if earlier < time:
+                        lower[i, j] = -scale * self._score(key, keys[j], earlier, until)
+            known.append(own)
+        if not writes:
+            return []
+        solved = _unit_lower_inverse(lower) * sympy.Matrix([list(x) for x in known])
+        columns = range(self._width)
+        return [
+            (time, keys[i], tuple(sympy.expand(solved[i, j]) for j in columns))
+            for i, (time, _) in enumerate(writes)
+        ]
+
+    def read(self, read: Read, token: int) -> _Array:
+        """(5): the chunk's start, read with the prefix, plus the scores with what was written."""
+        time = token * self._n + read.micro_step
+        until = time - 1 if read.phase is Phase.BEFORE else time
+        last = time if read.phase is Phase.AFTER else time - 1
+        key = self._at(read.key, time)
+        if read.other_axis is not self._transposed:  # contracts the columns: the state itself
+            return _read(key, _transposed(self._state(until, last), self._rows))
+        result = self._recalled(key, until)
+        for earlier, written, values in self._written:
+            if earlier <= last:
+                score = self._score(key, written, earlier, until)
+                result = tuple(r + score * v for r, v in zip(result, values, strict=True))
+        return result
+
+    def final(self) -> _Array:
+        """The state at the chunk's end, in declared axes."""
+        last = len(self._times) - 1
+        state = self._state(last, last)
+        return _transposed(state, self._rows) if self._transposed else state
+
+    def _state(self, until: int, last: int) -> _Array:
+        """(6): the chunk's start and the writes up to `last`, decayed up to `until`."""
+        result = list(_scaled(self._start, self._between(-1, until), Kind.KEY))
+        for time, key, values in self._written:
+            if time <= last:
+                decay = self._between(time, until)
+                for i, j in itertools.product(range(self._rows), range(self._width)):
+                    result[i * self._width + j] += key[i] * decay[i] * values[j]
+        return tuple(result)
+
+
+def _unit_lower_inverse(lower: sympy.Matrix) -> sympy.Matrix:
+    """(I + L)^-1 by the finite Neumann series: L is nilpotent."""
+    size = lower.rows
+    result = sympy.eye(size)
+    power = sympy.eye(size)
+    for _ in range(1, size):
+        power = -(power * lower)
+        if power.is_zero_matrix:
+            break
+        result += power
+    return result
