@@ -33,8 +33,7 @@ def forward_backward(call: Callable[[], Tensor], leaves: Sequence[Tensor], do: T
     """The call and `o.backward(do)`; gradients are None before, so nothing is accumulated."""
 
     def run() -> None:
-        # torch leaves `Tensor.backward` without annotations
-        call().backward(do)  # type: ignore[no-untyped-call]
+        call().backward(do)
 
     def reset() -> None:
         for x in leaves:

@@ -62,7 +62,7 @@ def lift_refusal() -> bool:
 
     The time then stands and the result does not: the harness checks it like any other and marks it.
     """
-    module = importlib.import_module("fla.ops.common.chunk_o")
+    module: Any = importlib.import_module("fla.ops.common.chunk_o")
     refused = bool(
         module.IS_NVIDIA_HOPPER and module.TRITON_ABOVE_3_4_0 and not module.TRITON_ABOVE_3_7_1
     )

@@ -87,14 +87,14 @@ def compare(
     pairs: list[tuple[int, int]],
 ) -> list[Error]:
     """The errors of one side's output and gradients on the sampled heads."""
-    for x in operands.values():
-        x.grad = None
+    for operand in operands.values():
+        operand.grad = None
     limits = TOLERANCE[do.dtype]
     with torch.no_grad():
         # may well be other kernels than those that save for a backward
         inferred = _error("o alone", cut(call(), Axes.VALUE, pairs), expected["o"], limits[0])
     o = call()
-    o.backward(do)  # type: ignore[no-untyped-call]
+    o.backward(do)
     errors = [
         inferred,
         _error("o", cut(o.detach(), Axes.VALUE, pairs), expected["o"], limits[0]),

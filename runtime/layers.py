@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -229,7 +229,7 @@ class RecurrentLayer(nn.Module):
         super().__init__()
         self.op, self.engine, self.normalise = op, engine, normalise
         self.heads, self.value_heads = heads, value_heads or heads
-        self.params = dict(params or {})
+        self.params: dict[str, Any] = dict(params or {})
         self.key_dim, self.value_dim, self.micro_steps = key_dim, value_dim, micro_steps
         form = op.declaration.normal_form(micro_steps)
         self.operands = form.operands
