@@ -1,0 +1,184 @@
+"""The demo: declare two recurrences, train both on associative recall, see which one can forget.
+
+Multi-query associative recall: the text binds values to keys, `k1 v1 k2 v2 ...`, and then asks for
+keys; the right answer to a key is the value that it was bound to last. There are more bindings
+than the head has key channels, because keys are bound again and again. Additive attention adds
+every value that a key ever had; the delta rule first takes away what the key recalls (Schlag,
+Irie, Schmidhuber 2021; Yang et al. 2024).
+
+Both models are the same but for the declared step: sizes, data, steps, seed, and learning rates
+from the same sweep (`--sweep` repeats it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import chunkwise as cw
+import torch
+import torch.nn.functional as F
+from chunkwise import Key, Scalar, State, Value, outer
+from chunkwise.runtime.layers import RecurrentLayer
+from chunkwise.runtime.model import LanguageModel
+from torch import Tensor
+from tqdm import tqdm
+
+
+@cw.recurrence
+def additive_attention(S: State, q: Key, k: Key, v: Value) -> tuple[State, Value]:
+    S = S + outer(k, v)  # add the value to whatever the key recalls already
+    return S, q @ S
+
+
+@cw.recurrence
+def delta_rule(S: State, q: Key, k: Key, v: Value, beta: Scalar) -> tuple[State, Value]:
+    S = S + beta * outer(k, v - k @ S)  # move what the key recalls towards the value
+    return S, q @ S
+
+
+KEYS, VALUES, PAIRS, QUERIES = 16, 32, 32, 16
+HIDDEN, HEADS, KEY_DIM, VALUE_DIM = 64, 1, 16, 16
+BATCH, WARMUP, LAST = 32, 50, 50
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+MODELS = {"additive attention": additive_attention, "delta rule": delta_rule}
+# the best of LEARNING_RATES for each, over 600 steps, by `--sweep`
+BEST = {"additive attention": 1e-2, "delta rule": 3e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """`curve`: accuracy at every step; `by_bindings[n]`: on fresh text, for keys bound n times."""
+
+    curve: tuple[float, ...]
+    accuracy: float
+    by_bindings: dict[int, float]
+    seconds: float
+
+
+def text(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens `[B, 2 PAIRS + QUERIES]`, answers `[B, QUERIES]`, and how often each key was bound."""
+    keys = torch.randint(KEYS, (batch, PAIRS), generator=generator)
+    values = KEYS + torch.randint(VALUES, (batch, PAIRS), generator=generator)
+    asked = torch.rand(batch, PAIRS, generator=generator).argsort(-1)[:, :QUERIES]
+    queries = keys.gather(1, asked)
+    same = keys[:, None, :] == queries[:, :, None]
+    last = (same * torch.arange(1, PAIRS + 1)).argmax(-1)
+    pairs = torch.stack([keys, values], -1).flatten(1)
+    return torch.cat([pairs, queries], 1), values.gather(1, last), same.sum(-1)
+
+
+def model(op: cw.Recurrence, engine: str | None) -> LanguageModel:
+    layer = RecurrentLayer(
+        op, HIDDEN, HEADS, KEY_DIM, VALUE_DIM, normalise=("q", "k"), engine=engine
+    )
+    return LanguageModel(KEYS + VALUES, HIDDEN, [layer], width=0)
+
+
+def train(name: str, rate: float, args: argparse.Namespace) -> Result:
+    """Train one model from scratch, then measure it on text that it has not seen."""
+    torch.manual_seed(args.seed)
+    data = torch.Generator().manual_seed(args.seed)
+    net = model(MODELS[name], args.engine).to(args.device)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.0)
+    started, curve = time.perf_counter(), []
+    bar = tqdm(range(args.steps), desc=f"{name:20}", disable=not sys.stderr.isatty())
+    for step in bar:
+        decay = 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / WARMUP) * decay
+        tokens, answers, _ = (x.to(args.device) for x in text(BATCH, data))
+        logits = net(tokens)[:, 2 * PAIRS :]
+        loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimiser.step()
+        curve.append((logits.argmax(-1) == answers).float().mean().item())
+        if step % 10 == 9:
+            bar.set_postfix(accuracy=f"{sum(curve[-LAST:]) / len(curve[-LAST:]):.3f}")
+    seconds = time.perf_counter() - started
+
+    fresh = torch.Generator().manual_seed(args.seed + 1_000_000)
+    tokens, answers, bindings = (x.to(args.device) for x in text(512, fresh))
+    with torch.no_grad():
+        right = (net(tokens)[:, 2 * PAIRS :].argmax(-1) == answers).float()
+    by_bindings = {
+        n: right[bindings == n].mean().item() for n in range(1, 6) if (bindings == n).any()
+    }
+    return Result(tuple(curve), right.mean().item(), by_bindings, seconds)
+
+
+def plot(results: dict[str, Result], path: Path) -> None:
+    """Accuracy while training, and after it by how often the key had been bound."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for index, (name, result) in enumerate(results.items()):
+        window = min(20, len(result.curve))
+        curve = torch.tensor(result.curve).unfold(0, window, 1).mean(-1)
+        left.plot(range(window, len(result.curve) + 1), curve, label=name)
+        counts = list(result.by_bindings)
+        places = [n + 0.4 * index - 0.2 for n in counts]
+        right.bar(places, list(result.by_bindings.values()), width=0.38, label=name)
+    left.set(xlabel="step", ylabel="accuracy", ylim=(0, 1.02), title="while training")
+    right.set(xlabel="times the key was bound", title="after training, unseen text")
+    right.legend(loc="lower left")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Both models at every learning rate."""
+    for name in MODELS:
+        for rate in LEARNING_RATES:
+            result = train(name, rate, args)
+            print(f"{name:20} lr {rate:.0e}  accuracy {result.accuracy:.3f}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--engine", default=None, help="reference, eager or triton")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out/mqar.png"))
+    parser.add_argument("--sweep", action="store_true", help="try every learning rate, then stop")
+    args = parser.parse_args(argv)
+    if args.sweep:
+        sweep(args)
+        return 0
+
+    for op in MODELS.values():
+        print(op.explain(), end="\n\n")
+    print(
+        f"{PAIRS} bindings of {KEYS} keys, {QUERIES} questions; one layer, K = {KEY_DIM}, "
+        f"V = {VALUE_DIM}; {args.steps} steps of {BATCH} texts, on {args.device}",
+        flush=True,
+    )
+    results = {name: train(name, BEST[name], args) for name in MODELS}
+    for name, result in results.items():
+        size = sum(p.numel() for p in model(MODELS[name], args.engine).parameters())
+        bound = ", ".join(f"{n}x {a:.2f}" for n, a in result.by_bindings.items())
+        print(
+            f"{name:20} accuracy {result.accuracy:.3f}  (key bound {bound})  "
+            f"{size} parameters, {result.seconds:.0f} s"
+        )
+    plot(results, args.out)
+    print(f"plot: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
