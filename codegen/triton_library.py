@@ -15,9 +15,8 @@ def unit_lower_inverse(L, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.c
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     X = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, L, 0.0)
-    for level in tl.static_range(1, LEVELS):
-        half = 2**level
-        below = (i // (2 * half) == j // (2 * half)) & (i // half != j // half)
+    for level in range(1, LEVELS):
+        below = (i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level)
         B = tl.dot(X, tl.where(below, L, 0.0), input_precision=PRECISION)
         X -= tl.dot(B, X, input_precision=PRECISION)
     return X
@@ -25,10 +24,10 @@ def unit_lower_inverse(L, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.c
 
 ANCHOR = '''
 @triton.jit
-def last_of_earlier_half(x, C: tl.constexpr, BK: tl.constexpr, HALF: tl.constexpr):
-    """For each row of x [C, BK], the last row of the earlier half of its block of 2 HALF rows."""
+def last_of_earlier_half(x, level, C: tl.constexpr, BK: tl.constexpr):
+    """For each row of x [C, BK], the last row of the earlier half of its block of 2^(level+1) rows."""
     i = tl.arange(0, C)
-    row = (i // (2 * HALF)) * (2 * HALF) + HALF - 1
+    row = ((i >> (level + 1)) << (level + 1)) + (1 << level) - 1
     return tl.gather(x, tl.broadcast_to(row[:, None], (C, BK)), axis=0)
 '''
 
@@ -40,14 +39,13 @@ def decayed_dot(
     """A_ij = sum_k x_ik y_jk e^(P_ik - Q_jk) for i > j, else 0. Q is an inclusive prefix sum."""
     i = tl.arange(0, C)
     A = tl.zeros((C, C), dtype=tl.float32)
-    for level in tl.static_range(LEVELS):
-        half = 2**level
-        late = ((i // half) % 2 == 1)[:, None]
-        anchor = last_of_earlier_half(Q, C, BK, half)
+    for level in range(LEVELS):
+        late = ((i >> level) & 1 == 1)[:, None]
+        anchor = last_of_earlier_half(Q, level, C, BK)
         e = tl.exp(tl.where(late, P - anchor, anchor - Q))
         x_late = tl.where(late, x * e, 0.0).to(DT)
         y_early = tl.where(late, 0.0, y * e).to(DT)
-        block = i[:, None] // (2 * half) == i[None, :] // (2 * half)
+        block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
         A += tl.where(block, tl.dot(x_late, tl.trans(y_early), input_precision=PRECISION), 0.0)
     return A
 '''
@@ -60,12 +58,11 @@ def decayed_apply(
     """z_ik = sum_j A_ij y_jk e^(P_ik - Q_jk) over j < i."""
     i = tl.arange(0, C)
     z = tl.zeros((C, BK), dtype=tl.float32)
-    for level in tl.static_range(LEVELS):
-        half = 2**level
-        late = ((i // half) % 2 == 1)[:, None]
-        anchor = last_of_earlier_half(Q, C, BK, half)
+    for level in range(LEVELS):
+        late = ((i >> level) & 1 == 1)[:, None]
+        anchor = last_of_earlier_half(Q, level, C, BK)
         e = tl.exp(tl.where(late, P - anchor, anchor - Q))
-        block = i[:, None] // (2 * half) == i[None, :] // (2 * half)
+        block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
         B = tl.where(block & late, A, 0.0)
         z += tl.where(late, e * tl.dot(B, tl.where(late, 0.0, y * e), input_precision=PRECISION), 0.0)
     return z
@@ -79,12 +76,11 @@ def decayed_apply_transposed(
     """z_jk = sum_i A_ij x_ik e^(P_ik - Q_jk) over i > j."""
     i = tl.arange(0, C)
     z = tl.zeros((C, BK), dtype=tl.float32)
-    for level in tl.static_range(LEVELS):
-        half = 2**level
-        late = ((i // half) % 2 == 1)[:, None]
-        anchor = last_of_earlier_half(Q, C, BK, half)
+    for level in range(LEVELS):
+        late = ((i >> level) & 1 == 1)[:, None]
+        anchor = last_of_earlier_half(Q, level, C, BK)
         e = tl.exp(tl.where(late, P - anchor, anchor - Q))
-        block = i[:, None] // (2 * half) == i[None, :] // (2 * half)
+        block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
         B = tl.trans(tl.where(block & late, A, 0.0))
         z += tl.where(late, 0.0, e * tl.dot(B, tl.where(late, x * e, 0.0), input_precision=PRECISION))
     return z

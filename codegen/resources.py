@@ -1,0 +1,132 @@
+"""Offline compilation of printed kernels: registers, spills and shared memory without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import ModuleType
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .plan import Loop
+from .print_triton import Dtype, Role, Signature, TritonKernel, buffer_dtype
+from .tile import Axes
+
+_POINTER = {Dtype.FLOAT32: "*fp32", Dtype.BFLOAT16: "*bf16", Dtype.FLOAT16: "*fp16"}
+
+
+class Target(Enum):
+    """GPUs that every kernel must compile for, and the shared memory a program may use there."""
+
+    SM80 = ("cuda", 80, 32, 163 * 1024)
+    SM90 = ("cuda", 90, 32, 227 * 1024)
+    SM100 = ("cuda", 100, 32, 227 * 1024)
+    SM120 = ("cuda", 120, 32, 99 * 1024)
+    GFX942 = ("hip", "gfx942", 64, 64 * 1024)
+
+    @property
+    def triton(self) -> GPUTarget:
+        backend, arch, warp, _ = self.value
+        return GPUTarget(backend, arch, warp)
+
+    @property
+    def shared_limit(self) -> int:
+        return self.value[3]
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a compiled kernel takes. `registers`, `spills` (bytes): None where not reported."""
+
+    kernel: str
+    target: Target
+    shared: int
+    registers: int | None
+    spills: int | None
+
+    @property
+    def fits(self) -> bool:
+        return self.shared <= self.target.shared_limit
+
+
+def compile_kernel(
+    module: ModuleType, kernel: TritonKernel, signature: Signature, target: Target, *, packed: bool
+) -> Resources:
+    """Compile `kernel` of the imported `module` for `target` and read what it takes.
+
+    Raises whatever Triton raises for a kernel that does not compile.
+    """
+    function = getattr(module, kernel.name)
+    types, constants = _arguments(kernel, signature, packed)
+    names = function.arg_names
+    attributes = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in types.items()
+        if kind.startswith("*") or name.endswith(("_sb", "_st"))
+    }
+    ordered = {n: types[n] for n in names}
+    source = ASTSource(function, ordered, constants, attributes)
+    options = {"num_warps": kernel.config.warps, "num_stages": kernel.config.stages}
+    compiled = triton.compile(source, target=target.triton, options=options)
+    registers, spills = _usage(compiled.asm.get("cubin"))
+    return Resources(kernel.name, target, compiled.metadata.shared, registers, spills)
+
+
+def _arguments(
+    kernel: TritonKernel, signature: Signature, packed: bool
+) -> tuple[dict[str, str], dict[str, object]]:
+    axes: dict[str, Axes] = dict(kernel.stores)
+    types: dict[str, str] = {}
+    constants: dict[str, object] = {**dict(kernel.constants), "PACKED": packed}
+    for p in kernel.parameters:
+        if p.role is Role.OPERAND:
+            types[p.name] = _POINTER[signature.of(p.of)]
+        elif p.role is Role.BUFFER:
+            known = axes.get(p.of)
+            low = signature.dtype if known is None else buffer_dtype(known, signature.dtype)
+            types[p.name] = _POINTER[low]
+        elif p.role in (Role.INITIAL, Role.FINAL):
+            types[p.name] = "*fp32"
+        elif p.role is Role.PARAM:
+            types[p.name] = "fp32"
+        elif p.role is Role.GROUP:
+            types[p.name] = "constexpr"
+            constants[p.name] = 1
+        else:
+            types[p.name] = "i32"
+    tables = ("cu_seqlens", "chunk_offsets", "chunk_table")
+    for name in tables:
+        types[name] = "*i32" if packed else "constexpr"
+        if not packed:
+            constants[name] = None
+    types |= {"TOKENS": "i32", "chunks": "i32", "HV": "i32"}
+    types |= {name: "constexpr" for name in constants}
+    return types, constants
+
+
+def _usage(cubin: bytes | None) -> tuple[int | None, int | None]:
+    """Registers and local-memory bytes, read off the machine code by NVIDIA's cuobjdump."""
+    if cubin is None:
+        return None, None
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        text = subprocess.run(
+            [os.fspath(tool), "--dump-resource-usage", os.fspath(path)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (None, None)
+
+
+__all__ = ["Loop", "Resources", "Target", "compile_kernel"]
