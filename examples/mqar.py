@@ -129,7 +129,7 @@ def plot(results: dict[str, Result], path: Path) -> None:
         counts = list(result.by_bindings)
         places = [n + 0.4 * index - 0.2 for n in counts]
         right.bar(places, list(result.by_bindings.values()), width=0.38, label=name)
-    left.set(xlabel="step", ylabel="accuracy", ylim=(0, 1.02), title="while training")
+    left.set(xlabel="step", ylabel="accuracy", ylim=(0, 1.05), title="while training")
     right.set(xlabel="times the key was bound", title="after training, unseen text")
     right.legend(loc="lower left")
     figure.tight_layout()
