@@ -130,8 +130,8 @@ def plot(results: dict[str, Result], path: Path) -> None:
         places = [n + 0.4 * index - 0.2 for n in counts]
         right.bar(places, list(result.by_bindings.values()), width=0.38, label=name)
     left.set(xlabel="step", ylabel="accuracy", ylim=(0, 1.05), title="while training")
+    left.legend(loc="upper left")
     right.set(xlabel="times the key was bound", title="after training, unseen text")
-    right.legend(loc="lower left")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -31,9 +31,8 @@ def test_python_blocks_run(where: str, code: str, tmp_path: Path) -> None:
 def test_links_and_paths_exist(path: Path) -> None:
     text = path.read_text()
     targets = [t for t in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in t]
-    targets += re.findall(
-        r"`((?:docs|dsl|codegen|runtime|tests|examples|benchmarks)/[\w./]+)`", text
-    )
+    folders = "docs|dsl|codegen|runtime|tests|examples|benchmarks"
+    targets += re.findall(rf"`((?:{folders})/[\w./]+)`", text)
     missing = [t for t in targets if not any((base / t).exists() for base in (path.parent, ROOT))]
     assert missing == []
 

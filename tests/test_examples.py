@@ -19,9 +19,8 @@ def test_the_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_answers_are_the_last_binding() -> None:
     tokens, answers, bindings = mqar.text(8, torch.Generator().manual_seed(0))
-    for row, right, counts in zip(
-        tokens.tolist(), answers.tolist(), bindings.tolist(), strict=True
-    ):
+    rows = zip(tokens.tolist(), answers.tolist(), bindings.tolist(), strict=True)
+    for row, right, counts in rows:
         bound: dict[int, list[int]] = {}
         for i in range(0, 2 * mqar.PAIRS, 2):
             bound.setdefault(row[i], []).append(row[i + 1])
