@@ -11,7 +11,7 @@ from .runtime.recurrence import Recurrence
 
 def names() -> tuple[str, ...]:
     """What the library holds, in the order of its page."""
-    return tuple(n for n, x in vars(declarations).items() if isinstance(x, Declaration))
+    return tuple(x.name for x in declarations.all_declarations())
 
 
 def __getattr__(name: str) -> Recurrence:

@@ -249,6 +249,7 @@ def fused_recurrent_simple_gla(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     reverse: bool = False,
+    state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
     **kwargs: Any,
 ) -> Result:
@@ -263,7 +264,8 @@ def fused_recurrent_simple_gla(
         scale,
         initial_state,
         output_final_state,
-        cu_seqlens=cu_seqlens,
+        state_v_first,
+        cu_seqlens,
         **kwargs,
     )
 

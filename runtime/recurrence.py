@@ -115,9 +115,13 @@ class Recurrence:
         """What was understood and what will run: class, equations, gates' bounds, costs."""
         return self.declaration.explain()
 
-    def prove(self) -> str:
-        """Prove, symbolically on small sizes, that the chunk form equals the declared step."""
-        return self.declaration.prove()
+    def prove(self, chunk: int = 3) -> str:
+        """Prove, on symbolic chunks of 2 to `chunk` tokens, that the chunk form equals the step.
+
+        Raises:
+            NotLowered: the proof does not cover the recurrence. ProofFailed: it does not hold.
+        """
+        return self.declaration.prove(chunk)
 
     def __repr__(self) -> str:
         return f"<recurrence {self.__name__}{self.__signature__}>"

@@ -1,0 +1,66 @@
+"""The command line: `chunkwise list | explain | prove | doctor`, a table of small commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .cli_command import Command, UsageError
+from .cli_doctor import DOCTOR
+from .cli_inspect import EXPLAIN, LIST, PROVE
+from .dsl.errors import ChunkwiseError
+
+# a new command joins here
+COMMANDS: tuple[Command, ...] = (LIST, EXPLAIN, PROVE, DOCTOR)
+
+_EXAMPLES = """\
+A TARGET is a name of the library, or a file and a name in it:
+  chunkwise list
+  chunkwise explain gated_delta_rule
+  chunkwise explain my_rules.py:my_rule
+  chunkwise prove delta_rule kda
+  chunkwise doctor
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="chunkwise",
+        description="A compiler for linear-attention recurrences.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        own = commands.add_parser(
+            command.name,
+            help=command.help,
+            description=command.help,
+            epilog="examples:\n" + "\n".join(f"  {line}" for line in command.examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.configure(own)
+        own.set_defaults(run=command.run)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command: 0 done, 1 it failed (the reason on stderr), 2 it was not understood."""
+    arguments = parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except UsageError as error:
+        print(f"chunkwise: {error}", file=sys.stderr)
+        return 2
+    except ChunkwiseError as error:
+        print(error.render(), file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `chunkwise list | head`: whoever read has seen enough
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""What a command of the command line is, and how its TARGET is found."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import library
+from .dsl.declaration import Declaration
+from .runtime.recurrence import Recurrence
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One subcommand; `run` prints to stdout and returns the exit code."""
+
+    name: str
+    help: str
+    examples: tuple[str, ...]
+    configure: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+class UsageError(Exception):
+    """The command line was not understood (exit code 2)."""
+
+
+def add_target(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """The TARGET argument, `arguments.target` (a list where there may be several)."""
+    parser.add_argument(
+        "target",
+        nargs="+" if several else None,
+        metavar="TARGET",
+        help="a recurrence of the library, or FILE.py:NAME",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The --json flag, `arguments.json`."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def print_json(value: object) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def find(target: str) -> Recurrence:
+    """The recurrence that TARGET names.
+
+    Raises:
+        UsageError: there is no such file or name.
+        DeclarationError: the file declares something that has a mistake.
+    """
+    file, colon, name = target.rpartition(":")
+    if not colon and target.endswith(".py"):
+        file, name = target, ""
+    if not file:
+        if name not in library.names():
+            raise UsageError(
+                f"no recurrence {name!r} in the library (chunkwise list shows them); "
+                "one of your own is FILE.py:NAME"
+            )
+        found = getattr(library, name)
+        assert isinstance(found, Recurrence)
+        return found
+    declared = _recurrences_of(Path(file))
+    if not name and len(declared) == 1:
+        return next(iter(declared.values()))
+    if name not in declared:
+        listed = ", ".join(declared) or "none"
+        what = f"no recurrence {name!r} in {file}" if name else f"which recurrence of {file}?"
+        raise UsageError(f"{what} It declares: {listed}. Write {file}:NAME")
+    return declared[name]
+
+
+def _recurrences_of(file: Path) -> dict[str, Recurrence]:
+    if not file.is_file():
+        raise UsageError(f"no file {file}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{file} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # annotations written as strings are resolved through the module's entry
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(file.parent.resolve()))  # as `python FILE.py` would
+    spec.loader.exec_module(module)
+    found: dict[str, Recurrence] = {}
+    for name, value in vars(module).items():
+        if isinstance(value, Recurrence):
+            found[name] = value
+        elif isinstance(value, Declaration):
+            found[name] = Recurrence(value)
+    return found

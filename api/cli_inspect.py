@@ -1,0 +1,90 @@
+"""The commands that look at a recurrence: list, explain, prove."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from . import library
+from .cli_command import Command, add_json, add_target, find, print_json
+from .dsl.classify import classify
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    rows = []
+    for name in library.names():
+        declared = getattr(library, name).declaration
+        form = declared.normal_form(2 if declared.has_micro else 1)
+        first_line = declared.doc.partition("\n")[0]
+        rows.append({"name": name, "class": str(classify(form)), "about": first_line})
+    if arguments.json:
+        print_json(rows)
+        return 0
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        print(f"{row['name']:<{width}}  {row['about']}")
+        print(f"{'':<{width}}  {row['class']}")
+    return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    found = [find(target) for target in arguments.target]
+    if arguments.json:
+        print_json([{"name": op.__name__, "explanation": op.explain()} for op in found])
+    else:
+        print("\n\n".join(op.explain() for op in found))
+    return 0
+
+
+def _prove(arguments: argparse.Namespace) -> int:
+    proofs = []
+    for op in [find(target) for target in arguments.target]:
+        start = time.perf_counter()
+        proof = op.prove(arguments.chunk)
+        seconds = time.perf_counter() - start
+        proofs.append({"name": op.__name__, "proof": proof, "seconds": round(seconds, 3)})
+        if not arguments.json:
+            print(f"{proof}\n  in {seconds:.2f} s", flush=True)
+    if arguments.json:
+        print_json(proofs)
+    return 0
+
+
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    add_target(parser, several=True)
+    add_json(parser)
+
+
+def _prove_arguments(parser: argparse.ArgumentParser) -> None:
+    add_target(parser, several=True)
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        choices=(2, 3, 4),
+        default=3,
+        help="prove chunks of 2 up to this many tokens (default 3; 4 takes longer)",
+    )
+    add_json(parser)
+
+
+LIST = Command(
+    "list",
+    "List the recurrences of the library, each with its class.",
+    ("chunkwise list", "chunkwise list --json"),
+    add_json,
+    _list,
+)
+EXPLAIN = Command(
+    "explain",
+    "Show what was understood of a recurrence: step, normal form, class, gates.",
+    ("chunkwise explain kda", "chunkwise explain my_rules.py:my_rule"),
+    _explain_arguments,
+    _explain,
+)
+PROVE = Command(
+    "prove",
+    "Prove, on small symbolic sizes, that the chunk form equals the declared step.",
+    ("chunkwise prove gated_delta_rule", "chunkwise prove my_rules.py:my_rule --chunk 4"),
+    _prove_arguments,
+    _prove,
+)

@@ -1,0 +1,366 @@
+"""flash-linear-attention's names: its exact signatures, its meaning in terms of the library."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import chunkwise as cw
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# recorded with inspect from flash-linear-attention 0.6.0
+SIGNATURES: dict[str, str] = json.loads(Path(__file__).with_name("fla_signatures.json").read_text())
+
+B, T, H, HV, K, V = 2, 9, 2, 4, 5, 3
+
+
+def _spelled(parameter: inspect.Parameter) -> str:
+    if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+        return f"**{parameter.name}"
+    if parameter.default is inspect.Parameter.empty:
+        return parameter.name
+    return f"{parameter.name}={parameter.default!r}"
+
+
+@pytest.mark.parametrize("name", cw.fla.__all__)
+def test_signature(name: str) -> None:
+    """Callers filter keyword arguments by `inspect.signature`: names, order and defaults agree."""
+    ours = inspect.signature(getattr(cw.fla, name)).parameters.values()
+    assert ", ".join(_spelled(p) for p in ours) == SIGNATURES[name]
+
+
+@pytest.fixture
+def x() -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    return {
+        "q": draw(B, T, H, K),
+        "k": F.normalize(draw(B, T, H, K), dim=-1),
+        "v": draw(B, T, HV, V),
+        "p": F.normalize(draw(B, T, H, K), dim=-1),
+        "a": 0.3 * draw(B, T, H, K),
+        "b": 0.3 * draw(B, T, H, K),
+        "g": -F.softplus(draw(B, T, HV)),
+        "gk": -F.softplus(draw(B, T, HV, K)),
+        "gv": -F.softplus(draw(B, T, HV, V)),
+        "beta": draw(B, T, HV).sigmoid(),
+        "logits": draw(B, T, HV),
+        "raw": draw(B, T, HV),
+        "raw_k": draw(B, T, HV, K),
+        "A_log": draw(HV),
+        "bias": draw(HV),
+        "bias_k": draw(HV * K),
+        "gamma": -draw(HV).abs(),
+        "u": draw(HV, K),
+        "w": draw(B, T, HV, V).sigmoid(),
+        "S": draw(B, HV, K, V),
+    }
+
+
+def _library(rule: str, *operands: Tensor, state: Any = None, scale: float = K**-0.5) -> Any:
+    o, final = getattr(cw.library, rule)(
+        *operands, initial_state=state, output_final_state=True, engine="reference"
+    )
+    return scale * o, final
+
+
+def _l2(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def _calls(x: dict[str, Tensor]) -> dict[str, Callable[[], tuple[Any, Any]]]:
+    """What an adapter gives, and what the library says it should be."""
+    f, lib = cw.fla, _library
+    q, k, v, g, beta, S = (x[n] for n in ("q", "k", "v", "g", "beta", "S"))
+    state = {"initial_state": S, "output_final_state": True}
+    heads = torch.arange(H, dtype=torch.float64)
+    few = v[:, :, :H]  # the rules whose decay counts q's heads
+    few_state = {"initial_state": S[:, :H], "output_final_state": True}
+    softgate = -x["A_log"].exp() * F.softplus(x["raw"] + x["bias"])
+    rate = x["A_log"].exp()[:, None]
+    biased = x["raw_k"] + x["bias_k"].view(HV, K)
+    return {
+        "linear": lambda: (
+            f.chunk_linear_attn(q, k, v, normalize=False, **state),
+            lib("linear_attention", q, k, v, state=S),
+        ),
+        "retention": lambda: (
+            f.chunk_retention(q, k, few, **few_state, chunk_size=64),
+            lib("retention", q, k, few, (1 - 2 ** (-5 - heads)).log(), state=S[:, :H]),
+        ),
+        "recurrent retention": lambda: (
+            f.fused_recurrent_retention(q, k, few, scale=0.5, **few_state),
+            lib("retention", q, k, few, (1 - 2 ** (-5 - heads)).log(), state=S[:, :H], scale=0.5),
+        ),
+        "lightning": lambda: (
+            f.chunk_lightning_attn(q, k, few, 1, 4, **few_state),
+            lib("lightning_attention", q, k, few, 8 / H * (1 - 1 / 4) * heads, state=S[:, :H]),
+        ),
+        "simple_gla": lambda: (
+            f.chunk_simple_gla(q, k, v, g, **state),
+            lib("simple_gla", q, k, v, g, state=S),
+        ),
+        "simple_gla with both decays": lambda: (
+            f.fused_recurrent_simple_gla(q, k, v, g, x["gamma"], **state),
+            lib("simple_gla", q, k, v, g + x["gamma"], state=S),
+        ),
+        "simple_gla with a fixed decay": lambda: (
+            f.fused_chunk_simple_gla(q, k, v, g_gamma=x["gamma"], **state),
+            lib("retention", q, k, v, x["gamma"], state=S),
+        ),
+        "gla": lambda: (
+            f.chunk_gla(q, k, v, x["gk"], **state),
+            lib("gla", q, k, v, x["gk"], state=S),
+        ),
+        "recurrent gla": lambda: (
+            f.fused_recurrent_gla(q, k, v, x["gk"], **state),
+            lib("gla", q, k, v, x["gk"], state=S),
+        ),
+        "rwkv6": lambda: (
+            f.chunk_rwkv6(q, k, v, x["gk"], x["u"], **state),
+            lib("rwkv6", q, k, v, x["gk"], x["u"], state=S),
+        ),
+        "delta": lambda: (
+            f.chunk_delta_rule(q, k, v, beta, **state),
+            lib("delta_rule", q, k, v, beta, state=S),
+        ),
+        "delta without beta": lambda: (
+            f.fused_recurrent_delta_rule(q, k, v, use_qk_l2norm_in_kernel=True, **state),
+            lib("delta_rule", _l2(q), _l2(k), v, torch.ones_like(beta), state=S),
+        ),
+        "gated delta": lambda: (
+            f.chunk_gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True, **state),
+            lib("gated_delta_rule", _l2(q), _l2(k), v, g, beta, state=S),
+        ),
+        "gated delta from logits": lambda: (
+            f.chunk_gated_delta_rule(
+                q,
+                k,
+                v,
+                x["raw"],
+                x["logits"],
+                use_gate_in_kernel=True,
+                A_log=x["A_log"],
+                dt_bias=x["bias"],
+                use_beta_sigmoid_in_kernel=True,
+                allow_neg_eigval=True,
+                **state,
+            ),
+            lib("gated_delta_rule", q, k, v, softgate, 2 * x["logits"].sigmoid(), state=S),
+        ),
+        "gated delta with a key gate": lambda: (
+            f.fused_recurrent_gated_delta_rule(q, k, v, g, gk=x["gk"], beta=beta, **state),
+            lib("kda", q, k, v, x["gk"] + g[..., None], beta, state=S),
+        ),
+        "gated delta without a gate": lambda: (
+            f.fused_recurrent_gdn(q, k, v, beta=beta, **state),
+            lib("delta_rule", q, k, v, beta, state=S),
+        ),
+        "kda": lambda: (
+            f.chunk_kda(q, k, v, x["gk"].clamp(min=-5), beta, safe_gate=True, **state),
+            lib("kda", q, k, v, x["gk"].clamp(min=-5), beta, state=S),
+        ),
+        "kda from logits": lambda: (
+            f.fused_recurrent_kda(
+                q,
+                k,
+                v,
+                x["raw_k"],
+                beta,
+                x["A_log"],
+                x["bias_k"],
+                use_gate_in_kernel=True,
+                **state,
+            ),
+            lib("kda", q, k, v, -rate * F.softplus(biased), beta, state=S),
+        ),
+        "kda from bounded logits": lambda: (
+            f.chunk_kda(
+                q,
+                k,
+                v,
+                x["raw_k"],
+                beta,
+                use_gate_in_kernel=True,
+                lower_bound=-4.0,
+                A_log=x["A_log"],
+                dt_bias=x["bias_k"],
+                **state,
+            ),
+            lib("kda", q, k, v, -4 * (rate * biased).sigmoid(), beta, state=S),
+        ),
+        "comba": lambda: (
+            f.chunk_comba(q, k, v, x["p"], g, beta, **state),
+            lib("comba", q, k, v, x["p"], g, beta, state=S),
+        ),
+        "recurrent comba": lambda: (
+            f.fused_recurrent_comba(q, k, x["p"], v, g, **state),
+            lib("comba", q, k, v, x["p"], g, torch.ones_like(beta), state=S),
+        ),
+        "dplr": lambda: (  # ours: a is written, b reads; theirs the other way round
+            f.chunk_dplr_delta_rule(q, k, v, x["a"], x["b"], x["gk"], **state),
+            lib("dplr", q, k, v, x["b"], x["a"], x["gk"], state=S),
+        ),
+        "rwkv7": lambda: (
+            f.chunk_rwkv7(q, x["gk"], k, v, x["a"], x["b"], **state),
+            lib("dplr", q, k, v, x["b"], x["a"], x["gk"], state=S, scale=1.0),
+        ),
+        "recurrent rwkv7": lambda: (
+            f.fused_recurrent_rwkv7(q, x["gk"], k, v, x["a"], x["b"], initial_state=S),
+            lib("dplr", q, k, v, x["b"], x["a"], x["gk"], state=S),
+        ),
+        "gdn2": lambda: (
+            f.chunk_gdn2(q, k, v, x["gk"], x["b"], x["w"], **state),
+            lib("gdn2", q, k, v, x["gk"], x["b"], x["w"], state=S),
+        ),
+    }
+
+
+CASES = (
+    "linear",
+    "retention",
+    "recurrent retention",
+    "lightning",
+    "simple_gla",
+    "simple_gla with both decays",
+    "simple_gla with a fixed decay",
+    "gla",
+    "recurrent gla",
+    "rwkv6",
+    "delta",
+    "delta without beta",
+    "gated delta",
+    "gated delta from logits",
+    "gated delta with a key gate",
+    "gated delta without a gate",
+    "kda",
+    "kda from logits",
+    "kda from bounded logits",
+    "comba",
+    "recurrent comba",
+    "dplr",
+    "rwkv7",
+    "recurrent rwkv7",
+    "gdn2",
+)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_meaning(x: dict[str, Tensor], case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHUNKWISE_ENGINE", "reference")
+    monkeypatch.setenv("CHUNKWISE_CHECK", "1")
+    calls = _calls(x)
+    assert tuple(calls) == CASES
+    (o, final), (want, want_final) = calls[case]()
+    # fixed decays and raw gates are formed in float32, as the original does
+    torch.testing.assert_close(o, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(final, want_final, rtol=1e-5, atol=1e-6)
+
+
+def test_normalised_linear_attention(x: dict[str, Tensor]) -> None:
+    """The state is (S, z), and z comes back even where the final state was not asked for."""
+    q, k, v = x["q"].exp(), x["k"].exp(), x["v"][:, :, :H]
+    scores = torch.einsum("bthk,bshk->bhts", q, k).tril()
+    want = torch.einsum("bhts,bshv->bthv", scores / scores.sum(-1, keepdim=True), v)
+    o, (S, z) = cw.fla.fused_recurrent_linear_attn(q, k, v, normalize=True)
+    torch.testing.assert_close(o, want)
+    assert S is None
+    torch.testing.assert_close(z, k.sum(1, keepdim=True), check_dtype=False)
+    assert z.shape == (B, 1, H, K)
+    half, state = cw.fla.chunk_linear_attn(q[:, :4], k[:, :4], v[:, :4], output_final_state=True)
+    rest, _ = cw.fla.chunk_linear_attn(q[:, 4:], k[:, 4:], v[:, 4:], initial_state=state)
+    torch.testing.assert_close(torch.cat((half, rest), 1), want)
+
+
+def test_several_steps_per_token(x: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHUNKWISE_ENGINE", "reference")
+    n = 3
+    q = x["q"][:, ::n]
+    k, v, beta, g = x["k"], x["v"][:, :, :H], x["beta"][:, :, :H], x["g"][:, ::n, :H]
+    for gate, rule in ((g, "gated_delta_product"), (None, "delta_product")):
+        o, final = cw.fla.chunk_gated_delta_product(q, k, v, gate, beta, n, output_final_state=True)
+        split = [t.unflatten(1, (-1, n)) for t in (k, v)]
+        gates = () if gate is None else (gate,)
+        want, want_final = _library(rule, q, *split, *gates, beta.unflatten(1, (-1, n)))
+        torch.testing.assert_close(o, want)
+        torch.testing.assert_close(final, want_final)
+
+
+def test_state_v_first(x: dict[str, Tensor]) -> None:
+    q, k, v, g, beta, S = (x[n] for n in ("q", "k", "v", "g", "beta", "S"))
+    o, final = cw.fla.chunk_gated_delta_rule(
+        q, k, v, g, beta, initial_state=S, output_final_state=True
+    )
+    swapped = S.transpose(-1, -2).contiguous()
+    for option in ("state_v_first", "transpose_state_layout"):
+        o_v, final_v = cw.fla.chunk_gated_delta_rule(
+            q, k, v, g, beta, initial_state=swapped, output_final_state=True, **{option: True}
+        )
+        torch.testing.assert_close(o_v, o)
+        torch.testing.assert_close(final_v.transpose(-1, -2), final)
+    _, nothing = cw.fla.chunk_gated_delta_rule(q, k, v, g, beta, state_v_first=True)
+    assert nothing is None
+
+
+def test_packed(x: dict[str, Tensor]) -> None:
+    one = {n: x[n][:1] for n in ("q", "k", "v", "g", "beta")}
+    cu_seqlens = torch.tensor([0, 4, 9])
+    o, final = cw.fla.chunk_gated_delta_rule(
+        **one, cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens, output_final_state=True
+    )
+    assert final.shape == (2, HV, K, V)
+    alone, _ = cw.fla.chunk_gated_delta_rule(**{n: t[:, 4:] for n, t in one.items()})
+    torch.testing.assert_close(o[:, 4:], alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "operands", "options", "message"),
+    [
+        ("chunk_retention", "qkv", {"head_first": True}, r"\[B,T,H,D\]"),
+        ("fused_recurrent_retention", "qkv", {"reverse": True}, "flip"),
+        ("fused_recurrent_linear_attn", "qkv", {"reverse": True}, "flip"),
+        ("chunk_gated_delta_rule", ("q", "k", "v", "g", "beta"), {"cp_context": 1}, "devices"),
+        ("chunk_gated_delta_rule", ("q", "k", "v", "g", "beta"), {"h0": 1}, "'h0'"),
+        (
+            "chunk_gated_delta_rule",
+            ("q", "k", "v", "g", "beta"),
+            {"use_gate_in_kernel": True},
+            "A_log",
+        ),
+        (
+            "chunk_gated_delta_rule",
+            ("q", "k", "v", "g", "beta"),
+            {"allow_neg_eigval": True},
+            "use_beta_sigmoid_in_kernel",
+        ),
+        (
+            "chunk_kda",
+            ("q", "k", "v", "gk", "beta"),
+            {"return_intermediate_states": True},
+            "prefixes",
+        ),
+        ("fused_recurrent_gla", ("q", "k", "v", "gk", "gv"), {}, "one of the two"),
+        ("fused_recurrent_delta_rule", ("q", "k", "v", "v"), {}, "per head"),
+        (
+            "chunk_linear_attn",
+            "qkv",
+            {"normalize": False, "initial_state": (None, None)},
+            "initial_state",
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_not_offered_is_refused(
+    x: dict[str, Tensor], name: str, operands: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(cw.errors.ChunkwiseError, match=message):
+        getattr(cw.fla, name)(*(x[n] for n in operands), **options)
