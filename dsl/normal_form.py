@@ -14,7 +14,7 @@ postamble. When `transposed`, the roles of the Key and Value axes are exchanged:
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from .intervals import Interval
@@ -119,9 +119,13 @@ class Read:
     other_axis: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class NormalForm:
-    """A recurrence, normalised. `output` has RESULT leaves, one per entry of `reads`."""
+    """A recurrence, normalised. `output` has RESULT leaves, one per entry of `reads`.
+
+    `digest` names the meaning, not the spelling: it is equal for two declarations with one normal
+    form. Forms with one name and one digest are equal.
+    """
 
     name: str
     operands: tuple[Operand, ...]
@@ -132,12 +136,21 @@ class NormalForm:
     output: Node
     transposed: bool = False
 
-    @property
-    def digest(self) -> str:
-        """Names the meaning, not the spelling: equal for two declarations with one normal form."""
+    digest: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
         fields = (self.operands, self.params, self.states, self.reads, self.transposed)
         text = repr([_text(x) for x in (*fields, self.micro_steps, self.output)])
-        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+        digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+        object.__setattr__(self, "digest", digest)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, NormalForm):
+            return NotImplemented
+        return self.name == other.name and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.digest))
 
 
 def result_leaf(form: NormalForm, index: int) -> Node:
