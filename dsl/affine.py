@@ -202,7 +202,7 @@ class Walker:
                 raise errors.NoChunkForm(
                     "the state is read along one axis in what is written, and then along the other",
                     "products on the left and on the right of the state do not chunk together",
-                    "read with `k @ S` only, or with `S @ v` only, in what updates the state",
+                    "read along one axis only, or read the state before or after its whole update",
                     node.loc,
                 )
             weight = algebra.dot(key, read_side)
