@@ -56,7 +56,7 @@ def _verdict(engine: EngineName, why_not: str | None) -> tuple[bool, str]:
     operands = {"q": q, "k": k, "v": v, "g": -g, "beta": beta}
     want, _ = oracle.run(op.declaration.step(), operands)
     try:
-        got, _ = op(**{n: x.to(device) for n, x in operands.items()}, engine=engine)
+        got, _ = op(*(x.to(device) for x in operands.values()), engine=engine)
     except errors.ChunkwiseError as error:
         return False, f"refused the test call: {error.headline}"
     wrong = float((got.cpu().double() - want).norm() / want.norm())

@@ -88,8 +88,8 @@ def arrange(
         MissingOperand, UnknownOperand: as their names say.
         BadDtype: an operand is not a tensor, or a parameter is not a number.
     """
-    declared = [x.name for x in (*declaration.operands, *declaration.params)]
-    declared += declaration.statics
+    declared = [x.name for x in declaration.operands]
+    declared += [*(p.name for p in declaration.params), *declaration.statics]
     title = declaration.name
     if len(args) > len(declaration.operands):
         surplus = f"number {len(declaration.operands) + 1}"

@@ -167,7 +167,7 @@ def _declare(function: Callable[..., object], engine: EngineName | str | None) -
 
 def _signature(declaration: Declaration) -> inspect.Signature:
     reserved = {p.name for p in OPTIONS} | {"state"}
-    names = [x.name for x in (*declaration.operands, *declaration.params)]
+    names = [*(x.name for x in declaration.operands), *(p.name for p in declaration.params)]
     for name in (*names, *declaration.statics):
         if name in reserved:
             raise errors.ReservedName(name, sorted(reserved), where(declaration.function))
