@@ -154,7 +154,7 @@ class _StateChunk:
 
     def _recall(self, x: Tile, prefix: Tile | None) -> Tile:
         """x decayed to the chunk's start: what multiplies S_0."""
-        return x if prefix is None else tile.mul(x, tile.exp(prefix))
+        return x if prefix is None else tile.mul(x, _exp(prefix))
 
     def _gather(self, scores: Tile, values: Tile) -> Tile:
         return tile.contract(scores, tile.rename(values, Axis.J), Axis.J)
@@ -197,9 +197,9 @@ class _StateChunk:
 
     def _next(self) -> Tile:
         whole, following = self._gate.whole, self._gate.following
-        parts = [self._start if whole is None else tile.mul(tile.exp(whole), self._start)]
+        parts = [self._start if whole is None else tile.mul(_exp(whole), self._start)]
         for key, written in zip(self._keys, self._written, strict=True):
-            decayed = key if following is None else tile.mul(key, tile.exp(following))
+            decayed = key if following is None else tile.mul(key, _exp(following))
             parts.append(tile.contract(decayed, written, Axis.I))
         return tile.total(parts).named(str(self._start.attrs[0]) + "_next")
 
@@ -213,3 +213,7 @@ class _StateChunk:
             scores = self._scores(c, key, prefix, which).named("A")
             parts.append(self._gather(scores, written))
         return tile.total(parts)
+
+
+def _exp(prefix: Tile) -> Tile:
+    return tile.exp(prefix).named("e_" + prefix.hint)

@@ -30,8 +30,8 @@ class Config:
     """The shared decisions and each kernel's own. `kernels` overrides `default` by kernel name."""
 
     chunk: int = 64
-    forward: Plan = Plan(Hoist.PRODUCTS, outputs_in_scan=True)
-    backward: Plan = Plan(Hoist.SOLVES)
+    forward: Plan = Plan(Hoist.ALL, outputs_in_scan=True)
+    backward: Plan = Plan(Hoist.ALL)
     default: KernelConfig = KernelConfig()
     kernels: tuple[tuple[str, KernelConfig], ...] = ()
 

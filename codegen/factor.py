@@ -2,7 +2,8 @@
 
 `(a_i x_ik) S_kv` is `a_i (x_ik S_kv)`: the factor follows the product, in float32. A factor along the
 summed axis cannot leave, but can change sides: `sum_i (a_i k_ik) u_iv` is `sum_i k_ik (a_i u_iv)`, which
-leaves k as it lies in memory and scales what is in registers anyway. Run after differentiation: the
+leaves k as it lies in memory and scales what is in registers anyway. Sums over the value axis of a
+product are taken from a product that is there already, where there is one. Run after differentiation: the
 gradient of the factored form would repeat products that the plain form shares.
 """
 
@@ -25,7 +26,9 @@ def factor_body(body: Body) -> Body:
 def factor_adjoint(adjoint: Adjoint) -> Adjoint:
     """`adjoint` with its products factored."""
     done: dict[Tile, Tile] = {}
-    outputs = tuple((name, _rewrite(t, done)) for name, t in adjoint.outputs)
+    names = [name for name, _ in adjoint.outputs]
+    tiles = _share_products([_rewrite(t, done) for _, t in adjoint.outputs])
+    outputs = tuple(zip(names, tiles, strict=True))
     return Adjoint(outputs, _carried(adjoint.carried, done), adjoint.saved)
 
 
@@ -91,3 +94,91 @@ def _sides(x: Tile, y: Tile, over: Axis) -> tuple[Tile, Tile]:
         factor, x = split
         y = tile.mul(factor, y)
     return x, y
+
+
+# ---- sums over the value axis ----------------------------------------------------------------------
+
+
+def _share_products(roots: list[Tile]) -> list[Tile]:
+    """sum_v g_iv (x S)_iv as sum_k x_ik (g S^T)_ik, wherever the product g S^T is needed anyway."""
+    products = frozenset(t for t in tile.topological(*roots) if t.op is TileOp.DOT)
+    done: dict[Tile, Tile] = {}
+    for t in tile.topological(*roots):
+        args = [done[a] for a in t.args]
+        shared = _shared_sum(t, products) if t.op is TileOp.SUM else None
+        done[t] = shared if shared is not None else _with_args(t, args)
+    return [done[r] for r in roots]
+
+
+def _with_args(t: Tile, args: list[Tile]) -> Tile:
+    return t if tuple(args) == t.args else Tile(t.op, tuple(args), t.attrs, t.axes, t.hint)
+
+
+def _shared_sum(t: Tile, products: frozenset[Tile]) -> Tile | None:
+    if t.attrs != ((Axis.V,),):
+        return None
+    parts = _product_terms(t.args[0], products)
+    return None if parts is None else tile.total(parts)
+
+
+def _product_terms(x: Tile, products: frozenset[Tile]) -> list[Tile] | None:
+    """The terms of sum_v x, one of them through a shared product; None if there is none to share."""
+    sign, x = _unsigned(x)
+    if x.op is not TileOp.MAP or x.attrs != (Op.MUL,):
+        return None
+    for g, rest in (x.args, x.args[::-1]):
+        for second, terms in _terms(rest):
+            scale, inner = _scaled_product(second)
+            if inner is None:
+                continue
+            shared = _swapped(g, inner, products)
+            if shared is None:
+                continue
+            term = tile.mul(scale, shared) if scale is not None else shared
+            others = [tile.reduce(tile.mul(g, o), (Axis.V,)) for o in terms]
+            signs = [term if _positive(rest, second) else tile.neg(term), *others]
+            return [s if sign else tile.neg(s) for s in signs]
+    return None
+
+
+def _unsigned(x: Tile) -> tuple[bool, Tile]:
+    if x.op is TileOp.MAP and x.attrs == (Op.NEG,):
+        return False, x.args[0]
+    return True, x
+
+
+def _terms(x: Tile) -> list[tuple[Tile, list[Tile]]]:
+    """Each term of a sum or difference with the others, signed; a single term with none."""
+    if x.op is TileOp.MAP and x.attrs == (Op.SUB,):
+        a, b = x.args
+        return [(a, [tile.neg(b)]), (b, [a])]
+    if x.op is TileOp.MAP and x.attrs == (Op.ADD,):
+        a, b = x.args
+        return [(a, [b]), (b, [a])]
+    return [(x, [])]
+
+
+def _positive(whole: Tile, term: Tile) -> bool:
+    return not (whole.op is TileOp.MAP and whole.attrs == (Op.SUB,) and whole.args[1] == term)
+
+
+def _scaled_product(x: Tile) -> tuple[Tile | None, Tile | None]:
+    """(scale, product) of a product over K of tiles [I, K] and [K, V], scaled by rows or not at all."""
+    scale = None
+    split = _vector_factor(x)
+    if split is not None and Axis.V not in split[0].axes:
+        scale, x = split
+    if x.op is TileOp.DOT and x.attrs == (Axis.K,) and x.axes == (Axis.I, Axis.V):
+        return scale, x
+    return None, None
+
+
+def _swapped(g: Tile, product: Tile, products: frozenset[Tile]) -> Tile | None:
+    rows, state = product.args if Axis.I in product.args[0].axes else product.args[::-1]
+    for candidate in products:
+        if candidate.attrs != (Axis.V,) or state not in candidate.args:
+            continue
+        other = candidate.args[0] if candidate.args[1] == state else candidate.args[1]
+        if tile.rename(other, Axis.I) == tile.rename(g, Axis.I):
+            return tile.reduce(tile.mul(rows, tile.rename(candidate, Axis.I)), (Axis.K,))
+    return None

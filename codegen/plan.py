@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, Flag, auto
+from functools import lru_cache
 
 from . import tile
 from .chunk import Body, Carried
@@ -27,12 +28,14 @@ class Loop(Enum):
     REVERSE = "a scan from the last chunk to the first"
 
 
-class Hoist(Enum):
-    """What is computed ahead of the scan, in parallel over chunks."""
+class Hoist(Flag):
+    """What is computed ahead of the scan, in parallel over chunks; kinds add up."""
 
-    NOTHING = "all inside the scan"
-    SOLVES = "what needs the triangular inverse"
-    PRODUCTS = "everything that takes a matrix product and does not need the carry"
+    NOTHING = 0
+    PREFIXES = auto()  # prefix sums of gates, and what they scale
+    SOLVES = auto()  # what needs the triangular inverse
+    PRODUCTS = auto()  # what takes any other matrix product
+    ALL = PREFIXES | SOLVES | PRODUCTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +53,9 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """A short name for tables: e.g. `solves+W|scan|post`."""
-        prep = "" if self.hoist is Hoist.NOTHING else self.hoist.name.lower()
+        """A short name for tables: e.g. `prefixes+solves+W|scan|post`."""
+        kinds = (Hoist.PREFIXES, Hoist.SOLVES, Hoist.PRODUCTS)
+        prep = "+".join(str(k.name).lower() for k in kinds if k in self.hoist)
         prep += "+W" if self.reassociate else ""
         return "|".join(p for p in (prep, "scan", "" if self.outputs_in_scan else "post") if p)
 
@@ -89,14 +93,21 @@ class Program:
 
 def forward_plans(body: Body) -> tuple[Plan, ...]:
     """Every legal plan of a forward, the plainest first."""
-    solves = any(t.op is TileOp.INVERSE for t in _tiles(body.carried, body.outputs))
+    tiles = _tiles(body.carried, body.outputs)
+    solves = any(t.op is TileOp.INVERSE for t in tiles)
+    gates = any(t.op is TileOp.CUMSUM for t in tiles)
+    prefixes = (Hoist.NOTHING, Hoist.PREFIXES) if gates else (Hoist.NOTHING,)
+    kinds = [Hoist.NOTHING, Hoist.PRODUCTS]
+    if solves:
+        kinds = [Hoist.NOTHING, Hoist.SOLVES, Hoist.SOLVES | Hoist.PRODUCTS]
     plans = []
     for outputs_in_scan in (True, False):
-        plans.append(Plan(Hoist.NOTHING, outputs_in_scan=outputs_in_scan))
-        plans.append(Plan(Hoist.PRODUCTS, outputs_in_scan=outputs_in_scan))
-        if solves:
-            plans.append(Plan(Hoist.SOLVES, outputs_in_scan=outputs_in_scan))
-            plans.append(Plan(Hoist.SOLVES, reassociate=True, outputs_in_scan=outputs_in_scan))
+        for prefix in prefixes:
+            for kind in kinds:
+                plans.append(Plan(prefix | kind, outputs_in_scan=outputs_in_scan))
+            if solves:
+                hoist = prefix | Hoist.SOLVES | Hoist.PRODUCTS
+                plans.append(Plan(hoist, reassociate=True, outputs_in_scan=outputs_in_scan))
     return tuple(plans)
 
 
@@ -174,16 +185,22 @@ class _Builder:
     def prepare(self, hoist: Hoist, roots: list[Tile], carries: frozenset[Tile]) -> None:
         """The kernel ahead of the scans: the largest tiles below `roots` worth hoisting."""
         wanted: dict[Tile, None] = {}
-        for node in tile.topological(*roots):
-            if not _depends(node, carries):
-                continue
-            for x in node.args:
-                x = x.args[0] if x.op in (TileOp.RENAME, TileOp.EXPAND) else x
-                if not _depends(x, carries) and _worth_hoisting(x, hoist):
-                    wanted[x] = None
+        seen: set[Tile] = set()
+
+        def visit(x: Tile) -> None:
+            """Hoist `x`, or what is worth hoisting below it."""
+            x = x.args[0] if x.op in (TileOp.RENAME, TileOp.EXPAND) else x
+            if x in seen:
+                return
+            seen.add(x)
+            if not _depends(x, carries) and _worth_hoisting(x, hoist):
+                wanted[x] = None
+            else:
+                for argument in x.args:
+                    visit(argument)
+
         for root in roots:
-            if not _depends(root, carries) and _worth_hoisting(root, hoist):
-                wanted[root] = None
+            visit(root)
         if wanted:
             self.kernel("prep", Loop.PARALLEL, self.fresh(wanted))
 
@@ -192,16 +209,26 @@ _PRODUCTS = (TileOp.DOT, TileOp.DECAYED_DOT, TileOp.INVERSE)
 
 
 def _worth_hoisting(x: Tile, hoist: Hoist) -> bool:
-    if hoist is Hoist.NOTHING or not {Axis.I, Axis.J} & set(x.axes):
-        return False  # a K x V tile per chunk is the size of the state: never worth its bytes
     below = tile.topological(x)
-    if hoist is Hoist.SOLVES:
-        return any(t.op is TileOp.INVERSE for t in below)
-    return any(t.op in _PRODUCTS for t in below)
+    if not x.args or (Axis.K in x.axes and Axis.V in x.axes):
+        return False  # a K x V tile per chunk is the size of the state: never worth its bytes
+    if any(t.op is TileOp.INVERSE for t in below):
+        return Hoist.SOLVES in hoist
+    if any(t.op in _PRODUCTS for t in below):
+        return Hoist.PRODUCTS in hoist
+    if any(t.op is TileOp.CUMSUM or (t.op is TileOp.SUM and _over_time(t)) for t in below):
+        return Hoist.PREFIXES in hoist and x.axes != (Axis.I, Axis.J)
+    return False
 
 
+def _over_time(x: Tile) -> bool:
+    (axes,) = x.attrs
+    return isinstance(axes, tuple) and Axis.I in axes
+
+
+@lru_cache(maxsize=65536)
 def _depends(x: Tile, carries: frozenset[Tile]) -> bool:
-    return any(t in carries for t in tile.topological(x))
+    return x in carries or any(_depends(a, carries) for a in x.args)
 
 
 def _kept(outputs: Iterable[tuple[str, Tile]], carries: frozenset[Tile]) -> tuple[Tile, ...]:

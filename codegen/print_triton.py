@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ..dsl.ir import Op
-from . import triton_library
+from . import tile, triton_library
 from .config import Config, Dims, KernelConfig, Precision, padded
 from .expressions import Expressions, Names, unaliased
 from .padding import Padding, padding
@@ -271,22 +271,27 @@ class _KernelPrinter(Expressions):
         return lines
 
     def _phases(self, order: list[Tile]) -> _Phases:
-        phases = _Phases()
+        """When each tile is computed: as late as possible, so that little stays in registers."""
         after: set[Tile] = set()
-        summed: set[Tile] = set()
+        during: set[Tile] = set()
         for t in order:
-            if t in self._buffers or not t.args:
-                where = phases.during if Axis.V in t.axes else phases.before
-            elif _sums_v(t):
-                where = phases.during
-                summed.add(t)
-            elif any(a in after or a in summed for a in t.args):
-                where = phases.after
+            if t not in self._buffers and any(a in after or _sums_v(a) for a in self._inputs(t)):
                 after.add(t)
+            elif Axis.V in t.axes or (t not in self._buffers and _sums_v(t)):
+                during.add(t)
+        needed = {a for t in during for a in tile.topological(*self._inputs(t), stop=frozenset(self._buffers))}
+        phases = _Phases()
+        for t in order:
+            if t in during:
+                phases.during.append(t)
+            elif t in needed:
+                phases.before.append(t)
             else:
-                where = phases.during if Axis.V in t.axes else phases.before
-            where.append(t)
+                phases.after.append(t)
         return phases
+
+    def _inputs(self, t: Tile) -> tuple[Tile, ...]:
+        return () if t in self._buffers else t.args
 
     def _scan_body(self, order: list[Tile]) -> list[str]:
         reverse = self._kernel.loop is Loop.REVERSE

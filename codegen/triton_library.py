@@ -11,13 +11,27 @@ from __future__ import annotations
 INVERSE = '''
 @triton.jit
 def unit_lower_inverse(L, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """(1 + L)^-1 of a strictly lower [C, C] tile, C = 2^LEVELS: block inverses, doubled in size."""
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    X = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, L, 0.0)
-    for level in range(1, LEVELS):
-        below = (i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level)
-        B = tl.dot(X, tl.where(below, L, 0.0), input_precision=PRECISION)
+    """(1 + L)^-1 of a strictly lower [C, C] tile, C = 2^LEVELS >= 16.
+
+    Doubling: exact inverses X of the diagonal blocks of one size, and B, what of L lies between two of
+    them, give those of twice the size, X - X B X. First within the diagonal blocks of 16, together.
+    """
+    N: tl.constexpr = C // 16
+    i = tl.arange(0, 16)[None, :, None]
+    j = tl.arange(0, 16)[None, None, :]
+    same = tl.arange(0, N)[:, None, None, None] == tl.arange(0, N)[None, None, :, None]
+    D = tl.sum(tl.where(same, tl.reshape(L, (N, 16, N, 16)), 0.0), 2)
+    Y = tl.where(i == j, 1.0, 0.0) - tl.where(i >> 1 == j >> 1, D, 0.0)
+    for level in tl.static_range(1, 4):
+        between = (i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level)
+        B = tl.dot(Y, tl.where(between, D, 0.0), input_precision=PRECISION)
+        Y -= tl.dot(B, Y, input_precision=PRECISION)
+    X = tl.reshape(tl.where(same, Y[:, :, None, :], 0.0), (C, C))
+    row = tl.arange(0, C)[:, None]
+    column = tl.arange(0, C)[None, :]
+    for level in tl.static_range(4, LEVELS):
+        between = (row >> (level + 1) == column >> (level + 1)) & (row >> level != column >> level)
+        B = tl.dot(X, tl.where(between, L, 0.0), input_precision=PRECISION)
         X -= tl.dot(B, X, input_precision=PRECISION)
     return X
 '''

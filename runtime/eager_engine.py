@@ -93,14 +93,14 @@ def _body(form: NormalForm) -> Body:
 
 @lru_cache(maxsize=256)
 def _forward_kernels(form: NormalForm) -> tuple[_Compiled, ...]:
-    return _compile(plan_forward(factor_body(_body(form)), Plan(Hoist.PRODUCTS, outputs_in_scan=False)))
+    return _compile(plan_forward(factor_body(_body(form)), Plan(Hoist.ALL, outputs_in_scan=False)))
 
 
 @lru_cache(maxsize=256)
 def _backward_kernels(form: NormalForm) -> tuple[_Compiled, ...]:
     body = _body(form)
     adjoint = factor_adjoint(differentiate(body))
-    return _compile(plan_backward(factor_body(body), adjoint, Plan(Hoist.PRODUCTS)))
+    return _compile(plan_backward(factor_body(body), adjoint, Plan(Hoist.ALL)))
 
 
 def _compile(program: Program) -> tuple[_Compiled, ...]:
