@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from ..dsl import errors
-from ..dsl.ir import Kind, Per
-from ..dsl.normal_form import NormalForm, Operand, StateDecl
+from ..dsl.ir import Kind
+from ..dsl.normal_form import NormalForm, StateDecl
+from .sizes import Form, kind_name, measure, measured, pattern
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
     from ..dsl.step import Step
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Static = tuple[tuple[str, int], ...]
-_TRAILING = {Kind.SCALAR: (), Kind.KEY: ("K",), Kind.VALUE: ("V",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,23 +137,6 @@ def arrange(
     return operands, params, tuple(static)
 
 
-def kind_name(x: Operand) -> str:
-    """The operand's kind as the user wrote it."""
-    bare = x.kind.name.title()
-    if x.micro:
-        return f"tuple[{bare}, ...]"
-    return f"Head{bare}" if x.per is Per.HEAD else bare
-
-
-def pattern(x: Operand) -> str:
-    """The shape an operand must have, in letters: `[B,T,H|HV,K]`."""
-    if x.per is Per.HEAD:
-        return "[" + ",".join(("HV", *_TRAILING[x.kind])) + "]"
-    heads = "H|HV" if x.kind is Kind.KEY else "HV"
-    micro = ("n",) if x.micro else ()
-    return "[" + ",".join(("B", "T", *micro, heads, *_TRAILING[x.kind])) + "]"
-
-
 def bind(
     declaration: Declaration,
     args: Sequence[object],
@@ -204,132 +186,40 @@ def describe(
     initial: tuple[Tensor | None, ...],
     cu_seqlens: Tensor | None,
     static: Static = (),
+    *,
+    symbolic: bool = False,
 ) -> Call:
     """Check shapes, dtypes and devices against one another, and name the sizes.
+
+    `symbolic`: sizes may be torch.compile's symbols, which are compared afresh in every trace.
 
     Raises:
         BadShape, BadDtype, BadDevice, HeadMismatch, BadBatch, BadCuSeqlens: as their names say.
     """
-    device = next(iter(operands.values())).device
-    sizes: dict[str, tuple[int, str]] = {}
-    key_heads: dict[str, int] = {}
-    for x in declaration.operands:
-        tensor = operands[x.name]
-        _check_placement(x.name, tensor, device)
-        _measure(x, tensor, sizes, key_heads)
-    if "T" not in sizes:
-        raise errors.MissingOperand(
-            "per token", "Key, Value or Scalar", "[B,T,...]", op=declaration.name
-        )
-    if "HV" not in sizes:
-        widest = max(key_heads, key=lambda n: key_heads[n])
-        sizes["HV"] = (key_heads[widest], widest)
-    B, T, HV = (sizes[s][0] for s in ("B", "T", "HV"))
-    H = _key_heads(key_heads, HV, sizes["HV"][1])
-    # no operand says so only where no state has the axis
-    K, V = (sizes.get(s, (1, ""))[0] for s in ("K", "V"))
-    if cu_seqlens is not None:
-        _check_cu_seqlens_form(cu_seqlens, B, sizes["B"][1])
-    values = [x for x in declaration.operands if x.kind is Kind.VALUE and x.per is Per.TOKEN]
-    lead = operands[(values or list(declaration.operands))[0].name]
-    call = Call(
+    sizes = (measure if symbolic else measured)(
+        declaration,
+        tuple(Form(x.shape, x.dtype, x.device) for x in operands.values()),
+        tuple(None if x is None else Form(x.shape, x.dtype, x.device) for x in initial),
+        None if cu_seqlens is None else Form(cu_seqlens.shape, cu_seqlens.dtype, cu_seqlens.device),
+    )
+    return Call(
         declaration=declaration,
         operands=operands,
         params=params,
         initial=initial,
         cu_seqlens=cu_seqlens,
-        B=B,
-        T=T,
-        H=H,
-        HV=HV,
-        K=K,
-        V=V,
-        N=B if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        micro=int(sizes.get("n", (1, ""))[0]),
-        dtype=lead.dtype,
-        device=device,
+        B=sizes.B,
+        T=sizes.T,
+        H=sizes.H,
+        HV=sizes.HV,
+        K=sizes.K,
+        V=sizes.V,
+        N=sizes.N,
+        micro=sizes.micro,
+        dtype=sizes.dtype,
+        device=sizes.device,
         static=static,
     )
-    for state, start in zip(declaration.states, initial, strict=True):
-        if start is not None:
-            _check_placement(f"initial_state ({state.name})", start, device)
-            expected = call.state_shape(state)
-            if tuple(start.shape) != expected:
-                letters = "[N,HV,K,V]" if state.kind is Kind.STATE else "[N,HV,K]"
-                raise errors.BadShape(
-                    f"initial_state ({state.name})", start.shape, f"{letters} = {list(expected)}"
-                )
-    return call
-
-
-def _check_placement(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.dtype not in FLOATS:
-        raise errors.BadDtype(
-            name, str(tensor.dtype), "one of " + ", ".join(str(d)[len("torch.") :] for d in FLOATS)
-        )
-    if tensor.device != device:
-        raise errors.BadDevice(name, str(tensor.device), str(device))
-
-
-def _measure(
-    x: Operand, tensor: Tensor, sizes: dict[str, tuple[int, str]], key_heads: dict[str, int]
-) -> None:
-    """Compare one operand's shape with the sizes known so far; add those it is first to show."""
-    letters = pattern(x)[1:-1].split(",")
-    if tensor.ndim != len(letters):
-        raise errors.BadShape(
-            x.name, tensor.shape, f"{pattern(x)}, {len(letters)} axes", kind=kind_name(x)
-        )
-    for letter, size in zip(letters, tensor.shape, strict=True):
-        if letter == "H|HV":
-            key_heads[x.name] = size
-            continue
-        known = sizes.setdefault(letter, (size, x.name))
-        if known[0] != size:
-            raise errors.BadShape(
-                x.name,
-                tensor.shape,
-                f"{pattern(x)} with {letter} = {known[0]}, as in operand {known[1]!r}",
-                kind=kind_name(x),
-            )
-    if x.micro and tensor.shape[2] == 0:
-        raise errors.BadShape(
-            x.name, tensor.shape, f"{pattern(x)} with at least one micro-step", kind=kind_name(x)
-        )
-
-
-def _key_heads(key_heads: dict[str, int], HV: int, witness: str) -> int:
-    """H: the head count of the Keys that do not belong to the value heads."""
-    grouped = {n: h for n, h in key_heads.items() if h != HV}
-    if not grouped:
-        return HV
-    first, H = next(iter(grouped.items()))
-    for name, h in grouped.items():
-        if h != H:
-            raise errors.HeadMismatch(
-                name, h, f"{H} as operand {first!r} has, or {HV} as operand {witness!r} has"
-            )
-    if H == 0 or HV % H != 0:
-        raise errors.HeadMismatch(
-            first, H, f"{HV} as operand {witness!r} has, or a divisor of that"
-        )
-    return H
-
-
-def _check_cu_seqlens_form(cu_seqlens: Tensor, B: int, witness: str) -> None:
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise errors.BadCuSeqlens(f"of dtype {cu_seqlens.dtype}", "int32 or int64")
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
-        raise errors.BadCuSeqlens(
-            f"of shape {list(cu_seqlens.shape)}", "[N+1], the boundaries of N >= 1 sequences"
-        )
-    if B != 1:
-        raise errors.BadBatch(
-            witness,
-            B,
-            "1, as cu_seqlens packs sequences along T",
-            help="reshape the operands to [1, B*T, ...]",
-        )
 
 
 def check_boundaries(cu_seqlens: Tensor, T: int) -> None:

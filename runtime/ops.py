@@ -62,7 +62,7 @@ class Signature:
         given = ", ".join(["Tensor? do", *(f"Tensor? dfinal{i}" for i in range(self.states))])
         return f"({given}, {self.inputs}) -> Tensor[]"
 
-    def call(self, inputs: Sequence[Any]) -> Call:
+    def call(self, inputs: Sequence[Any], *, symbolic: bool = False) -> Call:
         """The checked call that these flat arguments stand for."""
         a, b = self.operands, self.operands + self.states
         names = (x.name for x in self.declaration.operands)
@@ -74,6 +74,7 @@ class Signature:
             tuple(inputs[a:b]),
             inputs[b],
             self.static,
+            symbolic=symbolic,
         )
 
 
@@ -137,7 +138,7 @@ def _register(
         return (o, *finals)
 
     def forward_shapes(*args: Any) -> tuple[Tensor, ...]:
-        call = signature.call(args[:-1])
+        call = signature.call(args[:-1], symbolic=True)
         o = torch.empty(call.output_shape, dtype=call.dtype, device=call.device)
         finals = (
             torch.empty(call.state_shape(s), dtype=call.state_dtype, device=call.device)
