@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from .ir import Node, Op, topological
+
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,5 +161,7 @@ def interval(node: Node) -> Interval:
     """An interval that holds every channel of `node`, whatever the operands; sound, not tight."""
     found: dict[Node, Interval] = {}
     for n in topological(node):
-        found[n] = _rule(n, [found[a] for a in n.args])
+        x = _rule(n, [found[a] for a in n.args])
+        # an end that overflowed is a large number, not infinity: inf/inf would lose soundness
+        found[n] = Interval(min(x.lo, _LARGEST), max(x.hi, -_LARGEST))
     return found[node]

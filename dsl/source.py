@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dis
+import linecache
+import re
 import sys
 from itertools import islice
 from types import CodeType, FrameType
@@ -34,9 +36,21 @@ def here() -> Loc | None:
     return Loc(code.co_filename, line, code.co_name, col, end_col)
 
 
-def definition(code: CodeType) -> Loc:
-    """The first line of a function (its decorator, where it has one)."""
-    return Loc(code.co_filename, code.co_firstlineno, code.co_name)
+def definition(code: CodeType, parameter: str = "") -> Loc:
+    """The `def` line of a function (below its decorators), or where it names `parameter`."""
+    first = code.co_firstlineno
+    lines = {n: linecache.getline(code.co_filename, n) for n in range(first, first + 60)}
+    at = next((n for n, text in lines.items() if text.lstrip().startswith("def ")), first)
+    # the signature ends where the first line of the body begins
+    body = min((n for _, _, n in code.co_lines() if n is not None and n > at), default=at + 1)
+    for n in range(at, max(body, at + 1)) if parameter else ():
+        start = lines[n].find("(") if n == at else 0
+        found = re.compile(rf"\b{re.escape(parameter)}\b").search(lines[n], max(start, 0))
+        if found is not None:
+            prefix = lines[n][: found.start()].encode()
+            col = len(prefix)
+            return Loc(code.co_filename, n, code.co_name, col, col + len(parameter.encode()))
+    return Loc(code.co_filename, at, code.co_name)
 
 
 def last_return(code: CodeType) -> Loc:

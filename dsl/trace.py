@@ -46,6 +46,7 @@ def read_signature(function: Callable[..., object]) -> Signature:
     statics: list[tuple[str, int | bool]] = []
     keyword_only: set[str] = set()
     for name, parameter in inspect.signature(function).parameters.items():
+        loc = where(function, name)
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise errors.BadAnnotation(
                 name, "a variable argument", "a step names its operands", loc
@@ -80,7 +81,7 @@ def read_signature(function: Callable[..., object]) -> Signature:
         else:
             raise errors.BadAnnotation(name, _spelled(hint), "", loc)
     if not states:
-        raise errors.NoState(function.__name__, loc)
+        raise errors.NoState(function.__name__, where(function))
     return Signature(
         tuple(operands), tuple(params), tuple(states), tuple(statics), frozenset(keyword_only)
     )
@@ -130,10 +131,10 @@ def trace(
     return step
 
 
-def where(function: Callable[..., object]) -> Loc | None:
-    """The first line of a declared function."""
+def where(function: Callable[..., object], parameter: str = "") -> Loc | None:
+    """Where a function is declared, or where it names one of its parameters."""
     code = getattr(function, "__code__", None)
-    return definition(code) if isinstance(code, types.CodeType) else None
+    return definition(code, parameter) if isinstance(code, types.CodeType) else None
 
 
 def _return_line(function: Callable[..., object]) -> Loc | None:
@@ -189,7 +190,7 @@ def _check_use(step: Step, function: Callable[..., object]) -> None:
     leaves = {n.attrs[0] for n in topological(*step.roots) if n.op in (Op.OPERAND, Op.PARAM)}
     for name in [o.name for o in step.operands] + [p.name for p in step.params]:
         if name not in leaves:
-            raise errors.UnusedOperand(name, where(function))
+            raise errors.UnusedOperand(name, where(function, name))
 
 
 def _spelled(hint: object) -> str:

@@ -259,6 +259,16 @@ def test_equal_rules_have_one_digest() -> None:
     assert form_of(again).digest == library.gated_delta_rule.normal_form().digest
 
 
+def test_where_beta_is_written_does_not_matter() -> None:
+    def on_the_key(S: State, q: Key, k: Key, v: Value, beta: Scalar):
+        return S + outer(beta * k, v - k @ S), q @ S
+
+    def on_the_value(S: State, q: Key, k: Key, v: Value, beta: Scalar):
+        return S + outer(k, beta * (v - k @ S)), q @ S
+
+    assert form_of(on_the_key).digest == form_of(on_the_value).digest
+
+
 def broken_forms() -> list[NormalForm]:
     good = library.gated_delta_rule.normal_form()
     state = Node(Op.STATE, (), ("S",), Kind.STATE)
