@@ -44,6 +44,11 @@ def _times(a: float, b: float) -> float:
     return 0.0 if a == 0.0 or b == 0.0 else a * b
 
 
+def _finite(x: Interval) -> Interval:
+    """An inner end that overflowed is a large number: an infinite one would not be sound."""
+    return Interval(min(x.lo, _LARGEST), max(x.hi, -_LARGEST))
+
+
 def _guarded(function: Callable[[float], float], x: float, low: float, high: float) -> float:
     """A monotone function at an end of an interval, with its limits where it overflows."""
     if x == -math.inf:
@@ -93,8 +98,8 @@ def _reciprocal(x: Interval) -> Interval:
     if x.lo < 0.0 < x.hi or (x.lo == x.hi == 0.0):
         return Interval()
     if x.lo >= 0.0:
-        return Interval(1.0 / x.hi, math.inf if x.lo == 0.0 else 1.0 / x.lo)
-    return Interval(-math.inf if x.hi == 0.0 else 1.0 / x.hi, 1.0 / x.lo)
+        return _finite(Interval(1.0 / x.hi, math.inf if x.lo == 0.0 else 1.0 / x.lo))
+    return _finite(Interval(-math.inf if x.hi == 0.0 else 1.0 / x.hi, 1.0 / x.lo))
 
 
 def _attr(node: Node, index: int) -> float:
@@ -161,7 +166,5 @@ def interval(node: Node) -> Interval:
     """An interval that holds every channel of `node`, whatever the operands; sound, not tight."""
     found: dict[Node, Interval] = {}
     for n in topological(node):
-        x = _rule(n, [found[a] for a in n.args])
-        # an end that overflowed is a large number, not infinity: inf/inf would lose soundness
-        found[n] = Interval(min(x.lo, _LARGEST), max(x.hi, -_LARGEST))
+        found[n] = _finite(_rule(n, [found[a] for a in n.args]))
     return found[node]

@@ -492,6 +492,15 @@ def test_rendering() -> None:
     assert lines[-1].strip().startswith("= help: apply tanh to k, v or the output")
 
 
+def test_a_parameter_is_pointed_at() -> None:
+    (step,) = (s for _, _, s in CASES if s.__name__ == "missing_annotation")
+    with pytest.raises(errors.MissingAnnotation) as caught:
+        Declaration(step)
+    lines = caught.value.render().splitlines()
+    assert lines[3].endswith("def missing_annotation(S: State, q: Key, k: Key, v):")
+    assert lines[4].index("^") == lines[3].rindex("v")
+
+
 def test_errors_of_workers_survive_pickling() -> None:
     error = errors.BadShape("g", (2, 3, 4, 5), "[B,T,HV]", kind="Scalar")
     again = pickle.loads(pickle.dumps(error))

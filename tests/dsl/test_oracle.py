@@ -7,9 +7,11 @@ import torch
 from chunkwise.dsl import (
     Declaration,
     Key,
+    KeyState,
     Scalar,
     State,
     Value,
+    dot,
     errors,
     exp,
     library,
@@ -74,6 +76,27 @@ def test_widrow_hoff() -> None:
     }
     _, (end,) = oracle.run(library.gated_lms.step(), operands)
     torch.testing.assert_close(end[0, 0, :, 0], w)
+
+
+def test_a_single_neuron_is_a_key_state() -> None:
+    """The same neuron as a KeyState, whose values and outputs are Scalars."""
+
+    def neuron(z: KeyState, q: Key, k: Key, d: Scalar, beta: Scalar):
+        z = z + beta * outer(k, d - dot(k, z))
+        return z, q @ z
+
+    x = gated(6, HV=2, V=1)
+    operands = {"q": x["q"], "k": x["k"], "d": x["v"][..., 0], "beta": x["beta"]}
+    d = Declaration(neuron)
+    expected, (expected_end,) = oracle.run(
+        library.gated_lms.step(), {n: x[n] for n in ("q", "k", "v", "beta")}
+    )
+    for o, (end,) in (
+        oracle.run(d.step(), operands),
+        oracle.run_form(d.normal_form(), operands),
+    ):
+        torch.testing.assert_close(o, expected[..., 0])
+        torch.testing.assert_close(end, expected_end[..., 0])
 
 
 def test_packed_equals_the_loop_over_sequences() -> None:
