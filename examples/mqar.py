@@ -156,6 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/mqar.png"))
     parser.add_argument("--sweep", action="store_true", help="try every learning rate, then stop")
     args = parser.parse_args(argv)
+    if args.device == "cpu":
+        # tensors this small gain nothing from threads, and wait for them where cores are shared
+        torch.set_num_threads(1)
     if args.sweep:
         sweep(args)
         return 0
