@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import chunkwise as cw
 import pytest
@@ -12,8 +13,29 @@ from chunkwise.dsl import oracle
 from chunkwise.dsl.ir import Kind, Per
 from torch import Tensor
 
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine on a device, in the widest dtype that it computes in, and how exact that is."""
+
+    name: str
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float64
+    tolerance: float = 1e-10
+
+
+_INTERPRETED = Engine("triton", "cpu", torch.float32, 1e-5)
+_TRITON = Engine("triton", "cuda", torch.float32, 1e-4)  # tf32x3 products
+
 # the one place where an engine joins the tests of this folder
-ENGINES = ("reference", "eager")
+ENGINES = (
+    pytest.param(Engine("reference"), id="reference"),
+    pytest.param(Engine("eager"), id="eager"),
+    pytest.param(_INTERPRETED, id="triton-interpreted", marks=pytest.mark.interpreter),
+    pytest.param(Engine("reference", "cuda"), id="reference-cuda", marks=pytest.mark.gpu),
+    pytest.param(Engine("eager", "cuda"), id="eager-cuda", marks=pytest.mark.gpu),
+    pytest.param(_TRITON, id="triton-cuda", marks=pytest.mark.gpu),
+)
 
 LOG_DECAYS = frozenset({"g", "w", "log_alpha", "log_mu"})
 IN_UNIT_INTERVAL = frozenset({"beta", "eta", "f", "a"})
@@ -33,6 +55,7 @@ class Sizes:
     lengths: tuple[int, ...] | None = None
     initial: bool = False
     dtype: torch.dtype = torch.float64
+    device: str = "cpu"
 
     @property
     def N(self) -> int:
@@ -55,6 +78,17 @@ class Inputs:
     def leaves(self) -> dict[str, Tensor]:
         states = {f"initial {i}": s for i, s in enumerate(self.initial or ())}
         return {**self.operands, **states}
+
+    def copied(self, device: str, dtype: torch.dtype) -> Inputs:
+        def copy(x: Tensor) -> Tensor:
+            return x.detach().to(device, dtype, copy=True).requires_grad_()
+
+        return Inputs(
+            {n: copy(x) for n, x in self.operands.items()},
+            None if self.initial is None else tuple(copy(x) for x in self.initial),
+            None if self.cu_seqlens is None else self.cu_seqlens.to(device),
+            self.params,
+        )
 
     @property
     def options(self) -> dict[str, object]:
@@ -83,7 +117,7 @@ def make_inputs(op: cw.Recurrence, sizes: Sizes, seed: int = 0) -> Inputs:
             value = value.abs()
         elif x.kind is Kind.KEY:
             value = torch.nn.functional.normalize(value, dim=-1)
-        operands[x.name] = value.to(sizes.dtype).requires_grad_()
+        operands[x.name] = value.to(sizes.device, sizes.dtype).requires_grad_()
     initial = None
     if sizes.initial:
         initial = tuple(
@@ -93,12 +127,14 @@ def make_inputs(op: cw.Recurrence, sizes: Sizes, seed: int = 0) -> Inputs:
                 else (sizes.N, sizes.HV, sizes.K),
                 generator=random,
                 dtype=torch.float64,
-            ).requires_grad_()
+            )
+            .to(sizes.device, sizes.dtype if sizes.dtype is torch.float64 else torch.float32)
+            .requires_grad_()
             for s in op.declaration.states
         )
     cu_seqlens = None
     if sizes.lengths is not None:
-        cu_seqlens = torch.tensor([0, *sizes.lengths]).cumsum(0).to(torch.int32)
+        cu_seqlens = torch.tensor([0, *sizes.lengths]).cumsum(0).to(sizes.device, torch.int32)
     return Inputs(operands, initial, cu_seqlens)
 
 
@@ -118,17 +154,18 @@ def results(
         taken = torch.autograd.grad(
             reached,
             list(inputs.leaves.values()),
-            [weights[n].to(y.dtype) for n, y in outputs.items() if y.requires_grad],
+            [weights[n].to(y) for n, y in outputs.items() if y.requires_grad],
             allow_unused=True,
         )
         grads = dict(zip(inputs.leaves, taken, strict=True))
     zeros = {n: torch.zeros_like(x) for n, x in inputs.leaves.items()}
     named = {f"d{n}": zeros[n] if g is None else g for n, g in grads.items()}
-    return {n: y.detach() for n, y in {**outputs, **named}.items()}
+    return {n: y.detach().cpu() for n, y in {**outputs, **named}.items()}
 
 
 def oracle_results(op: cw.Recurrence, inputs: Inputs) -> dict[str, Tensor]:
-    """The same of the float64 token loop, on the same numbers."""
+    """The same of the float64 token loop on the CPU, from the same numbers."""
+    inputs = inputs.copied("cpu", torch.float64)
     micro = next((inputs.operands[x.name].shape[2] for x in op.declaration.operands if x.micro), 1)
     o, finals = oracle.run(
         op.declaration.step(micro),
@@ -165,7 +202,8 @@ def assert_agree(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: flo
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+    """The name of each engine in turn; `kit` then makes inputs for its device and dtype."""
+    return str(request.param.name)
 
 
 @pytest.fixture(autouse=True)
@@ -178,13 +216,22 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 class Kit:
     """What tests take from here (a test module cannot import another one by name)."""
 
-    Sizes: type[Sizes]
-    make_inputs: Callable[..., Inputs]
-    oracle_results: Callable[[cw.Recurrence, Inputs], dict[str, Tensor]]
-    engine_results: Callable[[cw.Recurrence, Inputs, str], dict[str, Tensor]]
-    assert_agree: Callable[[dict[str, Tensor], dict[str, Tensor], float], None]
+    engine: Engine
+    Sizes: Callable[..., Sizes]
+    make_inputs: Callable[..., Inputs] = make_inputs
+    oracle_results: Callable[[cw.Recurrence, Inputs], dict[str, Tensor]] = oracle_results
+    engine_results: Callable[[cw.Recurrence, Inputs, str], dict[str, Tensor]] = engine_results
+    assert_agree: Callable[[dict[str, Tensor], dict[str, Tensor], float], None] = assert_agree
+
+    @property
+    def tolerance(self) -> float:
+        return self.engine.tolerance
 
 
-@pytest.fixture(scope="session")
-def kit() -> Kit:
-    return Kit(Sizes, make_inputs, oracle_results, engine_results, assert_agree)
+@pytest.fixture
+def kit(request: pytest.FixtureRequest) -> Kit:
+    spec = getattr(request.node, "callspec", None)
+    engine = None if spec is None else spec.params.get("engine")
+    if not isinstance(engine, Engine):  # a test that names its engine itself
+        engine = Engine("reference")
+    return Kit(engine, partial(Sizes, dtype=engine.dtype, device=engine.device))

