@@ -78,8 +78,15 @@ def _check(form: NormalForm) -> None:
     def refuse(what: str, why: str) -> None:
         raise NotLowered(what=f"{form.name}: {what}", why=why, instead=instead)
 
+    if form.output.kind is not Kind.VALUE:
+        refuse(
+            f"an output that is a {form.output.kind.name.capitalize()}",
+            "kernels write outputs that are Values so far",
+        )
     if form.transposed:
-        refuse("a state whose columns decay", "the transposed normal form has no chunk lowering yet")
+        refuse(
+            "a state whose columns decay", "the transposed normal form has no chunk lowering yet"
+        )
     if len(form.micro_steps) != 1:
         refuse(
             f"{len(form.micro_steps)} micro-steps per token",

@@ -13,6 +13,7 @@ from .config import Config
 from .differentiate import Adjoint, differentiate
 from .factor import factor_adjoint, factor_body
 from .plan import Plan, Program, plan_backward, plan_forward
+from .tile import Axes
 from .print_triton import Signature, TritonKernel, print_triton
 
 
@@ -23,6 +24,11 @@ class Emitted:
     source: str
     forward: tuple[TritonKernel, ...]
     backward: tuple[TritonKernel, ...]
+
+    def buffers(self, kernel: TritonKernel) -> dict[str, Axes]:
+        """The axes of every buffer of the program that `kernel` belongs to."""
+        program = self.forward if kernel in self.forward else self.backward
+        return {name: axes for k in program for name, axes in k.stores}
 
 
 @lru_cache(maxsize=512)

@@ -10,7 +10,7 @@ chunks that re-reads the stored carry (post).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, Flag, auto
 from functools import lru_cache
 
@@ -43,6 +43,8 @@ class Plan:
     """How one direction is cut into kernels.
 
     `reassociate`: T(x - bS) as Tx - (Tb)S (W stored, one product fewer in the serial chain).
+    `values_apart`: backward only: gradients along the value axis in a kernel of their own, which
+    needs no sum over it; the other kernel then holds fewer tiles at once.
     `outputs_in_scan`: outputs are computed while the state is at hand, and the state is not stored;
     the backward cannot (its outputs sum over the value axis that its scan is split along).
     """
@@ -50,6 +52,7 @@ class Plan:
     hoist: Hoist
     reassociate: bool = False
     outputs_in_scan: bool = False
+    values_apart: bool = False
 
     @property
     def label(self) -> str:
@@ -57,7 +60,8 @@ class Plan:
         kinds = (Hoist.PREFIXES, Hoist.SOLVES, Hoist.PRODUCTS)
         prep = "+".join(str(k.name).lower() for k in kinds if k in self.hoist)
         prep += "+W" if self.reassociate else ""
-        return "|".join(p for p in (prep, "scan", "" if self.outputs_in_scan else "post") if p)
+        post = "post+values" if self.values_apart else "post"
+        return "|".join(p for p in (prep, "scan", "" if self.outputs_in_scan else post) if p)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,8 @@ def forward_plans(body: Body) -> tuple[Plan, ...]:
 
 def backward_plans(body: Body) -> tuple[Plan, ...]:
     """Every legal plan of a backward."""
-    return tuple(p for p in forward_plans(body) if not p.outputs_in_scan)
+    plans = [p for p in forward_plans(body) if not p.outputs_in_scan]
+    return (*plans, *(replace(p, values_apart=True) for p in plans))
 
 
 def plan_forward(body: Body, plan: Plan) -> Program:
@@ -122,7 +127,7 @@ def plan_forward(body: Body, plan: Plan) -> Program:
     carries = frozenset(c.start for c in body.carried)
     in_scan = body.outputs if plan.outputs_in_scan else ()
     roots = [c.end for c in body.carried] + [t for _, t in in_scan]
-    build.prepare(plan.hoist, roots, carries)
+    build.prepare(plan, roots, carries)
     kept = _kept(body.outputs, carries) if not plan.outputs_in_scan else ()
     build.kernel("scan", Loop.FORWARD, (*in_scan, *build.fresh(kept)), body.carried)
     if not plan.outputs_in_scan:
@@ -136,13 +141,16 @@ def plan_backward(body: Body, adjoint: Adjoint, plan: Plan) -> Program:
     saved = frozenset(adjoint.saved)
     reverse = frozenset(c.start for c in adjoint.carried)
     ends = [c.end for c in (*body.carried, *adjoint.carried)]
-    build.prepare(plan.hoist, ends, saved | reverse)
+    build.prepare(plan, ends, saved | reverse)
     kept = _kept((*adjoint.outputs, *((c.name, c.end) for c in adjoint.carried)), saved | reverse)
     of_states = tuple(t for t in kept if not _depends(t, reverse))
     build.kernel("states", Loop.FORWARD, build.fresh(of_states), body.carried)
     of_reverse = tuple(t for t in kept if _depends(t, reverse))
     build.kernel("reverse", Loop.REVERSE, build.fresh(of_reverse), adjoint.carried)
-    build.kernel("gradients", Loop.PARALLEL, adjoint.outputs)
+    apart = tuple(o for o in adjoint.outputs if plan.values_apart and Axis.V in o[1].axes)
+    if apart:
+        build.kernel("values", Loop.PARALLEL, apart)
+    build.kernel("gradients", Loop.PARALLEL, tuple(o for o in adjoint.outputs if o not in apart))
     return Program(tuple(build.kernels), tuple(name for name, _ in adjoint.outputs))
 
 
@@ -182,7 +190,7 @@ class _Builder:
             names.append((name, t))
         return tuple(names)
 
-    def prepare(self, hoist: Hoist, roots: list[Tile], carries: frozenset[Tile]) -> None:
+    def prepare(self, plan: Plan, roots: list[Tile], carries: frozenset[Tile]) -> None:
         """The kernel ahead of the scans: the largest tiles below `roots` worth hoisting."""
         wanted: dict[Tile, None] = {}
         seen: set[Tile] = set()
@@ -193,7 +201,7 @@ class _Builder:
             if x in seen:
                 return
             seen.add(x)
-            if not _depends(x, carries) and _worth_hoisting(x, hoist):
+            if not _depends(x, carries) and _worth_hoisting(x, plan.hoist, plan.reassociate):
                 wanted[x] = None
             else:
                 for argument in x.args:
@@ -208,17 +216,25 @@ class _Builder:
 _PRODUCTS = (TileOp.DOT, TileOp.DECAYED_DOT, TileOp.INVERSE)
 
 
-def _worth_hoisting(x: Tile, hoist: Hoist) -> bool:
+def _worth_hoisting(x: Tile, hoist: Hoist, reassociate: bool) -> bool:
     below = tile.topological(x)
     if not x.args or (Axis.K in x.axes and Axis.V in x.axes):
         return False  # a K x V tile per chunk is the size of the state: never worth its bytes
+    if Axis.V in x.axes and not reassociate:
+        return False  # a C x V tile costs more bytes than what it is made from
     if any(t.op is TileOp.INVERSE for t in below):
         return Hoist.SOLVES in hoist
     if any(t.op in _PRODUCTS for t in below):
         return Hoist.PRODUCTS in hoist
-    if any(t.op is TileOp.CUMSUM or (t.op is TileOp.SUM and _over_time(t)) for t in below):
-        return Hoist.PREFIXES in hoist and x.axes != (Axis.I, Axis.J)
-    return False
+    return Hoist.PREFIXES in hoist and _scales_by_prefix(x)
+
+
+def _scales_by_prefix(x: Tile) -> bool:
+    """Whether `x` is a prefix sum, or is made from one of its own shape (not merely scaled by it)."""
+    if x.op is TileOp.CUMSUM or (x.op is TileOp.SUM and _over_time(x)):
+        return True
+    same = [a for a in x.args if a.axes == x.axes or x.op in (TileOp.ROWS, TileOp.MASK)]
+    return x.op is TileOp.MAP and any(_scales_by_prefix(a) for a in same)
 
 
 def _over_time(x: Tile) -> bool:

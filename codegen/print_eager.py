@@ -132,7 +132,9 @@ def print_eager(kernel: Kernel) -> EagerKernel:
     printer.count((t for t in order if t not in printer.known), roots)
     for t in order:
         printer.define(t)
-    results = [printer.text(r) if unaliased(r) in printer.known else _named(printer, r) for r in roots]
+    results = [
+        printer.text(r) if unaliased(r) in printer.known else _named(printer, r) for r in roots
+    ]
     names = ", ".join(n for n, _ in arguments)
     body = "\n".join(f"    {line}" for line in printer.lines)
     source = f"def {kernel.name}({names}, rows, at, extent_k, extent_v):\n{body}\n"

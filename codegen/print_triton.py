@@ -183,8 +183,12 @@ class _KernelPrinter(Expressions):
         source = self._header(body)
         NV = -(-self._signature.dims.V // self._BV)
         constants = {
-            "K": self._signature.dims.K, "V": self._signature.dims.V, "C": self._chunk,
-            "BK": self._BK, "BV": self._BV, "NV": NV,
+            "K": self._signature.dims.K,
+            "V": self._signature.dims.V,
+            "C": self._chunk,
+            "BK": self._BK,
+            "BV": self._BV,
+            "NV": NV,
         }
         return TritonKernel(
             name=kernel.name,
@@ -203,7 +207,7 @@ class _KernelPrinter(Expressions):
         text = "\n".join(f"    {line}" if line else "" for line in body)
         stores = ", ".join(n for n, _ in self._kernel.stores) or "nothing"
         return (
-            "@triton.jit(do_not_specialize=[\"TOKENS\", \"chunks\"])\n"
+            '@triton.jit(do_not_specialize=["TOKENS", "chunks"])\n'
             f"def {self._kernel.name}(\n"
             f"    {names},\n"
             "    cu_seqlens, chunk_offsets, chunk_table, TOKENS, chunks, HV,\n"
@@ -279,7 +283,11 @@ class _KernelPrinter(Expressions):
                 after.add(t)
             elif Axis.V in t.axes or (t not in self._buffers and _sums_v(t)):
                 during.add(t)
-        needed = {a for t in during for a in tile.topological(*self._inputs(t), stop=frozenset(self._buffers))}
+        needed = {
+            a
+            for t in during
+            for a in tile.topological(*self._inputs(t), stop=frozenset(self._buffers))
+        }
         phases = _Phases()
         for t in order:
             if t in during:
@@ -331,7 +339,9 @@ class _KernelPrinter(Expressions):
         starts = {c.start for c in self._kernel.carried}
         inner += self._stores([t for t in order if t not in starts])
         several = len(self._kernel.carried) > 1  # then no end may see another's new value
-        ends = [(self.known[c.start], self._carry_end(c.end, several)) for c in self._kernel.carried]
+        ends = [
+            (self.known[c.start], self._carry_end(c.end, several)) for c in self._kernel.carried
+        ]
         inner += self._flush()
         inner += [f"{name} = {end}" for name, end in ends if name != end]
         lines += [f"    {line}" for line in inner]
@@ -447,7 +457,12 @@ class _KernelPrinter(Expressions):
 
     def _shape(self, t: Tile) -> str:
         size = {Axis.I: "C", Axis.J: "C", Axis.V: "BV", Axis.K: "BK"}
-        return "(" + ", ".join(size[a] for a in self.layout(t)) + ("," if len(t.axes) == 1 else "") + ")"
+        return (
+            "("
+            + ", ".join(size[a] for a in self.layout(t))
+            + ("," if len(t.axes) == 1 else "")
+            + ")"
+        )
 
     def _tail(self, axis: Axis) -> str | None:
         """The condition that a channel exists, where the tile is wider than the operand."""
@@ -551,7 +566,9 @@ class _KernelPrinter(Expressions):
         text = self.known.get(y) or self.text(y)
         if low is Dtype.FLOAT32 and self._raw.get(y, Dtype.FLOAT32) is Dtype.FLOAT32:
             return text
-        return f"{text}.to(tl.{low.value})" if text.isidentifier() else f"({text}).to(tl.{low.value})"
+        return (
+            f"{text}.to(tl.{low.value})" if text.isidentifier() else f"({text}).to(tl.{low.value})"
+        )
 
     def _clean(self, x: Tile, axis: Axis, text: str) -> str:
         """`text` with zeros in the padding of `axis`, where it might hold anything else."""
@@ -611,7 +628,9 @@ class _KernelPrinter(Expressions):
             return f'tl.exp(tl.where({keep}, {p} - {q}, float("-inf")))'
         if x.op is TileOp.INVERSE:
             self._used_functions.add("unit_lower_inverse")
-            return f"unit_lower_inverse({self.text(x.args[0])}, C, {self._levels}, {self._precision})"
+            return (
+                f"unit_lower_inverse({self.text(x.args[0])}, C, {self._levels}, {self._precision})"
+            )
         assert x.op in (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY), f"no Triton for {x.op.name}"
         return self._decayed(x)
 
@@ -621,7 +640,10 @@ class _KernelPrinter(Expressions):
 
     @property
     def _precision(self) -> str:
-        if self._signature.dtype is not Dtype.FLOAT32 and self._signature.precision is not Precision.IEEE:
+        if (
+            self._signature.dtype is not Dtype.FLOAT32
+            and self._signature.precision is not Precision.IEEE
+        ):
             return '"tf32"'
         return f'"{self._signature.precision.value}"'
 
@@ -637,7 +659,9 @@ class _KernelPrinter(Expressions):
         if x.op is TileOp.DECAYED_DOT:
             name = "decayed_dot"
             # decayed factors underflow in float16, so they are not rounded to it (math.md)
-            low = self._signature.dtype if self._signature.dtype is Dtype.BFLOAT16 else Dtype.FLOAT32
+            low = (
+                self._signature.dtype if self._signature.dtype is Dtype.BFLOAT16 else Dtype.FLOAT32
+            )
             sizes += f", tl.{low.value}"
         else:
             name = "decayed_apply" if x.attrs == (Axis.I,) else "decayed_apply_transposed"

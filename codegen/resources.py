@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -15,7 +16,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .plan import Loop
 from .print_triton import Dtype, Role, Signature, TritonKernel, buffer_dtype
 from .tile import Axes
 
@@ -57,19 +57,27 @@ class Resources:
 
 
 def compile_kernel(
-    module: ModuleType, kernel: TritonKernel, signature: Signature, target: Target, *, packed: bool
+    module: ModuleType,
+    kernel: TritonKernel,
+    buffers: Mapping[str, Axes],
+    signature: Signature,
+    target: Target,
+    *,
+    packed: bool,
 ) -> Resources:
     """Compile `kernel` of the imported `module` for `target` and read what it takes.
+
+    `buffers`: the axes of every buffer of its program.
 
     Raises whatever Triton raises for a kernel that does not compile.
     """
     function = getattr(module, kernel.name)
-    types, constants = _arguments(kernel, signature, packed)
+    types, constants = _arguments(kernel, buffers, signature, packed)
     names = function.arg_names
     attributes = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in types.items()
-        if kind.startswith("*") or name.endswith(("_sb", "_st"))
+        if kind.startswith("*") or name.endswith(("_sb", "_st", "_sh"))
     }
     ordered = {n: types[n] for n in names}
     source = ASTSource(function, ordered, constants, attributes)
@@ -80,18 +88,15 @@ def compile_kernel(
 
 
 def _arguments(
-    kernel: TritonKernel, signature: Signature, packed: bool
+    kernel: TritonKernel, buffers: Mapping[str, Axes], signature: Signature, packed: bool
 ) -> tuple[dict[str, str], dict[str, object]]:
-    axes: dict[str, Axes] = dict(kernel.stores)
     types: dict[str, str] = {}
     constants: dict[str, object] = {**dict(kernel.constants), "PACKED": packed}
     for p in kernel.parameters:
         if p.role is Role.OPERAND:
             types[p.name] = _POINTER[signature.of(p.of)]
         elif p.role is Role.BUFFER:
-            known = axes.get(p.of)
-            low = signature.dtype if known is None else buffer_dtype(known, signature.dtype)
-            types[p.name] = _POINTER[low]
+            types[p.name] = _POINTER[buffer_dtype(buffers[p.of], signature.dtype)]
         elif p.role in (Role.INITIAL, Role.FINAL):
             types[p.name] = "*fp32"
         elif p.role is Role.PARAM:
@@ -127,6 +132,3 @@ def _usage(cubin: bytes | None) -> tuple[int | None, int | None]:
         ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     return (int(found[1]), int(found[2])) if found else (None, None)
-
-
-__all__ = ["Loop", "Resources", "Target", "compile_kernel"]

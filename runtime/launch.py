@@ -54,8 +54,10 @@ def bind_kernel(kernel: TritonKernel, function: Any) -> Bound:
     by_role: dict[Role, list[tuple[str, str]]] = {role: [] for role in Role}
     for p in kernel.parameters:
         by_role[p.role].append((p.name, p.of))
-    strided = {of: [name for r in _STRIDED for name, o in by_role[r] if o == of]
-               for _, of in by_role[Role.STRIDE_BATCH]}
+    strided = {
+        of: [name for r in _STRIDED for name, o in by_role[r] if o == of]
+        for _, of in by_role[Role.STRIDE_BATCH]
+    }
     constants = {
         **dict(kernel.constants),
         "num_warps": kernel.config.warps,

@@ -56,7 +56,7 @@ class Recurrence:
         self.declaration = declaration
         self._engine = engine
         self.__name__ = declaration.name
-        self.__qualname__ = declaration.name
+        self.__qualname__ = declaration.function.__qualname__
         self.__doc__ = declaration.function.__doc__
         self.__module__ = declaration.function.__module__
         self.__wrapped__ = declaration.function
@@ -122,6 +122,10 @@ class Recurrence:
             NotLowered: the proof does not cover the recurrence. ProofFailed: it does not hold.
         """
         return self.declaration.prove(chunk)
+
+    def __reduce__(self) -> str:
+        """By name, like a function: copies (of a module that holds it, say) are the op itself."""
+        return self.__qualname__
 
     def __repr__(self) -> str:
         return f"<recurrence {self.__name__}{self.__signature__}>"
