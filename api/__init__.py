@@ -70,3 +70,11 @@ __all__ = [
     "tanh",
     "within",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":  # looked up when asked for: a source tree on a path has none
+        from importlib.metadata import version
+
+        return version("chunkwise")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

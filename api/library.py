@@ -30,4 +30,6 @@ def __dir__() -> list[str]:
 def _op(name: str) -> Recurrence:
     declared = vars(declarations)[name]
     assert isinstance(declared, Declaration)
-    return Recurrence(declared)
+    op = Recurrence(declared)
+    op.__module__ = __name__  # where pickle finds it again
+    return op

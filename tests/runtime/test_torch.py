@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -290,8 +293,6 @@ def test_importing_is_light() -> None:
 
 
 def test_signature_and_repr() -> None:
-    import inspect
-
     op = cw.library.linear_attention_normalised
     parameters = inspect.signature(op).parameters
     assert list(parameters)[:4] == ["q", "k", "v", "eps"]
@@ -300,3 +301,37 @@ def test_signature_and_repr() -> None:
     assert repr(op).startswith("<recurrence linear_attention_normalised(q, k, v, *, eps=1e-10")
     assert op.__doc__ == op.declaration.function.__doc__
     assert "linear_attention_normalised" in op.explain()
+
+
+class _Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rule = cw.library.simple_gla
+        self.g = torch.nn.Parameter(torch.full((1, 1, 2), -0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rule(x, x, x, self.g.expand(*x.shape[:3]))[0]
+
+
+def test_modules_that_hold_an_op_are_copied_and_pickled() -> None:
+    """Pipelines deep-copy layers and data loaders pickle them; the op is found by its name."""
+    layer = _Layer()
+    x = torch.randn(1, 4, 2, 3)
+    assert copy.deepcopy(layer).rule is cw.library.simple_gla
+    assert pickle.loads(pickle.dumps(cw.library.simple_gla)) is cw.library.simple_gla
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_export() -> None:
+    """torch.export keeps the op as one node, for any length."""
+    layer, x = _Layer(), torch.randn(2, 6, 2, 3)
+    length = torch.export.Dim("length", min=2, max=64)
+    program = torch.export.export(layer, (x,), dynamic_shapes={"x": {1: length}})
+    calls = [n for n in program.graph.nodes if str(n.target).startswith("chunkwise.")]
+    assert len(calls) == 1
+    longer = torch.randn(2, 9, 2, 3)
+    torch.testing.assert_close(program.module()(longer), layer(longer))
+
+
+def test_version() -> None:
+    assert cw.__version__.count(".") == 2
