@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from .plan import Hoist, Plan
+from .plan import Plan
 
 
 class Precision(Enum):
@@ -29,10 +29,10 @@ class KernelConfig:
 class Config:
     """The shared decisions and each kernel's own. `kernels` overrides `default` by kernel name."""
 
-    chunk: int = 64
-    forward: Plan = Plan(Hoist.ALL, outputs_in_scan=True)
-    backward: Plan = Plan(Hoist.ALL)
-    default: KernelConfig = KernelConfig()
+    chunk: int
+    forward: Plan
+    backward: Plan
+    default: KernelConfig
     kernels: tuple[tuple[str, KernelConfig], ...] = ()
 
     def of(self, kernel: str) -> KernelConfig:

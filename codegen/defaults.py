@@ -1,4 +1,4 @@
-"""The configuration used where nothing was tuned: rules over the graph, the dimensions and the dtype."""
+"""The configuration used where nothing was tuned: rules over the graph, dimensions and dtype."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from .tile import TileOp
 
 
 def default_config(body: Body, dims: Dims, *, wide_dtype: bool) -> Config:
-    """A configuration that is right everywhere and good on an H100. `wide_dtype`: float32 products."""
+    """A configuration that is right everywhere and good on an H100.
+
+    `wide_dtype`: products of float32.
+    """
     tiles = tile.topological(*(c.end for c in body.carried), *(t for _, t in body.outputs))
     solves = any(t.op is TileOp.INVERSE for t in tiles)
     gates = any(t.op is TileOp.CUMSUM for t in tiles)

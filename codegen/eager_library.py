@@ -1,7 +1,7 @@
 """The tile ops that torch has no single function for; printed eager kernels call these.
 
-The vector-gated pair halves blocks: at each level, rows in the later half of a block meet columns in
-its earlier half, both decayed to the last row of the earlier half. Every exponent is then <= 0
+The vector-gated pair halves blocks: at each level, rows in the later half of a block meet columns
+in its earlier half, both decayed to the last row of the earlier half. Every exponent is then <= 0
 whatever the gate, and each level is one batched product (docs/decisions.md).
 """
 
@@ -16,9 +16,10 @@ from torch import Tensor
 def unit_lower_inverse(lower: Tensor) -> Tensor:
     """(1 + L)^-1 for strictly lower L, [..., C, C]."""
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(
+    inverse: Tensor = torch.linalg.solve_triangular(
         eye + lower, eye.expand_as(lower), upper=False, unitriangular=True
     )
+    return inverse
 
 
 def prefix_sum(x: Tensor, dim: int, *, exclusive: bool) -> Tensor:
@@ -51,7 +52,7 @@ def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
 
 
 def _below_diagonal(a: Tensor, half: int) -> Tensor:
-    """A view of the blocks of `a` in which late rows meet early columns: [..., half, half, blocks]."""
+    """A view of the blocks where late rows meet early columns: [..., half, half, blocks]."""
     size = a.shape[-1] // (2 * half)
     blocks = a.view(*a.shape[:-2], size, 2, half, size, 2, half)
     return torch.diagonal(blocks, dim1=-6, dim2=-3)[..., 1, :, 0, :, :]

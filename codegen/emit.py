@@ -1,4 +1,4 @@
-"""From a normal form to one readable file of Triton kernels, for given dimensions, dtypes and plans."""
+"""From a normal form to one readable file of Triton kernels, for given dimensions and plans."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .config import Config
 from .differentiate import Adjoint, differentiate
 from .factor import factor_adjoint, factor_body
 from .plan import Plan, Program, plan_backward, plan_forward
-from .tile import Axes
 from .print_triton import Signature, TritonKernel, print_triton
+from .tile import Axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +90,8 @@ def _header(form: NormalForm, signature: Signature, config: Config) -> str:
         f"forward     {config.forward.label}",
         f"backward    {config.backward.label}",
         f"kernels     BV={k.v_tile} warps={k.warps} stages={k.stages}; {kernels}".rstrip("; "),
-        f"regenerate  chunkwise emit {form.name} --dims K={dims.K},V={dims.V} "
-        f"--dtype {signature.dtype.value}",
+        f"regenerate  chunkwise emit {form.name} --dims K={dims.K},V={dims.V}"
+        + f" --dtype {signature.dtype.value}",
         '"""',
         "",
         "import triton",

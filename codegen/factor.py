@@ -1,10 +1,11 @@
 """Moves elementwise factors out of matrix products, so that operands enter them as loaded.
 
-`(a_i x_ik) S_kv` is `a_i (x_ik S_kv)`: the factor follows the product, in float32. A factor along the
-summed axis cannot leave, but can change sides: `sum_i (a_i k_ik) u_iv` is `sum_i k_ik (a_i u_iv)`, which
-leaves k as it lies in memory and scales what is in registers anyway. Sums over the value axis of a
-product are taken from a product that is there already, where there is one. Run after differentiation: the
-gradient of the factored form would repeat products that the plain form shares.
+`(a_i x_ik) S_kv` is `a_i (x_ik S_kv)`: the factor follows the product, in float32. A factor along
+the summed axis cannot leave, but can change sides: `sum_i (a_i k_ik) u_iv` is `sum_i k_ik (a_i
+u_iv)`, which leaves k as it lies in memory and scales what is in registers anyway. Sums over the
+value axis of a product are taken from a product that is there already, where there is one. Run
+after differentiation: the gradient of the factored form would repeat products that the plain form
+shares.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _leaving(x: Tile, over: Axis) -> tuple[Tile, list[Tile]]:
 
 
 def _sides(x: Tile, y: Tile, over: Axis) -> tuple[Tile, Tile]:
-    """Factors along `over` moved from `x` to `y`, if `y` runs along the value axis and `x` does not."""
+    """Factors along `over` moved from `x` to `y`, if only `y` runs along the value axis."""
     if Axis.V in x.axes or Axis.V not in y.axes:
         return x, y
     while (split := _vector_factor(x)) is not None and split[0].axes == (over,):
@@ -96,7 +97,7 @@ def _sides(x: Tile, y: Tile, over: Axis) -> tuple[Tile, Tile]:
     return x, y
 
 
-# ---- sums over the value axis ----------------------------------------------------------------------
+# ---- sums over the value axis ------------------------------------------------------------------
 
 
 def _share_products(roots: list[Tile]) -> list[Tile]:
@@ -122,7 +123,7 @@ def _shared_sum(t: Tile, products: frozenset[Tile]) -> Tile | None:
 
 
 def _product_terms(x: Tile, products: frozenset[Tile]) -> list[Tile] | None:
-    """The terms of sum_v x, one of them through a shared product; None if there is none to share."""
+    """The terms of sum_v x, one through a shared product; None if there is none to share."""
     sign, x = _unsigned(x)
     if x.op is not TileOp.MAP or x.attrs != (Op.MUL,):
         return None
@@ -163,7 +164,7 @@ def _positive(whole: Tile, term: Tile) -> bool:
 
 
 def _scaled_product(x: Tile) -> tuple[Tile | None, Tile | None]:
-    """(scale, product) of a product over K of tiles [I, K] and [K, V], scaled by rows or not at all."""
+    """(scale or None, product) of a product over K of tiles [I, K] and [K, V]."""
     scale = None
     split = _vector_factor(x)
     if split is not None and Axis.V not in split[0].axes:

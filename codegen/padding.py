@@ -24,7 +24,7 @@ _KEEPS_ZERO = (Op.NEG, Op.EXPM1, Op.LOG1P, Op.TANH, Op.SQRT, Op.ABS, Op.MAXIMUM,
 
 
 def padding(x: Tile, axis: Axis) -> Padding:
-    """What `x` holds beyond the last channel of `axis`; ZERO for a tile without that axis' padding."""
+    """What `x` holds beyond the last channel of `axis`; FINITE for a tile without that axis."""
     if axis not in x.axes:
         return Padding.FINITE
     if x.op in (TileOp.TOKEN, TileOp.HEAD, TileOp.CARRY):

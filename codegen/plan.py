@@ -230,7 +230,7 @@ def _worth_hoisting(x: Tile, hoist: Hoist, reassociate: bool) -> bool:
 
 
 def _scales_by_prefix(x: Tile) -> bool:
-    """Whether `x` is a prefix sum, or is made from one of its own shape (not merely scaled by it)."""
+    """Whether `x` is a prefix sum or made from one of its own shape, not merely scaled by it."""
     if x.op is TileOp.CUMSUM or (x.op is TileOp.SUM and _over_time(x)):
         return True
     same = [a for a in x.args if a.axes == x.axes or x.op in (TileOp.ROWS, TileOp.MASK)]
@@ -248,7 +248,7 @@ def _depends(x: Tile, carries: frozenset[Tile]) -> bool:
 
 
 def _kept(outputs: Iterable[tuple[str, Tile]], carries: frozenset[Tile]) -> tuple[Tile, ...]:
-    """What a scan stores for later kernels: its carry, and solves (dear to repeat) that depend on it."""
+    """What a scan stores for later kernels: its carry, and solves that depend on it."""
     roots = [t for _, t in outputs]
     solves = frozenset(
         t

@@ -38,7 +38,8 @@ class Target(Enum):
 
     @property
     def shared_limit(self) -> int:
-        return self.value[3]
+        *_, limit = self.value
+        return int(limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ def _arguments(
         if not packed:
             constants[name] = None
     types |= {"TOKENS": "i32", "chunks": "i32", "HV": "i32"}
-    types |= {name: "constexpr" for name in constants}
+    types |= dict.fromkeys(constants, "constexpr")
     return types, constants
 
 

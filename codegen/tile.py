@@ -342,7 +342,7 @@ def reduce(x: Tile, axes: Axes) -> Tile:
     if x.op is TileOp.EXPAND:  # constant along an axis: times its extent
         (inner,) = x.args
         constant = [a for a in axes if a not in inner.axes]
-        assert Axis.I not in constant and Axis.J not in constant, "mask rows before summing them"
+        assert not {Axis.I, Axis.J} & set(constant), "mask rows before summing them"
         for axis in constant:
             inner = mul(inner, Tile(TileOp.EXTENT, (), (axis,), ()))
         kept = axes_of(*(a for a in x.axes if a not in axes))

@@ -1,9 +1,9 @@
 """Triton device functions that printed kernels call, as source: each file carries those it uses.
 
-The vector-gated pair halves blocks (as eager_library does): at each level, rows in the later half of
-a block meet columns in its earlier half, both decayed to the last row of the earlier half; so every
-exponent is <= 0 whatever the gate. The inverse doubles blocks: exact inverses of the diagonal blocks
-of one size give those of twice the size.
+The vector-gated pair halves blocks (as eager_library does): at each level, rows in the later half
+of a block meet columns in its earlier half, both decayed to the last row of the earlier half; so
+every exponent is <= 0 whatever the gate. The inverse doubles blocks: exact inverses of the diagonal
+blocks of one size give those of twice the size.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ INVERSE = '''
 def unit_lower_inverse(L, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """(1 + L)^-1 of a strictly lower [C, C] tile, C = 2^LEVELS >= 16.
 
-    Doubling: exact inverses X of the diagonal blocks of one size, and B, what of L lies between two of
-    them, give those of twice the size, X - X B X. First within the diagonal blocks of 16, together.
+    Doubling: exact inverses X of the diagonal blocks of one size, and B, what of L lies between two
+    of them, give those of twice the size, X - X B X. First within all diagonal blocks of 16.
     """
     N: tl.constexpr = C // 16
     i = tl.arange(0, 16)[None, :, None]
@@ -39,7 +39,7 @@ def unit_lower_inverse(L, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.c
 ANCHOR = '''
 @triton.jit
 def last_of_earlier_half(x, level, C: tl.constexpr, BK: tl.constexpr):
-    """For each row of x [C, BK], the last row of the earlier half of its block of 2^(level+1) rows."""
+    """For each row of x [C, BK], the last row of the earlier half of its 2^(level+1)-row block."""
     i = tl.arange(0, C)
     row = ((i >> (level + 1)) << (level + 1)) + (1 << level) - 1
     return tl.gather(x, tl.broadcast_to(row[:, None], (C, BK)), axis=0)
@@ -48,7 +48,9 @@ def last_of_earlier_half(x, level, C: tl.constexpr, BK: tl.constexpr):
 DECAYED_DOT = '''
 @triton.jit
 def decayed_dot(
-    x, y, P, Q, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr
+    x, y, P, Q,
+    C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """A_ij = sum_k x_ik y_jk e^(P_ik - Q_jk) for i > j, else 0. Q is an inclusive prefix sum."""
     i = tl.arange(0, C)
@@ -78,7 +80,8 @@ def decayed_apply(
         e = tl.exp(tl.where(late, P - anchor, anchor - Q))
         block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
         B = tl.where(block & late, A, 0.0)
-        z += tl.where(late, e * tl.dot(B, tl.where(late, 0.0, y * e), input_precision=PRECISION), 0.0)
+        y_early = tl.where(late, 0.0, y * e)
+        z += tl.where(late, e * tl.dot(B, y_early, input_precision=PRECISION), 0.0)
     return z
 '''
 
@@ -96,7 +99,8 @@ def decayed_apply_transposed(
         e = tl.exp(tl.where(late, P - anchor, anchor - Q))
         block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
         B = tl.trans(tl.where(block & late, A, 0.0))
-        z += tl.where(late, 0.0, e * tl.dot(B, tl.where(late, x * e, 0.0), input_precision=PRECISION))
+        x_late = tl.where(late, x * e, 0.0)
+        z += tl.where(late, 0.0, e * tl.dot(B, x_late, input_precision=PRECISION))
     return z
 '''
 
@@ -108,7 +112,7 @@ def _shift(before_a, sum_a, before_b, sum_b):
 
 @triton.jit
 def exclusive_sum(x, REVERSE: tl.constexpr):
-    """Sum over the rows before (after, if REVERSE) each row; scanned, since `cumsum - x` cancels."""
+    """Sum over the rows before (after, if REVERSE) each row; `cumsum - x` would cancel."""
     before, _ = tl.associative_scan((tl.zeros_like(x), x), 0, _shift, reverse=REVERSE)
     return before
 '''

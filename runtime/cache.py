@@ -38,7 +38,8 @@ def import_source(source: str) -> ModuleType:
         write_atomically(path, source)
     name = f"chunkwise_emitted_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

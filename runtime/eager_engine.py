@@ -141,7 +141,7 @@ class _Run:
                 self.add_token(name, x)
 
     def _layout(self) -> tuple[Tensor, Tensor]:
-        """For each slot of the padded chunks, its flat token (B*T for none), and whether it has one.
+        """For each slot of the padded chunks its flat token (B*T: none), and whether it has one.
 
         Shapes [N, chunks * C]. A packed batch is read on the host here.
         """
@@ -269,7 +269,7 @@ class _Run:
         return self._tokens[name] if n is None else self._tokens[name][:, n]
 
     def gradient(self, name: str) -> Tensor:
-        """The gradient of an operand in its own shape: over groups of heads, over tokens if per head."""
+        """The gradient of an operand in its own shape, summed over what shares it."""
         call, x = self._call, self._call.operands[name]
         g = self.buffers.get(GRADIENT + name)
         if g is None:
