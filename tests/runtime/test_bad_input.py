@@ -194,7 +194,7 @@ def test_operands_by_position(kit: Any) -> None:
         ({"u": lambda u: u[0]}, E.BadShape, ("'u'", "declared HeadKey", "[HV,K]")),
         ({"u": lambda u: u[:1]}, E.BadShape, ("'u'", "[1, 8]", "HV = 2")),
     ],
-    ids=lambda x: str(x) if isinstance(x, dict) else "",
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
 def test_numbers_and_head_operands(
     kit: Any, change: dict[str, Any], expected: type[Exception], fragments: tuple[str, ...]
