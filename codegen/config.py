@@ -18,11 +18,16 @@ class Precision(Enum):
 
 @dataclass(frozen=True, slots=True)
 class KernelConfig:
-    """One kernel's tiles: `v_tile` channels of the value axis a program, warps, pipeline stages."""
+    """One kernel's tiles: channels of the value axis at a time, warps, pipeline stages.
+
+    `k_tile`: channels of the key axis at a time, in kernels parallel over chunks that can loop over
+    it (no value axis, nothing along K that needs a sum over K); elsewhere all of K.
+    """
 
     v_tile: int = 64
     warps: int = 4
     stages: int = 2
+    k_tile: int = 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ def default_config(body: Body, dims: Dims, *, wide_dtype: bool) -> Config:
     """
     tiles = tile.topological(*(c.end for c in body.carried), *(t for _, t in body.outputs))
     solves = any(t.op is TileOp.INVERSE for t in tiles)
+    vector = any(t.op is TileOp.DECAYED_DOT for t in tiles)
     gates = any(t.op is TileOp.CUMSUM for t in tiles)
     widest = max(padded(dims.K), padded(dims.V))
     chunk = 64
@@ -32,16 +33,20 @@ def default_config(body: Body, dims: Dims, *, wide_dtype: bool) -> Config:
     if wide_dtype or widest > 128:
         scan = KernelConfig(v_tile=32 if widest <= 128 else 16, warps=4, stages=1)
         gradients = KernelConfig(v_tile=32 if widest <= 128 else 16, warps=8, stages=1)
-    prep = KernelConfig(v_tile=64, warps=4, stages=1)
+    prep = KernelConfig(v_tile=64, warps=4, stages=1, k_tile=32)
+    if vector:
+        gradients = KernelConfig(v_tile=64, warps=4, stages=1, k_tile=32)
+    sums = KernelConfig(v_tile=64 if not wide_dtype else 32, warps=8, stages=2 - wide_dtype)
     return Config(
         chunk=chunk,
         forward=Plan(hoist, outputs_in_scan=True),
-        backward=Plan(hoist),
+        backward=Plan(hoist, values_apart=vector, sums_apart=vector),
         default=scan,
         kernels=(
             ("forward_prep", prep),
             ("backward_prep", prep),
-            ("backward_values", prep),
+            ("backward_values", KernelConfig(v_tile=64, warps=4, stages=2)),
+            ("backward_sums", sums),
             ("backward_gradients", gradients),
         ),
     )

@@ -82,6 +82,7 @@ def _header(form: NormalForm, signature: Signature, config: Config) -> str:
         f"{name}: BV={k.v_tile} warps={k.warps} stages={k.stages}" for name, k in config.kernels
     )
     k = config.default
+    options = f"--dims K={dims.K},V={dims.V} --dtype {signature.dtype.value}"
     lines = [
         f'"""{form.name}: chunkwise kernels, generated. Normal form {form.digest}.',
         "",
@@ -90,8 +91,7 @@ def _header(form: NormalForm, signature: Signature, config: Config) -> str:
         f"forward     {config.forward.label}",
         f"backward    {config.backward.label}",
         f"kernels     BV={k.v_tile} warps={k.warps} stages={k.stages}; {kernels}".rstrip("; "),
-        f"regenerate  chunkwise emit {form.name} --dims K={dims.K},V={dims.V}"
-        + f" --dtype {signature.dtype.value}",
+        f"regenerate  chunkwise emit {form.name} {options}",
         '"""',
         "",
         "import triton",

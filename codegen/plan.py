@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, Flag, auto
 from functools import lru_cache
 
+from ..dsl.ir import Op
 from . import tile
 from .chunk import Body, Carried
 from .differentiate import Adjoint
@@ -43,6 +44,8 @@ class Plan:
     """How one direction is cut into kernels.
 
     `reassociate`: T(x - bS) as Tx - (Tb)S (W stored, one product fewer in the serial chain).
+    `sums_apart`: backward only: the sums over the value axis in a kernel of their own, which stores
+    them; what follows can then loop over the key axis.
     `values_apart`: backward only: gradients along the value axis in a kernel of their own, which
     needs no sum over it; the other kernel then holds fewer tiles at once.
     `outputs_in_scan`: outputs are computed while the state is at hand, and the state is not stored;
@@ -53,6 +56,7 @@ class Plan:
     reassociate: bool = False
     outputs_in_scan: bool = False
     values_apart: bool = False
+    sums_apart: bool = False
 
     @property
     def label(self) -> str:
@@ -60,7 +64,7 @@ class Plan:
         kinds = (Hoist.PREFIXES, Hoist.SOLVES, Hoist.PRODUCTS)
         prep = "+".join(str(k.name).lower() for k in kinds if k in self.hoist)
         prep += "+W" if self.reassociate else ""
-        post = "post+values" if self.values_apart else "post"
+        post = "+".join(("sums",) * self.sums_apart + ("values",) * self.values_apart + ("post",))
         return "|".join(p for p in (prep, "scan", "" if self.outputs_in_scan else post) if p)
 
 
@@ -118,7 +122,8 @@ def forward_plans(body: Body) -> tuple[Plan, ...]:
 def backward_plans(body: Body) -> tuple[Plan, ...]:
     """Every legal plan of a backward."""
     plans = [p for p in forward_plans(body) if not p.outputs_in_scan]
-    return (*plans, *(replace(p, values_apart=True) for p in plans))
+    plans += [replace(p, values_apart=True) for p in plans]
+    return (*plans, *(replace(p, sums_apart=True) for p in plans))
 
 
 def plan_forward(body: Body, plan: Plan) -> Program:
@@ -141,7 +146,8 @@ def plan_backward(body: Body, adjoint: Adjoint, plan: Plan) -> Program:
     saved = frozenset(adjoint.saved)
     reverse = frozenset(c.start for c in adjoint.carried)
     ends = [c.end for c in (*body.carried, *adjoint.carried)]
-    build.prepare(plan, ends, saved | reverse)
+    outputs = [t for _, t in adjoint.outputs]
+    build.prepare(plan, ends, saved | reverse, outputs)
     kept = _kept((*adjoint.outputs, *((c.name, c.end) for c in adjoint.carried)), saved | reverse)
     of_states = tuple(t for t in kept if not _depends(t, reverse))
     build.kernel("states", Loop.FORWARD, build.fresh(of_states), body.carried)
@@ -150,7 +156,10 @@ def plan_backward(body: Body, adjoint: Adjoint, plan: Plan) -> Program:
     apart = tuple(o for o in adjoint.outputs if plan.values_apart and Axis.V in o[1].axes)
     if apart:
         build.kernel("values", Loop.PARALLEL, apart)
-    build.kernel("gradients", Loop.PARALLEL, tuple(o for o in adjoint.outputs if o not in apart))
+    rest = tuple(o for o in adjoint.outputs if o not in apart)
+    if plan.sums_apart:
+        build.kernel("sums", Loop.PARALLEL, build.fresh(build.sums_over_values(rest)))
+    build.kernel("gradients", Loop.PARALLEL, rest)
     return Program(tuple(build.kernels), tuple(name for name, _ in adjoint.outputs))
 
 
@@ -190,8 +199,22 @@ class _Builder:
             names.append((name, t))
         return tuple(names)
 
-    def prepare(self, plan: Plan, roots: list[Tile], carries: frozenset[Tile]) -> None:
-        """The kernel ahead of the scans: the largest tiles below `roots` worth hoisting."""
+    def sums_over_values(self, outputs: tuple[tuple[str, Tile], ...]) -> tuple[Tile, ...]:
+        """The sums over the value axis that `outputs` need and nobody stored yet."""
+        needed = tile.topological(*(t for _, t in outputs), stop=frozenset(self._stored))
+        return tuple(t for t in needed if t not in self._stored and sums_over(t, Axis.V))
+
+    def prepare(
+        self,
+        plan: Plan,
+        roots: list[Tile],
+        carries: frozenset[Tile],
+        outputs: Iterable[Tile] = (),
+    ) -> None:
+        """The kernel ahead of the scans: the largest tiles below `roots` worth hoisting.
+
+        Of what only `outputs` need, scores under a vector gate: too dear to compute twice.
+        """
         wanted: dict[Tile, None] = {}
         seen: set[Tile] = set()
 
@@ -209,6 +232,11 @@ class _Builder:
 
         for root in roots:
             visit(root)
+        if Hoist.PRODUCTS in plan.hoist:
+            for t in tile.topological(*outputs):
+                for x in t.args:
+                    if _scores_under_vector_gate(x) and not _scores_under_vector_gate(t):
+                        wanted[x] = None
         if wanted:
             self.kernel("prep", Loop.PARALLEL, self.fresh(wanted))
 
@@ -229,17 +257,29 @@ def _worth_hoisting(x: Tile, hoist: Hoist, reassociate: bool) -> bool:
     return Hoist.PREFIXES in hoist and _scales_by_prefix(x)
 
 
+def _scores_under_vector_gate(x: Tile) -> bool:
+    """Whether `x` is a decayed product of operands, or such products and others added up."""
+    if x.op is TileOp.MAP and x.attrs == (Op.ADD,):
+        return x.axes == (Axis.I, Axis.J) and any(map(_scores_under_vector_gate, x.args))
+    return x.op is TileOp.DECAYED_DOT
+
+
 def _scales_by_prefix(x: Tile) -> bool:
     """Whether `x` is a prefix sum or made from one of its own shape, not merely scaled by it."""
-    if x.op is TileOp.CUMSUM or (x.op is TileOp.SUM and _over_time(x)):
+    if x.op is TileOp.CUMSUM or sums_over(x, Axis.I):
         return True
     same = [a for a in x.args if a.axes == x.axes or x.op in (TileOp.ROWS, TileOp.MASK)]
     return x.op is TileOp.MAP and any(_scales_by_prefix(a) for a in same)
 
 
-def _over_time(x: Tile) -> bool:
-    (axes,) = x.attrs
-    return isinstance(axes, tuple) and Axis.I in axes
+def sums_over(t: Tile, axis: Axis) -> bool:
+    """Whether `t` is a sum over `axis`."""
+    if t.op is TileOp.SUM:
+        (axes,) = t.attrs
+        return isinstance(axes, tuple) and axis in axes
+    if t.op is TileOp.DOT:
+        return t.attrs == (axis,)
+    return t.op is TileOp.DECAYED_DOT and axis is Axis.K
 
 
 @lru_cache(maxsize=65536)

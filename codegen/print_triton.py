@@ -15,7 +15,7 @@ from . import tile, triton_library
 from .config import Config, Dims, KernelConfig, Precision, padded
 from .expressions import Expressions, Names, unaliased
 from .padding import Padding, padding
-from .plan import Kernel, Loop
+from .plan import Kernel, Loop, sums_over
 from .tile import Axes, Axis, Tile, TileOp, Which
 
 _FUNCTIONS = {
@@ -38,11 +38,9 @@ _PARALLEL_ORDER = (Axis.I, Axis.J, Axis.V, Axis.K)
 _RANGE = {Axis.I: "oi", Axis.J: "oj", Axis.V: "ov", Axis.K: "ok"}
 _LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.CARRY, TileOp.PARAM)
 _RESERVED = frozenset(
-    ("tl", "triton", "pid", "n", "h", "index", "chunk", "chunks", "first", "length", "batch", "at")
-    + ("row", "rows", "step", "oi", "oj", "ok", "ov", "i_v", "K", "V", "C", "BK", "BV", "HV", "NV")
-    + ("TOKENS", "PACKED", "cu_seqlens", "chunk_offsets", "chunk_table")
-    + tuple(triton_library.FUNCTIONS)
-)
+    "tl triton pid n h index chunk chunks first length batch at row rows step i oi oj ok ov i_v K V "
+    "C BK BV HV NV TOKENS PACKED cu_seqlens chunk_offsets chunk_table".split()
+).union(triton_library.FUNCTIONS)
 
 
 class Dtype(Enum):
@@ -118,12 +116,6 @@ class _Phases:
     after: list[Tile] = field(default_factory=list)
 
 
-def _sums_v(t: Tile) -> bool:
-    if t.op is TileOp.DOT:
-        return t.attrs == (Axis.V,)
-    return t.op is TileOp.SUM and isinstance(t.attrs[0], tuple) and Axis.V in t.attrs[0]
-
-
 class _KernelPrinter(Expressions):
     functions = _FUNCTIONS
     where = "tl.where"
@@ -136,17 +128,22 @@ class _KernelPrinter(Expressions):
         self._signature = signature
         self._config = config.of(kernel.name)
         dims = signature.dims
-        self._BK = padded(dims.K)
         tiles = kernel.order
         self._buffers = kernel.buffers
-        whole_v = padded(dims.V)
-        self._BV = min(self._config.v_tile, whole_v)
-        sums_v = [t for t in tiles if t not in self._buffers and _sums_v(t)]
-        if sums_v and (kernel.loop is not Loop.PARALLEL or self._v_after_sum(tiles)):
-            self._BV = whole_v  # a sum over the value axis feeds what varies along it
-        self._loops_v = bool(sums_v) and self._BV < dims.V
+        parallel = kernel.loop is Loop.PARALLEL
         uses_v = any(Axis.V in t.axes for t in tiles)
-        self._v_programs = -(-dims.V // self._BV) if uses_v and not self._loops_v else 1
+        sums_v = any(t not in self._buffers and sums_over(t, Axis.V) for t in tiles)
+        self._BK, self._BV = padded(dims.K), min(self._config.v_tile, padded(dims.V))
+        if sums_v and (not parallel or self._varies_after_sum(tiles, Axis.V)):
+            self._BV = padded(dims.V)  # a sum over the value axis feeds what varies along it
+        self._loop: Axis | None = None  # the channel axis that a kernel takes tile by tile
+        if sums_v and self._BV < dims.V:
+            self._loop = Axis.V
+        elif parallel and not uses_v and not self._varies_after_sum(tiles, Axis.K):
+            self._BK = min(self._config.k_tile, self._BK)
+            self._loop = Axis.K if self._BK < dims.K else None
+        looped = self._loop is Axis.V
+        self._v_programs = -(-dims.V // self._BV) if uses_v and not looped else 1
         self._chunk = config.chunk
         self._parameters: dict[str, Parameter] = {}
         self._used_functions: set[str] = set()
@@ -154,14 +151,15 @@ class _KernelPrinter(Expressions):
         self._accumulators: set[Tile] = set()
         self._inline_dots: set[Tile] = set()
 
-    def _v_after_sum(self, tiles: list[Tile]) -> bool:
+    def _varies_after_sum(self, tiles: list[Tile], axis: Axis) -> bool:
+        """Whether something along `axis` needs a sum over `axis`: then it cannot be tiled."""
         after: set[Tile] = set()
         for t in tiles:
             if t in self._buffers:
                 continue
-            if _sums_v(t) or any(a in after for a in t.args):
+            if sums_over(t, axis) or any(a in after for a in t.args):
                 after.add(t)
-                if Axis.V in t.axes:
+                if axis in t.axes:
                     return True
         return False
 
@@ -221,8 +219,10 @@ class _KernelPrinter(Expressions):
         )
 
     def _ranges(self) -> list[str]:
-        lines = ["oi = tl.arange(0, C)", "oj = tl.arange(0, C)", "ok = tl.arange(0, BK)"]
-        if not self._loops_v:
+        lines = ["oi = tl.arange(0, C)", "oj = tl.arange(0, C)"]
+        if self._loop is not Axis.K:
+            lines.append("ok = tl.arange(0, BK)")
+        if self._loop is not Axis.V:
             start = "i_v * BV + " if self._v_programs > 1 else ""
             lines.append(f"ov = {start}tl.arange(0, BV)")
         return lines
@@ -256,17 +256,19 @@ class _KernelPrinter(Expressions):
         ]
         phases = self._phases(order)
         lines += self._run(phases.before)
-        if self._loops_v:
+        if self._loop is not None:
             for t in phases.during:
-                if _sums_v(t) and t not in self.known:
+                if sums_over(t, self._loop) and t not in self.known:
                     name = self.names.fresh(t.hint or "x")
                     self.known[t] = name
                     self._accumulators.add(t)
                     shape = self._shape(t)
                     zero = f"tl.zeros({shape}, dtype=tl.float32)" if t.axes else "0.0"
                     lines.append(f"{name} = {zero}")
-            lines.append("for i_v in range(NV):")
-            inner = ["ov = i_v * BV + tl.arange(0, BV)", *self._run(phases.during)]
+            K_or_V = self._loop.value.upper()
+            lines.append(f"for i in range(tl.cdiv({K_or_V}, B{K_or_V})):")
+            channels = f"{_RANGE[self._loop]} = i * B{K_or_V} + tl.arange(0, B{K_or_V})"
+            inner = [channels, *self._run(phases.during)]
             inner += self._stores(phases.during)
             lines += [f"    {line}" for line in inner]
             lines += self._run(phases.after)
@@ -278,12 +280,14 @@ class _KernelPrinter(Expressions):
 
     def _phases(self, order: list[Tile]) -> _Phases:
         """When each tile is computed: as late as possible, so that little stays in registers."""
+        axis = self._loop or Axis.V
         after: set[Tile] = set()
         during: set[Tile] = set()
+        summed = {t for t in order if t not in self._buffers and sums_over(t, axis)}
         for t in order:
-            if t not in self._buffers and any(a in after or _sums_v(a) for a in self._inputs(t)):
+            if any(a in after or a in summed for a in self._inputs(t)):
                 after.add(t)
-            elif Axis.V in t.axes or (t not in self._buffers and _sums_v(t)):
+            elif axis in t.axes or t in summed:
                 during.add(t)
         needed = {
             a
@@ -469,7 +473,7 @@ class _KernelPrinter(Expressions):
     def _tail(self, axis: Axis) -> str | None:
         """The condition that a channel exists, where the tile is wider than the operand."""
         dims = self._signature.dims
-        if axis is Axis.K and self._BK != dims.K:
+        if axis is Axis.K and dims.K % self._BK:
             return "ok < K"
         if axis is Axis.V and dims.V % self._BV:
             return "ov < V"
@@ -594,7 +598,7 @@ class _KernelPrinter(Expressions):
                 x.op is TileOp.DOT
                 and x not in self.known
                 and self.uses[x] == 1
-                and not (self._loops_v and _sums_v(x))
+                and not (self._loop is not None and sums_over(x, self._loop))
                 and x.axes == t.axes == other.axes
                 and unaliased(other) not in self._buffers
             ):

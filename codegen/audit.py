@@ -1,0 +1,476 @@
+"""Compiles every emitted kernel for every target, offline, and checks that it fits (`make audit`).
+
+Compiling proves nothing about launching: a kernel may ask for more shared memory than a target has.
+So for each declaration, dtype and target this finds a configuration that fits: the default one, or
+the first of a short ladder of smaller ones (`ladder`). A kernel that does not compile under its
+default configuration, or that no rung makes fit, is a finding, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+
+from tqdm import tqdm
+
+from ..dsl import library
+from ..dsl.classify import DecayClass, LowRank, classify
+from ..dsl.errors import NotLowered
+from ..dsl.ir import Kind, Per
+from ..dsl.normal_form import NormalForm
+from . import triton_library
+from .config import Config, Dims, KernelConfig, Precision
+from .defaults import default_config
+from .emit import Emitted, chunk_body, emit
+from .print_triton import Dtype, Signature, TritonKernel
+from .resources import Resources, Target, compile_kernel
+from .tile import Axes
+
+_CHUNKS = (64, 32, 16)
+_NAME = "audited"
+
+
+def signature_for(form: NormalForm, dims: Dims, dtype: Dtype, target: Target) -> Signature:
+    """Keys and Values in `dtype`, Scalars and per-head operands in float32, as models pass them."""
+    wide = tuple(
+        (o.name, Dtype.FLOAT32) for o in form.operands if o.kind is Kind.SCALAR or o.per is Per.HEAD
+    )
+    # tf32x3 does not exist on gfx942
+    precision = Precision.IEEE if target is Target.GFX942 else Precision.TF32X3
+    return Signature(dims, dtype, wide, precision)
+
+
+def unit(kernel: TritonKernel) -> str:
+    """A module with this kernel alone, called `audited`, and the functions that it calls.
+
+    Without its own name: the two directions often begin with the same kernel.
+    """
+    functions = triton_library.sources(set(kernel.functions))
+    head = "import triton\nimport triton.language as tl"
+    source = kernel.source.replace(f"def {kernel.name}(", f"def {_NAME}(")
+    return "\n\n".join(p.strip("\n") for p in (head, functions, source) if p) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One compilation; jobs of equal `key` are one."""
+
+    kernel: TritonKernel
+    buffers: tuple[tuple[str, Axes], ...]
+    signature: Signature
+    target: Target
+    packed: bool
+
+    @property
+    def key(self) -> str:
+        k = self.kernel
+        used = {p.of for p in k.parameters}
+        dtypes = [(p.of, self.signature.of(p.of)) for p in k.parameters]
+        buffers = sorted((n, axes) for n, axes in self.buffers if n in used)
+        signature = (self.signature.dtype, dtypes, buffers)
+        text = repr((unit(k), k.constants, k.config.warps, k.config.stages, signature))
+        text += f"{self.target} {self.packed}"
+        return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a compilation took, or why there is nothing to launch."""
+
+    resources: Resources | None
+    error: str
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        return self.resources is not None and self.resources.fits
+
+
+def compile_job(job: Job) -> Outcome:
+    """Run one job in this process."""
+    start = time.perf_counter()
+    try:
+        found = compile_kernel(
+            _import(unit(job.kernel)),
+            replace(job.kernel, name=_NAME),
+            dict(job.buffers),
+            job.signature,
+            job.target,
+            packed=job.packed,
+        )
+    except Exception as why:
+        lines = [line for line in str(why).splitlines() if line.strip()]
+        text = f"{type(why).__name__}: {lines[-1] if lines else ''}"
+        return Outcome(None, text[:300], time.perf_counter() - start)
+    return Outcome(found, "", time.perf_counter() - start)
+
+
+def _import(source: str) -> ModuleType:
+    digest = hashlib.blake2b(source.encode(), digest_size=10).hexdigest()
+    name = f"chunkwise_audited_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    # Triton hashes the source, not the path, so its cache still hits in the next process
+    folder = Path(tempfile.gettempdir()) / f"chunkwise_audit_{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.py"
+    path.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- what is compiled ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A normal form with what it is compiled for."""
+
+    form: NormalForm
+    dims: Dims
+    dtype: Dtype
+    target: Target
+    packed: bool
+    directions: tuple[str, ...] = ("forward", "backward")
+
+    @property
+    def label(self) -> str:
+        sizes = f"K={self.dims.K},V={self.dims.V}"
+        tail = " packed" if self.packed else ""
+        return f"{self.form.name} {sizes} {self.dtype.value} {self.target.name.lower()}{tail}"
+
+    @property
+    def default(self) -> Config:
+        wide = self.dtype is Dtype.FLOAT32
+        return default_config(chunk_body(self.form), self.dims, wide_dtype=wide)
+
+    def emitted(self, config: Config) -> Emitted:
+        return emit(self.form, signature_for(self.form, self.dims, self.dtype, self.target), config)
+
+    def job(self, kernel: str, config: Config) -> Job:
+        """The compilation of the kernel of that name under `config`."""
+        emitted = self.emitted(config)
+        found = next(k for k in (*emitted.forward, *emitted.backward) if k.name == kernel)
+        buffers = tuple(emitted.buffers(found).items())
+        signature = signature_for(self.form, self.dims, self.dtype, self.target)
+        return Job(found, buffers, signature, self.target, self.packed)
+
+    def kernels(self, config: Config) -> list[str]:
+        emitted = self.emitted(config)
+        chosen = [emitted.forward] if "forward" in self.directions else []
+        chosen += [emitted.backward] if "backward" in self.directions else []
+        return [k.name for program in chosen for k in program]
+
+
+def ladder(config: KernelConfig) -> tuple[KernelConfig, ...]:
+    """The tiles tried for one kernel, from the given ones down: stages first, then width."""
+    rungs = [config, replace(config, stages=1)]
+    rungs += [replace(config, stages=1, v_tile=v) for v in (32, 16) if v < config.v_tile]
+    return tuple(dict.fromkeys(rungs))
+
+
+def chunks_below(chunk: int) -> tuple[int, ...]:
+    """The chunk lengths tried, the given one first."""
+    return (chunk, *(c for c in _CHUNKS if c < chunk))
+
+
+@dataclass(slots=True)
+class Search:
+    """The way down the ladder of one subject: per chunk length, a rung per kernel."""
+
+    subject: Subject
+    attempt: int = 0
+    rungs: dict[str, int] = field(default_factory=dict)
+    found: dict[str, Outcome] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    first: dict[str, Outcome] = field(default_factory=dict)
+    failed: str = ""
+
+    def __post_init__(self) -> None:
+        self.rungs = dict.fromkeys(self.subject.kernels(self.subject.default), 0)
+
+    @property
+    def config(self) -> Config:
+        """The configuration being tried."""
+        default = self.subject.default
+        chunk = chunks_below(default.chunk)[self.attempt]
+        kernels = tuple((n, ladder(default.of(n))[rung]) for n, rung in self.rungs.items())
+        return replace(default, chunk=chunk, kernels=kernels)
+
+    def pending(self) -> Iterator[tuple[str, Job]]:
+        """What has to be compiled before the next decision."""
+        if self.failed:
+            return
+        for name in self.rungs:
+            if name not in self.found:
+                yield name, self.subject.job(name, self.config)
+
+    def learn(self, name: str, outcome: Outcome) -> None:
+        """Take the outcome of a pending kernel, and go down a rung if it did not fit."""
+        if self.failed:
+            return
+        if name not in self.first:
+            self.first[name] = outcome
+            if outcome.error:  # it must compile, whether it fits or not
+                self.errors[name] = outcome.error
+        if outcome.fits:
+            self.found[name] = outcome
+            return
+        default = self.subject.default
+        if self.rungs[name] + 1 < len(ladder(default.of(name))):
+            self.rungs[name] += 1
+            return
+        if self.attempt + 1 < len(chunks_below(default.chunk)):
+            self.attempt += 1
+            self.rungs = dict.fromkeys(self.rungs, 0)
+            self.found = {}
+            return
+        self.failed = name
+
+    @property
+    def changes(self) -> list[str]:
+        """How the configuration that fits differs from the default; empty where it does not."""
+        default, config = self.subject.default, self.config
+        changes = [] if config.chunk == default.chunk else [f"chunk={config.chunk}"]
+        for name in self.rungs:
+            old, new = default.of(name), config.of(name)
+            if old != new:
+                changes.append(f"{name}: BV={new.v_tile} stages={new.stages}")
+        return changes
+
+
+# ---- running ---------------------------------------------------------------------------------------
+
+
+def run_jobs(jobs: dict[str, Job], workers: int) -> dict[str, Outcome]:
+    """Every job's outcome by key; a compiler that takes its process down is an outcome too."""
+    outcomes: dict[str, Outcome] = {}
+    # longest first is unknown; by target, so that equal work is spread over the pool
+    with tqdm(total=len(jobs), unit="kernel", disable=not sys.stderr.isatty()) as bar:
+        try:
+            for key, outcome in _pooled(jobs, workers):
+                outcomes[key] = outcome
+                bar.update()
+        except BrokenProcessPool:
+            for key, job in jobs.items():
+                if key not in outcomes:
+                    outcomes[key] = _alone(key, job)
+                    bar.update()
+    return outcomes
+
+
+def _pooled(jobs: dict[str, Job], workers: int) -> Iterator[tuple[str, Outcome]]:
+    context = multiprocessing.get_context("spawn")  # a fork would share LLVM's threads
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures: dict[Future[Outcome], str] = {
+            pool.submit(compile_job, job): key for key, job in jobs.items()
+        }
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+def _alone(key: str, job: Job) -> Outcome:
+    try:
+        ((_, outcome),) = _pooled({key: job}, 1)
+    except BrokenProcessPool:
+        return Outcome(None, "the compiler crashed", 0.0)
+    return outcome
+
+
+def audit(subjects: Iterable[Subject], workers: int) -> list[Search]:
+    """Compile until every subject has a configuration that fits, or none is left to try."""
+    searches = [Search(s) for s in subjects]
+    known: dict[str, Outcome] = {}
+    while True:
+        wanted = [(s, name, job) for s in searches for name, job in s.pending()]
+        if not wanted:
+            return searches
+        fresh = {job.key: job for _, _, job in wanted if job.key not in known}
+        known |= run_jobs(fresh, workers)
+        for search, name, job in wanted:
+            search.learn(name, known[job.key])
+
+
+# ---- which subjects --------------------------------------------------------------------------------
+
+
+def lowered_forms() -> list[NormalForm]:
+    """The library's normal forms that have a chunk form."""
+    forms = []
+    for declared in library.all_declarations():
+        form = declared.normal_form(2 if declared.has_micro else 1)
+        try:
+            chunk_body(form)
+        except NotLowered:
+            continue
+        forms.append(form)
+    return forms
+
+
+def one_per_class(forms: Iterable[NormalForm]) -> list[NormalForm]:
+    """The first form of each (decay class, low-rank class)."""
+    found: dict[tuple[tuple[DecayClass, LowRank], ...], NormalForm] = {}
+    for form in forms:
+        classes = tuple((s.decay, s.low_rank) for s in classify(form).states)
+        if len(classes) == 1:
+            found.setdefault(classes, form)
+    return list(found.values())
+
+
+def is_vector_gated(form: NormalForm) -> bool:
+    return any(s.decay is DecayClass.KEY for s in classify(form).states)
+
+
+def quick_subjects() -> list[Subject]:
+    """One form per class in bfloat16, K = V = 128; vector gates at 64 and their backward on two.
+
+    Vector-gated kernels compile for 10-25 s each: the smaller size and the two targets that differ
+    most (Hopper, and the only one with other intrinsics) keep this within minutes.
+    """
+    subjects = []
+    for form in one_per_class(lowered_forms()):
+        vector = is_vector_gated(form)
+        dims = Dims(64, 64) if vector else Dims(128, 128)
+        for target in Target:
+            both = not vector or target in (Target.SM90, Target.GFX942)
+            directions = ("forward", "backward") if both else ("forward",)
+            subjects.append(Subject(form, dims, Dtype.BFLOAT16, target, False, directions))
+    return subjects
+
+
+def all_subjects(
+    names: Sequence[str], dims: Sequence[Dims], dtypes: Sequence[Dtype], targets: Sequence[Target]
+) -> list[Subject]:
+    """Every form of those names (all, if none) for all sizes, dtypes and targets, packed and not."""
+    forms = [f for f in lowered_forms() if not names or f.name in names]
+    return [
+        Subject(form, d, dtype, target, packed)
+        for form in forms
+        for d in dims
+        for dtype in dtypes
+        for target in targets
+        for packed in (False, True)
+    ]
+
+
+# ---- the command -----------------------------------------------------------------------------------
+
+
+def report(searches: Sequence[Search]) -> str:
+    """One line per subject, then what was found."""
+    lines = []
+    width = max((len(s.subject.label) for s in searches), default=0)
+    for s in searches:
+        if s.failed:
+            verdict = f"DOES NOT FIT: {s.failed} under no configuration tried"
+        else:
+            shared = max(o.resources.shared for o in s.found.values() if o.resources)
+            spills = [o.resources.spills or 0 for o in s.found.values() if o.resources]
+            limit = s.subject.target.shared_limit
+            verdict = f"{shared / 1024:5.1f} of {limit // 1024} KiB, spills {max(spills)} B"
+            verdict += f"   with {'; '.join(s.changes)}" if s.changes else "   default"
+        lines.append(f"{s.subject.label:<{width}}  {verdict}")
+    for s in searches:
+        lines += [f"ERROR {s.subject.label} {n}: {e}" for n, e in s.errors.items()]
+    bad = [s for s in searches if s.failed or s.errors]
+    smaller = [s for s in searches if not s.failed and s.changes]
+    lines.append(
+        f"{len(searches)} audited: {len(searches) - len(bad) - len(smaller)} by default, "
+        f"{len(smaller)} with a smaller configuration, {len(bad)} not"
+    )
+    return "\n".join(lines)
+
+
+def as_json(search: Search) -> dict[str, object]:
+    """A search as data: what each kernel takes, under which configuration."""
+    config = search.config
+    kernels = {}
+    for name, outcome in search.first.items():
+        last = search.found.get(name, outcome)
+        r = last.resources
+        tiles = config.of(name)
+        kernels[name] = {
+            "v_tile": tiles.v_tile,
+            "warps": tiles.warps,
+            "stages": tiles.stages,
+            "shared": r.shared if r else None,
+            "shared_by_default": outcome.resources.shared if outcome.resources else None,
+            "registers": r.registers if r else None,
+            "spills": r.spills if r else None,
+            "seconds": round(outcome.seconds, 2),
+            "error": outcome.error,
+        }
+    return {
+        "subject": search.subject.label,
+        "fits": not search.failed,
+        "changes": search.changes,
+        "chunk": config.chunk,
+        "kernels": kernels,
+    }
+
+
+def _dims(text: str) -> Dims:
+    try:
+        sizes = dict(part.split("=") for part in text.split(","))
+        return Dims(int(sizes["K"]), int(sizes["V"]))
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like K=128,V=128") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: everything compiles and fits somewhere on the ladder; 1: not; 2: it could not be tried."""
+    parser = argparse.ArgumentParser(
+        prog="python -m chunkwise.codegen.audit",
+        description="Compile every emitted kernel for every target, without a GPU.",
+    )
+    parser.add_argument("names", nargs="*", help="declarations of the library (default: all)")
+    parser.add_argument("--quick", action="store_true", help="one declaration per class, bf16")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--dims", type=_dims, action="append", help="K=128,V=128 (repeatable)")
+    parser.add_argument("--dtype", choices=[d.value for d in Dtype], action="append")
+    parser.add_argument("--target", choices=[t.name.lower() for t in Target], action="append")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers here")
+    arguments = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("TRITON_INTERPRET=1 replaces the compiler: unset it", file=sys.stderr)
+        return 2
+    if arguments.quick:
+        subjects = quick_subjects()
+        if arguments.names:
+            subjects = [s for s in subjects if s.form.name in arguments.names]
+    else:
+        subjects = all_subjects(
+            arguments.names,
+            arguments.dims or [Dims(128, 128)],
+            [Dtype(d) for d in arguments.dtype or ("bfloat16", "float32")],
+            [Target[t.upper()] for t in arguments.target or [t.name for t in Target]],
+        )
+    started = time.perf_counter()
+    searches = audit(subjects, arguments.jobs)
+    print(report(searches))
+    print(f"in {time.perf_counter() - started:.0f} s")
+    if arguments.json:
+        text = json.dumps([as_json(s) for s in searches], indent=1)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    return 1 if any(s.failed or s.errors for s in searches) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
