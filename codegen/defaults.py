@@ -1,6 +1,11 @@
-"""The configuration used where nothing was tuned: rules over the graph, dimensions and dtype."""
+"""The configuration used where nothing was tuned: rules over the graph, dimensions and dtype.
+
+The rules come from sweeps on an H100 (docs/measured.md); a tuner replaces them by measurement.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from . import tile
 from .chunk import Body
@@ -9,44 +14,69 @@ from .plan import Hoist, Plan
 from .tile import TileOp
 
 
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What of a chunk decides its kernels' shapes."""
+
+    gated: bool
+    vector_gated: bool
+    solves: bool
+
+
+def features(body: Body) -> Features:
+    """Read the features off the graph of `body`."""
+    tiles = tile.topological(*(c.end for c in body.carried), *(t for _, t in body.outputs))
+    ops = {t.op for t in tiles}
+    return Features(
+        gated=TileOp.CUMSUM in ops,
+        vector_gated=TileOp.DECAYED_DOT in ops,
+        solves=TileOp.INVERSE in ops,
+    )
+
+
 def default_config(body: Body, dims: Dims, *, wide_dtype: bool) -> Config:
     """A configuration that is right everywhere and good on an H100.
 
     `wide_dtype`: products of float32.
     """
-    tiles = tile.topological(*(c.end for c in body.carried), *(t for _, t in body.outputs))
-    solves = any(t.op is TileOp.INVERSE for t in tiles)
-    vector = any(t.op is TileOp.DECAYED_DOT for t in tiles)
-    gates = any(t.op is TileOp.CUMSUM for t in tiles)
+    f = features(body)
+    hoist = Hoist.ALL if f.gated or f.solves else Hoist.NOTHING
+    forward = Plan(hoist, outputs_in_scan=True)
+    backward = Plan(hoist, values_apart=f.vector_gated, sums_apart=f.vector_gated)
     widest = max(padded(dims.K), padded(dims.V))
-    chunk = 64
-    if widest > 128 or (wide_dtype and widest > 64):
-        chunk = 32
-    hoist = Hoist.ALL if gates or solves else Hoist.NOTHING
-    narrow = (
-        32 if solves or gates else 64
-    )  # measured: what has more to do per step wants more programs
-    scan = KernelConfig(v_tile=narrow, warps=4, stages=3 if not solves else 2)
-    gradients = (
-        KernelConfig(v_tile=64, warps=8, stages=2) if gates or solves else KernelConfig(32, 4, 2)
-    )
     if wide_dtype or widest > 128:
-        scan = KernelConfig(v_tile=32 if widest <= 128 else 16, warps=4, stages=1)
-        gradients = KernelConfig(v_tile=32 if widest <= 128 else 16, warps=8, stages=1)
-    prep = KernelConfig(v_tile=64, warps=4, stages=1, k_tile=32)
-    if vector:
-        gradients = KernelConfig(v_tile=64, warps=4, stages=1, k_tile=32)
-    sums = KernelConfig(v_tile=64 if not wide_dtype else 32, warps=8, stages=2 - wide_dtype)
-    return Config(
-        chunk=chunk,
-        forward=Plan(hoist, outputs_in_scan=True),
-        backward=Plan(hoist, values_apart=vector, sums_apart=vector),
-        default=scan,
-        kernels=(
-            ("forward_prep", prep),
-            ("backward_prep", prep),
-            ("backward_values", KernelConfig(v_tile=64, warps=4, stages=2)),
-            ("backward_sums", sums),
-            ("backward_gradients", gradients),
-        ),
+        return _cautious(forward, backward, widest)
+    # a delta step does more in sequence: more and smaller programs hide more of it
+    scan = KernelConfig(32, 4, 2) if f.solves else KernelConfig(64, 4, 3)
+    if f.vector_gated:  # loops over the key axis
+        gradients = KernelConfig(64, 4, 1, k_tile=32)
+    elif f.solves or f.gated:
+        gradients = KernelConfig(64, 8, 3)
+    else:
+        gradients = KernelConfig(32, 4, 2)
+    kernels = [
+        ("forward_prep", KernelConfig(64, 4, 1, k_tile=32)),
+        ("backward_prep", KernelConfig(64, 4, 1, k_tile=32)),
+        ("backward_values", KernelConfig(64, 4, 2)),
+        ("backward_sums", KernelConfig(64, 8, 2)),
+        ("backward_gradients", gradients),
+    ]
+    if f.solves and not f.vector_gated:
+        kernels.append(("backward_reverse", KernelConfig(64, 8, 3)))
+    return Config(64, forward, backward, scan, tuple(kernels))
+
+
+def _cautious(forward: Plan, backward: Plan, widest: int) -> Config:
+    """Small tiles, for states or dtypes that fill registers and shared memory quickly."""
+    chunk = 32 if widest > 64 else 64
+    v_tile = 32 if widest <= 128 else 16
+    prep = KernelConfig(64, 4, 1, k_tile=32)
+    parallel = KernelConfig(v_tile, 8, 1, k_tile=32)
+    kernels = (
+        ("forward_prep", prep),
+        ("backward_prep", prep),
+        ("backward_values", parallel),
+        ("backward_sums", parallel),
+        ("backward_gradients", parallel),
     )
+    return Config(chunk, forward, backward, KernelConfig(v_tile, 4, 1), kernels)

@@ -49,10 +49,18 @@ class _Printer:
     """Names the tiles below `roots`, inlines what is used once, and prints the rest as lines.
 
     `named` are leaves besides the operands: what an earlier kernel stored, by its buffer's name.
+    Outputs keep their names; the ends of carries are called like them, with `_next`.
     """
 
-    def __init__(self, roots: Iterable[Tile], named: Mapping[Tile, str]) -> None:
-        self._roots = [unaliased(r) for r in roots]
+    def __init__(
+        self,
+        outputs: Iterable[tuple[str, Tile]],
+        carried: Iterable[Carried],
+        named: Mapping[Tile, str],
+    ) -> None:
+        ends = [(f"{c.name}_next", c.end) for c in carried]
+        wanted = {unaliased(t): n.removesuffix("_chunk") for n, t in (*outputs, *ends)}
+        self._roots = list(wanted)
         self._order = tile.topological(*self._roots, stop=frozenset(named))
         self._names = Names(())
         self.known: dict[Tile, str] = {}
@@ -61,6 +69,11 @@ class _Printer:
                 self.known[t] = self._names.fresh(named[t].removesuffix("_chunk"))
             elif t.op in _LEAVES:
                 self.known[t] = self._names.fresh(_leaf_name(t))
+        self._wanted = {
+            t: self._names.fresh(name) for t, name in wanted.items() if t not in self.known
+        }
+        # operands, carries and stored tiles, in order of use
+        self.leaves = [t for t in self.known if t.op is not TileOp.PARAM]
         self._uses: Counter[Tile] = Counter(self._roots)
         self._users: dict[Tile, list[tuple[Tile, bool]]] = {}
         for t in self._order:
@@ -68,11 +81,6 @@ class _Printer:
                 for a in t.args:
                     self._uses[unaliased(a)] += 1
                     self._users.setdefault(unaliased(a), []).append((t, _renames(a)))
-
-    @property
-    def leaves(self) -> list[Tile]:
-        """Operands, carries and stored tiles, in order of use."""
-        return [t for t in self._order if t in self.known and t.op is not TileOp.PARAM]
 
     def leaf(self, t: Tile) -> str:
         """A leaf with its axes."""
@@ -86,7 +94,7 @@ class _Printer:
             if t in leaves or t.op in _NEVER_ASSIGNED or self._inlined(t):
                 continue
             right, _ = self._expression(t, _LETTERS)
-            self.known[t] = self._names.fresh(t.hint or "x")
+            self.known[t] = self._wanted.get(t) or self._names.fresh(t.hint or "x")
             lines.append(_Line(t, self.leaf(t), right))
         return lines
 
@@ -246,7 +254,7 @@ def _leaf_name(t: Tile) -> str:
 
 def print_body(body: Body) -> str:
     """The chunk of a recurrence: its assignments in order, with their marks."""
-    printer = _Printer([*(t for _, t in body.outputs), *(c.end for c in body.carried)], {})
+    printer = _Printer(body.outputs, body.carried, {})
     lines = printer.lines()
     starts = frozenset(c.start for c in body.carried)
     head = [
@@ -260,12 +268,10 @@ def print_body(body: Body) -> str:
 
 def print_adjoint(adjoint: Adjoint) -> str:
     """The chunk of the reversed scan: what is recomputed first, then what carries a gradient."""
-    printer = _Printer(
-        [*(t for _, t in adjoint.outputs), *(c.end for c in adjoint.carried)],
-        {},
-    )
+    printer = _Printer(adjoint.outputs, adjoint.carried, {})
     lines = printer.lines()
     starts = frozenset(c.start for c in adjoint.carried)
+    saved = frozenset(adjoint.saved)
     incoming = starts | {t for t in printer.leaves if _is_gradient(t)}
     dependent = _dependent([x.tile for x in lines], incoming)
     again = [x for x in lines if x.tile not in dependent]
@@ -273,7 +279,8 @@ def print_adjoint(adjoint: Adjoint) -> str:
     head = [
         f"carries  {', '.join(printer.leaf(c.start) for c in adjoint.carried)}, "
         "from the last chunk to the first",
-        f"reads    {_operands(printer, starts)}",
+        f"reads    {_operands(printer, starts | saved)}",
+        f"saved    {', '.join(printer.leaf(t) for t in printer.leaves if t in saved)}",
     ]
     marked = _marked(lines, starts, adjoint.carried)
     notes = _ends(printer, adjoint.outputs, adjoint.carried)
@@ -289,8 +296,7 @@ def print_program(program: Program) -> str:
 
 def print_kernel(kernel: Kernel) -> str:
     """One kernel: what it reads, computes and stores."""
-    roots = [*(t for _, t in kernel.stores), *(c.end for c in kernel.carried)]
-    printer = _Printer(roots, kernel.buffers)
+    printer = _Printer(kernel.stores, kernel.carried, kernel.buffers)
     lines = printer.lines()
     starts = frozenset(c.start for c in kernel.carried)
     buffers = kernel.buffers
@@ -300,8 +306,9 @@ def print_kernel(kernel: Kernel) -> str:
     operands = [t for t in printer.leaves if t not in starts and t not in buffers]
     head.append(f"  reads    {' '.join(printer.leaf(t) for t in operands)}")
     if buffers:
-        head.append(f"  loads    {' '.join(printer.leaf(t) for t in printer.leaves if t in buffers)}")
-    notes = _ends(printer, kernel.stores, kernel.carried)
+        loads = (printer.leaf(t) for t in printer.leaves if t in buffers)
+        head.append(f"  loads    {' '.join(loads)}")
+    notes = _ends(printer, kernel.stores, kernel.carried, "stored")
     stored = [name for name, t in kernel.stores if unaliased(t) in (*starts, *buffers)]
     head += [f"  stores   {name.removesuffix('_chunk')}, as each chunk begins" for name in stored]
     return "\n".join(head + _aligned(lines, {}, notes))
@@ -316,14 +323,17 @@ def _is_gradient(t: Tile) -> bool:
 
 
 def _ends(
-    printer: _Printer, outputs: Iterable[tuple[str, Tile]], carried: Iterable[Carried]
+    printer: _Printer,
+    outputs: Iterable[tuple[str, Tile]],
+    carried: Iterable[Carried],
+    verb: str = "output",
 ) -> dict[Tile, str]:
     """Where a value goes, by tile: out, or into the next carry."""
     notes: dict[Tile, str] = {}
     for name, t in outputs:
-        given = printer.name(t)
         shown = name.removesuffix("_chunk")
-        notes[unaliased(t)] = "→ stored" if shown == given else f"→ stored as {shown}"
+        given = "" if shown == printer.name(t) else f" {shown}"
+        notes[unaliased(t)] = f"→ {verb}{given}"
     for c in carried:
         before = notes.get(unaliased(c.end), "")
         notes[unaliased(c.end)] = f"{before} → next {c.name}".strip()

@@ -37,10 +37,11 @@ _SCAN_ORDER = (Axis.V, Axis.I, Axis.J, Axis.K)
 _PARALLEL_ORDER = (Axis.I, Axis.J, Axis.V, Axis.K)
 _RANGE = {Axis.I: "oi", Axis.J: "oj", Axis.V: "ov", Axis.K: "ok"}
 _LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.CARRY, TileOp.PARAM)
-_RESERVED = frozenset(
-    "tl triton pid n h index chunk chunks first length batch at row rows step i oi oj ok ov i_v K V "
-    "C BK BV HV NV TOKENS PACKED cu_seqlens chunk_offsets chunk_table".split()
-).union(triton_library.FUNCTIONS)
+_RESERVED = frozenset(triton_library.FUNCTIONS).union(
+    ("tl", "triton", "pid", "n", "h", "index", "chunk", "chunks", "first", "length", "batch"),
+    ("at", "row", "rows", "step", "i", "oi", "oj", "ok", "ov", "i_v", "K", "V", "C", "BK", "BV"),
+    ("HV", "NV", "TOKENS", "PACKED", "cu_seqlens", "chunk_offsets", "chunk_table"),
+)  # fmt: skip
 
 
 class Dtype(Enum):
