@@ -1,8 +1,8 @@
 """TileIR as mathematics: one assignment a line, axes as indices, for `explain` and for debugging.
 
-`x[i,j] = Σ_k q[i,k]·k[j,k]` is a product; i and j run over the tokens of the chunk, k and v over the
-channels; `[i > j]` is 1 where it holds and 0 elsewhere. Marks say what planning goes by: [s] depends
-on what the scan carries, [n] is needed by what it carries next.
+`x[i,j] = Σ_k q[i,k]·k[j,k]` is a product; i and j run over the n tokens of a chunk, k and v over the
+channels; `[i > j]` is 1 where it holds and 0 elsewhere. Marks say what planning goes by:
+[s] depends on what the scan carries, [n] is needed by what it carries next.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class _Printer:
             t = user
         return False
 
-    # ---- expressions ---------------------------------------------------------------------------
+    # ---- expressions -----------------------------------------------------------------------------
 
     def _text(self, x: Tile, letters: _Letters) -> _Text:
         while x.op in _ALIASES:
@@ -249,7 +249,7 @@ def _leaf_name(t: Tile) -> str:
     return str(name) if not micro or micro[0] is None else f"{name}_{micro[0]}"
 
 
-# ---- pages -----------------------------------------------------------------------------------------
+# ---- pages ---------------------------------------------------------------------------------------
 
 
 def print_body(body: Body) -> str:
@@ -276,9 +276,9 @@ def print_adjoint(adjoint: Adjoint) -> str:
     dependent = _dependent([x.tile for x in lines], incoming)
     again = [x for x in lines if x.tile not in dependent]
     rest = [x for x in lines if x.tile in dependent]
+    carries = ", ".join(printer.leaf(c.start) for c in adjoint.carried)
     head = [
-        f"carries  {', '.join(printer.leaf(c.start) for c in adjoint.carried)}, "
-        "from the last chunk to the first",
+        f"carries  {carries}, from the last chunk to the first",
         f"reads    {_operands(printer, starts | saved)}",
         f"saved    {', '.join(printer.leaf(t) for t in printer.leaves if t in saved)}",
     ]
