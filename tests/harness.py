@@ -1,0 +1,216 @@
+"""Inputs for any recurrence, and its results on an engine and in the float64 token loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+import chunkwise as cw
+import torch
+from chunkwise.dsl import oracle
+from chunkwise.dsl.ir import Kind, Per
+from chunkwise.dsl.normal_form import Operand
+from torch import Tensor
+from torch.nn.functional import normalize, softplus
+
+LOG_DECAYS = frozenset({"g", "w", "log_alpha", "log_mu"})
+IN_UNIT_INTERVAL = frozenset({"beta", "eta", "f", "a"})
+
+
+class Gates(Enum):
+    """How hard the gates are."""
+
+    USUAL = "a typical initialisation"
+    HARD = "-20 per token, mixed with almost 0; steps of 0, 1 and 2; keys that repeat"
+
+
+class Layout(Enum):
+    """How operands lie in memory."""
+
+    CONTIGUOUS = "contiguous"
+    # the last axis contiguous: the kernels take the view; a read beyond it is NaN
+    VIEWS = "views of larger tensors that hold NaN"
+    COPIED = "transposed, so that the last axis has a stride"
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The sizes of a call; `lengths` packs sequences into one row of T = their sum."""
+
+    B: int = 2
+    T: int = 19
+    H: int = 2
+    HV: int = 2
+    K: int = 8
+    V: int = 8
+    micro: int = 2
+    lengths: tuple[int, ...] | None = None
+    initial: bool = False
+    dtype: torch.dtype = torch.float64
+    gate_dtype: torch.dtype | None = None  # of per-head operands, Scalars and Key gates
+    device: str = "cpu"
+    gates: Gates = Gates.USUAL
+    layout: Layout = Layout.CONTIGUOUS
+
+    @property
+    def N(self) -> int:
+        return self.B if self.lengths is None else len(self.lengths)
+
+    def packed(self, *lengths: int) -> Sizes:
+        return replace(self, B=1, T=sum(lengths), lengths=lengths)
+
+
+@dataclass(slots=True)
+class Inputs:
+    """The arguments of one call, all leaves that require gradients."""
+
+    operands: dict[str, Tensor]
+    initial: tuple[Tensor, ...] | None
+    cu_seqlens: Tensor | None
+    params: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        states = {f"initial {i}": s for i, s in enumerate(self.initial or ())}
+        return {**self.operands, **states}
+
+    def copied(self, device: str, dtype: torch.dtype) -> Inputs:
+        def copy(x: Tensor) -> Tensor:
+            return x.detach().to(device, dtype, copy=True).requires_grad_()
+
+        return Inputs(
+            {n: copy(x) for n, x in self.operands.items()},
+            None if self.initial is None else tuple(copy(x) for x in self.initial),
+            None if self.cu_seqlens is None else self.cu_seqlens.to(device),
+            self.params,
+        )
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The keyword arguments of a call."""
+        initial: object = self.initial
+        if self.initial is not None and len(self.initial) == 1:
+            initial = self.initial[0]
+        return {"initial_state": initial, "cu_seqlens": self.cu_seqlens, **self.params}
+
+
+def make_inputs(op: cw.Recurrence, sizes: Sizes, seed: int = 0) -> Inputs:
+    """Operands in their usual ranges: gates below 0, steps in (0, 1), keys about unit length."""
+    random = torch.Generator().manual_seed(seed)
+    normalised = any(s.kind is Kind.KEY_STATE for s in op.declaration.states)
+    drawn = {x.name: _draw(op, x, sizes, random, normalised) for x in op.declaration.operands}
+    if op.__name__ == "dplr":  # what is written erases what is read, as in RWKV-7: no growth
+        drawn["a"] = -drawn["a"] * drawn["b"]
+    operands = {
+        x.name: _laid_out(drawn[x.name].to(sizes.device, _dtype(x, sizes)), sizes.layout, x)
+        for x in op.declaration.operands
+    }
+    initial = None
+    if sizes.initial:
+        dtype = sizes.dtype if sizes.dtype is torch.float64 else torch.float32
+        shapes = [
+            (sizes.N, sizes.HV, sizes.K, *((sizes.V,) if s.kind is Kind.STATE else ()))
+            for s in op.declaration.states
+        ]
+        states = [torch.randn(s, generator=random, dtype=torch.float64) for s in shapes]
+        if normalised:  # denominators stay away from 0
+            states = [x.abs() for x in states]
+        initial = tuple(x.to(sizes.device, dtype).requires_grad_() for x in states)
+    cu_seqlens = None
+    if sizes.lengths is not None:
+        cu_seqlens = torch.tensor([0, *sizes.lengths]).cumsum(0).to(sizes.device, torch.int32)
+    return Inputs(operands, initial, cu_seqlens)
+
+
+def _dtype(x: Operand, sizes: Sizes) -> torch.dtype:
+    gate = x.kind is Kind.SCALAR or x.per is Per.HEAD or x.name in LOG_DECAYS | {"f"}
+    return sizes.gate_dtype if gate and sizes.gate_dtype is not None else sizes.dtype
+
+
+def _draw(
+    op: cw.Recurrence, x: Operand, sizes: Sizes, random: torch.Generator, positive: bool
+) -> Tensor:
+    heads = sizes.H if x.kind is Kind.KEY and x.per is Per.TOKEN else sizes.HV
+    tail = {Kind.SCALAR: (), Kind.KEY: (sizes.K,), Kind.VALUE: (sizes.V,)}[x.kind]
+    micro = (sizes.micro,) if x.micro else ()
+    front = () if x.per is Per.HEAD else (sizes.B, sizes.T, *micro)
+    value = torch.randn(*front, heads, *tail, generator=random, dtype=torch.float64)
+    hard = sizes.gates is Gates.HARD
+    log_decay = x.name in LOG_DECAYS or (op.__name__ == "mlstm" and x.name == "f")
+    if log_decay and x.kind is not Kind.VALUE:
+        return _hard(value, -20.0, -1e-4) if hard else -softplus(value)
+    if x.name in IN_UNIT_INTERVAL:
+        if not hard:
+            return value.sigmoid()
+        low, high = (2e-9, 1 - 1e-4) if x.name in ("f", "a") else (0.0, 2.0)
+        return _hard(value.sigmoid(), low, high)
+    if x.name in ("slope", "dt"):
+        return _hard(value.abs(), 20.0, 1e-4) if hard else value.abs()
+    if x.kind is Kind.KEY and x.per is Per.TOKEN:
+        value = normalize(value, dim=-1)
+        if hard and x.name in ("k", "p") and sizes.T > 3:  # the second half repeats one key
+            value[:, sizes.T // 2 :] = value[:, :1]
+    return value.abs() if positive else value
+
+
+def _hard(value: Tensor, low: float, high: float) -> Tensor:
+    """A third of `value` at `low`, a third at `high`, in turns that differ between channels."""
+    place = torch.arange(value.numel()).reshape(value.shape) * 7 % 3
+    return torch.where(place == 0, low, torch.where(place == 1, high, value))
+
+
+def _laid_out(value: Tensor, layout: Layout, x: Operand) -> Tensor:
+    if x.per is Per.TOKEN and layout is Layout.COPIED:
+        value = value.transpose(1, 2).contiguous().transpose(1, 2)
+        if value.ndim == 4:
+            value = torch.stack((value, value), dim=-1)[..., 0]
+    if x.per is Per.TOKEN and layout is Layout.VIEWS:
+        padded = value.new_full([n + 3 for n in value.shape], torch.nan)
+        view = padded[tuple(slice(1, n + 1) for n in value.shape)]
+        value = view.copy_(value)
+    return value.requires_grad_()
+
+
+def results(
+    o: Tensor, finals: tuple[Tensor, ...], inputs: Inputs, seed: int = 1
+) -> dict[str, Tensor]:
+    """The output, the final states, and the gradients of a random loss of both."""
+    random = torch.Generator().manual_seed(seed)
+    outputs = {"o": o, **{f"final {i}": s for i, s in enumerate(finals)}}
+    # an output that nothing reaches (T = 0, no initial state) has no gradient to take
+    reached = [y for y in outputs.values() if y.requires_grad]
+    weights = {
+        n: torch.randn(y.shape, generator=random, dtype=torch.float64) for n, y in outputs.items()
+    }
+    grads = dict.fromkeys(inputs.leaves)
+    if reached:
+        taken = torch.autograd.grad(
+            reached,
+            list(inputs.leaves.values()),
+            [weights[n].to(y) for n, y in outputs.items() if y.requires_grad],
+            allow_unused=True,
+        )
+        grads = dict(zip(inputs.leaves, taken, strict=True))
+    zeros = {n: torch.zeros_like(x) for n, x in inputs.leaves.items()}
+    named = {f"d{n}": zeros[n] if g is None else g for n, g in grads.items()}
+    return {n: y.detach().cpu() for n, y in {**outputs, **named}.items()}
+
+
+def oracle_results(op: cw.Recurrence, inputs: Inputs) -> dict[str, Tensor]:
+    """The same of the float64 token loop on the CPU, from the same numbers."""
+    inputs = inputs.copied("cpu", torch.float64)
+    micro = next((inputs.operands[x.name].shape[2] for x in op.declaration.operands if x.micro), 1)
+    o, finals = oracle.run(
+        op.declaration.step(micro),
+        inputs.operands,
+        inputs.params,
+        inputs.initial,
+        inputs.cu_seqlens,
+    )
+    return results(o, finals, inputs)
+
+
+def engine_results(op: cw.Recurrence, inputs: Inputs, engine: str) -> dict[str, Tensor]:
+    """The same of a call."""
+    o, finals = op(**inputs.operands, **inputs.options, engine=engine, output_final_state=True)
+    return results(o, finals if isinstance(finals, tuple) else (finals,), inputs)
