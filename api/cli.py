@@ -1,4 +1,4 @@
-"""The command line: `chunkwise list | explain | prove | doctor`, a table of small commands."""
+"""The command line: `chunkwise list | explain | prove | emit | doctor`, a table of commands."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from .cli_command import Command, UsageError
 from .cli_doctor import DOCTOR
+from .cli_emit import EMIT
 from .cli_inspect import EXPLAIN, LIST, PROVE
 from .dsl.errors import ChunkwiseError
 
 # a new command joins here
-COMMANDS: tuple[Command, ...] = (LIST, EXPLAIN, PROVE, DOCTOR)
+COMMANDS: tuple[Command, ...] = (LIST, EXPLAIN, PROVE, EMIT, DOCTOR)
 
 _EXAMPLES = """\
 A TARGET is a name of the library, or a file and a name in it:
@@ -20,6 +21,7 @@ A TARGET is a name of the library, or a file and a name in it:
   chunkwise explain gated_delta_rule
   chunkwise explain my_rules.py:my_rule
   chunkwise prove delta_rule kda
+  chunkwise emit gated_delta_rule --stage chunk
   chunkwise doctor
 """
 

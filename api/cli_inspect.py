@@ -7,7 +7,11 @@ import time
 
 from . import library
 from .cli_command import Command, add_json, add_target, find, print_json
+from .codegen.summary import summarise
 from .dsl.classify import classify
+from .dsl.declaration import Declaration
+from .dsl.errors import NotLowered
+from .runtime.engines import EngineName
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -28,12 +32,28 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    found = [find(target) for target in arguments.target]
+    pages = [
+        {"name": op.__name__, "explanation": op.explain(), "compiled": _compiled(op.declaration)}
+        for op in [find(target) for target in arguments.target]
+    ]
     if arguments.json:
-        print_json([{"name": op.__name__, "explanation": op.explain()} for op in found])
+        print_json(pages)
     else:
-        print("\n\n".join(op.explain() for op in found))
+        print("\n\n".join(f"{p['explanation']}\n\n{p['compiled']}" for p in pages))
     return 0
+
+
+def _compiled(declared: Declaration) -> str:
+    """Chunk form, kernels, costs, and the engines that serve the recurrence."""
+    if declared.any_step:
+        return f"engines  {EngineName.REFERENCE.value} only: declared for it"
+    form = declared.normal_form(2 if declared.has_micro else 1)
+    try:
+        text = summarise(form)
+    except NotLowered as refusal:
+        return f"engines  {EngineName.REFERENCE.value} only: {refusal.why}"
+    served = (EngineName.REFERENCE, EngineName.EAGER, EngineName.TRITON)
+    return f"{text}\n\nengines  {', '.join(e.value for e in served)}"
 
 
 def _prove(arguments: argparse.Namespace) -> int:
@@ -76,7 +96,7 @@ LIST = Command(
 )
 EXPLAIN = Command(
     "explain",
-    "Show what was understood of a recurrence: step, normal form, class, gates.",
+    "Show what was understood of a recurrence and what was made of it: form, kernels, cost.",
     ("chunkwise explain kda", "chunkwise explain my_rules.py:my_rule"),
     _explain_arguments,
     _explain,

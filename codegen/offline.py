@@ -1,6 +1,6 @@
 """Offline compilation of emitted kernels in a pool of processes, equal ones once.
 
-A kernel is compiled from a module of its own, under one name for all: kernels that differ in nothing
+A kernel is compiled from a module of its own, under one name for all: those that differ in nothing
 else are one job, and Triton's cache hits again in the next process.
 """
 

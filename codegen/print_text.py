@@ -1,7 +1,7 @@
 """TileIR as mathematics: one assignment a line, axes as indices, for `explain` and for debugging.
 
-`x[i,j] = Σ_k q[i,k]·k[j,k]` is a product; i and j run over the n tokens of a chunk, k and v over the
-channels; `[i > j]` is 1 where it holds and 0 elsewhere. Marks say what planning goes by:
+`x[i,j] = Σ_k q[i,k]·k[j,k]` is a product; i and j run over the n tokens of a chunk, k and v over
+the channels; `[i > j]` is 1 where it holds and 0 elsewhere. Marks say what planning goes by:
 [s] depends on what the scan carries, [n] is needed by what it carries next.
 """
 

@@ -1,0 +1,192 @@
+"""The command that prints what the compiler makes of a recurrence, at any stage."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .cli_command import Command, UsageError, add_target, find
+from .codegen.config import Config, Dims, Precision
+from .codegen.defaults import default_config
+from .codegen.emit import (
+    backward_program,
+    chunk_adjoint,
+    chunk_body,
+    emit,
+    forward_program,
+)
+from .codegen.print_eager import print_eager
+from .codegen.print_text import print_adjoint, print_body, print_program
+from .codegen.print_triton import Dtype, Signature
+from .dsl.explain import print_form, print_step
+from .dsl.normal_form import NormalForm
+from .dsl.step import Step
+
+_EAGER_HEAD = """\
+import torch
+import torch.nn.functional as F
+from chunkwise.codegen.eager_library import *  # decayed_dot, prefix_sum, unit_lower_inverse, ...
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What is printed: a recurrence for given dimensions and dtype, under its default plan."""
+
+    step: Step
+    form: NormalForm
+    dims: Dims
+    dtype: Dtype
+
+    @property
+    def config(self) -> Config:
+        wide = self.dtype is Dtype.FLOAT32
+        return default_config(chunk_body(self.form), self.dims, wide_dtype=wide)
+
+
+def _plan(request: _Request) -> str:
+    config = request.config
+    forward = forward_program(request.form, config.forward)
+    backward = backward_program(request.form, config.backward)
+    return (
+        f"forward, plan {config.forward.label}\n\n{print_program(forward)}\n\n"
+        f"backward, plan {config.backward.label}\n\n{print_program(backward)}"
+    )
+
+
+def _eager(request: _Request) -> str:
+    config = request.config
+    programs = (
+        forward_program(request.form, config.forward),
+        backward_program(request.form, config.backward),
+    )
+    sources = [print_eager(kernel).source for program in programs for kernel in program.kernels]
+    return "\n\n".join([_EAGER_HEAD, *sources])
+
+
+def _triton(request: _Request) -> str:
+    signature = Signature(request.dims, request.dtype, (), Precision.TF32X3)
+    return emit(request.form, signature, request.config).source
+
+
+_STAGES: dict[str, Callable[[_Request], str]] = {
+    "step": lambda r: print_step(r.step),
+    "normal": lambda r: print_form(r.form),
+    "chunk": lambda r: print_body(chunk_body(r.form)),
+    "adjoint": lambda r: print_adjoint(chunk_adjoint(r.form)),
+    "plan": _plan,
+    "eager": _eager,
+    "triton": _triton,
+}
+
+
+def dims(text: str) -> Dims:
+    """`K=128,V=128` as dimensions."""
+    try:
+        sizes = dict(part.split("=") for part in text.split(","))
+        found = Dims(int(sizes.pop("K")), int(sizes.pop("V")))
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like K=128,V=128") from None
+    if sizes or found.K < 1 or found.V < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like K=128,V=128")
+    return found
+
+
+def _emit(arguments: argparse.Namespace) -> int:
+    if arguments.stage is None and not arguments.resources:
+        arguments.stage = "triton"
+    declared = find(arguments.target).declaration
+    micro = arguments.micro or (2 if declared.has_micro else 1)
+    request = _Request(
+        declared.step(micro),
+        declared.normal_form(micro),
+        arguments.dims,
+        Dtype(arguments.dtype),
+    )
+    if arguments.stage is not None:
+        text = _STAGES[arguments.stage](request).rstrip("\n")
+        if arguments.output is None:
+            print(text)
+        else:
+            arguments.output.write_text(text + "\n", encoding="utf-8")
+    return _resources(request, arguments) if arguments.resources else 0
+
+
+def _resources(request: _Request, arguments: argparse.Namespace) -> int:
+    """Compile the default configuration for every target, and print what it takes."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UsageError("TRITON_INTERPRET=1 replaces the compiler: unset it for --resources")
+    try:
+        from .codegen import offline
+        from .codegen.audit import Subject
+        from .codegen.resources import Target
+    except ModuleNotFoundError as missing:
+        raise UsageError(f"--resources needs {missing.name}, which is not installed") from missing
+    known = {t.name.lower(): t for t in Target}
+    names = arguments.for_target.split(",") if arguments.for_target else list(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(f"no target {unknown[0]!r}; there are {', '.join(known)}")
+    base = Subject(request.form, request.dims, request.dtype, Target.SM90, packed=False)
+    jobs = {}
+    for name in names:
+        subject = replace(base, target=known[name])
+        for kernel in subject.kernels(request.config):
+            jobs[name, kernel] = subject.job(kernel, request.config)
+    unique = {job.key: job for job in jobs.values()}
+    outcomes = offline.run_jobs(unique, arguments.jobs)
+    rows = [("kernel", "target", "shared", "limit", "registers", "spills", "")]
+    failed = False
+    for (name, kernel), job in jobs.items():
+        outcome = outcomes[job.key]
+        limit = f"{job.target.shared_limit // 1024} KiB"
+        if outcome.resources is None:
+            rows.append((kernel, name, "-", limit, "-", "-", outcome.error))
+        else:
+            r = outcome.resources
+            shared = f"{r.shared / 1024:.1f} KiB"
+            registers = "-" if r.registers is None else str(r.registers)
+            spills = "-" if r.spills is None else f"{r.spills} B"
+            verdict = "" if r.fits else "does not fit"
+            rows.append((kernel, name, shared, limit, registers, spills, verdict))
+        failed |= not outcome.fits
+    widths = [max(len(row[n]) for row in rows) for n in range(6)]
+    for row in rows:
+        left = f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}"
+        right = "  ".join(f"{row[n]:>{widths[n]}}" for n in range(2, 6))
+        print(f"{left}  {right}  {row[6]}".rstrip())
+    return 1 if failed else 0
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    add_target(parser)
+    parser.add_argument("--stage", choices=tuple(_STAGES), help="what to print (default: triton)")
+    parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="K=128,V=128")
+    parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="bfloat16")
+    parser.add_argument("--micro", type=int, metavar="N", help="micro-steps of tuple operands")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the stage here")
+    parser.add_argument(
+        "--resources",
+        action="store_true",
+        help="compile without a GPU: shared memory, registers and spills of each kernel",
+    )
+    parser.add_argument(
+        "--target", dest="for_target", metavar="T,T", help="sm80, sm90, sm100, sm120, gfx942"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+
+
+EMIT = Command(
+    "emit",
+    "Print a recurrence at any stage of the compiler, or what its kernels take.",
+    (
+        "chunkwise emit gated_delta_rule --stage chunk",
+        "chunkwise emit kda --dims K=128,V=64 --dtype float16 -o kda_kernels.py",
+        "chunkwise emit my_rules.py:my_rule --resources --target sm90,gfx942",
+    ),
+    _arguments,
+    _emit,
+)

@@ -1,0 +1,141 @@
+"""What a program costs per token and value head: FLOPs and bytes as SymPy polynomials in C, K, V.
+
+Counted from the graph: matrix products as the kernels run them (a masked product is a whole one;
+those under a vector gate, and the triangular inverse, take one or two per halving, ℓ = log2 C), one
+FLOP per element for the rest. Bytes: each kernel reads what it loads once and writes what it stores
+once (programs along V that read the same rows meet in the cache).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import sympy  # type: ignore[import-untyped]
+
+from . import tile
+from .chunk import Body
+from .config import Dims
+from .differentiate import Adjoint
+from .plan import Kernel, Program
+from .print_triton import Dtype, buffer_dtype
+from .tile import Axes, Axis, Tile, TileOp
+
+Expr: TypeAlias = Any  # SymPy carries no types
+C, K, V, LEVELS = sympy.symbols("C K V ℓ", positive=True)
+_SIZE = {Axis.I: C, Axis.J: C, Axis.K: K, Axis.V: V}
+_BYTES = {Dtype.FLOAT32: 4, Dtype.BFLOAT16: 2, Dtype.FLOAT16: 2}
+_FREE = (TileOp.RENAME, TileOp.EXPAND, TileOp.CONST, TileOp.EXTENT)
+_OPERANDS = (TileOp.TOKEN, TileOp.HEAD)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Per token and value head: FLOPs of products and of the rest, bytes read and written."""
+
+    products: Expr
+    elementwise: Expr
+    read: Expr
+    written: Expr
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            sympy.expand(self.products + other.products),
+            sympy.expand(self.elementwise + other.elementwise),
+            sympy.expand(self.read + other.read),
+            sympy.expand(self.written + other.written),
+        )
+
+    @property
+    def moved(self) -> Expr:
+        """Bytes, either way."""
+        return sympy.expand(self.read + self.written)
+
+
+def kernel_cost(kernel: Kernel, dtype: Dtype) -> Cost:
+    """One kernel's cost; `dtype` is that of Keys, Values and products."""
+    stored = kernel.buffers
+    starts = {c.start for c in kernel.carried}
+    products = elementwise = read = sympy.Integer(0)
+    for t in kernel.order:
+        if t in stored:
+            read += _size(t.axes) * _BYTES[buffer_dtype(t.axes, dtype)]
+        elif t.op in _OPERANDS:
+            read += _size(t.axes) * _operand_bytes(t, dtype)
+        elif t.op is TileOp.CARRY:
+            assert t in starts, "a carry is the scan's own or stored"
+        else:
+            products += _products(t)
+            elementwise += _elementwise(t)
+    written = sum((_stored_bytes(t, dtype) for _, t in kernel.stores), sympy.Integer(0))
+    return Cost(*(sympy.expand(x / C) for x in (products, elementwise, read, written)))
+
+
+def program_cost(program: Program, dtype: Dtype) -> Cost:
+    """All kernels of one direction."""
+    zero = sympy.Integer(0)
+    total = Cost(zero, zero, zero, zero)
+    for kernel in program.kernels:
+        total += kernel_cost(kernel, dtype)
+    return total
+
+
+def compulsory_bytes(chunk: Body | Adjoint, dtype: Dtype) -> Expr:
+    """The floor under any plan: each operand read once, each output written once."""
+    roots = [*(t for _, t in chunk.outputs), *(c.end for c in chunk.carried)]
+    operands = [t for t in tile.topological(*roots) if t.op in _OPERANDS]
+    read = sum((_size(t.axes) * _operand_bytes(t, dtype) for t in operands), sympy.Integer(0))
+    written = sum((_stored_bytes(t, dtype) for _, t in chunk.outputs), sympy.Integer(0))
+    return sympy.expand((read + written) / C)
+
+
+def evaluate(expression: Expr, chunk: int, dims: Dims) -> float:
+    """The number that a polynomial stands for."""
+    values = {C: chunk, K: dims.K, V: dims.V, LEVELS: chunk.bit_length() - 1}
+    return float(expression.subs(values))
+
+
+def readable(expression: Expr) -> str:
+    """A polynomial as text, its largest powers first."""
+    text = str(expression).replace("**2", "²").replace("**3", "³")
+    return text.replace("*", "·").replace(" - ", " − ")
+
+
+def _size(axes: Iterable[Axis]) -> Expr:
+    return sympy.Mul(*(_SIZE[a] for a in axes))
+
+
+def _operand_bytes(t: Tile, dtype: Dtype) -> int:
+    """Scalars and per-head operands come in float32 (as `offline.signature_for` has it)."""
+    narrow = t.op is TileOp.TOKEN and len(t.axes) == 2
+    return _BYTES[dtype if narrow else Dtype.FLOAT32]
+
+
+def _stored_bytes(t: Tile, dtype: Dtype) -> Expr:
+    return _size(t.axes) * _BYTES[buffer_dtype(t.axes, dtype)]
+
+
+def _products(t: Tile) -> Expr:
+    if t.op is TileOp.DOT:
+        return 2 * _size(_joint(t.args))
+    if t.op in (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY):
+        return 2 * LEVELS * C * C * K
+    if t.op is TileOp.INVERSE:
+        # two products per doubling: of 16 x 16 blocks up to 16 rows, of whole tiles above
+        return 2 * 3 * 2 * 16**2 * C + 2 * (LEVELS - 4) * 2 * C**3
+    return sympy.Integer(0)
+
+
+def _elementwise(t: Tile) -> Expr:
+    if t.op in _FREE or t.op is TileOp.DOT or not t.args:
+        return sympy.Integer(0)
+    if t.op in (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY):
+        return 4 * LEVELS * C * K  # difference, exponential, two factors
+    if t.op is TileOp.INVERSE:
+        return 2 * LEVELS * C * C
+    return _size(_joint(t.args))
+
+
+def _joint(args: tuple[Tile, ...]) -> Axes:
+    return tile.axes_of(*(a for x in args for a in x.axes))
