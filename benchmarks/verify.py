@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chunkwise.dsl import oracle as step_oracle
+
 from .registry import Axes, Case, Input, Shape
 
 # relative RMS error by dtype: output, gradients, gradients of gates and step sizes
@@ -60,7 +62,7 @@ def cut(x: Tensor, axes: Axes, pairs: list[tuple[int, int]]) -> Tensor:
 
 
 def oracle(
-    op: Callable[..., Any],
+    op: Any,
     case: Case,
     operands: Mapping[str, Tensor],
     do: Tensor,
@@ -72,7 +74,9 @@ def oracle(
         x.name: cut(operands[x.name].detach(), x.axes, pairs).requires_grad_(x.gradient)
         for x in case.inputs
     }
-    o, _ = op(*leaves.values(), cu_seqlens=cu_seqlens, engine="reference")
+    step = op.declaration.step()
+    named = {o.name: x for o, x in zip(step.operands, leaves.values(), strict=True)}
+    o, _ = step_oracle.run(step, named, cu_seqlens=cu_seqlens)
     wanted = [x.name for x in case.inputs if x.gradient]
     grads = torch.autograd.grad(o, [leaves[n] for n in wanted], cut(do, Axes.VALUE, pairs))
     return {"o": o.detach(), **{f"d{n}": g for n, g in zip(wanted, grads, strict=True)}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -15,6 +14,12 @@ if TYPE_CHECKING:
     from .call import Call
 
 _R = TypeVar("_R")
+_AUTOGRAD_KEYS = (
+    torch._C.DispatchKey.AutogradFunctionality,
+    torch._C.DispatchKey.AutogradOther,
+    torch._C.DispatchKey.AutogradNestedTensor,
+    torch._C.DispatchKey.ADInplaceOrView,
+)
 
 
 def supports(call: Call) -> str | None:
@@ -33,7 +38,7 @@ def backward(
     call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
 ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
     """Gradients by autograd through a second run of the token loop."""
-    return _outside_the_op(lambda: _differentiate(call, do, dfinals))
+    return _with_autograd(lambda: _differentiate(call, do, dfinals))
 
 
 def _run(
@@ -69,13 +74,15 @@ def _differentiate(
     return of_operands, of_initial
 
 
-def _outside_the_op(work: Callable[[], _R]) -> _R:
-    """`work()` with autograd recording, which torch switches off, per thread, inside an op."""
-    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+def _with_autograd(work: Callable[[], _R]) -> _R:
+    """`work()` with autograd recording, which torch switches off inside an op.
 
-    def on_the_same_stream() -> _R:
-        with torch.cuda.stream(stream):  # None: nothing is changed
-            return work()
-
-    with ThreadPoolExecutor(max_workers=1) as fresh_thread:
-        return fresh_thread.submit(on_the_same_stream).result()
+    In this thread: the backward of a CUDA op runs in the device's only autograd thread, which may
+    enter autograd again but would wait for ever for another thread that does.
+    """
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD_KEYS:
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(included, excluded):
+        return work()
