@@ -18,9 +18,10 @@ from .codegen.emit import (
     emit,
     forward_program,
 )
+from .codegen.plan import Program
 from .codegen.print_eager import print_eager
 from .codegen.print_text import print_adjoint, print_body, print_program
-from .codegen.print_triton import Dtype, Signature
+from .codegen.print_triton import Dtype, Signature, print_triton
 from .dsl.explain import print_form, print_step
 from .dsl.normal_form import NormalForm
 from .dsl.step import Step
@@ -40,36 +41,51 @@ class _Request:
     form: NormalForm
     dims: Dims
     dtype: Dtype
+    kernel: str | None
 
     @property
     def config(self) -> Config:
         wide = self.dtype is Dtype.FLOAT32
         return default_config(chunk_body(self.form), self.dims, wide_dtype=wide)
 
+    @property
+    def programs(self) -> dict[str, Program]:
+        """The kernels of each direction, or the one that was asked for."""
+        config = self.config
+        programs = {
+            f"forward, plan {config.forward.label}": forward_program(self.form, config.forward),
+            f"backward, plan {config.backward.label}": backward_program(self.form, config.backward),
+        }
+        if self.kernel is None:
+            return programs
+        names = [k.name for p in programs.values() for k in p.kernels]
+        if self.kernel not in names:
+            raise UsageError(f"no kernel {self.kernel!r}; there are {', '.join(names)}")
+        chosen = {
+            label: replace(p, kernels=tuple(k for k in p.kernels if k.name == self.kernel))
+            for label, p in programs.items()
+        }
+        return {label: p for label, p in chosen.items() if p.kernels}
+
 
 def _plan(request: _Request) -> str:
-    config = request.config
-    forward = forward_program(request.form, config.forward)
-    backward = backward_program(request.form, config.backward)
-    return (
-        f"forward, plan {config.forward.label}\n\n{print_program(forward)}\n\n"
-        f"backward, plan {config.backward.label}\n\n{print_program(backward)}"
+    return "\n\n".join(
+        f"{label}\n\n{print_program(program)}" for label, program in request.programs.items()
     )
 
 
 def _eager(request: _Request) -> str:
-    config = request.config
-    programs = (
-        forward_program(request.form, config.forward),
-        backward_program(request.form, config.backward),
-    )
+    programs = request.programs.values()
     sources = [print_eager(kernel).source for program in programs for kernel in program.kernels]
-    return "\n\n".join([_EAGER_HEAD, *sources])
+    return "\n\n".join([_EAGER_HEAD, *sources] if request.kernel is None else sources)
 
 
 def _triton(request: _Request) -> str:
     signature = Signature(request.dims, request.dtype, (), Precision.TF32X3)
-    return emit(request.form, signature, request.config).source
+    if request.kernel is None:
+        return emit(request.form, signature, request.config).source
+    kernels = [k for program in request.programs.values() for k in program.kernels]
+    return "\n\n".join(print_triton(k, signature, request.config).source for k in kernels)
 
 
 _STAGES: dict[str, Callable[[_Request], str]] = {
@@ -105,6 +121,7 @@ def _emit(arguments: argparse.Namespace) -> int:
         declared.normal_form(micro),
         arguments.dims,
         Dtype(arguments.dtype),
+        arguments.kernel,
     )
     if arguments.stage is not None:
         text = _STAGES[arguments.stage](request).rstrip("\n")
@@ -164,6 +181,9 @@ def _resources(request: _Request, arguments: argparse.Namespace) -> int:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
     parser.add_argument("--stage", choices=tuple(_STAGES), help="what to print (default: triton)")
+    parser.add_argument(
+        "--kernel", metavar="NAME", help="of the stages plan, eager and triton, only this kernel"
+    )
     parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="K=128,V=128")
     parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="bfloat16")
     parser.add_argument("--micro", type=int, metavar="N", help="micro-steps of tuple operands")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 
 from . import library
 from .cli_command import Command, add_json, add_target, find, print_json
-from .codegen.summary import summarise
+from .codegen.emit import chunk_body
+from .codegen.summary import chunk_form, costs
 from .dsl.classify import classify
 from .dsl.declaration import Declaration
 from .dsl.errors import NotLowered
+from .dsl.normal_form import NormalForm
 from .runtime.engines import EngineName
 
 
@@ -32,28 +35,50 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    pages = [
-        {"name": op.__name__, "explanation": op.explain(), "compiled": _compiled(op.declaration)}
-        for op in [find(target) for target in arguments.target]
-    ]
+    pages = []
+    for op in [find(target) for target in arguments.target]:
+        declared = op.declaration
+        page = {"name": op.__name__, "explanation": op.explain()}
+        page |= {name: text for name, section in _SECTIONS.items() if (text := section(declared))}
+        pages.append(page)
     if arguments.json:
         print_json(pages)
+    elif arguments.section:
+        print("\n\n".join(page.get(arguments.section, "") for page in pages))
     else:
-        print("\n\n".join(f"{p['explanation']}\n\n{p['compiled']}" for p in pages))
+        kept = ("explanation", *_SECTIONS)
+        print("\n\n".join(page[name] for page in pages for name in kept if name in page))
     return 0
 
 
-def _compiled(declared: Declaration) -> str:
-    """Chunk form, kernels, costs, and the engines that serve the recurrence."""
+def _form(declared: Declaration) -> NormalForm:
+    return declared.normal_form(2 if declared.has_micro else 1)
+
+
+def _refusal(declared: Declaration) -> str:
+    """Why only the reference engine serves the recurrence; empty if others do."""
     if declared.any_step:
-        return f"engines  {EngineName.REFERENCE.value} only: declared for it"
-    form = declared.normal_form(2 if declared.has_micro else 1)
+        return "it was declared for it"
     try:
-        text = summarise(form)
+        chunk_body(_form(declared))
     except NotLowered as refusal:
-        return f"engines  {EngineName.REFERENCE.value} only: {refusal.why}"
+        return refusal.why
+    return ""
+
+
+def _engines(declared: Declaration) -> str:
+    refusal = _refusal(declared)
+    if refusal:
+        return f"engines  {EngineName.REFERENCE.value} only: {refusal}"
     served = (EngineName.REFERENCE, EngineName.EAGER, EngineName.TRITON)
-    return f"{text}\n\nengines  {', '.join(e.value for e in served)}"
+    return f"engines  {', '.join(e.value for e in served)}"
+
+
+_SECTIONS: dict[str, Callable[[Declaration], str]] = {
+    "chunk": lambda d: "" if _refusal(d) else chunk_form(_form(d)),
+    "costs": lambda d: "" if _refusal(d) else costs(_form(d)),
+    "engines": _engines,
+}
 
 
 def _prove(arguments: argparse.Namespace) -> int:
@@ -72,6 +97,7 @@ def _prove(arguments: argparse.Namespace) -> int:
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser, several=True)
+    parser.add_argument("--section", choices=tuple(_SECTIONS), help="only this section")
     add_json(parser)
 
 

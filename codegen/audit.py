@@ -74,9 +74,14 @@ class Subject:
 
 
 def ladder(config: KernelConfig) -> tuple[KernelConfig, ...]:
-    """The tiles tried for one kernel, from the given ones down: stages first, then width."""
+    """The tiles tried for one kernel, from the given ones down: stages first, then widths."""
     rungs = [config, replace(config, stages=1)]
-    rungs += [replace(config, stages=1, v_tile=v) for v in (32, 16) if v < config.v_tile]
+    for size in (32, 16):
+        v_tile, k_tile = min(size, config.v_tile), min(size, config.k_tile)
+        rungs += [
+            replace(config, stages=1, v_tile=v_tile),
+            replace(config, stages=1, v_tile=v_tile, k_tile=k_tile),
+        ]
     return tuple(dict.fromkeys(rungs))
 
 
@@ -146,7 +151,9 @@ class Search:
         for name in self.rungs:
             old, new = default.of(name), config.of(name)
             if old != new:
-                changes.append(f"{name}: BV={new.v_tile} stages={new.stages}")
+                tiles = f"BV={new.v_tile} stages={new.stages}"
+                tiles += f" BK={new.k_tile}" if new.k_tile != old.k_tile else ""
+                changes.append(f"{name}: {tiles}")
         return changes
 
 
@@ -267,6 +274,7 @@ def as_json(search: Search) -> dict[str, object]:
         tiles = config.of(name)
         kernels[name] = {
             "v_tile": tiles.v_tile,
+            "k_tile": tiles.k_tile,
             "warps": tiles.warps,
             "stages": tiles.stages,
             "shared": r.shared if r else None,

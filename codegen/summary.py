@@ -13,13 +13,10 @@ from .print_triton import Dtype
 _DIMS = Dims(128, 128)
 
 
-def summarise(form: NormalForm, dims: Dims = _DIMS, dtype: Dtype = Dtype.BFLOAT16) -> str:
-    """The sections that `explain` adds: chunkwise form, default plan, FLOPs and bytes.
-
-    Raises NotLowered for a form that has no chunk form yet.
-    """
-    body = chunk_body(form)
-    return "\n\n".join([f"chunkwise form\n{_indented(print_body(body))}", costs(form, dims, dtype)])
+def chunk_form(form: NormalForm) -> str:
+    """The chunk as mathematics. Raises NotLowered for a form that has no chunk form yet."""
+    text = print_body(chunk_body(form))
+    return "\n".join(["chunkwise form", *(f"  {line}" for line in text.splitlines())])
 
 
 def costs(form: NormalForm, dims: Dims = _DIMS, dtype: Dtype = Dtype.BFLOAT16) -> str:
@@ -72,7 +69,3 @@ def _table(rows: list[tuple[str, str, str, str, str]]) -> list[str]:
         text = f"  {label:<{widths[0]}}  {flops:<{widths[1]}} {f:>{widths[2]}}"
         lines.append(f"{text}   {moved:<{widths[3]}} {b:>{widths[4]}}".rstrip())
     return lines
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())
