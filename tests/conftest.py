@@ -19,6 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite the files in tests/codegen/golden"
     )
+    parser.addoption(
+        "--every-plan", action="store_true", help="every plan of every class in the interpreter"
+    )
 
 
 def _scan_by_rows(self: Any, arguments: Any) -> list[Any]:

@@ -143,6 +143,8 @@ def _draw(
         if not hard:
             return value.sigmoid()
         low, high = (2e-9, 1 - 1e-4) if x.name in ("f", "a") else (0.0, 2.0)
+        if x.name == "f" and sizes.dtype is not torch.float64:
+            low = 0.01  # df is d(log f) / f, and d(log f) a difference: float32 keeps no more
         return _hard(value.sigmoid(), low, high)
     if x.name in ("slope", "dt"):
         return _hard(value.abs(), 20.0, 1e-4) if hard else value.abs()

@@ -7,10 +7,14 @@ from typing import Any
 import chunkwise as cw
 import pytest
 import torch
-from chunkwise.codegen.emit import chunk_body
+from chunkwise.codegen.emit import backward_program, chunk_body, forward_program
+from chunkwise.codegen.plan import Plan
 from chunkwise.dsl.library import all_declarations
+from chunkwise.dsl.normal_form import NormalForm
+from chunkwise.runtime import eager_engine
 from torch import Tensor
 
+from tests.classes import CLASSES, plan_pairs
 from tests.harness import (
     Gates,
     Inputs,
@@ -145,6 +149,28 @@ def test_gradients_do_not_depend_on_what_asks_for_them(name: str) -> None:
     through_o, through_states, both = gradients(1, 0), gradients(0, 1), gradients(1, 1)
     for a, b, c in zip(through_o, through_states, both, strict=True):
         torch.testing.assert_close(a + b, c, rtol=1e-10, atol=1e-10)
+
+
+PLANS = [
+    pytest.param(name, *pair, id=f"{name}-{n}") for name in CLASSES for n, pair in plan_pairs(name)
+]
+
+
+@pytest.mark.parametrize(("name", "forward", "backward"), PLANS)
+def test_every_plan_computes_the_same(
+    name: str, forward: Plan, backward: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward_kernels(form: NormalForm) -> object:
+        return eager_engine._compile(forward_program(form, forward))
+
+    def backward_kernels(form: NormalForm) -> object:
+        return eager_engine._compile(backward_program(form, backward))
+
+    monkeypatch.setattr(eager_engine, "_forward_kernels", forward_kernels)
+    monkeypatch.setattr(eager_engine, "_backward_kernels", backward_kernels)
+    op = op_of(name)
+    inputs = make_inputs(op, Sizes(HV=4, K=5, V=3, initial=True).packed(C + 1, 0, 7))
+    assert_agree(engine_results(op, inputs, "eager"), oracle_results(op, inputs), FLOAT64_RANDOM)
 
 
 def _call(

@@ -1,0 +1,39 @@
+"""What the tests of the compiler run over: the classes of recurrences, and their plans."""
+
+from __future__ import annotations
+
+from chunkwise.codegen.emit import chunk_body
+from chunkwise.codegen.plan import Plan, backward_plans, forward_plans
+from chunkwise.dsl.declaration import Declaration
+from chunkwise.dsl.errors import NotLowered
+from chunkwise.dsl.library import by_name
+
+# one recurrence per class
+CLASSES = (
+    "linear_attention",  # no decay
+    "linear_attention_normalised",  # two states
+    "simple_gla",  # scalar gate
+    "gla",  # vector gate
+    "delta_rule",  # a solve
+    "gated_delta_rule",  # a solve under a scalar gate
+    "kda",  # a solve under a vector gate
+    "comba",  # the correction reads the undecayed state
+    "dplr",  # general rank one
+)
+
+
+def lowered(declaration: Declaration) -> bool:
+    """Whether the compiler derives a chunk form for it."""
+    try:
+        chunk_body(declaration.normal_form(2 if declaration.has_micro else 1))
+    except NotLowered:
+        return False
+    return True
+
+
+def plan_pairs(name: str) -> list[tuple[int, tuple[Plan, Plan]]]:
+    """Every plan of each direction, in numbered pairs of a forward and a backward."""
+    body = chunk_body(by_name(name).normal_form())
+    forward, backward = forward_plans(body), backward_plans(body)
+    count = max(len(forward), len(backward))
+    return [(n, (forward[n % len(forward)], backward[n % len(backward)])) for n in range(count)]

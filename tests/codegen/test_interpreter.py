@@ -1,0 +1,171 @@
+"""The Triton kernels, run by Triton's interpreter: every class, every plan, every feature.
+
+Chunks of 16 tokens, so that a few tokens make several chunks; buffers start as NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chunkwise as cw
+import pytest
+import torch
+from chunkwise.codegen.config import Config, Dims, KernelConfig
+from chunkwise.codegen.defaults import default_config
+from chunkwise.codegen.emit import chunk_body
+from chunkwise.codegen.plan import Plan
+from chunkwise.dsl.library import all_declarations, by_name
+from chunkwise.runtime import launch, triton_engine
+from chunkwise.runtime.call import Call
+
+from tests.classes import CLASSES, lowered, plan_pairs
+from tests.harness import Gates, Layout, Sizes, engine_results, make_inputs, oracle_results
+from tests.tolerances import BY_DTYPE, FLOAT32_HARD, Tolerance, assert_agree
+
+pytestmark = pytest.mark.interpreter
+
+C = 16  # the least that a matrix product takes
+SMALL = KernelConfig(v_tile=16, warps=4, stages=1)
+Serve = Callable[[Config], None]
+
+
+class _Poisoned:
+    """torch, but what `empty` returns is NaN."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, *shape: Any, **options: Any) -> torch.Tensor:
+        return torch.empty(*shape, **options).fill_(torch.nan)
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
+    """Has every call of the Triton engine served under one configuration, with NaN in buffers."""
+    monkeypatch.setattr(launch, "torch", _Poisoned())
+
+    def under(config: Config) -> None:
+        def compiled_for(call: Call) -> Any:
+            dtypes = tuple((name, x.dtype) for name, x in call.operands.items())
+            dims = Dims(call.K, call.V)
+            return triton_engine.compile_with(call.form, dims, call.dtype, dtypes, config)
+
+        monkeypatch.setattr(triton_engine, "_compiled_for", compiled_for)
+
+    return under
+
+
+NAMES = [d.name for d in all_declarations() if lowered(d)]
+
+
+def _agree(name: str, sizes: Sizes, tolerance: Tolerance) -> None:
+    op = getattr(cw.library, name)
+    inputs = make_inputs(op, sizes)
+    assert_agree(engine_results(op, inputs, "triton"), oracle_results(op, inputs), tolerance)
+
+
+def _config(name: str) -> Config:
+    """What serves the recurrence by default, on chunks of 16."""
+    d = default_config(chunk_body(by_name(name).normal_form()), Dims(16, 16), wide_dtype=True)
+    return Config(C, d.forward, d.backward, SMALL)
+
+
+# three calls cover the features: what could interact is together, what could hide is apart
+CASES: dict[str, tuple[Sizes, Tolerance]] = {
+    # ends of sequences at every position of a chunk; two tiles of V, padded tiles of K and V
+    "packed, grouped, K != V": (
+        Sizes(H=1, HV=2, K=5, V=19, initial=True, dtype=torch.float32).packed(0, C - 1, 1, C + 1),
+        BY_DTYPE[torch.float32],
+    ),
+    # a read beyond an operand is NaN; gates that overflow if factorised; no initial state
+    "views, hard gates": (
+        Sizes(
+            B=1,
+            T=2 * C,
+            H=1,
+            HV=1,
+            K=17,
+            V=4,
+            dtype=torch.float32,
+            gates=Gates.HARD,
+            layout=Layout.VIEWS,
+        ),
+        FLOAT32_HARD,
+    ),
+    # half precision: what is rounded, and what must not be
+    "float16": (
+        Sizes(
+            B=2,
+            T=C + 3,
+            H=1,
+            HV=1,
+            K=8,
+            V=8,
+            initial=True,
+            dtype=torch.float16,
+            gate_dtype=torch.float32,
+        ),
+        BY_DTYPE[torch.float16],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_are_the_token_loop(name: str, case: str, serve: Serve) -> None:
+    serve(_config(name))
+    _agree(name, *CASES[case])
+
+
+@pytest.mark.parametrize("name", ["simple_gla", "kda", "linear_attention_normalised"])
+@pytest.mark.parametrize("T", [0, 1, C - 1, C])  # around nothing, one token, a whole chunk
+def test_short_sequences(name: str, T: int, serve: Serve) -> None:
+    serve(_config(name))
+    sizes = Sizes(B=1, T=T, H=1, HV=1, K=3, V=4, initial=True, dtype=torch.float32)
+    _agree(name, sizes, BY_DTYPE[torch.float32])
+
+
+@pytest.mark.parametrize("name", ["gla", "gated_delta_rule"])
+def test_the_default_configuration(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks as long as on a GPU, K = 100: a tile that is wider than its operand."""
+    monkeypatch.setattr(launch, "torch", _Poisoned())
+    sizes = Sizes(B=1, T=70, H=1, HV=2, K=100, V=36, initial=True, dtype=torch.float32)
+    _agree(name, sizes, BY_DTYPE[torch.float32])
+
+
+# every plan of one recurrence; of the others every third, which has each choice several times
+# (all of them: pytest --every-plan; in float64, eagerly, test_agreement.py always runs them all)
+def test_plans(planned: tuple[str, Plan, Plan], serve: Serve) -> None:
+    name, forward, backward = planned
+    serve(Config(C, forward, backward, SMALL))
+    sizes = Sizes(B=1, T=C + 4, H=1, HV=1, K=3, V=5, initial=True, dtype=torch.float32)
+    _agree(name, sizes, BY_DTYPE[torch.float32])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "planned" not in metafunc.fixturenames:
+        return
+    thin = not metafunc.config.getoption("--every-plan")
+    pairs = []
+    for name in CLASSES:
+        step = 3 if thin and name != "gated_delta_rule" else 1
+        pairs += [(f"{name}-{n}", (name, *p)) for n, p in plan_pairs(name) if n % step == 0]
+    metafunc.parametrize("planned", [p for _, p in pairs], ids=[i for i, _ in pairs])
+
+
+@pytest.mark.parametrize("at", [3, C])  # within a chunk; at the seam of two
+@pytest.mark.parametrize("name", ["gla", "kda"])
+def test_the_future_does_not_change_the_past(name: str, at: int, serve: Serve) -> None:
+    """Bit for bit, with gates that differ by orders of magnitude."""
+    serve(_config(name))
+    op = getattr(cw.library, name)
+    sizes = Sizes(B=1, T=C + 2, H=1, HV=1, K=4, V=4, dtype=torch.float32, gates=Gates.HARD)
+    operands = {n: x.detach() for n, x in make_inputs(op, sizes).operands.items()}
+    before, _ = op(**operands, engine="triton")
+    changed = {n: x.clone() for n, x in operands.items()}
+    for x in changed.values():
+        x[:, at:] *= 0.5
+    after, _ = op(**changed, engine="triton")
+    assert torch.equal(before[:, :at], after[:, :at])
+    assert not torch.equal(before[:, at:], after[:, at:])
