@@ -46,24 +46,32 @@ def default_config(body: Body, dims: Dims, *, wide_dtype: bool) -> Config:
     widest = max(padded(dims.K), padded(dims.V))
     if wide_dtype or widest > 128:
         return _cautious(forward, backward, widest)
+    if f.vector_gated:
+        return _vector_gated(forward, backward)
     # a delta step does more in sequence: more and smaller programs hide more of it
     scan = KernelConfig(32, 4, 2) if f.solves else KernelConfig(64, 4, 3)
-    if f.vector_gated:  # loops over the key axis
-        gradients = KernelConfig(64, 4, 1, k_tile=32)
-    elif f.solves or f.gated:
-        gradients = KernelConfig(64, 8, 3)
-    else:
-        gradients = KernelConfig(32, 4, 2)
+    gradients = KernelConfig(64, 8, 3) if f.solves or f.gated else KernelConfig(32, 4, 2)
     kernels = [
-        ("forward_prep", KernelConfig(64, 4, 1, k_tile=32)),
-        ("backward_prep", KernelConfig(64, 4, 1, k_tile=32)),
-        ("backward_values", KernelConfig(64, 4, 2)),
-        ("backward_sums", KernelConfig(64, 8, 2)),
+        ("forward_prep", KernelConfig(64, 4, 1)),
+        ("backward_prep", KernelConfig(64, 4, 1)),
         ("backward_gradients", gradients),
     ]
-    if f.solves and not f.vector_gated:
+    if f.solves:
         kernels.append(("backward_reverse", KernelConfig(64, 8, 3)))
     return Config(64, forward, backward, scan, tuple(kernels))
+
+
+def _vector_gated(forward: Plan, backward: Plan) -> Config:
+    """Decayed products take log2(C) passes over tiles: short chunks, part of the keys at a time."""
+    products = KernelConfig(64, 4, 1, k_tile=32)
+    kernels = (
+        ("forward_prep", products),
+        ("backward_prep", products),
+        ("backward_values", KernelConfig(64, 4, 2)),
+        ("backward_sums", KernelConfig(128, 8, 2)),
+        ("backward_gradients", KernelConfig(64, 2, 1, k_tile=32)),
+    )
+    return Config(32, forward, backward, KernelConfig(64, 4, 3), kernels)
 
 
 def _cautious(forward: Plan, backward: Plan, widest: int) -> Config:

@@ -150,6 +150,7 @@ class _KernelPrinter(Expressions):
         self._used_functions: set[str] = set()
         self._raw: dict[Tile, Dtype] = {}
         self._accumulators: set[Tile] = set()
+        self._cleaned: set[Tile] = set()
         self._inline_dots: set[Tile] = set()
 
     def _varies_after_sum(self, tiles: list[Tile], axis: Axis) -> bool:
@@ -580,7 +581,7 @@ class _KernelPrinter(Expressions):
     def _clean(self, x: Tile, axis: Axis, text: str) -> str:
         """`text` with zeros in the padding of `axis`, where it might hold anything else."""
         condition = self._tail(axis)
-        if condition is None or padding(x, axis) is Padding.ZERO:
+        if condition is None or self._padding(x, axis) is Padding.ZERO:
             return text
         keep = self.place(f"({condition})", (axis,), self.layout(x))
         return f"tl.where({keep}, {text}, 0.0)"
@@ -716,19 +717,25 @@ class _KernelPrinter(Expressions):
         """`x` as a factor, with zeros where neither it nor `y` has them for sure."""
         if over not in (Axis.K, Axis.V):
             return self._factor(x)
-        paddings = {padding(x, over), padding(y, over)}
+        paddings = {self._padding(x, over), self._padding(y, over)}
         if Padding.ZERO in paddings and Padding.UNSAFE not in paddings:
             return self._factor(x)
-        if padding(y, over) is Padding.UNSAFE:
-            self.known[unaliased(y)] = self._cleaned(y, over)
+        if self._padding(y, over) is Padding.UNSAFE and self._tail(over) is not None:
+            name = self.names.fresh(y.hint or "x")
+            self.lines.append(f"{name} = {self._clean(y, over, self.text(y))}")
+            self.known[unaliased(y)] = name
+            self._raw.pop(unaliased(y), None)
+            self._cleaned.add(unaliased(y))
         cleaned = self._clean(x, over, self.text(x))
         low = self._signature.dtype
         return cleaned if low is Dtype.FLOAT32 else f"({cleaned}).to(tl.{low.value})"
 
-    def _cleaned(self, x: Tile, axis: Axis) -> str:
-        name = self.names.fresh(x.hint or "x")
-        self.lines.append(f"{name} = {self._clean(x, axis, self.text(x))}")
-        return name
+    def _padding(self, x: Tile, axis: Axis) -> Padding:
+        """As `padding`; what was loaded from a buffer, or cleaned, has zeros there."""
+        y = unaliased(x)
+        if axis in y.axes and (y in self._buffers or y in self._cleaned):
+            return Padding.ZERO
+        return padding(x, axis)
 
     def extent(self, axis: Axis) -> str:
         return axis.value.upper()

@@ -16,6 +16,7 @@ from ..codegen.config import Config, Dims, Precision
 from ..codegen.defaults import default_config
 from ..codegen.differentiate import GRADIENT
 from ..codegen.emit import chunk_body, emit
+from ..codegen.fit import H100_SHARED, fit
 from ..codegen.print_triton import Signature
 from ..dsl.errors import NotLowered
 from ..dsl.normal_form import NormalForm
@@ -84,14 +85,28 @@ def backward(
     return gradients, initials
 
 
-def configuration(form: NormalForm, dims: Dims, dtype: torch.dtype) -> Config:
-    """The configuration that serves calls of `form`."""
-    return default_config(chunk_body(form), dims, wide_dtype=dtype is torch.float32)
+def configuration(
+    form: NormalForm, dims: Dims, dtype: torch.dtype, shared: int = H100_SHARED
+) -> Config:
+    """The configuration that serves calls of `form` where a program has `shared` bytes."""
+    config = default_config(chunk_body(form), dims, wide_dtype=dtype is torch.float32)
+    return fit(form, config, dims, dtype.itemsize, shared)
+
+
+@lru_cache(maxsize=16)
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return H100_SHARED
+    index = torch.cuda.current_device() if device.index is None else device.index
+    # what Triton itself compares a kernel with before it launches it
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return int(properties["max_shared_mem"])
 
 
 def _compiled_for(call: Call) -> _Compiled:
     dtypes = tuple((name, x.dtype) for name, x in call.operands.items())
-    return _compile(call.form, call.K, call.V, call.dtype, dtypes)
+    shared = _shared_memory(call.device)
+    return _compile(call.form, call.K, call.V, call.dtype, dtypes, shared)
 
 
 @lru_cache(maxsize=512)
@@ -101,8 +116,9 @@ def _compile(
     V: int,
     dtype: torch.dtype,
     dtypes: tuple[tuple[str, torch.dtype], ...],
+    shared: int,
 ) -> _Compiled:
-    config = configuration(form, Dims(K, V), dtype)
+    config = configuration(form, Dims(K, V), dtype, shared)
     return compile_with(form, Dims(K, V), dtype, dtypes, config)
 
 
