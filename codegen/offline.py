@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -119,14 +119,18 @@ def compile_job(job: Job) -> Outcome:
     return Outcome(found, "", time.perf_counter() - start)
 
 
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Where this process writes modules (Triton reads kernels from files); it goes at exit."""
+    return tempfile.TemporaryDirectory(prefix="chunkwise_audit_")
+
+
 def _import(source: str) -> ModuleType:
     digest = hashlib.blake2b(source.encode(), digest_size=10).hexdigest()
     name = f"chunkwise_audited_{digest}"
     if name in sys.modules:
         return sys.modules[name]
-    folder = Path(tempfile.gettempdir()) / f"chunkwise_audit_{os.getpid()}"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{name}.py"
+    path = Path(_folder().name) / f"{name}.py"
     path.write_text(source, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None

@@ -1,7 +1,7 @@
 """Rewrites the printed blocks of docs/architecture.md, so that what it shows is what is printed.
 
-A block stands between `<!-- printed: ARGUMENTS -->` and `<!-- end -->`: what the command line prints
-for these arguments. `make docs` runs this; a test compares without writing.
+Between `<!-- printed: ARGUMENTS -->` and `<!-- end -->` stands what the command line prints for
+these arguments. `make docs` runs this; a test compares without writing.
 """
 
 from __future__ import annotations
