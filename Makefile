@@ -67,9 +67,10 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
-# Every example in the documents runs, every link in them leads somewhere.
+# What the documents print is printed anew; their examples run, their links lead somewhere.
 docs: $(READY)
-	$(BIN)/pytest tests/test_docs.py
+	$(BIN)/python docs/regenerate.py
+	$(BIN)/pytest tests/test_docs.py tests/codegen_audit/test_architecture.py
 
 # Compiles every emitted kernel for every target, without a GPU.
 audit: $(READY)
