@@ -1,0 +1,112 @@
+"""The Triton kernels on a GPU: dtypes, every plan, hard gates, large shapes; twice, bit for bit.
+
+Run by `make test-gpu`; kernels compile for minutes, so give pytest as many workers as cores (-n).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import chunkwise as cw
+import pytest
+import torch
+from chunkwise.codegen.config import Config, Dims
+from chunkwise.codegen.plan import Plan
+from chunkwise.dsl.library import all_declarations, by_name
+from chunkwise.runtime import triton_engine
+from chunkwise.runtime.call import Call
+
+from benchmarks import verify
+from benchmarks.registry import CASES, SHAPES, cu_seqlens, draw
+from tests.classes import CLASSES, lowered, plan_pairs
+from tests.harness import Gates, Sizes, engine_results, make_inputs, oracle_results
+from tests.tolerances import BY_DTYPE, FLOAT32_HARD, Tolerance, assert_agree
+
+pytestmark = pytest.mark.gpu
+
+NAMES = [d.name for d in all_declarations() if lowered(d)]
+TOLERANCE = {**BY_DTYPE, torch.float32: FLOAT32_HARD}
+GPU = Sizes(B=1, T=200, H=2, HV=4, K=128, V=128, initial=True, device="cuda")
+
+CASES_BY_NAME = {
+    # the tiles that tensor cores take, several chunks and an unfinished one
+    "bfloat16": replace(GPU, dtype=torch.bfloat16, gate_dtype=torch.float32),
+    "float16, K < V": replace(GPU, dtype=torch.float16, gate_dtype=torch.float32, K=64),
+    # padded tiles; sequences that end at every position of a chunk
+    "float32, packed, K = 100": replace(GPU, dtype=torch.float32, H=1, HV=2, K=100, V=100).packed(
+        0, 63, 1, 65, 64, 7
+    ),
+    "bfloat16, K = V = 256": replace(GPU, dtype=torch.bfloat16, HV=2, K=256, V=256),
+}
+
+
+def _twice(name: str, sizes: Sizes, tolerance: Tolerance) -> None:
+    op = getattr(cw.library, name)
+    inputs = make_inputs(op, sizes)
+    got = engine_results(op, inputs, "triton")
+    assert_agree(got, oracle_results(op, inputs), tolerance)
+    again = engine_results(op, inputs, "triton")
+    assert all(torch.equal(again[n], x) for n, x in got.items()), "two runs differ"
+
+
+@pytest.mark.parametrize("case", CASES_BY_NAME)
+@pytest.mark.parametrize("name", NAMES)
+def test_library(name: str, case: str) -> None:
+    sizes = CASES_BY_NAME[case]
+    _twice(name, sizes, TOLERANCE[sizes.dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CLASSES)
+def test_hard_gates(name: str, dtype: torch.dtype) -> None:
+    """Gates to -20 per token mixed with gates near 0, steps to 2, keys that repeat."""
+    op = getattr(cw.library, name)
+    sizes = replace(GPU, dtype=dtype, gate_dtype=torch.float32, gates=Gates.HARD)
+    inputs = make_inputs(op, sizes)
+    got = engine_results(op, inputs, "triton")
+    assert all(x.isfinite().all() for x in got.values())
+    if dtype is torch.float32:
+        assert_agree(got, oracle_results(op, inputs), FLOAT32_HARD)
+
+
+PLANNED = [(name, n, plans) for name in CLASSES for n, plans in plan_pairs(name)]
+
+
+@pytest.mark.parametrize(
+    ("name", "plans"),
+    [(name, plans) for name, _, plans in PLANNED],
+    ids=[f"{name}-{n}" for name, n, _ in PLANNED],
+)
+def test_every_plan(name: str, plans: tuple[Plan, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, backward = plans
+
+    def compiled_for(call: Call) -> Any:
+        dims = Dims(call.K, call.V)
+        usual = triton_engine.configuration(call.form, dims, call.dtype)
+        config = Config(usual.chunk, forward, backward, usual.default, usual.kernels)
+        fitted = triton_engine.fit(
+            call.form, config, dims, call.dtype.itemsize, triton_engine.H100_SHARED
+        )
+        dtypes = tuple((n, x.dtype) for n, x in call.operands.items())
+        return triton_engine.compile_with(call.form, dims, call.dtype, dtypes, fitted)
+
+    monkeypatch.setattr(triton_engine, "_compiled_for", compiled_for)
+    _twice(name, CASES_BY_NAME["float16, K < V"], BY_DTYPE[torch.float16])
+
+
+@pytest.mark.parametrize("shape", ["B", "C", "F", "D", "P6"])
+@pytest.mark.parametrize("name", list(CASES))
+def test_large_shapes(name: str, shape: str) -> None:
+    """A fixed sample of (batch, head) pairs against the token loop (math.md, numerics 8)."""
+    case, at, device = CASES[name], SHAPES[shape], torch.device("cuda")
+    op = cw.Recurrence(by_name(name))
+    operands = draw(case, at, torch.bfloat16, device, seed=0)
+    packed = cu_seqlens(at, device)
+    do = torch.randn_like(operands["v"])
+    pairs = verify.sample(at)
+    expected = verify.oracle(op, case, operands, do, packed, pairs)
+    errors = verify.compare(
+        lambda: op(*operands.values(), cu_seqlens=packed)[0], case, operands, do, expected, pairs
+    )
+    assert all(e.ok for e in errors), "; ".join(map(str, errors))
