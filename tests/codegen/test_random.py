@@ -1,0 +1,124 @@
+"""Random recurrences of the lowered classes: every engine computes what was declared.
+
+`pytest --hypothesis-profile=audit` draws thousands of new ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from chunkwise.codegen.config import Config, Dims, KernelConfig
+from chunkwise.codegen.defaults import default_config
+from chunkwise.codegen.emit import chunk_body
+from chunkwise.dsl import oracle
+from chunkwise.runtime import eager_engine, triton_engine
+from chunkwise.runtime.call import Call, bind
+from hypothesis import HealthCheck, given, note, settings
+from torch import Tensor
+
+from tests.random_rules import Rule, Shape, operands_of, rules, shapes
+from tests.tolerances import FLOAT32_HARD, FLOAT64_RANDOM, Tolerance, assert_agree
+
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+
+def _check(rule: Rule, shape: Shape, engine: Any, dtype: torch.dtype, limit: Tolerance) -> None:
+    """Outputs, final states and every gradient against the token loop in float64."""
+    note(rule.source)
+    d = rule.declare()
+    operands, initial, bounds = operands_of(d, shape, dtype)
+    call = bind(d, (), operands, initial_state=initial, cu_seqlens=bounds)
+    o, finals = engine.forward(call)
+    random = torch.Generator().manual_seed(3)
+    weights = [torch.randn(y.shape, generator=random, dtype=torch.float64) for y in (o, *finals)]
+    gradients, starts = engine.backward(
+        call, weights[0].to(o), tuple(w.to(y) for w, y in zip(weights[1:], finals, strict=True))
+    )
+    got = {"o": o, **_numbered("final", finals)}
+    got |= {f"d{n}": g for n, g in gradients.items()}
+    got |= _numbered("dinitial", starts)
+    want = _by_the_oracle(call, [w.to(dtype).double() for w in weights])
+    assert_agree(_detached(got), want, limit)
+
+
+def _by_the_oracle(call: Call, weights: list[Tensor]) -> dict[str, Tensor]:
+    operands = {n: x.detach().double().requires_grad_() for n, x in call.operands.items()}
+    initial = [None if x is None else x.detach().double().requires_grad_() for x in call.initial]
+    o, finals = oracle.run(call.step, operands, call.params, initial, call.cu_seqlens)
+    leaves = {f"d{n}": x for n, x in operands.items()} | _numbered("dinitial", initial)
+    outputs = [(y, w) for y, w in zip((o, *finals), weights, strict=True) if y.requires_grad]
+    found: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    if outputs:
+        ys, ws = zip(*outputs, strict=True)
+        found = torch.autograd.grad(ys, list(leaves.values()), ws, allow_unused=True)
+    grads = {
+        n: torch.zeros_like(x) if g is None else g
+        for (n, x), g in zip(leaves.items(), found, strict=True)
+    }
+    return _detached({"o": o, **_numbered("final", finals), **grads})
+
+
+def _numbered(name: str, tensors: Any) -> dict[str, Tensor]:
+    return {f"{name} {n}": x for n, x in enumerate(tensors) if x is not None}
+
+
+def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: x.detach() for n, x in tensors.items()}
+
+
+eagerly = settings(max_examples=120, suppress_health_check=SLOW)
+
+
+@eagerly
+@given(rules(low_rank=False), shapes(around=32, longest=66))
+def test_additive_rules(rule: Rule, shape: Shape) -> None:
+    _check(rule, shape, eager_engine, torch.float64, FLOAT64_RANDOM)
+
+
+@eagerly
+@given(rules(low_rank=True, vector=False), shapes(around=32, longest=66))
+def test_corrections_with_a_scalar_decay(rule: Rule, shape: Shape) -> None:
+    _check(rule, shape, eager_engine, torch.float64, FLOAT64_RANDOM)
+
+
+@eagerly
+@given(rules(low_rank=True, vector=True), shapes(around=32, longest=66))
+def test_corrections_with_a_vector_decay(rule: Rule, shape: Shape) -> None:
+    _check(rule, shape, eager_engine, torch.float64, FLOAT64_RANDOM)
+
+
+@pytest.fixture(scope="module")
+def small_chunks() -> Any:
+    """The Triton engine on chunks of 16."""
+
+    def compiled_for(call: Call) -> Any:
+        dtypes = tuple((name, x.dtype) for name, x in call.operands.items())
+        default = default_config(chunk_body(call.form), Dims(16, 16), wide_dtype=True)
+        small = Config(16, default.forward, default.backward, KernelConfig(16, 4, 1))
+        dims = Dims(call.K, call.V)
+        return triton_engine.compile_with(call.form, dims, call.dtype, dtypes, small)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_engine, "_compiled_for", compiled_for)
+        yield
+
+
+interpreted = settings(max_examples=15, suppress_health_check=SLOW)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("small_chunks")
+@interpreted
+@given(rules(low_rank=False), shapes(around=16, longest=17))
+def test_kernels_of_additive_rules(rule: Rule, shape: Shape) -> None:
+    _check(rule, shape, triton_engine, torch.float32, FLOAT32_HARD)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("small_chunks")
+@interpreted
+@given(rules(low_rank=True), shapes(around=16, longest=17))
+def test_kernels_of_corrections(rule: Rule, shape: Shape) -> None:
+    _check(rule, shape, triton_engine, torch.float32, FLOAT32_HARD)
