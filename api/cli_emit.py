@@ -18,6 +18,7 @@ from .codegen.emit import (
     emit,
     forward_program,
 )
+from .codegen.fit import H100_SHARED, fit
 from .codegen.plan import Program
 from .codegen.print_eager import print_eager
 from .codegen.print_text import print_adjoint, print_body, print_program
@@ -45,8 +46,10 @@ class _Request:
 
     @property
     def config(self) -> Config:
+        """What the runtime chooses on an H100 where nothing was tuned."""
         wide = self.dtype is Dtype.FLOAT32
-        return default_config(chunk_body(self.form), self.dims, wide_dtype=wide)
+        config = default_config(chunk_body(self.form), self.dims, wide_dtype=wide)
+        return fit(self.form, config, self.dims, 4 if wide else 2, H100_SHARED)
 
     @property
     def programs(self) -> dict[str, Program]:
@@ -133,7 +136,7 @@ def _emit(arguments: argparse.Namespace) -> int:
 
 
 def _resources(request: _Request, arguments: argparse.Namespace) -> int:
-    """Compile the default configuration for every target, and print what it takes."""
+    """Compile what the runtime would choose on each target, and print what it takes."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UsageError("TRITON_INTERPRET=1 replaces the compiler: unset it for --resources")
     try:
@@ -151,8 +154,9 @@ def _resources(request: _Request, arguments: argparse.Namespace) -> int:
     jobs = {}
     for name in names:
         subject = replace(base, target=known[name])
-        for kernel in subject.kernels(request.config):
-            jobs[name, kernel] = subject.job(kernel, request.config)
+        config = subject.default
+        for kernel in subject.kernels(config):
+            jobs[name, kernel] = subject.job(kernel, config)
     unique = {job.key: job for job in jobs.values()}
     outcomes = offline.run_jobs(unique, arguments.jobs)
     rows = [("kernel", "target", "shared", "limit", "registers", "spills", "")]
