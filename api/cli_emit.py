@@ -22,7 +22,8 @@ from .codegen.fit import H100_SHARED, fit
 from .codegen.plan import Program
 from .codegen.print_eager import print_eager
 from .codegen.print_text import print_adjoint, print_body, print_program
-from .codegen.print_triton import Dtype, Signature, print_triton
+from .codegen.print_triton import print_triton
+from .codegen.triton_types import Dtype, Signature
 from .dsl.explain import print_form, print_step
 from .dsl.normal_form import NormalForm
 from .dsl.step import Step

@@ -27,8 +27,8 @@ from .defaults import default_config
 from .emit import Emitted, chunk_body, emit
 from .fit import fit
 from .offline import Job, Outcome, run_jobs, signature_for
-from .print_triton import Dtype
 from .resources import Target
+from .triton_types import Dtype
 
 _CHUNKS = (64, 32, 16)
 

@@ -19,8 +19,8 @@ from .chunk import Body
 from .config import Dims
 from .differentiate import Adjoint
 from .plan import Kernel, Program
-from .print_triton import Dtype, buffer_dtype
 from .tile import Axes, Axis, Tile, TileOp
+from .triton_types import Dtype, buffer_dtype
 
 Expr: TypeAlias = Any  # SymPy carries no types
 C, K, V, LEVELS = sympy.symbols("C K V ℓ", positive=True)

@@ -13,8 +13,9 @@ from .config import Config
 from .differentiate import Adjoint, differentiate
 from .factor import factor_adjoint, factor_body
 from .plan import Plan, Program, plan_backward, plan_forward
-from .print_triton import Signature, TritonKernel, print_triton
+from .print_triton import print_triton
 from .tile import Axes
+from .triton_types import Signature, TritonKernel
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,9 +27,9 @@ from ..dsl.ir import Kind, Per
 from ..dsl.normal_form import NormalForm
 from . import triton_library
 from .config import Dims, Precision
-from .print_triton import Dtype, Signature, TritonKernel
 from .resources import Resources, Target, compile_kernel
 from .tile import Axes
+from .triton_types import Dtype, Signature, TritonKernel
 
 _NAME = "audited"
 # what Triton's front end, its passes and the assemblers raise: the compiler's verdict, not ours

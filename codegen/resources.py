@@ -16,8 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .print_triton import Dtype, Role, Signature, TritonKernel, buffer_dtype
 from .tile import Axes
+from .triton_types import Dtype, Role, Signature, TritonKernel, buffer_dtype
 
 _POINTER = {Dtype.FLOAT32: "*fp32", Dtype.BFLOAT16: "*bf16", Dtype.FLOAT16: "*fp16"}
 

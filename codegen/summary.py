@@ -8,7 +8,7 @@ from .defaults import default_config
 from .emit import backward_program, chunk_adjoint, chunk_body, forward_program
 from .plan import Plan, Program
 from .print_text import print_body
-from .print_triton import Dtype
+from .triton_types import Dtype
 
 _DIMS = Dims(128, 128)
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..codegen.config import Config
 from ..codegen.differentiate import GRADIENT
 from ..codegen.plan import Loop
-from ..codegen.print_triton import Dtype, Role, TritonKernel, buffer_dtype
 from ..codegen.tile import Axes, Axis
+from ..codegen.triton_types import Dtype, Role, TritonKernel, buffer_dtype
 from ..dsl.ir import Per
 from .call import Call
 from .packing import chunk_table

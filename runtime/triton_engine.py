@@ -17,7 +17,7 @@ from ..codegen.defaults import default_config
 from ..codegen.differentiate import GRADIENT
 from ..codegen.emit import chunk_body, emit
 from ..codegen.fit import H100_SHARED, fit
-from ..codegen.print_triton import Signature
+from ..codegen.triton_types import Signature
 from ..dsl.errors import NotLowered
 from ..dsl.normal_form import NormalForm
 from .cache import import_source
