@@ -1,7 +1,7 @@
 """A short forward and backward of each class of recurrence, to be run under compute-sanitizer.
 
-    compute-sanitizer --tool memcheck --error-exitcode 1 python -m benchmarks.sanitize
-    compute-sanitizer --tool racecheck --error-exitcode 1 python -m benchmarks.sanitize kda
+compute-sanitizer --tool memcheck --error-exitcode 1 python -m benchmarks.sanitize
+compute-sanitizer --tool racecheck --error-exitcode 1 python -m benchmarks.sanitize kda
 """
 
 from __future__ import annotations

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from chunkwise.dsl import oracle as step_oracle
+from torch import Tensor
 
 from .registry import Axes, Case, Input, Shape
 

@@ -101,6 +101,11 @@ class Expressions(ABC):
         self.known[x] = name
         return name
 
+    def flush(self) -> list[str]:
+        """The statements since the last time."""
+        lines, self.lines = self.lines, []
+        return lines
+
     # ---- expressions ---------------------------------------------------------------------------
 
     def text(self, x: Tile) -> str:

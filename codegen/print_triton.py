@@ -262,7 +262,7 @@ class _KernelPrinter(TritonMemory):
         ends = [
             (self.known[c.start], self._carry_end(c.end, several)) for c in self._kernel.carried
         ]
-        inner += self._flush()
+        inner += self.flush()
         inner += [f"{name} = {end}" for name, end in ends if name != end]
         lines += [f"    {line}" for line in inner]
         for c in self._kernel.carried:
@@ -295,11 +295,7 @@ class _KernelPrinter(TritonMemory):
                 self._accumulate(t)
             elif t.op is not TileOp.CARRY and t not in self._inline_dots:
                 self.define(t)
-        return self._flush()
-
-    def _flush(self) -> list[str]:
-        lines, self.lines = self.lines, []
-        return lines
+        return self.flush()
 
     def _accumulate(self, t: Tile) -> None:
         name = self.known.pop(t)

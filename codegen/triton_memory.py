@@ -158,7 +158,7 @@ class TritonMemory(TritonExpressions):
         for name, t in self._to_store:
             if unaliased(t) in present:
                 self._store(name, t)
-        return self._flush()
+        return self.flush()
 
     def _store(self, name: str, t: Tile) -> None:
         pointer = self._parameter(f"{name}_ptr", Role.BUFFER, name)

@@ -25,8 +25,8 @@ from chunkwise.codegen.audit import (
 )
 from chunkwise.codegen.config import Dims, KernelConfig
 from chunkwise.codegen.offline import Job, Outcome
-from chunkwise.codegen.print_triton import Dtype
 from chunkwise.codegen.resources import Resources, Target
+from chunkwise.codegen.triton_types import Dtype
 
 _FORM = library.gated_delta_rule.declaration.normal_form()
 _SUBJECT = Subject(_FORM, Dims(64, 64), Dtype.BFLOAT16, Target.SM120, packed=False)

@@ -10,8 +10,8 @@ from chunkwise.codegen.config import Dims
 from chunkwise.codegen.emit import backward_program, chunk_adjoint, chunk_body, forward_program
 from chunkwise.codegen.plan import Hoist, Plan
 from chunkwise.codegen.print_eager import print_eager
-from chunkwise.codegen.print_triton import Dtype
 from chunkwise.codegen.tile import Axis
+from chunkwise.codegen.triton_types import Dtype
 from chunkwise.dsl.normal_form import NormalForm
 from torch.utils.flop_counter import FlopCounterMode
 
