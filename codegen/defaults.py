@@ -41,8 +41,9 @@ def default_config(body: Body, dims: Dims, *, wide_dtype: bool) -> Config:
     """
     f = features(body)
     hoist = Hoist.ALL if f.gated or f.solves else Hoist.NOTHING
-    forward = Plan(hoist, outputs_in_scan=True)
-    backward = Plan(hoist, values_apart=f.vector_gated, sums_apart=f.vector_gated)
+    apart = f.vector_gated
+    forward = Plan(hoist, outputs_in_scan=True, norms_apart=apart)
+    backward = Plan(hoist, values_apart=apart, sums_apart=apart, norms_apart=apart)
     widest = max(padded(dims.K), padded(dims.V))
     if wide_dtype or widest > 128:
         return _cautious(forward, backward, widest)

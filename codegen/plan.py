@@ -46,6 +46,8 @@ class Plan:
     `reassociate`: T(x - bS) as Tx - (Tb)S (W stored, one product fewer in the serial chain).
     `sums_apart`: backward only: the sums over the value axis in a kernel of their own, which stores
     them; what follows can then loop over the key axis.
+    `norms_apart`: sums over the key axis that something along it needs (norms) in kernels of their
+    own, before and after, so that what lies between can loop over the key axis.
     `values_apart`: backward only: gradients along the value axis in a kernel of their own, which
     needs no sum over it; the other kernel then holds fewer tiles at once.
     `outputs_in_scan`: outputs are computed while the state is at hand, and the state is not stored;
@@ -57,13 +59,14 @@ class Plan:
     outputs_in_scan: bool = False
     values_apart: bool = False
     sums_apart: bool = False
+    norms_apart: bool = False
 
     @property
     def label(self) -> str:
         """A short name for tables: e.g. `prefixes+solves+W|scan|post`."""
         kinds = (Hoist.PREFIXES, Hoist.SOLVES, Hoist.PRODUCTS)
-        prep = "+".join(str(k.name).lower() for k in kinds if k in self.hoist)
-        prep += "+W" if self.reassociate else ""
+        hoisted = [str(k.name).lower() for k in kinds if k in self.hoist]
+        prep = "+".join(["norms"] * self.norms_apart + hoisted + ["W"] * self.reassociate)
         post = "+".join(("sums",) * self.sums_apart + ("values",) * self.values_apart + ("post",))
         return "|".join(p for p in (prep, "scan", "" if self.outputs_in_scan else post) if p)
 
@@ -116,6 +119,8 @@ def forward_plans(body: Body) -> tuple[Plan, ...]:
             if solves:
                 hoist = prefix | Hoist.SOLVES | Hoist.PRODUCTS
                 plans.append(Plan(hoist, reassociate=True, outputs_in_scan=outputs_in_scan))
+    if _norms_along_keys(tiles):
+        plans += [replace(p, norms_apart=True) for p in plans]
     return tuple(plans)
 
 
@@ -132,6 +137,8 @@ def plan_forward(body: Body, plan: Plan) -> Program:
     carries = frozenset(c.start for c in body.carried)
     in_scan = body.outputs if plan.outputs_in_scan else ()
     roots = [c.end for c in body.carried] + [t for _, t in in_scan]
+    if plan.norms_apart:
+        build.norms([*roots, *(t for _, t in body.outputs)])
     build.prepare(plan, roots, carries)
     kept = _kept(body.outputs, carries) if not plan.outputs_in_scan else ()
     build.kernel("scan", Loop.FORWARD, (*in_scan, *build.fresh(kept)), body.carried)
@@ -147,6 +154,8 @@ def plan_backward(body: Body, adjoint: Adjoint, plan: Plan) -> Program:
     reverse = frozenset(c.start for c in adjoint.carried)
     ends = [c.end for c in (*body.carried, *adjoint.carried)]
     outputs = [t for _, t in adjoint.outputs]
+    if plan.norms_apart:
+        build.norms([*ends, *outputs])
     build.prepare(plan, ends, saved | reverse, outputs)
     kept = _kept((*adjoint.outputs, *((c.name, c.end) for c in adjoint.carried)), saved | reverse)
     of_states = tuple(t for t in kept if not _depends(t, reverse))
@@ -159,7 +168,12 @@ def plan_backward(body: Body, adjoint: Adjoint, plan: Plan) -> Program:
     rest = tuple(o for o in adjoint.outputs if o not in apart)
     if plan.sums_apart:
         build.kernel("sums", Loop.PARALLEL, build.fresh(build.sums_over_values(rest)))
-    build.kernel("gradients", Loop.PARALLEL, rest)
+    cut = build.late_norms(rest) if plan.norms_apart else ()
+    late = tuple(o for o in rest if _depends(o[1], frozenset(cut)))
+    early = tuple(o for o in rest if o not in late)
+    build.kernel("gradients", Loop.PARALLEL, (*early, *build.fresh(cut)))
+    if late:
+        build.kernel("finish", Loop.PARALLEL, late)
     return Program(tuple(build.kernels), tuple(name for name, _ in adjoint.outputs))
 
 
@@ -198,6 +212,27 @@ class _Builder:
                 name = f"{stem}{count}_chunk"
             names.append((name, t))
         return tuple(names)
+
+    def norms(self, roots: list[Tile]) -> None:
+        """A kernel for the sums over K of operands that something along K needs."""
+        wanted = _norms_along_keys(tile.topological(*roots))
+        if wanted:
+            self.kernel("norms", Loop.PARALLEL, self.fresh(wanted))
+
+    def late_norms(self, outputs: tuple[tuple[str, Tile], ...]) -> tuple[Tile, ...]:
+        """Sums over K of gradients that something along K needs, and the gradients they sum."""
+        needed = tile.topological(*(t for _, t in outputs), stop=frozenset(self._stored))
+        fresh = [t for t in needed if t not in self._stored]
+        along = frozenset(t for t in fresh if t.op is TileOp.DECAYED_APPLY)
+        wanted: dict[Tile, None] = {}
+        for s in fresh:
+            late = s.op is TileOp.SUM and sums_over(s, Axis.K) and _depends(s, along)
+            if late and any(Axis.K in t.axes and _depends(t, frozenset((s,))) for t in fresh):
+                wanted[s] = None
+                (summed,) = s.args
+                parts = summed.args if summed.op is TileOp.MAP else (summed,)
+                wanted |= {x: None for x in parts if _depends(x, along)}
+        return tuple(wanted)
 
     def sums_over_values(self, outputs: tuple[tuple[str, Tile], ...]) -> tuple[Tile, ...]:
         """The sums over the value axis that `outputs` need and nobody stored yet."""
@@ -255,6 +290,35 @@ def _worth_hoisting(x: Tile, hoist: Hoist, reassociate: bool) -> bool:
     if any(t.op in _PRODUCTS for t in below):
         return Hoist.PRODUCTS in hoist
     return Hoist.PREFIXES in hoist and _scales_by_prefix(x)
+
+
+def _norms_along_keys(tiles: list[Tile]) -> tuple[Tile, ...]:
+    """Vectors of tokens made from sums over K of operands, and used along K."""
+    along = (t for t in tiles if Axis.K in t.axes)
+    return tuple(dict.fromkeys(x for t in along for x in t.args if _is_norm(x)))
+
+
+def _is_norm(x: Tile) -> bool:
+    """Whether `x` takes a sum over K of operands, elementwise: no matrix product, no carry."""
+    if x.axes != (Axis.I,):
+        return False
+    below = tile.topological(x)
+    return any(t.op is TileOp.SUM and sums_over(t, Axis.K) for t in below) and all(
+        t.op in _ELEMENTWISE or (t.op is TileOp.SUM and sums_over(t, Axis.K)) for t in below
+    )
+
+
+_ELEMENTWISE = (
+    TileOp.MAP,
+    TileOp.STEP,
+    TileOp.ROWS,
+    TileOp.EXPAND,
+    TileOp.TOKEN,
+    TileOp.HEAD,
+    TileOp.PARAM,
+    TileOp.CONST,
+    TileOp.EXTENT,
+)
 
 
 def _scores_under_vector_gate(x: Tile) -> bool:
