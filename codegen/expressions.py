@@ -132,7 +132,7 @@ class Expressions(ABC):
         """`x` as an operand of an elementwise expression laid out as `target`."""
         while x.op is TileOp.EXPAND:
             (x,) = x.args
-        if _is_number(x):
+        if is_number(x):
             return self.text(x)
         return self.place(self.text(x), x.axes, target)
 
@@ -182,10 +182,10 @@ class Expressions(ABC):
         return f"{index[Axis.I]} {sign} {index[Axis.J]}"
 
 
-def _is_number(x: Tile) -> bool:
+def is_number(x: Tile) -> bool:
     """Whether `x` prints as a plain number rather than as a tensor without axes."""
     return x.op in (TileOp.CONST, TileOp.PARAM, TileOp.EXTENT) or (
-        x.op is TileOp.MAP and all(_is_number(a) for a in x.args)
+        x.op is TileOp.MAP and all(is_number(a) for a in x.args)
     )
 
 

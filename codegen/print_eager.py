@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..dsl.ir import Op
-from .expressions import Expressions, Names, unaliased
+from .expressions import Expressions, Names, is_number, unaliased
 from .plan import Kernel
 from .tile import Axis, Tile, TileOp, Which
 
@@ -29,13 +29,15 @@ _FUNCTIONS = {
     Op.RSQRT: "torch.rsqrt",
     Op.ABS: "torch.abs",
 }
+# what every kernel is given after its tiles: which rows exist, their numbers, sizes and dtype
+CONTEXT = ("rows", "at", "extent_k", "extent_v", "dtype")
 LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM, TileOp.CARRY)
 _INDEX = {Axis.I: "at[:, None]", Axis.J: "at[None, :]"}
 
 
 @dataclass(frozen=True, slots=True)
 class EagerKernel:
-    """Source of `def <name>(<arguments>, rows, at)`, and what its arguments and results are."""
+    """Source of `def <name>(<arguments>, *CONTEXT)`, and what its arguments and results are."""
 
     name: str
     source: str
@@ -64,6 +66,11 @@ class _Torch(Expressions):
 
     def structural(self, x: Tile) -> str:
         if x.op in (TileOp.ROWS, TileOp.MASK, TileOp.STEP):
+            if x.op is not TileOp.STEP and is_number(x.args[0]):
+                # torch.where of two numbers has torch's default dtype, not the run's
+                which = x.attrs[0] if x.op is TileOp.MASK else None
+                keep = f"({self.comparison(which, _INDEX)})" if isinstance(which, Which) else "rows"
+                return f"{keep}.to(dtype) * {self.text(x.args[0])}"
             return self.masked(x, "rows", _INDEX)
         if x.op is TileOp.SUM:
             return self._sum(x)
@@ -120,8 +127,7 @@ def print_eager(kernel: Kernel) -> EagerKernel:
     """`kernel` as a torch function."""
     order = kernel.order
     buffers = kernel.buffers
-    reserved = ("torch", "F", "rows", "at", "extent_k", "extent_v")
-    printer = _Torch(tuple(Axis), Names(reserved))
+    printer = _Torch(tuple(Axis), Names(("torch", "F", *CONTEXT)))
     arguments: list[tuple[str, Tile]] = []
     for t in order:
         if t in buffers or t.op in LEAVES:
@@ -135,9 +141,9 @@ def print_eager(kernel: Kernel) -> EagerKernel:
     results = [
         printer.text(r) if unaliased(r) in printer.known else _named(printer, r) for r in roots
     ]
-    names = ", ".join(n for n, _ in arguments)
+    names = ", ".join([*(n for n, _ in arguments), *CONTEXT])
     body = "\n".join(f"    {line}" for line in printer.lines)
-    source = f"def {kernel.name}({names}, rows, at, extent_k, extent_v):\n{body}\n"
+    source = f"def {kernel.name}({names}):\n{body}\n"
     source += f"    return {', '.join(results)},\n"
     labels = tuple(n for n, _ in kernel.stores) + tuple(c.name for c in kernel.carried)
     return EagerKernel(kernel.name, source, tuple(arguments), labels)

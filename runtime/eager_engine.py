@@ -251,7 +251,7 @@ class _Run:
         rows = self._rows.reshape(call.N, 1, self._chunks, self._chunk)
         rows = rows.expand(-1, call.HV, -1, -1).reshape(call.N * call.HV, self._chunks, -1)
         at = torch.arange(self._chunk, device=call.device)
-        return (rows if n is None else rows[:, n], at, call.K, call.V)
+        return (rows if n is None else rows[:, n], at, call.K, call.V, self.dtype)
 
     def _argument(
         self, kernel: _Compiled, t: Tile, n: int | None, carry: Mapping[str, Tensor]
