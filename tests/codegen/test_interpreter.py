@@ -11,22 +11,19 @@ from typing import Any
 import chunkwise as cw
 import pytest
 import torch
-from chunkwise.codegen.config import Config, Dims, KernelConfig
-from chunkwise.codegen.defaults import default_config
-from chunkwise.codegen.emit import chunk_body
+from chunkwise.codegen.config import Config
 from chunkwise.codegen.plan import Plan
 from chunkwise.dsl.library import all_declarations, by_name
 from chunkwise.runtime import launch, triton_engine
-from chunkwise.runtime.call import Call
 
 from tests.classes import CLASSES, lowered, plan_pairs
 from tests.harness import Gates, Layout, Sizes, engine_results, make_inputs, oracle_results
+from tests.interpreted import CHUNK, TILES, served_under, small
 from tests.tolerances import BY_DTYPE, FLOAT32_HARD, Tolerance, assert_agree
 
 pytestmark = pytest.mark.interpreter
 
-C = 16  # the least that a matrix product takes
-SMALL = KernelConfig(v_tile=16, warps=4, stages=1)
+C = CHUNK
 Serve = Callable[[Config], None]
 
 
@@ -46,11 +43,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     monkeypatch.setattr(launch, "torch", _Poisoned())
 
     def under(config: Config) -> None:
-        def compiled_for(call: Call) -> Any:
-            dtypes = tuple((name, x.dtype) for name, x in call.operands.items())
-            dims = Dims(call.K, call.V)
-            return triton_engine.compile_with(call.form, dims, call.dtype, dtypes, config)
-
+        compiled_for = served_under(lambda form: config)
         monkeypatch.setattr(triton_engine, "_compiled_for", compiled_for)
 
     return under
@@ -66,9 +59,7 @@ def _agree(name: str, sizes: Sizes, tolerance: Tolerance) -> None:
 
 
 def _config(name: str) -> Config:
-    """What serves the recurrence by default, on chunks of 16."""
-    d = default_config(chunk_body(by_name(name).normal_form()), Dims(16, 16), wide_dtype=True)
-    return Config(C, d.forward, d.backward, SMALL)
+    return small(by_name(name).normal_form())
 
 
 # three calls cover the features: what could interact is together, what could hide is apart
@@ -138,7 +129,7 @@ def test_the_default_configuration(name: str, monkeypatch: pytest.MonkeyPatch) -
 # (all of them: pytest --every-plan; in float64, eagerly, test_agreement.py always runs them all)
 def test_plans(planned: tuple[str, Plan, Plan], serve: Serve) -> None:
     name, forward, backward = planned
-    serve(Config(C, forward, backward, SMALL))
+    serve(Config(C, forward, backward, TILES))
     sizes = Sizes(B=1, T=C + 4, H=1, HV=1, K=3, V=5, initial=True, dtype=torch.float32)
     _agree(name, sizes, BY_DTYPE[torch.float32])
 

@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from chunkwise.codegen.config import Config, Dims, KernelConfig
-from chunkwise.codegen.defaults import default_config
-from chunkwise.codegen.emit import chunk_body
 from chunkwise.dsl import oracle
 from chunkwise.runtime import eager_engine, triton_engine
 from chunkwise.runtime.call import Call, bind
 from hypothesis import HealthCheck, given, note, settings
 from torch import Tensor
 
+from tests.interpreted import served_under, small
 from tests.random_rules import Rule, Shape, operands_of, rules, shapes
 from tests.tolerances import FLOAT32_HARD, FLOAT64_RANDOM, Tolerance, assert_agree
 
@@ -92,16 +90,8 @@ def test_corrections_with_a_vector_decay(rule: Rule, shape: Shape) -> None:
 @pytest.fixture(scope="module")
 def small_chunks() -> Any:
     """The Triton engine on chunks of 16."""
-
-    def compiled_for(call: Call) -> Any:
-        dtypes = tuple((name, x.dtype) for name, x in call.operands.items())
-        default = default_config(chunk_body(call.form), Dims(16, 16), wide_dtype=True)
-        small = Config(16, default.forward, default.backward, KernelConfig(16, 4, 1))
-        dims = Dims(call.K, call.V)
-        return triton_engine.compile_with(call.form, dims, call.dtype, dtypes, small)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_engine, "_compiled_for", compiled_for)
+        patch.setattr(triton_engine, "_compiled_for", served_under(small))
         yield
 
 

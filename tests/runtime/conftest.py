@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +56,17 @@ def engine(request: pytest.FixtureRequest) -> str:
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CHUNKWISE_CHECK", "CHUNKWISE_ENGINE"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes seconds for a chunk of 64; codegen/test_interpreter.py has those."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from chunkwise.runtime import triton_engine
+
+        from tests.interpreted import served_under, small
+
+        monkeypatch.setattr(triton_engine, "_compiled_for", served_under(small))
 
 
 @dataclass(frozen=True, slots=True)
