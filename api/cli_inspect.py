@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 
 from . import library
 from .cli_command import Command, add_json, add_target, find, print_json
-from .codegen.emit import chunk_body
-from .codegen.summary import chunk_form, costs
 from .dsl.classify import classify
-from .dsl.declaration import Declaration
-from .dsl.errors import NotLowered
-from .dsl.normal_form import NormalForm
-from .runtime.engines import EngineName
+from .runtime.explanation import sections
+
+_SECTIONS = ("explanation", "chunk", "costs", "engines")
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -38,47 +34,15 @@ def _explain(arguments: argparse.Namespace) -> int:
     pages = []
     for op in [find(target) for target in arguments.target]:
         declared = op.declaration
-        page = {"name": op.__name__, "explanation": op.explain()}
-        page |= {name: text for name, section in _SECTIONS.items() if (text := section(declared))}
-        pages.append(page)
+        page = {"name": op.__name__, "explanation": declared.explain()}
+        pages.append(page | sections(declared))
     if arguments.json:
         print_json(pages)
     elif arguments.section:
         print("\n\n".join(page.get(arguments.section, "") for page in pages))
     else:
-        kept = ("explanation", *_SECTIONS)
-        print("\n\n".join(page[name] for page in pages for name in kept if name in page))
+        print("\n\n".join(page[n] for page in pages for n in page if n != "name"))
     return 0
-
-
-def _form(declared: Declaration) -> NormalForm:
-    return declared.normal_form(2 if declared.has_micro else 1)
-
-
-def _refusal(declared: Declaration) -> str:
-    """Why only the reference engine serves the recurrence; empty if others do."""
-    if declared.any_step:
-        return "it was declared for it"
-    try:
-        chunk_body(_form(declared))
-    except NotLowered as refusal:
-        return refusal.why
-    return ""
-
-
-def _engines(declared: Declaration) -> str:
-    refusal = _refusal(declared)
-    if refusal:
-        return f"engines  {EngineName.REFERENCE.value} only: {refusal}"
-    served = (EngineName.REFERENCE, EngineName.EAGER, EngineName.TRITON)
-    return f"engines  {', '.join(e.value for e in served)}"
-
-
-_SECTIONS: dict[str, Callable[[Declaration], str]] = {
-    "chunk": lambda d: "" if _refusal(d) else chunk_form(_form(d)),
-    "costs": lambda d: "" if _refusal(d) else costs(_form(d)),
-    "engines": _engines,
-}
 
 
 def _prove(arguments: argparse.Namespace) -> int:
@@ -97,7 +61,7 @@ def _prove(arguments: argparse.Namespace) -> int:
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser, several=True)
-    parser.add_argument("--section", choices=tuple(_SECTIONS), help="only this section")
+    parser.add_argument("--section", choices=_SECTIONS, help="only this section")
     add_json(parser)
 
 

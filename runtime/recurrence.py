@@ -15,6 +15,7 @@ from ..dsl.trace import where
 from . import decode
 from .call import Static, arrange, boundaries, initial_states
 from .engines import EngineName, choose
+from .explanation import sections
 from .ops import NAMESPACE, REGISTRY
 
 States = Tensor | tuple[Tensor, ...]
@@ -113,7 +114,8 @@ class Recurrence:
 
     def explain(self) -> str:
         """What was understood and what will run: class, equations, gates' bounds, costs."""
-        return self.declaration.explain()
+        made = sections(self.declaration)
+        return "\n\n".join([self.declaration.explain(), *made.values()])
 
     def prove(self, chunk: int = 3) -> str:
         """Prove, on symbolic chunks of 2 to `chunk` tokens, that the chunk form equals the step.
