@@ -67,10 +67,6 @@ def _fast_interpreter() -> None:
         return original(t) if t.scalar.is_ptr() else of_scalar(t.scalar)
 
     interpreter._get_np_dtype = np_dtype
-    # a kernel patches the language once; a device function need not do it in every call
-    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(
-        *args, **kwargs
-    )
 
 
 @pytest.fixture(autouse=True)
