@@ -14,7 +14,7 @@ import pytest
 import torch
 from chunkwise.codegen import tile
 from chunkwise.codegen.chunk import Carried
-from chunkwise.codegen.config import Config, Dims, Precision
+from chunkwise.codegen.config import Config, Dims, KernelConfig, Precision
 from chunkwise.codegen.emit import (
     backward_program,
     chunk_adjoint,
@@ -216,16 +216,18 @@ def test_a_scan_stores_no_more_than_its_state() -> None:
 
 _EMIT = """
 import hashlib
-from chunkwise.codegen.config import Config, Dims, Precision
+from chunkwise.codegen.config import Config, Dims, KernelConfig, Precision
 from chunkwise.codegen.emit import emit
+from chunkwise.codegen.plan import Hoist, Plan
 from chunkwise.codegen.triton_types import Dtype, Signature
 from chunkwise.dsl.library import by_name
+config = Config(64, Plan(Hoist.ALL), Plan(Hoist.ALL), KernelConfig())
 digest = hashlib.sha256()
 for name in ("linear_attention_normalised", "gated_delta_rule", "kda"):
     form = by_name(name).normal_form()
     operands = tuple((o.name, Dtype.BFLOAT16) for o in form.operands)
     signature = Signature(Dims(100, 64), Dtype.BFLOAT16, operands, Precision.TF32X3)
-    digest.update(emit(form, signature, Config()).source.encode())
+    digest.update(emit(form, signature, config).source.encode())
 print(digest.hexdigest())
 """
 
@@ -245,7 +247,7 @@ def test_emitted_source_is_the_same_in_every_process() -> None:
 
 
 # fixed, so that a better default changes no golden
-_FIXED = Config(64, Plan(Hoist.ALL, outputs_in_scan=True), Plan(Hoist.ALL))
+_FIXED = Config(64, Plan(Hoist.ALL, outputs_in_scan=True), Plan(Hoist.ALL), KernelConfig())
 
 
 def _emitted(name: str, K: int = 64, V: int = 64) -> str:
