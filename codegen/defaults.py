@@ -41,7 +41,8 @@ def default_config(body: Body, dims: Dims, *, wide_dtype: bool) -> Config:
     """
     f = features(body)
     hoist = Hoist.ALL if f.gated or f.solves else Hoist.NOTHING
-    apart = f.vector_gated
+    # what holds too many float32 tiles at once is cut where it can be (docs/decisions.md, 12)
+    apart = f.vector_gated or wide_dtype
     forward = Plan(hoist, outputs_in_scan=True, norms_apart=apart)
     backward = Plan(hoist, values_apart=apart, sums_apart=apart, norms_apart=apart)
     widest = max(padded(dims.K), padded(dims.V))
