@@ -14,7 +14,7 @@ from chunkwise.runtime import triton_engine
 from chunkwise.runtime.call import Call
 
 CHUNK = 16  # the least that a matrix product takes: a few tokens make several chunks
-TILES = KernelConfig(v_tile=16, warps=4, stages=1)
+TILES = KernelConfig(v_tile=16, warps=4, stages=1, k_tile=16)  # 17 channels loop over two tiles
 
 
 @cache

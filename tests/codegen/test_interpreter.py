@@ -127,22 +127,29 @@ def test_the_default_configuration(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 # every plan of one recurrence; of the others every third, which has each choice several times
 # (all of them: pytest --every-plan; in float64, eagerly, test_agreement.py always runs them all)
-def test_plans(planned: tuple[str, Plan, Plan], serve: Serve) -> None:
-    name, forward, backward = planned
+def test_plans(planned: tuple[str, Plan, Plan, Sizes], serve: Serve) -> None:
+    name, forward, backward, sizes = planned
     serve(Config(C, forward, backward, TILES))
-    sizes = Sizes(B=1, T=C + 4, H=1, HV=1, K=3, V=5, initial=True, dtype=torch.float32)
     _agree(name, sizes, BY_DTYPE[torch.float32])
+
+
+# kernels that loop over tiles of the keys, of the values
+TALL = Sizes(B=1, T=C + 4, H=1, HV=1, K=19, V=5, initial=True, dtype=torch.float32)
+WIDE = Sizes(B=1, T=C + 4, H=1, HV=1, K=5, V=19, initial=True, dtype=torch.float32)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "planned" not in metafunc.fixturenames:
         return
     thin = not metafunc.config.getoption("--every-plan")
-    pairs = []
+    cases = {}
     for name in CLASSES:
         step = 3 if thin and name != "gated_delta_rule" else 1
-        pairs += [(f"{name}-{n}", (name, *p)) for n, p in plan_pairs(name) if n % step == 0]
-    metafunc.parametrize("planned", [p for _, p in pairs], ids=[i for i, _ in pairs])
+        for n, pair in plan_pairs(name):
+            if n % step == 0:
+                # kinds of hoisting repeat every 8 plans: each meets both sizes
+                cases[f"{name}-{n}"] = (name, *pair, WIDE if (n + n // 8) % 2 else TALL)
+    metafunc.parametrize("planned", list(cases.values()), ids=list(cases))
 
 
 @pytest.mark.parametrize("at", [3, C])  # within a chunk; at the seam of two
