@@ -8,15 +8,20 @@ of what follows a token, and u_j what token j writes (its value plus what it rec
     S'  = e^{G_C} S_0 + sum_j (w_j e^{H_j}) u_j^T
 
 P is G for what reads the decayed state and the exclusive prefix for what reads before the decay.
+
+Several micro-steps refine time: a row is one micro-step of a token, the state passes through all of
+them, and the output is read in the last row of each token. What a micro-step has and another has
+not (a decay, say) is zero in the other's rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..dsl.errors import NotLowered
-from ..dsl.ir import Kind, Node
-from ..dsl.normal_form import NormalForm, Phase, Read, Update, Write
+from ..dsl.ir import Kind, Node, Op, topological
+from ..dsl.normal_form import Feedback, NormalForm, Phase, Read, Update, Write
 from . import tile
 from .lower import kind_axes, lower
 from .tile import Axis, Tile, Which
@@ -62,8 +67,7 @@ def derive(form: NormalForm, *, hoist_products: bool = False) -> Body:
     Raises NotLowered for a normal form outside the lowered classes.
     """
     _check(form)
-    (micro_step,) = form.micro_steps
-    chunks = {u.state: _StateChunk(form, u, hoist_products) for u in micro_step.updates}
+    chunks = {s.name: _StateChunk(form, s.name, s.kind, hoist_products) for s in form.states}
     results = {n: chunks[r.state].read(r) for n, r in enumerate(form.reads)}
     (output,) = lower(form, [form.output], results)
     output = tile.expand(output, tile.axes_of(Axis.I, Axis.V)).named("o")
@@ -87,48 +91,103 @@ def _check(form: NormalForm) -> None:
         refuse(
             "a state whose columns decay", "the transposed normal form has no chunk lowering yet"
         )
-    if len(form.micro_steps) != 1:
-        refuse(
-            f"{len(form.micro_steps)} micro-steps per token",
-            "the chunk form with several micro-steps is not derived yet",
-        )
-    for update in form.micro_steps[0].updates:
-        if update.mixes:
+    for updates in _by_state(form).values():
+        if any(u.mixes for u in updates):
             refuse("coupled states", "the chunk form of coupled states is not derived yet")
-        feedbacks = [w.feedback for w in update.writes if w.feedback]
-        if len(feedbacks) > 1:
+        shapes = {tuple(w.feedback and w.feedback.decayed for w in u.writes) for u in updates}
+        if len(shapes) > 1 or len({(w.value is None) for u in updates for w in u.writes[:1]}) > 1:
             refuse(
-                f"{len(feedbacks)} low-rank terms in one step",
-                "the chunk form solves for one low-rank term per token so far",
+                "micro-steps that write differently",
+                "micro-steps become rows of one form, so each must write as the others do",
             )
-        if any(f.state != update.state for f in feedbacks):
-            refuse("a write that recalls another state", "coupled states are not derived yet")
+        for update in updates:
+            feedbacks = [w.feedback for w in update.writes if w.feedback]
+            if len(feedbacks) > 1:
+                refuse(
+                    f"{len(feedbacks)} low-rank terms in one step",
+                    "the chunk form solves for one low-rank term per token so far",
+                )
+            if any(f.state != update.state for f in feedbacks):
+                refuse("a write that recalls another state", "coupled states are not derived yet")
+    if not _indices_are_rows(form):
+        refuse(
+            "an operand of micro-steps outside its own",
+            "a row of time holds one micro-step's operands and no other's",
+        )
+    if any(r.micro_step != len(form.micro_steps) - 1 for r in form.reads):
+        refuse(
+            "a read before the last micro-step",
+            "outputs are read in the last row of a token so far",
+        )
     for read in form.reads:
         if read.other_axis:
             refuse("a read over the Value axis", "only reads over the Key axis are lowered so far")
 
 
-class _StateChunk:
-    """The chunk form of one state, shared by its update and its reads."""
+def _indices_are_rows(form: NormalForm) -> bool:
+    """Whether what a micro-step computes takes operands of micro-steps at its own index only."""
+    last = len(form.micro_steps) - 1
+    pairs: list[tuple[int, Node | None]] = [
+        (last, form.output),
+        *((last, r.key) for r in form.reads),
+    ]
+    for m, micro_step in enumerate(form.micro_steps):
+        for u in micro_step.updates:
+            pairs.append((m, u.log_decay))
+            for w in u.writes:
+                pairs += [(m, w.key), (m, w.value)]
+                if w.feedback is not None:
+                    pairs += [(m, w.feedback.key), (m, w.feedback.scale)]
+    return all(
+        leaf.attrs[1] in (None, m)
+        for m, node in pairs
+        if node is not None
+        for leaf in topological(node)
+        if leaf.op is Op.OPERAND
+    )
 
-    def __init__(self, form: NormalForm, update: Update, hoist_products: bool) -> None:
+
+def _by_state(form: NormalForm) -> dict[str, list[Update]]:
+    """The updates of each state, one per micro-step."""
+    return {
+        s.name: [u for m in form.micro_steps for u in m.updates if u.state == s.name]
+        for s in form.states
+    }
+
+
+class _StateChunk:
+    """The chunk form of one state, shared by its updates and its reads."""
+
+    def __init__(self, form: NormalForm, state: str, kind: Kind, hoist_products: bool) -> None:
         self._form = form
-        self._kind = next(s.kind for s in form.states if s.name == update.state)
-        self._start = tile.carry(update.state, kind_axes(self._kind))
-        self._gate = self._prefixes(update.log_decay)
+        self._kind = kind
+        self._start = tile.carry(state, kind_axes(kind))
         self._hoist = hoist_products
-        self._keys = [tile.rows(self._lowered(w.key)).named("w") for w in update.writes]
-        self._written = self._solve(update.writes)
+        updates = _by_state(form)[state]
+        self._gate = self._prefixes([u.log_decay for u in updates])
+        # the n-th write of every micro-step is one write of rows
+        writes = list(zip(*(u.writes for u in updates), strict=True))
+        self._keys = [tile.rows(self._refined([w.key for w in ws])).named("w") for ws in writes]
+        self._written = self._solve(writes)
         self.carried = Carried(self._start, self._next())
 
     def _lowered(self, node: Node) -> Tile:
         (result,) = lower(self._form, [node], {})
         return result
 
-    def _prefixes(self, log_decay: Node | None) -> _Gate:
-        if log_decay is None:
+    def _refined(self, nodes: Sequence[Node | None]) -> Tile:
+        """What the micro-steps have, one expression each (None: 0), as one tile of rows."""
+        tiles = [None if n is None else self._lowered(n) for n in nodes]
+        known = [t for t in tiles if t is not None]
+        if len(known) == len(tiles) and len(set(known)) == 1:
+            return known[0]
+        count = len(tiles)
+        return tile.total([tile.phase(t, m, count) for m, t in enumerate(tiles) if t is not None])
+
+    def _prefixes(self, log_decays: list[Node | None]) -> _Gate:
+        if all(n is None for n in log_decays):
             return _Gate(None, None, None, None)
-        g = tile.rows(self._lowered(log_decay)).named("g")
+        g = tile.rows(self._refined(log_decays)).named("g")
         return _Gate(
             inclusive=tile.cumsum(g).named("G"),
             exclusive=tile.cumsum(g, exclusive=True).named("G_before"),
@@ -136,11 +195,11 @@ class _StateChunk:
             whole=tile.reduce(g, (Axis.I,)).named("G_C"),
         )
 
-    def _values(self, node: Node | None) -> Tile | None:
-        if node is None:
+    def _values(self, nodes: list[Node | None]) -> Tile | None:
+        if all(n is None for n in nodes):
             return None
         axes = (Axis.V,) if self._kind is Kind.STATE else ()
-        return tile.rows(tile.expand(self._lowered(node), tile.axes_of(Axis.I, *axes)))
+        return tile.rows(tile.expand(self._refined(nodes), tile.axes_of(Axis.I, *axes)))
 
     def _scores(self, x: Tile, key: Tile, prefix: Tile | None, which: Which) -> Tile:
         """<x_i, key_j> decayed from j to i, for j < i (STRICT) or j <= i (LOWER)."""
@@ -166,24 +225,23 @@ class _StateChunk:
     def _gather(self, scores: Tile, values: Tile) -> Tile:
         return tile.contract(scores, tile.rename(values, Axis.J), Axis.J)
 
-    def _solve(self, writes: tuple[Write, ...]) -> list[Tile]:
+    def _solve(self, writes: list[tuple[Write, ...]]) -> list[Tile]:
         """What each write writes, [I, V]: its value, plus what it recalls, solved for the chunk."""
-        values = [self._values(w.value) for w in writes]
-        feedback_at = next((n for n, w in enumerate(writes) if w.feedback), None)
-        if feedback_at is not None:
-            values[feedback_at] = self._solved(writes, values, feedback_at)
+        values = [self._values([w.value for w in ws]) for ws in writes]
+        for n, ws in enumerate(writes):
+            feedbacks = [w.feedback for w in ws if w.feedback]
+            if feedbacks:
+                values[n] = self._solved(feedbacks, values, n)
         written = []
         for value in values:
             assert value is not None, "a write has a value or a feedback"
             written.append(value)
         return written
 
-    def _solved(self, writes: tuple[Write, ...], values: list[Tile | None], at: int) -> Tile:
-        feedback = writes[at].feedback
-        assert feedback is not None
-        b = tile.rows(self._lowered(feedback.key)).named("b")
-        scale = self._lowered(feedback.scale)
-        prefix = self._gate.inclusive if feedback.decayed else self._gate.exclusive
+    def _solved(self, feedbacks: list[Feedback], values: list[Tile | None], at: int) -> Tile:
+        b = tile.rows(self._refined([f.key for f in feedbacks])).named("b")
+        scale = self._refined([f.scale for f in feedbacks])
+        prefix = self._gate.inclusive if feedbacks[0].decayed else self._gate.exclusive
         free = [] if values[at] is None else [values[at]]
         for n, (key, value) in enumerate(zip(self._keys, values, strict=True)):
             if n != at and value is not None:

@@ -59,7 +59,7 @@ def differentiate(body: Body) -> Adjoint:
 
     starts = {c.start: c for c in body.carried}
     outputs = tuple(
-        (GRADIENT + _leaf_name(node), _leaf_gradient(node, g))
+        (GRADIENT + str(node.attrs[0]), tile.expand(g, node.axes))
         for node, g in gradients.items()
         if node.op in (TileOp.TOKEN, TileOp.HEAD)
     )
@@ -71,15 +71,6 @@ def differentiate(body: Body) -> Adjoint:
         for s, c in starts.items()
     )
     return Adjoint(tuple(sorted(outputs)), carried, tuple(starts))
-
-
-def _leaf_name(leaf: Tile) -> str:
-    name, *micro = leaf.attrs
-    return f"{name}" if not micro or micro[0] is None else f"{name}_{micro[0]}"
-
-
-def _leaf_gradient(leaf: Tile, g: Tile) -> Tile:
-    return tile.expand(g, leaf.axes)
 
 
 def _propagate(node: Tile, g: Tile) -> Cotangents:
@@ -127,6 +118,13 @@ def _mask(z: Tile, g: Tile) -> Cotangents:
     (which,) = z.attrs
     assert isinstance(which, Which)
     return [(z.args[0], tile.mask(g, which))]
+
+
+def _phase_of(z: Tile) -> tuple[int, int]:
+    micro_step, count = z.attrs
+    assert isinstance(micro_step, int)
+    assert isinstance(count, int)
+    return micro_step, count
 
 
 def _decay(z: Tile, g: Tile) -> Cotangents:
@@ -180,6 +178,7 @@ _RULES: dict[TileOp, Rule] = {
         (z.args[0], tile.rename(g, Axis.I if z.attrs == (Axis.J,) else Axis.J))
     ],
     TileOp.ROWS: lambda z, g: [(z.args[0], tile.rows(g))],
+    TileOp.PHASE: lambda z, g: [(z.args[0], tile.phase(g, *_phase_of(z)))],
     TileOp.MASK: _mask,
     TileOp.SUM: lambda z, g: [(z.args[0], tile.expand(g, z.args[0].axes))],
     TileOp.DOT: _dot,

@@ -18,7 +18,7 @@ from .tile import Axes, Axis, Tile, TileOp, Which
 _INFIX = {Op.ADD: "+", Op.SUB: "-", Op.MUL: "*", Op.DIV: "/"}
 _LONGEST = 60  # an inlined expression longer than this is hard to read
 _ALIASES = (TileOp.RENAME, TileOp.EXPAND)
-_INLINE = (TileOp.MAP, TileOp.STEP, TileOp.ROWS, TileOp.MASK)
+_INLINE = (TileOp.MAP, TileOp.STEP, TileOp.ROWS, TileOp.PHASE, TileOp.MASK)
 
 
 def unaliased(x: Tile) -> Tile:
@@ -51,6 +51,7 @@ class Expressions(ABC):
     where: str  # name of the select function
     scalar_tiles: bool  # a tile without axes still has (batch) dimensions: it needs an index
     index_prefix = ""
+    row: str  # the number of a row within its sequence
 
     def __init__(self, order: tuple[Axis, ...], names: Names) -> None:
         self._rank = {axis: n for n, axis in enumerate(order)}
@@ -164,18 +165,25 @@ class Expressions(ABC):
         """The number of channels along an axis."""
 
     def masked(self, x: Tile, rows: str, index: Mapping[Axis, str]) -> str:
-        """ROWS, MASK and STEP, which print alike everywhere."""
+        """ROWS, PHASE, MASK and STEP, which print alike everywhere."""
         target = self.layout(x)
         inner = self.within(x.args[0], target)
         if x.op is TileOp.STEP:
             return f"{self.where}({inner} > 0, 1.0, {self.where}({inner} == 0, 0.5, 0.0))"
         if x.op is TileOp.ROWS:
             keep = self.place(rows, (Axis.I,), target)
+        elif x.op is TileOp.PHASE:
+            keep = self.place(f"({self.phase(x)})", (Axis.I,), target)
         else:
             (which,) = x.attrs
             assert isinstance(which, Which)
             keep = self.comparison(which, index)
         return f"{self.where}({keep}, {inner}, 0.0)"
+
+    def phase(self, x: Tile) -> str:
+        """The condition of a PHASE, for a vector of rows."""
+        micro_step, count = x.attrs
+        return f"{self.row} % {count} == {micro_step}"
 
     def comparison(self, which: Which, index: Mapping[Axis, str]) -> str:
         sign = {Which.LOWER: ">=", Which.STRICT: ">", Which.DIAGONAL: "=="}[which]

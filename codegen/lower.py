@@ -25,7 +25,11 @@ def kind_axes(kind: Kind) -> Axes:
 
 
 def lower(form: NormalForm, roots: list[Node], results: Mapping[int, Tile]) -> list[Tile]:
-    """`roots` as tiles; `results` gives the tile of each RESULT leaf (reads of the state)."""
+    """`roots` as tiles; `results` gives the tile of each RESULT leaf (reads of the state).
+
+    With several micro-steps a row is one micro-step of a token: an operand of micro-steps is then a
+    tensor of rows like any other, and an operand of tokens has its value in each of their rows.
+    """
     per = {operand.name: operand.per for operand in form.operands}
     done: dict[Node, Tile] = {}
     for node in step_order(*roots):
@@ -37,12 +41,11 @@ def _lower_one(
     node: Node, args: list[Tile], per: Mapping[str, Per], results: Mapping[int, Tile]
 ) -> Tile:
     if node.op is Op.OPERAND:
-        name, micro = node.attrs
+        name, _ = node.attrs
         assert isinstance(name, str)
         if per[name] is Per.HEAD:
             return tile.head(name, _AXES[node.kind])
-        assert micro is None or isinstance(micro, int)
-        return tile.token(name, _AXES[node.kind], micro)
+        return tile.token(name, _AXES[node.kind])
     if node.op is Op.PARAM:
         return tile.param(str(node.attrs[0]))
     if node.op is Op.CONST:

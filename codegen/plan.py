@@ -312,6 +312,7 @@ _ELEMENTWISE = (
     TileOp.MAP,
     TileOp.STEP,
     TileOp.ROWS,
+    TileOp.PHASE,
     TileOp.EXPAND,
     TileOp.TOKEN,
     TileOp.HEAD,

@@ -32,7 +32,7 @@ _FUNCTIONS = {
 # what every kernel is given after its tiles: which rows exist, their numbers, sizes and dtype
 CONTEXT = ("rows", "at", "extent_k", "extent_v", "dtype")
 LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM, TileOp.CARRY)
-_INDEX = {Axis.I: "at[:, None]", Axis.J: "at[None, :]"}
+_INDEX = {Axis.I: "at[..., :, None]", Axis.J: "at[..., None, :]"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ class _Torch(Expressions):
     where = "torch.where"
     scalar_tiles = True
     index_prefix = "..., "
+    row = "at"
 
     def extent(self, axis: Axis) -> str:
         return f"extent_{axis.value}"
@@ -65,11 +66,14 @@ class _Torch(Expressions):
         return super()._map(x)
 
     def structural(self, x: Tile) -> str:
-        if x.op in (TileOp.ROWS, TileOp.MASK, TileOp.STEP):
+        if x.op in (TileOp.ROWS, TileOp.PHASE, TileOp.MASK, TileOp.STEP):
             if x.op is not TileOp.STEP and is_number(x.args[0]):
                 # torch.where of two numbers has torch's default dtype, not the run's
-                which = x.attrs[0] if x.op is TileOp.MASK else None
-                keep = f"({self.comparison(which, _INDEX)})" if isinstance(which, Which) else "rows"
+                keep = {TileOp.ROWS: "rows", TileOp.PHASE: f"({self.phase(x)})"}.get(x.op)
+                if keep is None:
+                    (which,) = x.attrs
+                    assert isinstance(which, Which)
+                    keep = f"({self.comparison(which, _INDEX)})"
                 return f"{keep}.to(dtype) * {self.text(x.args[0])}"
             return self.masked(x, "rows", _INDEX)
         if x.op is TileOp.SUM:

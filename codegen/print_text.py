@@ -23,7 +23,7 @@ _INFIX = {Op.ADD: " + ", Op.SUB: " − ", Op.MUL: "·", Op.DIV: "/"}
 _COMPARISON = {Which.LOWER: "≥", Which.STRICT: ">", Which.DIAGONAL: "="}
 _LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM, TileOp.CARRY)
 _ALIASES = (TileOp.RENAME, TileOp.EXPAND)
-_ELEMENTWISE = (TileOp.MAP, TileOp.STEP, TileOp.ROWS, TileOp.MASK)
+_ELEMENTWISE = (TileOp.MAP, TileOp.STEP, TileOp.ROWS, TileOp.PHASE, TileOp.MASK)
 _SUMS = (TileOp.DOT, TileOp.SUM)
 _NEVER_ASSIGNED = (*_ALIASES, TileOp.CONST, TileOp.EXTENT)
 _LONGEST = 58  # an inlined expression longer than this is hard to read
@@ -158,6 +158,10 @@ class _Printer:
             return f"step({self._text(x.args[0], letters)[0]})", _ATOM
         if x.op is TileOp.ROWS:
             return self._where(f"{letters[Axis.I]} < n", x.args[0], letters)
+        if x.op is TileOp.PHASE:
+            micro_step, count = x.attrs
+            condition = f"{letters[Axis.I]} mod {count} = {micro_step}"
+            return self._where(condition, x.args[0], letters)
         if x.op is TileOp.MASK:
             return self._where(_condition(x), x.args[0], letters)
         if x.op is TileOp.CUMSUM:

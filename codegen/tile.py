@@ -45,7 +45,7 @@ class TileOp(Enum):
     """The ops of TileIR and what they mean."""
 
     # leaves
-    TOKEN = "rows of a per-token tensor of the call; attrs (name, micro-step)"
+    TOKEN = "rows of a per-token tensor of the call; attrs (name,)"
     HEAD = "a per-head tensor of the call; attrs (name,)"
     PARAM = "a run-time float of the call; attrs (name,)"
     CONST = "a number; attrs (value,)"
@@ -57,6 +57,7 @@ class TileOp(Enum):
     EXPAND = "the same values along further axes"
     RENAME = "the same tile with I called J, or J called I; attrs (to,)"
     ROWS = "zero in the rows beyond the end of the sequence"
+    PHASE = "zero but in the rows of one micro-step of a token; attrs (micro-step, how many)"
     MASK = "keep a part of a C x C tile, zero elsewhere; attrs (Which,)"
     SUM = "sum over axes; attrs (axes,)"
     DOT = "sum over one axis of a product of two tiles; attrs (axis,)"
@@ -131,8 +132,8 @@ def const(value: float) -> Tile:
     return Tile(TileOp.CONST, (), (float(value),), ())
 
 
-def token(name: str, axes: Axes, micro: int | None = None) -> Tile:
-    return Tile(TileOp.TOKEN, (), (name, micro), axes_of(Axis.I, *axes), name)
+def token(name: str, axes: Axes) -> Tile:
+    return Tile(TileOp.TOKEN, (), (name,), axes_of(Axis.I, *axes), name)
 
 
 def head(name: str, axes: Axes) -> Tile:
@@ -295,10 +296,15 @@ def rows(x: Tile) -> Tile:
     return Tile(TileOp.ROWS, (x,), (), axes_of(Axis.I, *x.axes), x.hint)
 
 
+def phase(x: Tile, micro_step: int, count: int) -> Tile:
+    """`x` in the rows of one micro-step; rows are tokens refined `count`-fold."""
+    return Tile(TileOp.PHASE, (x,), (micro_step, count), axes_of(Axis.I, *x.axes), x.hint)
+
+
 def _zero_beyond_end(x: Tile) -> bool:
     if x.op in (TileOp.ROWS, TileOp.TOKEN):
         return True
-    if _is_neg(x):
+    if _is_neg(x) or x.op is TileOp.PHASE:
         return _zero_beyond_end(x.args[0])
     return (
         _is_product(x)

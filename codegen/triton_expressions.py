@@ -39,6 +39,7 @@ class TritonExpressions(Expressions):
 
     functions = _FUNCTIONS
     where = "tl.where"
+    row = "(chunk * C + oi)"
     scalar_tiles = False
 
     def __init__(
@@ -124,7 +125,7 @@ class TritonExpressions(Expressions):
         return super()._map(x)
 
     def structural(self, x: Tile) -> str:
-        if x.op in (TileOp.ROWS, TileOp.MASK, TileOp.STEP):
+        if x.op in (TileOp.ROWS, TileOp.PHASE, TileOp.MASK, TileOp.STEP):
             return self.masked(x, "rows", _INDEX)
         if x.op is TileOp.DOT:
             return self._dot(x, None)

@@ -25,6 +25,7 @@ from ..dsl.errors import NotLowered
 from ..dsl.ir import Per
 from ..dsl.normal_form import NormalForm
 from .call import Call
+from .refine import coarse, coarse_gradients, refined, refined_cotangent
 
 _LONGEST_CHUNK = 64
 
@@ -51,9 +52,10 @@ def supports(call: Call) -> str | None:
 
 def forward(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
     """o [B,T,HV,V] in the call's dtype; final states [N,HV,K,V] (or [N,HV,K]) in float32/64."""
-    run = _Run(call, _chunk_length(call))
+    rows = refined(call)
+    run = _Run(rows, _chunk_length(rows))
     finals = run.execute(_forward_kernels(call.form), run.initial())
-    o = run.tokens_back(run.buffers["o"], call.HV, (call.V,))
+    o = coarse(call, run.tokens_back(run.buffers["o"], call.HV, (call.V,)))
     return o.to(call.dtype), tuple(finals[s.name] for s in call.form.states)
 
 
@@ -61,8 +63,9 @@ def backward(
     call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
 ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
     """Gradients of every operand, in its shape and dtype, and of the initial states."""
-    run = _Run(call, _chunk_length(call))
-    run.add_token(GRADIENT + "o", do)
+    rows = refined(call)
+    run = _Run(rows, _chunk_length(rows))
+    run.add_token(GRADIENT + "o", refined_cotangent(call, do))
     starts = run.initial()
     for state, dfinal in zip(call.form.states, dfinals, strict=True):
         shape = run.state_shape(state.name)
@@ -71,7 +74,7 @@ def backward(
             zeros if dfinal is None else dfinal.to(run.dtype).reshape(shape)
         )
     ends = run.execute(_backward_kernels(call.form), starts)
-    gradients = {name: run.gradient(name) for name in call.operands}
+    gradients = coarse_gradients(call, {name: run.gradient(name) for name in call.operands})
     initials = tuple(
         None if x is None else ends[GRADIENT + s.name].to(x.dtype)
         for s, x in zip(call.form.states, call.initial, strict=True)
@@ -250,8 +253,9 @@ class _Run:
         call = self._call
         rows = self._rows.reshape(call.N, 1, self._chunks, self._chunk)
         rows = rows.expand(-1, call.HV, -1, -1).reshape(call.N * call.HV, self._chunks, -1)
-        at = torch.arange(self._chunk, device=call.device)
-        return (rows if n is None else rows[:, n], at, call.K, call.V, self.dtype)
+        at = torch.arange(self._index.shape[1], device=call.device).reshape(self._chunks, -1)
+        rows, at = (rows, at) if n is None else (rows[:, n], at[n])
+        return (rows, at, call.K, call.V, self.dtype)
 
     def _argument(
         self, kernel: _Compiled, t: Tile, n: int | None, carry: Mapping[str, Tensor]

@@ -23,6 +23,7 @@ from ..dsl.normal_form import NormalForm
 from .cache import import_source
 from .call import Call
 from .launch import TORCH, Bound, Launch, bind_kernel
+from .refine import coarse, coarse_gradients, refined, refined_cotangent
 
 _DTYPES = {dtype: low for low, dtype in TORCH.items()}
 
@@ -61,10 +62,10 @@ def _refusal(form: NormalForm) -> str | None:
 def forward(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
     """o [B,T,HV,V] in the call's dtype; final states [N,HV,K,V] (or [N,HV,K]) in float32."""
     compiled = _compiled_for(call)
-    launch = Launch(call, compiled.config, {})
+    launch = Launch(refined(call), compiled.config, {})
     states = [s.name for s in call.form.states]
     finals = launch.run(compiled.forward, dict(zip(states, call.initial, strict=True)))
-    return launch.buffers["o"], tuple(finals[name] for name in states)
+    return coarse(call, launch.buffers["o"]), tuple(finals[name] for name in states)
 
 
 def backward(
@@ -72,12 +73,13 @@ def backward(
 ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
     """Gradients of every operand, in its shape and dtype, and of the initial states."""
     compiled = _compiled_for(call)
-    launch = Launch(call, compiled.config, {GRADIENT + "o": do})
+    extra = {GRADIENT + "o": refined_cotangent(call, do)}
+    launch = Launch(refined(call), compiled.config, extra)
     states = [s.name for s in call.form.states]
     starts: dict[str, Tensor | None] = dict(zip(states, call.initial, strict=True))
     starts |= {GRADIENT + name: d for name, d in zip(states, dfinals, strict=True)}
     ends = launch.run(compiled.backward, starts)
-    gradients = {name: launch.gradient(name) for name in call.operands}
+    gradients = coarse_gradients(call, {n: launch.gradient(n) for n in call.operands})
     initials = tuple(
         None if x is None else ends[GRADIENT + name].to(x.dtype)
         for name, x in zip(states, call.initial, strict=True)
