@@ -1,8 +1,8 @@
 """Calls with several micro-steps, as calls in refined time: a row is one micro-step of a token.
 
-The chunk form of such a step is that of one micro-step over n times as many rows (codegen/chunk.py).
-Operands of tokens are repeated for the rows of each token, those of micro-steps are rows already;
-the output is what the last row of each token reads.
+The chunk form of such a step is that of one micro-step over n times as many rows
+(codegen/chunk.py). Operands of tokens are repeated for the rows of each token, those of micro-steps
+are rows already; the output is what the last row of each token reads.
 """
 
 from __future__ import annotations

@@ -28,8 +28,6 @@ from tests.tolerances import FLOAT64_RANDOM, assert_agree
 
 # what the compiler refuses, and the reason it gives; everything else must agree
 REFUSED = {
-    "delta_product": "2 micro-steps per token",
-    "gated_delta_product": "2 micro-steps per token",
     "oja": "a state whose columns decay",
     "momentum_delta": "coupled states",
 }
