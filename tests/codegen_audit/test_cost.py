@@ -44,7 +44,7 @@ def test_products_are_what_torch_counts(name: str, plan: Plan) -> None:
             arguments = [torch.ones(1, *(sizes[a] for a in t.axes)) for _, t in printed.arguments]
             at = torch.arange(_CHUNK)
             with FlopCounterMode(display=False) as counter:
-                run(*arguments, at < _CHUNK, at, _DIMS.K, _DIMS.V)
+                run(*arguments, at < _CHUNK, at, _DIMS.K, _DIMS.V, torch.float32)
             spent = cost.kernel_cost(kernel, Dtype.BFLOAT16).products
             counted = counter.get_total_flops() / _CHUNK
             assert cost.evaluate(spent, _CHUNK, _DIMS) == counted, kernel.name
