@@ -69,8 +69,11 @@ class _Torch(Expressions):
         if x.op in (TileOp.ROWS, TileOp.PHASE, TileOp.MASK, TileOp.STEP):
             if x.op is not TileOp.STEP and is_number(x.args[0]):
                 # torch.where of two numbers has torch's default dtype, not the run's
-                keep = {TileOp.ROWS: "rows", TileOp.PHASE: f"({self.phase(x)})"}.get(x.op)
-                if keep is None:
+                if x.op is TileOp.ROWS:
+                    keep = "rows"
+                elif x.op is TileOp.PHASE:
+                    keep = f"({self.phase(x)})"
+                else:
                     (which,) = x.attrs
                     assert isinstance(which, Which)
                     keep = f"({self.comparison(which, _INDEX)})"
