@@ -112,7 +112,7 @@ def compile_job(job: Job) -> Outcome:
             job.target,
             packed=job.packed,
         )
-    except Exception as why:
+    except _VERDICTS as why:
         lines = [line for line in str(why).splitlines() if line.strip()]
         text = f"{type(why).__name__}: {lines[-1] if lines else ''}"
         return Outcome(None, text[:300], time.perf_counter() - start)
