@@ -46,6 +46,13 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
+class EagerConfig:
+    """What is free in the eager engine: tokens per chunk, a power of two."""
+
+    chunk: int
+
+
+@dataclass(frozen=True, slots=True)
 class Dims:
     """Channels of the state: [K, V]."""
 

@@ -535,6 +535,18 @@ class EngineUnavailable(ChunkwiseError, ValueError):
         )
 
 
+class BadArtifact(ChunkwiseError, ValueError):
+    """A file of tuned configurations that cannot be trusted."""
+
+    def __init__(self, file: str, why: str, *, help: str = "") -> None:
+        super().__init__(
+            f"the artifact {file} is not used",
+            why=why,
+            help=help
+            or "calls are served as if it were not there; `chunkwise tune` writes it anew",
+        )
+
+
 class ReservedName(DeclarationError, ValueError):
     """An operand named like an option that every op has."""
 

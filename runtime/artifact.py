@@ -1,0 +1,216 @@
+"""What tuning leaves behind: configurations by size of call, with the evidence for each.
+
+One artifact per normal form, engine, machine, dtype and dimensions. This file is its only schema:
+the tuner writes these dataclasses (`autotune.store`), a call reads them (`runtime.selection`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from ..codegen.config import Config, Dims, EagerConfig
+from ..dsl import errors
+from .engines import EngineName
+from .machine import Machine
+from .plain import from_plain, render, to_plain
+
+# raised when what is written means something else than before; a new field needs only a default
+SCHEMA = 1
+
+# what a configuration can be, by engine; a new engine joins both
+Configuration = Config | EagerConfig
+CONFIGURATIONS: dict[EngineName, type[Configuration]] = {
+    EngineName.TRITON: Config,
+    EngineName.EAGER: EagerConfig,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What an artifact is for. `form`: the normal form's digest; `dtype`: of Keys and Values.
+
+    No B, T or N: they belong to the configurations inside.
+    """
+
+    form: str
+    engine: EngineName
+    dtype: str
+    dims: Dims
+    machine: Machine
+
+    @property
+    def path(self) -> str:
+        """Where it lies below a folder of artifacts: those of one form stand side by side."""
+        dims = f"K{self.dims.K}-V{self.dims.V}"
+        name = f"{self.engine.value}-{self.dtype}-{dims}-{self.machine.label}"
+        return f"{self.form}/{name}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """What compiled and ran it; None where there is no such thing. `backend`: triton, or tvm."""
+
+    chunkwise: str
+    torch: str
+    backend: str | None = None
+    assembler: str | None = None
+    driver: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KernelReport:
+    """One kernel of a configuration. `spills`, `shared`: bytes; None where nobody knows."""
+
+    time_us: float | None = None
+    registers: int | None = None
+    spills: int | None = None
+    shared: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """The worst error of one result over all inputs tried: relative RMS, maximum, RMS allowed."""
+
+    rms: float
+    maximum: float
+    limit: float
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What a configuration was checked for, and how it did.
+
+    Attributes:
+        errors: by result (`o`, `final S`, `d q`, `d initial S`), against the float64 oracle.
+        inputs: the families of inputs tried.
+        faults: why it is not trusted, sentences; empty if it is.
+    """
+
+    errors: tuple[tuple[str, Error], ...]
+    inputs: tuple[str, ...]
+    faults: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was checked held."""
+        return not self.faults
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """How it was found. `date`: ISO, UTC; `storage`: where the trials are, without secrets."""
+
+    date: str
+    trials: int
+    seconds: float
+    storage: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A size of call: sequences times value heads, and tokens per sequence."""
+
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The configuration that won for calls about as large as `bucket`.
+
+    Attributes:
+        time_us: the median of a forward and a backward; `low_us`, `high_us`: its interval.
+        default_us: the same of the configuration that serves untuned calls, measured beside it.
+        kernels: what each kernel takes, by name.
+    """
+
+    bucket: Bucket
+    config: Configuration
+    time_us: float
+    low_us: float
+    high_us: float
+    default_us: float | None
+    kernels: tuple[tuple[str, KernelReport], ...]
+    certificate: Certificate
+    versions: Versions
+    study: Study
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A configuration that must not serve on this machine, what it was built by, and why."""
+
+    config: Configuration
+    versions: Versions
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Crossover:
+    """Where chunks begin to beat the token loop, for calls of `rows` sequences times heads.
+
+    The length lies in [low, high] with the stated confidence; below it, the token loop is faster.
+    """
+
+    rows: int
+    low: int
+    high: int
+    confidence: float
+    timings: int
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """Everything known of one key. `recurrence`: a name for readers, no part of the key."""
+
+    recurrence: str
+    key: Key
+    tuned: tuple[Tuned, ...] = ()
+    quarantine: tuple[Rejected, ...] = ()
+    crossovers: tuple[Crossover, ...] = ()
+
+
+def to_text(artifact: Artifact) -> str:
+    """The file's contents: sorted, and the same for equal artifacts."""
+    plain = to_plain(ordered(artifact))
+    assert isinstance(plain, dict)
+    return render({"schema": SCHEMA, **plain})
+
+
+def from_text(text: str, file: str) -> Artifact:
+    """The artifact that a file's contents say.
+
+    Raises:
+        BadArtifact: truncated, garbled, of a newer schema, or of another engine's configurations.
+    """
+    try:
+        plain = json.loads(text)
+    except ValueError as why:
+        raise errors.BadArtifact(file, f"it is not JSON ({why}); was it cut off?") from None
+    if not isinstance(plain, dict) or type(plain.get("schema")) is not int:
+        raise errors.BadArtifact(file, "it does not say which schema it has")
+    schema = plain.pop("schema")
+    if schema != SCHEMA:
+        raise errors.BadArtifact(file, f"its schema is {schema}, this version reads {SCHEMA}")
+    try:
+        artifact = from_plain(Artifact, plain)
+    except ValueError as why:
+        raise errors.BadArtifact(file, str(why)) from None
+    kind = CONFIGURATIONS.get(artifact.key.engine)
+    for config in (*(x.config for x in artifact.tuned), *(x.config for x in artifact.quarantine)):
+        if kind is None or not isinstance(config, kind):
+            engine = artifact.key.engine.value
+            raise errors.BadArtifact(file, f"it holds what is no configuration of {engine!r}")
+    return artifact
+
+
+def ordered(artifact: Artifact) -> Artifact:
+    """`artifact` with its lists sorted: by size, and by what they say."""
+    return Artifact(
+        artifact.recurrence,
+        artifact.key,
+        tuple(sorted(artifact.tuned, key=lambda x: (x.bucket.rows, x.bucket.tokens))),
+        tuple(sorted(artifact.quarantine, key=lambda x: (repr(x.config), repr(x.versions)))),
+        tuple(sorted(artifact.crossovers, key=lambda x: x.rows)),
+    )

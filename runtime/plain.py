@@ -1,0 +1,177 @@
+"""Frozen dataclasses as readable JSON and back: every value checked against its annotation.
+
+Flags and enums are written by name, pairs of a name and a value as one object. What lies in a file
+is never trusted: a value that does not fit is refused, and the message says where it stands.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum, Flag
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
+T = TypeVar("T")
+_WIDTH = 100
+
+
+def to_plain(value: object) -> Plain:
+    """`value` in JSON's own types.
+
+    Raises:
+        TypeError: it holds something other than dataclasses, enums, tuples and scalars.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _field_to_plain(value, f.name) for f in fields(value)}
+    if isinstance(value, Flag):
+        return [str(m.name) for m in _members(type(value)) if m in value]
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, tuple):
+        return [to_plain(x) for x in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{value!r} has no place in JSON")
+
+
+def from_plain(kind: type[T], value: Plain, at: str = "") -> T:
+    """The `kind` that `value` says; `at` names the place for the message.
+
+    Raises:
+        ValueError: it says something else: where, what was got and what was expected.
+    """
+    return cast(T, _read(kind, value, at))
+
+
+def render(value: Plain) -> str:
+    """JSON text: what fits on a line stands on one, so that a change is a line of a diff."""
+    return "\n".join(_lines(value, "")) + "\n"
+
+
+def _lines(value: Plain, before: str) -> Iterator[str]:
+    flat = before + json.dumps(value, ensure_ascii=False, allow_nan=False)
+    indent = before[: len(before) - len(before.lstrip())]
+    if not isinstance(value, (dict, list)) or (len(flat) < _WIDTH and indent):
+        yield flat
+        return
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    yield before + opening
+    inner = indent + " "
+    if isinstance(value, dict):
+        parts = [(f"{inner}{json.dumps(k, ensure_ascii=False)}: ", x) for k, x in value.items()]
+    else:
+        parts = [(inner, x) for x in value]
+    for n, (start, part) in enumerate(parts):
+        *body, last = _lines(part, start)
+        yield from body
+        yield last + ("," if n + 1 < len(parts) else "")
+    yield indent + closing
+
+
+def _field_to_plain(owner: object, name: str) -> Plain:
+    value = getattr(owner, name)
+    if _is_named(_hints(type(owner))[name]):
+        return {key: to_plain(x) for key, x in value}
+    return to_plain(value)
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _members(kind: type[Flag]) -> list[Flag]:
+    """The single bits of a flag (aliases and combinations are members too before Python 3.11)."""
+    return [m for m in kind if m.value and m.value & (m.value - 1) == 0]
+
+
+def _is_named(hint: object) -> bool:
+    """Whether `hint` is `tuple[tuple[str, X], ...]`: names and what they stand for."""
+    arguments = get_args(hint)
+    if get_origin(hint) is not tuple or len(arguments) != 2 or arguments[1] is not Ellipsis:
+        return False
+    pair = get_args(arguments[0])
+    return get_origin(arguments[0]) is tuple and len(pair) == 2 and pair[0] is str
+
+
+def _read(hint: Any, value: Plain, at: str) -> object:
+    if get_origin(hint) in (Union, types.UnionType):
+        return _read_union(get_args(hint), value, at)
+    if _is_named(hint):
+        (_, kind) = get_args(get_args(hint)[0])
+        pairs = _expect(dict, value, at)
+        return tuple((name, _read(kind, x, f"{at}.{name}")) for name, x in pairs.items())
+    if get_origin(hint) is tuple:
+        return _read_tuple(get_args(hint), value, at)
+    if is_dataclass(hint):
+        return _read_dataclass(hint, value, at)
+    if issubclass(hint, Flag):
+        members = {str(m.name): m for m in _members(hint)}
+        chosen = hint(0)
+        for name in _expect(list, value, at):
+            chosen |= _named(members, name, at)
+        return chosen
+    if issubclass(hint, Enum):
+        return _named({m.name: m for m in hint}, value, at)
+    if hint is float and type(value) is int:
+        return float(value)
+    return _expect(hint, value, at)
+
+
+def _read_union(hints: tuple[Any, ...], value: Plain, at: str) -> object:
+    """`X | None`, or dataclasses that differ in their fields."""
+    if value is None and type(None) in hints:
+        return None
+    kinds = [h for h in hints if h is not type(None)]
+    given = value.keys() if isinstance(value, dict) else set()
+    for kind in kinds:
+        if is_dataclass(kind):
+            required = {f.name for f in fields(kind) if f.default is MISSING}
+            if required <= given <= {f.name for f in fields(kind)}:
+                return _read(kind, value, at)
+    return _read(kinds[0], value, at)
+
+
+def _read_tuple(hints: tuple[Any, ...], value: Plain, at: str) -> tuple[object, ...]:
+    items = _expect(list, value, at)
+    kinds = [hints[0]] * len(items) if hints[-1] is Ellipsis else list(hints)
+    if len(items) != len(kinds):
+        raise ValueError(f"{_place(at)} has {len(items)} entries, expected {len(kinds)}")
+    return tuple(
+        _read(k, x, f"{at}[{n}]") for n, (k, x) in enumerate(zip(kinds, items, strict=True))
+    )
+
+
+def _read_dataclass(kind: Any, value: Plain, at: str) -> object:
+    given: Mapping[str, Plain] = _expect(dict, value, at)
+    known = {f.name: f for f in fields(kind)}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{_place(at)} has {name!r}, expected only {', '.join(known)}")
+    for name, field in known.items():
+        if name not in given and field.default is MISSING:
+            raise ValueError(f"{_place(at)} lacks {name!r}")
+    hints = _hints(kind)
+    return kind(**{n: _read(hints[n], x, f"{at}.{n}" if at else n) for n, x in given.items()})
+
+
+def _named(members: Mapping[str, T], name: Plain, at: str) -> T:
+    if not isinstance(name, str) or name not in members:
+        raise ValueError(f"{_place(at)} is {name!r}, expected one of {', '.join(members)}")
+    return members[name]
+
+
+def _expect(kind: type[T], value: Plain, at: str) -> T:
+    # a bool is an int to isinstance, and is not one here
+    if type(value) is not kind:
+        raise ValueError(f"{_place(at)} is {value!r}, expected {_SAYS.get(kind, kind.__name__)}")
+    return value
+
+
+def _place(at: str) -> str:
+    return at or "the file"
+
+
+_SAYS = {dict: "an object", list: "a list", str: "text", int: "an integer", float: "a number"}
