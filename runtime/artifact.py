@@ -205,6 +205,38 @@ def from_text(text: str, file: str) -> Artifact:
     return artifact
 
 
+def merged(old: Artifact, new: Artifact) -> Artifact:
+    """Both artifacts of one key in one, sorted.
+
+    Of two configurations for one bucket the faster stays where both were measured under the same
+    versions, else the new one. A configuration leaves the quarantine when it is found right under
+    other versions than those that were wrong; no bucket keeps one that is in it.
+    """
+    right = [(t.config, t.versions) for t in new.tuned]
+    quarantine = {
+        (r.config, r.versions): r
+        for r in (*old.quarantine, *new.quarantine)
+        if not any(config == r.config and versions != r.versions for config, versions in right)
+    }
+    rejected = {config for config, _ in quarantine}
+    tuned: dict[Bucket, Tuned] = {}
+    for t in (*old.tuned, *new.tuned):
+        known = tuned.get(t.bucket)
+        better = known is None or known.versions != t.versions or t.time_us < known.time_us
+        if better and t.config not in rejected:
+            tuned[t.bucket] = t
+    crossovers = {c.rows: c for c in (*old.crossovers, *new.crossovers)}
+    return ordered(
+        Artifact(
+            new.recurrence,
+            new.key,
+            tuple(tuned.values()),
+            tuple(quarantine.values()),
+            tuple(crossovers.values()),
+        )
+    )
+
+
 def ordered(artifact: Artifact) -> Artifact:
     """`artifact` with its lists sorted: by size, and by what they say."""
     return Artifact(

@@ -1,0 +1,191 @@
+"""Which tuned configuration serves a call: a pure function of its shape and the files found.
+
+Files are read once per process. Nothing is timed and no device is asked anything but its name, so
+that all ranks of a job choose alike: the exact machine's artifact, else one of its architecture,
+else none (the engine then has its default).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+from fractions import Fraction
+from functools import lru_cache, reduce
+from pathlib import Path
+from typing import TypeVar
+
+from ..dsl import errors
+from .artifact import Artifact, Bucket, Configuration, Key, Tuned, from_text, merged
+from .cache import cache_folder
+from .machine import Machine
+
+SHIPPED = Path(__file__).parent / "artifacts"
+C = TypeVar("C", bound=Configuration)
+
+
+class Nearness(Enum):
+    """How near to this machine the artifact was tuned; the nearest serves."""
+
+    MACHINE = "tuned on this kind of machine"
+    ARCHITECTURE = "tuned on another machine of this architecture"
+    NONE = "nothing was tuned: the default serves"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What serves a key.
+
+    Attributes:
+        artifact: what lies in all `files` together; None where nothing serves.
+        misses: of the artifacts of this recurrence that do not serve, what differs.
+    """
+
+    nearness: Nearness
+    artifact: Artifact | None = None
+    files: tuple[Path, ...] = ()
+    misses: tuple[str, ...] = ()
+
+
+def folders() -> tuple[Path, ...]:
+    """Where artifacts are looked for, the later the stronger: shipped ones, the user's own."""
+    return (SHIPPED, cache_folder() / "artifacts")
+
+
+@lru_cache(maxsize=4096)
+def configuration(kind: type[C], key: Key, bucket: Bucket) -> C | None:
+    """The configuration tuned for calls like these; None where nothing serves."""
+    found = find(key, folders())
+    chosen = None if found.artifact is None else nearest(found.artifact, bucket)
+    if chosen is None:
+        return None
+    assert isinstance(chosen.config, kind)  # `from_text` reads no others for this engine
+    return chosen.config
+
+
+def nearest(artifact: Artifact, bucket: Bucket) -> Tuned | None:
+    """The trusted configuration whose bucket is nearest to a call's; None if there is none.
+
+    The distance is |log(rows/rows')| + |log(tokens/tokens')|, compared exactly as the product of
+    the two ratios; of equals the smaller bucket. What is in quarantine never serves.
+    """
+    rejected = {r.config for r in artifact.quarantine}
+    trusted = [t for t in artifact.tuned if t.certificate.ok and t.config not in rejected]
+    if not trusted:
+        return None
+    return min(trusted, key=lambda t: (_ratio(t.bucket, bucket), t.bucket.rows, t.bucket.tokens))
+
+
+def _ratio(a: Bucket, b: Bucket) -> Fraction:
+    def ratio(x: int, y: int) -> Fraction:
+        x, y = max(x, 1), max(y, 1)
+        return Fraction(max(x, y), min(x, y))
+
+    return ratio(a.rows, b.rows) * ratio(a.tokens, b.tokens)
+
+
+@lru_cache(maxsize=1024)
+def find(key: Key, where: tuple[Path, ...]) -> Found:
+    """The artifacts below the folders `where` that serve `key`, as one; why others do not.
+
+    Warns, once per process and file, of one that cannot be trusted.
+    """
+    read: list[tuple[Path, Artifact]] = []
+    for folder in where:
+        for path in sorted((folder / key.form).glob("*.json")):
+            artifact = _trusted(path)
+            if artifact is not None:
+                read.append((path, artifact))
+    alike = [(p, a) for p, a in read if _alike(a.key, key)]
+    others = [(p, a) for p, a in read if not _alike(a.key, key)]
+    misses = tuple(f"{p}: it is for {', '.join(differences(a.key, key))}" for p, a in others)
+    if not alike:
+        return Found(Nearness.NONE, misses=misses)
+    machine = min((a.key.machine for _, a in alike), key=lambda m: _distance(m, key.machine))
+    nearness = Nearness.MACHINE if machine == key.machine else Nearness.ARCHITECTURE
+    serving = [(p, a) for p, a in alike if a.key.machine == machine]
+    together = reduce(merged, (a for _, a in serving))
+    # what was found wrong on one machine is not tried on another of its architecture
+    elsewhere = (r for _, a in alike if a.key.machine != machine for r in a.quarantine)
+    together = replace(together, quarantine=(*together.quarantine, *elsewhere))
+    return Found(nearness, together, tuple(p for p, _ in serving), misses)
+
+
+def rejection(key: Key, config: Configuration) -> str | None:
+    """Why `config` must not serve on this machine; None if nothing is known against it."""
+    found = find(key, folders())
+    known = () if found.artifact is None else found.artifact.quarantine
+    return next((r.reason for r in known if r.config == config), None)
+
+
+def differences(have: Key, want: Key) -> list[str]:
+    """What of an artifact's key differs from a call's, as `dtype float16, not bfloat16`."""
+    pairs = (
+        ("form", have.form, want.form),
+        ("engine", have.engine.value, want.engine.value),
+        ("dtype", have.dtype, want.dtype),
+        ("dimensions", _dims(have), _dims(want)),
+        ("machine", str(have.machine), str(want.machine)),
+    )
+    return [f"{what} {x}, not {y}" for what, x, y in pairs if x != y]
+
+
+def scan(where: tuple[Path, ...]) -> Iterator[tuple[Path, Artifact | errors.BadArtifact]]:
+    """Every artifact below `where`, or why it is refused."""
+    for folder in where:
+        for path in sorted(folder.glob("*/*.json")):
+            try:
+                yield path, read(path)
+            except errors.BadArtifact as why:
+                yield path, why
+
+
+def read(path: Path) -> Artifact:
+    """The artifact at `path`.
+
+    Raises:
+        BadArtifact: it cannot be read, is damaged, of another schema, or lies under the name of
+            another key (a copy for another GPU, say).
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as why:
+        raise errors.BadArtifact(str(path), f"it cannot be read: {why}") from None
+    artifact = from_text(text, str(path))
+    if Path(*path.parts[-2:]) != Path(artifact.key.path):
+        what = f"it is for {artifact.key.machine}, and should be called {artifact.key.path}"
+        raise errors.BadArtifact(str(path), what)
+    return artifact
+
+
+@lru_cache(maxsize=4096)
+def _trusted(path: Path) -> Artifact | None:
+    try:
+        return read(path)
+    except errors.BadArtifact as why:
+        warnings.warn(why.render(), RuntimeWarning, stacklevel=2)
+        return None
+
+
+def _alike(have: Key, want: Key) -> bool:
+    """Whether all but the machine is equal, and the machine is of the same architecture."""
+    here = (want.machine.kind, want.machine.arch)
+    return replace(have, machine=want.machine) == want and here == (
+        have.machine.kind,
+        have.machine.arch,
+    )
+
+
+def _distance(have: Machine, want: Machine) -> tuple[bool, bool, int, str]:
+    """The same machine first, then the same model, a similar number of threads, its name."""
+    return (
+        have != want,
+        have.model != want.model,
+        abs(have.threads - want.threads),
+        have.label,
+    )
+
+
+def _dims(key: Key) -> str:
+    return f"K={key.dims.K} V={key.dims.V}"
