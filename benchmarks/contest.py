@@ -17,9 +17,13 @@ FORWARD, BOTH = "fwd", "fwd+bwd"
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """What one side gave: None where it was not run, or failed with the error in `Row.notes`."""
+    """What one side gave: None where it was not run, or failed with the error in `Row.notes`.
+
+    `ms`: as called, the device waiting for the host where it must; `device_ms`: the device alone.
+    """
 
     ms: float | None = None
+    device_ms: float | None = None
     peak_mb: float | None = None
     first_s: float | None = None
     ok: bool | None = None
@@ -43,6 +47,13 @@ class Row:
         if self.ours.ms is None or self.peer.ms is None or not self.ours.ok:
             return None
         return self.peer.ms / self.ours.ms
+
+    @property
+    def device_ratio(self) -> float | None:
+        """The same of the device's times."""
+        if self.ours.device_ms is None or self.peer.device_ms is None or not self.ours.ok:
+            return None
+        return self.peer.device_ms / self.ours.device_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +127,15 @@ def contest(case: Case, op: Callable[..., Any], shape: Shape, settings: Settings
             for n, c in calls.items()
         }
         if sides:
-            times = measure.interleaved(list(sides.values()), device, settings.repeats)
-            for (name, side), ms in zip(sides.items(), times, strict=True):
+            timed = list(sides.values())
+            times = measure.interleaved(timed, device, settings.repeats)
+            alone = times
+            if device.type == "cuda":
+                alone = measure.interleaved(timed, device, settings.repeats, ahead=True)
+            for (name, side), ms, device_ms in zip(sides.items(), times, alone, strict=True):
                 peak = measure.peak_bytes(side, device)
                 mb = None if peak is None else peak / 2**20
-                seen[mode][name] = replace(seen[mode][name], ms=ms, peak_mb=mb)
+                seen[mode][name] = replace(seen[mode][name], ms=ms, device_ms=device_ms, peak_mb=mb)
         us, them = (seen[mode].get(n, Contestant()) for n in ("ours", "peer"))
         rows.append(Row(case.name, shape.name, mode, us, them, floors[mode], tuple(notes)))
     return rows

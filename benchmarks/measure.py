@@ -52,16 +52,28 @@ def first_call(side: Side, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+AHEAD = 32  # flushes of 60 us or more each: longer than any side's work on the host
+
+
 def interleaved(
-    sides: Sequence[Side], device: torch.device, repeats: int, warmup: int = 5
+    sides: Sequence[Side],
+    device: torch.device,
+    repeats: int,
+    warmup: int = 5,
+    *,
+    ahead: bool = False,
 ) -> list[float]:
-    """Median milliseconds of each side; one run of each in turn, on a flushed L2 cache."""
+    """Median milliseconds of each side; one run of each in turn, on a flushed L2 cache.
+
+    `ahead`: the device is kept busy until the host has queued the run, as in a training step whose
+    host runs ahead: the time is the device's alone. Otherwise the device may wait for the host.
+    """
     for _ in range(warmup):
         for side in sides:
             side.reset()
             side.run()
     if device.type == "cuda":
-        return _cuda(sides, device, repeats)
+        return _cuda(sides, device, repeats, flushes=AHEAD if ahead else 1)
     samples: list[list[float]] = [[] for _ in sides]
     for _ in range(repeats):
         for side, sample in zip(sides, samples, strict=True):
@@ -72,14 +84,15 @@ def interleaved(
     return [statistics.median(x) for x in samples]
 
 
-def _cuda(sides: Sequence[Side], device: torch.device, repeats: int) -> list[float]:
+def _cuda(sides: Sequence[Side], device: torch.device, repeats: int, flushes: int) -> list[float]:
     # larger than any L2, and written before each run: else the second side finds it warm
     flush = torch.empty(256 << 20, dtype=torch.int8, device=device)
     pairs: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in sides]
     for _ in range(repeats):
         for side, pair in zip(sides, pairs, strict=True):
             side.reset()
-            flush.zero_()
+            for _ in range(flushes):
+                flush.zero_()
             begin = torch.cuda.Event(enable_timing=True)
             end = torch.cuda.Event(enable_timing=True)
             begin.record()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +17,9 @@ _COLUMNS = (
     "ours ms",
     "peer ms",
     "peer/ours",
+    "dev ms",
+    "peer dev",
+    "dev ratio",
     "x floor",
     "ours MB",
     "peer MB",
@@ -37,7 +40,7 @@ def _right(ours: Contestant, peer: Contestant) -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     dagger = "†" if any(n.startswith("†") for n in row.notes) else ""
-    over = None if row.ours.ms is None else row.ours.ms / row.floor_ms
+    over = None if row.ours.device_ms is None else row.ours.device_ms / row.floor_ms
     return (
         row.recurrence,
         row.shape,
@@ -45,6 +48,9 @@ def _cells(row: Row) -> tuple[str, ...]:
         _number(row.ours.ms, 3),
         _number(row.peer.ms, 3) + (dagger if row.mode != "fwd" else ""),
         _number(row.ratio, 2),
+        _number(row.ours.device_ms, 3),
+        _number(row.peer.device_ms, 3),
+        _number(row.device_ratio, 2),
         _number(over, 1),
         _number(row.ours.peak_mb, 0),
         _number(row.peer.peak_mb, 0),
@@ -67,9 +73,9 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(aligned(line) for line in lines)
 
 
-def geometric_mean(rows: Sequence[Row]) -> float | None:
+def geometric_mean(given: Iterable[float | None]) -> float | None:
     """Of the ratios that exist."""
-    ratios = [r.ratio for r in rows if r.ratio is not None]
+    ratios = [r for r in given if r is not None]
     return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
 
 
@@ -81,9 +87,13 @@ def notes(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _entry(row: Row) -> dict[str, object]:
+    return {**asdict(row), "ratio": row.ratio, "device_ratio": row.device_ratio}
+
+
 def write(path: Path, machine: dict[str, object], rows: Sequence[Row]) -> None:
     """The whole run as one JSON file; written beside and renamed, so never half a file."""
-    content = {"machine": machine, "rows": [{**asdict(r), "ratio": r.ratio} for r in rows]}
+    content = {"machine": machine, "rows": [_entry(r) for r in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -102,9 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report.write(args.json, described, rows)
     print("\n" + report.table(rows))
     for mode in sorted({r.mode for r in rows}):
-        mean = report.geometric_mean([r for r in rows if r.mode == mode])
-        if mean is not None:
-            print(f"geometric mean of peer/ours, {mode}: {mean:.3f}")
+        of_mode = [r for r in rows if r.mode == mode]
+        mean = report.geometric_mean(r.ratio for r in of_mode)
+        alone = report.geometric_mean(r.device_ratio for r in of_mode)
+        if mean is not None and alone is not None:
+            print(f"geometric mean of peer/ours, {mode}: {mean:.3f}; of the device: {alone:.3f}")
     return 0 if all(r.ours.ok for r in rows) else 1
 
 

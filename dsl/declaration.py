@@ -28,6 +28,7 @@ class Declaration:
         self.source_location: Loc | None = where(function)
         self.any_step = any_step
         self._signature: Signature = read_signature(function)
+        self._statics = dict(sorted(dict(self._signature.statics).items()))
         self._trace = lru_cache(maxsize=None)(self._trace_once)
         self._normalise = lru_cache(maxsize=None)(self._normalise_once)
         if any_step:
@@ -52,8 +53,8 @@ class Declaration:
 
     @property
     def statics(self) -> Mapping[str, int | bool]:
-        """The int and bool keywords, with their defaults."""
-        return dict(self._signature.statics)
+        """The int and bool keywords in alphabetical order, with their defaults."""
+        return self._statics
 
     @property
     def has_micro(self) -> bool:
@@ -62,13 +63,13 @@ class Declaration:
 
     def step(self, micro: int = 1, static: Mapping[str, int | bool] | None = None) -> Step:
         """The traced step, for tuples of length `micro` and static keywords `static`."""
-        return self._trace(micro, tuple(sorted((static or {}).items())))
+        return self._trace(micro, _ordered(static))
 
     def normal_form(
         self, micro: int = 1, static: Mapping[str, int | bool] | None = None
     ) -> NormalForm:
         """The normal form of that step. Raises NotAffine, NoChunkForm and the decay errors."""
-        return self._normalise(micro, tuple(sorted((static or {}).items())))
+        return self._normalise(micro, _ordered(static))
 
     def explain(self) -> str:
         """What was understood: operands, step, normal form, class, gates, notes."""
@@ -91,6 +92,10 @@ class Declaration:
 
     def __repr__(self) -> str:
         return f"<recurrence {self.name}({', '.join(o.name for o in self.operands)})>"
+
+
+def _ordered(static: Mapping[str, int | bool] | None) -> tuple[tuple[str, int | bool], ...]:
+    return tuple(sorted(static.items())) if static else ()
 
 
 def declaration(function: Callable[..., object]) -> Declaration:

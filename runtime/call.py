@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,7 +60,7 @@ class Call:
     @property
     def form(self) -> NormalForm:
         """The normal form; raises NotAffine for a step that only the reference engine can run."""
-        return self.declaration.normal_form(self.micro, dict(self.static))
+        return _form(self.declaration, self.micro, self.static)
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -78,6 +79,11 @@ class Call:
         return (self.B, self.T, self.HV, *tail)
 
 
+@lru_cache(maxsize=4096)
+def _form(declaration: Declaration, micro: int, static: Static) -> NormalForm:
+    return declaration.normal_form(micro, dict(static))
+
+
 def arrange(
     declaration: Declaration, args: Sequence[object], named: Mapping[str, object]
 ) -> tuple[dict[str, Tensor], dict[str, float], Static]:
@@ -87,16 +93,14 @@ def arrange(
         MissingOperand, UnknownOperand: as their names say.
         BadDtype: an operand is not a tensor, or a parameter is not a number.
     """
-    declared = [x.name for x in declaration.operands]
-    declared += [*(p.name for p in declaration.params), *declaration.statics]
     title = declaration.name
     if len(args) > len(declaration.operands):
         surplus = f"number {len(declaration.operands) + 1}"
-        raise errors.UnknownOperand(surplus, declared, op=title)
+        raise errors.UnknownOperand(surplus, _declared(declaration), op=title)
     given = {x.name: value for x, value in zip(declaration.operands, args, strict=False)}
     for name in named:
         if name in given:
-            raise errors.UnknownOperand(f"{name} (again)", declared, op=title)
+            raise errors.UnknownOperand(f"{name} (again)", _declared(declaration), op=title)
     given.update(named)
     operands: dict[str, Tensor] = {}
     for x in declaration.operands:
@@ -122,7 +126,7 @@ def arrange(
             )
         params[p.name] = float(number)
     static: list[tuple[str, int]] = []
-    for name, default in sorted(declaration.statics.items()):
+    for name, default in declaration.statics.items():
         constant = given.pop(name, default)
         if not isinstance(constant, int):
             raise errors.BadDtype(
@@ -133,8 +137,13 @@ def arrange(
             )
         static.append((name, constant))
     for name in given:
-        raise errors.UnknownOperand(name, declared, op=title)
+        raise errors.UnknownOperand(name, _declared(declaration), op=title)
     return operands, params, tuple(static)
+
+
+def _declared(declaration: Declaration) -> list[str]:
+    names = [x.name for x in declaration.operands]
+    return [*names, *(p.name for p in declaration.params), *declaration.statics]
 
 
 def bind(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from enum import Enum
+from functools import cache
 from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor
@@ -82,6 +83,7 @@ def choose(device_type: str, requested: EngineName | str | None = None) -> Engin
     return name
 
 
+@cache
 def load(name: EngineName) -> Engine:
     """The engine's module, imported when it is first needed.
 

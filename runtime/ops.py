@@ -85,6 +85,7 @@ class OpRegistry:
         self._library = torch.library.Library(NAMESPACE, "FRAGMENT")
         self._lock = threading.Lock()
         self._names: set[str] = set()
+        self._known: dict[tuple[Declaration, EngineName, int, Static], str] = {}
 
     def ensure(
         self, declaration: Declaration, engine: EngineName, micro: int, static: Static = ()
@@ -93,11 +94,16 @@ class OpRegistry:
 
         Two declarations with one normal form share their ops, since nothing else is computed.
         """
+        key = (declaration, engine, micro, static)
+        known = self._known.get(key)
+        if known is not None:
+            return known
         name = op_name(declaration, engine, micro, static)
         with self._lock:
             if name not in self._names:
                 _register(self._library, name, Signature(declaration, static), engine)
                 self._names.add(name)
+            self._known[key] = name
         return name
 
 

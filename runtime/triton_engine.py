@@ -22,8 +22,9 @@ from ..dsl.errors import NotLowered
 from ..dsl.normal_form import NormalForm
 from .cache import import_source
 from .call import Call
-from .launch import TORCH, Bound, Launch, bind_kernel
+from .launch import Launch
 from .refine import coarse, coarse_gradients, refined, refined_cotangent
+from .schedule import TORCH, Bound
 
 _DTYPES = {dtype: low for low, dtype in TORCH.items()}
 
@@ -39,19 +40,27 @@ class _Compiled:
 
 def supports(call: Call) -> str | None:
     """Why this engine cannot serve the call; None if it can."""
-    interpreted = triton.knobs.runtime.interpret
-    if call.device.type != "cuda" and not interpreted:
-        return f"its kernels run on a GPU, and the operands are on {call.device}"
-    for name, x in call.operands.items():
-        if x.dtype not in _DTYPES:
-            return f"{name} is {x.dtype}; Triton kernels take float32, bfloat16 and float16"
-        if interpreted and x.dtype is torch.bfloat16:
-            return "Triton's interpreter computes bfloat16 products wrongly: use float32 or float16"
-    return _refusal(call.form)
+    return _refusal(call.form, call.device, _dtypes(call), bool(triton.knobs.runtime.interpret))
+
+
+def _dtypes(call: Call) -> tuple[tuple[str, torch.dtype], ...]:
+    return tuple((name, x.dtype) for name, x in call.operands.items())
 
 
 @lru_cache(maxsize=512)
-def _refusal(form: NormalForm) -> str | None:
+def _refusal(
+    form: NormalForm,
+    device: torch.device,
+    dtypes: tuple[tuple[str, torch.dtype], ...],
+    interpreted: bool,
+) -> str | None:
+    if device.type != "cuda" and not interpreted:
+        return f"its kernels run on a GPU, and the operands are on {device}"
+    for name, dtype in dtypes:
+        if dtype not in _DTYPES:
+            return f"{name} is {dtype}; Triton kernels take float32, bfloat16 and float16"
+        if interpreted and dtype is torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 products wrongly: use float32 or float16"
     try:
         chunk_body(form)
     except NotLowered as refusal:
@@ -106,9 +115,8 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def _compiled_for(call: Call) -> _Compiled:
-    dtypes = tuple((name, x.dtype) for name, x in call.operands.items())
     shared = _shared_memory(call.device)
-    return _compile(call.form, call.K, call.V, call.dtype, dtypes, shared)
+    return _compile(call.form, call.K, call.V, call.dtype, _dtypes(call), shared)
 
 
 @lru_cache(maxsize=512)
@@ -137,7 +145,7 @@ def compile_with(
     module = import_source(emitted.source)
 
     forward, backward = (
-        tuple(bind_kernel(k, getattr(module, k.name)) for k in kernels)
+        tuple(Bound(k, getattr(module, k.name)) for k in kernels)
         for kernels in (emitted.forward, emitted.backward)
     )
     return _Compiled(config, forward, backward)

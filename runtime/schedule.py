@@ -1,0 +1,209 @@
+"""What one direction of a call launches: grids, arguments and buffers, once per layout of a call.
+
+A training step repeats the layout of the step before, so that a call has only tensors to put in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..codegen.differentiate import GRADIENT
+from ..codegen.plan import Loop
+from ..codegen.tile import Axes, Axis
+from ..codegen.triton_types import Dtype, Role, TritonKernel, buffer_dtype
+
+TORCH = {
+    Dtype.FLOAT32: torch.float32,
+    Dtype.BFLOAT16: torch.bfloat16,
+    Dtype.FLOAT16: torch.float16,
+}
+TABLES = ("cu_seqlens", "chunk_offsets", "chunk_table")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bound:
+    """An emitted kernel and its function (a triton.JITFunction: Triton has no types)."""
+
+    kernel: TritonKernel
+    function: Any
+
+
+class OperandLayout(NamedTuple):
+    """A tensor of the call: `strides` and `heads` of tokens; per-head operands have heads 0."""
+
+    name: str
+    dtype: torch.dtype
+    heads: int
+    strides: tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """What of a call decides its launches, all but what its tensors hold.
+
+    `chunks`: of all sequences together; `packed`: the dtype of `cu_seqlens`; `carries`: name, shape
+    of the state, dtype of the first value if one is given. In the order in which a call's tensors
+    are numbered: operands, carries, tables, params.
+    """
+
+    B: int
+    T: int
+    HV: int
+    K: int
+    V: int
+    N: int
+    chunk: int
+    chunks: int
+    packed: torch.dtype | None
+    dtype: torch.dtype
+    device: torch.device
+    operands: tuple[OperandLayout, ...]
+    carries: tuple[tuple[str, tuple[int, ...], torch.dtype | None], ...]
+    params: tuple[str, ...]
+
+
+class New(NamedTuple):
+    """A tensor that a kernel is first to write; `zeroed` where it does not write all of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    zeroed: bool
+
+
+@dataclass(slots=True, eq=False)
+class Launched:
+    """A kernel of a known layout: `slots` say which argument takes which of the call's tensors.
+
+    `compiled`: the machine code that served it, for calls whose pointers are aligned like those.
+    """
+
+    bound: Bound
+    grid: tuple[int, int, int]
+    values: tuple[object, ...]
+    slots: tuple[tuple[int, int], ...]
+    new: tuple[New, ...]
+    compiled: Any = None
+
+    def run(self, tensors: list[Tensor | float | None], *, aligned: bool) -> None:
+        """Launch on the current device and stream."""
+        arguments = list(self.values)
+        for argument, tensor in self.slots:
+            arguments[argument] = tensors[tensor]
+        if aligned and self.compiled is not None:
+            # what the launch below would find, without looking at every argument again
+            self.compiled[self.grid](*arguments)
+            return
+        tiles = self.bound.kernel.config
+        compiled = self.bound.function[self.grid](
+            *arguments, num_warps=tiles.warps, num_stages=tiles.stages
+        )
+        if aligned:
+            self.compiled = compiled
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Schedule:
+    """The launches of one direction; `buffers` and `ends`: where its results are numbered."""
+
+    launches: tuple[Launched, ...]
+    buffers: tuple[tuple[str, int], ...]
+    ends: tuple[tuple[str, int], ...]
+
+
+@lru_cache(maxsize=1024)
+def schedule(kernels: tuple[Bound, ...], layout: Layout) -> Schedule:
+    """The launches of `kernels`, in order, for calls of `layout`."""
+    operands = {o.name: o for o in layout.operands}
+    number: dict[tuple[Role | None, str], int] = {}
+    for role, names in (
+        (Role.OPERAND, [o.name for o in layout.operands]),
+        (Role.INITIAL, [name for name, _, _ in layout.carries]),
+        (None, TABLES),
+        (Role.PARAM, layout.params),
+    ):
+        for name in names:
+            number[role, name] = len(number)
+    shapes = {name: shape for name, shape, _ in layout.carries}
+    launches = []
+    for bound in kernels:
+        kernel = bound.kernel
+        new = [_buffer(n, a, layout, operands) for n, a in kernel.stores]
+        new = [b for b in new if (Role.BUFFER, b.name) not in number]
+        for b in new:
+            number[Role.BUFFER, b.name] = len(number)
+        for p in kernel.parameters:
+            if p.role is Role.FINAL:
+                number[Role.FINAL, p.of] = len(number)
+                new.append(New(p.of, shapes[p.of], torch.float32, False))
+        launches.append(_launched(bound, layout, operands, number, tuple(new)))
+    return Schedule(
+        tuple(launches),
+        tuple((name, i) for (role, name), i in number.items() if role is Role.BUFFER),
+        tuple((name, i) for (role, name), i in number.items() if role is Role.FINAL),
+    )
+
+
+def _launched(
+    bound: Bound,
+    layout: Layout,
+    operands: dict[str, OperandLayout],
+    number: dict[tuple[Role | None, str], int],
+    new: tuple[New, ...],
+) -> Launched:
+    kernel = bound.kernel
+    fixed: dict[str, object] = {
+        **dict(kernel.constants),
+        "TOKENS": layout.T,
+        "chunks": -(-layout.T // layout.chunk),
+        "HV": layout.HV,
+        "PACKED": layout.packed is not None,
+    }
+    tensors = {name: number[None, name] for name in TABLES}
+    for p in kernel.parameters:
+        if p.role in _STRIDES:
+            fixed[p.name] = operands[p.of].strides[_STRIDES[p.role]]
+        elif p.role is Role.GROUP:
+            fixed[p.name] = layout.HV // operands[p.of].heads
+        else:
+            tensors[p.name] = number[p.role, p.of]
+    names = list(bound.function.arg_names)
+    programs = layout.chunks if kernel.loop is Loop.PARALLEL else layout.N
+    return Launched(
+        bound=bound,
+        grid=(programs * layout.HV * kernel.v_programs, 1, 1),
+        values=tuple(fixed.get(name) for name in names),
+        slots=tuple((names.index(name), i) for name, i in tensors.items() if name in names),
+        new=new,
+    )
+
+
+_STRIDES = {Role.STRIDE_BATCH: 0, Role.STRIDE_TOKEN: 1, Role.STRIDE_HEAD: 2}
+
+
+def _buffer(name: str, axes: Axes, layout: Layout, operands: dict[str, OperandLayout]) -> New:
+    """Per token `[B,T,HV,…]`, per chunk `[chunks,HV,…]`."""
+    size = {Axis.K: layout.K, Axis.V: layout.V, Axis.I: layout.chunk, Axis.J: layout.chunk}
+    times = [a for a in axes if a in (Axis.I, Axis.J)]
+    channels = tuple(size[a] for a in axes if a not in times[:1])
+    per_token = (layout.B, layout.T, layout.HV)
+    operand = operands.get(name.removeprefix(GRADIENT)) if name.startswith(GRADIENT) else None
+    if name == "o":
+        return New(name, (*per_token, *channels), layout.dtype, zeroed=False)
+    if operand is not None:
+        if not times:  # partial sums: programs beyond the last chunk write none
+            return New(name, (layout.chunks, layout.HV, *channels), torch.float32, zeroed=True)
+        # per value head: float32 where more is summed over groups of heads
+        dtype = operand.dtype if operand.heads == layout.HV else torch.float32
+        return New(name, (*per_token, *channels), dtype, zeroed=False)
+    dtype = TORCH[buffer_dtype(axes, _LOW[layout.dtype])]
+    if times:
+        return New(name, (*per_token, *channels), dtype, zeroed=False)
+    return New(name, (layout.chunks, layout.HV, *reversed(channels)), dtype, zeroed=False)
+
+
+_LOW = {dtype: low for low, dtype in TORCH.items()}
