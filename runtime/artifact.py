@@ -202,7 +202,19 @@ def from_text(text: str, file: str) -> Artifact:
         if kind is None or not isinstance(config, kind):
             engine = artifact.key.engine.value
             raise errors.BadArtifact(file, f"it holds what is no configuration of {engine!r}")
+        for what, size in _sizes(config):
+            if size < 1 or size & (size - 1):
+                raise errors.BadArtifact(file, f"{what} is {size}, expected a power of two")
     return artifact
+
+
+def _sizes(config: Configuration) -> list[tuple[str, int]]:
+    """What every engine rounds to powers of two."""
+    found = [("chunk", config.chunk)]
+    if isinstance(config, Config):
+        for tiles in (config.default, *(t for _, t in config.kernels)):
+            found += [("v_tile", tiles.v_tile), ("k_tile", tiles.k_tile), ("warps", tiles.warps)]
+    return found
 
 
 def merged(old: Artifact, new: Artifact) -> Artifact:

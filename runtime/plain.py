@@ -7,10 +7,12 @@ is never trusted: a value that does not fit is refused, and the message says whe
 from __future__ import annotations
 
 import json
+import math
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum, Flag
+from functools import lru_cache
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
@@ -78,7 +80,8 @@ def _field_to_plain(owner: object, name: str) -> Plain:
     return to_plain(value)
 
 
-def _hints(kind: type) -> dict[str, Any]:
+@lru_cache(maxsize=256)
+def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
@@ -115,8 +118,11 @@ def _read(hint: Any, value: Plain, at: str) -> object:
         return chosen
     if issubclass(hint, Enum):
         return _named({m.name: m for m in hint}, value, at)
-    if hint is float and type(value) is int:
-        return float(value)
+    if hint is float:
+        number = float(value) if type(value) is int else _expect(float, value, at)
+        if not math.isfinite(number):
+            raise ValueError(f"{_place(at)} is not a finite number")
+        return number
     return _expect(hint, value, at)
 
 

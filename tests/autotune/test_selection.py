@@ -1,0 +1,181 @@
+"""Which configuration serves a call: a function of its shape and of the files, and nothing else."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from chunkwise.autotune import store
+from chunkwise.codegen.config import Config, Dims
+from chunkwise.runtime import selection
+from chunkwise.runtime.artifact import Artifact, Bucket, Key
+from chunkwise.runtime.engines import EngineName
+from chunkwise.runtime.machine import Machine
+from chunkwise.runtime.selection import Nearness, configuration, find, nearest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.autotune.artifacts import (
+    A100,
+    ARTIFACT,
+    CONFIG,
+    H100,
+    H200,
+    KEY,
+    config,
+    rejected,
+    tuned,
+)
+
+sizes = st.builds(Bucket, st.integers(1, 1 << 20), st.integers(1, 1 << 20))
+some = st.lists(sizes, min_size=1, max_size=8, unique=True)
+
+
+def _artifact(buckets: list[Bucket], key: Key = KEY) -> Artifact:
+    entries = tuple(tuned(b.rows, b.tokens, config(16 + n)) for n, b in enumerate(buckets))
+    return Artifact("name", key, entries)
+
+
+@given(some, sizes, st.randoms())
+def test_nearest_is_total_and_deterministic(
+    buckets: list[Bucket], call: Bucket, order: random.Random
+) -> None:
+    """Some bucket serves every call, whatever the order of the file; its own if it has one."""
+    artifact = _artifact(buckets)
+    chosen = nearest(artifact, call)
+    assert chosen is not None
+    shuffled = list(artifact.tuned)
+    order.shuffle(shuffled)
+    assert nearest(replace(artifact, tuned=tuple(shuffled)), call) == chosen
+    if call in buckets:
+        assert chosen.bucket == call
+
+
+@given(some, sizes, st.integers(1, 1000))
+def test_nearest_goes_by_ratios(buckets: list[Bucket], call: Bucket, factor: int) -> None:
+    """All sizes times a factor change nothing; what serves is no farther than any other."""
+
+    def times(b: Bucket) -> Bucket:
+        return Bucket(b.rows * factor, b.tokens)
+
+    chosen = nearest(_artifact(buckets), call)
+    scaled = nearest(_artifact([times(b) for b in buckets]), times(call))
+    assert chosen is not None
+    assert scaled is not None
+    assert scaled.bucket == times(chosen.bucket)
+
+
+def test_nearest_on_a_page() -> None:
+    artifact = _artifact([Bucket(16, 1024), Bucket(16, 4096), Bucket(256, 1024)])
+    served = {
+        (16, 1024): (16, 1024),
+        (1, 1): (16, 1024),
+        (16, 2048): (16, 1024),  # as far from 1024 as from 4096: the smaller
+        (16, 2049): (16, 4096),
+        (64, 1024): (16, 1024),
+        (65, 1024): (256, 1024),
+        (10**6, 10**6): (256, 1024),
+    }
+    for (rows, tokens), bucket in served.items():
+        chosen = nearest(artifact, Bucket(rows, tokens))
+        assert chosen is not None
+        assert (chosen.bucket.rows, chosen.bucket.tokens) == bucket, (rows, tokens)
+
+
+def test_what_is_not_trusted_does_not_serve() -> None:
+    call = Bucket(64, 4096)
+    failed = tuned(64, 4096, faults=("d k: relative RMS error 0.5",))
+    other = tuned(8, 8, config(32))
+    assert nearest(Artifact("name", KEY, (failed, other)), call) == other
+    in_quarantine = Artifact("name", KEY, (tuned(64, 4096), other), (rejected(CONFIG),))
+    assert nearest(in_quarantine, call) == other
+    assert nearest(Artifact("name", KEY), call) is None
+
+
+def test_the_exact_machine_then_its_architecture_then_nothing(tmp_path: Path) -> None:
+    def saved(name: str, *machines: Machine) -> tuple[Path, ...]:
+        for m in machines:
+            store.save(replace(ARTIFACT, key=replace(KEY, machine=m)), tmp_path / name)
+        return (tmp_path / name,)
+
+    exact = find(KEY, saved("exact", A100, H100, H200))
+    assert exact.nearness is Nearness.MACHINE
+    assert exact.artifact is not None
+    assert exact.artifact.key.machine == H200
+    alike = find(KEY, saved("alike", A100, H100))
+    assert alike.nearness is Nearness.ARCHITECTURE
+    assert alike.artifact is not None
+    assert alike.artifact.key.machine == H100
+    none = find(KEY, saved("none", A100))
+    assert none.nearness is Nearness.NONE
+    assert none.artifact is None
+    (miss,) = none.misses
+    assert miss.endswith("it is for machine NVIDIA A100-SXM4-80GB (sm_80), not NVIDIA H200 (sm_90)")
+    assert find(KEY, (tmp_path / "nowhere",)) == selection.Found(Nearness.NONE)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (replace(KEY, dtype="float16"), "dtype float16, not bfloat16"),
+        (replace(KEY, dims=Dims(64, 64)), "dimensions K=64 V=64, not K=128 V=128"),
+        (replace(KEY, engine=EngineName.TVM), "engine"),
+        (replace(KEY, dtype="float16", machine=A100), "dtype float16, not bfloat16, machine"),
+    ],
+)
+def test_a_miss_says_which_key_differed(other: Key, says: str, tmp_path: Path) -> None:
+    if other.engine is EngineName.TVM:  # what lies there is Triton's; the call wants another
+        store.save(ARTIFACT, tmp_path)
+        found = find(other, (tmp_path,))
+        says = "engine triton, not tvm"
+    else:
+        store.save(replace(ARTIFACT, key=other), tmp_path)
+        found = find(KEY, (tmp_path,))
+    assert found.artifact is None
+    (miss,) = found.misses
+    assert says in miss
+
+
+def test_the_users_own_wins_over_what_was_shipped(tmp_path: Path) -> None:
+    shipped, own = tmp_path / "shipped", tmp_path / "own"
+    store.save(Artifact("name", KEY, (tuned(64, 4096, time_us=9.0), tuned(8, 8))), shipped)
+    mine = tuned(64, 4096, config(32), time_us=5.0)
+    store.save(Artifact("name", KEY, (mine,)), own)
+    found = find(KEY, (shipped, own)).artifact
+    assert found is not None
+    assert found.tuned == (tuned(8, 8), mine)
+    store.save(Artifact("name", KEY, quarantine=(rejected(CONFIG),)), own)
+    later = find(KEY, (shipped / ".." / "shipped", own / ".." / "own")).artifact
+    assert later is not None
+    assert later.tuned == (mine,)
+
+
+def test_cpus_are_told_apart_by_threads(tmp_path: Path) -> None:
+    def cpu(model: str, threads: int) -> Key:
+        return replace(KEY, machine=Machine("cpu", "x86-64-v4", model, threads))
+
+    for key in (cpu("A", 2), cpu("A", 16), cpu("B", 8)):
+        store.save(replace(ARTIFACT, key=key), tmp_path)
+    for want, have in (
+        (cpu("A", 2), cpu("A", 2)),
+        (cpu("A", 8), cpu("A", 2)),
+        (cpu("A", 12), cpu("A", 16)),
+        (cpu("C", 9), cpu("B", 8)),
+    ):
+        found = find(want, (tmp_path,)).artifact
+        assert found is not None
+        assert found.key.machine == have.machine, want
+
+
+def test_a_call_finds_the_file_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
+    key = replace(KEY, form="fedcba987654")  # nobody asked for it before
+    store.save(replace(ARTIFACT, key=key))
+    assert configuration(Config, key, Bucket(64, 4000)) == CONFIG
+    assert configuration(Config, replace(key, dtype="float32"), Bucket(64, 4000)) is None
+    assert selection.rejection(key, config(128)) == "two runs differ: d k"
+    assert selection.rejection(key, CONFIG) is None
