@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..codegen.config import Dims
-from ..dsl.normal_form import NormalForm
-from ..runtime.artifact import Key, Versions
+from ..runtime.artifact import Versions
 from ..runtime.engines import EngineName
-from ..runtime.machine import assembler, driver, machine_of, version
+from ..runtime.machine import assembler, driver, version
 
 _BACKENDS = {EngineName.TRITON: "triton", EngineName.TVM: "apache-tvm"}
-
-
-def key_here(
-    form: NormalForm, engine: EngineName, dtype: torch.dtype, dims: Dims, device: torch.device
-) -> Key:
-    """The key of what is tuned here, now (on a CPU: with this number of threads)."""
-    name = str(dtype).removeprefix("torch.")
-    return Key(form.digest, engine, name, dims, machine_of(device))
 
 
 def versions_here(engine: EngineName) -> Versions:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..codegen import eager_library
 from ..codegen.chunk import Body, derive
+from ..codegen.config import Dims, EagerConfig, padded
 from ..codegen.differentiate import GRADIENT, differentiate
 from ..codegen.factor import factor_adjoint, factor_body
 from ..codegen.plan import Hoist, Loop, Plan, Program, plan_backward, plan_forward
@@ -25,9 +26,11 @@ from ..dsl.errors import NotLowered
 from ..dsl.ir import Per
 from ..dsl.normal_form import NormalForm
 from .call import Call
+from .engines import EngineName
 from .refine import coarse, coarse_gradients, refined, refined_cotangent
+from .selection import bucket_of, key_here, serving
 
-_LONGEST_CHUNK = 64
+_LONGEST_CHUNK = 64  # where nothing was tuned
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +53,27 @@ def supports(call: Call) -> str | None:
     return None
 
 
-def forward(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """o [B,T,HV,V] in the call's dtype; final states [N,HV,K,V] (or [N,HV,K]) in float32/64."""
+def forward(call: Call, config: EagerConfig | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """o [B,T,HV,V] in the call's dtype; final states [N,HV,K,V] (or [N,HV,K]) in float32/64.
+
+    `config`: instead of the one that serves such calls.
+    """
     rows = refined(call)
-    run = _Run(rows, _chunk_length(rows))
+    run = _Run(rows, (config or _serving(call, rows.T)).chunk)
     finals = run.execute(_forward_kernels(call.form), run.initial())
     o = coarse(call, run.tokens_back(run.buffers["o"], call.HV, (call.V,)))
     return o.to(call.dtype), tuple(finals[s.name] for s in call.form.states)
 
 
 def backward(
-    call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
+    call: Call,
+    do: Tensor,
+    dfinals: tuple[Tensor | None, ...],
+    config: EagerConfig | None = None,
 ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
     """Gradients of every operand, in its shape and dtype, and of the initial states."""
     rows = refined(call)
-    run = _Run(rows, _chunk_length(rows))
+    run = _Run(rows, (config or _serving(call, rows.T)).chunk)
     run.add_token(GRADIENT + "o", refined_cotangent(call, do))
     starts = run.initial()
     for state, dfinal in zip(call.form.states, dfinals, strict=True):
@@ -82,11 +91,11 @@ def backward(
     return gradients, initials
 
 
-def _chunk_length(call: Call) -> int:
-    chunk = 1
-    while chunk < min(call.T, _LONGEST_CHUNK):
-        chunk *= 2
-    return chunk
+def _serving(call: Call, rows: int) -> EagerConfig:
+    """The chunk that was tuned, else 64; no longer than sequences of `rows` need."""
+    key = key_here(call.form, EngineName.EAGER, call.dtype, Dims(call.K, call.V), call.device)
+    config = serving(EagerConfig, key, bucket_of(call), lambda: EagerConfig(_LONGEST_CHUNK))
+    return EagerConfig(min(config.chunk, padded(rows, 1)))
 
 
 @lru_cache(maxsize=256)

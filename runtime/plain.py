@@ -74,8 +74,8 @@ def _lines(value: Plain, before: str) -> Iterator[str]:
 
 
 def _field_to_plain(owner: object, name: str) -> Plain:
-    value = getattr(owner, name)
-    if _is_named(_hints(type(owner))[name]):
+    value, kind = getattr(owner, name), cast(Any, type(owner))
+    if _is_named(_hints(kind)[name]):
         return {key: to_plain(x) for key, x in value}
     return to_plain(value)
 

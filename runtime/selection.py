@@ -8,18 +8,26 @@ else none (the engine then has its default).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from fractions import Fraction
 from functools import lru_cache, reduce
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+import torch
+
+from ..codegen.config import Dims
 from ..dsl import errors
+from ..dsl.normal_form import NormalForm
 from .artifact import Artifact, Bucket, Configuration, Key, Tuned, from_text, merged
 from .cache import cache_folder
-from .machine import Machine
+from .engines import EngineName
+from .machine import Machine, machine_of
+
+if TYPE_CHECKING:
+    from .call import Call
 
 SHIPPED = Path(__file__).parent / "artifacts"
 C = TypeVar("C", bound=Configuration)
@@ -33,7 +41,7 @@ class Nearness(Enum):
     NONE = "nothing was tuned: the default serves"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Found:
     """What serves a key.
 
@@ -53,15 +61,45 @@ def folders() -> tuple[Path, ...]:
     return (SHIPPED, cache_folder() / "artifacts")
 
 
-@lru_cache(maxsize=4096)
-def configuration(kind: type[C], key: Key, bucket: Bucket) -> C | None:
-    """The configuration tuned for calls like these; None where nothing serves."""
+def key_here(
+    form: NormalForm, engine: EngineName, dtype: torch.dtype, dims: Dims, device: torch.device
+) -> Key:
+    """The key of calls on `device`, as it is now (on a CPU: with this number of threads)."""
+    name = str(dtype).removeprefix("torch.")
+    return Key(form.digest, engine, name, dims, machine_of(device))
+
+
+def bucket_of(call: Call) -> Bucket:
+    """The size of a call; of packed sequences the mean, which their contents do not decide."""
+    return Bucket(call.N * call.HV, -(-call.B * call.T // call.N))
+
+
+def serving(kind: type[C], key: Key, bucket: Bucket, default: Callable[[], C]) -> C:
+    """The configuration for calls of `key` about as large as `bucket`: tuned, else `default`.
+
+    Raises:
+        EngineUnavailable: nothing was tuned, and the default was found wrong on this machine.
+    """
     found = find(key, folders())
-    chosen = None if found.artifact is None else nearest(found.artifact, bucket)
-    if chosen is None:
-        return None
-    assert isinstance(chosen.config, kind)  # `from_text` reads no others for this engine
-    return chosen.config
+    chosen = _chosen(found, bucket)
+    if chosen is not None:
+        assert isinstance(chosen.config, kind)  # `from_text` reads no others for this engine
+        return chosen.config
+    config = default()
+    known = () if found.artifact is None else found.artifact.quarantine
+    for r in known:
+        if r.config == config:
+            raise errors.EngineUnavailable(
+                key.engine.value,
+                f"its default configuration was found wrong on {key.machine}: {r.reason}",
+                help='tune it for one that is right (`chunkwise tune`), or name engine="eager"',
+            )
+    return config
+
+
+@lru_cache(maxsize=8192)
+def _chosen(found: Found, bucket: Bucket) -> Tuned | None:
+    return None if found.artifact is None else nearest(found.artifact, bucket)
 
 
 def nearest(artifact: Artifact, bucket: Bucket) -> Tuned | None:
@@ -110,13 +148,6 @@ def find(key: Key, where: tuple[Path, ...]) -> Found:
     elsewhere = (r for _, a in alike if a.key.machine != machine for r in a.quarantine)
     together = replace(together, quarantine=(*together.quarantine, *elsewhere))
     return Found(nearness, together, tuple(p for p, _ in serving), misses)
-
-
-def rejection(key: Key, config: Configuration) -> str | None:
-    """Why `config` must not serve on this machine; None if nothing is known against it."""
-    found = find(key, folders())
-    known = () if found.artifact is None else found.artifact.quarantine
-    return next((r.reason for r in known if r.config == config), None)
 
 
 def differences(have: Key, want: Key) -> list[str]:

@@ -20,11 +20,14 @@ from ..codegen.fit import H100_SHARED, fit
 from ..codegen.triton_types import Signature
 from ..dsl.errors import NotLowered
 from ..dsl.normal_form import NormalForm
+from .artifact import Bucket
 from .cache import import_source
 from .call import Call
+from .engines import EngineName
 from .launch import Launch
 from .refine import coarse, coarse_gradients, refined, refined_cotangent
 from .schedule import TORCH, Bound
+from .selection import bucket_of, key_here, serving
 
 _DTYPES = {dtype: low for low, dtype in TORCH.items()}
 
@@ -68,9 +71,12 @@ def _refusal(
     return None
 
 
-def forward(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """o [B,T,HV,V] in the call's dtype; final states [N,HV,K,V] (or [N,HV,K]) in float32."""
-    compiled = _compiled_for(call)
+def forward(call: Call, config: Config | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """o [B,T,HV,V] in the call's dtype; final states [N,HV,K,V] (or [N,HV,K]) in float32.
+
+    `config`: instead of the one that serves such calls.
+    """
+    compiled = _compiled_for(call) if config is None else _compiled_with(call, config)
     launch = Launch(refined(call), compiled.config, {})
     states = [s.name for s in call.form.states]
     finals = launch.run(compiled.forward, dict(zip(states, call.initial, strict=True)))
@@ -78,10 +84,13 @@ def forward(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 def backward(
-    call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
+    call: Call,
+    do: Tensor,
+    dfinals: tuple[Tensor | None, ...],
+    config: Config | None = None,
 ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
     """Gradients of every operand, in its shape and dtype, and of the initial states."""
-    compiled = _compiled_for(call)
+    compiled = _compiled_for(call) if config is None else _compiled_with(call, config)
     extra = {GRADIENT + "o": refined_cotangent(call, do)}
     launch = Launch(refined(call), compiled.config, extra)
     states = [s.name for s in call.form.states]
@@ -99,7 +108,7 @@ def backward(
 def configuration(
     form: NormalForm, dims: Dims, dtype: torch.dtype, shared: int = H100_SHARED
 ) -> Config:
-    """The configuration that serves calls of `form` where a program has `shared` bytes."""
+    """The configuration for calls of `form`, untuned, where a program has `shared` bytes."""
     config = default_config(chunk_body(form), dims, wide_dtype=dtype is torch.float32)
     return fit(form, config, dims, dtype.itemsize, shared)
 
@@ -115,23 +124,35 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def _compiled_for(call: Call) -> _Compiled:
-    shared = _shared_memory(call.device)
-    return _compile(call.form, call.K, call.V, call.dtype, _dtypes(call), shared)
+    size = bucket_of(call)
+    return _compile(call.form, call.K, call.V, call.dtype, _dtypes(call), call.device, size)
 
 
-@lru_cache(maxsize=512)
+def _compiled_with(call: Call, config: Config) -> _Compiled:
+    return compile_with(call.form, Dims(call.K, call.V), call.dtype, _dtypes(call), config)
+
+
+@lru_cache(maxsize=8192)
 def _compile(
     form: NormalForm,
     K: int,
     V: int,
     dtype: torch.dtype,
     dtypes: tuple[tuple[str, torch.dtype], ...],
-    shared: int,
+    device: torch.device,
+    size: Bucket,
 ) -> _Compiled:
-    config = configuration(form, Dims(K, V), dtype, shared)
-    return compile_with(form, Dims(K, V), dtype, dtypes, config)
+    dims = Dims(K, V)
+    config = serving(
+        Config,
+        key_here(form, EngineName.TRITON, dtype, dims, device),
+        size,
+        lambda: configuration(form, dims, dtype, _shared_memory(device)),
+    )
+    return compile_with(form, dims, dtype, dtypes, config)
 
 
+@lru_cache(maxsize=512)
 def compile_with(
     form: NormalForm,
     dims: Dims,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from chunkwise import library
 from chunkwise.autotune import store
-from chunkwise.autotune.artifact import key_here, versions_here
+from chunkwise.autotune.artifact import versions_here
 from chunkwise.codegen.config import Dims
 from chunkwise.dsl import errors
 from chunkwise.runtime import selection
@@ -177,7 +177,9 @@ def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
 
 def test_keys_do_not_hold_sizes_of_calls() -> None:
     form = library.gated_delta_rule.declaration.normal_form()
-    key = key_here(form, EngineName.EAGER, torch.float32, Dims(64, 32), torch.device("cpu"))
+    key = selection.key_here(
+        form, EngineName.EAGER, torch.float32, Dims(64, 32), torch.device("cpu")
+    )
     assert key.form == form.digest
     assert key.machine.kind == "cpu"
     assert key.machine.threads == torch.get_num_threads()

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from chunkwise.autotune import store
 from chunkwise.codegen.config import Config, Dims
-from chunkwise.runtime import selection
+from chunkwise.dsl import errors
 from chunkwise.runtime.artifact import Artifact, Bucket, Key
 from chunkwise.runtime.engines import EngineName
 from chunkwise.runtime.machine import Machine
-from chunkwise.runtime.selection import Nearness, configuration, find, nearest
+from chunkwise.runtime.selection import Nearness, find, nearest, serving
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,7 +113,8 @@ def test_the_exact_machine_then_its_architecture_then_nothing(tmp_path: Path) ->
     assert none.artifact is None
     (miss,) = none.misses
     assert miss.endswith("it is for machine NVIDIA A100-SXM4-80GB (sm_80), not NVIDIA H200 (sm_90)")
-    assert find(KEY, (tmp_path / "nowhere",)) == selection.Found(Nearness.NONE)
+    nowhere = find(KEY, (tmp_path / "nowhere",))
+    assert (nowhere.nearness, nowhere.misses) == (Nearness.NONE, ())
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,18 @@ def test_a_call_finds_the_file_in_the_cache(
     monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
     key = replace(KEY, form="fedcba987654")  # nobody asked for it before
     store.save(replace(ARTIFACT, key=key))
-    assert configuration(Config, key, Bucket(64, 4000)) == CONFIG
-    assert configuration(Config, replace(key, dtype="float32"), Bucket(64, 4000)) is None
-    assert selection.rejection(key, config(128)) == "two runs differ: d k"
-    assert selection.rejection(key, CONFIG) is None
+    assert serving(Config, key, Bucket(64, 4000), lambda: config(16)) == CONFIG
+    other = replace(key, dtype="float32")
+    assert serving(Config, other, Bucket(64, 4000), lambda: config(16)) == config(16)
+
+
+def test_a_default_in_quarantine_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
+    store.save(Artifact("name", KEY, quarantine=(rejected(CONFIG),)))
+    assert serving(Config, KEY, Bucket(1, 1), lambda: config(16)) == config(16)
+    with pytest.raises(errors.EngineUnavailable) as refused:
+        serving(Config, KEY, Bucket(1, 1), lambda: CONFIG)
+    assert "found wrong on NVIDIA H200 (sm_90): two runs differ: d k" in refused.value.why
+    assert "chunkwise tune" in refused.value.help
