@@ -31,9 +31,9 @@ from .resources import Resources, Target, compile_kernel
 from .tile import Axes
 from .triton_types import Dtype, Signature, TritonKernel
 
-_NAME = "audited"
+UNIT = "audited"
 # what Triton's front end, its passes and the assemblers raise: the compiler's verdict, not ours
-_VERDICTS = (
+VERDICTS = (
     TritonError,
     RuntimeError,
     ValueError,
@@ -61,7 +61,7 @@ def unit(kernel: TritonKernel) -> str:
     """
     functions = triton_library.sources(set(kernel.functions))
     head = "import triton\nimport triton.language as tl"
-    source = kernel.source.replace(f"def {kernel.name}(", f"def {_NAME}(")
+    source = kernel.source.replace(f"def {kernel.name}(", f"def {UNIT}(")
     return "\n\n".join(p.strip("\n") for p in (head, functions, source) if p) + "\n"
 
 
@@ -106,13 +106,13 @@ def compile_job(job: Job) -> Outcome:
     try:
         found = compile_kernel(
             _import(unit(job.kernel)),
-            replace(job.kernel, name=_NAME),
+            replace(job.kernel, name=UNIT),
             dict(job.buffers),
             job.signature,
             job.target,
             packed=job.packed,
         )
-    except _VERDICTS as why:
+    except VERDICTS as why:
         lines = [line for line in str(why).splitlines() if line.strip()]
         text = f"{type(why).__name__}: {lines[-1] if lines else ''}"
         return Outcome(None, text[:300], time.perf_counter() - start)

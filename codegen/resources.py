@@ -84,7 +84,7 @@ def compile_kernel(
     source = ASTSource(function, ordered, constants, attributes)
     options = {"num_warps": kernel.config.warps, "num_stages": kernel.config.stages}
     compiled = triton.compile(source, target=target.triton, options=options)
-    registers, spills = _usage(compiled.asm.get("cubin"))
+    registers, spills = usage(compiled.asm.get("cubin"))
     return Resources(kernel.name, target, compiled.metadata.shared, registers, spills)
 
 
@@ -117,7 +117,7 @@ def _arguments(
     return types, constants
 
 
-def _usage(cubin: bytes | None) -> tuple[int | None, int | None]:
+def usage(cubin: bytes | None) -> tuple[int | None, int | None]:
     """Registers and local-memory bytes, read off the machine code by NVIDIA's cuobjdump."""
     if cubin is None:
         return None, None
