@@ -1,0 +1,253 @@
+"""The examination that a configuration must pass before it may serve, and its certificate.
+
+Output, final states and all gradients against the float64 token loop, on usual and on hard inputs;
+every buffer full of NaN before it is written, then of another number: both runs must agree bit for
+bit. Whatever runs calls can be examined: an engine, or one that a test has broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..codegen.config import Dims
+from ..dsl import oracle
+from ..dsl.declaration import Declaration
+from ..runtime.artifact import Certificate, Configuration, Error
+from ..runtime.call import Call
+from ..runtime.engines import EngineName, load
+from .certificate_inputs import Family, draw, ranges
+from .tolerance import BY_DTYPE, FLOAT32_HARD, Tolerance, relative_errors, within
+
+# several chunks of 64 or 128 with a rest of 16: divisible as large calls are, so that Triton
+# compiles the same machine code for both
+TOKENS = 272
+_HARD_HALF = 4.0  # of a half-precision tolerance: what is left of products of hard gates
+
+
+class Runs(Protocol):
+    """What is examined: `forward` and `backward` as an engine's module has them."""
+
+    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output and the final states."""
+
+    def backward(
+        self, call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
+    ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+        """Gradients of every operand and initial state."""
+
+
+class _Configured(Protocol):
+    """An engine with something to tune."""
+
+    def forward(
+        self, call: Call, config: Configuration | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+
+    def backward(
+        self,
+        call: Call,
+        do: Tensor,
+        dfinals: tuple[Tensor | None, ...],
+        config: Configuration | None,
+    ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Under:
+    """An engine under one configuration, whatever would serve."""
+
+    engine: EngineName
+    config: Configuration
+
+    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As the engine's."""
+        return self._module.forward(call, self.config)
+
+    def backward(
+        self, call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
+    ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+        """As the engine's."""
+        return self._module.backward(call, do, dfinals, self.config)
+
+    @property
+    def _module(self) -> _Configured:
+        return cast(_Configured, load(self.engine))
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One call, its cotangents, and what the token loop answers."""
+
+    family: Family
+    call: Call
+    do: Tensor
+    dfinals: tuple[Tensor | None, ...]
+    expected: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """Questions on one recurrence, made once for all its configurations.
+
+    `small`: operands whose gradients have the tolerance of gates and steps.
+    """
+
+    questions: tuple[Question, ...]
+    small: frozenset[str]
+
+
+def prepare(
+    declaration: Declaration,
+    dims: Dims,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    tokens: int = TOKENS,
+    families: Sequence[Family] = tuple(Family),
+) -> Exam:
+    """The questions for calls of these dimensions (no token axis is shorter than 4).
+
+    Raises:
+        NotLowered: no inputs are known to be legal.
+    """
+    micro = 2 if declaration.has_micro else 1
+    form = declaration.normal_form(micro)
+    questions = []
+    for family in families:
+        call = draw(declaration, form, family, dims, dtype, device, tokens=tokens, micro=micro)
+        random = torch.Generator().manual_seed(3)
+        do = torch.randn(call.output_shape, generator=random).to(device, dtype)
+        dfinals = tuple(
+            torch.randn(call.state_shape(s), generator=random).to(device, call.state_dtype)
+            for s in form.states
+        )
+        questions.append(Question(family, call, do, dfinals, _expected(call, do, dfinals)))
+    params = {p.name: 1.0 if p.default is None else p.default for p in form.params}
+    return Exam(tuple(questions), ranges(form, params).small)
+
+
+def certify(exam: Exam, runs: Runs) -> Certificate:
+    """What came of it. Raises whatever `runs` does where it cannot run at all."""
+    worst: dict[str, Error] = {}
+    faults = []
+    for question in exam.questions:
+        with _Filled(torch.nan):
+            first = _answers(question, runs)
+        with _Filled(3.0e3):
+            second = _answers(question, runs)
+        where = question.family.name.lower()
+        for name, want in question.expected.items():
+            limit = _limit(name, question, exam.small)
+            rms, maximum = relative_errors(first[name], want)
+            if not bool(first[name].isfinite().all()):
+                faults.append(f"{name} ({where}) is not finite: is a buffer read before written?")
+            elif not within(rms, maximum, limit):
+                what = f"relative RMS error {rms:.1e}, maximum {maximum:.1e}, allowed {limit:.1e}"
+                faults.append(f"{name} ({where}): {what}")
+            if not _same_bits(first[name], second[name]):
+                faults.append(f"{name} ({where}): two runs differ")
+            known = worst.get(name)
+            if known is None or not rms / limit <= known.rms / known.limit:
+                worst[name] = Error(rms, maximum, limit)
+    families = tuple(q.family.name.lower() for q in exam.questions)
+    return Certificate(tuple(worst.items()), families, tuple(faults))
+
+
+def examine(
+    declaration: Declaration,
+    engine: EngineName,
+    config: Configuration,
+    dims: Dims,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Certificate:
+    """The certificate of one configuration of an engine."""
+    return certify(prepare(declaration, dims, dtype, device), Under(engine, config))
+
+
+def _answers(question: Question, runs: Runs) -> dict[str, Tensor]:
+    call = question.call
+    o, finals = runs.forward(call)
+    grads, dinitials = runs.backward(call, question.do, question.dfinals)
+    return _named(call, o, finals, grads, dinitials)
+
+
+def _named(
+    call: Call,
+    o: Tensor,
+    finals: Sequence[Tensor],
+    grads: Mapping[str, Tensor],
+    dinitials: Sequence[Tensor | None],
+) -> dict[str, Tensor]:
+    """By name; what is in the call's own dtypes and shapes, on the CPU."""
+    names = [s.name for s in call.form.states]
+    named: dict[str, Tensor | None] = {"o": o}
+    named |= {f"final {n}": x for n, x in zip(names, finals, strict=True)}
+    named |= {f"d {n}": x for n, x in grads.items()}
+    named |= {f"d initial {n}": x for n, x in zip(names, dinitials, strict=True)}
+    return {n: x.detach().cpu() for n, x in named.items() if x is not None}
+
+
+def _expected(call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+    def leaf(x: Tensor) -> Tensor:
+        return x.detach().cpu().double().requires_grad_()
+
+    operands = {n: leaf(x) for n, x in call.operands.items()}
+    initial = tuple(None if x is None else leaf(x) for x in call.initial)
+    cu = None if call.cu_seqlens is None else call.cu_seqlens.cpu()
+    o, finals = oracle.run(call.step, operands, call.params, initial, cu)
+    leaves = [*operands.values(), *(x for x in initial if x is not None)]
+    cotangents = [x.cpu().double() for x in (do, *dfinals) if x is not None]
+    taken = torch.autograd.grad([o, *finals], leaves, cotangents, materialize_grads=True)
+    grads = dict(zip(operands, taken, strict=False))
+    rest = iter(taken[len(operands) :])
+    dinitials = [None if x is None else next(rest) for x in initial]
+    return _named(call, o, finals, grads, dinitials)
+
+
+def _limit(name: str, question: Question, small: frozenset[str]) -> float:
+    dtype, hard = question.call.dtype, question.family is Family.HARD
+    tolerance = FLOAT32_HARD if dtype is torch.float32 else BY_DTYPE[dtype]
+    allowed = _allowed(name, tolerance, small)
+    return allowed * _HARD_HALF if hard and dtype.itemsize == 2 else allowed
+
+
+def _allowed(name: str, tolerance: Tolerance, small: frozenset[str]) -> float:
+    if not name.startswith("d "):
+        return tolerance.outputs
+    return tolerance.gates if name.removeprefix("d ") in small else tolerance.gradients
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+class _Filled(TorchDispatchMode):
+    """New tensors of floats are full of one number, not of what memory happens to hold."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
+        self._value = value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _NEW and out.is_floating_point():
+            out.fill_(self._value)
+        return out
+
+
+_NEW = frozenset(
+    (
+        torch.ops.aten.empty.memory_format,
+        torch.ops.aten.empty_strided.default,
+        torch.ops.aten.empty_like.default,
+        torch.ops.aten.new_empty.default,
+        torch.ops.aten.new_empty_strided.default,
+    )
+)

@@ -1,0 +1,233 @@
+"""Inputs for any recurrence, drawn from what its normal form says of each operand.
+
+Gates are drawn so that log-decays stay at most 0 and promises (`within`) hold, found by trying
+ranges on samples; what is recalled of the state is scaled down until the state does not grow.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, softplus
+
+from ..codegen.config import Dims
+from ..dsl import errors, oracle
+from ..dsl.declaration import Declaration
+from ..dsl.ir import Kind, Node, Op, Per, topological
+from ..dsl.normal_form import NormalForm, Operand, StateDecl, expressions
+from ..runtime.call import Call, describe
+
+_SAMPLES, _CHANNELS = 512, 4
+_GROWTH = 2.0  # of a state over the sequence: beyond, rounding would be passed off as an error
+
+
+class Family(Enum):
+    """The kinds of inputs that a configuration is checked on."""
+
+    ORDINARY = "usual gates; several chunks, the last one unfinished"
+    HARD = "gates from -20 to almost 0, steps of 0 and 1, keys that repeat; grouped heads"
+    RAGGED = "packed sequences, one of them empty, one of one token"
+
+
+class Range(Enum):
+    """Where an operand's entries lie: how a normal sample gets there, and its extremes."""
+
+    ANY = (lambda x: x, -4.0, 4.0)
+    NEGATIVE = (lambda x: -softplus(x), -20.0, -1e-4)
+    POSITIVE = (lambda x: softplus(x), 20.0, 1e-4)
+    UNIT = (torch.sigmoid, 0.01, 1 - 1e-4)
+
+    def of(self, normal: Tensor, *, hard: bool) -> Tensor:
+        """`normal` moved into the range; `hard`: a third at each extreme, channel by channel."""
+        move, low, high = self.value
+        value: Tensor = move(normal)
+        return _in_turns(value, low, high) if hard else value
+
+
+@dataclass(frozen=True, slots=True)
+class Ranges:
+    """What was found out about the operands of a form; others are plain Keys, Values, Scalars."""
+
+    gates: tuple[tuple[str, Range], ...]
+    steps: frozenset[str]  # Scalars that are not gates
+    positive_keys: bool  # a KeyState is a denominator
+
+    @property
+    def small(self) -> frozenset[str]:
+        """Operands whose gradients have the tolerance of gates and steps."""
+        return self.steps | {name for name, _ in self.gates}
+
+
+def ranges(form: NormalForm, params: Mapping[str, float]) -> Ranges:
+    """The first ranges of the gates under which every log-decay is at most 0.
+
+    Raises:
+        NotLowered: there are none among those that are tried.
+    """
+    decays = [u.log_decay for m in form.micro_steps for u in m.updates if u.log_decay is not None]
+    every = topological(*expressions(form), form.output)
+    promised = [n for n in every if n.op is Op.WITHIN and not _reads(n)]
+    names = {str(n.attrs[0]) for n in topological(*decays, *promised) if n.op is Op.OPERAND}
+    gates = [o for o in form.operands if o.name in names]
+    random = torch.Generator().manual_seed(0)
+    normal = {o.name: torch.randn(_SAMPLES, generator=random).double() for o in form.operands}
+    for chosen in itertools.product(Range, repeat=len(gates)):
+        samples = dict(normal)
+        for o, r in zip(gates, chosen, strict=True):
+            samples[o.name] = r.of(normal[o.name], hard=False)
+        if _legal(decays, promised, samples, params):
+            return Ranges(
+                tuple((o.name, r) for o, r in zip(gates, chosen, strict=True)),
+                frozenset(o.name for o in form.operands if o.kind is Kind.SCALAR) - names,
+                any(s.kind is Kind.KEY_STATE for s in form.states),
+            )
+    raise errors.NotLowered(
+        f"{form.name} cannot be checked on inputs drawn by themselves",
+        f"no signs of {', '.join(o.name for o in gates)} keep its log-decay at most 0",
+        "declare the bounds of its gates with `within`",
+    )
+
+
+def _legal(
+    decays: list[Node],
+    promised: list[Node],
+    samples: Mapping[str, Tensor],
+    params: Mapping[str, float],
+) -> bool:
+    inside = [n.args[0] for n in promised]
+    env: dict[Node, Tensor] = {}
+    for n in topological(*decays, *inside):
+        if n.op is Op.OPERAND:
+            x = samples[str(n.attrs[0])]
+            env[n] = x[::_CHANNELS] if n.kind is Kind.SCALAR else x.reshape(-1, _CHANNELS)
+        elif n.op is Op.PARAM:
+            env[n] = torch.tensor(params[str(n.attrs[0])], dtype=torch.float64)
+    if not env:
+        return True
+    values = oracle.evaluate([*decays, *inside], env)
+    bounds = [(-math.inf, 0.0)] * len(decays) + [_promise(n) for n in promised]
+    # written so that a NaN is not legal
+    return all(
+        bool(((x >= lo) & (x <= hi)).all()) for x, (lo, hi) in zip(values, bounds, strict=True)
+    )
+
+
+def _reads(node: Node) -> bool:
+    return any(n.op is Op.RESULT for n in topological(node))
+
+
+def _promise(within: Node) -> tuple[float, float]:
+    lo, hi = (float(x) for x in within.attrs if isinstance(x, (int, float)))
+    return lo, hi
+
+
+def draw(
+    declaration: Declaration,
+    form: NormalForm,
+    family: Family,
+    dims: Dims,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    tokens: int,
+    micro: int,
+) -> Call:
+    """A call of `family`: Keys and Values in `dtype`, Scalars and per-head operands in float32.
+
+    `tokens`: the length of a sequence, of all packed ones together.
+    """
+    params = {p.name: 1.0 if p.default is None else p.default for p in form.params}
+    found = ranges(form, params)
+    grouped, packed = family is Family.HARD, family is Family.RAGGED
+    B, H, HV = (1, 1, 2) if grouped or packed else (2, 2, 2)
+    lengths = (tokens // 2 + 1, 0, 1, tokens - tokens // 2 - 2) if packed else ()
+    random = torch.Generator().manual_seed(1)
+    wide = dtype if dtype is torch.float64 else torch.float32
+    operands: dict[str, Tensor] = {}
+    for o in form.operands:
+        heads = H if o.kind is Kind.KEY and o.per is Per.TOKEN else HV
+        tail = {Kind.SCALAR: (), Kind.KEY: (dims.K,), Kind.VALUE: (dims.V,)}[o.kind]
+        front = () if o.per is Per.HEAD else (B, tokens, *((micro,) if o.micro else ()))
+        normal = torch.randn(*front, heads, *tail, generator=random, dtype=torch.float64)
+        narrow = o.per is Per.TOKEN and o.kind is not Kind.SCALAR
+        value = _entries(o, normal, found, hard=family is Family.HARD)
+        operands[o.name] = value.to(device, dtype if narrow else wide)
+    initial: tuple[Tensor | None, ...] = (None,) * len(form.states)
+    if family is not Family.ORDINARY:
+        initial = tuple(
+            _initial(s, len(lengths) or B, HV, dims, found, random).to(device, wide)
+            for s in form.states
+        )
+    cu_seqlens = None
+    if packed:
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
+    static = tuple(declaration.statics.items())
+    call = describe(declaration, operands, params, initial, cu_seqlens, static)
+    return _contracted(call)
+
+
+def _entries(o: Operand, normal: Tensor, found: Ranges, *, hard: bool) -> Tensor:
+    chosen = dict(found.gates).get(o.name)
+    if chosen is not None:
+        return chosen.of(normal, hard=hard)
+    if o.kind is Kind.SCALAR:
+        return _in_turns(normal.sigmoid(), 0.0, 1.0) if hard else normal.sigmoid()
+    if o.kind is Kind.VALUE:
+        return normal
+    key = normalize(normal, dim=-1)
+    if hard and o.per is Per.TOKEN:  # the second half repeats one key
+        key[:, key.shape[1] // 2 :] = key[:, :1]
+    return key.abs() if found.positive_keys else key
+
+
+def _in_turns(value: Tensor, low: float, high: float) -> Tensor:
+    """A third of `value` at `low`, a third at `high`, in turns that differ between channels."""
+    place = torch.arange(value.numel()).reshape(value.shape) * 7 % 3
+    return torch.where(place == 0, low, torch.where(place == 1, high, value))
+
+
+def _initial(
+    state: StateDecl, count: int, HV: int, dims: Dims, found: Ranges, random: torch.Generator
+) -> Tensor:
+    shape = (count, HV, dims.K, *((dims.V,) if state.kind is Kind.STATE else ()))
+    value = torch.randn(shape, generator=random, dtype=torch.float64)
+    return value.abs() if found.positive_keys else value
+
+
+def _contracted(call: Call) -> Call:
+    """`call` with what its feedbacks read by halved until an initial state does not grow."""
+    recalled = {
+        str(n.attrs[0])
+        for m in call.form.micro_steps
+        for u in m.updates
+        for w in u.writes
+        if w.feedback is not None
+        for n in topological(w.feedback.key, w.feedback.scale)
+        if n.op is Op.OPERAND and n.kind is Kind.KEY
+    }
+    while recalled and _growth(call) > _GROWTH:
+        for name in recalled:
+            call.operands[name] = call.operands[name] / 2
+    return call
+
+
+def _growth(call: Call) -> float:
+    """How much larger, at most over heads, a state is at the end than it was at the beginning."""
+    operands = {n: x.double().cpu() for n, x in call.operands.items()}
+    cu = None if call.cu_seqlens is None else call.cu_seqlens.cpu()
+    random = torch.Generator().manual_seed(2)
+    shapes = [call.state_shape(s) for s in call.form.states]
+    starts = [torch.randn(s, generator=random, dtype=torch.float64) for s in shapes]
+    with torch.no_grad():
+        _, moved = oracle.run(call.step, operands, call.params, starts, cu)
+        _, still = oracle.run(call.step, operands, call.params, None, cu)
+    return max(
+        float(((a - b).flatten(2).norm(dim=2) / s.flatten(2).norm(dim=2)).max())
+        for a, b, s in zip(moved, still, starts, strict=True)
+    )

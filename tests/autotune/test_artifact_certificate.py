@@ -1,0 +1,152 @@
+"""The examination of configurations: what is right passes, each way of being wrong is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from chunkwise.autotune.certificate import Exam, Under, certify, prepare
+from chunkwise.autotune.certificate_inputs import Family, draw, ranges
+from chunkwise.codegen.config import Dims, EagerConfig
+from chunkwise.dsl import Key, Scalar, State, Value, errors, exp, outer
+from chunkwise.dsl.declaration import declaration
+from chunkwise.dsl.library import all_declarations, by_name
+from chunkwise.runtime.call import Call
+from chunkwise.runtime.check import check_contents
+from chunkwise.runtime.engines import EngineName
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.classes import lowered
+from tests.random_rules import Rule, rules
+
+CPU = torch.device("cpu")
+EAGER = Under(EngineName.EAGER, EagerConfig(8))
+LOWERED = [d.name for d in all_declarations() if lowered(d)]
+
+
+def _exam(name: str, dtype: torch.dtype = torch.float64) -> Exam:
+    return prepare(by_name(name), Dims(8, 12), dtype, CPU, tokens=20)
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_the_library_passes(name: str) -> None:
+    certificate = certify(_exam(name), EAGER)
+    assert certificate.ok, certificate.faults
+    assert certificate.inputs == ("ordinary", "hard", "ragged")
+    form = by_name(name).normal_form(2 if by_name(name).has_micro else 1)
+    states = [s.name for s in form.states]
+    results = {"o", *(f"final {s}" for s in states), *(f"d initial {s}" for s in states)}
+    assert {n for n, _ in certificate.errors} == results | {f"d {o.name}" for o in form.operands}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype: torch.dtype) -> None:
+    exam = _exam("kda", dtype)
+    operands = exam.questions[0].call.operands
+    assert {n for n, x in operands.items() if x.dtype is dtype} >= {"q", "k", "v", "g"}
+    assert operands["beta"].dtype is torch.float32
+    assert certify(exam, EAGER).ok
+
+
+@dataclass(frozen=True)
+class _Broken:
+    """The eager engine, its results passed through `spoil`."""
+
+    spoil: Callable[[str, Tensor, Call], Tensor]
+
+    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
+        o, finals = EAGER.forward(call)
+        return self.spoil("o", o, call), tuple(self.spoil("final", x, call) for x in finals)
+
+    def backward(
+        self, call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
+    ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+        grads, dinitials = EAGER.backward(call, do, dfinals)
+        return {n: self.spoil(f"d {n}", x, call) for n, x in grads.items()}, dinitials
+
+
+def _faults(spoil: Callable[[str, Tensor, Call], Tensor]) -> str:
+    certificate = certify(_exam("gated_delta_rule", torch.float32), _Broken(spoil))
+    assert not certificate.ok
+    return "\n".join(certificate.faults)
+
+
+def test_a_wrong_entry_is_found() -> None:
+    """As a miscompiled kernel's: one entry of one gradient, in packed batches only."""
+
+    def miscompiled(name: str, x: Tensor, call: Call) -> Tensor:
+        if name == "d k" and call.cu_seqlens is not None:
+            x = x.clone()
+            x.view(-1)[5] += 0.1
+        return x
+
+    faults = _faults(miscompiled)
+    assert faults.startswith("d k (ragged): relative RMS error")
+    assert "\n" not in faults
+
+
+def test_runs_that_differ_are_found() -> None:
+    """In the last bit, as after a race."""
+    turn = iter(range(1000))
+
+    def racing(name: str, x: Tensor, call: Call) -> Tensor:
+        return torch.nextafter(x, x + 1) if name == "final" and next(turn) % 2 else x
+
+    assert set(_faults(racing).splitlines()) == {
+        f"final S ({family.name.lower()}): two runs differ" for family in Family
+    }
+
+
+def test_what_nobody_wrote_is_found() -> None:
+    """Memory that happens to hold what is right would pass otherwise."""
+
+    def unwritten(name: str, x: Tensor, call: Call) -> Tensor:
+        if name != "o":
+            return x
+        out = torch.empty_like(x)
+        out[:, 1:] = x[:, 1:]
+        return out
+
+    faults = _faults(unwritten)
+    assert "o (ordinary) is not finite" in faults
+    assert "o (ordinary): two runs differ" in faults
+
+
+@settings(max_examples=25)
+@given(rules(low_rank=True) | rules(low_rank=False), st.sampled_from(Family))
+def test_inputs_keep_the_promises_of_any_declaration(rule: Rule, family: Family) -> None:
+    """Log-decays at most 0, `within` kept, numbers finite: what CHUNKWISE_CHECK looks for."""
+    declared = rule.declare()
+    form = declared.normal_form()
+    call = draw(declared, form, family, Dims(4, 4), torch.float64, CPU, tokens=9, micro=1)
+    check_contents(call, True)
+
+
+def test_the_usual_gates_are_where_models_have_them() -> None:
+    named = {}
+    for d in all_declarations():
+        form = d.normal_form(2 if d.has_micro else 1)
+        params = {p.name: p.default or 1.0 for p in d.params}
+        named[d.name] = {gate: r.name for gate, r in ranges(form, params).gates}
+    assert named["gated_delta_rule"] == {"g": "NEGATIVE"}
+    assert named["lightning_attention"] == {"slope": "POSITIVE"}
+    assert named["hgrn2"] == {"f": "UNIT"}
+    assert named["mamba2"] == dict.fromkeys(("dt", "A_log", "dt_bias"), "ANY")
+    assert named["linear_attention"] == {}
+
+
+@declaration
+def _only_for_small_gates(S: State, q: Key, k: Key, v: Value, g: Scalar) -> tuple[State, Value]:
+    S = exp(g * g - 0.01) * S + outer(k, v)
+    return S, q @ S
+
+
+def test_gates_without_a_legal_range_are_refused() -> None:
+    with pytest.raises(errors.NotLowered, match="cannot be checked") as refused:
+        prepare(_only_for_small_gates, Dims(4, 4), torch.float64, CPU)
+    assert "no signs of g" in refused.value.why
+    assert "within" in refused.value.help
