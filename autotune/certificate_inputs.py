@@ -137,15 +137,18 @@ def draw(
     *,
     tokens: int,
     micro: int,
+    batch: int = 2,
+    heads: int = 2,
 ) -> Call:
     """A call of `family`: Keys and Values in `dtype`, Scalars and per-head operands in float32.
 
-    `tokens`: the length of a sequence, of all packed ones together.
+    `tokens`: the length of a sequence, of all packed ones together; `batch`, `heads`: of ordinary
+    inputs (others have one key head and two value heads).
     """
     params = {p.name: 1.0 if p.default is None else p.default for p in form.params}
     found = ranges(form, params)
     grouped, packed = family is Family.HARD, family is Family.RAGGED
-    B, H, HV = (1, 1, 2) if grouped or packed else (2, 2, 2)
+    B, H, HV = (1, 1, 2) if grouped or packed else (batch, heads, heads)
     lengths = (tokens // 2 + 1, 0, 1, tokens - tokens // 2 - 2) if packed else ()
     random = torch.Generator().manual_seed(1)
     wide = dtype if dtype is torch.float64 else torch.float32

@@ -148,14 +148,15 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Crossover:
-    """Where chunks begin to beat the token loop, for calls of `rows` sequences times heads.
+    """Where the forward in chunks begins to beat the token loop, for `rows` sequences times heads.
 
-    The length lies in [low, high] with the stated confidence; below it, the token loop is faster.
+    Up to `low` tokens the token loop is faster, from `high` on the chunks, with the stated
+    confidence, found by so many paired timings. None: at no length that was tried.
     """
 
     rows: int
-    low: int
-    high: int
+    low: int | None
+    high: int | None
     confidence: float
     timings: int
 

@@ -25,10 +25,12 @@ from ..codegen.tile import Tile, TileOp
 from ..dsl.errors import NotLowered
 from ..dsl.ir import Per
 from ..dsl.normal_form import NormalForm
+from . import reference
+from .artifact import Key
 from .call import Call
 from .engines import EngineName
 from .refine import coarse, coarse_gradients, refined, refined_cotangent
-from .selection import bucket_of, key_here, serving
+from .selection import bucket_of, key_here, serving, token_loop_wins
 
 _LONGEST_CHUNK = 64  # where nothing was tuned
 
@@ -56,8 +58,11 @@ def supports(call: Call) -> str | None:
 def forward(call: Call, config: EagerConfig | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """o [B,T,HV,V] in the call's dtype; final states [N,HV,K,V] (or [N,HV,K]) in float32/64.
 
-    `config`: instead of the one that serves such calls.
+    `config`: instead of the one that serves such calls. Sequences so short that the token loop
+    was measured to be faster run token by token.
     """
+    if config is None and token_loop_wins(_key(call), bucket_of(call)):
+        return reference.forward(call)
     rows = refined(call)
     run = _Run(rows, (config or _serving(call, rows.T)).chunk)
     finals = run.execute(_forward_kernels(call.form), run.initial())
@@ -93,9 +98,12 @@ def backward(
 
 def _serving(call: Call, rows: int) -> EagerConfig:
     """The chunk that was tuned, else 64; no longer than sequences of `rows` need."""
-    key = key_here(call.form, EngineName.EAGER, call.dtype, Dims(call.K, call.V), call.device)
-    config = serving(EagerConfig, key, bucket_of(call), lambda: EagerConfig(_LONGEST_CHUNK))
+    config = serving(EagerConfig, _key(call), bucket_of(call), lambda: EagerConfig(_LONGEST_CHUNK))
     return EagerConfig(min(config.chunk, padded(rows, 1)))
+
+
+def _key(call: Call) -> Key:
+    return key_here(call.form, EngineName.EAGER, call.dtype, Dims(call.K, call.V), call.device)
 
 
 @lru_cache(maxsize=256)

@@ -102,6 +102,15 @@ def _chosen(found: Found, bucket: Bucket) -> Tuned | None:
     return None if found.artifact is None else nearest(found.artifact, bucket)
 
 
+def token_loop_wins(key: Key, bucket: Bucket) -> bool:
+    """Whether the forward of such calls was found faster token by token than in chunks."""
+    artifact = find(key, folders()).artifact
+    if artifact is None or not artifact.crossovers:
+        return False
+    measured = min(artifact.crossovers, key=lambda c: (_far(c.rows, bucket.rows), c.rows))
+    return measured.low is not None and bucket.tokens <= measured.low
+
+
 def nearest(artifact: Artifact, bucket: Bucket) -> Tuned | None:
     """The trusted configuration whose bucket is nearest to a call's; None if there is none.
 
@@ -116,11 +125,12 @@ def nearest(artifact: Artifact, bucket: Bucket) -> Tuned | None:
 
 
 def _ratio(a: Bucket, b: Bucket) -> Fraction:
-    def ratio(x: int, y: int) -> Fraction:
-        x, y = max(x, 1), max(y, 1)
-        return Fraction(max(x, y), min(x, y))
+    return _far(a.rows, b.rows) * _far(a.tokens, b.tokens)
 
-    return ratio(a.rows, b.rows) * ratio(a.tokens, b.tokens)
+
+def _far(x: int, y: int) -> Fraction:
+    x, y = max(x, 1), max(y, 1)
+    return Fraction(max(x, y), min(x, y))
 
 
 @lru_cache(maxsize=1024)
