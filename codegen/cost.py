@@ -60,7 +60,7 @@ def kernel_cost(kernel: Kernel, dtype: Dtype) -> Cost:
     products = elementwise = read = sympy.Integer(0)
     for t in kernel.order:
         if t in stored:
-            read += _size(t.axes) * _BYTES[buffer_dtype(t.axes, dtype)]
+            read += _size(t.axes) * _BYTES[buffer_dtype(t, dtype)]
         elif t.op in _OPERANDS:
             read += _size(t.axes) * _operand_bytes(t, dtype)
         elif t.op is TileOp.CARRY:
@@ -113,7 +113,7 @@ def _operand_bytes(t: Tile, dtype: Dtype) -> int:
 
 
 def _stored_bytes(t: Tile, dtype: Dtype) -> Expr:
-    return _size(t.axes) * _BYTES[buffer_dtype(t.axes, dtype)]
+    return _size(t.axes) * _BYTES[buffer_dtype(t, dtype)]
 
 
 def _products(t: Tile) -> Expr:

@@ -14,8 +14,7 @@ from .differentiate import Adjoint, differentiate
 from .factor import factor_adjoint, factor_body
 from .plan import Plan, Program, plan_backward, plan_forward
 from .print_triton import print_triton
-from .tile import Axes
-from .triton_types import Signature, TritonKernel
+from .triton_types import Dtype, Signature, TritonKernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +25,10 @@ class Emitted:
     forward: tuple[TritonKernel, ...]
     backward: tuple[TritonKernel, ...]
 
-    def buffers(self, kernel: TritonKernel) -> dict[str, Axes]:
-        """The axes of every buffer of the program that `kernel` belongs to."""
+    def buffers(self, kernel: TritonKernel) -> dict[str, Dtype]:
+        """The dtype of every buffer of the program that `kernel` belongs to."""
         program = self.forward if kernel in self.forward else self.backward
-        return {name: axes for k in program for name, axes in k.stores}
+        return {b.name: b.dtype for k in program for b in k.stores}
 
 
 @lru_cache(maxsize=512)

@@ -28,7 +28,6 @@ from ..dsl.normal_form import NormalForm
 from . import triton_library
 from .config import Dims, Precision
 from .resources import Resources, Target, compile_kernel
-from .tile import Axes
 from .triton_types import Dtype, Signature, TritonKernel
 
 UNIT = "audited"
@@ -70,7 +69,7 @@ class Job:
     """One compilation; jobs of equal `key` are one."""
 
     kernel: TritonKernel
-    buffers: tuple[tuple[str, Axes], ...]
+    buffers: tuple[tuple[str, Dtype], ...]
     signature: Signature
     target: Target
     packed: bool
@@ -80,7 +79,7 @@ class Job:
         k = self.kernel
         used = {p.of for p in k.parameters}
         dtypes = [(p.of, self.signature.of(p.of)) for p in k.parameters]
-        buffers = sorted((n, axes) for n, axes in self.buffers if n in used)
+        buffers = sorted((n, d.value) for n, d in self.buffers if n in used)
         signature = (self.signature.dtype, dtypes, buffers)
         text = repr((unit(k), k.constants, k.config.warps, k.config.stages, signature))
         text += f"{self.target} {self.packed}"

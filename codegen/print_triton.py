@@ -15,7 +15,7 @@ from .expressions import Names, unaliased
 from .plan import Kernel, Loop, sums_over
 from .tile import Axis, Tile, TileOp
 from .triton_memory import RANGE, TritonMemory
-from .triton_types import Role, Signature, TritonKernel
+from .triton_types import Buffer, Role, Signature, TritonKernel, buffer_dtype
 
 _SCAN_ORDER = (Axis.V, Axis.I, Axis.J, Axis.K)
 _PARALLEL_ORDER = (Axis.I, Axis.J, Axis.V, Axis.K)
@@ -112,7 +112,10 @@ class _KernelPrinter(TritonMemory):
             v_programs=self._v_programs,
             constants=tuple(constants.items()),
             config=self._config,
-            stores=tuple((name, t.axes) for name, t in kernel.stores),
+            stores=tuple(
+                Buffer(name, t.axes, buffer_dtype(t, self._signature.dtype))
+                for name, t in kernel.stores
+            ),
             functions=frozenset(self._used_functions),
         )
 

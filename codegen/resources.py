@@ -16,8 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .tile import Axes
-from .triton_types import Dtype, Role, Signature, TritonKernel, buffer_dtype
+from .triton_types import Dtype, Role, Signature, TritonKernel
 
 _POINTER = {Dtype.FLOAT32: "*fp32", Dtype.BFLOAT16: "*bf16", Dtype.FLOAT16: "*fp16"}
 
@@ -60,7 +59,7 @@ class Resources:
 def compile_kernel(
     module: ModuleType,
     kernel: TritonKernel,
-    buffers: Mapping[str, Axes],
+    buffers: Mapping[str, Dtype],
     signature: Signature,
     target: Target,
     *,
@@ -68,7 +67,9 @@ def compile_kernel(
 ) -> Resources:
     """Compile `kernel` of the imported `module` for `target` and read what it takes.
 
-    `buffers`: the axes of every buffer of its program.
+    With fewer stages than configured where it would not fit.
+
+    `buffers`: the dtype of every buffer of its program.
 
     Raises whatever Triton raises for a kernel that does not compile.
     """
@@ -82,14 +83,17 @@ def compile_kernel(
     }
     ordered = {n: types[n] for n in names}
     source = ASTSource(function, ordered, constants, attributes)
-    options = {"num_warps": kernel.config.warps, "num_stages": kernel.config.stages}
-    compiled = triton.compile(source, target=target.triton, options=options)
+    for stages in range(kernel.config.stages, 0, -1):  # as runtime/schedule.py launches it
+        options = {"num_warps": kernel.config.warps, "num_stages": stages}
+        compiled = triton.compile(source, target=target.triton, options=options)
+        if compiled.metadata.shared <= target.shared_limit:
+            break
     registers, spills = usage(compiled.asm.get("cubin"))
     return Resources(kernel.name, target, compiled.metadata.shared, registers, spills)
 
 
 def _arguments(
-    kernel: TritonKernel, buffers: Mapping[str, Axes], signature: Signature, packed: bool
+    kernel: TritonKernel, buffers: Mapping[str, Dtype], signature: Signature, packed: bool
 ) -> tuple[dict[str, str], dict[str, object]]:
     types: dict[str, str] = {}
     constants: dict[str, object] = {**dict(kernel.constants), "PACKED": packed}
@@ -97,7 +101,7 @@ def _arguments(
         if p.role is Role.OPERAND:
             types[p.name] = _POINTER[signature.of(p.of)]
         elif p.role is Role.BUFFER:
-            types[p.name] = _POINTER[buffer_dtype(buffers[p.of], signature.dtype)]
+            types[p.name] = _POINTER[buffers[p.of]]
         elif p.role in (Role.INITIAL, Role.FINAL):
             types[p.name] = "*fp32"
         elif p.role is Role.PARAM:

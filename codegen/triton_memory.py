@@ -118,7 +118,7 @@ class TritonMemory(TritonExpressions):
         rows = Axis.I in t.axes or Axis.J in t.axes
         mask = self._mask_argument(t, rows=rows, other=True)
         self.lines.append(f"{name} = tl.load({self._buffer_address(pointer, t)}{mask})")
-        self._raw[t] = buffer_dtype(t.axes, self._signature.dtype)
+        self._raw[t] = buffer_dtype(t, self._signature.dtype)
 
     def _first_carry(self, start: Tile) -> list[str]:
         name = self.known[start]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from .config import Dims, KernelConfig, Precision
 from .plan import Loop
-from .tile import Axes
+from .tile import Axes, Tile, TileOp
 
 
 class Dtype(Enum):
@@ -41,6 +42,14 @@ class Parameter:
     of: str
 
 
+class Buffer(NamedTuple):
+    """An intermediate or result of a kernel: its axes, and what it is stored in."""
+
+    name: str
+    axes: Axes
+    dtype: Dtype
+
+
 @dataclass(frozen=True, slots=True)
 class Signature:
     """What a kernel is printed for: dimensions, and the dtype of each operand."""
@@ -65,10 +74,13 @@ class TritonKernel:
     v_programs: int
     constants: tuple[tuple[str, int], ...]
     config: KernelConfig
-    stores: tuple[tuple[str, Axes], ...]
+    stores: tuple[Buffer, ...]
     functions: frozenset[str]
 
 
-def buffer_dtype(axes: Axes, low: Dtype) -> Dtype:
-    """Tiles of two axes are stored in the dtype of products; vectors and numbers in float32."""
-    return low if len(axes) == 2 else Dtype.FLOAT32
+def buffer_dtype(t: Tile, low: Dtype) -> Dtype:
+    """Tiles of two axes are stored in the dtype of products; vectors and numbers in float32.
+
+    So are prefix sums of gates: they are exponents, whose absolute error is a relative one.
+    """
+    return low if len(t.axes) == 2 and t.op is not TileOp.CUMSUM else Dtype.FLOAT32

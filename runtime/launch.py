@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..codegen.config import Config
 from ..codegen.differentiate import GRADIENT
+from ..codegen.triton_types import Buffer
 from ..dsl.ir import Per
 from .call import Call
 from .packing import chunk_table
-from .schedule import Bound, Layout, OperandLayout, schedule
+from .schedule import Bound, Layout, OperandLayout, Schedule, schedule
 
 
 class Launch:
@@ -39,26 +40,37 @@ class Launch:
         self, kernels: tuple[Bound, ...], starts: Mapping[str, Tensor | None]
     ) -> dict[str, Tensor]:
         """Launch `kernels` in order; returns the last value of every carry, float32."""
-        call = self._call
-        initial = {name: None if x is None else x.contiguous() for name, x in starts.items()}
-        planned = schedule(kernels, self._layout(initial))
-        tensors: list[Tensor | float | None] = [
-            *self._operands.values(),
-            *initial.values(),
-            *self._tables,
-            *call.params.values(),
-        ]
+        planned, tensors = self.prepare(kernels, starts)
         aligned = all(x.data_ptr() % 16 == 0 for x in tensors if isinstance(x, Tensor))
-        on_gpu = call.device.type == "cuda"
-        with torch.cuda.device(call.device) if on_gpu else contextlib.nullcontext():
+        device = self._call.device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             for launched in planned.launches:
                 for b in launched.new:
                     make = torch.zeros if b.zeroed else torch.empty
-                    tensors.append(make(b.shape, dtype=b.dtype, device=call.device))
+                    tensors.append(make(b.shape, dtype=b.dtype, device=device))
                 if launched.grid[0]:
                     launched.run(tensors, aligned=aligned)
         self.buffers = {name: _tensor(tensors[i]) for name, i in planned.buffers}
         return {name: _tensor(tensors[i]) for name, i in planned.ends}
+
+    def prepare(
+        self,
+        kernels: tuple[Bound, ...],
+        starts: Mapping[str, Tensor | None],
+        given: tuple[Buffer, ...] = (),
+    ) -> tuple[Schedule, list[Tensor | float | None]]:
+        """What `kernels` launch, and the tensors of the call that they take, in their order.
+
+        `given`: buffers that none of them stores, new like those that they do.
+        """
+        initial = {name: None if x is None else x.contiguous() for name, x in starts.items()}
+        tensors: list[Tensor | float | None] = [
+            *self._operands.values(),
+            *initial.values(),
+            *self._tables,
+            *self._call.params.values(),
+        ]
+        return schedule(kernels, self._layout(initial), given), tensors
 
     def _layout(self, initial: Mapping[str, Tensor | None]) -> Layout:
         call = self._call

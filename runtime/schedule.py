@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from ..codegen.differentiate import GRADIENT
 from ..codegen.plan import Loop
-from ..codegen.tile import Axes, Axis
-from ..codegen.triton_types import Dtype, Role, TritonKernel, buffer_dtype
+from ..codegen.tile import Axis
+from ..codegen.triton_types import Buffer, Dtype, Role, TritonKernel
 
 TORCH = {
     Dtype.FLOAT32: torch.float32,
@@ -25,12 +26,34 @@ TORCH = {
 TABLES = ("cu_seqlens", "chunk_offsets", "chunk_table")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Bound:
-    """An emitted kernel and its function (a triton.JITFunction: Triton has no types)."""
+    """An emitted kernel and its function (a triton.JITFunction: Triton has no types).
+
+    `stages`: of its pipelined loop; fewer than configured where shared memory turned out too small.
+    """
 
     kernel: TritonKernel
     function: Any
+    stages: int = 0
+
+    def __post_init__(self) -> None:
+        self.stages = self.stages or self.kernel.config.stages
+
+    def launch(self, grid: tuple[int, int, int], arguments: list[object]) -> Any:
+        """Compile if need be, and launch; the machine code that served (None if interpreted).
+
+        The bound by which configurations are made to fit (codegen/fit.py) is no guarantee: fewer
+        stages keep the tiles and the results.
+        """
+        warps = self.kernel.config.warps
+        while True:
+            try:
+                return self.function[grid](*arguments, num_warps=warps, num_stages=self.stages)
+            except OutOfResources:
+                if self.stages == 1:
+                    raise
+                self.stages -= 1
 
 
 class OperandLayout(NamedTuple):
@@ -98,10 +121,7 @@ class Launched:
             # what the launch below would find, without looking at every argument again
             self.compiled[self.grid](*arguments)
             return
-        tiles = self.bound.kernel.config
-        compiled = self.bound.function[self.grid](
-            *arguments, num_warps=tiles.warps, num_stages=tiles.stages
-        )
+        compiled = self.bound.launch(self.grid, arguments)
         if aligned:
             self.compiled = compiled
 
@@ -116,8 +136,13 @@ class Schedule:
 
 
 @lru_cache(maxsize=1024)
-def schedule(kernels: tuple[Bound, ...], layout: Layout) -> Schedule:
-    """The launches of `kernels`, in order, for calls of `layout`."""
+def schedule(
+    kernels: tuple[Bound, ...], layout: Layout, given: tuple[Buffer, ...] = ()
+) -> Schedule:
+    """The launches of `kernels`, in order, for calls of `layout`.
+
+    `given`: buffers that none of them stores (those of kernels left out): the first one's new.
+    """
     operands = {o.name: o for o in layout.operands}
     number: dict[tuple[Role | None, str], int] = {}
     for role, names in (
@@ -132,7 +157,8 @@ def schedule(kernels: tuple[Bound, ...], layout: Layout) -> Schedule:
     launches = []
     for bound in kernels:
         kernel = bound.kernel
-        new = [_buffer(n, a, layout, operands) for n, a in kernel.stores]
+        buffers = (*given, *kernel.stores) if bound is kernels[0] else kernel.stores
+        new = [_buffer(b, layout, operands) for b in buffers]
         new = [b for b in new if (Role.BUFFER, b.name) not in number]
         for b in new:
             number[Role.BUFFER, b.name] = len(number)
@@ -185,8 +211,9 @@ def _launched(
 _STRIDES = {Role.STRIDE_BATCH: 0, Role.STRIDE_TOKEN: 1, Role.STRIDE_HEAD: 2}
 
 
-def _buffer(name: str, axes: Axes, layout: Layout, operands: dict[str, OperandLayout]) -> New:
+def _buffer(buffer: Buffer, layout: Layout, operands: dict[str, OperandLayout]) -> New:
     """Per token `[B,T,HV,…]`, per chunk `[chunks,HV,…]`."""
+    name, axes = buffer.name, buffer.axes
     size = {Axis.K: layout.K, Axis.V: layout.V, Axis.I: layout.chunk, Axis.J: layout.chunk}
     times = [a for a in axes if a in (Axis.I, Axis.J)]
     channels = tuple(size[a] for a in axes if a not in times[:1])
@@ -200,10 +227,7 @@ def _buffer(name: str, axes: Axes, layout: Layout, operands: dict[str, OperandLa
         # per value head: float32 where more is summed over groups of heads
         dtype = operand.dtype if operand.heads == layout.HV else torch.float32
         return New(name, (*per_token, *channels), dtype, zeroed=False)
-    dtype = TORCH[buffer_dtype(axes, _LOW[layout.dtype])]
+    dtype = TORCH[buffer.dtype]
     if times:
         return New(name, (*per_token, *channels), dtype, zeroed=False)
     return New(name, (layout.chunks, layout.HV, *reversed(channels)), dtype, zeroed=False)
-
-
-_LOW = {dtype: low for low, dtype in TORCH.items()}

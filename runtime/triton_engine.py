@@ -43,10 +43,11 @@ class _Compiled:
 
 def supports(call: Call) -> str | None:
     """Why this engine cannot serve the call; None if it can."""
-    return _refusal(call.form, call.device, _dtypes(call), bool(triton.knobs.runtime.interpret))
+    return _refusal(call.form, call.device, dtypes_of(call), bool(triton.knobs.runtime.interpret))
 
 
-def _dtypes(call: Call) -> tuple[tuple[str, torch.dtype], ...]:
+def dtypes_of(call: Call) -> tuple[tuple[str, torch.dtype], ...]:
+    """The dtype of every operand, by name."""
     return tuple((name, x.dtype) for name, x in call.operands.items())
 
 
@@ -114,7 +115,8 @@ def configuration(
 
 
 @lru_cache(maxsize=16)
-def _shared_memory(device: torch.device) -> int:
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may use on `device`."""
     if device.type != "cuda":
         return H100_SHARED
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -125,11 +127,11 @@ def _shared_memory(device: torch.device) -> int:
 
 def _compiled_for(call: Call) -> _Compiled:
     size = bucket_of(call)
-    return _compile(call.form, call.K, call.V, call.dtype, _dtypes(call), call.device, size)
+    return _compile(call.form, call.K, call.V, call.dtype, dtypes_of(call), call.device, size)
 
 
 def _compiled_with(call: Call, config: Config) -> _Compiled:
-    return compile_with(call.form, Dims(call.K, call.V), call.dtype, _dtypes(call), config)
+    return compile_with(call.form, Dims(call.K, call.V), call.dtype, dtypes_of(call), config)
 
 
 @lru_cache(maxsize=8192)
@@ -147,7 +149,7 @@ def _compile(
         Config,
         key_here(form, EngineName.TRITON, dtype, dims, device),
         size,
-        lambda: configuration(form, dims, dtype, _shared_memory(device)),
+        lambda: configuration(form, dims, dtype, shared_memory(device)),
     )
     return compile_with(form, dims, dtype, dtypes, config)
 
@@ -161,8 +163,7 @@ def compile_with(
     config: Config,
 ) -> _Compiled:
     """The kernels of `form` under a configuration of the caller's choice."""
-    named = tuple((name, _DTYPES[d]) for name, d in dtypes)
-    emitted = emit(form, Signature(dims, _DTYPES[dtype], named, _precision()), config)
+    emitted = emit(form, signature(dims, dtype, dtypes), config)
     module = import_source(emitted.source)
 
     forward, backward = (
@@ -170,6 +171,14 @@ def compile_with(
         for kernels in (emitted.forward, emitted.backward)
     )
     return _Compiled(config, forward, backward)
+
+
+def signature(
+    dims: Dims, dtype: torch.dtype, dtypes: tuple[tuple[str, torch.dtype], ...]
+) -> Signature:
+    """What kernels are printed for, from the dtypes of a call and of its operands."""
+    named = tuple((name, _DTYPES[d]) for name, d in dtypes)
+    return Signature(dims, _DTYPES[dtype], named, _precision())
 
 
 @lru_cache(maxsize=1)

@@ -173,10 +173,32 @@ def _laid_out(value: Tensor, layout: Layout, x: Operand) -> Tensor:
     return value.requires_grad_()
 
 
+def wobbled(inputs: Inputs) -> Inputs:
+    """The operands in float64, each number off by up to half a unit in its last place."""
+    random = torch.Generator().manual_seed(2)
+
+    def moved(x: Tensor) -> Tensor:
+        noise = torch.rand(x.shape, generator=random, dtype=torch.float64).to(x.device) - 0.5
+        exact = x.detach().double()
+        return (exact + exact * noise * torch.finfo(x.dtype).eps).requires_grad_()
+
+    operands = {n: moved(x) for n, x in inputs.operands.items()}
+    initial = None if inputs.initial is None else tuple(moved(x) for x in inputs.initial)
+    return replace(inputs, operands=operands, initial=initial)
+
+
 def results(
-    o: Tensor, finals: tuple[Tensor, ...], inputs: Inputs, seed: int = 1
+    o: Tensor,
+    finals: tuple[Tensor, ...],
+    inputs: Inputs,
+    seed: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """The output, the final states, and the gradients of a random loss of both."""
+    """The output, the final states, and the gradients of a random loss of both.
+
+    `dtype`: that of the output whose gradient is compared with this one, if not o's own: the
+    gradient of o is given in it, to both.
+    """
     random = torch.Generator().manual_seed(seed)
     outputs = {"o": o, **{f"final {i}": s for i, s in enumerate(finals)}}
     # an output that nothing reaches (T = 0, no initial state) has no gradient to take
@@ -184,6 +206,7 @@ def results(
     weights = {
         n: torch.randn(y.shape, generator=random, dtype=torch.float64) for n, y in outputs.items()
     }
+    weights["o"] = weights["o"].to(dtype or o.dtype)
     grads = dict.fromkeys(inputs.leaves)
     if reached:
         taken = torch.autograd.grad(
@@ -200,6 +223,8 @@ def results(
 
 def oracle_results(op: cw.Recurrence, inputs: Inputs) -> dict[str, Tensor]:
     """The same of the float64 token loop on the CPU, from the same numbers."""
+    values = (x.name for x in op.declaration.operands if x.kind is Kind.VALUE)
+    lead = next((inputs.operands[n].dtype for n in values), None)
     inputs = inputs.copied("cpu", torch.float64)
     micro = next((inputs.operands[x.name].shape[2] for x in op.declaration.operands if x.micro), 1)
     o, finals = oracle.run(
@@ -209,7 +234,7 @@ def oracle_results(op: cw.Recurrence, inputs: Inputs) -> dict[str, Tensor]:
         inputs.initial,
         inputs.cu_seqlens,
     )
-    return results(o, finals, inputs)
+    return results(o, finals, inputs, dtype=lead)
 
 
 def engine_results(op: cw.Recurrence, inputs: Inputs, engine: str) -> dict[str, Tensor]:
