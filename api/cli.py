@@ -10,10 +10,11 @@ from .cli_command import Command, UsageError
 from .cli_doctor import DOCTOR
 from .cli_emit import EMIT
 from .cli_inspect import EXPLAIN, LIST, PROVE
+from .cli_verify import VERIFY
 from .dsl.errors import ChunkwiseError
 
 # a new command joins here
-COMMANDS: tuple[Command, ...] = (LIST, EXPLAIN, PROVE, EMIT, DOCTOR)
+COMMANDS: tuple[Command, ...] = (LIST, EXPLAIN, PROVE, EMIT, VERIFY, DOCTOR)
 
 _EXAMPLES = """\
 A TARGET is a name of the library, or a file and a name in it:

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
+from pathlib import Path
 
 import torch
 
 from . import library
-from .cli_command import Command, add_json, print_json
+from .autotune.artifact import versions_here
+from .cli_command import Command, add_json, find, print_json
+from .cli_emit import dims
+from .codegen.config import Dims
+from .codegen.triton_types import Dtype
 from .dsl import errors, oracle
+from .runtime.cache import CACHE_VARIABLE, cache_folder
 from .runtime.check import CHECK_VARIABLE
 from .runtime.engines import ENGINE_VARIABLE, EngineName, available, choose
+from .runtime.machine import assembler, driver, known_bad, machine_of, version
+from .runtime.selection import find as look_up
+from .runtime.selection import folders, key_here, scan
 
 _PACKAGES = ("chunkwise", "torch", "triton", "sympy", "optuna", "matplotlib", "apache-tvm")
-_VARIABLES = (ENGINE_VARIABLE, CHECK_VARIABLE)
+_VARIABLES = (ENGINE_VARIABLE, CHECK_VARIABLE, CACHE_VARIABLE)
 _TOLERANCE = 1e-4  # float32 against float64, GPU included
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _devices() -> list[str]:
-    found = [f"cpu: {platform.processor() or platform.machine()}, {os.cpu_count()} cores"]
+    found = [f"cpu: {machine_of(torch.device('cpu'))}, {os.cpu_count()} cores"]
     for i in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(i)
         found.append(
@@ -67,22 +68,35 @@ def _verdict(engine: EngineName, why_not: str | None) -> tuple[bool, str]:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     verdicts = {name: _verdict(name, why) for name, why in available().items()}
-    healthy = all(fine for fine, _ in verdicts.values())
+    artifacts = _artifacts()
+    bad = known_bad()
+    healthy = all(fine for fine, _ in verdicts.values()) and not bad
     report = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: version(name) for name in _PACKAGES},
+        "driver": driver(),
+        "assembler": assembler(),
+        "known_bad": [str(b) for b in bad],
         "devices": _devices(),
         "engines": {name.value: text for name, (_, text) in verdicts.items()},
         "environment": {name: os.environ.get(name) for name in _VARIABLES},
+        "cache": {"folder": str(cache_folder()), "bytes": _bytes(cache_folder())},
+        "artifacts": [{"file": str(path), "state": state} for path, state in artifacts],
         "healthy": healthy,
     }
+    if arguments.target is not None:
+        report["serves"] = _serves(arguments)
     if arguments.json:
         print_json(report)
         return 0 if healthy else 1
     print(f"python       {report['python']} on {report['platform']}")
     for name in _PACKAGES:
-        print(f"{name:<12} {_version(name) or 'not installed'}")
+        print(f"{name:<12} {version(name) or 'not installed'}")
+    print(f"driver       {driver() or 'no NVIDIA driver'}")
+    print(f"assembler    {assembler() or 'none'}")
+    for pair in bad:
+        print(f"known bad    {pair}  <--")
     for device in _devices():
         print(f"device       {device}")
     for engine, (fine, text) in verdicts.items():
@@ -91,13 +105,61 @@ def _doctor(arguments: argparse.Namespace) -> int:
     print(f"by default   tensors on {kind} run on {choose(kind).value}")
     for variable in _VARIABLES:
         print(f"environment  {variable}={os.environ.get(variable, '(not set)')}")
+    print(f"cache        {cache_folder()}, {_bytes(cache_folder()) / 2**20:.1f} MiB")
+    for path, state in artifacts:
+        print(f"artifact     {path}\n{'':<13}{state}")
+    if not artifacts:
+        print("artifact     none: every call is served by a default configuration")
+    if arguments.target is not None:
+        print("serves       " + "\n             ".join(_serves(arguments)))
     return 0 if healthy else 1
+
+
+def _bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def _artifacts() -> list[tuple[Path, str]]:
+    """Every artifact found, and what it is for or why it is refused."""
+    found = []
+    for path, artifact in scan(folders()):
+        if isinstance(artifact, errors.BadArtifact):
+            found.append((path, f"REFUSED: {artifact.why}"))
+        else:
+            sizes, wrong = len(artifact.tuned), len(artifact.quarantine)
+            state = f"{artifact.recurrence}: {artifact.key}; {sizes} sizes tuned"
+            found.append((path, state + (f", {wrong} in quarantine" if wrong else "")))
+    return found
+
+
+def _serves(arguments: argparse.Namespace) -> list[str]:
+    """What serves calls of TARGET here, and what differs in the artifacts that do not."""
+    declared = find(arguments.target).declaration
+    form = declared.normal_form(2 if declared.has_micro else 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    engine, dtype = choose(device.type), getattr(torch, arguments.dtype)
+    key = key_here(form, engine, dtype, arguments.dims, device)
+    served = look_up(key, folders())
+    lines = [f"{declared.name}: {key}", served.nearness.value, *map(str, served.files)]
+    lines += [f"not {miss}" for miss in served.misses]
+    for t in served.artifact.tuned if served.artifact is not None else ():
+        size = f"{t.bucket.rows} x {t.bucket.tokens}"
+        state = "as tuned" if t.versions == versions_here(engine) else "tuned under other versions"
+        lines.append(f"{size} (sequences x heads, tokens): {state}")
+    return lines
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="also say what serves it here")
+    parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="of TARGET: K=128,V=128")
+    parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="bfloat16")
+    add_json(parser)
 
 
 DOCTOR = Command(
     "doctor",
-    "Report versions, devices and engines, and try a small call on each.",
-    ("chunkwise doctor", "chunkwise doctor --json"),
-    add_json,
+    "Report versions, devices, engines (a small call on each) and what was tuned.",
+    ("chunkwise doctor", "chunkwise doctor kda --dims K=128,V=128", "chunkwise doctor --json"),
+    _arguments,
     _doctor,
 )

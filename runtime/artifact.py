@@ -46,6 +46,10 @@ class Key:
         name = f"{self.engine.value}-{self.dtype}-{dims}-{self.machine.label}"
         return f"{self.form}/{name}.json"
 
+    def __str__(self) -> str:
+        dims = f"K={self.dims.K} V={self.dims.V}"
+        return f"{self.engine.value}, {self.dtype}, {dims}, {self.machine}"
+
 
 @dataclass(frozen=True, slots=True)
 class Versions:

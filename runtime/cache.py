@@ -11,10 +11,12 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
+CACHE_VARIABLE = "CHUNKWISE_CACHE"
+
 
 def cache_folder() -> Path:
     """`$CHUNKWISE_CACHE`, else `chunkwise` under the XDG cache folder."""
-    chosen = os.environ.get("CHUNKWISE_CACHE")
+    chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chunkwise"

@@ -83,6 +83,38 @@ def version(package: str) -> str | None:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class KnownBad:
+    """Versions that are known to fail us. `packages`: name, and the version's beginning."""
+
+    packages: tuple[tuple[str, str], ...]
+    reason: str
+    source: str
+
+    def __str__(self) -> str:
+        pair = " with ".join(f"{name} {start}" for name, start in self.packages)
+        return f"{pair}: {self.reason} ({self.source})"
+
+
+# what was seen to concern our own kernels and engines; others' troubles are theirs
+KNOWN_BAD = (
+    KnownBad(
+        (("apache-tvm", "0.27.0"), ("apache-tvm-ffi", "0.1.15.post2")),
+        "tvm.ir.save_json crashes",
+        'pip install "chunkwise[tvm]" takes 0.1.14.post1',
+    ),
+)
+
+
+def known_bad() -> tuple[KnownBad, ...]:
+    """Those of the known bad pairs that are installed here."""
+    return tuple(
+        pair
+        for pair in KNOWN_BAD
+        if all((version(name) or "").startswith(start) for name, start in pair.packages)
+    )
+
+
 @lru_cache(maxsize=1)
 def assembler() -> str | None:
     """The ptxas that Triton uses (TRITON_PTXAS_PATH, or the one in its wheel): its release."""
@@ -109,10 +141,10 @@ def driver() -> str | None:
     return printed.splitlines()[0] if printed else None
 
 
-def output(*command: str) -> str | None:
-    """What a command prints, or None where it is not there or fails."""
+def output(*command: str, folder: Path | None = None) -> str | None:
+    """What a command prints, run in `folder`, or None where it is not there or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

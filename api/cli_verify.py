@@ -1,0 +1,208 @@
+"""The command that checks again, on this machine, what artifacts say is right."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import library
+from .autotune.artifact import versions_here
+from .autotune.certificate import Under, certify, prepare
+from .autotune.store import save
+from .cli_command import Command, UsageError, add_json, find, print_json
+from .dsl.declaration import Declaration
+from .runtime.artifact import Artifact, Certificate, Configuration, Error, Rejected
+from .runtime.machine import Machine, machine_of
+from .runtime.selection import folders, read, scan
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """An artifact's configuration, the sizes that it serves, and how it did here."""
+
+    config: Configuration
+    serves: tuple[str, ...]
+    certificate: Certificate
+
+    @property
+    def worst(self) -> tuple[str, Error]:
+        """The result that is nearest to what is allowed, or farthest beyond."""
+        return max(self.certificate.errors, key=lambda e: e[1].rms / e[1].limit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """What came of one artifact; `refused`: why it was not checked."""
+
+    path: Path
+    artifact: Artifact
+    refused: str | None
+    checked: tuple[_Checked, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether all of it was checked and is right."""
+        return self.refused is None and all(c.certificate.ok for c in self.checked)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    pages = []
+    for path, artifact in _chosen(arguments.target):
+        page = _examined(path, artifact, arguments.recurrence or arguments.target)
+        pages.append(page)
+        if not arguments.json:
+            _print(page)
+    if arguments.json:
+        print_json([_plain(page) for page in pages])
+    elif not pages:
+        print("no artifact is for this machine; `chunkwise doctor` says what there is")
+    return 0 if all(page.ok for page in pages) else 1
+
+
+def _examined(path: Path, artifact: Artifact, target: str | None) -> _Page:
+    foreign = _foreign(artifact)
+    if foreign is not None:
+        return _Page(path, artifact, foreign)
+    declared = _declared(artifact, target)
+    if declared is None:
+        why = f"no recurrence of the library has its normal form, {artifact.key.form}"
+        return _Page(path, artifact, f"{why}; name it: --recurrence FILE.py:NAME")
+    checked = _check(artifact, declared)
+    _record(artifact, checked)
+    return _Page(path, artifact, None, checked)
+
+
+def _chosen(target: str | None) -> Iterator[tuple[Path, Artifact]]:
+    """The artifact of a file, or those found that are for this machine (and for TARGET).
+
+    Raises:
+        BadArtifact: the file cannot be trusted.
+    """
+    if target is not None and target.endswith(".json"):
+        if not Path(target).is_file():
+            raise UsageError(f"no file {target}")
+        yield Path(target), read(Path(target))
+        return
+    form = None
+    if target is not None:
+        declared = find(target).declaration
+        form = declared.normal_form(2 if declared.has_micro else 1).digest
+    for path, found in scan(folders()):
+        if isinstance(found, Artifact) and form in (None, found.key.form) and not _foreign(found):
+            yield path, found
+
+
+def _declared(artifact: Artifact, target: str | None) -> Declaration | None:
+    """The declaration whose normal form the artifact is for."""
+    named = [] if target is None or target.endswith(".json") else [find(target)]
+    for op in [*named, *(getattr(library, name) for name in library.names())]:
+        declared: Declaration = op.declaration
+        form = declared.normal_form(2 if declared.has_micro else 1)
+        if form.digest == artifact.key.form:
+            return declared
+    return None
+
+
+def _foreign(artifact: Artifact) -> str | None:
+    """Why the artifact cannot be checked on this machine; None if it can."""
+    tuned_on = artifact.key.machine
+    here = _here(tuned_on.kind)
+    if here is not None and (here.kind, here.arch) == (tuned_on.kind, tuned_on.arch):
+        return None
+    return f"it was tuned on {tuned_on}, and this machine has {here or 'no GPU'}"
+
+
+def _here(kind: str) -> Machine | None:
+    if kind == "cpu":
+        return machine_of(torch.device("cpu"))
+    return machine_of(torch.device("cuda")) if torch.cuda.is_available() else None
+
+
+def _check(artifact: Artifact, declared: Declaration) -> tuple[_Checked, ...]:
+    key = artifact.key
+    device = torch.device("cpu" if key.machine.kind == "cpu" else "cuda")
+    sizes: dict[Configuration, list[str]] = {}
+    for t in artifact.tuned:
+        sizes.setdefault(t.config, []).append(f"{t.bucket.rows} x {t.bucket.tokens}")
+    exam = prepare(declared, key.dims, getattr(torch, key.dtype), device)
+    bar = tqdm(sizes.items(), unit="configuration", disable=not sys.stderr.isatty(), leave=False)
+    return tuple(
+        _Checked(config, tuple(serves), certify(exam, Under(key.engine, config)))
+        for config, serves in bar
+    )
+
+
+def _record(artifact: Artifact, checked: tuple[_Checked, ...]) -> None:
+    """What failed goes into quarantine in the user's own folder, and serves no more."""
+    versions = versions_here(artifact.key.engine)
+    failed = tuple(
+        Rejected(c.config, versions, "; ".join(c.certificate.faults))
+        for c in checked
+        if not c.certificate.ok
+    )
+    if failed:
+        save(Artifact(artifact.recurrence, artifact.key, quarantine=failed))
+
+
+def _plain(page: _Page) -> dict[str, object]:
+    rows = []
+    for c in page.checked:
+        name, error = c.worst
+        rows.append(
+            {
+                "serves": c.serves,
+                "ok": c.certificate.ok,
+                "worst": {"result": name, "rms": error.rms, "limit": error.limit},
+                "faults": c.certificate.faults,
+            }
+        )
+    about = {"file": str(page.path), "recurrence": page.artifact.recurrence}
+    return {**about, "refused": page.refused, "configurations": rows}
+
+
+def _print(page: _Page) -> None:
+    print(page.path)
+    print(f"  {page.artifact.recurrence}: {page.artifact.key}")
+    if page.refused is not None:
+        print(f"  not checked: {page.refused}")
+    for c in page.checked:
+        name, error = c.worst
+        verdict = "ok   " if c.certificate.ok else "WRONG"
+        errors = f"worst error {error.rms:.1e} of {error.limit:.1e} ({name})"
+        print(f"  {verdict} {', '.join(c.serves)}: {errors}")
+        for fault in c.certificate.faults:
+            print(f"        {fault}")
+        if not c.certificate.ok:
+            print("        put into quarantine: it serves no more; `chunkwise tune` finds another")
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="FILE | TARGET",
+        help="an artifact, or a recurrence; by default every artifact for this machine",
+    )
+    parser.add_argument(
+        "--recurrence", metavar="FILE.py:NAME", help="what a FILE is for, if not of the library"
+    )
+    add_json(parser)
+
+
+VERIFY = Command(
+    "verify",
+    "Check the configurations of artifacts on this machine; what fails goes into quarantine.",
+    (
+        "chunkwise verify",
+        "chunkwise verify gated_delta_rule",
+        "chunkwise verify artifact.json --recurrence my_rules.py:my_rule",
+    ),
+    _arguments,
+    _verify,
+)
