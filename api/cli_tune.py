@@ -1,0 +1,194 @@
+"""The command that tunes: chunkwise tune."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .cli_command import Command, UsageError, add_json, add_target, find, print_json
+from .cli_emit import dims
+from .codegen.config import Dims
+from .runtime.cache import cache_folder
+from .runtime.engines import EngineName, choose
+
+_DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+_ON_GPU, _ON_CPU = (4, 4096, 16), (1, 1024, 4)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    started = time.monotonic()
+    # Optuna is imported only by those who tune
+    from .autotune.artifact import versions_here
+    from .autotune.compilers import start_early
+    from .autotune.report import report
+    from .autotune.search import Budget
+    from .autotune.storage import open_storage, without_secrets
+    from .autotune.store import save
+    from .autotune.subject import Size, subject
+    from .autotune.tune import Task, tune
+    from .runtime.plain import to_plain
+
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError('--plot needs matplotlib: pip install "chunkwise[plot]"')
+    start_early()
+    op = find(arguments.target)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    engine = choose(device.type, arguments.engine)
+    if engine is not EngineName.TRITON:
+        device = torch.device("cpu")
+    on_gpu = device.type == "cuda"
+    dtype = _DTYPES[arguments.dtype or ("bf16" if on_gpu else "fp32")]
+    B, T, H = arguments.shape or (_ON_GPU if on_gpu else _ON_CPU)
+    size = Size(B, T, H)
+    about = subject(
+        op.declaration, engine, arguments.dims, dtype, size, device, arguments.chunk or ()
+    )
+    url = _storage(arguments, about.key.path)
+    task = Task(
+        recurrence=op.__name__,
+        key=about.key,
+        bucket=about.bucket,
+        versions=versions_here(engine),
+        storage=open_storage(url),
+        storage_url=without_secrets(url),
+    )
+    left = arguments.budget - (time.monotonic() - started)
+    budget = Budget(max(left, 1.0), arguments.jobs, arguments.exhaustive, arguments.seed)
+    with _Bar(budget.seconds, arguments.json) as bar:
+        tuning = tune(about.tunable, about.devices, task, budget, bar.update)
+    path = save(tuning.artifact)
+    if arguments.plot:
+        from .autotune.plot import plot
+
+        plot(tuning, arguments.plot)
+    if arguments.json:
+        document = to_plain(tuning.artifact)
+        seconds = round(time.monotonic() - started, 1)
+        print_json({"file": str(path), "seconds": seconds, "artifact": document})
+    else:
+        print(report(tuning))
+        print(f"\n{time.monotonic() - started:.0f} s in all; artifact: {path}")
+    return 0 if tuning.winner is not None else 1
+
+
+class _Bar:
+    """A progress bar over the budget's seconds, on a terminal."""
+
+    def __init__(self, seconds: float, quiet: bool) -> None:
+        hidden = quiet or not sys.stderr.isatty()
+        layout = "{desc} {bar} {n:.0f}/{total:.0f} s{postfix}"
+        self._bar = tqdm(total=seconds, disable=hidden, bar_format=layout)
+        self._started = time.monotonic()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, part: object, us: float | None, best_us: float | None, trials: int) -> None:
+        """A trial ended."""
+        self._bar.n = min(time.monotonic() - self._started, self._bar.total)
+        best = "" if best_us is None else f", best {best_us:.0f} us"
+        self._bar.set_postfix_str(f"{trials} trials{best}")
+
+
+def _storage(arguments: argparse.Namespace, path: str) -> str:
+    """The URL given, else a journal of this key: the last one to resume, or a new one."""
+    if arguments.storage:
+        return str(arguments.storage)
+    folder = cache_folder() / "studies" / Path(path).parent
+    stem = Path(path).stem
+    if arguments.resume:
+        known = sorted(folder.glob(f"{stem}-*.journal"))
+        if known:
+            return str(known[-1])
+    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    return str(folder / f"{stem}-{now}.journal")
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    try:
+        B, T, H = (int(x) for x in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not B,T,H, as in 4,4096,16") from None
+    if min(B, T, H) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: B, T and H are at least 1")
+    return B, T, H
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text.removesuffix("s"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds") from None
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError("a budget is more than 0 seconds")
+    return seconds
+
+
+def _chunks(text: str) -> tuple[int, ...]:
+    try:
+        chunks = tuple(int(x) for x in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list as 32,64") from None
+    if any(c < 16 or c & (c - 1) for c in chunks):
+        raise argparse.ArgumentTypeError("chunks are powers of two, 16 or more")
+    return chunks
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    add_target(parser)
+    parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="K=128,V=128")
+    parser.add_argument("--dtype", choices=list(_DTYPES), help="bf16 on a GPU, else fp32")
+    parser.add_argument(
+        "--shape", type=_shape, metavar="B,T,H", help="the size of call to tune for"
+    )
+    parser.add_argument("--engine", choices=[e.value for e in EngineName], help="what to tune")
+    parser.add_argument(
+        "--budget", type=_seconds, default=100.0, metavar="SECONDS", help="default 100"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the last study")
+    parser.add_argument(
+        "--storage",
+        metavar="URL",
+        help="journal:///path or a database's URL: workers that share it divide the work",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time"
+    )
+    parser.add_argument("--chunk", type=_chunks, metavar="C,C", help="only these chunk lengths")
+    parser.add_argument(
+        "--exhaustive", action="store_true", help="every configuration of every plan, in order"
+    )
+    parser.add_argument("--seed", type=int, help="of the proposals")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the study (extra: plot)")
+    add_json(parser)
+
+
+TUNE = Command(
+    "tune",
+    "Find the fastest configuration on this machine, prove it right, and keep it.",
+    (
+        "chunkwise tune gated_delta_rule --dims K=128,V=128 --dtype bf16",
+        "chunkwise tune my_rules.py:my_rule --shape 1,8192,32 --budget 300",
+        "chunkwise tune kda --storage postgresql://tuner@db/studies",
+    ),
+    _arguments,
+    _tune,
+)

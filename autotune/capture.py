@@ -1,0 +1,113 @@
+"""What Triton would compile for a run: found without compiling, then compiled in other processes.
+
+A run is made once with Triton's own hook before compilation, which notes each specialisation and
+declines it. A process of its own compiles those into Triton's cache on disk, under the very keys
+that the run then looks up: so a real run finds everything compiled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ..codegen.offline import VERDICTS
+from ..codegen.resources import usage
+from ..runtime.artifact import KernelReport
+from .tunable import Built, Run
+
+
+@dataclass(frozen=True, slots=True)
+class TritonJob:
+    """One specialisation of one kernel, as Triton's compiler takes it."""
+
+    file: str
+    kernel: str
+    signature: Mapping[str, object]
+    constants: Mapping[tuple[int, ...], object]
+    attributes: Mapping[tuple[int, ...], object]
+    options: Mapping[str, object]
+    target: tuple[str, str | int, int]
+    shared: int  # bytes that a program may use
+
+    def __call__(self) -> Built:
+        """Compile it into Triton's cache."""
+        started = time.monotonic()
+        try:
+            function = getattr(_module(self.file), self.kernel)
+            source = ASTSource(
+                function, dict(self.signature), dict(self.constants), dict(self.attributes)
+            )
+            compiled = triton.compile(
+                source, target=GPUTarget(*self.target), options=dict(self.options)
+            )
+        except VERDICTS as why:
+            lines = [line for line in str(why).splitlines() if line.strip()]
+            text = f"{type(why).__name__}: {lines[-1] if lines else ''}"[:200]
+            return Built(error=text, seconds=time.monotonic() - started)
+        if compiled.metadata.shared > self.shared:
+            text = "more shared memory than a program may use"
+            return Built(error=text, seconds=time.monotonic() - started)
+        binary = compiled.asm.get("cubin") or compiled.asm.get("hsaco")
+        registers, spills = usage(compiled.asm.get("cubin"))
+        return Built(
+            KernelReport(registers=registers, spills=spills, shared=compiled.metadata.shared),
+            None if binary is None else hashlib.blake2b(binary, digest_size=10).hexdigest(),
+            seconds=time.monotonic() - started,
+        )
+
+
+def specialisations(run: Run, shared: int) -> tuple[TritonJob, ...]:
+    """What `run` would have Triton compile, in this process, now; nothing is launched.
+
+    The results of `run` are garbage, so it must not decide anything by them. `shared`: bytes of
+    shared memory that a program may use.
+    """
+    found: list[TritonJob] = []
+
+    def note(*, fn: Any, compile: Mapping[str, Any], **_: object) -> bool:
+        function = fn.jit_function
+        file = inspect.getsourcefile(function.fn)
+        assert file is not None
+        target = triton.runtime.driver.active.get_current_target()
+        options = json.loads(compile["specialization_data"])["options"]
+        found.append(
+            TritonJob(
+                file,
+                fn.name,
+                compile["signature"],
+                compile["constants"],
+                compile["configs"][0],
+                {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()},
+                (target.backend, target.arch, target.warp_size),
+                shared,
+            )
+        )
+        return True  # declines the compilation, and with it the launch
+
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.jit_cache_hook = note
+        run()
+    return tuple({repr(job): job for job in found}.values())
+
+
+def _module(file: str) -> ModuleType:
+    name = f"chunkwise_compiled_{hashlib.blake2b(file.encode(), digest_size=8).hexdigest()}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,181 @@
+"""Compilations beside the measurements, in processes that cannot harm or outlast the search.
+
+A compiler that crashes or takes too long is an outcome like any other: its process is replaced.
+What is still running at the end is killed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from collections import deque
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Generic, TypeVar
+
+from .tunable import Built, Job
+
+K = TypeVar("K", bound=Hashable)
+_PRELOADED = "chunkwise.autotune.capture"  # what a compilation imports, imported once for all
+
+
+def context() -> ForkServerContext | SpawnContext:
+    """How processes are started: forked from a clean one with everything imported, if may be."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    chosen = multiprocessing.get_context("forkserver")
+    chosen.set_forkserver_preload([_PRELOADED])
+    return chosen
+
+
+def start_early() -> None:
+    """Begin the imports of the processes to come, beside what this one does next."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        context()
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()
+
+
+@dataclass(slots=True)
+class _Order(Generic[K]):
+    """What is to be compiled under one key, and what came of it so far."""
+
+    key: K
+    waiting: deque[Job]
+    outstanding: int
+    built: list[Built] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Worker(Generic[K]):
+    """A process, and the order that it works for; `started`: when it took the job."""
+
+    process: BaseProcess
+    order: _Order[K] | None = None
+    started: float = 0.0
+
+
+class Compilers(Generic[K]):
+    """Up to `workers` compilations at a time; an order is a key with its jobs.
+
+    `limit_s`: seconds after which a compilation is given up.
+    """
+
+    def __init__(self, workers: int, limit_s: float = 60.0) -> None:
+        self._most = workers
+        self._limit = limit_s
+        self._context = context()
+        self._orders: dict[K, _Order[K]] = {}
+        self._workers: dict[Connection, _Worker[K]] = {}
+
+    def __enter__(self) -> Compilers[K]:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Kill what is still running."""
+        for pipe in list(self._workers):
+            self._dismiss(pipe)
+        self._orders.clear()
+
+    @property
+    def orders(self) -> int:
+        """How many are not done yet."""
+        return len(self._orders)
+
+    @property
+    def hungry(self) -> bool:
+        """Whether another order would be compiled now or soon."""
+        waiting = sum(len(o.waiting) for o in self._orders.values())
+        return self._busy + waiting < self._most + 2
+
+    def order(self, key: K, jobs: tuple[Job, ...]) -> None:
+        """Have `jobs` compiled; without any, the order is done at once."""
+        self._orders[key] = _Order(key, deque(jobs), len(jobs))
+        self._hand_out()
+
+    def done(self, timeout: float) -> Iterator[tuple[K, tuple[Built, ...]]]:
+        """The orders that are done, after waiting up to `timeout` seconds for the first."""
+        if self._busy and not any(o.outstanding == 0 for o in self._orders.values()):
+            wait([p for p, w in self._workers.items() if w.order is not None], timeout)
+        for pipe, worker in list(self._workers.items()):
+            order = worker.order
+            built = None if order is None else self._outcome(pipe, worker)
+            if order is not None and built is not None:
+                order.built.append(built)
+                order.outstanding -= 1
+        self._hand_out()
+        for key in [k for k, o in self._orders.items() if o.outstanding == 0]:
+            yield key, tuple(self._orders.pop(key).built)
+
+    @property
+    def _busy(self) -> int:
+        return sum(w.order is not None for w in self._workers.values())
+
+    def _outcome(self, pipe: Connection, worker: _Worker[K]) -> Built | None:
+        """What the worker's job came to; None while it works."""
+        seconds = time.monotonic() - worker.started
+        if pipe.poll():
+            try:
+                received = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                self._dismiss(pipe)
+                return Built(error="the compiler crashed", seconds=seconds)
+            assert isinstance(received, Built)
+            worker.order = None
+            return received
+        if seconds > self._limit:
+            self._dismiss(pipe)
+            return Built(error=f"the compiler took more than {self._limit:.0f} s", seconds=seconds)
+        return None
+
+    def _dismiss(self, pipe: Connection) -> None:
+        worker = self._workers.pop(pipe)
+        worker.process.kill()
+        worker.process.join()
+        pipe.close()
+
+    def _hand_out(self) -> None:
+        for order in self._orders.values():
+            while order.waiting:
+                pipe = self._idle()
+                if pipe is None:
+                    return
+                worker = self._workers[pipe]
+                worker.order, worker.started = order, time.monotonic()
+                pipe.send(order.waiting.popleft())
+
+    def _idle(self) -> Connection | None:
+        """A worker without a job; a new one where there may be more."""
+        for pipe, worker in self._workers.items():
+            if worker.order is None:
+                return pipe
+        if len(self._workers) == self._most:
+            return None
+        mine, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        self._workers[mine] = _Worker(process)
+        return mine
+
+
+def _serve(pipe: Connection) -> None:
+    """Compile what comes until nobody sends any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search to handle
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(job())

@@ -1,0 +1,119 @@
+"""What a tuning did, as text: what was tried, the race, and why the winner won."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..codegen.config import Config, KernelConfig
+from ..runtime.artifact import Configuration
+from .space import text
+from .trials import Measured
+from .tune import Finalist, Tuning
+
+
+def report(tuning: Tuning) -> str:
+    """All of it, for a terminal."""
+    findings = tuning.findings
+    ended = "; stopped by Ctrl-C" if findings.interrupted else ""
+    head = f"{findings.trials} configurations of {len(findings.parts)} parts measured"
+    head += f" ({findings.mine} by this process) in {findings.seconds:.0f} s{ended}"
+    pages = [head]
+    if findings.refused:
+        refused = ", ".join(f"{why} ({n})" for why, n in findings.refused[:5])
+        pages[0] += f"\nrefused: {refused}"
+    pages.append(_tried(tuning))
+    pages.append(_race(tuning.finalists))
+    pages.append(_verdict(tuning))
+    return "\n\n".join(p for p in pages if p)
+
+
+def _tried(tuning: Tuning) -> str:
+    """The parts of the winner, or of the best: what was tried of each."""
+    combination = None if tuning.winner is None else tuning.winner.combination
+    if combination is None:
+        combination = next(iter(tuning.findings.combinations), None)
+    if combination is None:
+        return "nothing was measured: is the budget too small?"
+    chosen = dict(combination.points)
+    names: dict[str, list[str]] = {}
+    for _, alternative in combination.chosen:
+        for key, name in zip(alternative.parts, alternative.kernels, strict=True):
+            names.setdefault(key, []).append(name)
+    rows = [("part", "tried", "best us", "worst us", "configuration", "registers", "spills", "")]
+    for part, measured in tuning.findings.parts:
+        if part.key in chosen:
+            rows.append(_row(", ".join(names[part.key]), measured, chosen[part.key]))
+    others = [(p, m) for p, m in tuning.findings.parts if p.key not in chosen and m]
+    more = sum(len(m) for _, m in others)
+    note = f"and {more} configurations of {len(others)} parts of other plans" if others else ""
+    return "\n".join(filter(None, [*table(rows), note]))
+
+
+def _row(
+    name: str, measured: Sequence[Measured], best: Measured
+) -> tuple[str, str, str, str, str, str, str, str]:
+    shared = best.notes.get("shared")
+    return (
+        name,
+        str(len(measured)),
+        f"{best.us:.1f}",
+        f"{max(m.us for m in measured):.1f}",
+        text(best.point),
+        str(best.notes.get("registers", "-")),
+        str(best.notes.get("spills", "-")),
+        f"{shared / 1024:.0f} KiB shared" if isinstance(shared, int) else "",
+    )
+
+
+def _race(finalists: tuple[Finalist, ...]) -> str:
+    rows = [("whole call", "us", "95 % interval", "verdict")]
+    for f in sorted(finalists, key=lambda f: f.timing.median):
+        t = f.timing
+        label = "default" if f.combination is None else describe(f.config)
+        rows.append((label, f"{t.median:.1f}", f"{t.low:.1f} to {t.high:.1f}", f.why))
+    return "\n".join(table(rows))
+
+
+def _verdict(tuning: Tuning) -> str:
+    winner = tuning.winner
+    if winner is None:
+        return "nothing passed the examination: no configuration may serve on this machine"
+    default = next((f for f in tuning.finalists if f.combination is None), None)
+    if winner.combination is None:
+        return "winner: the default. Nothing was faster by more than the noise, and right"
+    lines = [f"winner: {describe(winner.config)}"]
+    if default is not None:
+        ratio = default.timing.median / winner.timing.median
+        lines.append(
+            f"{ratio:.2f} times as fast as the default in the same race; the intervals do not meet"
+        )
+    if winner.certificate is not None and winner.certificate.errors:
+        name, worst = max(winner.certificate.errors, key=lambda e: e[1].rms / e[1].limit)
+        lines.append(
+            f"right on {', '.join(winner.certificate.inputs)} inputs: the largest error, of {name},"
+            f" is {worst.rms:.1e} ({worst.limit:.1e} allowed); two runs agree bit for bit"
+        )
+    return "\n".join(lines)
+
+
+def describe(config: Configuration) -> str:
+    """A configuration on a line."""
+    if isinstance(config, Config):
+        return f"C={config.chunk} {config.forward.label} / {config.backward.label}"
+    return repr(config)
+
+
+def tiles(config: KernelConfig) -> str:
+    """A kernel's tiles on a line."""
+    return f"BV={config.v_tile} BK={config.k_tile} warps={config.warps} stages={config.stages}"
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Columns, the first and those of words to the left, numbers to the right."""
+    widths = [max(len(r[n]) for r in rows) for n in range(len(rows[0]))]
+
+    def cell(value: str, n: int) -> str:
+        number = all(r[n].replace(".", "").replace("-", "").isdigit() for r in rows[1:])
+        return value.rjust(widths[n]) if number else value.ljust(widths[n])
+
+    return ["  ".join(cell(v, n) for n, v in enumerate(row)).rstrip() for row in rows]

@@ -1,0 +1,66 @@
+"""Where studies live: Optuna's journal in a file by default, or any database that Optuna knows.
+
+The journal's lock is the operating system's, which a killed process cannot leave behind, and a line
+that a killed process did not finish is cut off before the next one is written.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import optuna
+from filelock import FileLock
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+JOURNAL = "journal://"
+
+
+class _Lock(JournalFileOpenLock):
+    """Exclusive while an entry is written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path
+        self._lock = FileLock(path.with_suffix(".lock"))
+
+    def acquire(self) -> bool:
+        self._lock.acquire()
+        _mend(self._path)
+        return True
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def _mend(path: Path) -> None:
+    """Cut off what follows the last whole line."""
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end == 0:
+            return
+        file.seek(end - 1)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def open_storage(url: str) -> BaseStorage:
+    """`journal:///path` or a path: a journal file; else a database's URL, as Optuna takes it."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if "://" in url and not url.startswith(JOURNAL):
+        return optuna.storages.get_storage(url)
+    path = Path(url.removeprefix(JOURNAL)).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))
+
+
+def without_secrets(url: str) -> str:
+    """The URL without user and password, for what is written down."""
+    parts = urlsplit(url)
+    if "@" not in parts.netloc:
+        return url
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

@@ -1,0 +1,157 @@
+"""From what a user names (recurrence, dimensions, dtype, size, engine) to what the search takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..codegen.config import Config, Dims, EagerConfig
+from ..dsl import errors
+from ..dsl.declaration import Declaration
+from ..dsl.ir import Kind, Per
+from ..dsl.normal_form import Operand
+from ..runtime.artifact import Bucket, Configuration, Key
+from ..runtime.call import Call, describe
+from ..runtime.engines import EngineName, load
+from ..runtime.selection import bucket_of, find, folders, key_here
+from .call_tunable import CallTunable, Space
+from .certificate import Exam, prepare
+from .certificate_inputs import Family, draw
+from .measure import CpuDevice, CudaDevice, Device
+from .space import Axis
+from .tunable import Tunable
+
+_DRAWN = 64  # tokens that are drawn; longer calls repeat them: times do not depend on values
+_AHEAD = 32  # overwrites of the cache ahead of a whole call, which the host queues more slowly
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A call to tune for: B sequences of T tokens, H heads (as many value heads)."""
+
+    B: int
+    T: int
+    H: int
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is tuned, ready for `tune`. `devices`: for parts, and for whole calls."""
+
+    tunable: Tunable
+    devices: tuple[Device, Device]
+    key: Key
+    bucket: Bucket
+
+
+def subject(
+    declaration: Declaration,
+    engine: EngineName,
+    dims: Dims,
+    dtype: torch.dtype,
+    size: Size,
+    device: torch.device,
+    chunks: tuple[int, ...] = (),
+) -> Subject:
+    """`chunks`: the only chunk lengths that are tried; all, if empty.
+
+    Raises:
+        EngineUnavailable: the engine cannot serve such calls here, or has nothing to tune.
+    """
+    call = example(declaration, dims, dtype, size, device)
+    refusal = load(engine).supports(call)
+    if refusal is not None:
+        raise errors.EngineUnavailable(engine.value, refusal)
+    key = key_here(call.form, engine, dtype, dims, device)
+
+    @lru_cache(maxsize=1)
+    def exam() -> Exam:
+        with _one_thread():
+            return prepare(declaration, dims, dtype, device)
+
+    tunable = _tunable(engine, call, exam, _neighbours(key), chunks)
+    if device.type == "cuda":
+        devices: tuple[Device, Device] = (CudaDevice(device), CudaDevice(device, _AHEAD))
+    else:
+        devices = (CpuDevice(), CpuDevice())
+    return Subject(tunable, devices, key, bucket_of(call))
+
+
+def example(
+    declaration: Declaration, dims: Dims, dtype: torch.dtype, size: Size, device: torch.device
+) -> Call:
+    """A call of that size, its values drawn for a short one and repeated."""
+    micro = 2 if declaration.has_micro else 1
+    form = declaration.normal_form(micro)
+    tokens = min(size.T, _DRAWN)
+    with _one_thread():
+        short = draw(
+            declaration, form, Family.ORDINARY, dims, dtype, device, tokens=tokens, micro=micro
+        )
+    operands = {o.name: _repeated(short.operands[o.name], o, size) for o in form.operands}
+    initial = (None,) * len(form.states)
+    return describe(declaration, operands, short.params, initial, None, short.static)
+
+
+def _repeated(x: Tensor, o: Operand, size: Size) -> Tensor:
+    def along(axis: int, count: int) -> None:
+        nonlocal x
+        index = torch.arange(count, device=x.device) % x.shape[axis]
+        x = x.index_select(axis, index)
+
+    if o.per is Per.HEAD:
+        along(0, size.H)
+        return x
+    along(0, size.B)
+    along(1, size.T)
+    along(x.ndim - (1 if o.kind is Kind.SCALAR else 2), size.H)
+    return x
+
+
+def _tunable(
+    engine: EngineName,
+    call: Call,
+    exam: Callable[[], Exam],
+    neighbours: tuple[Configuration, ...],
+    chunks: tuple[int, ...],
+) -> Tunable:
+    if engine is EngineName.TRITON:
+        # Triton is imported only where it is tuned
+        from ..runtime.triton_engine import shared_memory
+        from .gpu import GPUS, gpu_of
+        from .triton_tunable import CHUNKS, TritonTunable
+
+        shared = shared_memory(call.device)
+        on_gpu = call.device.type == "cuda"
+        gpu = gpu_of(call.device, shared) if on_gpu else GPUS["h100"]
+        known = tuple(c for c in neighbours if isinstance(c, Config))
+        return TritonTunable(call, gpu, exam, chunks=chunks or CHUNKS, neighbours=known)
+    if engine is EngineName.EAGER:
+        axes = (Axis("chunk", chunks or (16, 32, 64, 128)),)
+        space = Space(axes, EagerConfig, EagerConfig(64), ((("chunk", 64),),))
+        return CallTunable(call, engine, space, exam)
+    raise errors.EngineUnavailable(
+        engine.value, "it has no configurations to choose from", help="tune eager or triton"
+    )
+
+
+def _neighbours(key: Key) -> tuple[Configuration, ...]:
+    """Configurations that serve other sizes, or other machines of this kind."""
+    found = find(key, folders()).artifact
+    return () if found is None else tuple(dict.fromkeys(t.config for t in found.tuned))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The token loop runs on small tensors: more threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,236 @@
+"""The Triton engine for the search: its kernels are the parts, its plans the alternatives.
+
+A kernel is the same part in every plan that has it, forward or backward. It is timed alone, on
+operands as they come and buffers of noise: what earlier kernels would have stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from ..codegen import offline
+from ..codegen.config import Config, Dims, KernelConfig
+from ..codegen.differentiate import GRADIENT
+from ..codegen.emit import backward_program, chunk_body, forward_program
+from ..codegen.plan import Kernel, Plan, Program, backward_plans, forward_plans
+from ..codegen.triton_types import Buffer, Role, buffer_dtype
+from ..runtime import triton_engine
+from ..runtime.artifact import Bucket, Certificate, Configuration
+from ..runtime.cache import import_source
+from ..runtime.call import Call
+from ..runtime.engines import EngineName
+from ..runtime.launch import Launch
+from ..runtime.refine import refined
+from ..runtime.schedule import Bound, New
+from .capture import specialisations
+from .certificate import Exam, Under, certify
+from .gpu import Gpu
+from .kernel_space import (
+    RULES,
+    SOME_PLAN,
+    Choice,
+    Traits,
+    axes,
+    point_of,
+    printed,
+    tiles_of,
+    traits,
+)
+from .predict import bound_us, predict
+from .space import Point, broken
+from .tunable import Alternative, Chosen, Job, Part, Run
+
+CHUNKS = (32, 64, 128)
+_FORWARD, _BACKWARD = "forward", "backward"
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """What a part is: a kernel for one chunk length."""
+
+    kernel: Kernel
+    chunk: int
+    found: Traits
+
+
+class TritonTunable:
+    """The plans and tiles of one recurrence for calls like `call`."""
+
+    def __init__(
+        self,
+        call: Call,
+        gpu: Gpu,
+        exam: Callable[[], Exam],
+        *,
+        chunks: tuple[int, ...] = CHUNKS,
+        neighbours: tuple[Config, ...] = (),
+    ) -> None:
+        self._call, self._rows, self._gpu, self._exam = call, refined(call), gpu, exam
+        self._dims = Dims(call.K, call.V)
+        self._size = Bucket(self._rows.N * call.HV, -(-self._rows.B * self._rows.T // call.N))
+        self._signature = triton_engine.signature(
+            self._dims, call.dtype, triton_engine.dtypes_of(call)
+        )
+        self.default = triton_engine.configuration(
+            call.form, self._dims, call.dtype, gpu.shared_program
+        )
+        self._known = (self.default, *neighbours)
+        self._subjects: dict[str, _Subject] = {}
+        self._keys: dict[Hashable, str] = {}
+        self._plans: dict[Alternative, Plan] = {}
+        self._arena = _Arena(call.device)
+        for chunk in dict.fromkeys((*chunks, self.default.chunk)):
+            self._add(chunk)
+        self.alternatives = tuple(self._plans)
+        self._do = torch.randn(call.output_shape, dtype=call.dtype, device=call.device)
+
+    def _add(self, chunk: int) -> None:
+        form = self._call.form
+        for forward in forward_plans(chunk_body(form)):
+            self._plan(_FORWARD, chunk, forward, forward_program(form, forward))
+        for backward in backward_plans(chunk_body(form)):
+            self._plan(_BACKWARD, chunk, backward, backward_program(form, backward))
+
+    def _plan(self, role: str, chunk: int, plan: Plan, program: Program) -> None:
+        named = tuple((k.name, self._key(k, chunk)) for k in program.kernels)
+        least = 0.0
+        for kernel in program.kernels:
+            choice = Choice(kernel, KernelConfig(), chunk, self._signature, self._gpu)
+            least += bound_us(kernel, choice, self._size)
+        names, keys = zip(*named, strict=True)
+        alternative = Alternative(f"C={chunk}", role, plan.label, keys, names, least)
+        self._plans[alternative] = plan
+
+    def _key(self, kernel: Kernel, chunk: int) -> str:
+        """The key of the part that the kernel is: one for equal work, whatever the plan."""
+        buffers = frozenset(kernel.buffers.items())
+        same = (chunk, kernel.loop, kernel.stores, kernel.carried, buffers)
+        if same not in self._keys:
+            unit = offline.unit(printed(kernel, KernelConfig(), chunk, self._signature))
+            digest = hashlib.blake2b(unit.encode(), digest_size=5).hexdigest()
+            key = f"C={chunk}/{kernel.name}-{digest}"
+            self._keys[same] = key
+            self._subjects[key] = _Subject(kernel, chunk, traits(kernel, chunk, self._signature))
+        return self._keys[same]
+
+    # ---- parts -----------------------------------------------------------------------------------
+
+    def part(self, key: str) -> Part:
+        """As `Tunable.part`."""
+        subject = self._subjects[key]
+        space = axes(subject.found, self._dims)
+        known = [c.of(subject.kernel.name) for c in self._known]
+        first = [point_of(tiles, space) for tiles in known]
+        kept = tuple(dict.fromkeys(p for p in first if p is not None))
+        return Part(key, f"{subject.kernel.name} C={subject.chunk}", space, kept)
+
+    def excess(self, part: Part, point: Point) -> dict[str, float]:
+        """As `Tunable.excess`."""
+        return broken(RULES, self._choice(part, point))
+
+    def predicted_us(self, part: Part, point: Point) -> float:
+        """As `Tunable.predicted_us`."""
+        found = self._subjects[part.key].found
+        return predict(self._choice(part, point), found, self._size).us
+
+    def jobs(self, part: Part, point: Point) -> tuple[Job, ...]:
+        """As `Tunable.jobs`."""
+        return self._compilations(self.run(part, point))
+
+    def run(self, part: Part, point: Point) -> Run:
+        """As `Tunable.run`."""
+        choice = self._choice(part, point)
+        kernel = printed(choice.kernel, choice.tiles, choice.chunk, self._signature)
+        unit = import_source(offline.unit(kernel))
+        bound = Bound(kernel, vars(unit)[offline.UNIT])
+        low = self._signature.dtype
+        given = tuple(
+            Buffer(name, t.axes, buffer_dtype(t, low)) for t, name in choice.kernel.buffers.items()
+        )
+        config = Config(choice.chunk, SOME_PLAN, SOME_PLAN, choice.tiles)
+        launch = Launch(self._rows, config, {GRADIENT + "o": self._do})
+        starts = {p.of: None for p in kernel.parameters if p.role is Role.INITIAL}
+        starts |= {p.of: None for p in kernel.parameters if p.role is Role.FINAL}
+        planned, tensors = launch.prepare((bound,), starts, given)
+        (launched,) = planned.launches
+        tensors += self._arena.take(launched.new)
+        return lambda: launched.run(tensors, aligned=True)
+
+    # ---- whole configurations --------------------------------------------------------------------
+
+    def configuration(self, chosen: Mapping[str, Alternative], points: Chosen) -> Config:
+        """As `Tunable.configuration`."""
+        plans = {role: self._plans[a] for role, a in chosen.items()}
+        kernels = tuple(
+            (name, tiles_of(points[key]))
+            for a in chosen.values()
+            for name, key in zip(a.kernels, a.parts, strict=True)
+        )
+        (chunk,) = {self._subjects[key].chunk for a in chosen.values() for key in a.parts}
+        return Config(chunk, plans[_FORWARD], plans[_BACKWARD], KernelConfig(), kernels)
+
+    def whole_jobs(self, config: Configuration) -> tuple[Job, ...]:
+        """As `Tunable.whole_jobs`."""
+        return self._compilations(self.whole(config))
+
+    def whole(self, config: Configuration) -> Run:
+        """As `Tunable.whole`."""
+        under = Under(EngineName.TRITON, config)
+        nothing = (None,) * len(self._call.form.states)
+
+        def both() -> None:
+            under.forward(self._call)
+            under.backward(self._call, self._do, nothing)
+
+        return both
+
+    def certify_jobs(self, config: Configuration) -> tuple[Job, ...]:
+        """As `Tunable.certify_jobs`."""
+        under = Under(EngineName.TRITON, config)
+
+        def everything() -> None:
+            for question in self._exam().questions:
+                under.forward(question.call)
+                under.backward(question.call, question.do, question.dfinals)
+
+        return self._compilations(everything)
+
+    def certify(self, config: Configuration) -> Certificate:
+        """As `Tunable.certify`."""
+        return certify(self._exam(), Under(EngineName.TRITON, config))
+
+    def _choice(self, part: Part, point: Point) -> Choice:
+        subject = self._subjects[part.key]
+        tiles = tiles_of(point)
+        return Choice(subject.kernel, tiles, subject.chunk, self._signature, self._gpu)
+
+    def _compilations(self, run: Run) -> tuple[Job, ...]:
+        if triton.knobs.runtime.interpret:
+            return ()  # nothing is compiled
+        return specialisations(run, self._gpu.shared_program)
+
+
+class _Arena:
+    """Buffers of noise that the parts share: one part runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tensors: dict[tuple[tuple[int, ...], torch.dtype, int], Tensor] = {}
+
+    def take(self, new: tuple[New, ...]) -> list[Tensor]:
+        """One tensor for each, all different."""
+        taken: list[Tensor] = []
+        for b in new:
+            count = sum((t.shape, t.dtype) == (b.shape, b.dtype) for t in taken)
+            key = (b.shape, b.dtype, count)
+            if key not in self._tensors:
+                noise = torch.randn(b.shape, device=self._device) * 0.01
+                self._tensors[key] = noise.to(b.dtype)
+            taken.append(self._tensors[key])
+        return taken

@@ -1,0 +1,237 @@
+"""Tuning from end to end: search, a race of the best against the default, proof, an artifact.
+
+A winner has beaten the default by more than the noise, whole against whole, and has passed the
+examination on this machine. What fails it is put in quarantine, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+
+from optuna.storages import BaseStorage
+
+from ..runtime.artifact import (
+    Artifact,
+    Bucket,
+    Certificate,
+    Configuration,
+    KernelReport,
+    Key,
+    Rejected,
+    Study,
+    Tuned,
+    Versions,
+)
+from .compilers import Compilers
+from .measure import Device, Timing, race
+from .search import Budget, Combination, Findings, Progress, search, unwatched
+from .space import Point
+from .tunable import Job, Tunable
+
+_FINALISTS = 3  # beside the default
+_HEATS = 3  # how often other finalists follow where all were rejected
+_FOR_FINALS = 0.35  # of the budget: compiling whole configurations, racing and examining them
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is tuned, and where it is written down. `storage_url`: for readers."""
+
+    recurrence: str
+    key: Key
+    bucket: Bucket
+    versions: Versions
+    storage: BaseStorage
+    storage_url: str
+
+    @property
+    def study(self) -> str:
+        """What its studies are called: everything that makes times comparable."""
+        size = f"{self.bucket.rows}x{self.bucket.tokens}"
+        return f"{self.recurrence}/{self.key.path.removesuffix('.json')}/{size}"
+
+
+@dataclass(frozen=True, slots=True)
+class Finalist:
+    """A whole configuration in the race. `combination`: None for the default."""
+
+    config: Configuration
+    combination: Combination | None
+    timing: Timing
+    certificate: Certificate | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What came of it. `winner` is None where nothing passed the examination."""
+
+    findings: Findings
+    finalists: tuple[Finalist, ...]
+    winner: Finalist | None
+    artifact: Artifact
+
+
+def tune(
+    tunable: Tunable,
+    devices: tuple[Device, Device],
+    task: Task,
+    budget: Budget,
+    progress: Progress = unwatched,
+) -> Tuning:
+    """Search, race and examine, within the budget. `devices`: for parts, and for whole calls."""
+    parts, whole = devices
+    within = Budget(
+        budget.seconds * (1 - _FOR_FINALS), budget.workers, budget.exhaustive, budget.seed
+    )
+    findings = search(tunable, parts, task.storage, task.study, within, progress)
+    finalists: list[Finalist] = []
+    winner: Finalist | None = None
+    with Compilers[int](budget.workers) as compilers:
+        for heat in _heats(tunable, findings):
+            ranked = _raced(tunable, whole, compilers, heat)
+            examined, winner = _examined(tunable, compilers, ranked)
+            finalists += examined
+            rejected = any(f.certificate is not None and not f.certificate.ok for f in examined)
+            if not rejected or (winner is not None and winner.config != tunable.default):
+                break
+    return Tuning(findings, tuple(finalists), winner, _artifact(task, findings, finalists, winner))
+
+
+def _heats(
+    tunable: Tunable, findings: Findings
+) -> Iterator[list[tuple[Configuration, Combination | None]]]:
+    """The default beside the best few, then beside the next few."""
+    found: dict[Configuration, Combination | None] = {}
+    for c in findings.combinations:
+        points: dict[str, Point] = {key: m.point for key, m in c.points}
+        found.setdefault(tunable.configuration(dict(c.chosen), points), c)
+    found.pop(tunable.default, None)
+    others = list(found.items())
+    for n in range(_HEATS):
+        some = others[n * _FINALISTS : (n + 1) * _FINALISTS]
+        if some or n == 0:
+            yield [(tunable.default, None), *some]
+
+
+def _raced(
+    tunable: Tunable,
+    device: Device,
+    compilers: Compilers[int],
+    heat: list[tuple[Configuration, Combination | None]],
+) -> list[Finalist]:
+    """The finalists with their times, the fastest first; those that cannot run are left out."""
+    likely = heat[-1 if len(heat) == 1 else 1][0]
+    orders = [partial(tunable.whole_jobs, config) for config, _ in heat]
+    # the examination's questions are made while whole configurations compile
+    _compiled(compilers, [*orders, partial(tunable.certify_jobs, likely)])
+    running = []
+    for config, combination in heat:
+        run = tunable.whole(config)
+        try:
+            run()
+        except RuntimeError:  # a launch that asks for too much; its part ran with other operands
+            continue
+        running.append((config, combination, run))
+    timings = race(device, [run for _, _, run in running], least=11, most=44)
+    ranked = [
+        Finalist(config, combination, timed)
+        for (config, combination, _), timed in zip(running, timings, strict=True)
+    ]
+    return sorted(ranked, key=lambda f: f.timing.median)
+
+
+def _examined(
+    tunable: Tunable, compilers: Compilers[int], ranked: list[Finalist]
+) -> tuple[list[Finalist], Finalist | None]:
+    """The finalists with verdicts, and the winner: the first that is faster, surely, and right."""
+    default = next((f.timing for f in ranked if f.config == tunable.default), None)
+    examined: list[Finalist] = []
+    winner: Finalist | None = None
+    for f in ranked:
+        own = f.config == tunable.default
+        if winner is not None:
+            examined.append(_judged(f, None, f"slower than the winner by {_slower(f, winner)}"))
+            continue
+        if not own and default is not None and not f.timing.surely_below(default):
+            examined.append(_judged(f, None, "not faster than the default by more than the noise"))
+            continue
+        _compiled(compilers, [partial(tunable.certify_jobs, f.config)])
+        certificate = tunable.certify(f.config)
+        if certificate.ok:
+            why = "the default keeps its place" if own else "faster than the default, and right"
+            winner = _judged(f, certificate, why)
+            examined.append(winner)
+        else:
+            examined.append(_judged(f, certificate, f"rejected: {certificate.faults[0]}"))
+    return examined, winner
+
+
+def _judged(f: Finalist, certificate: Certificate | None, why: str) -> Finalist:
+    return Finalist(f.config, f.combination, f.timing, certificate, why)
+
+
+def _slower(f: Finalist, winner: Finalist) -> str:
+    return f"{f.timing.median / winner.timing.median - 1:.1%}"
+
+
+def _compiled(compilers: Compilers[int], orders: list[Callable[[], tuple[Job, ...]]]) -> None:
+    """Wait until everything is compiled; what does not compile shows when it is run."""
+    for n, jobs in enumerate(orders):
+        compilers.order(n, jobs())
+    while compilers.orders:
+        for _ in compilers.done(1.0):
+            pass
+
+
+def _artifact(
+    task: Task, findings: Findings, finalists: list[Finalist], winner: Finalist | None
+) -> Artifact:
+    rejected = tuple(
+        Rejected(f.config, task.versions, "; ".join(f.certificate.faults))
+        for f in finalists
+        if f.certificate is not None and not f.certificate.ok
+    )
+    tuned = () if winner is None else (_tuned(task, findings, finalists, winner),)
+    return Artifact(task.recurrence, task.key, tuned, rejected)
+
+
+def _tuned(task: Task, findings: Findings, finalists: list[Finalist], winner: Finalist) -> Tuned:
+    assert winner.certificate is not None
+    timed = winner.timing
+    default = next((f.timing.median for f in finalists if f.combination is None), None)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    study = Study(now, findings.trials, round(findings.seconds, 1), task.storage_url)
+    return Tuned(
+        bucket=task.bucket,
+        config=winner.config,
+        time_us=round(timed.median, 2),
+        low_us=round(timed.low, 2),
+        high_us=round(timed.high, 2),
+        default_us=None if default is None else round(default, 2),
+        kernels=_reports(winner.combination),
+        certificate=winner.certificate,
+        versions=task.versions,
+        study=study,
+    )
+
+
+def _reports(combination: Combination | None) -> tuple[tuple[str, KernelReport], ...]:
+    """What each kernel of the configuration takes, from the trial that measured it."""
+    if combination is None:
+        return ()
+    measured = dict(combination.points)
+    reports = []
+    for _, alternative in combination.chosen:
+        for name, key in zip(alternative.kernels, alternative.parts, strict=True):
+            m = measured[key]
+            taken = [_number(m.notes.get(n)) for n in ("registers", "spills", "shared")]
+            reports.append((name, KernelReport(round(m.us, 2), *taken)))
+    return tuple(reports)
+
+
+def _number(noted: object) -> int | None:
+    return int(noted) if isinstance(noted, int) else None
