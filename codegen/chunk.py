@@ -95,7 +95,7 @@ def _check(form: NormalForm) -> None:
         if any(u.mixes for u in updates):
             refuse("coupled states", "the chunk form of coupled states is not derived yet")
         shapes = {tuple(w.feedback and w.feedback.decayed for w in u.writes) for u in updates}
-        if len(shapes) > 1 or len({(w.value is None) for u in updates for w in u.writes[:1]}) > 1:
+        if len(shapes) > 1:
             refuse(
                 "micro-steps that write differently",
                 "micro-steps become rows of one form, so each must write as the others do",

@@ -22,6 +22,13 @@ from tests.tolerances import FLOAT32_HARD, FLOAT64_RANDOM, Tolerance, assert_agr
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
+def _examples(usual: int) -> settings:
+    """As many as the profile draws more than Hypothesis does by itself."""
+    factor = max(1, settings().max_examples // 100)
+    return settings(max_examples=usual * factor, suppress_health_check=SLOW)
+
+
+
 def _check(rule: Rule, shape: Shape, engine: Any, dtype: torch.dtype, limit: Tolerance) -> None:
     """Outputs, final states and every gradient against the token loop in float64."""
     note(rule.source)
@@ -66,7 +73,7 @@ def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: x.detach() for n, x in tensors.items()}
 
 
-eagerly = settings(max_examples=120, suppress_health_check=SLOW)
+eagerly = _examples(120)
 
 
 @eagerly
@@ -95,7 +102,7 @@ def small_chunks() -> Any:
         yield
 
 
-interpreted = settings(max_examples=15, suppress_health_check=SLOW)
+interpreted = _examples(15)
 
 
 @pytest.mark.interpreter
