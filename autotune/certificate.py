@@ -8,7 +8,7 @@ bit. Whatever runs calls can be examined: an engine, or one that a test has brok
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -28,6 +28,8 @@ from .tolerance import BY_DTYPE, FLOAT32_HARD, Tolerance, relative_errors, withi
 # compiles the same machine code for both
 TOKENS = 272
 _HARD_HALF = 4.0  # of a half-precision tolerance: what is left of products of hard gates
+# kernels round in a handful of places more than the operands were rounded once
+_ROUNDINGS = 4.0
 
 
 class Runs(Protocol):
@@ -82,24 +84,21 @@ class Under:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One call, its cotangents, and what the token loop answers."""
+    """One call, its cotangents, what the token loop answers, and the relative error allowed."""
 
     family: Family
     call: Call
     do: Tensor
     dfinals: tuple[Tensor | None, ...]
     expected: Mapping[str, Tensor]
+    allowed: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Exam:
-    """Questions on one recurrence, made once for all its configurations.
-
-    `small`: operands whose gradients have the tolerance of gates and steps.
-    """
+    """Questions on one recurrence, made once for all its configurations."""
 
     questions: tuple[Question, ...]
-    small: frozenset[str]
 
 
 def prepare(
@@ -118,18 +117,30 @@ def prepare(
     """
     micro = 2 if declaration.has_micro else 1
     form = declaration.normal_form(micro)
+    params = {p.name: 1.0 if p.default is None else p.default for p in form.params}
+    small = ranges(form, params).small
     questions = []
     for family in families:
         call = draw(declaration, form, family, dims, dtype, device, tokens=tokens, micro=micro)
-        random = torch.Generator().manual_seed(3)
-        do = torch.randn(call.output_shape, generator=random).to(device, dtype)
-        dfinals = tuple(
-            torch.randn(call.state_shape(s), generator=random).to(device, call.state_dtype)
-            for s in form.states
-        )
-        questions.append(Question(family, call, do, dfinals, _expected(call, do, dfinals)))
-    params = {p.name: 1.0 if p.default is None else p.default for p in form.params}
-    return Exam(tuple(questions), ranges(form, params).small)
+        questions.append(_question(family, call, small))
+    return Exam(tuple(questions))
+
+
+def _question(family: Family, call: Call, small: frozenset[str]) -> Question:
+    random = torch.Generator().manual_seed(3)
+    do = torch.randn(call.output_shape, generator=random).to(call.device, call.dtype)
+    dfinals = tuple(
+        torch.randn(call.state_shape(s), generator=random).to(call.device, call.state_dtype)
+        for s in call.form.states
+    )
+    expected = _expected(call, do, dfinals)
+    allowed = {name: _limit(name, family, call.dtype, small) for name in expected}
+    if call.dtype.itemsize == 2:
+        near = _expected(_wobbled(call), do, dfinals)
+        for name, want in expected.items():
+            change, _ = relative_errors(near[name], want)
+            allowed[name] = max(allowed[name], _ROUNDINGS * change)
+    return Question(family, call, do, dfinals, expected, allowed)
 
 
 def certify(exam: Exam, runs: Runs) -> Certificate:
@@ -143,7 +154,7 @@ def certify(exam: Exam, runs: Runs) -> Certificate:
             second = _answers(question, runs)
         where = question.family.name.lower()
         for name, want in question.expected.items():
-            limit = _limit(name, question, exam.small)
+            limit = question.allowed[name]
             rms, maximum = relative_errors(first[name], want)
             if not bool(first[name].isfinite().all()):
                 faults.append(f"{name} ({where}) is not finite: is a buffer read before written?")
@@ -211,11 +222,25 @@ def _expected(call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]) -> dic
     return _named(call, o, finals, grads, dinitials)
 
 
-def _limit(name: str, question: Question, small: frozenset[str]) -> float:
-    dtype, hard = question.call.dtype, question.family is Family.HARD
+def _wobbled(call: Call) -> Call:
+    """The operands in float64, each number off by up to half a unit in its last place.
+
+    Where that alone changes a result by about the tolerance (a sum of thousands of terms that
+    cancel), no kernel can be nearer.
+    """
+    random = torch.Generator().manual_seed(4)
+
+    def moved(x: Tensor) -> Tensor:
+        noise = torch.rand(x.shape, generator=random, dtype=torch.float64).to(x.device) - 0.5
+        return x.double() * (1 + noise * torch.finfo(x.dtype).eps)
+
+    return replace(call, operands={n: moved(x) for n, x in call.operands.items()})
+
+
+def _limit(name: str, family: Family, dtype: torch.dtype, small: frozenset[str]) -> float:
     tolerance = FLOAT32_HARD if dtype is torch.float32 else BY_DTYPE[dtype]
     allowed = _allowed(name, tolerance, small)
-    return allowed * _HARD_HALF if hard and dtype.itemsize == 2 else allowed
+    return allowed * _HARD_HALF if family is Family.HARD and dtype.itemsize == 2 else allowed
 
 
 def _allowed(name: str, tolerance: Tolerance, small: frozenset[str]) -> float:

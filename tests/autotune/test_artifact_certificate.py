@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from chunkwise.autotune.certificate import Exam, Under, certify, prepare
+from chunkwise.autotune.certificate import Exam, Under, certify, examine, prepare
 from chunkwise.autotune.certificate_inputs import Family, draw, ranges
 from chunkwise.codegen.config import Dims, EagerConfig
 from chunkwise.dsl import Key, Scalar, State, Value, errors, exp, outer
@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.classes import lowered
+from tests.interpreted import small
 from tests.random_rules import Rule, rules
 
 CPU = torch.device("cpu")
@@ -50,6 +51,28 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert {n for n, x in operands.items() if x.dtype is dtype} >= {"q", "k", "v", "g"}
     assert operands["beta"].dtype is torch.float32
     assert certify(exam, EAGER).ok
+
+
+@pytest.mark.interpreter
+def test_kernels_in_the_interpreter() -> None:
+    """As printed for a GPU; the engine's own configuration would be too slow there."""
+    declared = by_name("gated_delta_rule")
+    exam = prepare(declared, Dims(16, 16), torch.float16, CPU, tokens=20, families=[Family.RAGGED])
+    certificate = certify(exam, Under(EngineName.TRITON, small(declared.normal_form())))
+    assert certificate.ok, certificate.faults
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", LOWERED)
+def test_defaults_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    from chunkwise.runtime import triton_engine
+
+    dims, gpu = Dims(128, 128), torch.device("cuda")
+    form = by_name(name).normal_form(2 if by_name(name).has_micro else 1)
+    config = triton_engine.configuration(form, dims, dtype, triton_engine.shared_memory(gpu))
+    certificate = examine(by_name(name), EngineName.TRITON, config, dims, dtype, gpu)
+    assert certificate.ok, certificate.faults
 
 
 @dataclass(frozen=True)
