@@ -65,10 +65,17 @@ def _ranks_outside(n: int) -> int:
 
 
 def race(
-    device: Device, runs: Sequence[Run], *, warmup: int = 2, least: int = 7, most: int = 35
+    device: Device, runs: Sequence[Run], *, seconds: float, least: int = 7, most: int = 35
 ) -> list[Timing]:
-    """The time of each of `runs`; those surely slower than the fastest stop early."""
-    device.rounds(runs, warmup)
+    """The time of each of `runs`; those surely slower than the fastest stop early.
+
+    `seconds`: about how long it may take; slow runs then have few samples, 3 at the least.
+    """
+    device.rounds(runs, 1)
+    started = time.monotonic()
+    device.rounds(runs, 1)
+    round_s = time.monotonic() - started
+    least = max(3, min(least, int(seconds / max(round_s, 1e-6) / 2)))
     samples = device.rounds(runs, least)
     while True:
         timings = [timing(s) for s in samples]
@@ -78,7 +85,7 @@ def race(
             for n, t in enumerate(timings)
             if not best.surely_below(t) and not t.precise and t.samples < most
         ]
-        if not going:
+        if not going or time.monotonic() - started > seconds:
             return timings
         for n, more in zip(going, device.rounds([runs[n] for n in going], least), strict=True):
             samples[n] += more

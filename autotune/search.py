@@ -28,6 +28,7 @@ _FEW = 12  # points of a part: so few are all tried, in the cost model's order
 _MISSES = 2  # proposals of what is known already, before the cost model's next is taken
 _SPREAD = 0.1  # trials that an untried part is credited with: lower tries new parts sooner
 _LEAST_LIMIT = 10.0  # seconds that a compilation may take, however small the budget
+_FOR_RACE = 0.03  # of the budget, at most
 _TOGETHER = 6  # candidates of one part in a race
 
 
@@ -219,7 +220,7 @@ class _Search:
             return
         best = state.best
         beside = [state.runs[best.point]] if best is not None and best.point in state.runs else []
-        timings = race(self._device, [*runs, *beside])
+        timings = race(self._device, [*runs, *beside], seconds=_FOR_RACE * self._budget.seconds)
         for run, (point, built), timed in zip(runs, racing, timings, strict=False):
             if built.code is not None:
                 state.codes[built.code] = timed.median

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from ..codegen import offline
 from ..codegen.config import Config, Dims, KernelConfig
@@ -160,7 +161,7 @@ class TritonTunable:
         planned, tensors = launch.prepare((bound,), starts, given)
         (launched,) = planned.launches
         tensors += self._arena.take(launched.new)
-        return lambda: launched.run(tensors, aligned=True)
+        return _launchable(lambda: launched.run(tensors, aligned=True))
 
     # ---- whole configurations --------------------------------------------------------------------
 
@@ -188,7 +189,7 @@ class TritonTunable:
             under.forward(self._call)
             under.backward(self._call, self._do, nothing)
 
-        return both
+        return _launchable(both)
 
     def certify_jobs(self, config: Configuration) -> tuple[Job, ...]:
         """As `Tunable.certify_jobs`."""
@@ -214,6 +215,18 @@ class TritonTunable:
         if triton.knobs.runtime.interpret:
             return ()  # nothing is compiled
         return specialisations(run, self._gpu.shared_program)
+
+
+def _launchable(run: Run) -> Run:
+    """`run`, with what Triton raises for want of resources as a RuntimeError."""
+
+    def launch() -> None:
+        try:
+            run()
+        except OutOfResources as why:
+            raise RuntimeError(str(why)) from why
+
+    return launch
 
 
 class _Arena:

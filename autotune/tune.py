@@ -33,6 +33,7 @@ from .tunable import Job, Tunable
 
 _FINALISTS = 3  # beside the default
 _HEATS = 3  # how often other finalists follow where all were rejected
+_FOR_RACE = 0.1  # of the budget
 _FOR_FINALS = 0.35  # of the budget: compiling whole configurations, racing and examining them
 
 
@@ -92,7 +93,7 @@ def tune(
     winner: Finalist | None = None
     with Compilers[int](budget.workers) as compilers:
         for heat in _heats(tunable, findings):
-            ranked = _raced(tunable, whole, compilers, heat)
+            ranked = _raced(tunable, whole, compilers, heat, _FOR_RACE * budget.seconds)
             examined, winner = _examined(tunable, compilers, ranked)
             finalists += examined
             rejected = any(f.certificate is not None and not f.certificate.ok for f in examined)
@@ -122,6 +123,7 @@ def _raced(
     device: Device,
     compilers: Compilers[int],
     heat: list[tuple[Configuration, Combination | None]],
+    seconds: float,
 ) -> list[Finalist]:
     """The finalists with their times, the fastest first; those that cannot run are left out."""
     likely = heat[-1 if len(heat) == 1 else 1][0]
@@ -136,7 +138,7 @@ def _raced(
         except RuntimeError:  # a launch that asks for too much; its part ran with other operands
             continue
         running.append((config, combination, run))
-    timings = race(device, [run for _, _, run in running], least=11, most=44)
+    timings = race(device, [run for _, _, run in running], seconds=seconds, least=11, most=44)
     ranked = [
         Finalist(config, combination, timed)
         for (config, combination, _), timed in zip(running, timings, strict=True)
