@@ -7,6 +7,7 @@ else none (the engine then has its default).
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from .machine import Machine, machine_of
 if TYPE_CHECKING:
     from .call import Call
 
+_LOG = logging.getLogger("chunkwise")
 SHIPPED = Path(__file__).parent / "artifacts"
 C = TypeVar("C", bound=Configuration)
 
@@ -149,15 +151,17 @@ def find(key: Key, where: tuple[Path, ...]) -> Found:
     others = [(p, a) for p, a in read if not _alike(a.key, key)]
     misses = tuple(f"{p}: it is for {', '.join(differences(a.key, key))}" for p, a in others)
     if not alike:
+        _LOG.info("%s: %s", key, Nearness.NONE.value)
         return Found(Nearness.NONE, misses=misses)
     machine = min((a.key.machine for _, a in alike), key=lambda m: _distance(m, key.machine))
     nearness = Nearness.MACHINE if machine == key.machine else Nearness.ARCHITECTURE
-    serving = [(p, a) for p, a in alike if a.key.machine == machine]
-    together = reduce(merged, (a for _, a in serving))
+    _LOG.info("%s: %s", key, nearness.value)
+    nearest_ones = [(p, a) for p, a in alike if a.key.machine == machine]
+    together = reduce(merged, (a for _, a in nearest_ones))
     # what was found wrong on one machine is not tried on another of its architecture
     elsewhere = (r for _, a in alike if a.key.machine != machine for r in a.quarantine)
     together = replace(together, quarantine=(*together.quarantine, *elsewhere))
-    return Found(nearness, together, tuple(p for p, _ in serving), misses)
+    return Found(nearness, together, tuple(p for p, _ in nearest_ones), misses)
 
 
 def differences(have: Key, want: Key) -> list[str]:

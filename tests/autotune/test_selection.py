@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +95,9 @@ def test_what_is_not_trusted_does_not_serve() -> None:
     assert nearest(Artifact("name", KEY), call) is None
 
 
-def test_the_exact_machine_then_its_architecture_then_nothing(tmp_path: Path) -> None:
+def test_the_exact_machine_then_its_architecture_then_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def saved(name: str, *machines: Machine) -> tuple[Path, ...]:
         for m in machines:
             store.save(replace(ARTIFACT, key=replace(KEY, machine=m)), tmp_path / name)
@@ -113,8 +116,10 @@ def test_the_exact_machine_then_its_architecture_then_nothing(tmp_path: Path) ->
     assert none.artifact is None
     (miss,) = none.misses
     assert miss.endswith("it is for machine NVIDIA A100-SXM4-80GB (sm_80), not NVIDIA H200 (sm_90)")
-    nowhere = find(KEY, (tmp_path / "nowhere",))
+    with caplog.at_level(logging.INFO, "chunkwise"):
+        nowhere = find(KEY, (tmp_path / "nowhere",))
     assert (nowhere.nearness, nowhere.misses) == (Nearness.NONE, ())
+    assert Nearness.NONE.value in caplog.text
 
 
 @pytest.mark.parametrize(
