@@ -51,7 +51,8 @@ class Plan:
     `values_apart`: backward only: gradients along the value axis in a kernel of their own, which
     needs no sum over it; the other kernel then holds fewer tiles at once.
     `outputs_in_scan`: outputs are computed while the state is at hand, and the state is not stored;
-    the backward cannot (its outputs sum over the value axis that its scan is split along).
+    the backward can only where its scan is not split along the value axis, which its outputs sum
+    over.
     """
 
     hoist: Hoist
@@ -160,6 +161,9 @@ def plan_backward(body: Body, adjoint: Adjoint, plan: Plan) -> Program:
     kept = _kept((*adjoint.outputs, *((c.name, c.end) for c in adjoint.carried)), saved | reverse)
     of_states = tuple(t for t in kept if not _depends(t, reverse))
     build.kernel("states", Loop.FORWARD, build.fresh(of_states), body.carried)
+    if plan.outputs_in_scan:
+        build.kernel("reverse", Loop.REVERSE, adjoint.outputs, adjoint.carried)
+        return Program(tuple(build.kernels), tuple(name for name, _ in adjoint.outputs))
     of_reverse = tuple(t for t in kept if _depends(t, reverse))
     build.kernel("reverse", Loop.REVERSE, build.fresh(of_reverse), adjoint.carried)
     apart = tuple(o for o in adjoint.outputs if plan.values_apart and Axis.V in o[1].axes)

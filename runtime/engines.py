@@ -47,6 +47,7 @@ _MODULES = {
     EngineName.REFERENCE: "reference",
     EngineName.EAGER: "eager_engine",
     EngineName.TRITON: "triton_engine",
+    EngineName.TVM: "tvm_engine",
 }
 # "meta" tensors have shapes only, and shapes do not depend on the engine
 _BY_DEVICE = {"cpu": EngineName.EAGER, "meta": EngineName.EAGER, "cuda": EngineName.TRITON}

@@ -128,11 +128,6 @@ BAD: dict[str, tuple[Change, type[Exception], tuple[str, ...]]] = {
         E.EngineUnavailable,
         ("'cuda'", "reference, eager, triton"),
     ),
-    "an engine of a later version": (
-        lambda x: {**x, "engine": "tvm"},
-        E.EngineUnavailable,
-        ("'tvm'", "not part of this version"),
-    ),
 }
 
 BAD_PACKINGS: dict[str, tuple[Any, tuple[str, ...]]] = {

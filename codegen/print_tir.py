@@ -1,0 +1,209 @@
+"""TileIR as TIR for a CPU: one function per Kernel, over a range of work items.
+
+A work item is a sequence (or, of a kernel parallel over chunks, a chunk), a value head and a part
+of the value axis. The caller shares items among its own threads and passes each a piece of scratch:
+the function allocates nothing, starts nothing, and needs no runtime of TVM's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.tirx import Expr, PrimFunc, Var
+
+from .config import Dims
+from .expressions import unaliased
+from .plan import Kernel, Loop, sums_over
+from .tile import Axes, Axis, Tile, TileOp
+from .tir_code import Code, Index, int32, int64
+from .tir_config import TvmConfig
+from .tir_decayed import DECAYED, EARLY, LATE
+from .tir_frame import Frame, Place, Shapes, allocate
+from .tir_products import transpose
+from .tir_schedule import Action, Region, schedule
+from .tir_steps import compute
+from .tir_transfer import Transfers, Work
+from .tir_values import Values
+from .triton_types import Parameter, Signature
+
+# what of a call the tables of work hold, a row per sequence and per chunk, in int64
+SEQUENCE = ("batch", "first token in it", "tokens", "first token of all", "first chunk of all")
+CHUNK = ("sequence", "chunk within it")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TirKernel:
+    """A printed kernel.
+
+    Its arguments: the tensors of `parameters`; the tables `sequences` [N,5] and `chunks` [M,2];
+    `scratch`, float32 [at least `scratch`]; `HV`; the floats of `numbers`; `begin` and `end`, items
+    of (N or M) * HV * v_programs.
+    """
+
+    name: str
+    loop: Loop
+    function: PrimFunc
+    parameters: tuple[Parameter, ...]
+    numbers: tuple[str, ...]
+    v_programs: int
+    scratch: int
+    stores: tuple[tuple[str, Axes], ...]
+
+
+def print_tir(kernel: Kernel, signature: Signature, config: TvmConfig) -> TirKernel:
+    """`kernel` as TIR for `signature`."""
+    return _Printer(kernel, signature, config).print()
+
+
+class _Printer:
+    def __init__(self, kernel: Kernel, signature: Signature, config: TvmConfig) -> None:
+        self._kernel = kernel
+        self._signature = signature
+        self._v_tile = _v_tile(kernel, signature.dims.V, config.v_tile)
+        dims = Dims(signature.dims.K, self._v_tile)
+        self._shapes = Shapes(config.chunk, dims, config)
+        self._schedule = schedule(kernel)
+        starts = [c.start for c in kernel.carried]
+        self._places, self._size = allocate(self._schedule, starts, self._shapes)
+        self._make_room_for_decayed()
+        names = dict.fromkeys(str(t.attrs[0]) for t in kernel.order if t.op is TileOp.PARAM)
+        self._numbers = {n: Var(f"number_{n}", "float32") for n in names}
+        self._heads = Var("HV", "int64")
+        self._scratch = tirx.decl_buffer(
+            (Var("scratch_size", "int64"),), "float32", "scratch", data_alignment=4, layout=None
+        )
+        rows = Var("N", "int64"), Var("M", "int64")
+        self._tables = [
+            tirx.decl_buffer((n, int64(len(of))), "int64", name, data_alignment=8, layout=None)
+            for n, of, name in zip(rows, (SEQUENCE, CHUNK), ("sequences", "chunks"), strict=True)
+        ]
+
+    def _make_room_for_decayed(self) -> None:
+        if not any(t.op in DECAYED for t in self._schedule.regions):
+            return
+        for region in (Region(EARLY), Region(LATE), Region(EARLY, transposed=True)):
+            axes = region.tile.axes[::-1] if region.transposed else region.tile.axes
+            self._places[region] = Place(self._size, axes, self._shapes.width(axes[1]))
+            self._size += self._shapes.size(axes)
+
+    def print(self) -> TirKernel:
+        kernel, entry, code = self._kernel, Code(), Code()
+        transfers = Transfers(self._signature, self._shapes.chunk, entry, self._heads)
+        begin, end = Var("begin", "int64"), Var("end", "int64")
+        self._code, self._transfers = code, transfers
+        self._flat_tables = [entry.flat(x) for x in self._tables]
+        with code.loop(begin, end, "item", "int64") as item:
+            self._item(item)
+        entry.emit(code.body())
+        declared = [x.declared for x in transfers.tensors.values()]
+        arguments = [*declared, *self._tables, self._scratch, self._heads]
+        arguments += [*self._numbers.values(), begin, end]
+        function = PrimFunc(arguments, entry.body())
+        function = function.with_attr("global_symbol", kernel.name)
+        return TirKernel(
+            name=kernel.name,
+            loop=kernel.loop,
+            function=function.with_attr("tirx.noalias", True),
+            parameters=tuple(transfers.tensors),
+            numbers=tuple(self._numbers),
+            v_programs=self._signature.dims.V // self._v_tile,
+            scratch=self._size,
+            stores=tuple((name, t.axes) for name, t in kernel.stores),
+        )
+
+    def _item(self, item: Index) -> None:
+        code = self._code
+        tiles = self._signature.dims.V // self._v_tile
+        rest = item
+        value: Expr = int64(0)
+        if tiles > 1:
+            value = code.bind("value", tirx.truncmod(item, int64(tiles)) * self._v_tile)
+            rest = code.bind("rest", tirx.truncdiv(item, int64(tiles)))
+        head = code.bind("head", tirx.truncmod(rest, self._heads))
+        number_ = code.bind("number", tirx.truncdiv(rest, self._heads))
+        if self._kernel.loop is Loop.PARALLEL:
+            sequence = code.bind("sequence", self._table(1, number_, 0))
+            chunk = code.bind("chunk", self._table(1, number_, 1))
+            self._chunk(sequence, head, value, chunk)
+            return
+        length = code.bind("length", self._table(0, number_, 2))
+        work = self._work(number_, head, value, int64(0))
+        frame = self._frame(int32(0), int32(0))
+        for c in self._kernel.carried:
+            self._transfers.first_carry(frame, c.start, work, number_)
+        size = int64(self._shapes.chunk)
+        count = code.bind("count", tirx.truncdiv(length + (size - 1), size))
+        with code.loop(int64(0), count, "turn", "int64") as turn:
+            reverse = self._kernel.loop is Loop.REVERSE
+            chunk = code.bind("chunk", count - 1 - turn) if reverse else turn
+            self._chunk(number_, head, value, chunk)
+        for c in self._kernel.carried:
+            self._transfers.last_carry(frame, c.start, work, number_)
+
+    def _table(self, table: int, row: Expr, column: int) -> Expr:
+        width = len((SEQUENCE, CHUNK)[table])
+        return tirx.BufferLoad(self._flat_tables[table], [row * width + column])
+
+    def _work(self, sequence: Expr, head: Expr, value: Expr, chunk: Expr) -> Work:
+        bind = self._code.bind
+        start = bind("start", chunk * self._shapes.chunk)
+        return Work(
+            heads=self._heads,
+            head=head,
+            batch=bind("batch", self._table(0, sequence, 0)),
+            row=bind("row", self._table(0, sequence, 1) + start),
+            flat=bind("flat", self._table(0, sequence, 3) + start),
+            index=bind("index", self._table(0, sequence, 4) + chunk),
+            value=value,
+            split=self._v_tile < self._signature.dims.V,
+        )
+
+    def _frame(self, valid: Expr, first: Expr) -> Frame:
+        return Frame(
+            self._code, self._shapes, self._schedule, self._places, self._scratch, valid, first,
+            self._numbers,
+        )  # fmt: skip
+
+    def _chunk(self, sequence: Expr, head: Expr, value: Expr, chunk: Expr) -> None:
+        code, size = self._code, self._shapes.chunk
+        work = self._work(sequence, head, value, chunk)
+        left = code.bind("left", self._table(0, sequence, 2) - chunk * size)
+        whole = tirx.Select(left < int64(size), left, int64(size))
+        valid = code.bind("valid", tirx.Cast("int32", whole))
+        first = code.bind("first", tirx.Cast("int32", chunk * size))
+        frame = self._frame(valid, first)
+        buffers = self._kernel.buffers
+        for step in self._schedule.steps:
+            if step.action is Action.LOAD:
+                self._transfers.load(frame, step.tile, work, buffers.get(step.tile))
+            elif step.action is Action.STORE:
+                self._transfers.store(frame, step.tile, work, step.name)
+            elif step.action is Action.TRANSPOSE:
+                transpose(frame, step.tile)
+            else:
+                compute(frame, step.tile)
+        for c in self._kernel.carried:
+            if unaliased(c.end) not in (*self._schedule.in_place, c.start):
+                _assign(frame, c.start, c.end)
+
+
+def _assign(frame: Frame, start: Tile, end: Tile) -> None:
+    """The carry of the next chunk."""
+    rows, along = (start.axes[0] if len(start.axes) == 2 else None), start.axes[-1]
+    with (
+        frame.code.loop(0, 1 if rows is None else frame.shapes.extent(rows), "r") as r,
+        frame.code.loop(0, frame.shapes.vectors(along), "c") as c,
+    ):
+        point: dict[Axis, Index] = {} if rows is None else {rows: r}
+        point[along] = int32(c) * frame.lanes
+        frame.write(Region(start), point, Values(frame, along).at(end, point), frame.lanes)
+
+
+def _v_tile(kernel: Kernel, V: int, wanted: int) -> int:
+    """Channels of the value axis per item: all, unless no sum over them is taken."""
+    tiles = kernel.order
+    buffers = kernel.buffers
+    sums = any(t not in buffers and sums_over(t, Axis.V) for t in tiles)
+    along = any(Axis.V in t.axes for t in tiles)
+    return V if sums or not along or wanted >= V or V % wanted else wanted

@@ -1,0 +1,183 @@
+"""Statements of TVM's TIR as they accumulate: loops, vectors, accumulators, typed loads and stores.
+
+Everything is addressed flat and every vector is explicit, so that no pass of TVM has to vectorise,
+flatten or unroll: what is left of its lowering takes milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from tvm import tirx
+from tvm.tirx import Buffer, Expr, Stmt, Var
+
+Index: TypeAlias = Expr | int
+
+
+def int32(value: Index) -> Expr:
+    """A number as an int32; an expression as it is."""
+    return tirx.IntImm("int32", value) if isinstance(value, int) else value
+
+
+def int64(value: Index) -> Expr:
+    """A number or an int32 expression as an int64."""
+    return tirx.IntImm("int64", value) if isinstance(value, int) else tirx.Cast("int64", value)
+
+
+def vector_type(dtype: str, lanes: int) -> str:
+    """The name of the type of `lanes` numbers of `dtype`."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def number(value: float, lanes: int, dtype: str = "float32") -> Expr:
+    """`value` in every lane."""
+    make = tirx.FloatImm if dtype.startswith("float") else tirx.IntImm
+    return broadcast(make(dtype, value), lanes)
+
+
+def broadcast(x: Expr, lanes: int) -> Expr:
+    """A scalar in every lane."""
+    return x if lanes == 1 else tirx.Broadcast(x, lanes)
+
+
+def ramp(start: Index, lanes: int) -> Expr:
+    """start, start + 1, ... as int32."""
+    start = int32(start)
+    return start if lanes == 1 else tirx.Ramp(start, int32(1), lanes)
+
+
+def is_static(value: Index, expected: int) -> bool:
+    """Whether `value` is known to be `expected`."""
+    if isinstance(value, int):
+        return value == expected
+    return isinstance(value, tirx.IntImm) and value.value == expected
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Accumulator:
+    """A vector register that statements update."""
+
+    buffer: Buffer
+
+    def get(self) -> Expr:
+        """Its value."""
+        return tirx.BufferLoad(self.buffer, [int32(0)])
+
+    def set(self, value: Expr) -> Stmt:
+        """The statement that gives it a value."""
+        return tirx.BufferStore(self.buffer, value, [int32(0)])
+
+
+class Code:
+    """A function's statements; a loop or a branch nests those emitted within it."""
+
+    def __init__(self) -> None:
+        self._open: list[list[Stmt]] = [[]]
+
+    def emit(self, statement: Stmt) -> None:
+        self._open[-1].append(statement)
+
+    def body(self) -> Stmt:
+        """Everything emitted."""
+        (statements,) = self._open
+        return _sequence(statements)
+
+    def bind(self, name: str, value: Expr) -> Var:
+        """A variable with that value."""
+        var = Var(name, value.ty)
+        self.emit(tirx.Bind(var, value))
+        return var
+
+    @contextmanager
+    def loop(self, begin: Index, end: Index, name: str, dtype: str = "int32") -> Iterator[Index]:
+        """A loop over [begin, end); one of a single known turn is not emitted as a loop."""
+        if isinstance(begin, int) and isinstance(end, int):
+            if end - begin == 1:
+                yield begin
+                return
+            extent: Index = end - begin
+        else:
+            extent = end - begin
+        var = Var(name, dtype)
+        self._open.append([])
+        yield var
+        body = _sequence(self._open.pop())
+        of_type = [tirx.IntImm(dtype, x) if isinstance(x, int) else x for x in (begin, extent)]
+        self.emit(tirx.For(var, *of_type, tirx.ForKind.SERIAL, body))
+
+    @contextmanager
+    def when(self, condition: Expr) -> Iterator[None]:
+        """Statements under a condition."""
+        self._open.append([])
+        yield
+        body = _sequence(self._open.pop())
+        self.emit(tirx.IfThenElse(condition, body, None))
+
+    def accumulator(self, value: Expr) -> Accumulator:
+        """A register with a first value."""
+        # scope "": on the stack, in registers after LLVM; "local" would become a call for memory
+        buffer = tirx.decl_buffer((1,), value.ty.dtype, "acc", scope="", layout=None)
+        self.emit(tirx.AllocBuffer(buffer))
+        result = Accumulator(buffer)
+        self.emit(result.set(value))
+        return result
+
+    def set(self, register: Accumulator, value: Expr) -> None:
+        self.emit(register.set(value))
+
+    def flat(self, buffer: Buffer) -> Buffer:
+        """`buffer` as one row of numbers, which is how all are addressed here."""
+        flat = tirx.decl_buffer(
+            (int64(1 << 48),),
+            buffer.dtype,
+            f"{buffer.name}_flat",
+            data=buffer.data,
+            data_alignment=buffer.data_alignment,
+            layout=None,
+        )
+        self.emit(tirx.DeclBuffer(flat, data=buffer.data))
+        return flat
+
+    def store(self, buffer: Buffer, at: Expr, value: Expr, lanes: int) -> None:
+        """Numbers of float32 into memory, rounded to what the buffer holds."""
+        index = at if lanes == 1 else tirx.Ramp(at, tirx.const(1, at.ty.dtype), lanes)
+        self.emit(tirx.BufferStore(buffer, _narrow(value, buffer.dtype, lanes), [index]))
+
+
+def load(buffer: Buffer, at: Expr, lanes: int) -> Expr:
+    """Numbers from memory, as float32 (integers as they are)."""
+    index = at if lanes == 1 else tirx.Ramp(at, tirx.const(1, at.ty.dtype), lanes)
+    return _widened(tirx.BufferLoad(buffer, [index]), buffer.dtype, lanes)
+
+
+def _widened(x: Expr, dtype: str, lanes: int) -> Expr:
+    if dtype == "float16":
+        return tirx.Cast(vector_type("float32", lanes), x)
+    if dtype == "bfloat16":  # by its bits: LLVM calls a function for each number
+        bits = tirx.reinterpret(vector_type("uint16", lanes), x)
+        wide = tirx.Cast(vector_type("uint32", lanes), bits)
+        wide = tirx.shift_left(wide, number(16, lanes, "uint32"))
+        return tirx.reinterpret(vector_type("float32", lanes), wide)
+    return x
+
+
+def _narrow(x: Expr, dtype: str, lanes: int) -> Expr:
+    if dtype == "float16":
+        return tirx.Cast(vector_type("float16", lanes), x)
+    if dtype == "bfloat16":  # to nearest, ties to even
+        bits = tirx.reinterpret(vector_type("uint32", lanes), x)
+        sixteen, one = number(16, lanes, "uint32"), number(1, lanes, "uint32")
+        odd = tirx.bitwise_and(tirx.shift_right(bits, sixteen), one)
+        bits = tirx.shift_right(bits + (odd + number(0x7FFF, lanes, "uint32")), sixteen)
+        low = tirx.Cast(vector_type("uint16", lanes), bits)
+        return tirx.reinterpret(vector_type("bfloat16", lanes), low)
+    return x
+
+
+def _sequence(statements: list[Stmt]) -> Stmt:
+    if len(statements) == 1:
+        return statements[0]
+    return tirx.SeqStmt(statements) if statements else tirx.Evaluate(int32(0))

@@ -1,0 +1,47 @@
+"""What is free on a CPU once recurrence, dimensions and dtypes are known, and its defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .plan import Hoist, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class TvmConfig:
+    """How the CPU's kernels are cut and tiled.
+
+    Attributes:
+        chunk: tokens per chunk, a multiple of `lanes`.
+        forward, backward: how each direction is cut into kernels.
+        lanes: float32 numbers in a vector register, a power of two.
+        rows, vectors: the register tile of a product, rows times vectors of accumulators.
+        unroll: steps of a product's sum per turn of its loop.
+        v_tile: channels of the value axis per work item, where a kernel can be split along it.
+    """
+
+    chunk: int
+    forward: Plan
+    backward: Plan
+    lanes: int
+    rows: int
+    vectors: int
+    unroll: int = 1
+    v_tile: int = 256
+
+
+def default_config(lanes: int) -> TvmConfig:
+    """Good for calls of usual size on a CPU whose vectors hold `lanes` float32 numbers.
+
+    A core has no shared memory to fill: everything is computed in the scan, from operands that are
+    read once. 16 registers of AVX2 hold 4 x 2 accumulators beside operands, 32 of AVX-512 8 x 2.
+    """
+    rows = {4: 4, 8: 4, 16: 8}.get(lanes, 4)
+    return TvmConfig(
+        chunk=max(32, lanes),
+        forward=Plan(Hoist.NOTHING, outputs_in_scan=True),
+        backward=Plan(Hoist.NOTHING, outputs_in_scan=True),
+        lanes=lanes,
+        rows=rows,
+        vectors=2,
+    )

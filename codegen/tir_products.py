@@ -1,0 +1,262 @@
+"""Matrix products, triangular solves and transposes on tiles in scratch, a register tile at a time.
+
+A product is computed by blocks of rows times vectors of columns: factors with the rows are single
+numbers in all lanes, factors with the columns are vectors. What scales it or is added to it is
+computed on the block while that is in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from tvm import tirx
+from tvm.tirx import Expr
+
+from .tile import Axis, Tile, TileOp
+from .tir_code import Accumulator, Index, broadcast, int32, number, ramp
+from .tir_frame import Frame
+from .tir_schedule import Region, columns_exchanged, sides, zero_above
+from .tir_values import Values
+
+Block = list[list[Accumulator]]
+
+
+def compute_matrix(frame: Frame, t: Tile) -> None:
+    """A tile of two axes: an elementwise statement with the products in it, or a product alone."""
+    products = [t] if t.op is TileOp.DOT else _fused(frame, t)
+    for rows, columns in _blocks(frame, t, plain=not products):
+        sums = [(x, _product(frame, x, rows, columns)) for x in products]
+        for a, row in enumerate(rows):
+            for b, column in enumerate(columns):
+                known = {x: block[a][b].get() for x, block in sums}
+                point = {t.axes[0]: row, t.axes[1]: column}
+                value = Values(frame, t.axes[1], known).computed(t, point)
+                frame.write(Region(t), point, value, frame.lanes)
+
+
+def _fused(frame: Frame, t: Tile) -> list[Tile]:
+    found: dict[Tile, None] = {}
+    for a in t.args:
+        if a in frame.schedule.fused:
+            found[a] = None
+        elif a not in frame.schedule.regions:
+            found |= dict.fromkeys(_fused(frame, a))
+    return list(found)
+
+
+def _blocks(frame: Frame, t: Tile, *, plain: bool) -> Iterator[tuple[list[Index], list[Index]]]:
+    """Rows, and first columns of vectors, of each block, within the loops that run over blocks."""
+    code, lanes, shapes = frame.code, frame.lanes, frame.shapes
+    row_axis, column_axis = t.axes
+    if t in frame.schedule.half:
+        height = 1 if plain else min(lanes, 8)
+        with code.loop(0, shapes.chunk // height, "r") as r:
+            vectors = (int32(r) * height + (height - 1)) // lanes + 1
+            with code.loop(0, vectors, "c") as c:
+                yield _rows(r, height), [int32(c) * lanes]
+        return
+    height = 1 if plain else shapes.config.rows
+    with code.loop(0, -(-shapes.extent(row_axis) // height), "r") as r:
+        for columns in column_blocks(frame, column_axis):
+            yield _rows(r, height), columns
+
+
+def _rows(block: Index, height: int) -> list[Index]:
+    return [int32(block) * height + a for a in range(height)]
+
+
+def column_blocks(frame: Frame, axis: Axis) -> Iterator[list[Index]]:
+    """First columns of the vectors of each block along `axis`, within the loop over blocks."""
+    lanes, wanted = frame.lanes, frame.shapes.config.vectors
+    turns, rest = divmod(frame.shapes.vectors(axis), wanted)
+    if turns:
+        with frame.code.loop(0, turns, "c") as c:
+            yield [int32(c) * (wanted * lanes) + b * lanes for b in range(wanted)]
+    if rest:
+        yield [int32((turns * wanted + b) * lanes) for b in range(rest)]
+
+
+def _product(frame: Frame, t: Tile, rows: list[Index], columns: list[Index]) -> Block:
+    """The sums of a block of a product, in registers."""
+    x, y = sides(t)
+    (over,) = t.attrs
+    assert isinstance(over, Axis)
+    row_axis, column_axis = t.axes
+    exchanged = columns_exchanged(t)
+    begin: Index = 0
+    end: Index = frame.shapes.extent(over)
+    if zero_above(x):  # rows of the block meet nothing beyond the diagonal
+        if over is Axis.J:
+            end = int32(rows[-1]) + 1
+        else:
+            begin = rows[0]
+    singles, vectors = Values(frame, None), Values(frame, column_axis)
+
+    def single(row: Index, s: Index) -> Expr:
+        return singles.at(x, {row_axis: row, over: s})
+
+    def vector(s: Index, column: Index) -> Expr:
+        point = {over: s, column_axis: column}
+        if exchanged:
+            return frame.read(Region(_bare(y), transposed=True), _named(y, point), frame.lanes)
+        return vectors.at(y, point)
+
+    return block_product(frame, rows, columns, (begin, end), single, vector)
+
+
+def block_product(
+    frame: Frame,
+    rows: list[Index],
+    columns: list[Index],
+    terms: tuple[Index, Index],
+    single: Callable[[Index, Index], Expr],
+    vector: Callable[[Index, Index], Expr],
+) -> Block:
+    """The sums over s in `terms` of single(row, s) vector(s, column), in registers."""
+    code, lanes = frame.code, frame.lanes
+    block = [[code.accumulator(number(0.0, lanes)) for _ in columns] for _ in rows]
+    with code.loop(*terms, "s") as s:
+        ys = [code.bind("y", vector(s, column)) for column in columns]
+        for a, row in enumerate(rows):
+            one = code.bind("x", broadcast(single(row, s), lanes))
+            for b, y in enumerate(ys):
+                code.set(block[a][b], one * y + block[a][b].get())
+    return block
+
+
+def _bare(t: Tile) -> Tile:
+    while t.op in (TileOp.RENAME, TileOp.EXPAND):
+        (t,) = t.args
+    return t
+
+
+def _named(t: Tile, point: dict[Axis, Index]) -> dict[Axis, Index]:
+    """`point` in the axes of the tile that `t` renames."""
+    if t.op is TileOp.RENAME:
+        (to,) = t.attrs
+        assert isinstance(to, Axis)
+        source = Axis.I if to is Axis.J else Axis.J
+        return {**point, source: point[to]}
+    return point
+
+
+def solve(frame: Frame, t: Tile) -> None:
+    """(1 + L)^-1 applied to a tile, or its transpose applied: rows in order, or from the last."""
+    lower, right = frame.schedule.solved[t]
+    row_axis, column_axis = t.axes
+    # applied to rows named J it gives rows named I; the transpose, the other way round
+    given = Axis.J if row_axis is Axis.I else Axis.I
+    for columns in column_blocks(frame, column_axis):
+        values = Values(frame, column_axis)
+
+        def start(row: Index, column: Index, values: Values = values) -> Expr:
+            return values.at(right, {given: row, column_axis: column})
+
+        _substitute(frame, t, lower, columns, start)
+
+
+def invert(frame: Frame, t: Tile) -> None:
+    """(1 + L)^-1 itself: what solves for the unit matrix."""
+    (lower,) = t.args
+    lanes = frame.lanes
+
+    def unit(row: Index, column: Index) -> Expr:
+        here = tirx.EQ(ramp(column, lanes), broadcast(int32(row), lanes))
+        return tirx.Select(here, number(1.0, lanes), number(0.0, lanes))
+
+    for columns in column_blocks(frame, Axis.J):
+        _substitute(frame, t, lower, columns, unit)
+
+
+def _substitute(
+    frame: Frame,
+    t: Tile,
+    lower: Tile,
+    columns: list[Index],
+    start: Callable[[Index, Index], Expr],
+) -> None:
+    code, lanes, height = frame.code, frame.lanes, frame.shapes.config.rows
+    chunk = frame.shapes.chunk
+    row_axis, column_axis = t.axes
+    forward = row_axis is Axis.I
+    singles, vectors = Values(frame, None), Values(frame, column_axis)
+
+    def factor(row: Index, solved: Index) -> Expr:
+        """What of a solved row is taken from a row."""
+        i, j = (row, solved) if forward else (solved, row)
+        return broadcast(singles.at(lower, {Axis.I: i, Axis.J: j}), lanes)
+
+    with code.loop(0, chunk // height, "r") as turn:
+        block_row = int32(turn) if forward else int32(chunk // height - 1) - turn
+        rows = _rows(block_row, height)
+        block = [[code.accumulator(start(row, c)) for c in columns] for row in rows]
+        begin, end = (0, rows[0]) if forward else (rows[-1] + 1, int32(chunk))
+        with code.loop(begin, end, "s") as s:
+            points = [{row_axis: s, column_axis: c} for c in columns]
+            solved = [code.bind("u", vectors.region(Region(t), p)) for p in points]
+            for a, row in enumerate(rows):
+                one = code.bind("l", factor(row, s))
+                for b, u in enumerate(solved):
+                    code.set(block[a][b], block[a][b].get() - one * u)
+        order = range(height) if forward else range(height - 1, -1, -1)
+        for n, a in enumerate(order):
+            for done in list(order)[:n]:
+                one = code.bind("l", factor(rows[a], rows[done]))
+                for b in range(len(columns)):
+                    taken = one * block[done][b].get()
+                    code.set(block[a][b], block[a][b].get() - taken)
+            for b, c in enumerate(columns):
+                point = {row_axis: rows[a], column_axis: c}
+                frame.write(Region(t), point, block[a][b].get(), lanes)
+
+
+def transpose(frame: Frame, t: Tile, rows: int | None = None) -> None:
+    """A copy with rows and columns exchanged, square blocks of vectors at a time.
+
+    `rows`: how many of them, a multiple of a vector; None for all.
+    """
+    code, lanes = frame.code, frame.lanes
+    row_axis, column_axis = t.axes
+    with (
+        code.loop(0, frame.shapes.vectors(row_axis) if rows is None else rows // lanes, "r") as r,
+        code.loop(0, frame.shapes.vectors(column_axis), "c") as c,
+    ):
+        first, column = int32(r) * lanes, int32(c) * lanes
+        block = []
+        for a in range(lanes):
+            point = {row_axis: first + a, column_axis: column}
+            block.append(code.bind("x", frame.read(Region(t), point, lanes)))
+        distance = 1
+        while distance < lanes:
+            block = _exchanged(frame, block, distance)
+            distance *= 2
+        for a, x in enumerate(block):
+            point = {row_axis: first, column_axis: column + a}
+            frame.write(Region(t, transposed=True), point, x, lanes)
+
+
+def _exchanged(frame: Frame, block: list[Expr], distance: int) -> list[Expr]:
+    """Pairs of rows that far apart, with their 2 x 2 blocks of that size transposed."""
+    lanes = len(block)
+    early = [k if not k & distance else lanes + k - distance for k in range(lanes)]
+    late = [k + distance if not k & distance else lanes + k for k in range(lanes)]
+    result = list(block)
+    for a in range(lanes):
+        if not a & distance:
+            pair = [block[a], block[a + distance]]
+            for place, lanes_of in ((a, early), (a + distance, late)):
+                shuffled = tirx.Shuffle(pair, [int32(k) for k in lanes_of])
+                result[place] = frame.code.bind("x", shuffled)
+    return result
+
+
+def horizontal_sum(frame: Frame, x: Expr) -> Expr:
+    """The sum of the lanes of a vector, by halves."""
+    lanes = frame.lanes
+    while lanes > 1:
+        x = frame.code.bind("h", x)
+        half = lanes // 2
+        low = tirx.Shuffle([x], [int32(k) for k in range(half)])
+        high = tirx.Shuffle([x], [int32(half + k) for k in range(half)])
+        x, lanes = low + high, half
+    return x

@@ -1,0 +1,218 @@
+"""The TVM engine: TileIR as machine code for a CPU, on the operands as they lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..codegen.config import Dims, Precision
+from ..codegen.differentiate import GRADIENT
+from ..codegen.emit import backward_program, chunk_body, forward_program
+from ..codegen.plan import Loop, Program
+from ..codegen.print_tir import TirKernel, print_tir
+from ..codegen.tile import Axis
+from ..codegen.tir_config import TvmConfig, default_config
+from ..codegen.triton_types import Role, Signature
+from ..dsl.errors import NotLowered
+from ..dsl.ir import Per
+from ..dsl.normal_form import NormalForm
+from .call import Call
+from .refine import coarse, coarse_gradients, refined, refined_cotangent
+from .schedule import TORCH
+from .tvm_build import Function, build, host_cpu, host_lanes
+from .tvm_threads import share
+
+_DTYPES = {dtype: low for low, dtype in TORCH.items()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Compiled:
+    """One direction, compiled."""
+
+    config: TvmConfig
+    kernels: tuple[tuple[TirKernel, Function], ...]
+
+
+def supports(call: Call) -> str | None:
+    """Why this engine cannot serve the call; None if it can."""
+    if call.device.type != "cpu":
+        return f"its code runs on a CPU, and the operands are on {call.device}"
+    for name, x in call.operands.items():
+        if x.dtype not in _DTYPES:
+            return f"{name} is {x.dtype}; its kernels take float32, bfloat16 and float16"
+    try:
+        chunk_body(call.form)
+    except NotLowered as refusal:
+        return str(refusal)
+    return None
+
+
+def forward(call: Call, config: TvmConfig | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """o [B,T,HV,V] in the call's dtype; final states [N,HV,K,V] (or [N,HV,K]) in float32.
+
+    `config`: instead of the one that serves such calls.
+    """
+    rows = refined(call)
+    run = _Run(rows, _compiled(call, config, backward=False), {})
+    states = [s.name for s in call.form.states]
+    ends = run.execute(dict(zip(states, call.initial, strict=True)))
+    o = run.buffers["o"].view(rows.B, rows.T, rows.HV, rows.V)
+    return coarse(call, o), tuple(ends[name] for name in states)
+
+
+def backward(
+    call: Call,
+    do: Tensor,
+    dfinals: tuple[Tensor | None, ...],
+    config: TvmConfig | None = None,
+) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+    """Gradients of every operand, in its shape and dtype, and of the initial states."""
+    extra = {GRADIENT + "o": refined_cotangent(call, do)}
+    run = _Run(refined(call), _compiled(call, config, backward=True), extra)
+    states = [s.name for s in call.form.states]
+    starts: dict[str, Tensor | None] = dict(zip(states, call.initial, strict=True))
+    starts |= {GRADIENT + name: d for name, d in zip(states, dfinals, strict=True)}
+    ends = run.execute(starts)
+    gradients = coarse_gradients(call, {n: run.gradient(n) for n in call.operands})
+    initials = tuple(
+        None if x is None else ends[GRADIENT + name].to(x.dtype)
+        for name, x in zip(states, call.initial, strict=True)
+    )
+    return gradients, initials
+
+
+def _compiled(call: Call, config: TvmConfig | None, *, backward: bool) -> _Compiled:
+    dtypes = tuple((name, x.dtype) for name, x in call.operands.items())
+    config = config or default_config(host_lanes())
+    return _compile(call.form, Dims(call.K, call.V), call.dtype, dtypes, config, backward)
+
+
+@lru_cache(maxsize=512)
+def _compile(
+    form: NormalForm,
+    dims: Dims,
+    dtype: torch.dtype,
+    dtypes: tuple[tuple[str, torch.dtype], ...],
+    config: TvmConfig,
+    backward: bool,
+) -> _Compiled:
+    named = tuple((name, _DTYPES[d]) for name, d in dtypes)
+    signature = Signature(dims, _DTYPES[dtype], named, Precision.IEEE)
+    program: Program = (
+        backward_program(form, config.backward)
+        if backward
+        else forward_program(form, config.forward)
+    )
+    kernels = [print_tir(k, signature, config) for k in program.kernels]
+    module = build(kernels, host_cpu())
+    return _Compiled(config, tuple((k, module[k.name]) for k in kernels))
+
+
+class _Run:
+    """One direction of one call: its tensors, and the buffers between its kernels."""
+
+    def __init__(self, call: Call, compiled: _Compiled, extra: Mapping[str, Tensor]) -> None:
+        self._call = call
+        self._compiled = compiled
+        self._chunk = compiled.config.chunk
+        self._per_head = {o.name for o in call.form.operands if o.per is Per.HEAD}
+        self._operands = {
+            name: x if x.stride(-1) == 1 or x.ndim == 3 else x.contiguous()
+            for name, x in {**call.operands, **extra}.items()
+        }
+        self.buffers: dict[str, Tensor] = {}
+        bounds = None if call.cu_seqlens is None else tuple(call.cu_seqlens.tolist())
+        self._sequences, self._chunks = _tables(call.B, call.T, bounds, self._chunk)
+
+    def execute(self, starts: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Run the kernels in order; returns the last value of every carry, float32."""
+        call = self._call
+        threads = torch.get_num_threads()
+        size = max(k.scratch for k, _ in self._compiled.kernels)
+        scratch = torch.empty((threads, size))
+        ends: dict[str, Tensor] = {}
+        for kernel, function in self._compiled.kernels:
+            for name, axes in kernel.stores:
+                if name not in self.buffers:
+                    self.buffers[name] = self._new(name, axes)
+            arguments = [self._argument(p.role, p.of, starts, ends) for p in kernel.parameters]
+            numbers = [call.params[n] for n in kernel.numbers]
+            table = self._chunks if kernel.loop is Loop.PARALLEL else self._sequences
+
+            def work(
+                thread: int,
+                begin: int,
+                end: int,
+                function: Function = function,
+                arguments: list[Tensor] = arguments,
+                numbers: list[float] = numbers,
+            ) -> None:
+                function(
+                    *arguments, self._sequences, self._chunks, scratch[thread], call.HV, *numbers,
+                    begin, end,
+                )  # fmt: skip
+
+            share(len(table) * call.HV * kernel.v_programs, threads, work)
+        return ends
+
+    def _new(self, name: str, axes: tuple[Axis, ...]) -> Tensor:
+        """Room for a buffer: [tokens, HV, ...] or [chunks, HV, ...]."""
+        call = self._call
+        size = {Axis.K: call.K, Axis.V: call.V, Axis.I: self._chunk, Axis.J: self._chunk}
+        times = [a for a in axes if a in (Axis.I, Axis.J)]
+        rows = call.B * call.T if times else len(self._chunks)
+        channels = tuple(size[a] for a in axes if a not in times[:1])
+        dtype = call.dtype if name == "o" else torch.float32
+        return torch.empty((rows, call.HV, *channels), dtype=dtype)
+
+    def _argument(
+        self, role: Role, of: str, starts: Mapping[str, Tensor | None], ends: dict[str, Tensor]
+    ) -> Tensor:
+        if role is Role.OPERAND:
+            return self._operands[of]
+        if role is Role.BUFFER:
+            return self.buffers[of]
+        call = self._call
+        (state,) = (s for s in call.form.states if s.name == of.removeprefix(GRADIENT))
+        shape = call.state_shape(state)
+        if role is Role.FINAL:
+            ends[of] = torch.empty(shape)
+            return ends[of]
+        given = starts[of]
+        return torch.empty((0, *shape[1:])) if given is None else given.float().contiguous()
+
+    def gradient(self, name: str) -> Tensor:
+        """The gradient of an operand in its own shape and dtype, partial sums in fixed order."""
+        call, x = self._call, self._call.operands[name]
+        g = self.buffers.get(GRADIENT + name)
+        if g is None:
+            return torch.zeros_like(x)
+        if name in self._per_head:
+            return g.sum(0).to(x.dtype)
+        heads = x.shape[2]
+        if heads != call.HV:
+            g = g.reshape(-1, heads, call.HV // heads, *x.shape[3:]).sum(2)
+        return g.view(x.shape).to(x.dtype)
+
+
+@lru_cache(maxsize=64)
+def _tables(B: int, T: int, bounds: tuple[int, ...] | None, chunk: int) -> tuple[Tensor, Tensor]:
+    """The tables of sequences and of chunks (codegen/print_tir.py)."""
+    if bounds is None:
+        starts = [(b, 0, T, b * T) for b in range(B)]
+    else:
+        starts = [(0, a, b - a, a) for a, b in pairwise(bounds)]
+    sequences: list[tuple[int, ...]] = []
+    chunks: list[tuple[int, int]] = []
+    for n, (batch, first, length, flat) in enumerate(starts):
+        sequences.append((batch, first, length, flat, len(chunks)))
+        chunks += [(n, c) for c in range(-(-length // chunk))]
+    return (
+        torch.tensor(sequences, dtype=torch.int64).reshape(-1, 5),
+        torch.tensor(chunks, dtype=torch.int64).reshape(-1, 2),
+    )
