@@ -14,7 +14,7 @@ from ..codegen.triton_types import Buffer
 from ..dsl.ir import Per
 from .call import Call
 from .packing import chunk_table
-from .schedule import Bound, Layout, OperandLayout, Schedule, schedule
+from .schedule import Bound, Layout, New, OperandLayout, Schedule, schedule
 
 
 class Launch:
@@ -41,17 +41,40 @@ class Launch:
     ) -> dict[str, Tensor]:
         """Launch `kernels` in order; returns the last value of every carry, float32."""
         planned, tensors = self.prepare(kernels, starts)
-        aligned = all(x.data_ptr() % 16 == 0 for x in tensors if isinstance(x, Tensor))
+        pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in tensors]
+        aligned = all(p % 16 == 0 for p in pointers if isinstance(p, int))
         device = self._call.device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            for launched in planned.launches:
-                for b in launched.new:
-                    make = torch.zeros if b.zeroed else torch.empty
-                    tensors.append(make(b.shape, dtype=b.dtype, device=device))
-                if launched.grid[0]:
+            if aligned and planned.compiled:
+                self._run_again(planned, tensors, pointers)
+            else:
+                for launched in planned.launches:
+                    tensors += [_new(b, device) for b in launched.new]
                     launched.run(tensors, aligned=aligned)
         self.buffers = {name: _tensor(tensors[i]) for name, i in planned.buffers}
         return {name: _tensor(tensors[i]) for name, i in planned.ends}
+
+    def _run_again(
+        self,
+        planned: Schedule,
+        tensors: list[Tensor | float | None],
+        pointers: list[float | None],
+    ) -> None:
+        """One piece of memory for all that is no result, and numbers for arguments: less to do."""
+        device = self._call.device
+        scratch = torch.empty(planned.scratch // 4, dtype=torch.float32, device=device)
+        free = scratch.data_ptr()
+        for launched in planned.launches:
+            for b in launched.new:
+                if b.scratch:
+                    tensors.append(None)
+                    pointers.append(free)
+                    free += b.bytes
+                else:
+                    made = _new(b, device)
+                    tensors.append(made)
+                    pointers.append(made.data_ptr())
+            launched.run_again(pointers)
 
     def prepare(
         self,
@@ -112,6 +135,11 @@ class Launch:
         if heads != call.HV:
             g = g.reshape(call.B, call.T, heads, call.HV // heads, *x.shape[3:]).sum(3)
         return g.to(x.dtype)
+
+
+def _new(b: New, device: torch.device) -> Tensor:
+    make = torch.zeros if b.zeroed else torch.empty
+    return make(b.shape, dtype=b.dtype, device=device)
 
 
 def _tensor(x: Tensor | float | None) -> Tensor:

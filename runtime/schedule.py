@@ -5,6 +5,8 @@ A training step repeats the layout of the step before, so that a call has only t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -90,12 +92,21 @@ class Layout(NamedTuple):
 
 
 class New(NamedTuple):
-    """A tensor that a kernel is first to write; `zeroed` where it does not write all of it."""
+    """A tensor that a kernel is first to write; `zeroed` where it does not write all of it.
+
+    `scratch`: only kernels of the same direction read it.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    zeroed: bool
+    zeroed: bool = False
+    scratch: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Its size, rounded up so that what lies behind it is aligned."""
+        return -(-math.prod(self.shape) * self.dtype.itemsize // 256) * 256
 
 
 @dataclass(slots=True, eq=False)
@@ -112,27 +123,39 @@ class Launched:
     new: tuple[New, ...]
     compiled: Any = None
 
-    def run(self, tensors: list[Tensor | float | None], *, aligned: bool) -> None:
-        """Launch on the current device and stream."""
-        arguments = list(self.values)
-        for argument, tensor in self.slots:
-            arguments[argument] = tensors[tensor]
-        if aligned and self.compiled is not None:
-            # what the launch below would find, without looking at every argument again
-            self.compiled[self.grid](*arguments)
-            return
-        compiled = self.bound.launch(self.grid, arguments)
+    def run(self, tensors: Sequence[Tensor | float | None], *, aligned: bool) -> None:
+        """Launch on the current device and stream; `aligned`: every pointer is."""
+        compiled = self.bound.launch(self.grid, self._arguments(tensors))
         if aligned:
             self.compiled = compiled
+
+    def run_again(self, pointers: Sequence[float | None]) -> None:
+        """The same for aligned pointers in place of tensors, by the machine code at hand."""
+        self.compiled[self.grid](*self._arguments(pointers))
+
+    def _arguments(self, given: Sequence[Tensor | float | None]) -> list[object]:
+        arguments = list(self.values)
+        for argument, number in self.slots:
+            arguments[argument] = given[number]
+        return arguments
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Schedule:
-    """The launches of one direction; `buffers` and `ends`: where its results are numbered."""
+    """The launches of one direction; `buffers` and `ends`: where its results are numbered.
+
+    `scratch`: bytes of the buffers that are none.
+    """
 
     launches: tuple[Launched, ...]
     buffers: tuple[tuple[str, int], ...]
     ends: tuple[tuple[str, int], ...]
+    scratch: int
+
+    @property
+    def compiled(self) -> bool:
+        """Whether every kernel has run before."""
+        return all(x.compiled is not None for x in self.launches)
 
 
 @lru_cache(maxsize=1024)
@@ -165,12 +188,18 @@ def schedule(
         for p in kernel.parameters:
             if p.role is Role.FINAL:
                 number[Role.FINAL, p.of] = len(number)
-                new.append(New(p.of, shapes[p.of], torch.float32, False))
+                new.append(New(p.of, shapes[p.of], torch.float32))
         launches.append(_launched(bound, layout, operands, number, tuple(new)))
+    made = [b for x in launches for b in x.new]
     return Schedule(
         tuple(launches),
-        tuple((name, i) for (role, name), i in number.items() if role is Role.BUFFER),
+        tuple(
+            (b.name, number[Role.BUFFER, b.name])
+            for b in made
+            if not b.scratch and (Role.BUFFER, b.name) in number
+        ),
         tuple((name, i) for (role, name), i in number.items() if role is Role.FINAL),
+        sum(b.bytes for b in made if b.scratch),
     )
 
 
@@ -220,14 +249,15 @@ def _buffer(buffer: Buffer, layout: Layout, operands: dict[str, OperandLayout]) 
     per_token = (layout.B, layout.T, layout.HV)
     operand = operands.get(name.removeprefix(GRADIENT)) if name.startswith(GRADIENT) else None
     if name == "o":
-        return New(name, (*per_token, *channels), layout.dtype, zeroed=False)
+        return New(name, (*per_token, *channels), layout.dtype)
     if operand is not None:
         if not times:  # partial sums: programs beyond the last chunk write none
             return New(name, (layout.chunks, layout.HV, *channels), torch.float32, zeroed=True)
         # per value head: float32 where more is summed over groups of heads
         dtype = operand.dtype if operand.heads == layout.HV else torch.float32
-        return New(name, (*per_token, *channels), dtype, zeroed=False)
+        return New(name, (*per_token, *channels), dtype)
     dtype = TORCH[buffer.dtype]
     if times:
-        return New(name, (*per_token, *channels), dtype, zeroed=False)
-    return New(name, (layout.chunks, layout.HV, *reversed(channels)), dtype, zeroed=False)
+        return New(name, (*per_token, *channels), dtype, scratch=True)
+    shape = (layout.chunks, layout.HV, *reversed(channels))
+    return New(name, shape, dtype, scratch=True)
