@@ -5,15 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 
-from ..codegen.expressions import Names
 from ..dsl.normal_form import Operand
-from .export_package import Package, axes, indented, module, state_letters, wrapped
+from .export_custom_ops import Ops
+from .export_package import Package, axes, module, state_letters, wrapped
 
-# what the printed ops call their own things
-_OWN = (
-    *("torch", "support", "Tensor", "cu_seqlens", "inputs", "operands", "serving", "sizes"),
-    *("gradients", "o_shape", "x", "d", "B", "T", "HV", "K", "V", "N"),
-)
 _OPTIONS = ("initial_state", "output_final_state", "cu_seqlens")
 
 
@@ -24,17 +19,16 @@ def print_op(package: Package, sources: Mapping[str, str]) -> str:
         [
             *package.header(f"{package.name} as a differentiable torch op over the kernels here."),
             "",
-            "from typing import List, Optional, Tuple",
+            "import re",
             "",
             "import torch",
-            "from torch import Tensor",
             "",
             *(f"from . import {name}" for name in modules),
             "",
             *_tables(package, sources),
         ],
         _public(package),
-        _Ops(package).lines(),
+        Ops(package).lines(),
     )
 
 
@@ -73,8 +67,9 @@ def _tables(package: Package, sources: Mapping[str, str]) -> Iterator[str]:
     digest = hashlib.blake2b(digest_size=6)
     for name in sorted(sources):
         digest.update(f"{name}\n{sources[name]}".encode())
-    yield "# of this version alone, so that several can be loaded side by side"
-    yield f'NAMESPACE = "{package.name}_{digest.hexdigest()}"'
+    yield "# of this version and this import alone: several can be loaded side by side"
+    version = f"{package.name}_{digest.hexdigest()}_"
+    yield f'NAMESPACE = "{version}" + re.sub(r"\\W", "_", __name__)'
     yield "# axes by operand; H, the heads of a Key, divides HV, those of the Values"
     yield "AXES = {"
     for o in package.form.operands:
@@ -136,7 +131,7 @@ def _public(package: Package) -> Iterator[str]:
     starts = "*starts" if several else "initial_state"
     arguments = [*package.operands, starts, "cu_seqlens", *(f"float({p})" for p in package.params)]
     finals = "*finals" if several else "final"
-    yield from wrapped(f"    o, {finals} = _forward(", arguments, ")")
+    yield from wrapped(f"    o, {finals} = OPS.forward(", arguments, ")")
     returned = "tuple(finals)" if several else "final"
     yield f"    return o, ({returned} if output_final_state else None)"
 
@@ -144,186 +139,3 @@ def _public(package: Package) -> Iterator[str]:
 def _summary(package: Package) -> str:
     first = package.declaration.doc.partition("\n")[0] or f"The recurrence {package.form.name}."
     return first.replace("\\", "\\\\").replace('"""', "'''")
-
-
-class _Ops:
-    """The two custom ops, forward and backward, and what torch needs to know of them."""
-
-    def __init__(self, package: Package) -> None:
-        self._package = package
-        names = Names(_OWN)
-        self._known = {
-            name: names.fresh(name)
-            for name in (*package.operands, *package.states, *package.params)
-        }
-        self._cotangents = [names.fresh(f"d_{name}") for name in ("o", *package.states)]
-
-    @property
-    def _operands(self) -> list[str]:
-        return [self._known[o] for o in self._package.operands]
-
-    @property
-    def _states(self) -> list[str]:
-        return [self._known[s] for s in self._package.states]
-
-    @property
-    def _params(self) -> list[str]:
-        return [self._known[p] for p in self._package.params]
-
-    @property
-    def _tensors(self) -> list[str]:
-        return [*self._operands, *self._states, "cu_seqlens"]
-
-    @property
-    def _inputs(self) -> list[str]:
-        return [*self._tensors, *self._params]
-
-    @property
-    def _typed(self) -> list[str]:
-        return [
-            *(f"{x}: Tensor" for x in self._operands),
-            *(f"{s}: Optional[Tensor]" for s in self._states),
-            "cu_seqlens: Optional[Tensor]",
-            *(f"{p}: float" for p in self._params),
-        ]
-
-    def lines(self) -> Iterator[str]:
-        yield from self._serving()
-        yield from ("", "")
-        yield from self._forward()
-        yield from ("", "")
-        yield from self._backward()
-        yield from ("", "")
-        yield from self._autograd()
-
-    @property
-    def _shapes(self) -> list[str]:
-        """Variables for the shapes of the output and of the states."""
-        return ["o_shape", *(f"{s}_shape" for s in self._states)]
-
-    def _serving(self) -> Iterator[str]:
-        """The checks that op and fake implementation share, and the choice of kernels."""
-        package, lead = self._package, self._known[self._package.lead]
-        op = f'"{package.name}"'
-        named = [f'"{name}": {self._known[name]}' for name in package.operands]
-        body = [
-            '"""The kernels that serve a call, and the shapes of its output and states."""',
-            *wrapped("operands = {", named, "}"),
-            f"support.check_tensors({op}, operands, NARROW, {lead}.dtype)",
-            f"sizes = support.measure({op}, AXES, operands)",
-            'B, T, HV, K, V = (sizes[letter] for letter in ("B", "T", "HV", "K", "V"))',
-            "N = B",
-            "if cu_seqlens is not None:",
-            f"    support.check_packing({op}, cu_seqlens, B, T)",
-            "    N = cu_seqlens.shape[0] - 1",
-            "o_shape = [B, T, HV, V]",
-        ]
-        for s in package.form.states:
-            x = self._known[s.name]
-            shape = ", ".join(state_letters(s))
-            body.append(f"{x}_shape = [{shape}]")
-            arguments = [op, f'"{s.name}"', x, f"{x}_shape", f"{lead}.device"]
-            body += wrapped("support.check_state(", arguments, ")")
-        body += [
-            f"serving = KERNELS.get(({lead}.dtype, K, V))",
-            "if serving is None:",
-            "    raise RuntimeError(",
-            f'        f"{package.name}: no kernels for K={{K}}, V={{V}}, {{{lead}.dtype}}; "',
-            '        f"this package has {list(KERNELS)}, and is made by: {COMMAND}"',
-            "    )",
-            *wrapped("return (", ["serving", *self._shapes], ")"),
-        ]
-        yield from wrapped("def _serving(", self._tensors, "):")
-        yield from indented(body)
-
-    def _forward(self) -> Iterator[str]:
-        package, lead = self._package, self._known[self._package.lead]
-        returns = ", ".join(["Tensor"] * (1 + len(package.states)))
-        chosen = f"serving, {', '.join(self._shapes)} = _serving("
-        passed = [f"support.passed_on({s}, {lead}, {s}_shape)" for s in self._states]
-        body = [
-            *wrapped(chosen, self._tensors, ")"),
-            f'support.check_device("{package.name}", {lead}.device, {lead}.dtype)',
-            "if 0 in o_shape[:3]:  # no token",
-            *wrapped("return (", [f"{lead}.new_zeros(o_shape)", *passed], ")", "    "),
-            "if cu_seqlens is not None:",
-            f"    cu_seqlens = cu_seqlens.to({lead}.device, non_blocking=True)",
-            *wrapped("return serving.forward(", self._inputs, ")"),
-        ]
-        yield '@torch.library.custom_op(f"{NAMESPACE}::forward", mutates_args=())'
-        yield from wrapped("def _forward(", self._typed, f") -> Tuple[{returns}]:")
-        yield from indented(body)
-        yield from ("", "")
-        made = [f"{lead}.new_empty({s}_shape, dtype=torch.float32)" for s in self._states]
-        yield "@_forward.register_fake"
-        yield from wrapped("def _(", self._inputs, "):")
-        yield from wrapped(chosen.replace("serving,", "_,", 1), self._tensors, ")", "    ")
-        yield from wrapped("return (", [f"{lead}.new_empty(o_shape)", *made], ")", "    ")
-
-    def _backward(self) -> Iterator[str]:
-        lead = self._known[self._package.lead]
-        cotangents = [f"{d}: Optional[Tensor]" for d in self._cotangents]
-        inputs = ", ".join([*self._operands, *self._states])
-        d_o, *d_states = self._cotangents
-        nothing = ["None"] * len(self._operands)
-        passed = [f"None if {d} is None else {d}.clone()" for d in d_states]
-        launched = [*self._inputs, f"{d_o}.contiguous()", *d_states]
-        body = [
-            *wrapped("serving, o_shape, *_ = _serving(", self._tensors, ")"),
-            f"inputs = [{inputs}]",
-            f"if {d_o} is None:",
-            f"    {d_o} = {lead}.new_zeros(o_shape)",
-            *(f"{d} = None if {d} is None else {d}.contiguous()" for d in d_states),
-            "if 0 in o_shape[:3]:  # no token: the final states are the initial ones",
-            *wrapped("gradients = [", [*nothing, *passed], "]", "    "),
-            "else:",
-            "    if cu_seqlens is not None:",
-            f"        cu_seqlens = cu_seqlens.to({lead}.device, non_blocking=True)",
-            *wrapped("gradients = serving.backward(", launched, ")", "    "),
-            "return [",
-            "    torch.zeros_like(x) if d is None else d.to(x.dtype).contiguous()",
-            "    for x, d in zip(inputs, gradients)",
-            "    if x is not None",
-            "]",
-        ]
-        yield '@torch.library.custom_op(f"{NAMESPACE}::backward", mutates_args=())'
-        yield from wrapped("def _backward(", [*cotangents, *self._typed], ") -> List[Tensor]:")
-        yield from indented(body)
-        yield from ("", "")
-        yield "@_backward.register_fake"
-        yield from wrapped("def _(", [*self._cotangents, *self._inputs], "):")
-        yield f"    inputs = [{inputs}]"
-        yield "    return [x.new_empty(x.shape) for x in inputs if x is not None]"
-
-    def _autograd(self) -> Iterator[str]:
-        package = self._package
-        tensors = len(package.operands) + len(package.states)
-        rest = ", ".join(["None"] * (len(package.params) + 1))
-        yield from f"""\
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:{tensors + 1}])
-    ctx.params = inputs[{tensors + 1}:]
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, *cotangents):
-    saved = ctx.saved_tensors
-    gradients = iter(_backward(*cotangents, *saved, *ctx.params))
-    differentiable = [None if x is None else next(gradients) for x in saved[:{tensors}]]
-    return (*differentiable, {rest})  # cu_seqlens and numbers have no gradient
-
-
-def _save_nothing(ctx, inputs, output):
-    pass
-
-
-def _refuse(ctx, *cotangents):
-    raise RuntimeError(
-        "the gradient of {package.name} was differentiated again, "
-        "and its kernels have no derivative; differentiate once, "
-        "or take higher derivatives of reference.{package.name}"
-    )
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse, setup_context=_save_nothing)""".split("\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from enum import Enum
+from string import Template
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def print_test(package: Package) -> str:
         f'        "{o.name}": {_operand(package, o, how[o.name])},' for o in package.form.operands
     ]
     states = [_state(s.kind) for s in package.form.states]
-    several = len(package.states) > 1
+    states_given = "tuple(states)" if len(package.states) > 1 else "states[0]"
     cases = [
         f"    (torch.{s.dtype.value}, {s.dims.K}, {s.dims.V}, {s.config.chunk}, "
         f"{_TOLERANCES[s.dtype]}),"
@@ -145,7 +146,7 @@ def print_test(package: Package) -> str:
             *wrapped("made = [", states, "]", "    "),
             "    return [s.to(DEVICE).requires_grad_() for s in made]",
         ],
-        [_COMPARE.replace("NAME", package.name).replace("STATES", _given(several)).strip()],
+        [Template(_COMPARE).substitute(name=package.name, states=states_given).strip()],
     )
 
 
@@ -162,17 +163,14 @@ def _state(kind: Kind) -> str:
     return text if kind is Kind.STATE else f"{text}.abs()"
 
 
-def _given(several: bool) -> str:
-    return "tuple(states)" if several else "states[0]"
-
-
 _COMPARE = '''
 def results(leaves, o, final):
     """Output, final states, and the gradients of a random weighting of them."""
     finals = final if isinstance(final, tuple) else (final,)
     random = torch.Generator().manual_seed(2)
-    weights = [torch.randn(y.shape, generator=random).to(y) for y in (o, *finals)]
-    gradients = torch.autograd.grad((o, *finals), leaves, weights)
+    weights = [torch.randn(y.shape, generator=random).to(y.device) for y in (o, *finals)]
+    loss = sum((y * w).sum() for y, w in zip((o, *finals), weights))
+    gradients = torch.autograd.grad(loss, leaves)
     return [x.detach().double() for x in (o, *finals, *gradients)]
 
 
@@ -182,9 +180,9 @@ def compare(dtype, K, V, T, tolerance, cu_seqlens=None, H=1, HV=2):
     operands = make_operands(dtype, B, T, H, HV, K, V)
     states = make_states(B if cu_seqlens is None else len(cu_seqlens) - 1, HV, K, V)
     leaves = [*operands.values(), *states]
-    call = {**operands, **NUMBERS, "initial_state": STATES, "cu_seqlens": cu_seqlens}
-    got = results(leaves, *NAME(**call, output_final_state=True))
-    want = results(leaves, *reference.NAME(**call))
+    call = {**operands, **NUMBERS, "initial_state": $states, "cu_seqlens": cu_seqlens}
+    got = results(leaves, *$name(**call, output_final_state=True))
+    want = results(leaves, *reference.$name(**call))
     for n, (x, y) in enumerate(zip(got, want)):
         error = (x - y).norm() / y.norm().clamp(min=1e-3 * y.numel() ** 0.5)
         assert error <= tolerance, f"result {n}: relative error {error:.1e}, not {tolerance}"
