@@ -7,15 +7,27 @@ import sys
 from collections.abc import Sequence
 
 from .cli_command import Command, UsageError
+from .cli_crossover import CROSSOVER
 from .cli_doctor import DOCTOR
 from .cli_emit import EMIT
+from .cli_export import EXPORT
 from .cli_inspect import EXPLAIN, LIST, PROVE
 from .cli_tune import TUNE
 from .cli_verify import VERIFY
 from .dsl.errors import ChunkwiseError
 
 # a new command joins here
-COMMANDS: tuple[Command, ...] = (LIST, EXPLAIN, PROVE, EMIT, TUNE, VERIFY, DOCTOR)
+COMMANDS: tuple[Command, ...] = (
+    LIST,
+    EXPLAIN,
+    PROVE,
+    EMIT,
+    EXPORT,
+    TUNE,
+    VERIFY,
+    CROSSOVER,
+    DOCTOR,
+)
 
 _EXAMPLES = """\
 A TARGET is a name of the library, or a file and a name in it:
@@ -25,6 +37,7 @@ A TARGET is a name of the library, or a file and a name in it:
   chunkwise prove delta_rule kda
   chunkwise emit gated_delta_rule --stage chunk
   chunkwise tune gated_delta_rule --dims K=128,V=128 --dtype bf16
+  chunkwise export gated_delta_rule -o my_model/kernels
   chunkwise doctor
 """
 

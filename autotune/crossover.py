@@ -23,7 +23,7 @@ import torch
 from ..codegen.config import Dims
 from ..dsl.declaration import Declaration
 from ..runtime import reference
-from ..runtime.artifact import Configuration, Crossover
+from ..runtime.artifact import Configuration
 from ..runtime.engines import EngineName
 from .certificate import Under
 from .certificate_inputs import Family, draw
@@ -33,9 +33,8 @@ MARGIN = 0.25
 _STEP = math.log((0.5 + MARGIN) / (0.5 - MARGIN))
 # bits that a timing at the median tells
 _CAPACITY = 1 + sum(p * math.log2(p) for p in (0.5 + MARGIN, 0.5 - MARGIN))
-_SETTLED = 0.1  # what a belief may leave on either side of the ends that it proposes
+_SETTLED = 0.2  # what a belief may leave on either side of the ends that it proposes
 
-_LONGEST = 1024
 
 Wins = Callable[[int], bool]
 Run = Callable[[], object]
@@ -63,6 +62,10 @@ def geometric(least: int, most: int, per_octave: int = 4) -> tuple[int, ...]:
     return tuple(sorted({round(least * (most / least) ** (n / steps)) for n in range(steps + 1)}))
 
 
+# what is tried of a recurrence: beyond, no token loop in torch was near
+LENGTHS = geometric(1, 1024)
+
+
 def search(wins: Wins, lengths: Sequence[int], confidence: float = 0.95) -> Bracket:
     """The crossing among `lengths`, which rise, by few timings `wins(T)`."""
     coin = _Coin(wins)
@@ -83,10 +86,10 @@ def search(wins: Wins, lengths: Sequence[int], confidence: float = 0.95) -> Brac
 
 
 def sweep(wins: Wins, lengths: Sequence[int], confidence: float = 0.95) -> Bracket:
-    """The same by a sequential test of every length: what `search` is compared with."""
+    """The same by a majority of equally many timings at every length: what `search` spares."""
     coin = _Coin(wins)
-    doubt = (1 - confidence) / len(lengths)
-    won = [_tested(coin, T, doubt) for T in lengths]
+    each = _majority((1 - confidence) / len(lengths))
+    won = [2 * sum(coin.flip(T) for _ in range(each)) > each for T in lengths]
     first = won.index(True) if True in won else len(won)
     return Bracket(
         lengths[first - 1] if first else None,
@@ -96,7 +99,18 @@ def sweep(wins: Wins, lengths: Sequence[int], confidence: float = 0.95) -> Brack
     )
 
 
-def between(
+def _majority(doubt: float) -> int:
+    """How many timings have a wrong majority with probability `doubt` at most, at the margin."""
+
+    def wrong(n: int) -> float:
+        right = 0.5 + MARGIN
+        few = range(n // 2 + 1)
+        return sum(math.comb(n, k) * right**k * (1 - right) ** (n - k) for k in few)
+
+    return next(n for n in itertools.count(1, 2) if wrong(n) <= doubt)
+
+
+def contest(
     declaration: Declaration,
     engine: EngineName,
     config: Configuration,
@@ -106,8 +120,8 @@ def between(
     rounds: Rounds,
     *,
     rows: int,
-) -> Crossover:
-    """From which length the forward of `engine` under `config` beats the token loop, here.
+) -> Wins:
+    """Timings of the forward of `engine` under `config` beside the token loop's, here.
 
     The token loop is the `reference` engine's, in torch. `rows`: heads of the one sequence.
     """
@@ -136,8 +150,7 @@ def between(
         (chunks,), (tokens,) = rounds(contestants(T), 1)
         return chunks < tokens
 
-    found = search(wins, geometric(1, _LONGEST))
-    return Crossover(rows, found.low, found.high, found.confidence, found.timings)
+    return wins
 
 
 class _Coin:
@@ -153,8 +166,8 @@ class _Coin:
 
 
 def _most(places: int) -> int:
-    """Twice the timings that it takes to find one of so many: near even, a belief never settles."""
-    return 2 * math.ceil((math.log2(places) - math.log2(_SETTLED)) / _CAPACITY)
+    """The timings that it takes to find one of so many: near even, a belief never settles."""
+    return math.ceil((math.log2(places) - math.log2(_SETTLED)) / _CAPACITY)
 
 
 def _median(belief: list[float]) -> int:

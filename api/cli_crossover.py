@@ -1,0 +1,95 @@
+"""The command that finds from which length chunks beat the token loop, and writes it down."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from .autotune.crossover import LENGTHS, Bracket, contest, search, sweep
+from .autotune.store import save
+from .autotune.subject import Size, subject
+from .cli_command import Command, add_json, add_target, find, print_json
+from .cli_emit import dims
+from .codegen.config import Dims
+from .codegen.triton_types import Dtype
+from .dsl import errors
+from .runtime.artifact import CONFIGURATIONS, Artifact, Crossover
+from .runtime.engines import EngineName, choose
+from .runtime.plain import to_plain
+from .runtime.selection import serving
+
+
+def _crossover(arguments: argparse.Namespace) -> int:
+    op = find(arguments.target)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    engine = choose(device.type, arguments.engine)
+    if engine is EngineName.REFERENCE:
+        raise errors.EngineUnavailable(
+            engine.value, "it is the token loop that others are compared with"
+        )
+    if engine is not EngineName.TRITON:
+        device = torch.device("cpu")
+    dtype = getattr(torch, arguments.dtype)
+    size = Size(1, LENGTHS[-1], arguments.heads)
+    about = subject(op.declaration, engine, arguments.dims, dtype, size, device)
+    _, clock = about.devices
+    wins = contest(
+        op.declaration,
+        engine,
+        serving(CONFIGURATIONS[engine], about.key, about.bucket, lambda: about.tunable.default),
+        arguments.dims,
+        dtype,
+        device,
+        clock.rounds,
+        rows=arguments.heads,
+    )
+    found = search(wins, LENGTHS)
+    swept = sweep(wins, LENGTHS) if arguments.compare else None
+    known = Crossover(arguments.heads, found.low, found.high, found.confidence, found.timings)
+    path = save(Artifact(op.__name__, about.key, crossovers=(known,)))
+    if arguments.json:
+        swept_plain = None if swept is None else to_plain(swept)
+        print_json({"file": str(path), "crossover": to_plain(known), "sweep": swept_plain})
+        return 0
+    print(f"{op.__name__}: {about.key}, {arguments.heads} heads")
+    print(f"  {_sentence(found)}")
+    print(f"  with {found.confidence:.0%} confidence".replace("%", " %"), end="")
+    print(f", by {found.timings} paired timings")
+    if swept is not None:
+        print(f"  a sweep of all {len(LENGTHS)} lengths: {_sentence(swept)}")
+        print(f"  by {swept.timings} timings, {swept.timings / found.timings:.1f} times as many")
+    print(f"  artifact: {path}")
+    return 0
+
+
+def _sentence(found: Bracket) -> str:
+    if found.low is None:
+        return f"chunks win at every length from {found.high or 'none'} tokens on"
+    if found.high is None:
+        return f"the token loop wins at every length up to {found.low} tokens"
+    return f"the token loop wins up to {found.low} tokens, chunks win from {found.high} on"
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    add_target(parser)
+    parser.add_argument("--dims", type=dims, default=Dims(64, 64), help="K=64,V=64")
+    parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="float32")
+    parser.add_argument("--heads", type=int, default=8, help="of the one sequence that is timed")
+    parser.add_argument("--engine", choices=[e.value for e in EngineName], help="by default own")
+    parser.add_argument(
+        "--compare", action="store_true", help="also sweep all lengths, and count the timings"
+    )
+    add_json(parser)
+
+
+CROSSOVER = Command(
+    "crossover",
+    "Find from which length the forward in chunks beats the token loop on this machine.",
+    (
+        "chunkwise crossover gated_delta_rule --dims K=64,V=64",
+        "chunkwise crossover kda --heads 4 --compare",
+    ),
+    _arguments,
+    _crossover,
+)

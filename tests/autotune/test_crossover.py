@@ -1,0 +1,148 @@
+"""Noisy binary search: it finds the crossing as often as it says, and by few timings."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from chunkwise import cli, library
+from chunkwise.autotune import store
+from chunkwise.autotune.crossover import MARGIN, Bracket, geometric, search, sweep
+from chunkwise.codegen.config import Dims
+from chunkwise.runtime import reference, selection
+from chunkwise.runtime.artifact import Artifact, Bucket, Crossover
+from chunkwise.runtime.engines import EngineName
+from chunkwise.runtime.selection import key_here, token_loop_wins
+from hypothesis import given
+from hypothesis import strategies as st
+
+LENGTHS = geometric(1, 4096)
+CPU = torch.device("cpu")
+# how fast the probability rises, per octave: a step; paired timings, which are nearly one; noise
+SHARPNESS = [1000.0, 8.0, 1.0]
+
+
+def _monotone(crossing: float, sharpness: float) -> Callable[[int], float]:
+    def probability(T: int) -> float:
+        x = sharpness * math.log2(T / crossing)
+        return 1 / (1 + math.exp(-max(-500.0, min(500.0, x))))
+
+    return probability
+
+
+def _holds(bracket: Bracket, probability: Callable[[int], float]) -> bool:
+    """Neither end is on the wrong side by more than what counts as even."""
+    low_right = bracket.low is None or probability(bracket.low) < 0.5 + MARGIN
+    return low_right and (bracket.high is None or probability(bracket.high) > 0.5 - MARGIN)
+
+
+@pytest.mark.parametrize("sharpness", SHARPNESS)
+def test_right_as_often_as_stated_and_five_times_fewer_timings(sharpness: float) -> None:
+    """Against a majority of timings at every length, at the same confidence."""
+    wrong = timings = of_sweeps = 0
+    octaves = []
+    for seed in range(100):
+        coin = random.Random(seed)
+        probability = _monotone(2 ** coin.uniform(1, 11), sharpness)
+
+        def wins(T: int) -> bool:
+            return coin.random() < probability(T)  # noqa: B023
+
+        bracket = search(wins, LENGTHS, confidence=0.95)
+        assert bracket.low is not None
+        assert bracket.high is not None
+        wrong += not _holds(bracket, probability)
+        timings += bracket.timings
+        octaves.append(math.log2(bracket.high / bracket.low))
+        of_sweeps += sweep(wins, LENGTHS, confidence=0.95).timings
+    assert wrong <= 5
+    assert of_sweeps >= 5 * timings
+    assert sorted(octaves)[50] <= max(0.5, 3 / sharpness)
+
+
+@given(st.floats(0.1, 10000), st.sampled_from(SHARPNESS), st.integers(0, 1 << 30))
+def test_any_crossing(crossing: float, sharpness: float, seed: int) -> None:
+    coin = random.Random(seed)
+    probability = _monotone(crossing, sharpness)
+    bracket = search(lambda T: coin.random() < probability(T), LENGTHS)
+    assert 0 < bracket.timings < 1000
+    if bracket.low is not None and bracket.high is not None:
+        assert bracket.low < bracket.high
+    assert (bracket.low, bracket.high) != (None, None)
+
+
+def test_nothing_to_find() -> None:
+    """Chunks always win, or never: that end is open."""
+    always, never = search(lambda T: True, LENGTHS), search(lambda T: False, LENGTHS)
+    assert (always.low, always.high) == (None, 1)
+    assert (never.low, never.high) == (4096, None)
+    assert search(lambda T: T >= 7, (7,)).high == 7
+
+
+def test_without_noise_it_is_a_bisection() -> None:
+    for crossing in (2, 3, 60, 1000, 4000):
+
+        def wins(T: int) -> bool:
+            return crossing <= T  # noqa: B023
+
+        bracket = search(wins, LENGTHS)
+        assert bracket.low is not None
+        assert bracket.high is not None
+        assert bracket.low < crossing <= bracket.high
+        assert bracket == replace(sweep(wins, LENGTHS), timings=bracket.timings)
+
+
+def test_geometric() -> None:
+    assert geometric(1, 16, 1) == (1, 2, 4, 8, 16)
+    assert geometric(8, 16, 2) == (8, 11, 16)
+    assert geometric(1, 4, 100) == (1, 2, 3, 4)
+
+
+def test_eager_against_the_token_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 1024 tokens the chunks win by far, on any machine; what was found is written down."""
+    monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
+    asked = ["linear_attention", "--dims", "K=8,V=8", "--heads", "2", "--engine", "eager"]
+    assert cli.main(["crossover", *asked, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    (found,) = selection.read(Path(printed["file"])).crossovers
+    assert found.high is not None
+    assert found.low is None or found.low < found.high
+    assert (found.rows, found.confidence) == (2, 0.95)
+    assert printed["crossover"]["timings"] == found.timings
+    assert cli.main(["crossover", *asked]) == 0
+    assert "with 95 % confidence" in capsys.readouterr().out
+
+
+def test_what_has_no_crossover_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["crossover", "kda", "--engine", "reference"]) == 1
+    assert "it is the token loop" in capsys.readouterr().err
+
+
+def test_short_calls_run_token_by_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
+    op = library.simple_gla
+    form = op.declaration.normal_form()
+    key = key_here(form, EngineName.EAGER, torch.float32, Dims(5, 7), CPU)
+    store.save(Artifact("simple_gla", key, crossovers=(Crossover(4, 6, 8, 0.95, 50),)))
+    assert token_loop_wins(key, Bucket(4, 6))
+    assert token_loop_wins(key, Bucket(1000, 6))  # the nearest that is known
+    assert not token_loop_wins(key, Bucket(4, 7))
+    assert not token_loop_wins(replace(key, dtype="float64"), Bucket(4, 6))
+    looped = []
+    original = reference.forward
+    monkeypatch.setattr(reference, "forward", lambda call: looped.append(call.T) or original(call))
+    for T in (6, 7):
+        q, k = torch.randn(1, T, 4, 5), torch.randn(1, T, 4, 5)
+        v, g = torch.randn(1, T, 4, 7), -torch.rand(1, T, 4)
+        o, _ = op(q, k, v, g, engine="eager")
+        want, _ = op(q.double(), k.double(), v.double(), g.double(), engine="eager")
+        assert torch.allclose(o.double(), want, atol=1e-5)
+    assert looped == [6]
