@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -158,7 +159,11 @@ def _plain(page: _Page) -> dict[str, object]:
             {
                 "serves": c.serves,
                 "ok": c.certificate.ok,
-                "worst": {"result": name, "rms": error.rms, "limit": error.limit},
+                "worst": {
+                    "result": name,
+                    "rms": error.rms if math.isfinite(error.rms) else None,  # JSON has no NaN
+                    "limit": error.limit,
+                },
                 "faults": c.certificate.faults,
             }
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from chunkwise.autotune.artifact import versions_here
 from chunkwise.codegen.config import Dims
 from chunkwise.dsl import errors
 from chunkwise.runtime import selection
-from chunkwise.runtime.artifact import Artifact, from_text, merged, to_text
+from chunkwise.runtime.artifact import Artifact, Rejected, Tuned, from_text, merged, to_text
 from chunkwise.runtime.engines import EngineName
 from hypothesis import given
 from hypothesis import strategies as st
@@ -173,6 +175,53 @@ def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
         (w + 1, n) for w in range(2) for n in range(20)
     }
     assert not list(tmp_path.glob("*/*.tmp"))
+
+
+def _write_for_ever(folder: Path) -> None:
+    for n in itertools.count():
+        store.save(Artifact("name", KEY, (tuned(n % 50 + 1, 1, time_us=1.0 + n),)), folder)
+
+
+def test_killed_writers_leave_whole_files(tmp_path: Path) -> None:
+    """Whenever they are killed, and the next one is not locked out."""
+    context = multiprocessing.get_context("fork")
+    path = tmp_path / KEY.path
+    seen = 0
+    for n in range(20):
+        writer = context.Process(target=_write_for_ever, args=(tmp_path,))
+        writer.start()
+        while not path.exists():
+            time.sleep(0.001)
+        time.sleep(0.002 * (n % 7))
+        writer.kill()
+        writer.join()
+        buckets = len(selection.read(path).tuned)
+        assert buckets >= seen  # nothing that was finished is lost
+        seen = buckets
+    store.save(Artifact("name", KEY, (tuned(1000, 1),)), tmp_path)
+    assert len(selection.read(path).tuned) == seen + 1
+
+
+entries = st.builds(
+    tuned,
+    st.integers(1, 3),
+    st.just(1),
+    st.sampled_from([CONFIG, config(16), config(32)]),
+    time_us=st.floats(1, 100),
+    versions=st.sampled_from([VERSIONS, NEWER]),
+)
+rejections = st.builds(rejected, st.sampled_from([CONFIG, config(16)]))
+
+
+@given(st.lists(entries, max_size=5), st.lists(rejections, max_size=2))
+def test_merging_twice_changes_nothing(tuned_now: list[Tuned], wrong: list[Rejected]) -> None:
+    """Nor does it ever keep what is in quarantine."""
+    artifact = Artifact("name", KEY)
+    for t in tuned_now:
+        artifact = merged(artifact, Artifact("name", KEY, (t,)))
+    artifact = merged(artifact, Artifact("name", KEY, quarantine=tuple(wrong)))
+    assert merged(artifact, artifact) == artifact
+    assert not {t.config for t in artifact.tuned} & {r.config for r in artifact.quarantine}
 
 
 def test_keys_do_not_hold_sizes_of_calls() -> None:

@@ -134,10 +134,6 @@ def test_doctor_says_what_there_is(key: Key, capsys: pytest.CaptureFixture[str])
     assert "MiB" in out
     assert selection.Nearness.MACHINE.value in out
     assert "tuned under other versions" in out
-    assert cli.main([*asked[:3], "K=8,V=8", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert [a["file"] for a in report["artifacts"]] == [str(good), str(bad)]
-    assert any("dimensions K=4 V=6, not K=8 V=8" in line for line in report["serves"])
 
 
 def test_known_bad_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
