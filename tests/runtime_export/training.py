@@ -1,7 +1,8 @@
 """Twenty steps of a recurrence learning to output a target; run with the library and without it.
 
-As a script: `python training.py FOLDER NAME…` trains the packages NAME below FOLDER and runs their
-own tests, in a process that cannot import chunkwise or what else must not be needed.
+As a script: `python training.py FOLDER SIZES TRAINED TESTED`, names with commas, trains packages
+below FOLDER and runs the tests of packages, in a process that cannot import chunkwise or what else
+must not be needed.
 """
 
 from __future__ import annotations
@@ -53,16 +54,16 @@ class _Blocked:
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 
-def main(folder: str, arguments: list[str]) -> None:
+def main(folder: str, sizes: str, trained: str, tested: str) -> None:
     """Prints one JSON object: losses by package."""
     sys.meta_path.insert(0, _Blocked(FORBIDDEN))  # type: ignore[arg-type]  # duck-typed finder
     sys.path.insert(0, folder)
     report = {}
-    for argument in arguments:
-        name, sizes = argument.split("=", 1)
+    for name in trained.split(","):
         package = importlib.import_module(name)
-        op = importlib.import_module(f"{name}.op")
-        report[name] = train(getattr(package, name), op.AXES, json.loads(sizes))
+        axes = importlib.import_module(f"{name}.op").AXES
+        report[name] = train(getattr(package, name), axes, json.loads(sizes))
+    for name in tested.split(","):
         test = importlib.import_module(f"{name}.test_{name}")
         test.test_whole_sequences()
         test.test_packed_sequences()
@@ -71,4 +72,4 @@ def main(folder: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(*sys.argv[1:])
