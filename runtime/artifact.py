@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 
 from ..codegen.config import Config, Dims, EagerConfig
+from ..codegen.tir_config import TvmConfig
 from ..dsl import errors
 from .engines import EngineName
 from .machine import Machine
@@ -19,10 +20,11 @@ from .plain import from_plain, render, to_plain
 SCHEMA = 1
 
 # what a configuration can be, by engine; a new engine joins both
-Configuration = Config | EagerConfig
+Configuration = Config | EagerConfig | TvmConfig
 CONFIGURATIONS: dict[EngineName, type[Configuration]] = {
     EngineName.TRITON: Config,
     EngineName.EAGER: EagerConfig,
+    EngineName.TVM: TvmConfig,
 }
 
 
@@ -214,7 +216,9 @@ def from_text(text: str, file: str) -> Artifact:
 
 
 def _sizes(config: Configuration) -> list[tuple[str, int]]:
-    """What every engine rounds to powers of two."""
+    """What must be powers of two."""
+    if isinstance(config, TvmConfig):
+        return [("lanes", config.lanes)]
     found = [("chunk", config.chunk)]
     if isinstance(config, Config):
         for tiles in (config.default, *(t for _, t in config.kernels)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from chunkwise.codegen.config import Config, Dims, EagerConfig, KernelConfig
 from chunkwise.codegen.plan import Hoist, Plan
+from chunkwise.codegen.tir_config import TvmConfig
 from chunkwise.runtime.artifact import (
     Artifact,
     Bucket,
@@ -67,6 +68,12 @@ ARTIFACT = Artifact(
     (tuned(64, 4096), tuned(512, 1024, config(32))),
     (rejected(config(128)),),
     (Crossover(64, 24, 32, 0.95, 87),),
+)
+CPU = Machine("cpu", "x86-64-v3", "Some CPU @ 2 GHz", 2)
+TVM = Artifact(
+    "gated_delta_rule",
+    Key("0123456789ab", EngineName.TVM, "float32", Dims(64, 64), CPU),
+    (tuned(8, 2048, TvmConfig(48, PLAN, Plan(Hoist.NOTHING), 16, 8, 2)),),
 )
 EAGER = Artifact(
     "gated_delta_rule",
