@@ -21,6 +21,7 @@ from typing import Generic, TypeVar
 from .tunable import Built, Job
 
 K = TypeVar("K", bound=Hashable)
+_AHEAD = 2  # orders that wait, so that no process does
 _PRELOADED = "chunkwise.autotune.capture"  # what a compilation imports, imported once for all
 
 
@@ -96,8 +97,7 @@ class Compilers(Generic[K]):
     @property
     def hungry(self) -> bool:
         """Whether another order would be compiled now or soon."""
-        waiting = sum(len(o.waiting) for o in self._orders.values())
-        return self._busy + waiting < self._most + 2
+        return len(self._orders) < self._most + _AHEAD
 
     def order(self, key: K, jobs: tuple[Job, ...]) -> None:
         """Have `jobs` compiled; without any, the order is done at once."""

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from .space import Axis, Point
 
 _STUDY_STARTUP = 6  # random proposals before the model's, warm starts counted
-_CHOOSING = 10.0  # seconds: a worker that takes longer to choose is dead
+_CHOOSING = 5.0  # seconds: a worker that takes longer to choose is dead
 _LEASE = 600.0  # seconds: likewise to measure, on another machine
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -68,7 +68,7 @@ class Trials:
 
     def propose(self, point: Point) -> None:
         """Have `point` tried before anything that the sampler thinks of."""
-        self._study.enqueue_trial(dict(point), skip_if_exists=True)
+        self._study.enqueue_trial(dict(point))
 
     def claim(self) -> Claim | None:
         """The next proposal, or the sampler's choice; None if somebody else has it already."""

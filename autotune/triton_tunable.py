@@ -105,7 +105,11 @@ class TritonTunable:
             choice = Choice(kernel, KernelConfig(), chunk, self._signature, self._gpu)
             least += bound_us(kernel, choice, self._size)
         names, keys = zip(*named, strict=True)
-        alternative = Alternative(f"C={chunk}", role, plan.label, keys, names, least)
+        known = any(
+            c.chunk == chunk and plan == (c.forward if role == _FORWARD else c.backward)
+            for c in self._known
+        )
+        alternative = Alternative(f"C={chunk}", role, plan.label, keys, names, least, known)
         self._plans[alternative] = plan
 
     def _key(self, kernel: Kernel, chunk: int) -> str:

@@ -36,8 +36,10 @@ class Part:
 class Alternative:
     """One way to do `role` within `group`: the parts that it takes, one after the other.
 
-    `kernels`: what the parts are called within it. `bound_us`: no choice of points can make it
-    faster; 0 where nobody knows.
+    Attributes:
+        kernels: what the parts are called within it.
+        bound_us: no choice of points can make it faster; 0 where nobody knows.
+        known: the default's, or a neighbour's: tried before all others.
     """
 
     group: str
@@ -46,6 +48,7 @@ class Alternative:
     parts: tuple[str, ...]
     kernels: tuple[str, ...]
     bound_us: float = 0.0
+    known: bool = False
 
 
 @dataclass(frozen=True, slots=True)

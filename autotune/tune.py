@@ -27,8 +27,9 @@ from ..runtime.artifact import (
 )
 from .compilers import Compilers
 from .measure import Device, Timing, race
-from .search import Budget, Combination, Findings, Progress, search, unwatched
+from .search import Budget, Findings, Progress, search, unwatched
 from .space import Point
+from .standing import Combination
 from .tunable import Job, Tunable
 
 _FINALISTS = 3  # beside the default

@@ -1,0 +1,137 @@
+"""How the alternatives stand: times of their parts, measured or guessed, and their sums."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import product
+
+from .space import Point, points
+from .trials import Measured, Trials
+from .tunable import Alternative, Part, Run, Tunable
+
+_PER_ROLE = 4  # alternatives of a role that are combined with those of others
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """One alternative per role and the best point of each part; `us`: their times together."""
+
+    chosen: tuple[tuple[str, Alternative], ...]
+    points: tuple[tuple[str, Measured], ...]
+    us: float
+
+
+@dataclass(slots=True)
+class State:
+    """A part with what is known of it."""
+
+    part: Part
+    trials: Trials
+    left: list[Point]  # legal, the most promising first
+    legal: int
+    measured: dict[Point, Measured]
+    tried: int = 0
+    misses: int = 0
+    exhausted: bool = False
+    codes: dict[str, float] = field(default_factory=dict)
+    runs: dict[Point, Run] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Measured | None:
+        return min(self.measured.values(), key=lambda m: m.us, default=None)
+
+
+class Standing:
+    """What is known of a tunable's parts, and so of its alternatives."""
+
+    def __init__(self, tunable: Tunable) -> None:
+        self._tunable = tunable
+        self._guesses: dict[str, float] = {}
+        self.states: dict[str, State] = {}
+
+    def ranked(self, *, every: bool = False) -> list[Alternative]:
+        """The alternatives that may still win, by what can be reached through each.
+
+        `every`: those that cannot win as well.
+        """
+        times = {a: self._us(a) for a in self._tunable.alternatives}
+        least: dict[tuple[str, str], float] = {}
+        bounds: dict[tuple[str, str], float] = {}
+        for a, us in times.items():
+            at = (a.group, a.role)
+            least[at] = min(us, least.get(at, us))
+            bounds[at] = min(a.bound_us, bounds.get(at, a.bound_us))
+        best = next(iter(self.combinations(1)), None)
+
+        def beside(a: Alternative, of: Mapping[tuple[str, str], float]) -> float:
+            return sum(us for at, us in of.items() if at[0] == a.group and at[1] != a.role)
+
+        kept = [
+            a for a in times if best is None or every or a.bound_us + beside(a, bounds) < best.us
+        ]
+        return sorted(kept, key=lambda a: times[a] + beside(a, least))
+
+    def _us(self, alternative: Alternative) -> float:
+        """Its time: measured where it is, else guessed."""
+        ratio = self._calibration()
+        total = 0.0
+        for key in alternative.parts:
+            state = self.states.get(key)
+            best = None if state is None else state.best
+            total += self._guess(key) * ratio if best is None else best.us
+        return total
+
+    def _guess(self, key: str) -> float:
+        if key not in self._guesses:
+            part = self._tunable.part(key)
+            first = part.first[0] if part.first else next(points(part.axes))
+            self._guesses[key] = self._tunable.predicted_us(part, first)
+        return self._guesses[key]
+
+    def _calibration(self) -> float:
+        """How much longer parts take than was guessed."""
+        found = [(s.best, self._guess(k)) for k, s in self.states.items()]
+        ratios = [best.us / guess for best, guess in found if best is not None and guess > 0]
+        return statistics.median(ratios) if ratios else 1.0
+
+    def combinations(self, most: int = 64) -> tuple[Combination, ...]:
+        """Whole configurations whose parts are all measured, the fastest first."""
+        totals: dict[tuple[str, str], list[tuple[float, Alternative]]] = {}
+        for a in self._tunable.alternatives:
+            best = [s.best if (s := self.states.get(k)) else None for k in a.parts]
+            us = [m.us for m in best if m is not None]
+            if len(us) == len(a.parts):
+                totals.setdefault((a.group, a.role), []).append((sum(us), a))
+        roles = list(dict.fromkeys(a.role for a in self._tunable.alternatives))
+        found: list[tuple[float, tuple[Alternative, ...]]] = []
+        for group in dict.fromkeys(a.group for a in self._tunable.alternatives):
+            per_role = [
+                sorted(totals.get((group, r), []), key=lambda x: x[0])[:_PER_ROLE] for r in roles
+            ]
+            for several in product(*per_role):
+                found.append((sum(us for us, _ in several), tuple(a for _, a in several)))
+        found.sort(key=lambda x: x[0])
+        return tuple(self._combination(us, several) for us, several in found[:most])
+
+    def with_variants(self) -> tuple[Combination, ...]:
+        """The combinations, and the fastest with a part's second or third best point instead."""
+        found = self.combinations()
+        variants = list(found)
+        for best in found[:1]:
+            for key, own in best.points:
+                ranked = sorted(self.states[key].measured.values(), key=lambda m: m.us)
+                for other in ranked[1:3]:
+                    points = tuple((k, other if k == key else m) for k, m in best.points)
+                    variants.append(Combination(best.chosen, points, best.us + other.us - own.us))
+        return tuple(sorted(variants, key=lambda c: c.us))
+
+    def _combination(self, us: float, several: tuple[Alternative, ...]) -> Combination:
+        keys = dict.fromkeys(key for a in several for key in a.parts)
+        best = {key: self.states[key].best for key in keys}
+        return Combination(
+            tuple((a.role, a) for a in several),
+            tuple((key, m) for key, m in best.items() if m is not None),
+            us,
+        )

@@ -1,0 +1,142 @@
+"""A tunable without an engine: points have known times, and some are broken on purpose.
+
+Run as a program it is one worker: `python -m tests.autotune.fake JOURNAL SECONDS_PER_TRIAL`; it
+notes every measurement in JOURNAL.measured, one line each.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from chunkwise.autotune.search import Budget, Findings, search
+from chunkwise.autotune.space import Axis, Point, points
+from chunkwise.autotune.storage import open_storage
+from chunkwise.autotune.tunable import Alternative, Built, Job, Part, Run
+from chunkwise.codegen.config import EagerConfig
+from chunkwise.runtime.artifact import Certificate, Configuration
+
+AXES = (Axis("chunk", (16, 32, 64, 128)), Axis("warps", (1, 2, 4)))
+TOO_MUCH = ("chunk", 128), ("warps", 4)  # the one point that is not legal
+
+
+def microseconds(part: str, point: Point) -> float:
+    """Its true time: 32 and 2 are best, part b is twice part a."""
+    chosen = dict(point)
+    distance = abs(chosen["chunk"].bit_length() - 6) + abs(chosen["warps"].bit_length() - 2)
+    return (200.0 if part.endswith("b") else 100.0) * (1 + distance)
+
+
+DEFAULT = EagerConfig(16)
+
+
+@dataclass
+class Fake:
+    """Two roles of one part each in two groups; the parts of group `slow` are ten times slower."""
+
+    spend: float = 0.0
+    note: Callable[[str, Point], None] = lambda part, point: None
+    wrong: Callable[[Configuration], bool] = lambda config: False
+    default: Configuration = DEFAULT
+    jobs_of: tuple[Job, ...] = ()
+    alternatives: tuple[Alternative, ...] = (
+        Alternative("fast", "forward", "a", ("fast/a",), ("a",)),
+        Alternative("fast", "backward", "b", ("fast/b",), ("b",)),
+        Alternative("slow", "forward", "a", ("slow/a",), ("a",)),
+        Alternative("slow", "backward", "b", ("slow/b",), ("b",)),
+    )
+    first: tuple[Point, ...] = ()
+    current: dict[int, float] = field(default_factory=dict)
+
+    def part(self, key: str) -> Part:
+        return Part(key, key, AXES, self.first)
+
+    def excess(self, part: Part, point: Point) -> dict[str, float]:
+        return {"too much": 1.0} if point == TOO_MUCH else {}
+
+    def predicted_us(self, part: Part, point: Point) -> float:
+        return self.true_us(part.key, point)
+
+    def true_us(self, key: str, point: Point) -> float:
+        return microseconds(key, point) * (10 if key.startswith("slow") else 1)
+
+    def jobs(self, part: Part, point: Point) -> tuple[Job, ...]:
+        return self.jobs_of
+
+    def run(self, part: Part, point: Point) -> Run:
+        if self.spend:
+            time.sleep(self.spend)
+        self.note(part.key, point)
+        return Timed(self.true_us(part.key, point))
+
+    def configuration(
+        self, chosen: Mapping[str, Alternative], points: Mapping[str, Point]
+    ) -> Configuration:
+        (forward,) = chosen["forward"].parts
+        warps = dict(points[forward])["warps"]
+        return EagerConfig(dict(points[forward])["chunk"] * 1000 + warps)
+
+    def whole_jobs(self, config: Configuration) -> tuple[Job, ...]:
+        return self.jobs_of
+
+    def whole(self, config: Configuration) -> Run:
+        assert isinstance(config, EagerConfig)
+        if config == self.default:
+            return Timed(700.0)
+        chunk, warps = divmod(config.chunk, 1000)
+        point = (("chunk", chunk), ("warps", warps))
+        return Timed(3 * microseconds("fast/a", point))
+
+    def certify_jobs(self, config: Configuration) -> tuple[Job, ...]:
+        return self.jobs_of
+
+    def certify(self, config: Configuration) -> Certificate:
+        return Certificate((), ("fake",), ("d k: wrong",) if self.wrong(config) else ())
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A run that takes as long as it says, on `Clock`."""
+
+    us: float
+
+    def __call__(self) -> None:
+        return
+
+
+class Clock:
+    """Times what runs say, with a noise of 2 % that is the same every time."""
+
+    def rounds(self, runs: Sequence[Run], count: int) -> list[list[float]]:
+        noise = [1 + 0.02 * ((7 * n) % 5 - 2) / 2 for n in range(count)]
+        return [[run.us * x for x in noise] for run in runs if isinstance(run, Timed)]
+
+
+def fails() -> Built:
+    """A compilation that finds an error."""
+    return Built(error="no such instruction")
+
+
+def legal() -> set[Point]:
+    """The points that may be built."""
+    return {p for p in points(AXES) if p != TOO_MUCH}
+
+
+def worker(journal: Path, spend: float) -> Findings:
+    """Search all of the space, and note what this process measured."""
+    budget = Budget(60.0, exhaustive=True)
+    with journal.with_suffix(".measured").open("a", encoding="utf-8") as notes:
+
+        def note(part: str, point: Point) -> None:
+            notes.write(f"{part} {point}\n")
+            notes.flush()
+
+        tunable = Fake(spend=spend, note=note)
+        return search(tunable, Clock(), open_storage(str(journal)), "fake", budget)
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]), float(sys.argv[2]))
