@@ -16,10 +16,14 @@ CACHE_VARIABLE = "CHUNKWISE_CACHE"
 
 def cache_folder() -> Path:
     """`$CHUNKWISE_CACHE`, else `chunkwise` under the XDG cache folder."""
-    chosen = os.environ.get(CACHE_VARIABLE)
+    return _folder(os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME"))
+
+
+@lru_cache(maxsize=64)  # asked for by every call, and paths are slow to make
+def _folder(chosen: str | None, xdg: str | None) -> Path:
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chunkwise"
+    return Path(xdg or Path.home() / ".cache") / "chunkwise"
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -60,7 +60,12 @@ class Found:
 
 def folders() -> tuple[Path, ...]:
     """Where artifacts are looked for, the later the stronger: shipped ones, the user's own."""
-    return (SHIPPED, cache_folder() / "artifacts")
+    return _folders(cache_folder())
+
+
+@lru_cache(maxsize=64)
+def _folders(own: Path) -> tuple[Path, ...]:
+    return (SHIPPED, own / "artifacts")
 
 
 def key_here(
