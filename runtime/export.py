@@ -82,11 +82,14 @@ def export(declaration: Declaration, request: Request) -> dict[str, str]:
     Raises:
         NotLowered: no kernels can be derived for the recurrence.
         EngineUnavailable: the default configuration was found wrong on this machine.
-        ValueError: the name is no name for a package.
+        ValueError: the name, or that of an operand, cannot be used in a package.
     """
     package = _package(declaration, request)
     if not package.name.isidentifier() or package.name in _MODULES:
         raise ValueError(f"{package.name!r} cannot name the function: choose another (--name)")
+    for operand in (*package.operands, *package.params):
+        if operand in _USED:
+            raise ValueError(f"{operand!r} cannot name an operand of an exported op: rename it")
     files = _sources(package)
     readme = {"README.md": print_readme(package), "LICENSE": LICENSE}
     if request.layout is Layout.PACKAGE:
@@ -181,6 +184,8 @@ def _command(request: Request, *, has_micro: bool) -> str:
 
 
 _MODULES = ("layers", "op", "reference", "support")
+# what the printed functions that have operands as arguments use
+_USED = ("OPS", "ValueError", "float", "len", "range", "self", "step", "torch", "tuple", "zip")
 
 
 def _sources(package: Package) -> dict[str, str]:

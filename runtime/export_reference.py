@@ -180,17 +180,19 @@ def _loop(package: Package, printer: _StepPrinter) -> Iterator[str]:
     """The function over whole sequences, packed or not."""
     known, form = printer.known, package.form
     several = len(form.states) > 1
-    operands = [known[o] for o in package.operands]
-    states = [known[s] for s in package.states]
     options = ["initial_state=None", "cu_seqlens=None", "dtype=torch.float64"]
-    yield from wrapped(f"def {package.name}(", [*operands, "*", *package.keywords, *options], "):")
+    arguments = [*package.operands, "*", *package.keywords, *options]
+    yield from wrapped(f"def {package.name}(", arguments, "):")
     yield '    """The output `[B,T,HV,V]` and the final state of the recurrence, in `dtype`.'
     yield ""
     yield f"    Arguments as those of `op.{package.name}`; differentiable as often as you like."
     yield '    """'
     sizes = ", ".join(package.size(letter, known) for letter in ("B", "HV", "K", "V"))
     lead = known[package.lead]
-    body = [f"batch, heads, K, V = {sizes}"]
+    # an operand that is called like a variable below makes room for it
+    given = (*package.operands, *package.params)
+    body = [f"{known[name]} = {name}" for name in given if known[name] != name]
+    body.append(f"batch, heads, K, V = {sizes}")
     for o in form.operands:
         x = known[o.name]
         text = f"{x}.to(dtype)"
@@ -202,16 +204,16 @@ def _loop(package: Package, printer: _StepPrinter) -> Iterator[str]:
         "bounds = None if cu_seqlens is None else cu_seqlens.tolist()",
         "count = batch if bounds is None else len(bounds) - 1",
     ]
-    given = "starts" if several else "[initial_state]"
+    initial = "starts" if several else "[initial_state]"
     if several:
-        body.append(f"starts = initial_state or (None,) * {len(states)}")
+        body.append(f"starts = initial_state or (None,) * {len(form.states)}")
     made = []
     for s in form.states:
         channels = "K, V" if s.kind is Kind.STATE else "K"
         made.append(f"{lead}.new_zeros(count, heads, {channels})")
     body += [
         *wrapped("zeros = [", made, "]"),
-        f"states = [z if s is None else s.to(dtype) for s, z in zip({given}, zeros)]",
+        f"states = [z if s is None else s.to(dtype) for s, z in zip({initial}, zeros)]",
         "",
         "def run(first, last, states):",
         "    outputs = []",

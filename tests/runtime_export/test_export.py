@@ -315,6 +315,13 @@ def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[s
             OPS["leaky_writes"].declaration,
             request_of("leaky_writes", name="Leaky", layout=Layout.HUB),
         )
+
+    @cw.recurrence
+    def shadowing(S: State, q: Key, step: Key, v: Value):
+        return S + outer(step, v), q @ S
+
+    with pytest.raises(ValueError, match="'step' cannot name an operand"):
+        export(shadowing.declaration, Request("shadowing"))
     with pytest.raises(errors.NotLowered):
         export(cw.library.momentum_delta.declaration, Request("momentum_delta"))
     assert not (tmp_path / "out").exists()
