@@ -22,14 +22,20 @@ from ..runtime.artifact import Certificate, Configuration, Error
 from ..runtime.call import Call
 from ..runtime.engines import EngineName, load
 from .certificate_inputs import Family, draw, ranges
-from .tolerance import BY_DTYPE, FLOAT32_HARD, Tolerance, relative_errors, within
+from .tolerance import (
+    BY_DTYPE,
+    FLOAT32_HARD,
+    ROUNDINGS,
+    Tolerance,
+    relative_errors,
+    within,
+    wobbled,
+)
 
 # several chunks of 64 or 128 with a rest of 16: divisible as large calls are, so that Triton
 # compiles the same machine code for both
 TOKENS = 272
 _HARD_HALF = 4.0  # of a half-precision tolerance: what is left of products of hard gates
-# kernels round in a handful of places more than the operands were rounded once
-_ROUNDINGS = 4.0
 # bytes that make a NaN, and a number above 1, of every float type
 _NAN, _NUMBER = 0xFF, 0x45
 
@@ -138,10 +144,14 @@ def _question(family: Family, call: Call, small: frozenset[str]) -> Question:
     expected = _expected(call, do, dfinals)
     allowed = {name: _limit(name, family, call.dtype, small) for name in expected}
     if call.dtype.itemsize == 2:
-        near = _expected(_wobbled(call), do, dfinals)
+        near = _expected(
+            replace(call, operands={n: wobbled(x, random) for n, x in call.operands.items()}),
+            do,
+            dfinals,
+        )
         for name, want in expected.items():
             change, _ = relative_errors(near[name], want)
-            allowed[name] = max(allowed[name], _ROUNDINGS * change)
+            allowed[name] = max(allowed[name], ROUNDINGS * change)
     return Question(family, call, do, dfinals, expected, allowed)
 
 
@@ -222,21 +232,6 @@ def _expected(call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]) -> dic
     rest = iter(taken[len(operands) :])
     dinitials = [None if x is None else next(rest) for x in initial]
     return _named(call, o, finals, grads, dinitials)
-
-
-def _wobbled(call: Call) -> Call:
-    """The operands in float64, each number off by up to half a unit in its last place.
-
-    Where that alone changes a result by about the tolerance (a sum of thousands of terms that
-    cancel), no kernel can be nearer.
-    """
-    random = torch.Generator().manual_seed(4)
-
-    def moved(x: Tensor) -> Tensor:
-        noise = torch.rand(x.shape, generator=random, dtype=torch.float64).to(x.device) - 0.5
-        return x.double() * (1 + noise * torch.finfo(x.dtype).eps)
-
-    return replace(call, operands={n: moved(x) for n, x in call.operands.items()})
 
 
 def _limit(name: str, family: Family, dtype: torch.dtype, small: frozenset[str]) -> float:

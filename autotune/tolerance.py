@@ -35,6 +35,20 @@ MAXIMUM = 10.0
 FLOOR = 1e-3
 
 
+# kernels round in a handful of places more than their operands were rounded once
+ROUNDINGS = 4.0
+
+
+def wobbled(x: Tensor, random: torch.Generator) -> Tensor:
+    """`x` in float64, each number off by up to half a unit in the last place of its dtype.
+
+    Where that alone changes a result by about the tolerance (a sum of thousands of terms that
+    cancel), no kernel can be nearer: `ROUNDINGS` times the change is allowed then.
+    """
+    noise = torch.rand(x.shape, generator=random, dtype=torch.float64).to(x.device) - 0.5
+    return x.detach().double() * (1 + noise * torch.finfo(x.dtype).eps)
+
+
 def relative_errors(got: Tensor, want: Tensor) -> tuple[float, float]:
     """RMS and maximum error of `got`, each against that of `want`; 0 of nothing."""
     if want.numel() == 0:

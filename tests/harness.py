@@ -7,6 +7,7 @@ from enum import Enum
 
 import chunkwise as cw
 import torch
+from chunkwise.autotune import tolerance
 from chunkwise.dsl import oracle
 from chunkwise.dsl.ir import Kind, Per
 from chunkwise.dsl.normal_form import Operand
@@ -178,9 +179,7 @@ def wobbled(inputs: Inputs) -> Inputs:
     random = torch.Generator().manual_seed(2)
 
     def moved(x: Tensor) -> Tensor:
-        noise = torch.rand(x.shape, generator=random, dtype=torch.float64).to(x.device) - 0.5
-        exact = x.detach().double()
-        return (exact + exact * noise * torch.finfo(x.dtype).eps).requires_grad_()
+        return tolerance.wobbled(x, random).requires_grad_()
 
     operands = {n: moved(x) for n, x in inputs.operands.items()}
     initial = None if inputs.initial is None else tuple(moved(x) for x in inputs.initial)

@@ -8,6 +8,7 @@ import torch
 from chunkwise.autotune.tolerance import (
     BY_DTYPE,
     FLOAT32_HARD,
+    ROUNDINGS,
     Tolerance,
     relative_errors,
     within,
@@ -32,9 +33,8 @@ def assert_agree(
 ) -> None:
     """Each tensor of `got` against that of `want`; a gradient of operand x is called dx.
 
-    `near`: what the oracle gives for operands that differ by less than their dtype can tell. Where
-    that alone changes a quantity by about the tolerance (a sum of thousands of terms that cancel),
-    four times the change is allowed: kernels round in a handful of places more.
+    `near`: what the oracle gives for operands that differ by less than their dtype can tell; as
+    much again, times `ROUNDINGS`, is then allowed where it is more than the tolerance.
     """
     if isinstance(tolerance, torch.dtype):
         tolerance = BY_DTYPE[tolerance]
@@ -47,7 +47,7 @@ def assert_agree(
         if name.startswith("d"):
             allowed = tolerance.gates if name[1:] in gates else tolerance.gradients
         if near is not None:
-            allowed = max(allowed, 4 * relative_errors(near[name], y)[0])
+            allowed = max(allowed, ROUNDINGS * relative_errors(near[name], y)[0])
         rms, worst = relative_errors(x, y)
         if not within(rms, worst, allowed):
             wrong.append(
