@@ -84,7 +84,7 @@ class _Printer:
             return
         for region in (Region(EARLY), Region(LATE), Region(EARLY, transposed=True)):
             axes = region.tile.axes[::-1] if region.transposed else region.tile.axes
-            self._places[region] = Place(self._size, axes, self._shapes.width(axes[1]))
+            self._places[region] = Place(self._size, axes, self._shapes.stride(axes))
             self._size += self._shapes.size(axes)
 
     def print(self) -> TirKernel:

@@ -48,13 +48,17 @@ class _Decayed:
         end, start = (self.value(self._q, row, column) for row in (anchor, early))
         return self._values.exponential(end - start)
 
-    def halves(self) -> Iterator[tuple[int, Expr]]:
-        """(rows of a half, first row of the pair), within the loop over pairs of that size."""
-        half = self.least
-        while half < self.frame.shapes.chunk:
-            with self.frame.code.loop(0, self.frame.shapes.chunk // (2 * half), "pair") as pair:
-                yield half, int32(pair) * (2 * half)
-            half *= 2
+    def halves(self) -> Iterator[tuple[Expr, Expr]]:
+        """(rows of a half, first row of the pair), within the loops over sizes and pairs."""
+        code, chunk = self.frame.code, self.frame.shapes.chunk
+        sizes = (chunk // self.least).bit_length() - 1
+        if not sizes:
+            return
+        with code.loop(0, sizes, "size") as size:
+            half = code.bind("half", tirx.shift_left(int32(self.least), int32(size)))
+            pairs = tirx.truncdiv(int32(chunk // 2), half)
+            with code.loop(0, pairs, "pair") as pair:
+                yield half, code.bind("first", pair * (half * 2))
 
     def diagonal(self) -> Iterator[tuple[Expr, Expr, Expr]]:
         """(row, first row and row after the last of its block), within the loops over rows."""
@@ -93,10 +97,10 @@ def decayed_dot(frame: Frame, t: Tile) -> None:
         _late(d, x, half, first)
         transpose(frame, EARLY, half)
         singles, vectors = Values(frame, None), Values(frame, Axis.I)
-        height = min(frame.shapes.config.rows, half)
+        height = min(frame.shapes.config.rows, d.least)
         with (
-            code.loop(0, half // height, "r") as r,
-            code.loop(0, half // lanes, "c") as c,
+            code.loop(0, tirx.truncdiv(half, int32(height)), "r") as r,
+            code.loop(0, tirx.truncdiv(half, int32(lanes)), "c") as c,
         ):
             rows: list[Index] = [int32(r) * height + a for a in range(height)]
             column = int32(c) * lanes
@@ -144,12 +148,12 @@ def decayed_apply(frame: Frame, t: Tile) -> None:
             _late(d, y, half, first)
         source = Region(EARLY if to_rows else LATE)
         own = first + half if to_rows else first  # the half whose rows are summed into
-        height = min(frame.shapes.config.rows, half)
-        with code.loop(0, half // height, "r") as r:
+        height = min(frame.shapes.config.rows, d.least)
+        with code.loop(0, tirx.truncdiv(half, int32(height)), "r") as r:
             rows: list[Index] = [int32(r) * height + n for n in range(height)]
             for columns in column_blocks(frame, Axis.K):
 
-                def single(row: Index, s: Index, first: Expr = first, half: int = half) -> Expr:
+                def single(row: Index, s: Index, first: Expr = first, half: Expr = half) -> Expr:
                     late, early = (row, s) if to_rows else (s, row)
                     return score(first + half + late, first + early)
 
@@ -169,7 +173,7 @@ def decayed_apply(frame: Frame, t: Tile) -> None:
                         frame.write(Region(t), point, before + decay * total.get(), lanes)
 
 
-def _early(d: _Decayed, y: Tile, half: int, first: Expr) -> None:
+def _early(d: _Decayed, y: Tile, half: Expr, first: Expr) -> None:
     """Rows of an earlier half, decayed to its last row."""
     frame = d.frame
     with (
@@ -182,7 +186,7 @@ def _early(d: _Decayed, y: Tile, half: int, first: Expr) -> None:
         frame.write(Region(EARLY), {Axis.I: r, Axis.K: column}, value, frame.lanes)
 
 
-def _late(d: _Decayed, x: Tile, half: int, first: Expr) -> None:
+def _late(d: _Decayed, x: Tile, half: Expr, first: Expr) -> None:
     """Rows of a later half, decayed from the last row of the earlier one."""
     frame = d.frame
     with (

@@ -52,10 +52,19 @@ class Shapes:
 
     def size(self, axes: Axes) -> int:
         """Numbers that a tile takes in scratch."""
-        size = 1
-        for axis in axes:
-            size *= self.width(axis)
-        return -(-size // _LINE) * _LINE
+        rows = self.width(axes[0]) if len(axes) == 2 else 1
+        return -(-rows * self.stride(axes) // _LINE) * _LINE
+
+    def stride(self, axes: Axes) -> int:
+        """How far apart rows are, or the length of the only one.
+
+        A line more than a power of two, or a column's lines would all want the same few places of
+        the cache.
+        """
+        if not axes:
+            return 1
+        width = self.width(axes[-1])
+        return width + _LINE if len(axes) == 2 and width % (4 * _LINE) == 0 else width
 
 
 def allocate(
@@ -101,8 +110,7 @@ def allocate(
 
 def _placed(region: Region, offset: int, shapes: Shapes) -> Place:
     axes = region.tile.axes[::-1] if region.transposed else region.tile.axes
-    stride = shapes.width(axes[1]) if len(axes) == 2 else 0
-    return Place(offset, axes, stride)
+    return Place(offset, axes, shapes.stride(axes))
 
 
 def _take(free: list[tuple[int, int]], size: int) -> int | None:

@@ -210,15 +210,18 @@ def _substitute(
                 frame.write(Region(t), point, block[a][b].get(), lanes)
 
 
-def transpose(frame: Frame, t: Tile, rows: int | None = None) -> None:
+def transpose(frame: Frame, t: Tile, rows: Expr | None = None) -> None:
     """A copy with rows and columns exchanged, square blocks of vectors at a time.
 
     `rows`: how many of them, a multiple of a vector; None for all.
     """
     code, lanes = frame.code, frame.lanes
     row_axis, column_axis = t.axes
+    blocks: Index = frame.shapes.vectors(row_axis)
+    if rows is not None:
+        blocks = tirx.truncdiv(rows, int32(lanes))
     with (
-        code.loop(0, frame.shapes.vectors(row_axis) if rows is None else rows // lanes, "r") as r,
+        code.loop(0, blocks, "r") as r,
         code.loop(0, frame.shapes.vectors(column_axis), "c") as c,
     ):
         first, column = int32(r) * lanes, int32(c) * lanes

@@ -1,25 +1,41 @@
-"""Printed TIR to machine code for this CPU."""
+"""Printed TIR to machine code: compiled in parallel, linked, and kept on disk for later processes.
+
+A library is named by what it was made from. Beside it lies its checksum: one that does not match
+is rebuilt. Where there is no linker, code is compiled into memory in every process.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 
 import tvm
+import tvm_ffi
+from filelock import FileLock
 from tvm import tirx
 
 from ..codegen.print_tir import TirKernel
+from .cache import cache_folder, write_atomically
 
 Function = Callable[..., None]
 
-# what is left to do for statements that are flat, vectorised and unrolled already
-_LOWERING = (
-    tirx.transform.AnnotateEntryFunc(),
-    tirx.transform.MakePackedAPI(),
+_LOG = logging.getLogger(__name__)
+_LINKERS = ("cc", "gcc", "clang", "ld")
+# statements are flat, vectorised and unrolled already: little is left to lower
+_ENTRY = (tirx.transform.AnnotateEntryFunc(), tirx.transform.MakePackedAPI())
+_REST = (
     tirx.transform.BF16StorageLegalize(),
     tirx.transform.LowerTVMBuiltin(),
     tirx.transform.LowerIntrin(),
 )
+_OPTIMISE = 2  # level 3 takes twice as long, mostly over loops that it unrolls
 
 
 @lru_cache(maxsize=1)
@@ -28,21 +44,101 @@ def host_cpu() -> str:
     return str(tvm.get_global_func("tvm.codegen.llvm.GetHostCPUName")())
 
 
-@lru_cache(maxsize=1)
-def host_lanes() -> int:
-    """How many float32 numbers a vector register of this CPU holds."""
-    features = tvm.get_global_func("tvm.codegen.llvm.GetHostCPUFeatures")()
-    for name, lanes in (("avx512f", 16), ("avx2", 8)):
-        if bool(features.get(name, False)):
+@lru_cache(maxsize=16)
+def lanes_of(cpu: str) -> int:
+    """How many float32 numbers a vector register of that CPU holds."""
+    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu})
+    has = tvm.get_global_func("target.llvm_cpu_has_feature")
+    for feature, lanes in (("avx512f", 16), ("avx2", 8)):
+        if has(feature, target):
             return lanes
     return 4
 
 
-def build(kernels: Sequence[TirKernel], cpu: str) -> tvm.runtime.Module:
-    """One module with a function for each kernel."""
-    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu})
+def functions(kernels: Sequence[TirKernel], cpu: str) -> list[Function]:
+    """The compiled function of each kernel; those not on disk are compiled at the same time."""
+    with ThreadPoolExecutor(len(kernels)) as threads:
+        return list(threads.map(lambda kernel: _function(kernel, cpu), kernels))
+
+
+def compile_object(kernels: Sequence[TirKernel], cpu: str, path: Path, *, checked: bool) -> None:
+    """An object file with a function for each kernel.
+
+    `checked`: the functions compare every argument with what they were compiled for.
+    """
+    _compiled(kernels, cpu, checked=checked).write_to_file(str(path), "o")
+
+
+def link(objects: Sequence[Path], library: Path) -> bool:
+    """A shared library of object files; False where this machine has no linker."""
+    linker = next(filter(None, map(shutil.which, _LINKERS)), None)
+    if linker is None:
+        return False
+    subprocess.run([linker, "-shared", "-o", library, *objects], check=True, capture_output=True)
+    return True
+
+
+def _compiled(
+    kernels: Sequence[TirKernel], cpu: str, *, checked: bool = False
+) -> tvm.runtime.Module:
+    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "opt-level": _OPTIMISE})
     module = tvm.IRModule({k.name: k.function for k in kernels})
     module = tirx.transform.BindTarget(target.with_host(target))(module)
-    for lower in _LOWERING:
+    unchecked = () if checked else (tirx.transform.SkipAssert(),)
+    for lower in (*_ENTRY, *unchecked, *_REST):
         module = lower(module)
     return tvm.get_global_func("target.build.llvm")(module, target)
+
+
+def _function(kernel: TirKernel, cpu: str) -> Function:
+    path = cache_folder() / "tvm" / f"{kernel.name}_{_digest(kernel, cpu)}.so"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not _sound(path) and not _write(kernel, cpu, path):
+            module = _compiled([kernel], cpu)
+            return _named(module, kernel)
+    return _named(tvm_ffi.load_module(str(path)), kernel)
+
+
+def _named(module: tvm.runtime.Module, kernel: TirKernel) -> Function:
+    function: Function = module[kernel.name]
+    return function
+
+
+def _digest(kernel: TirKernel, cpu: str) -> str:
+    made_from = (tvm_ffi.structural_hash(kernel.function), cpu, _OPTIMISE)
+    versions = (tvm.__version__, tvm_ffi.__version__)
+    text = repr((*made_from, *versions))
+    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+
+
+def _write(kernel: TirKernel, cpu: str, path: Path) -> bool:
+    """Compile `kernel` into the library `path`; False where there is no linker."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        compiled, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
+        if not any(map(shutil.which, _LINKERS)):
+            return False
+        compile_object([kernel], cpu, compiled, checked=False)
+        link([compiled], linked)
+        write_atomically(_checksum_file(path), _checksum(linked))
+        linked.replace(path)
+    return True
+
+
+def _sound(path: Path) -> bool:
+    """Whether the library is there, whole."""
+    if not path.exists():
+        return False
+    recorded = _checksum_file(path)
+    if recorded.exists() and recorded.read_text(encoding="utf-8") == _checksum(path):
+        return True
+    _LOG.warning("%s is damaged: it is compiled again", path)
+    return False
+
+
+def _checksum_file(path: Path) -> Path:
+    return path.with_suffix(".sum")
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()

@@ -24,7 +24,7 @@ from ..dsl.normal_form import NormalForm
 from .call import Call
 from .refine import coarse, coarse_gradients, refined, refined_cotangent
 from .schedule import TORCH
-from .tvm_build import Function, build, host_cpu, host_lanes
+from .tvm_build import Function, functions, host_cpu, lanes_of
 from .tvm_threads import share
 
 _DTYPES = {dtype: low for low, dtype in TORCH.items()}
@@ -88,7 +88,7 @@ def backward(
 
 def _compiled(call: Call, config: TvmConfig | None, *, backward: bool) -> _Compiled:
     dtypes = tuple((name, x.dtype) for name, x in call.operands.items())
-    config = config or default_config(host_lanes())
+    config = config or default_config(lanes_of(host_cpu()))
     return _compile(call.form, Dims(call.K, call.V), call.dtype, dtypes, config, backward)
 
 
@@ -109,8 +109,7 @@ def _compile(
         else forward_program(form, config.forward)
     )
     kernels = [print_tir(k, signature, config) for k in program.kernels]
-    module = build(kernels, host_cpu())
-    return _Compiled(config, tuple((k, module[k.name]) for k in kernels))
+    return _Compiled(config, tuple(zip(kernels, functions(kernels, host_cpu()), strict=True)))
 
 
 class _Run:
