@@ -91,10 +91,9 @@ def export(declaration: Declaration, request: Request) -> dict[str, str]:
         if operand in _USED:
             raise ValueError(f"{operand!r} cannot name an operand of an exported op: rename it")
     files = _sources(package)
-    readme = {"README.md": print_readme(package), "LICENSE": LICENSE}
-    if request.layout is Layout.PACKAGE:
-        return {**files, **readme}
-    return {**_hub(package, files), **readme}
+    hub = request.layout is Layout.HUB
+    placed = _hub(package, files) if hub else files
+    return {**placed, "README.md": print_readme(package, hub=hub), "LICENSE": LICENSE}
 
 
 def write(folder: Path, files: Mapping[str, str]) -> None:

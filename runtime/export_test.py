@@ -212,5 +212,5 @@ def test_packed_sequences():
 if __name__ == "__main__":
     test_whole_sequences()
     test_packed_sequences()
-    print(f"{len(cases())} cases agree with the reference")
+    print(f"agrees with the reference: {cases()}")
 '''

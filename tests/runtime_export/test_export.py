@@ -124,15 +124,17 @@ def test_again_gives_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.interpreter
 def test_trains_without_chunkwise(folder: Path) -> None:
     """Twenty steps and the packages' own tests, in a process that cannot import chunkwise."""
-    _train_alone(folder, 1e-5)
+    _train_alone(folder, 1e-5, TESTED)
 
 
 @pytest.mark.gpu
 def test_trains_without_chunkwise_on_a_gpu(folder: Path) -> None:
-    _train_alone(folder, 1e-3)
+    request = Request("gated_delta_rule", name="as_models_use_it")
+    write(folder / "as_models_use_it", export(OPS["gated_delta_rule"].declaration, request))
+    _train_alone(folder, 1e-3, (*TESTED, "as_models_use_it"))
 
 
-def _train_alone(folder: Path, tolerance: float) -> None:
+def _train_alone(folder: Path, tolerance: float, tested: tuple[str, ...]) -> None:
     script = [
         training.__file__,
         str(folder),
@@ -302,6 +304,10 @@ def test_the_hub_layout(tmp_path: Path) -> None:
         assert (sources / "op.py").read_bytes() == (variant / "op.py").read_bytes()
         assert 'name = "gated-delta-rule"' in (tmp_path / name / "build.toml").read_text()
     assert len(set(spaces)) == 2
+    assert (
+        'get_kernel("OWNER/gated-delta-rule", version=1)'
+        in (tmp_path / "one" / "README.md").read_text()
+    )
 
 
 def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
