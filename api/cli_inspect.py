@@ -6,8 +6,12 @@ import argparse
 import time
 
 from . import library
-from .cli_command import Command, add_json, add_target, find, print_json
+from .cli_command import Command, UsageError, add_json, add_target, find, print_json
+from .cli_emit import dims
+from .codegen.config import Dims
+from .codegen.triton_types import Dtype
 from .dsl.classify import classify
+from .dsl.declaration import Declaration
 from .runtime.explanation import sections
 
 _SECTIONS = ("explanation", "chunk", "costs", "engines")
@@ -34,6 +38,9 @@ def _explain(arguments: argparse.Namespace) -> int:
     pages = []
     for op in [find(target) for target in arguments.target]:
         declared = op.declaration
+        if arguments.cost:
+            pages.append({"name": op.__name__, "cost": _cost(declared, arguments)})
+            continue
         page = {"name": op.__name__, "explanation": declared.explain()}
         pages.append(page | sections(declared))
     if arguments.json:
@@ -43,6 +50,27 @@ def _explain(arguments: argparse.Namespace) -> int:
     else:
         print("\n\n".join(page[n] for page in pages for n in page if n != "name"))
     return 0
+
+
+def _cost(declared: Declaration, arguments: argparse.Namespace) -> str:
+    """The cost model's account. Triton's printer and SymPy are imported only for it."""
+    from .autotune.explain_cost import explain_cost
+    from .autotune.gpu import GPUS
+    from .runtime.artifact import Bucket
+
+    if arguments.cost not in GPUS:
+        raise UsageError(f"no GPU {arguments.cost!r}; there are {', '.join(GPUS)}")
+    form = declared.normal_form(2 if declared.has_micro else 1)
+    dtype, size = Dtype(arguments.dtype), Bucket(*arguments.size)
+    return explain_cost(form, arguments.dims, dtype, size, GPUS[arguments.cost])
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        rows, tokens = (int(x) for x in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ROWS,TOKENS, as in 64,4096") from None
+    return rows, tokens
 
 
 def _prove(arguments: argparse.Namespace) -> int:
@@ -62,6 +90,18 @@ def _prove(arguments: argparse.Namespace) -> int:
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser, several=True)
     parser.add_argument("--section", choices=_SECTIONS, help="only this section")
+    parser.add_argument(
+        "--cost", metavar="GPU", help="only what the cost model says: h100, h200, a100, b200, …"
+    )
+    parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="of --cost: K=128,V=128")
+    parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="bfloat16")
+    parser.add_argument(
+        "--size",
+        type=_size,
+        default=(64, 4096),
+        metavar="ROWS,TOKENS",
+        help="of --cost: sequences x heads, and tokens of each (default 64,4096)",
+    )
     add_json(parser)
 
 
@@ -87,7 +127,7 @@ LIST = Command(
 EXPLAIN = Command(
     "explain",
     "Show what was understood of a recurrence and what was made of it: form, kernels, cost.",
-    ("chunkwise explain kda", "chunkwise explain my_rules.py:my_rule"),
+    ("chunkwise explain kda", "chunkwise explain gated_delta_rule --cost h100"),
     _explain_arguments,
     _explain,
 )

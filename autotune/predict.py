@@ -14,7 +14,7 @@ from functools import lru_cache
 from ..codegen import cost
 from ..codegen.config import padded
 from ..codegen.plan import Kernel, Loop
-from ..codegen.tile import TileOp
+from ..codegen.tile import Tile, TileOp
 from ..codegen.triton_types import Dtype
 from ..runtime.artifact import Bucket
 from .kernel_space import Choice, Traits
@@ -26,6 +26,7 @@ _LAUNCH_US = 2.5
 # a step of a scan: waiting for its loads, and for each product that needs the one before
 _LOAD_US = 0.8
 _PRODUCT_US = 0.5
+_OF_SHARED = 0.6  # of the bound, which is generous: what compiled kernels take
 _OTHER_REGISTERS = 64  # of a thread, beside what is carried
 
 
@@ -83,8 +84,17 @@ def work(kernel: Kernel, dtype: Dtype, chunk: int, K: int, V: int, size: Bucket)
         float(x.subs(values)) * size.rows * size.tokens
         for x in (spent.products, spent.read, spent.written)
     )
-    products = sum(t.op in (TileOp.DOT, TileOp.DECAYED_APPLY) for t in kernel.order)
+    loaded = kernel.buffers
+    products = sum(_in_a_row(t, chunk) for t in kernel.order if t not in loaded)
     return Work(flops, read, written, products)
+
+
+def _in_a_row(t: Tile, chunk: int) -> int:
+    """Products that `t` takes one after the other; an inverse takes two per doubling."""
+    levels = chunk.bit_length() - 1
+    counts = {TileOp.DOT: 1, TileOp.INVERSE: 2 * levels}
+    counts |= dict.fromkeys((TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY), levels)
+    return counts.get(t.op, 0)
 
 
 @lru_cache(maxsize=4096)
@@ -112,12 +122,12 @@ def predict(choice: Choice, found: Traits, size: Bucket) -> Prediction:
     steps = (chunks if scan else 1) * (1 if found.split else v_tiles) * k_tiles
     resident = _resident(choice)
     waves = max(1, math.ceil(programs / (gpu.multiprocessors * resident)))
-    busy = programs / (waves * gpu.multiprocessors * resident)
+    busy = min(1.0, programs / (waves * gpu.multiprocessors))
     # programs that share a multiprocessor hide one another's waiting; a lone one waits more
     hidden = min(1.0, 0.5 + 0.25 * resident * min(1.0, tiles.warps / 4))
     memory = done.moved / (gpu.bandwidth * _OF_BANDWIDTH) * 1e6
     products = done.flops / (gpu.flops(dtype) * _OF_PRODUCTS * hidden) * 1e6
-    products /= max(busy, 1 / 3)
+    products /= busy
     step = _LOAD_US / tiles.stages + _PRODUCT_US * max(done.products, 1) / (1 if scan else 2)
     serial = waves * steps * step * (4 / tiles.warps) ** 0.3
     us = _LAUNCH_US + max(memory, products, serial)
@@ -133,6 +143,5 @@ def _resident(choice: Choice) -> int:
     """Programs on a multiprocessor at a time, by shared memory, registers and warps."""
     gpu, warps = choice.gpu, choice.tiles.warps
     registers = min(255, choice.held + _OTHER_REGISTERS) * gpu.warp * warps
-    return max(
-        1, min(gpu.shared // max(choice.shared, 1), gpu.registers // registers, gpu.warps // warps)
-    )
+    shared = max(int(choice.shared * _OF_SHARED), 1)
+    return max(1, min(gpu.shared // shared, gpu.registers // registers, gpu.warps // warps))

@@ -1,0 +1,104 @@
+"""The cost model's account of a recurrence on a GPU: each kernel's time, and what limits it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..codegen.config import Config, Dims
+from ..codegen.defaults import default_config
+from ..codegen.emit import backward_program, chunk_body, forward_program
+from ..codegen.fit import fit
+from ..codegen.offline import signature_for
+from ..codegen.plan import Plan, Program, backward_plans, forward_plans
+from ..codegen.resources import Target
+from ..codegen.triton_types import Dtype, Signature
+from ..dsl.normal_form import NormalForm
+from ..runtime.artifact import Bucket
+from .gpu import Gpu
+from .kernel_space import ITEMSIZE, RULES, Choice, traits
+from .predict import Prediction, predict
+from .report import table, tiles
+
+_BEST = 5  # plans that are listed
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    form: NormalForm
+    signature: Signature
+    gpu: Gpu
+    size: Bucket
+
+
+def explain_cost(form: NormalForm, dims: Dims, dtype: Dtype, size: Bucket, gpu: Gpu) -> str:
+    """Tables of the default's kernels, of the plans ahead by prediction, and the rules of tiles.
+
+    Raises:
+        NotLowered: the form has no chunk form.
+    """
+    target = Target.GFX942 if gpu.warp == 64 else Target.SM90
+    subject = _Subject(form, signature_for(form, dims, dtype, target), gpu, size)
+    wide = dtype is Dtype.FLOAT32
+    config = default_config(chunk_body(form), dims, wide_dtype=wide)
+    config = fit(form, config, dims, ITEMSIZE[dtype], gpu.shared_program)
+    title = (
+        f"predicted on {gpu.name}, for {size.rows} sequences x heads of {size.tokens} tokens, "
+        f"K={dims.K}, V={dims.V}, {dtype.value}, chunks of {config.chunk}"
+    )
+    lines = [title, *_indented(_kernels(subject, config))]
+    lines += ["", "the plans ahead, with default tiles", *_indented(_plans(subject, config))]
+    rules = [("rule", "why"), *((r.name, r.reason) for r in RULES)]
+    lines += ["", "tiles are not tried that break a rule", *_indented(table(rules))]
+    return "\n".join(lines)
+
+
+def _kernels(subject: _Subject, config: Config) -> list[str]:
+    rows: list[tuple[str, ...]] = [
+        (
+            *("kernel", "tiles", "programs", "resident", "steps", "shared KiB"),
+            *("memory us", "products us", "in sequence us", "us", "waits for"),
+        )
+    ]
+    for program in _programs(subject.form, config.forward, config.backward):
+        total = 0.0
+        for name, p in _predictions(subject, program, config):
+            total += p.us
+            times = (p.memory_us, p.products_us, p.serial_us, p.us)
+            counts = (str(p.programs), str(p.resident), str(p.steps), f"{p.shared / 1024:.0f}")
+            shown = tuple(f"{x:.0f}" for x in times)
+            rows.append((name, tiles(config.of(name)), *counts, *shown, p.limit))
+        rows.append(("together", "", "", "", "", "", "", "", "", f"{total:.0f}", ""))
+    return table(rows)
+
+
+def _plans(subject: _Subject, config: Config) -> list[str]:
+    body = chunk_body(subject.form)
+    forward = [(p, forward_program(subject.form, p)) for p in forward_plans(body)]
+    backward = [(p, backward_program(subject.form, p)) for p in backward_plans(body)]
+    rows = [("direction", "plan", "us")]
+    for direction, plans in (("forward", forward), ("backward", backward)):
+        totals = [
+            (sum(p.us for _, p in _predictions(subject, program, config)), plan.label)
+            for plan, program in plans
+        ]
+        rows += [(direction, label, f"{us:.0f}") for us, label in sorted(totals)[:_BEST]]
+    return table(rows)
+
+
+def _predictions(
+    subject: _Subject, program: Program, config: Config
+) -> Iterator[tuple[str, Prediction]]:
+    for kernel in program.kernels:
+        own = config.of(kernel.name)
+        choice = Choice(kernel, own, config.chunk, subject.signature, subject.gpu)
+        found = traits(kernel, config.chunk, subject.signature)
+        yield kernel.name, predict(choice, found, subject.size)
+
+
+def _programs(form: NormalForm, forward: Plan, backward: Plan) -> tuple[Program, Program]:
+    return forward_program(form, forward), backward_program(form, backward)
+
+
+def _indented(lines: list[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
