@@ -150,12 +150,13 @@ def tiles_of(point: Point) -> KernelConfig:
 
 def point_of(tiles: KernelConfig, space: tuple[Axis, ...]) -> Point | None:
     """The point of `space` that `tiles` mean; None where it lacks one of their numbers."""
+    widest = {a.name: a.choices[-1] for a in space}
     values = {
-        "v_tile": tiles.v_tile,
+        "v_tile": min(tiles.v_tile, widest.get("v_tile", 0)),
+        "k_tile": min(tiles.k_tile, widest.get("k_tile", 0)),
         "warps": tiles.warps,
         "stages": tiles.stages,
-        "k_tile": tiles.k_tile,
     }
-    point = tuple((a.name, min(values[a.name], a.choices[-1])) for a in space)
+    point = tuple((a.name, values[a.name]) for a in space)
     legal = all(value in a.choices for a, (_, value) in zip(space, point, strict=True))
     return point if legal else None
