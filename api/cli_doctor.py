@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -68,7 +69,6 @@ def _verdict(engine: EngineName, why_not: str | None) -> tuple[bool, str]:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     verdicts = {name: _verdict(name, why) for name, why in available().items()}
-    artifacts = _artifacts()
     bad = known_bad()
     healthy = all(fine for fine, _ in verdicts.values()) and not bad
     report = {
@@ -77,42 +77,53 @@ def _doctor(arguments: argparse.Namespace) -> int:
         "packages": {name: version(name) for name in _PACKAGES},
         "driver": driver(),
         "assembler": assembler(),
-        "known_bad": [str(b) for b in bad],
+        "known_bad": [str(pair) for pair in bad],
         "devices": _devices(),
         "engines": {name.value: text for name, (_, text) in verdicts.items()},
         "environment": {name: os.environ.get(name) for name in _VARIABLES},
         "cache": {"folder": str(cache_folder()), "bytes": _bytes(cache_folder())},
-        "artifacts": [{"file": str(path), "state": state} for path, state in artifacts],
+        "artifacts": [{"file": str(path), "state": state} for path, state in _artifacts()],
+        "serves": [] if arguments.target is None else _serves(arguments),
         "healthy": healthy,
     }
-    if arguments.target is not None:
-        report["serves"] = _serves(arguments)
     if arguments.json:
         print_json(report)
-        return 0 if healthy else 1
-    print(f"python       {report['python']} on {report['platform']}")
-    for name in _PACKAGES:
-        print(f"{name:<12} {version(name) or 'not installed'}")
-    print(f"driver       {driver() or 'no NVIDIA driver'}")
-    print(f"assembler    {assembler() or 'none'}")
-    for pair in bad:
-        print(f"known bad    {pair}  <--")
-    for device in _devices():
-        print(f"device       {device}")
-    for engine, (fine, text) in verdicts.items():
-        print(f"engine       {engine.value}: {text}" + ("" if fine else "  <--"))
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"by default   tensors on {kind} run on {choose(kind).value}")
-    for variable in _VARIABLES:
-        print(f"environment  {variable}={os.environ.get(variable, '(not set)')}")
-    print(f"cache        {cache_folder()}, {_bytes(cache_folder()) / 2**20:.1f} MiB")
-    for path, state in artifacts:
-        print(f"artifact     {path}\n{'':<13}{state}")
-    if not artifacts:
-        print("artifact     none: every call is served by a default configuration")
-    if arguments.target is not None:
-        print("serves       " + "\n             ".join(_serves(arguments)))
+    else:
+        for what, line in _lines(verdicts, arguments):
+            print(f"{what:<12} {line}")
     return 0 if healthy else 1
+
+
+def _lines(
+    verdicts: Mapping[EngineName, tuple[bool, str]], arguments: argparse.Namespace
+) -> Iterator[tuple[str, str]]:
+    """What is printed: a word in the margin, and what there is to say."""
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    for name in _PACKAGES:
+        yield name, version(name) or "not installed"
+    yield "driver", driver() or "no NVIDIA driver"
+    yield "assembler", assembler() or "none"
+    for pair in known_bad():
+        yield "known bad", f"{pair}  <--"
+    for device in _devices():
+        yield "device", device
+    for engine, (fine, text) in verdicts.items():
+        yield "engine", f"{engine.value}: {text}" + ("" if fine else "  <--")
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    yield "by default", f"tensors on {kind} run on {choose(kind).value}"
+    for variable in _VARIABLES:
+        yield "environment", f"{variable}={os.environ.get(variable, '(not set)')}"
+    yield "cache", f"{cache_folder()}, {_bytes(cache_folder()) / 2**20:.1f} MiB"
+    artifacts = _artifacts()
+    for path, state in artifacts:
+        yield "artifact", str(path)
+        yield "", state
+    if not artifacts:
+        yield "artifact", "none: every call is served by a default configuration"
+    if arguments.target is not None:
+        first, *others = _serves(arguments)
+        yield "serves", first
+        yield from (("", line) for line in others)
 
 
 def _bytes(folder: Path) -> int:

@@ -48,7 +48,9 @@ class Found:
     """What serves a key.
 
     Attributes:
-        artifact: what lies in all `files` together; None where nothing serves.
+        artifact: what lies in all `files` together, and what is known against configurations and
+            of short calls on such machines; None where nothing is known.
+        files: those with the configurations that serve.
         misses: of the artifacts of this recurrence that do not serve, what differs.
     """
 
@@ -124,11 +126,15 @@ def nearest(artifact: Artifact, bucket: Bucket) -> Tuned | None:
     The distance is |log(rows/rows')| + |log(tokens/tokens')|, compared exactly as the product of
     the two ratios; of equals the smaller bucket. What is in quarantine never serves.
     """
-    rejected = {r.config for r in artifact.quarantine}
-    trusted = [t for t in artifact.tuned if t.certificate.ok and t.config not in rejected]
-    if not trusted:
+    right = _right(artifact)
+    if not right:
         return None
-    return min(trusted, key=lambda t: (_ratio(t.bucket, bucket), t.bucket.rows, t.bucket.tokens))
+    return min(right, key=lambda t: (_ratio(t.bucket, bucket), t.bucket.rows, t.bucket.tokens))
+
+
+def _right(artifact: Artifact) -> list[Tuned]:
+    rejected = {r.config for r in artifact.quarantine}
+    return [t for t in artifact.tuned if t.certificate.ok and t.config not in rejected]
 
 
 def _ratio(a: Bucket, b: Bucket) -> Fraction:
@@ -155,18 +161,30 @@ def find(key: Key, where: tuple[Path, ...]) -> Found:
     alike = [(p, a) for p, a in read if _alike(a.key, key)]
     others = [(p, a) for p, a in read if not _alike(a.key, key)]
     misses = tuple(f"{p}: it is for {', '.join(differences(a.key, key))}" for p, a in others)
-    if not alike:
-        _LOG.info("%s: %s", key, Nearness.NONE.value)
-        return Found(Nearness.NONE, misses=misses)
-    machine = min((a.key.machine for _, a in alike), key=lambda m: _distance(m, key.machine))
-    nearness = Nearness.MACHINE if machine == key.machine else Nearness.ARCHITECTURE
+    tuned = _of_nearest_machine(alike, key, lambda a: bool(_right(a)))
+    timed = _of_nearest_machine(alike, key, lambda a: bool(a.crossovers))
+    nearness = Nearness.NONE
+    if tuned:
+        exact = tuned[0][1].key.machine == key.machine
+        nearness = Nearness.MACHINE if exact else Nearness.ARCHITECTURE
     _LOG.info("%s: %s", key, nearness.value)
-    nearest_ones = [(p, a) for p, a in alike if a.key.machine == machine]
-    together = reduce(merged, (a for _, a in nearest_ones))
+    if not alike:
+        return Found(nearness, misses=misses)
+    together = reduce(merged, (a for _, a in tuned)) if tuned else Artifact("", key)
+    crossovers = {c.rows: c for _, a in timed for c in a.crossovers}
     # what was found wrong on one machine is not tried on another of its architecture
-    elsewhere = (r for _, a in alike if a.key.machine != machine for r in a.quarantine)
-    together = replace(together, quarantine=(*together.quarantine, *elsewhere))
-    return Found(nearness, together, tuple(p for p, _ in nearest_ones), misses)
+    wrong = dict.fromkeys(r for _, a in alike for r in a.quarantine)
+    artifact = replace(together, quarantine=tuple(wrong), crossovers=tuple(crossovers.values()))
+    return Found(nearness, artifact, tuple(p for p, _ in tuned), misses)
+
+
+def _of_nearest_machine(
+    alike: list[tuple[Path, Artifact]], key: Key, useful: Callable[[Artifact], bool]
+) -> list[tuple[Path, Artifact]]:
+    """Of the useful artifacts, all those of the machine that is nearest to the key's."""
+    some = [(p, a) for p, a in alike if useful(a)]
+    machines = sorted({a.key.machine for _, a in some}, key=lambda m: _distance(m, key.machine))
+    return [(p, a) for p, a in some if a.key.machine == machines[0]]
 
 
 def differences(have: Key, want: Key) -> list[str]:

@@ -30,6 +30,7 @@ SHIPPED_FOR = "simple_gla"
 def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Key:
     """The key of simple_gla on this machine; artifacts lie in a folder of the test's own."""
     monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CHUNKWISE_ENGINE", "eager")
     form = by_name(SHIPPED_FOR).normal_form()
     return selection.key_here(form, EngineName.EAGER, torch.float32, DIMS, torch.device("cpu"))
 

@@ -11,7 +11,7 @@ import pytest
 from chunkwise.autotune import store
 from chunkwise.codegen.config import Config, Dims
 from chunkwise.dsl import errors
-from chunkwise.runtime.artifact import Artifact, Bucket, Key
+from chunkwise.runtime.artifact import Artifact, Bucket, Crossover, Key
 from chunkwise.runtime.engines import EngineName
 from chunkwise.runtime.machine import Machine
 from chunkwise.runtime.selection import Nearness, find, nearest, serving
@@ -156,6 +156,22 @@ def test_the_users_own_wins_over_what_was_shipped(tmp_path: Path) -> None:
     later = find(KEY, (shipped / ".." / "shipped", own / ".." / "own")).artifact
     assert later is not None
     assert later.tuned == (mine,)
+
+
+def test_a_machine_without_a_right_configuration_takes_its_architectures(tmp_path: Path) -> None:
+    """What is known of this machine (quarantine, crossover) holds all the same."""
+    bad, good = config(16), config(32)
+    store.save(Artifact("name", replace(KEY, machine=H100), (tuned(8, 8, good),)), tmp_path)
+    short = (Crossover(8, 4, 6, 0.95, 40),)
+    store.save(Artifact("name", KEY, (), (rejected(bad),), short), tmp_path)
+    found = find(KEY, (tmp_path,))
+    assert found.nearness is Nearness.ARCHITECTURE
+    assert found.artifact is not None
+    assert found.artifact.key.machine == H100
+    assert (found.artifact.quarantine, found.artifact.crossovers) == ((rejected(bad),), short)
+    chosen = nearest(found.artifact, Bucket(8, 8))
+    assert chosen is not None
+    assert chosen.config == good
 
 
 def test_cpus_are_told_apart_by_threads(tmp_path: Path) -> None:
