@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import logging
 import os
 from enum import Enum
 from functools import cache
@@ -50,11 +52,28 @@ _MODULES = {
     EngineName.TVM: "tvm_engine",
 }
 # "meta" tensors have shapes only, and shapes do not depend on the engine
-_BY_DEVICE = {"cpu": EngineName.EAGER, "meta": EngineName.EAGER, "cuda": EngineName.TRITON}
+_BY_DEVICE = {"cpu": EngineName.TVM, "meta": EngineName.EAGER, "cuda": EngineName.TRITON}
+_LOG = logging.getLogger(__name__)
 
 
-def choose(device_type: str, requested: EngineName | str | None = None) -> EngineName:
+@cache
+def _has_tvm() -> bool:
+    """Whether CPU calls can be compiled; says once what installing TVM would bring."""
+    if importlib.util.find_spec("tvm") is not None:
+        return True
+    _LOG.warning(
+        'CPU calls run as torch operations; pip install "chunkwise[tvm]" compiles them, '
+        "several times as fast"
+    )
+    return False
+
+
+def choose(
+    device_type: str, requested: EngineName | str | None = None, *, double: bool = False
+) -> EngineName:
     """The engine of a call: `requested`, else `CHUNKWISE_ENGINE`, else the device's own.
+
+    `double`: operands of float64, which only torch's own operations compute.
 
     Raises:
         EngineUnavailable: the name is unknown, or the device has no engine of its own.
@@ -69,6 +88,8 @@ def choose(device_type: str, requested: EngineName | str | None = None) -> Engin
                 f"no engine is chosen by itself on a device of type {device_type!r}",
                 help='engine="eager" runs it with torch operations there',
             )
+        if own is EngineName.TVM and (double or not _has_tvm()):
+            return EngineName.EAGER
         return own
     known = ", ".join(n.value for n in _MODULES)
     try:

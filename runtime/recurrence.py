@@ -64,8 +64,11 @@ class Recurrence:
         self.__signature__ = _signature(declaration)
         self._micro_operand = next((x.name for x in declaration.operands if x.micro), None)
 
-        def op_of(device: str, engine: EngineName | str | None, micro: int, static: Static) -> str:
-            return REGISTRY.ensure(declaration, choose(device, engine), micro, static)
+        def op_of(
+            device: str, double: bool, engine: EngineName | str | None, micro: int, static: Static
+        ) -> str:
+            chosen = choose(device, engine, double=double)
+            return REGISTRY.ensure(declaration, chosen, micro, static)
 
         # torch.compile runs this while it traces (it may register an op) and keeps the name; the
         # mark is torch.compiler.assume_constant_result's, whose call would import the compiler
@@ -89,7 +92,8 @@ class Recurrence:
             # the length of a tuple is a constant even where torch.compile has made sizes symbolic
             micro = max(1, len((None,) * operands[self._micro_operand].shape[2]))
         device = next(iter(operands.values())).device.type
-        name = self._op_of(device, engine or self._engine, micro, static)
+        double = any(x.dtype is torch.float64 for x in operands.values())
+        name = self._op_of(device, double, engine or self._engine, micro, static)
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
         packing = boundaries(cu_seqlens)
         o, *finals = op(*operands.values(), *initial, packing, *params.values(), check)

@@ -86,14 +86,19 @@ def backward(
     return gradients, initials
 
 
+def configuration() -> TvmConfig:
+    """What serves calls on this CPU, untuned."""
+    return default_config(lanes_of(host_cpu()))
+
+
 def _compiled(call: Call, config: TvmConfig | None, *, backward: bool) -> _Compiled:
     dtypes = tuple((name, x.dtype) for name, x in call.operands.items())
-    config = config or default_config(lanes_of(host_cpu()))
-    return _compile(call.form, Dims(call.K, call.V), call.dtype, dtypes, config, backward)
+    config = config or configuration()
+    return compiled(call.form, Dims(call.K, call.V), call.dtype, dtypes, config, backward)
 
 
 @lru_cache(maxsize=512)
-def _compile(
+def compiled(
     form: NormalForm,
     dims: Dims,
     dtype: torch.dtype,

@@ -1,0 +1,67 @@
+"""The TVM engine computes what was declared: every recurrence, gradient and feature, on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import chunkwise as cw
+import pytest
+import torch
+from chunkwise.dsl.library import all_declarations
+from chunkwise.runtime import tvm_engine
+
+from tests.classes import lowered
+from tests.harness import Gates, Layout, Sizes, engine_results, make_inputs, oracle_results
+from tests.tolerances import FLOAT32_HARD, Tolerance, assert_agree
+
+LOWERED = [d.name for d in all_declarations() if lowered(d)]
+C = tvm_engine.configuration().chunk
+FLOAT32 = torch.float32
+# everything at once: ragged and empty sequences, grouped heads, K != V, no whole vector, views
+RICH = Sizes(HV=4, K=5, V=3, initial=True, dtype=FLOAT32, layout=Layout.VIEWS)
+RICH = RICH.packed(0, C - 1, 1, C, 0, C + 1, 2)
+
+
+def _check(name: str, sizes: Sizes, limit: Tolerance | torch.dtype = FLOAT32_HARD) -> None:
+    op: cw.Recurrence = getattr(cw.library, name)
+    inputs = make_inputs(op, sizes)
+    assert_agree(engine_results(op, inputs, "tvm"), oracle_results(op, inputs), limit)
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_every_recurrence(name: str) -> None:
+    _check(name, RICH)
+
+
+# K and V of RICH, so that nothing is compiled again
+PLAIN = replace(RICH, B=2, T=19, lengths=None, layout=Layout.CONTIGUOUS)
+VARIANTS = {
+    "no token": replace(PLAIN, T=0),
+    "one token": replace(PLAIN, T=1),
+    "a chunk less one": replace(PLAIN, T=C - 1),
+    "a chunk": replace(PLAIN, T=C),
+    "a chunk and one": replace(PLAIN, T=C + 1),
+    "no initial state": replace(PLAIN, initial=False),
+    "a stride in the last axis": replace(PLAIN, layout=Layout.COPIED),
+    "hard gates": replace(PLAIN, T=2 * C + 7, gates=Gates.HARD),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["gated_delta_rule", "kda"])
+def test_lengths_and_layouts(name: str, variant: str) -> None:
+    _check(name, VARIANTS[variant])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Rounded when they are loaded and stored; float32 in between, and gates stay in float32."""
+    sizes = Sizes(T=C + 3, HV=4, K=24, V=20, initial=True, dtype=dtype, gate_dtype=FLOAT32)
+    _check("gated_delta_rule", sizes, dtype)
+
+
+@pytest.mark.parametrize("channels", [(100, 20), (16, 64), (1, 1)])
+def test_channels(channels: tuple[int, int]) -> None:
+    """With and without a rest beside whole vectors and whole register tiles."""
+    K, V = channels
+    _check("delta_rule", Sizes(B=1, T=C + 2, K=K, V=V, initial=True, dtype=FLOAT32))

@@ -1,0 +1,154 @@
+"""The TVM engine within a process: its threads, forks, torch.compile, its cache, its imports."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import chunkwise as cw
+import pytest
+import torch
+from chunkwise.codegen.config import Dims, Precision
+from chunkwise.codegen.emit import forward_program
+from chunkwise.codegen.print_tir import print_tir
+from chunkwise.codegen.triton_types import Dtype, Signature
+from chunkwise.runtime import tvm_build, tvm_engine
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+OP = cw.library.linear_attention
+
+
+def _operands(B: int = 3, T: int = 70) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, T, 2, 8, generator=random) for _ in range(3))
+    return q, k, v
+
+
+def _output() -> Tensor:
+    o: Tensor = OP(*_operands(), engine="tvm")[0]
+    return o
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(_output())
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_no_more_threads_than_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    share = tvm_engine.share
+
+    def watched(items: int, threads: int, work: Any) -> None:
+        seen.append(threads)
+        share(items, threads, work)
+
+    monkeypatch.setattr(tvm_engine, "share", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    _output()
+    torch.set_num_threads(before)
+    assert seen == [3]
+
+
+def test_under_torch_compile() -> None:
+    """One node, no break; gradients as without."""
+    q, k, v = (x.requires_grad_() for x in _operands())
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return OP(2 * q, k, v, engine="tvm")[0].square().sum()
+
+    want = torch.autograd.grad(loss(q, k, v), (q, k, v))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(torch.autograd.grad(compiled(q, k, v), (q, k, v)), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+class _Outputs(Dataset[Tensor]):
+    """Calls the op where the worker is."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, n: int) -> Tensor:
+        del n
+        return _output()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12: it is the point
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_in_workers(method: str) -> None:
+    """After the parent's threads have run: none of them is there in a forked child."""
+    torch.set_num_threads(2)
+    want = _output()
+    context = multiprocessing.get_context(method)
+    for got in DataLoader(
+        _Outputs(), batch_size=None, num_workers=1, multiprocessing_context=context
+    ):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("order", ["import torch, tvm", "import tvm, torch"])
+def test_the_order_of_imports_does_not_matter(order: str) -> None:
+    code = f"{order}\nimport chunkwise as cw\nx = torch.ones(1, 3, 1, 4)\n"
+    code += "print(float(cw.library.linear_attention(x, x, x, engine='tvm')[0].sum()))\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == 96.0  # 4 channels, each 4 times 1 + 2 + 3
+
+
+def _kernels() -> list[Any]:
+    config = tvm_engine.configuration()
+    program = forward_program(OP.declaration.normal_form(), config.forward)
+    signature = Signature(Dims(4, 4), Dtype.FLOAT32, (), Precision.IEEE)
+    return [print_tir(k, signature, config) for k in program.kernels]
+
+
+def test_damaged_libraries_are_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
+    cpu = tvm_build.host_cpu()
+    tvm_build.functions(_kernels(), cpu)
+    (library,) = (tmp_path / "tvm").glob("*.so")
+    whole = library.read_bytes()
+    library.unlink()  # another file, for this process has mapped the first
+    library.write_bytes(whole[: len(whole) // 2])
+    tvm_build.functions(_kernels(), cpu)
+    assert "damaged" in caplog.text
+    assert library.stat().st_size == len(whole)
+    written = library.stat().st_mtime_ns
+    tvm_build.functions(_kernels(), cpu)
+    assert library.stat().st_mtime_ns == written
+    assert not [p for p in library.parent.iterdir() if p.is_dir()]
+
+
+def test_without_a_linker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled into memory, with the same results."""
+    want = _output()
+    monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", os.devnull)
+    tvm_engine.compiled.cache_clear()
+    assert torch.equal(_output(), want)
+    tvm_engine.compiled.cache_clear()
+    assert not list((tmp_path / "tvm").glob("*.so"))
+
+
+def test_what_it_refuses() -> None:
+    x = torch.ones(1, 3, 1, 4, dtype=torch.float64)
+    with pytest.raises(cw.errors.NotLowered, match=r"q is torch.float64"):
+        OP(x, x, x, engine="tvm")
+
+
+def test_float64_is_computed_by_torch() -> None:
+    x = torch.ones(1, 3, 1, 4, dtype=torch.float64)
+    assert OP(x, x, x)[0].dtype is torch.float64
