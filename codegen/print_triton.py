@@ -186,10 +186,11 @@ class _KernelPrinter(TritonMemory):
             lines.append(f"for i in range(tl.cdiv({K_or_V}, B{K_or_V})):")
             channels = f"{RANGE[self._loop]} = i * B{K_or_V} + tl.arange(0, B{K_or_V})"
             inner = [channels, *self._run(phases.during)]
-            inner += self._stores(phases.during)
+            inner += self._stores([t for t in phases.during if t not in self._accumulators])
             lines += [f"    {line}" for line in inner]
             lines += self._run(phases.after)
-            lines += self._stores([*phases.before, *phases.after])
+            summed = [t for t in phases.during if t in self._accumulators]
+            lines += self._stores([*phases.before, *summed, *phases.after])
         else:
             lines += self._run(phases.during) + self._run(phases.after)
             lines += self._stores(order)

@@ -1,9 +1,11 @@
 """Triton device functions that printed kernels call, as source: each file carries those it uses.
 
-The vector-gated pair halves blocks (as eager_library does): at each level, rows in the later half
-of a block meet columns in its earlier half, both decayed to the last row of the earlier half; so
-every exponent is <= 0 whatever the gate. The inverse doubles blocks: exact inverses of the diagonal
-blocks of one size give those of twice the size.
+Decayed products split e^(P - Q) between their factors. Where no channel has decayed by more than
+e^-60 since the start of the chunk, as e^P and e^-Q: one product. Elsewhere blocks are halved (as
+eager_library does): at each level, rows in the later half of a block meet columns in its earlier
+half, both decayed to the last row of the earlier half; so every exponent is <= 0 whatever the gate.
+Which of the two a row of scores takes, the rows after it cannot change. The inverse doubles blocks:
+exact inverses of the diagonal blocks of one size give those of twice the size.
 """
 
 from __future__ import annotations
@@ -54,15 +56,23 @@ def decayed_dot(
 ):
     """A_ij = sum_k x_ik y_jk e^(P_ik - Q_jk) for i > j, else 0. Q is an inclusive prefix sum."""
     i = tl.arange(0, C)
-    A = tl.zeros((C, C), dtype=tl.float32)
-    for level in range(LEVELS):
-        late = ((i >> level) & 1 == 1)[:, None]
-        anchor = last_of_earlier_half(Q, level, C, BK)
-        e = tl.exp(tl.where(late, P - anchor, anchor - Q))
-        x_late = tl.where(late, x * e, 0.0).to(DT)
-        y_early = tl.where(late, 0.0, y * e).to(DT)
-        block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
-        A += tl.where(block, tl.dot(x_late, tl.trans(y_early), input_precision=PRECISION), 0.0)
+    decay = tl.max(-Q, 1)  # of the channel that has decayed most, up to each row
+    x_late = (x * tl.exp(P)).to(DT)
+    y_early = (y * tl.exp(tl.minimum(-Q, 64.0))).to(DT)
+    A = tl.dot(x_late, tl.trans(y_early), input_precision=PRECISION)
+    A = tl.where(i[:, None] > i[None, :], A, 0.0)
+    if tl.max(decay, 0) >= 60.0:
+        halved = tl.zeros((C, C), dtype=tl.float32)
+        for level in range(LEVELS):
+            late = ((i >> level) & 1 == 1)[:, None]
+            anchor = last_of_earlier_half(Q, level, C, BK)
+            e = tl.exp(tl.where(late, P - anchor, anchor - Q))
+            x_late = tl.where(late, x * e, 0.0).to(DT)
+            y_early = tl.where(late, 0.0, y * e).to(DT)
+            block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
+            B = tl.dot(x_late, tl.trans(y_early), input_precision=PRECISION)
+            halved += tl.where(block, B, 0.0)
+        A = tl.where((decay < 60.0)[:, None], A, halved)
     return A
 '''
 
@@ -74,14 +84,18 @@ def decayed_apply(
     """z_ik = sum_j A_ij y_jk e^(P_ik - Q_jk) over j < i."""
     i = tl.arange(0, C)
     z = tl.zeros((C, BK), dtype=tl.float32)
-    for level in range(LEVELS):
-        late = ((i >> level) & 1 == 1)[:, None]
-        anchor = last_of_earlier_half(Q, level, C, BK)
-        e = tl.exp(tl.where(late, P - anchor, anchor - Q))
-        block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
-        B = tl.where(block & late, A, 0.0)
-        y_early = tl.where(late, 0.0, y * e)
-        z += tl.where(late, e * tl.dot(B, y_early, input_precision=PRECISION), 0.0)
+    if tl.max(tl.max(-Q, 1), 0) < 60.0:
+        B = tl.where(i[:, None] > i[None, :], A, 0.0)
+        z = tl.exp(P) * tl.dot(B, y * tl.exp(-Q), input_precision=PRECISION)
+    else:
+        for level in range(LEVELS):
+            late = ((i >> level) & 1 == 1)[:, None]
+            anchor = last_of_earlier_half(Q, level, C, BK)
+            e = tl.exp(tl.where(late, P - anchor, anchor - Q))
+            block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
+            B = tl.where(block & late, A, 0.0)
+            y_early = tl.where(late, 0.0, y * e)
+            z += tl.where(late, e * tl.dot(B, y_early, input_precision=PRECISION), 0.0)
     return z
 '''
 
@@ -93,14 +107,18 @@ def decayed_apply_transposed(
     """z_jk = sum_i A_ij x_ik e^(P_ik - Q_jk) over i > j."""
     i = tl.arange(0, C)
     z = tl.zeros((C, BK), dtype=tl.float32)
-    for level in range(LEVELS):
-        late = ((i >> level) & 1 == 1)[:, None]
-        anchor = last_of_earlier_half(Q, level, C, BK)
-        e = tl.exp(tl.where(late, P - anchor, anchor - Q))
-        block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
-        B = tl.trans(tl.where(block & late, A, 0.0))
-        x_late = tl.where(late, x * e, 0.0)
-        z += tl.where(late, 0.0, e * tl.dot(B, x_late, input_precision=PRECISION))
+    if tl.max(tl.max(-Q, 1), 0) < 60.0:
+        B = tl.trans(tl.where(i[:, None] > i[None, :], A, 0.0))
+        z = tl.exp(-Q) * tl.dot(B, x * tl.exp(P), input_precision=PRECISION)
+    else:
+        for level in range(LEVELS):
+            late = ((i >> level) & 1 == 1)[:, None]
+            anchor = last_of_earlier_half(Q, level, C, BK)
+            e = tl.exp(tl.where(late, P - anchor, anchor - Q))
+            block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
+            B = tl.trans(tl.where(block & late, A, 0.0))
+            x_late = tl.where(late, x * e, 0.0)
+            z += tl.where(late, 0.0, e * tl.dot(B, x_late, input_precision=PRECISION))
     return z
 '''
 
