@@ -147,13 +147,17 @@ def _configuration(
     form: NormalForm, dtype: Dtype, dims: Dims
 ) -> tuple[Config, str, Certificate | None]:
     """The configuration that serves training on this GPU (without one: on an H100); its origin."""
-    machine = machine_of(torch.device("cuda")) if torch.cuda.is_available() else _H100
+    machine, shared = _H100, H100_SHARED
+    if torch.cuda.is_available() and not torch.version.hip:
+        machine = machine_of(torch.device("cuda"))
+        about = torch.cuda.get_device_properties("cuda")
+        shared = about.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in stubs
     key = Key(form.digest, EngineName.TRITON, dtype.value, dims, machine)
 
     def default() -> Config:
         wide = dtype is Dtype.FLOAT32
         plain = default_config(chunk_body(form), dims, wide_dtype=wide)
-        return fit(form, plain, dims, 4 if wide else 2, H100_SHARED)
+        return fit(form, plain, dims, 4 if wide else 2, shared)
 
     config = serving(Config, key, TRAINING, default)
     artifact = find(key, folders()).artifact

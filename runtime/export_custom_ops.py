@@ -33,7 +33,8 @@ def _save_nothing(ctx, inputs, output):
 
 def _refuse(ctx, *cotangents):
     raise RuntimeError(
-        "the gradient of $name was differentiated again, and its kernels have no derivative; "
+        "the gradient of $name was differentiated again, "
+        "and its kernels have no derivative; "
         "differentiate once, or take higher derivatives of reference.$name"
     )
 

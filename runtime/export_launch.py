@@ -5,7 +5,7 @@ What `schedule` works out for a call is written out here for all calls, sizes by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from ..codegen.differentiate import GRADIENT
 from ..codegen.expressions import Names
@@ -299,8 +299,3 @@ class _Direction:
         if n > 1 and o.per is Per.TOKEN:
             text += f".unflatten(1, (-1, {n}))" + ("" if o.micro else ".sum(2)")
         return text
-
-
-def launchers(package: Package) -> Mapping[str, str]:
-    """Every module of launchers, by file name."""
-    return {f"launch_{s.suffix}.py": print_launchers(package, s) for s in package.served}

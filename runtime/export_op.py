@@ -23,7 +23,7 @@ def print_op(package: Package, sources: Mapping[str, str]) -> str:
             "",
             "import torch",
             "",
-            *(f"from . import {name}" for name in modules),
+            *wrapped("from . import (", modules, ")"),
             "",
             *_tables(package, sources),
         ],
@@ -63,7 +63,7 @@ def print_layer(package: Package) -> str:
 
 
 def _tables(package: Package, sources: Mapping[str, str]) -> Iterator[str]:
-    yield f'COMMAND = "{package.command}"'
+    yield f"COMMAND = {package.command!r}"
     digest = hashlib.blake2b(digest_size=6)
     for name in sorted(sources):
         digest.update(f"{name}\n{sources[name]}".encode())
