@@ -23,13 +23,20 @@ _KEY = "call"
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """What is free in an engine. `make` takes the axes' names; `first`: points to begin with."""
+    """What is free in an engine.
+
+    Attributes:
+        make: the configuration of a point; it takes the axes by name.
+        first: points to begin with.
+        jobs: what has to be compiled before a configuration runs.
+    """
 
     axes: tuple[Axis, ...]
     make: Callable[..., Configuration]
     default: Configuration
     first: tuple[Point, ...] = ()
     rules: tuple[Rule[Configuration], ...] = ()
+    jobs: Callable[[Configuration], tuple[Job, ...]] = lambda config: ()
 
 
 class CallTunable:
@@ -57,7 +64,7 @@ class CallTunable:
 
     def jobs(self, part: Part, point: Point) -> tuple[Job, ...]:
         """As `Tunable.jobs`."""
-        return ()
+        return self._space.jobs(self._made(point))
 
     def run(self, part: Part, point: Point) -> Run:
         """As `Tunable.run`."""
@@ -69,7 +76,7 @@ class CallTunable:
 
     def whole_jobs(self, config: Configuration) -> tuple[Job, ...]:
         """As `Tunable.whole_jobs`."""
-        return ()
+        return self._space.jobs(config)
 
     def whole(self, config: Configuration) -> Run:
         """As `Tunable.whole`."""
@@ -83,7 +90,7 @@ class CallTunable:
         return both
 
     def certify_jobs(self, config: Configuration) -> tuple[Job, ...]:
-        """As `Tunable.certify_jobs`."""
+        """As `Tunable.certify_jobs`: kernels take calls of any size."""
         return ()
 
     def certify(self, config: Configuration) -> Certificate:

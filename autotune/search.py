@@ -26,7 +26,7 @@ from .tunable import Built, Part, Tunable
 _FEW = 12  # points of a part: so few are all tried, in the cost model's order
 _MISSES = 2  # proposals of what is known already, before the cost model's next is taken
 _SPREAD = 0.1  # trials that an untried part is credited with: lower tries new parts sooner
-_LEAST_LIMIT = 10.0  # seconds that a compilation may take, however small the budget
+_LEAST_LIMIT = 20.0  # seconds that a compilation may take, however small the budget
 _FOR_RACE = 0.03  # of the budget, at most
 _TOGETHER = 6  # candidates of one part in a race
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..codegen.config import Config, Dims, EagerConfig
+from ..codegen.config import Config, Dims
 from ..dsl import errors
 from ..dsl.declaration import Declaration
 from ..dsl.ir import Kind, Per
@@ -19,11 +19,11 @@ from ..runtime.artifact import Bucket, Configuration, Key
 from ..runtime.call import Call, describe
 from ..runtime.engines import EngineName, load
 from ..runtime.selection import bucket_of, find, folders, key_here
-from .call_tunable import CallTunable, Space
+from .call_tunable import CallTunable
 from .certificate import Exam, prepare
 from .certificate_inputs import Family, draw
+from .cpu_spaces import eager_space, tvm_space
 from .measure import CpuDevice, CudaDevice, Device
-from .space import Axis
 from .tunable import Tunable
 
 _DRAWN = 64  # tokens that are drawn; longer calls repeat them: times do not depend on values
@@ -121,7 +121,7 @@ def _tunable(
     chunks: tuple[int, ...],
 ) -> Tunable:
     if engine is EngineName.TRITON:
-        # Triton is imported only where it is tuned
+        # what an engine is built on is imported only where it is tuned
         from ..runtime.triton_engine import shared_memory
         from .gpu import GPUS, gpu_of
         from .triton_tunable import CHUNKS, TritonTunable
@@ -132,11 +132,13 @@ def _tunable(
         known = tuple(c for c in neighbours if isinstance(c, Config))
         return TritonTunable(call, gpu, exam, chunks=chunks or CHUNKS, neighbours=known)
     if engine is EngineName.EAGER:
-        axes = (Axis("chunk", chunks or (16, 32, 64, 128)),)
-        space = Space(axes, EagerConfig, EagerConfig(64), ((("chunk", 64),),))
-        return CallTunable(call, engine, space, exam)
+        return CallTunable(call, engine, eager_space(chunks), exam)
+    if engine is EngineName.TVM:
+        from ..runtime.tvm_engine import configuration
+
+        return CallTunable(call, engine, tvm_space(call, configuration(), chunks), exam)
     raise errors.EngineUnavailable(
-        engine.value, "it has no configurations to choose from", help="tune eager or triton"
+        engine.value, "it has no configurations to choose from", help="tune triton, tvm or eager"
     )
 
 
