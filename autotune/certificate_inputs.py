@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -24,6 +24,7 @@ from ..dsl.normal_form import NormalForm, Operand, StateDecl, expressions
 from ..runtime.call import Call, describe
 
 _SAMPLES, _CHANNELS = 512, 4
+_HALVINGS = 8
 _GROWTH = 2.0  # of a state over the sequence: beyond, rounding would be passed off as an error
 
 
@@ -35,19 +36,31 @@ class Family(Enum):
     RAGGED = "packed sequences, one of them empty, one of one token"
 
 
-class Range(Enum):
-    """Where an operand's entries lie: how a normal sample gets there, and its extremes."""
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Where an operand's entries lie, and how a normal sample gets there."""
 
-    ANY = (lambda x: x, -4.0, 4.0)
-    NEGATIVE = (lambda x: -softplus(x), -20.0, -1e-4)
-    POSITIVE = (lambda x: softplus(x), 20.0, 1e-4)
-    UNIT = (torch.sigmoid, 0.01, 1 - 1e-4)
+    low: float
+    high: float
 
     def of(self, normal: Tensor, *, hard: bool) -> Tensor:
-        """`normal` moved into the range; `hard`: a third at each extreme, channel by channel."""
-        move, low, high = self.value
-        value: Tensor = move(normal)
-        return _in_turns(value, low, high) if hard else value
+        """`normal` moved into the range; `hard`: a third near each end, channel by channel."""
+        low, high = self.low, self.high
+        if math.isinf(low) and math.isinf(high):
+            value, ends = normal, (-4.0, 4.0)
+        elif math.isinf(low):
+            value, ends = high - softplus(normal), (high - 20.0, high - 1e-4)
+        elif math.isinf(high):
+            value, ends = low + softplus(normal), (low + 20.0, low + 1e-4)
+        else:
+            width = high - low
+            value, ends = low + width * normal.sigmoid(), (low + 0.01 * width, high - 1e-4 * width)
+        return _in_turns(value, *ends) if hard else value
+
+
+ANY, NEGATIVE = Range(-math.inf, math.inf), Range(-math.inf, 0.0)
+POSITIVE, UNIT = Range(0.0, math.inf), Range(0.0, 1.0)
+_USUAL = (ANY, NEGATIVE, POSITIVE, UNIT)  # the order in which they are tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +78,7 @@ class Ranges:
 
 
 def ranges(form: NormalForm, params: Mapping[str, float]) -> Ranges:
-    """The first ranges of the gates under which every log-decay is at most 0.
+    """The ranges of the gates that are declared, or the first under which log-decays are negative.
 
     Raises:
         NotLowered: there are none among those that are tried.
@@ -77,10 +90,13 @@ def ranges(form: NormalForm, params: Mapping[str, float]) -> Ranges:
     gates = [o for o in form.operands if o.name in names]
     random = torch.Generator().manual_seed(0)
     normal = {o.name: torch.randn(_SAMPLES, generator=random).double() for o in form.operands}
-    for chosen in itertools.product(Range, repeat=len(gates)):
-        samples = dict(normal)
+    declared = {str(n.args[0].attrs[0]): Range(*_promise(n)) for n in promised if _direct(n)}
+    tried = [(declared[o.name],) if o.name in declared else _USUAL for o in gates]
+    for chosen in itertools.product(*tried):
+        samples = {name: torch.cat((x, x)) for name, x in normal.items()}
         for o, r in zip(gates, chosen, strict=True):
-            samples[o.name] = r.of(normal[o.name], hard=False)
+            x = normal[o.name]
+            samples[o.name] = torch.cat((r.of(x, hard=False), r.of(x, hard=True)))
         if _legal(decays, promised, samples, params):
             return Ranges(
                 tuple((o.name, r) for o, r in zip(gates, chosen, strict=True)),
@@ -120,6 +136,10 @@ def _legal(
 
 def _reads(node: Node) -> bool:
     return any(n.op is Op.RESULT for n in topological(node))
+
+
+def _direct(within: Node) -> bool:
+    return within.args[0].op is Op.OPERAND
 
 
 def _promise(within: Node) -> tuple[float, float]:
@@ -172,7 +192,7 @@ def draw(
         cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
     static = tuple(declaration.statics.items())
     call = describe(declaration, operands, params, initial, cu_seqlens, static)
-    return _contracted(call)
+    return _contracted(call, found)
 
 
 def _entries(o: Operand, normal: Tensor, found: Ranges, *, hard: bool) -> Tensor:
@@ -203,21 +223,33 @@ def _initial(
     return value.abs() if found.positive_keys else value
 
 
-def _contracted(call: Call) -> Call:
-    """`call` with what its feedbacks read by halved until an initial state does not grow."""
-    recalled = {
-        str(n.attrs[0])
+def _contracted(call: Call, found: Ranges) -> Call:
+    """`call` with what its feedbacks read and scale by halved until a state does not grow.
+
+    Raises:
+        NotLowered: it grows all the same.
+    """
+    feedbacks = [
+        w.feedback
         for m in call.form.micro_steps
         for u in m.updates
         for w in u.writes
         if w.feedback is not None
-        for n in topological(w.feedback.key, w.feedback.scale)
-        if n.op is Op.OPERAND and n.kind is Kind.KEY
+    ]
+    read = topological(*(n for f in feedbacks for n in (f.key, f.scale)))
+    names = {str(n.attrs[0]) for n in read if n.op is Op.OPERAND} - {
+        name for name, _ in found.gates
     }
-    while recalled and _growth(call) > _GROWTH:
-        for name in recalled:
-            call.operands[name] = call.operands[name] / 2
-    return call
+    for _ in range(_HALVINGS):
+        if not feedbacks or _growth(call) <= _GROWTH:
+            return call
+        halved = {n: x / 2 for n, x in call.operands.items() if n in names}
+        call = replace(call, operands={**call.operands, **halved})
+    raise errors.NotLowered(
+        f"{call.form.name} cannot be checked on inputs drawn by themselves",
+        "what it recalls of the state makes it grow, however small what is read and scaled by",
+        "is a sign forgotten? a correction is `S - beta * outer(k, k @ S)`, with beta * k @ k <= 2",
+    )
 
 
 def _growth(call: Call) -> float:

@@ -8,9 +8,18 @@ from dataclasses import dataclass
 import pytest
 import torch
 from chunkwise.autotune.certificate import Exam, Under, certify, examine, prepare
-from chunkwise.autotune.certificate_inputs import Family, draw, ranges
+from chunkwise.autotune.certificate_inputs import (
+    ANY,
+    NEGATIVE,
+    POSITIVE,
+    UNIT,
+    Family,
+    Range,
+    draw,
+    ranges,
+)
 from chunkwise.codegen.config import Dims, EagerConfig
-from chunkwise.dsl import Key, Scalar, State, Value, errors, exp, outer
+from chunkwise.dsl import Key, Scalar, State, Value, errors, exp, l2norm, outer, within
 from chunkwise.dsl.declaration import declaration
 from chunkwise.dsl.library import all_declarations, by_name
 from chunkwise.runtime.call import Call
@@ -154,12 +163,26 @@ def test_the_usual_gates_are_where_models_have_them() -> None:
     for d in all_declarations():
         form = d.normal_form(2 if d.has_micro else 1)
         params = {p.name: p.default or 1.0 for p in d.params}
-        named[d.name] = {gate: r.name for gate, r in ranges(form, params).gates}
-    assert named["gated_delta_rule"] == {"g": "NEGATIVE"}
-    assert named["lightning_attention"] == {"slope": "POSITIVE"}
-    assert named["hgrn2"] == {"f": "UNIT"}
-    assert named["mamba2"] == dict.fromkeys(("dt", "A_log", "dt_bias"), "ANY")
+        named[d.name] = dict(ranges(form, params).gates)
+    assert named["gated_delta_rule"] == {"g": NEGATIVE}
+    assert named["lightning_attention"] == {"slope": POSITIVE}
+    assert named["hgrn2"] == {"f": UNIT}
+    assert named["mamba2"] == dict.fromkeys(("dt", "A_log", "dt_bias"), ANY)
     assert named["linear_attention"] == {}
+
+
+@declaration
+def _bounded(S: State, q: Key, k: Key, v: Value, g: Key) -> tuple[State, Value]:
+    S = exp(within(g, -5.0, -1.0)) * S + outer(k, v)
+    return S, q @ S
+
+
+def test_declared_bounds_are_kept() -> None:
+    assert ranges(_bounded.normal_form(), {}).gates == (("g", Range(-5.0, -1.0)),)
+    exam = prepare(_bounded, Dims(8, 8), torch.float16, CPU, tokens=20)
+    for question in exam.questions:
+        check_contents(question.call, True)
+    assert certify(exam, EAGER).ok
 
 
 @declaration
@@ -173,3 +196,15 @@ def test_gates_without_a_legal_range_are_refused() -> None:
         prepare(_only_for_small_gates, Dims(4, 4), torch.float64, CPU)
     assert "no signs of g" in refused.value.why
     assert "within" in refused.value.help
+
+
+@declaration
+def _growing(S: State, q: Key, k: Key, v: Value) -> tuple[State, Value]:
+    S = S + 0.5 * outer(l2norm(k), l2norm(k) @ S) + outer(k, v)
+    return S, q @ S
+
+
+def test_states_that_grow_are_refused() -> None:
+    with pytest.raises(errors.NotLowered, match="cannot be checked") as refused:
+        prepare(_growing, Dims(4, 4), torch.float64, CPU)
+    assert "makes it grow" in refused.value.why
