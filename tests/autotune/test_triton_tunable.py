@@ -1,0 +1,167 @@
+"""The Triton engine's kernels as parts: found compiled where another process compiled them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from chunkwise.autotune.capture import TritonJob
+from chunkwise.autotune.certificate import prepare
+from chunkwise.autotune.gpu import GPUS
+from chunkwise.autotune.space import points
+from chunkwise.autotune.subject import Size, example
+from chunkwise.autotune.triton_tunable import TritonTunable
+from chunkwise.autotune.tunable import Alternative
+from chunkwise.codegen.config import Config, Dims
+from chunkwise.dsl.library import by_name
+from triton.backends.compiler import GPUTarget
+
+CPU = torch.device("cpu")
+H100 = GPUS["h100"]
+
+
+def tunable(name: str, dtype: torch.dtype, size: Size, *chunks: int) -> TritonTunable:
+    declaration, dims = by_name(name), Dims(16, 16)
+    call = example(declaration, dims, dtype, size, CPU)
+    exam = partial(prepare, declaration, dims, dtype, CPU, tokens=48)
+    return TritonTunable(call, H100, exam, chunks=chunks)
+
+
+class Driver:
+    """A CUDA driver that loads and launches nothing."""
+
+    launches = 0
+
+    def __init__(self) -> None:
+        self.utils = self
+        self.launcher_cls = self.launcher
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": H100.shared_program}
+
+    def load_binary(self, *_: object) -> tuple[int, ...]:
+        return (0, 0, 32, 0, 1024)
+
+    def launcher(self, *_: object) -> Any:
+        def launch(*_: object) -> None:
+            self.launches += 1
+
+        return launch
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path / "chunkwise"))
+    made = Driver()
+    monkeypatch.setattr(triton.runtime.driver, "_active", made)
+    return made
+
+
+def compilations() -> list[bool]:
+    """For each compilation from now on, whether Triton's cache had it."""
+    hits: list[bool] = []
+
+    def note(*, cache_hit: bool, **_: object) -> None:
+        hits.append(cache_hit)
+
+    triton.knobs.compilation.listener = note
+    return hits
+
+
+def test_a_run_finds_what_was_compiled_for_it(driver: Driver) -> None:
+    subject = tunable("linear_attention", torch.bfloat16, Size(1, 64, 2), 16)
+    forward = next(a for a in subject.alternatives if a.kernels == ("forward_scan",))
+    part = subject.part(forward.parts[0])
+    point = part.first[0]
+    with triton.knobs.compilation.scope():
+        hits = compilations()
+        (job,) = subject.jobs(part, point)
+        assert hits == []  # it was found without compiling
+        assert driver.launches == 0
+        assert isinstance(job, TritonJob)
+        built = job()
+        assert hits == [False]
+        subject.run(part, point)()
+        assert hits == [False, True]
+    assert driver.launches == 1
+    assert built.error is None
+    assert built.code is not None
+    report = built.report
+    assert report.registers is not None
+    assert report.shared is not None
+    assert 0 < report.shared <= H100.shared_program
+
+
+def test_what_asks_for_too_much_is_an_error(driver: Driver) -> None:
+    subject = tunable("simple_gla", torch.bfloat16, Size(1, 64, 2), 16)
+    part = subject.part(subject.alternatives[0].parts[0])
+    (job,) = subject.jobs(part, part.first[0])
+    assert isinstance(job, TritonJob)
+    poor = TritonJob(
+        job.file, job.kernel, job.signature, job.constants, job.attributes, job.options,
+        job.target, shared=16,
+    )  # fmt: skip
+    assert poor().error == "more shared memory than a program may use"
+    broken = TritonJob(
+        job.file, job.kernel, {}, job.constants, job.attributes, job.options, job.target, 0
+    )
+    assert broken().error is not None
+
+
+def test_a_kernel_of_several_plans_is_one_part() -> None:
+    subject = tunable("gated_delta_rule", torch.bfloat16, Size(1, 64, 2), 16, 32)
+    parts = [key for a in subject.alternatives for key in a.parts]
+    assert len(set(parts)) < len(parts) / 2
+    assert {a.group for a in subject.alternatives} == {"C=16", "C=32", "C=64"}  # 64: the default
+    assert {(a.role, a.group) for a in subject.alternatives if a.known} == {
+        ("forward", "C=64"),
+        ("backward", "C=64"),
+    }
+    prep = {n: k for a in subject.alternatives for n, k in zip(a.kernels, a.parts, strict=True)}
+    assert prep["forward_prep"].split("/")[1].startswith("forward_prep")
+
+
+def test_parts_add_up_to_the_configuration_that_they_came_from() -> None:
+    subject = tunable("gated_delta_rule", torch.bfloat16, Size(1, 64, 2), 64)
+    default = subject.default
+    chosen = {a.role: a for a in subject.alternatives if a.known}
+    keys = {key for a in chosen.values() for key in a.parts}
+    first = {key: subject.part(key).first[0] for key in keys}
+    made = subject.configuration(chosen, first)
+    assert (made.chunk, made.forward, made.backward) == (64, default.forward, default.backward)
+    assert {name for name, _ in made.kernels} == {n for a in chosen.values() for n in a.kernels}
+
+
+@pytest.mark.interpreter
+def test_every_part_runs_alone_and_any_choice_is_right() -> None:
+    subject = tunable("simple_gla", torch.float32, Size(1, 32, 1), 16)
+    alternatives = [a for a in subject.alternatives if a.group == "C=16"]
+    chosen: dict[str, Alternative] = {}
+    for a in alternatives:
+        chosen.setdefault(a.role, a)
+    picked = {}
+    for key in dict.fromkeys(key for a in alternatives for key in a.parts):
+        part = subject.part(key)
+        legal = [p for p in points(part.axes) if not subject.excess(part, p)]
+        picked[key] = legal[-1]
+        assert subject.jobs(part, legal[-1]) == ()  # nothing is compiled in the interpreter
+        subject.run(part, legal[-1])()
+    config = subject.configuration(chosen, picked)
+    assert isinstance(config, Config)
+    assert config != subject.default
+    subject.whole(config)()
+    assert subject.certify(config).ok
