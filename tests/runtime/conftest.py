@@ -34,6 +34,7 @@ _TRITON = Engine("triton", "cuda", torch.float32, 1e-4)  # tf32x3 products
 ENGINES = (
     pytest.param(Engine("reference"), id="reference"),
     pytest.param(Engine("eager"), id="eager"),
+    pytest.param(Engine("tvm", "cpu", torch.float32, 1e-5), id="tvm"),
     pytest.param(_INTERPRETED, id="triton-interpreted", marks=pytest.mark.interpreter),
     pytest.param(Engine("reference", "cuda"), id="reference-cuda", marks=pytest.mark.gpu),
     pytest.param(Engine("eager", "cuda"), id="eager-cuda", marks=pytest.mark.gpu),
