@@ -1,0 +1,68 @@
+"""Compilations in other processes: their outcomes, their crashes, and their end."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+from chunkwise.autotune.compilers import Compilers
+from chunkwise.autotune.tunable import Built, Job
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """A compilation that takes its time, and says in which process."""
+
+    seconds: float
+
+    def __call__(self) -> Built:
+        time.sleep(self.seconds)
+        return Built(code=str(os.getpid()))
+
+
+def crash() -> Built:
+    """A compilation that takes its process down."""
+    os._exit(11)
+
+
+def all_done(
+    compilers: Compilers[str], orders: dict[str, tuple[Job, ...]]
+) -> dict[str, list[Built]]:
+    for key, jobs in orders.items():
+        compilers.order(key, jobs)
+    found: dict[str, list[Built]] = {}
+    while compilers.orders:
+        for key, built in compilers.done(1.0):
+            found[key] = list(built)
+    return found
+
+
+def test_a_crash_and_a_delay_are_outcomes_like_any_other() -> None:
+    orders: dict[str, tuple[Job, ...]] = {
+        "crash": (crash,),
+        "late": (Sleep(60),),
+        "fine": (Sleep(0), Sleep(0)),
+        "nothing": (),
+    }
+    with Compilers[str](2, limit_s=8.0) as compilers:
+        found = all_done(compilers, orders)
+        again = all_done(compilers, {"fine": (Sleep(0),)})
+    assert found["crash"][0].error == "the compiler crashed"
+    assert found["late"][0].error == "the compiler took more than 8 s"
+    assert [b.error for b in found["fine"]] == [None, None]
+    assert found["nothing"] == []
+    assert again["fine"][0].error is None
+
+
+def test_processes_are_used_again_and_killed_at_the_end() -> None:
+    with Compilers[str](1) as compilers:
+        found = all_done(compilers, {str(n): (Sleep(0),) for n in range(3)})
+        pids = {int(b.code or 0) for several in found.values() for b in several}
+        assert len(pids) == 1
+        compilers.order("long", (Sleep(60),))
+        assert compilers.hungry  # one more may wait
+        started = time.monotonic()
+    assert time.monotonic() - started < 5
+    (pid,) = pids
+    assert not os.path.exists(f"/proc/{pid}") or os.name != "posix"

@@ -1,0 +1,76 @@
+"""chunkwise tune: what it prints, what it keeps, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from chunkwise.cli import main
+from chunkwise.runtime import selection
+from chunkwise.runtime.artifact import from_text
+
+SMALL = ("--dims", "K=8,V=8", "--shape", "1,64,1", "--engine", "eager", "--chunk", "16,32", "--jobs", "1")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
+    for cached in (selection.find, selection._chosen):
+        cached.cache_clear()
+
+
+def test_tunes_prints_and_keeps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "study.svg"
+    assert main(["tune", "delta_rule", *SMALL, "--budget", "2s", "--plot", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "configurations of 1 parts measured" in printed
+    assert "winner:" in printed
+    (file,) = (tmp_path / "artifacts").glob("*/*.json")
+    artifact = from_text(file.read_text(encoding="utf-8"), str(file))
+    assert artifact.tuned[0].certificate.ok
+    assert picture.exists()
+
+    # the study goes on where it ended: nothing is measured anew
+    assert main(["tune", "delta_rule", *SMALL, "--budget", "2", "--resume", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["file"] == str(file)
+    assert document["artifact"]["tuned"][0]["study"]["trials"] == 2
+    assert len(list((tmp_path / "studies").glob("*/*.journal"))) == 1
+
+
+def test_a_database_is_a_storage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    assert main(["tune", "linear_attention", *SMALL, "--budget", "2", "--storage", url]) == 0
+    assert main(["tune", "linear_attention", *SMALL, "--budget", "2", "--storage", url]) == 0
+    assert "2 configurations of 1 parts measured (0 by this process)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tune"],
+        ["tune", "delta_rule", "--shape", "1,2"],
+        ["tune", "delta_rule", "--shape", "0,2,3"],
+        ["tune", "delta_rule", "--budget", "soon"],
+        ["tune", "delta_rule", "--budget", "-1"],
+        ["tune", "delta_rule", "--chunk", "48"],
+        ["tune", "delta_rule", "--dtype", "int8"],
+    ],
+)
+def test_what_is_not_understood(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+
+
+def test_what_cannot_be_tuned_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "delta_rule", *SMALL[:4], "--engine", "reference"]) == 1
+    assert "it has no configurations to choose from" in capsys.readouterr().err
+    assert main(["tune", "no_such_rule"]) == 2
+
+
+def test_the_cost_model_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "delta_rule", "--cost", "a100", "--dims", "K=64,V=64"]) == 0
+    assert "waits for" in capsys.readouterr().out
+    assert main(["explain", "delta_rule", "--cost", "abacus"]) == 2
