@@ -10,7 +10,10 @@ from chunkwise.cli import main
 from chunkwise.runtime import selection
 from chunkwise.runtime.artifact import from_text
 
-SMALL = ("--dims", "K=8,V=8", "--shape", "1,64,1", "--engine", "eager", "--chunk", "16,32", "--jobs", "1")  # fmt: skip
+SMALL = (
+    *("--dims", "K=8,V=8", "--shape", "1,64,1", "--engine", "eager"),
+    *("--chunk", "16,32", "--jobs", "1"),
+)
 
 
 @pytest.fixture(autouse=True)
