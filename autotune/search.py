@@ -217,6 +217,7 @@ class _Search:
     def _refuse(self, state: State, point: Point, excess: Mapping[str, float], why: str) -> None:
         state.trials.refuse(self._claims.pop((state.part.key, point)), excess, {"why": why})
         self._refused[why] += 1
+        state.refused += 1
         self._watch(state, None)
 
     def _watch(self, state: State, us: float | None) -> None:

@@ -33,6 +33,7 @@ class State:
     legal: int
     measured: dict[Point, Measured]
     tried: int = 0
+    refused: int = 0
     misses: int = 0
     exhausted: bool = False
     codes: dict[str, float] = field(default_factory=dict)
@@ -80,7 +81,11 @@ class Standing:
         for key in alternative.parts:
             state = self.states.get(key)
             best = None if state is None else state.best
-            total += self._guess(key) * ratio if best is None else best.us
+            if best is not None:
+                total += best.us
+            else:  # what is refused again and again is not worth its guess
+                refused = 0 if state is None else state.refused
+                total += self._guess(key) * ratio * (1 + refused)
         return total
 
     def _guess(self, key: str) -> float:

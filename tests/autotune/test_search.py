@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -16,7 +17,7 @@ from chunkwise.autotune.search import Budget, Findings, search
 from chunkwise.autotune.space import Point
 from chunkwise.autotune.storage import open_storage, without_secrets
 from chunkwise.autotune.trials import Trials
-from chunkwise.autotune.tunable import Part
+from chunkwise.autotune.tunable import Built, Part
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
@@ -86,6 +87,20 @@ def test_what_does_not_compile_is_refused_with_its_reason() -> None:
     findings = found(Fake(jobs_of=(fails,)))
     assert findings.combinations == ()
     assert findings.refused == (("no such instruction", 4 * len(legal())),)
+
+
+def test_equal_machine_code_is_measured_once() -> None:
+    runs: Counter[str] = Counter()
+
+    def note(part: str, point: Point) -> None:
+        runs[part] += 1
+
+    findings = found(Fake(note=note, jobs_of=(partial(Built, code="the same"),)))
+    assert findings.trials == 4 * len(legal())
+    # those that were compiled at the same time as the first could not know
+    assert all(count <= 4 for count in runs.values())
+    for _, measured in findings.parts:
+        assert sum(m.notes.get("why") == "machine code known" for m in measured) >= 7
 
 
 def test_what_cannot_be_launched_is_refused_with_its_reason() -> None:
