@@ -206,5 +206,5 @@ def _growing(S: State, q: Key, k: Key, v: Value) -> tuple[State, Value]:
 
 def test_states_that_grow_are_refused() -> None:
     with pytest.raises(errors.NotLowered, match="cannot be checked") as refused:
-        prepare(_growing, Dims(4, 4), torch.float64, CPU)
+        prepare(_growing, Dims(4, 4), torch.float64, CPU, tokens=100)
     assert "makes it grow" in refused.value.why
