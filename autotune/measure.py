@@ -94,11 +94,15 @@ def race(
 class CpuDevice:
     """Wall time of the calling thread's runs."""
 
-    def rounds(self, runs: Sequence[Run], count: int) -> list[list[float]]:
-        """As `Device.rounds`."""
+    def rounds(
+        self, runs: Sequence[Run], count: int, before: Sequence[Run] = ()
+    ) -> list[list[float]]:
+        """As `Device.rounds`. `before`: for each run, what precedes it untimed."""
         samples: list[list[float]] = [[] for _ in runs]
         for _ in range(count):
-            for run, sample in zip(runs, samples, strict=True):
+            for n, (run, sample) in enumerate(zip(runs, samples, strict=True)):
+                if before:
+                    before[n]()
                 started = time.perf_counter()
                 run()
                 sample.append((time.perf_counter() - started) * 1e6)
@@ -119,11 +123,15 @@ class CudaDevice:
         size = max(4 * cache, 128 << 20)
         self._scratch = torch.empty(size, dtype=torch.int8, device=device)
 
-    def rounds(self, runs: Sequence[Run], count: int) -> list[list[float]]:
-        """As `Device.rounds`; waits for the device once, at the end."""
+    def rounds(
+        self, runs: Sequence[Run], count: int, before: Sequence[Run] = ()
+    ) -> list[list[float]]:
+        """As `CpuDevice.rounds`; waits for the device once, at the end."""
         pairs: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in runs]
         for _ in range(count):
-            for run, pair in zip(runs, pairs, strict=True):
+            for n, (run, pair) in enumerate(zip(runs, pairs, strict=True)):
+                if before:
+                    before[n]()
                 for _ in range(self._overwrites):
                     self._scratch.zero_()
                 begin = torch.cuda.Event(enable_timing=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from chunkwise.autotune.measure import CpuDevice, CudaDevice
 from torch import Tensor
 
 
@@ -52,7 +53,7 @@ def first_call(side: Side, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-AHEAD = 32  # flushes of 60 us or more each: longer than any side's work on the host
+AHEAD = 32  # overwrites of the cache: together longer than any side's work on the host
 
 
 def interleaved(
@@ -68,39 +69,11 @@ def interleaved(
     `ahead`: the device is kept busy until the host has queued the run, as in a training step whose
     host runs ahead: the time is the device's alone. Otherwise the device may wait for the host.
     """
-    for _ in range(warmup):
-        for side in sides:
-            side.reset()
-            side.run()
-    if device.type == "cuda":
-        return _cuda(sides, device, repeats, flushes=AHEAD if ahead else 1)
-    samples: list[list[float]] = [[] for _ in sides]
-    for _ in range(repeats):
-        for side, sample in zip(sides, samples, strict=True):
-            side.reset()
-            started = time.perf_counter()
-            side.run()
-            sample.append((time.perf_counter() - started) * 1e3)
-    return [statistics.median(x) for x in samples]
-
-
-def _cuda(sides: Sequence[Side], device: torch.device, repeats: int, flushes: int) -> list[float]:
-    # larger than any L2, and written before each run: else the second side finds it warm
-    flush = torch.empty(256 << 20, dtype=torch.int8, device=device)
-    pairs: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in sides]
-    for _ in range(repeats):
-        for side, pair in zip(sides, pairs, strict=True):
-            side.reset()
-            for _ in range(flushes):
-                flush.zero_()
-            begin = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
-            begin.record()
-            side.run()
-            end.record()
-            pair.append((begin, end))
-    torch.cuda.synchronize(device)
-    return [statistics.median(b.elapsed_time(e) for b, e in pair) for pair in pairs]
+    clock = CudaDevice(device, AHEAD if ahead else 1) if device.type == "cuda" else CpuDevice()
+    runs, resets = [side.run for side in sides], [side.reset for side in sides]
+    clock.rounds(runs, warmup, resets)
+    samples = clock.rounds(runs, repeats, resets)
+    return [statistics.median(x) / 1e3 for x in samples]
 
 
 def peak_bytes(side: Side, device: torch.device) -> int | None:
