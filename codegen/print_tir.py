@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm import tirx
-from tvm.tirx import Expr, PrimFunc, Var
+from tvm.ir import PrimType
+from tvm.tirx import Buffer, Expr, PrimFunc, Var
 
 from .config import Dims
 from .expressions import unaliased
@@ -37,7 +38,7 @@ class TirKernel:
     """A printed kernel.
 
     Its arguments: the tensors of `parameters`; the tables `sequences` [N,5] and `chunks` [M,2];
-    `scratch`, float32 [at least `scratch`]; `HV`; the floats of `numbers`; `begin` and `end`, items
+    `scratch`, float32 [`scratch`]; `HV`; the floats of `numbers`; `begin` and `end`, items
     of (N or M) * HV * v_programs.
     """
 
@@ -45,8 +46,10 @@ class TirKernel:
     loop: Loop
     function: PrimFunc
     parameters: tuple[Parameter, ...]
+    tensors: tuple[str, ...]  # their shapes and dtypes, for readers
     numbers: tuple[str, ...]
     v_programs: int
+    chunk: int
     scratch: int
     stores: tuple[tuple[str, Axes], ...]
 
@@ -54,6 +57,13 @@ class TirKernel:
 def print_tir(kernel: Kernel, signature: Signature, config: TvmConfig) -> TirKernel:
     """`kernel` as TIR for `signature`."""
     return _Printer(kernel, signature, config).print()
+
+
+def print_number(name: str, value: int) -> PrimFunc:
+    """A function that returns a number: what callers of a library need to know."""
+    returns = tirx.Return(tirx.IntImm("int64", value))
+    function = PrimFunc([], returns, ret_type=PrimType("int64"))
+    return function.with_attr("global_symbol", name)
 
 
 class _Printer:
@@ -71,7 +81,7 @@ class _Printer:
         self._numbers = {n: Var(f"number_{n}", "float32") for n in names}
         self._heads = Var("HV", "int64")
         self._scratch = tirx.decl_buffer(
-            (Var("scratch_size", "int64"),), "float32", "scratch", data_alignment=4, layout=None
+            (int64(self._size),), "float32", "scratch", data_alignment=4, layout=None
         )
         rows = Var("N", "int64"), Var("M", "int64")
         self._tables = [
@@ -88,6 +98,7 @@ class _Printer:
             self._size += self._shapes.size(axes)
 
     def print(self) -> TirKernel:
+        """The kernel, statement by statement."""
         kernel, entry, code = self._kernel, Code(), Code()
         transfers = Transfers(self._signature, self._shapes.chunk, entry, self._heads)
         begin, end = Var("begin", "int64"), Var("end", "int64")
@@ -106,8 +117,10 @@ class _Printer:
             loop=kernel.loop,
             function=function.with_attr("tirx.noalias", True),
             parameters=tuple(transfers.tensors),
+            tensors=tuple(_shown(x.declared) for x in transfers.tensors.values()),
             numbers=tuple(self._numbers),
             v_programs=self._signature.dims.V // self._v_tile,
+            chunk=self._shapes.chunk,
             scratch=self._size,
             stores=tuple((name, t.axes) for name, t in kernel.stores),
         )
@@ -186,6 +199,11 @@ class _Printer:
         for c in self._kernel.carried:
             if unaliased(c.end) not in (*self._schedule.in_place, c.start):
                 _assign(frame, c.start, c.end)
+
+
+def _shown(x: Buffer) -> str:
+    sizes = (str(n.value) if isinstance(n, tirx.IntImm) else n.name for n in x.shape)
+    return f"[{','.join('*' if '_n' in n else n for n in sizes)}] {x.dtype}"
 
 
 def _assign(frame: Frame, start: Tile, end: Tile) -> None:

@@ -11,7 +11,7 @@ import logging
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ import tvm
 import tvm_ffi
 from filelock import FileLock
 from tvm import tirx
+from tvm.tirx import PrimFunc
 
 from ..codegen.print_tir import TirKernel
 from .cache import cache_folder, write_atomically
@@ -61,12 +62,17 @@ def functions(kernels: Sequence[TirKernel], cpu: str) -> list[Function]:
         return list(threads.map(lambda kernel: _function(kernel, cpu), kernels))
 
 
-def compile_object(kernels: Sequence[TirKernel], cpu: str, path: Path, *, checked: bool) -> None:
-    """An object file with a function for each kernel.
+def write_library(functions: Mapping[str, PrimFunc], cpu: str, path: Path) -> None:
+    """A shared library of functions that compare every argument with what they take.
 
-    `checked`: the functions compare every argument with what they were compiled for.
+    Raises:
+        FileNotFoundError: this machine has no linker.
     """
-    _compiled(kernels, cpu, checked=checked).write_to_file(str(path), "o")
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = Path(folder) / "library.o"
+        _compiled(functions, cpu, checked=True).write_to_file(str(compiled), "o")
+        if not link([compiled], path):
+            raise FileNotFoundError(f"no linker found; looked for {', '.join(_LINKERS)}")
 
 
 def link(objects: Sequence[Path], library: Path) -> bool:
@@ -74,15 +80,17 @@ def link(objects: Sequence[Path], library: Path) -> bool:
     linker = next(filter(None, map(shutil.which, _LINKERS)), None)
     if linker is None:
         return False
-    subprocess.run([linker, "-shared", "-o", library, *objects], check=True, capture_output=True)
+    subprocess.run(
+        [linker, "-shared", "-s", "-o", library, *objects], check=True, capture_output=True
+    )
     return True
 
 
 def _compiled(
-    kernels: Sequence[TirKernel], cpu: str, *, checked: bool = False
+    functions: Mapping[str, PrimFunc], cpu: str, *, checked: bool = False
 ) -> tvm.runtime.Module:
     target = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "opt-level": _OPTIMISE})
-    module = tvm.IRModule({k.name: k.function for k in kernels})
+    module = tvm.IRModule(dict(functions))
     module = tirx.transform.BindTarget(target.with_host(target))(module)
     unchecked = () if checked else (tirx.transform.SkipAssert(),)
     for lower in (*_ENTRY, *unchecked, *_REST):
@@ -95,7 +103,7 @@ def _function(kernel: TirKernel, cpu: str) -> Function:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not _sound(path) and not _write(kernel, cpu, path):
-            module = _compiled([kernel], cpu)
+            module = _compiled({kernel.name: kernel.function}, cpu)
             return _named(module, kernel)
     return _named(tvm_ffi.load_module(str(path)), kernel)
 
@@ -118,7 +126,8 @@ def _write(kernel: TirKernel, cpu: str, path: Path) -> bool:
         compiled, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
         if not any(map(shutil.which, _LINKERS)):
             return False
-        compile_object([kernel], cpu, compiled, checked=False)
+        module = _compiled({kernel.name: kernel.function}, cpu)
+        module.write_to_file(str(compiled), "o")
         link([compiled], linked)
         write_atomically(_checksum_file(path), _checksum(linked))
         linked.replace(path)

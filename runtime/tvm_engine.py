@@ -138,7 +138,7 @@ class _Run:
         call = self._call
         threads = torch.get_num_threads()
         size = max(k.scratch for k, _ in self._compiled.kernels)
-        scratch = torch.empty((threads, size))
+        room = torch.empty((threads, size))
         ends: dict[str, Tensor] = {}
         for kernel, function in self._compiled.kernels:
             for name, axes in kernel.stores:
@@ -146,6 +146,7 @@ class _Run:
                     self.buffers[name] = self._new(name, axes)
             arguments = [self._argument(p.role, p.of, starts, ends) for p in kernel.parameters]
             numbers = [call.params[n] for n in kernel.numbers]
+            scratch = room[:, : kernel.scratch].unbind()
             table = self._chunks if kernel.loop is Loop.PARALLEL else self._sequences
 
             def work(
@@ -155,6 +156,7 @@ class _Run:
                 function: Function = function,
                 arguments: list[Tensor] = arguments,
                 numbers: list[float] = numbers,
+                scratch: tuple[Tensor, ...] = scratch,
             ) -> None:
                 function(
                     *arguments, self._sequences, self._chunks, scratch[thread], call.HV, *numbers,
