@@ -123,13 +123,14 @@ class _KernelPrinter(TritonMemory):
         names = ", ".join(self._parameters)
         text = "\n".join(f"    {line}" if line else "" for line in body)
         stores = ", ".join(n for n, _ in self._kernel.stores) or "nothing"
+        stages = "" if self._kernel.loop is Loop.PARALLEL else " STAGES: tl.constexpr,"
         return (
             '@triton.jit(do_not_specialize=["TOKENS", "chunks"])\n'
             f"def {self._kernel.name}(\n"
             f"    {names},\n"
             "    cu_seqlens, chunk_offsets, chunk_table, TOKENS, chunks, HV,\n"
             "    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, "
-            "BV: tl.constexpr,\n    NV: tl.constexpr, PACKED: tl.constexpr,\n"
+            f"BV: tl.constexpr,\n    NV: tl.constexpr, PACKED: tl.constexpr,{stages}\n"
             "):\n"
             f'    """{self._kernel.loop.value}; stores {stores}."""\n'
             f"{text}\n"
@@ -249,8 +250,7 @@ class _KernelPrinter(TritonMemory):
             lines += self._first_carry(c.start)
         constants = [t for t in order if not self._varies(t)]
         lines += self._run(constants)
-        steps = f"tl.range(0, tl.cdiv(length, C), num_stages={self._config.stages})"
-        lines.append(f"for step in {steps}:")
+        lines.append("for step in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):")
         chunk = "tl.cdiv(length, C) - 1 - step" if reverse else "step"
         inner = [
             f"chunk = {chunk}",

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .triton_types import Dtype, Role, Signature, TritonKernel
+from .triton_types import STAGES, Dtype, Role, Signature, TritonKernel
 
 _POINTER = {Dtype.FLOAT32: "*fp32", Dtype.BFLOAT16: "*bf16", Dtype.FLOAT16: "*fp16"}
 
@@ -81,9 +81,11 @@ def compile_kernel(
         for name, kind in types.items()
         if kind.startswith("*") or name.endswith(("_sb", "_st", "_sh"))
     }
-    ordered = {n: types[n] for n in names}
-    source = ASTSource(function, ordered, constants, attributes)
     for stages in range(kernel.config.stages, 0, -1):  # as runtime/schedule.py launches it
+        if STAGES in names:
+            types[STAGES], constants[STAGES] = "constexpr", stages
+        ordered = {n: types[n] for n in names}
+        source = ASTSource(function, ordered, constants, attributes)
         options = {"num_warps": kernel.config.warps, "num_stages": stages}
         compiled = triton.compile(source, target=target.triton, options=options)
         if compiled.metadata.shared <= target.shared_limit:

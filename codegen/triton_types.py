@@ -10,6 +10,8 @@ from .config import Dims, KernelConfig, Precision
 from .plan import Loop
 from .tile import Axes, Tile, TileOp
 
+STAGES = "STAGES"  # the parameter of scans that says how deep their loop is pipelined
+
 
 class Dtype(Enum):
     """Element types by their Triton names."""

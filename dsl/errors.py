@@ -548,13 +548,14 @@ class BadArtifact(ChunkwiseError, ValueError):
 
 
 class ReservedName(DeclarationError, ValueError):
-    """An operand named like an option that every op has."""
+    """An operand named like something that every op has: an option, its output, a gradient."""
 
     def __init__(self, name: str, reserved: Sequence[str], loc: Loc | None) -> None:
         super().__init__(
-            f"{name!r} is an option of every op, and cannot name an operand or parameter",
+            f"{name!r} is a name that every op uses; it cannot name an operand or parameter",
             loc=loc,
-            help=f"choose another name; reserved are {', '.join(reserved)}",
+            help=f"choose another name; reserved are {', '.join(reserved)}, "
+            "and d_x and x_chunk for every operand or state x",
         )
 
 

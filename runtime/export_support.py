@@ -144,6 +144,8 @@ def launch(kernel: Any, grid: int, stages: int, /, **arguments: Any) -> None:
     In fewer, where the GPU's shared memory is smaller than that of the one they were chosen for.
     """
     while True:
+        if "STAGES" in kernel.arg_names:  # a scan
+            arguments["STAGES"] = stages
         try:
             kernel[(grid,)](**arguments, num_stages=stages)
         except OutOfResources:

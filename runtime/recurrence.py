@@ -176,10 +176,13 @@ def _declare(function: Callable[..., object], engine: EngineName | str | None) -
 
 
 def _signature(declaration: Declaration) -> inspect.Signature:
-    reserved = {p.name for p in OPTIONS} | {"state"}
     names = [*(x.name for x in declaration.operands), *(p.name for p in declaration.params)]
+    states = [s.name for s in declaration.states]
+    reserved = {p.name for p in OPTIONS} | {"state", "o"}
+    # what kernels call gradients and what lies between them
+    taken = {f"d_{n}" for n in (*names, *states, "o")} | {f"{n}_chunk" for n in (*names, *states)}
     for name in (*names, *declaration.statics):
-        if name in reserved:
+        if name in reserved | taken:
             raise errors.ReservedName(name, sorted(reserved), where(declaration.function))
     either, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter(x.name, either) for x in declaration.operands]

@@ -18,7 +18,7 @@ from triton.runtime.errors import OutOfResources
 from ..codegen.differentiate import GRADIENT
 from ..codegen.plan import Loop
 from ..codegen.tile import Axis
-from ..codegen.triton_types import Buffer, Dtype, Role, TritonKernel
+from ..codegen.triton_types import STAGES, Buffer, Dtype, Role, TritonKernel
 
 TORCH = {
     Dtype.FLOAT32: torch.float32,
@@ -49,7 +49,10 @@ class Bound:
         stages keep the tiles and the results.
         """
         warps = self.kernel.config.warps
+        names = self.function.arg_names
         while True:
+            if STAGES in names:
+                arguments[names.index(STAGES)] = self.stages
             try:
                 return self.function[grid](*arguments, num_warps=warps, num_stages=self.stages)
             except OutOfResources:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -209,15 +210,19 @@ def test_micro_steps_agree(kit: Any) -> None:
         op(**{n: t[:, :, :0] if n != "q" else t for n, t in x.items()}, engine="reference")
 
 
-def test_names_of_options_are_reserved() -> None:
-    with pytest.raises(E.ReservedName, match="engine"):
+@pytest.mark.parametrize("name", ["engine", "o", "d_q", "S_chunk"])
+def test_names_of_options_and_results_are_reserved(name: str) -> None:
+    def unlucky(S: cw.State, q: cw.Key, k: cw.Key, v: cw.Value) -> tuple[cw.State, cw.Value]:
+        S = S + cw.outer(k, v)
+        return S, q @ S
 
-        @cw.recurrence
-        def unlucky(
-            S: cw.State, q: cw.Key, k: cw.Key, engine: cw.Value
-        ) -> tuple[cw.State, cw.Value]:
-            S = S + cw.outer(k, engine)
-            return S, q @ S
+    kinds = {name if n == "v" else n: kind for n, kind in unlucky.__annotations__.items()}
+    renamed = types.FunctionType(
+        unlucky.__code__.replace(co_varnames=("S", "q", "k", name)), unlucky.__globals__
+    )
+    renamed.__annotations__ = kinds
+    with pytest.raises(E.ReservedName, match=name):
+        cw.recurrence(renamed)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # Triton's interpreter is numpy
