@@ -1,0 +1,224 @@
+"""The TVM engine against torch on a CPU: time of calls and of steps, memory, compilation.
+
+The torch side is our derived chunk form in torch operations, with the derived gradient, at each
+chunk length; with `--compile` torch.compile of each as well. The fastest of them is what counts.
+Sides are interleaved, each with the same threads; a ratio is of medians of one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import chunkwise as cw
+import torch
+from chunkwise.autotune.measure import CpuDevice
+from chunkwise.codegen.config import EagerConfig
+from chunkwise.runtime import eager_engine, tvm_engine
+from chunkwise.runtime.call import Call, bind
+from torch import Tensor
+
+from . import machine, measure
+from .registry import CASES, Shape, draw
+from .run import _names
+
+CHUNKS = (32, 64, 128)
+CPU = torch.device("cpu")
+
+
+def _call(name: str, shape: Shape) -> Call:
+    operands = draw(CASES[name], shape, torch.float32, CPU)
+    declaration = getattr(cw.library, name).declaration
+    return bind(declaration, (), {n: x.detach() for n, x in operands.items()})
+
+
+def _sides(call: Call, do: Tensor, *, backward: bool, compiled: bool) -> dict[str, measure.Side]:
+    """The TVM engine first, then every torch formulation."""
+    none = (None,) * len(call.form.states)
+
+    def side(engine: object, config: object) -> Callable[[], object]:
+        module = tvm_engine if engine is tvm_engine else eager_engine
+
+        def run() -> object:
+            results = [module.forward(call, config)]
+            if backward:
+                results.append(module.backward(call, do, none, config))
+            return results
+
+        return run
+
+    runs = {"tvm": side(tvm_engine, None)}
+    for chunk in CHUNKS:
+        runs[f"torch, chunks of {chunk}"] = side(eager_engine, EagerConfig(chunk))
+    if compiled:
+        for chunk in CHUNKS:
+            run = torch.compile(side(eager_engine, EagerConfig(chunk)))
+            runs[f"torch.compile, chunks of {chunk}"] = run
+    return {name: measure.Side(torch.no_grad()(run), lambda: None) for name, run in runs.items()}
+
+
+def _contest(name: str, shape: Shape, repeats: int, *, compiled: bool) -> None:
+    call = _call(name, shape)
+    do = torch.randn(call.output_shape)
+    for label, backward in (("forward", False), ("forward+backward", True)):
+        sides = _sides(call, do, backward=backward, compiled=compiled)
+        runs, resets = [s.run for s in sides.values()], [s.reset for s in sides.values()]
+        clock = CpuDevice()
+        clock.rounds(runs, 2, resets)
+        samples = clock.rounds(runs, repeats, resets)
+        for what, of in (("median", statistics.median), ("least", min)):
+            times = [of(x) / 1e3 for x in samples]
+            ours, (best, fastest) = times[0], min(zip(times[1:], list(sides)[1:], strict=True))
+            print(
+                f"{name:<18} D{shape.D:<4} {label:<17} {what:<7} tvm {ours:8.2f} ms   "
+                f"torch {best:8.2f} ms ({fastest})   ratio {best / ours:5.1f}",
+                flush=True,
+            )
+
+
+def _steps(name: str, repeats: int) -> None:
+    """One token: the declared step in torch, and a call of one token."""
+    shape = Shape("step", 1, 1, 8, 64)
+    operands = {n: x.detach() for n, x in draw(CASES[name], shape, torch.float32, CPU).items()}
+    op = getattr(cw.library, name)
+    _, state = op(**operands, output_final_state=True, engine="tvm")
+
+    def step() -> None:
+        op.step(**operands, state=state)
+
+    def call() -> None:
+        op(**operands, initial_state=state, output_final_state=True, engine="tvm")
+
+    with torch.no_grad():
+        sides = [measure.Side(step, lambda: None), measure.Side(call, lambda: None)]
+        by_step, by_call = measure.interleaved(sides, CPU, repeats * 20)
+    print(
+        f"{name:<18} one token, 8 heads, D64: step in torch {by_step * 1e3:.0f} µs, "
+        f"call of the TVM engine {by_call * 1e3:.0f} µs"
+    )
+
+
+def _compilation(name: str, shape: Shape) -> None:
+    """Seconds until both directions are there, on an empty cache; forward and backward at once."""
+    code = (
+        "import sys, time\nfrom benchmarks import cpu\n"
+        "print(cpu.compile_seconds(sys.argv[1], int(sys.argv[2])))"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "CHUNKWISE_CACHE": folder}
+        command = [sys.executable, "-c", code, name, str(shape.D)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    print(f"{name:<18} D{shape.D:<4} compiled in {float(done.stdout):.1f} s")
+
+
+def compile_seconds(name: str, D: int) -> float:
+    """Of the forward, then of the backward; imports are not counted."""
+    call = _call(name, Shape("small", 1, 64, 1, D))
+    started = time.perf_counter()
+    tvm_engine.forward(call)
+    none = (None,) * len(call.form.states)
+    tvm_engine.backward(call, torch.zeros(call.output_shape), none)
+    return time.perf_counter() - started
+
+
+def peak(engine: str, name: str, T: int, D: int) -> float:
+    """MiB that forward and backward add to this process at their peak."""
+    call = _call(name, Shape("long", 1, T, 8, D))
+    do = torch.randn(call.output_shape)
+    module = tvm_engine if engine == "tvm" else eager_engine
+    none = (None,) * len(call.form.states)
+    short = _call(name, Shape("short", 1, 64, 8, D))
+    module.forward(short)
+    module.backward(short, torch.zeros(short.output_shape), none)
+    before = _resident()
+    seen = [before]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen.append(_resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    kept = module.forward(call)
+    gradients = module.backward(call, do, none)
+    done.set()
+    watcher.join()
+    del kept, gradients
+    return (max(seen) - before) / 2**20
+
+
+def _resident() -> int:
+    """Bytes of this process in memory."""
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * resource.getpagesize()
+
+
+def _memory(name: str, T: int, D: int) -> None:
+    code = "import sys\nfrom benchmarks import cpu\n"
+    code += "print(cpu.peak(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))"
+    found = {}
+    for engine in ("tvm", "eager"):
+        command = [sys.executable, "-c", code, engine, name, str(T), str(D)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[engine] = float(done.stdout)
+    print(
+        f"{name:<18} T{T} D{D}: forward+backward add {found['tvm']:.0f} MiB, "
+        f"torch {found['eager']:.0f} MiB"
+    )
+
+
+def _sgemm() -> float:
+    """GFLOP/s of the fastest large product of float32 matrices that torch offers here."""
+    n = 1024
+    x = torch.randn(n, n)
+    side = measure.Side(lambda: x @ x, lambda: None)
+    return 2 * n**3 / (measure.interleaved([side], CPU, 20)[0] * 1e-3) / 1e9
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
+    p.add_argument("--ops", type=_names(list(CASES), "recurrence"), default=list(CASES))
+    p.add_argument("--channels", default="64,128", help="K = V, separated by commas")
+    p.add_argument("--tokens", type=int, default=2048)
+    p.add_argument("--threads", type=int, default=2, help="of each side")
+    p.add_argument("--repeats", type=int, default=15)
+    p.add_argument("--compile", action="store_true", help="torch.compile too: minutes per op")
+    p.add_argument("--only", choices=("calls", "steps", "memory", "compilation"), default=None)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what was asked for, and print it with the machine."""
+    options = parser().parse_args(argv)
+    torch.set_num_threads(options.threads)
+    channels = [int(d) for d in options.channels.split(",")]
+    for key, value in machine.describe(CPU).items():
+        print(f"{key:<14} {value}")
+    print(f"load           {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
+    print(f"sgemm          {_sgemm():.0f} GFLOP/s on {options.threads} threads\n")
+    for name in options.ops:
+        for D in channels:
+            shape = Shape("cpu", 1, options.tokens, 8, D)
+            if options.only in (None, "calls"):
+                _contest(name, shape, options.repeats, compiled=options.compile)
+            if options.only in (None, "compilation"):
+                _compilation(name, shape)
+            if options.only in (None, "memory"):
+                _memory(name, 8192, D)
+        if options.only in (None, "steps"):
+            _steps(name, options.repeats)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
