@@ -39,7 +39,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     from .autotune.search import Budget
     from .autotune.storage import open_storage, without_secrets
     from .autotune.store import save
-    from .autotune.subject import Size, subject
+    from .autotune.subject import Size, rejected, subject
     from .autotune.tune import Task, tune
     from .runtime.plain import to_plain
 
@@ -59,13 +59,15 @@ def _tune(arguments: argparse.Namespace) -> int:
         op.declaration, engine, arguments.dims, dtype, size, device, arguments.chunk or ()
     )
     url = _storage(arguments, about.key.path)
+    versions = versions_here(engine)
     task = Task(
         recurrence=op.__name__,
         key=about.key,
         bucket=about.bucket,
-        versions=versions_here(engine),
+        versions=versions,
         storage=open_storage(url),
         storage_url=without_secrets(url),
+        rejected=rejected(about.key, versions),
     )
     left = arguments.budget - (time.monotonic() - started)
     budget = Budget(max(left, 1.0), arguments.jobs, arguments.exhaustive, arguments.seed)

@@ -17,7 +17,7 @@ from ..codegen.plan import Kernel, Loop
 from ..codegen.tile import Tile, TileOp
 from ..codegen.triton_types import Dtype
 from ..runtime.artifact import Bucket
-from .kernel_space import Choice, Traits
+from .kernel_space import SURELY_SHARED, Choice, Traits
 
 # of the data sheet's rates, what such kernels reach (docs/measured.md: kernels on an H100)
 _OF_BANDWIDTH = 0.75
@@ -26,7 +26,6 @@ _LAUNCH_US = 2.5
 # a step of a scan: waiting for its loads, and for each product that needs the one before
 _LOAD_US = 0.8
 _PRODUCT_US = 0.5
-_OF_SHARED = 0.6  # of the bound, which is generous: what compiled kernels take
 _OTHER_REGISTERS = 64  # of a thread, beside what is carried
 
 
@@ -143,5 +142,5 @@ def _resident(choice: Choice) -> int:
     """Programs on a multiprocessor at a time, by shared memory, registers and warps."""
     gpu, warps = choice.gpu, choice.tiles.warps
     registers = min(255, choice.held + _OTHER_REGISTERS) * gpu.warp * warps
-    shared = max(int(choice.shared * _OF_SHARED), 1)
+    shared = max(int(choice.shared * SURELY_SHARED), 1)
     return max(1, min(gpu.shared // shared, gpu.registers // registers, gpu.warps // warps))

@@ -57,7 +57,7 @@ class Standing:
 
         `every`: those that cannot win as well.
         """
-        times = {a: self._us(a) for a in self._tunable.alternatives}
+        times = {a: self._us(a) for a in self._tunable.alternatives if not self._hopeless(a)}
         least: dict[tuple[str, str], float] = {}
         bounds: dict[tuple[str, str], float] = {}
         for a, us in times.items():
@@ -73,6 +73,11 @@ class Standing:
             a for a in times if best is None or every or a.bound_us + beside(a, bounds) < best.us
         ]
         return sorted(kept, key=lambda a: times[a] + beside(a, least))
+
+    def _hopeless(self, alternative: Alternative) -> bool:
+        """Whether one of its parts has nothing left to try, and nothing that ran."""
+        states = [self.states.get(key) for key in alternative.parts]
+        return any(s is not None and s.exhausted and s.best is None for s in states)
 
     def _us(self, alternative: Alternative) -> float:
         """Its time: measured where it is, else guessed."""

@@ -15,7 +15,7 @@ from ..dsl import errors
 from ..dsl.declaration import Declaration
 from ..dsl.ir import Kind, Per
 from ..dsl.normal_form import Operand
-from ..runtime.artifact import Bucket, Configuration, Key
+from ..runtime.artifact import Bucket, Configuration, Key, Versions
 from ..runtime.call import Call, describe
 from ..runtime.engines import EngineName, load
 from ..runtime.selection import bucket_of, find, folders, key_here
@@ -140,6 +140,13 @@ def _tunable(
     raise errors.EngineUnavailable(
         engine.value, "it has no configurations to choose from", help="tune triton, tvm or eager"
     )
+
+
+def rejected(key: Key, versions: Versions) -> frozenset[Configuration]:
+    """What these versions built wrong on this kind of machine, as far as artifacts say."""
+    found = find(key, folders()).artifact
+    known = () if found is None else found.quarantine
+    return frozenset(r.config for r in known if r.versions == versions)
 
 
 def _neighbours(key: Key) -> tuple[Configuration, ...]:

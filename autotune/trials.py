@@ -68,7 +68,8 @@ class Trials:
 
     def propose(self, point: Point) -> None:
         """Have `point` tried before anything that the sampler thinks of."""
-        self._study.enqueue_trial(dict(point))
+        # so that it is free again if this worker dies before it says that it claims it
+        self._study.enqueue_trial(dict(point), user_attrs={"worker": _me()})
 
     def claim(self) -> Claim | None:
         """The next proposal, or the sampler's choice; None if somebody else has it already."""

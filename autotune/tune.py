@@ -40,7 +40,10 @@ _FOR_FINALS = 0.35  # of the budget: compiling whole configurations, racing and 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is tuned, and where it is written down. `storage_url`: for readers."""
+    """What is tuned, and where it is written down.
+
+    `storage_url`: for readers. `rejected`: what these versions built wrong before: no finalists.
+    """
 
     recurrence: str
     key: Key
@@ -48,6 +51,7 @@ class Task:
     versions: Versions
     storage: BaseStorage
     storage_url: str
+    rejected: frozenset[Configuration] = frozenset()
 
     @property
     def study(self) -> str:
@@ -93,7 +97,7 @@ def tune(
     finalists: list[Finalist] = []
     winner: Finalist | None = None
     with Compilers[int](budget.workers) as compilers:
-        for heat in _heats(tunable, findings):
+        for heat in _heats(tunable, findings, task.rejected):
             ranked = _raced(tunable, whole, compilers, heat, _FOR_RACE * budget.seconds)
             examined, winner = _examined(tunable, compilers, ranked)
             finalists += examined
@@ -104,7 +108,7 @@ def tune(
 
 
 def _heats(
-    tunable: Tunable, findings: Findings
+    tunable: Tunable, findings: Findings, rejected: frozenset[Configuration]
 ) -> Iterator[list[tuple[Configuration, Combination | None]]]:
     """The default beside the best few, then beside the next few."""
     found: dict[Configuration, Combination | None] = {}
@@ -112,7 +116,7 @@ def _heats(
         points: dict[str, Point] = {key: m.point for key, m in c.points}
         found.setdefault(tunable.configuration(dict(c.chosen), points), c)
     found.pop(tunable.default, None)
-    others = list(found.items())
+    others = [(config, c) for config, c in found.items() if config not in rejected]
     for n in range(_HEATS):
         some = others[n * _FINALISTS : (n + 1) * _FINALISTS]
         if some or n == 0:

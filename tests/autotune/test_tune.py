@@ -68,6 +68,15 @@ def test_what_is_wrong_is_rejected_and_the_next_wins() -> None:
     assert "rejected: d k: wrong" in report(tuning)
 
 
+def test_what_was_rejected_before_is_not_tried_again() -> None:
+    before = frozenset({FASTEST})
+    task = Task("fake", KEY, Bucket(2, 64), VERSIONS, InMemoryStorage(), "memory", before)
+    tuning = tune(Fake(), (Clock(), Clock()), task, Budget(20.0, seed=1))
+    assert FASTEST not in {f.config for f in tuning.finalists}
+    assert tuning.winner is not None
+    assert tuning.winner.config != DEFAULT
+
+
 def test_nothing_wins_where_everything_is_wrong() -> None:
     tuning = tuned(Fake(wrong=lambda config: True))
     assert tuning.winner is None
