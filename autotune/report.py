@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from ..codegen.config import Config, KernelConfig
+from ..codegen.plan import Plan
 from ..runtime.artifact import Configuration
 from .space import text
 from .trials import Measured
@@ -100,7 +102,8 @@ def describe(config: Configuration) -> str:
     """A configuration on a line."""
     if isinstance(config, Config):
         return f"C={config.chunk} {config.forward.label} / {config.backward.label}"
-    return repr(config)
+    values = ((f.name, getattr(config, f.name)) for f in fields(config))
+    return " ".join(f"{n}={x.label if isinstance(x, Plan) else x}" for n, x in values)
 
 
 def tiles(config: KernelConfig) -> str:

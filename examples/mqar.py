@@ -1,4 +1,4 @@
-"""The demo: declare two recurrences, train both on associative recall, see which one can forget.
+"""The demo: declare two recurrences, train both on associative recall, time them, tune one.
 
 Multi-query associative recall: the text binds values to keys, `k1 v1 k2 v2 ...`, and then asks for
 keys; the right answer to a key is the value that it was bound to last. There are more bindings
@@ -8,6 +8,9 @@ Irie, Schmidhuber 2021; Yang et al. 2024).
 
 Both models are the same but for the declared step: sizes, data, steps, seed, and learning rates
 from the same sweep (`--sweep` repeats it).
+
+Then the engine that trained them is timed against plain torch operations, and the delta rule's
+kernels are tuned for this machine.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ import chunkwise as cw
 import torch
 import torch.nn.functional as F
 from chunkwise import Key, Scalar, State, Value, outer
+from chunkwise.cli import main as chunkwise_command
+from chunkwise.runtime.engines import choose
 from chunkwise.runtime.layers import RecurrentLayer
 from chunkwise.runtime.model import LanguageModel
 from torch import Tensor
@@ -114,6 +119,47 @@ def train(name: str, rate: float, args: argparse.Namespace) -> Result:
     return Result(tuple(curve), right.mean().item(), by_bindings, seconds)
 
 
+def timed(op: cw.Recurrence, engine: str | None, device: str) -> float:
+    """Milliseconds of a forward and a backward of `op` at the size of a training step; median."""
+    random = torch.Generator().manual_seed(0)
+    last = {"Key": (KEY_DIM,), "Value": (VALUE_DIM,), "Scalar": ()}
+    shape = (BATCH, 2 * PAIRS + QUERIES, HEADS)
+    operands = {}
+    for x in op.declaration.operands:
+        drawn = torch.randn(*shape, *last[x.kind.name.title()], generator=random)
+        operands[x.name] = F.normalize(drawn, dim=2).to(device).requires_grad_()
+    cotangent = torch.ones(*shape, VALUE_DIM, device=device)
+    samples = []
+    for _ in range(25):
+        started = time.perf_counter()
+        op(**operands, engine=engine)[0].backward(cotangent)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        samples.append((time.perf_counter() - started) * 1e3)
+    return sorted(samples[5:])[10]
+
+
+def compare(args: argparse.Namespace) -> None:
+    """The engine that trained the models against torch operations, here and now."""
+    engine = choose(args.device, args.engine).value
+    print(f"\nforward and backward of one training step, {engine} and torch operations:")
+    for name, op in MODELS.items():
+        ours, eager = (timed(op, e, args.device) for e in (engine, "eager"))
+        print(f"{name:20} {ours:.2f} ms, eager {eager:.2f} ms: {eager / ours:.1f} times as fast")
+
+
+def tune(args: argparse.Namespace) -> int:
+    """`chunkwise tune` on the delta rule as declared above, at the size of a training step."""
+    size = f"{BATCH},{2 * PAIRS + QUERIES},{HEADS}"
+    command = ["tune", f"{__file__}:delta_rule", "--dims", f"K={KEY_DIM},V={VALUE_DIM}"]
+    command += ["--dtype", "fp32", "--shape", size, "--budget", str(args.tune)]
+    picture = args.out.with_name("tuning.png")
+    print(f"\nchunkwise {' '.join(command)}", flush=True)
+    done = chunkwise_command([*command, "--plot", str(picture)])
+    print(f"plot: {picture}")
+    return done
+
+
 def plot(results: dict[str, Result], path: Path) -> None:
     """Accuracy while training, and after it by how often the key had been bound."""
     import matplotlib as mpl
@@ -150,10 +196,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--engine", default=None, help="reference, eager or triton")
+    parser.add_argument("--engine", default=None, help="reference, eager, tvm or triton")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/mqar.png"))
+    parser.add_argument("--tune", type=int, default=40, help="seconds to tune for; 0: not at all")
     parser.add_argument("--sweep", action="store_true", help="try every learning rate, then stop")
     args = parser.parse_args(argv)
     if args.device == "cpu":
@@ -180,7 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     plot(results, args.out)
     print(f"plot: {args.out}")
-    return 0
+    compare(args)
+    return tune(args) if args.tune else 0
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ def sections(declaration: Declaration) -> dict[str, str]:
         chunk_body(form)
     except NotLowered as refusal:
         return {"engines": _only_reference(f"{refusal.headline}: {refusal.why}")}
-    served = (EngineName.REFERENCE, EngineName.EAGER, EngineName.TRITON)
     return {
         "chunk": chunk_form(form),
         "costs": costs(form),
-        "engines": f"engines  {', '.join(e.value for e in served)}",
+        "engines": f"engines  {', '.join(e.value for e in EngineName)}",
     }
 
 

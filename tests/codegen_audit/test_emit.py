@@ -120,7 +120,7 @@ def test_resources_of_what_is_no_target(
 def test_explain_says_what_was_compiled(rules: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["explain", rules]) == 0
     out = capsys.readouterr().out
-    for section in ("chunkwise form", "compulsory", "engines  reference, eager, triton"):
+    for section in ("chunkwise form", "compulsory", "engines  reference, eager, triton, tvm"):
         assert section in out
     assert cli.main(["explain", "oja"]) == 0
     refusal = (
