@@ -7,7 +7,8 @@ bit. Whatever runs calls can be examined: an engine, or one that a test has brok
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
@@ -128,9 +129,10 @@ def prepare(
     params = {p.name: 1.0 if p.default is None else p.default for p in form.params}
     small = ranges(form, params).small
     questions = []
-    for family in families:
-        call = draw(declaration, form, family, dims, dtype, device, tokens=tokens, micro=micro)
-        questions.append(_question(family, call, small))
+    with one_thread():
+        for family in families:
+            call = draw(declaration, form, family, dims, dtype, device, tokens=tokens, micro=micro)
+            questions.append(_question(family, call, small))
     return Exam(tuple(questions))
 
 
@@ -273,3 +275,14 @@ _NEW = frozenset(
         torch.ops.aten.new_empty_strided.default,
     )
 )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The token loop runs on small tensors: more threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,7 +19,7 @@ from ..runtime.call import Call, describe
 from ..runtime.engines import EngineName, load
 from ..runtime.selection import bucket_of, find, folders, key_here
 from .call_tunable import CallTunable
-from .certificate import Exam, prepare
+from .certificate import Exam, one_thread, prepare
 from .certificate_inputs import Family, draw
 from .cpu_spaces import eager_space, tvm_space
 from .measure import CpuDevice, CudaDevice, Device
@@ -71,8 +70,7 @@ def subject(
 
     @lru_cache(maxsize=1)
     def exam() -> Exam:
-        with _one_thread():
-            return prepare(declaration, dims, dtype, device)
+        return prepare(declaration, dims, dtype, device)
 
     tunable = _tunable(engine, call, exam, _neighbours(key), chunks)
     if device.type == "cuda":
@@ -89,7 +87,7 @@ def example(
     micro = 2 if declaration.has_micro else 1
     form = declaration.normal_form(micro)
     tokens = min(size.T, _DRAWN)
-    with _one_thread():
+    with one_thread():
         short = draw(
             declaration, form, Family.ORDINARY, dims, dtype, device, tokens=tokens, micro=micro
         )
@@ -153,14 +151,3 @@ def _neighbours(key: Key) -> tuple[Configuration, ...]:
     """Configurations that serve other sizes, or other machines of this kind."""
     found = find(key, folders()).artifact
     return () if found is None else tuple(dict.fromkeys(t.config for t in found.tuned))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The token loop runs on small tensors: more threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
