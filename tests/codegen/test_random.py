@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from chunkwise.dsl import oracle
-from chunkwise.runtime import eager_engine, triton_engine
+from chunkwise.runtime import eager_engine, triton_engine, tvm_engine
 from chunkwise.runtime.call import Call, bind
 from hypothesis import HealthCheck, given, note, settings
 from torch import Tensor
@@ -26,7 +26,6 @@ def _examples(usual: int) -> settings:
     """As many as the profile draws more than Hypothesis does by itself."""
     factor = max(1, settings().max_examples // 100)
     return settings(max_examples=usual * factor, suppress_health_check=SLOW)
-
 
 
 def _check(rule: Rule, shape: Shape, engine: Any, dtype: torch.dtype, limit: Tolerance) -> None:
@@ -92,6 +91,21 @@ def test_corrections_with_a_scalar_decay(rule: Rule, shape: Shape) -> None:
 @given(rules(low_rank=True, vector=True), shapes(around=32, longest=66))
 def test_corrections_with_a_vector_decay(rule: Rule, shape: Shape) -> None:
     _check(rule, shape, eager_engine, torch.float64, FLOAT64_RANDOM)
+
+
+compiled = _examples(6)  # a second each to compile, or two
+
+
+@compiled
+@given(rules(low_rank=False), shapes(around=32, longest=66))
+def test_compiled_additive_rules(rule: Rule, shape: Shape) -> None:
+    _check(rule, shape, tvm_engine, torch.float32, FLOAT32_HARD)
+
+
+@compiled
+@given(rules(low_rank=True), shapes(around=32, longest=66))
+def test_compiled_corrections(rule: Rule, shape: Shape) -> None:
+    _check(rule, shape, tvm_engine, torch.float32, FLOAT32_HARD)
 
 
 @pytest.fixture(scope="module")
