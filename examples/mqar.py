@@ -124,15 +124,15 @@ def timed(op: cw.Recurrence, engine: str | None, device: str) -> float:
     random = torch.Generator().manual_seed(0)
     last = {"Key": (KEY_DIM,), "Value": (VALUE_DIM,), "Scalar": ()}
     shape = (BATCH, 2 * PAIRS + QUERIES, HEADS)
-    operands = {}
+    operands = []
     for x in op.declaration.operands:
         drawn = torch.randn(*shape, *last[x.kind.name.title()], generator=random)
-        operands[x.name] = F.normalize(drawn, dim=2).to(device).requires_grad_()
+        operands.append(F.normalize(drawn, dim=2).to(device).requires_grad_())
     cotangent = torch.ones(*shape, VALUE_DIM, device=device)
     samples = []
     for _ in range(25):
         started = time.perf_counter()
-        op(**operands, engine=engine)[0].backward(cotangent)
+        op(*operands, engine=engine)[0].backward(cotangent)
         if device == "cuda":
             torch.cuda.synchronize()
         samples.append((time.perf_counter() - started) * 1e3)
