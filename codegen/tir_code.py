@@ -49,6 +49,11 @@ def ramp(start: Index, lanes: int) -> Expr:
     return start if lanes == 1 else tirx.Ramp(start, int32(1), lanes)
 
 
+def multiply_add(x: Expr, y: Expr, z: Expr) -> Expr:
+    """x y + z, rounded once where the CPU can."""
+    return tirx.call_llvm_pure_intrin(str(z.ty.dtype), "llvm.fmuladd", x, y, z)
+
+
 def is_static(value: Index, expected: int) -> bool:
     """Whether `value` is known to be `expected`."""
     if isinstance(value, int):

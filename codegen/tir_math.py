@@ -11,7 +11,7 @@ from tvm import tirx
 from tvm.tirx import Expr
 
 from ..dsl.ir import Op
-from .tir_code import number, vector_type
+from .tir_code import multiply_add, number, vector_type
 
 _LOG2E = 1.44269504088896341
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
@@ -43,7 +43,7 @@ class Math:
         if fn in _BINARY:
             return _BINARY[fn](*args)
         (x,) = args
-        return _UNARY[fn](self, self._bind("x", x))
+        return self._bind(fn.name.lower(), _UNARY[fn](self, self._bind("x", x)))
 
     def _c(self, value: float) -> Expr:
         return number(value, self._lanes)
@@ -60,7 +60,7 @@ class Math:
     def _polynomial(self, x: Expr, coefficients: tuple[float, ...]) -> Expr:
         result = self._c(coefficients[0])
         for c in coefficients[1:]:
-            result = result * x + self._c(c)
+            result = multiply_add(result, x, self._c(c))
         return result
 
     def _reduced(self, x: Expr) -> tuple[Expr, Expr]:
@@ -70,7 +70,7 @@ class Math:
         n = self._bind("n", tirx.call_llvm_pure_intrin(name, "llvm.floor", half_up))
         r = x - n * self._c(_LN2_HIGH)
         r = self._bind("r", r - n * self._c(_LN2_LOW))
-        small = self._polynomial(r, _EXP) * (r * r) + r
+        small = self._bind("small", self._polynomial(r, _EXP) * (r * r) + r)
         return small, tirx.Cast(vector_type("int32", self._lanes), n)
 
     def _power(self, n: Expr) -> Expr:
@@ -124,8 +124,9 @@ class Math:
         n = tirx.Cast(vector_type("float32", self._lanes), exponent)
         n = self._bind("n", n - tirx.Select(tiny, self._c(24.0), self._c(0.0)))
         square = self._bind("square", f * f)
-        rest = self._polynomial(f, _LOG) * f * square + n * self._c(_LN2_LOW)
-        rest = rest - square * self._c(0.5)
+        rest = self._bind("rest", self._polynomial(f, _LOG) * f * square)
+        rest = self._bind("rest", n * self._c(_LN2_LOW) + rest)
+        rest = self._bind("rest", rest - square * self._c(0.5))
         result = self._bind("log", (f + rest) + n * self._c(_LN2_HIGH))
         infinite = self._c(float("inf"))
         result = tirx.Select(x < infinite, result, x)  # infinite, or NaN
@@ -136,12 +137,12 @@ class Math:
         """log(1 + x) without cancellation near 0: what rounding 1 + x lost is added back."""
         u = self._bind("u", self._c(1.0) + x)
         lost = self._bind("lost", (x - (u - self._c(1.0))) / u)
-        whole = self.log(u)
-        return tirx.Select(tirx.abs(x) < self._c(1e30), whole + lost, whole)
+        whole = self._bind("whole", self.log(u))
+        return tirx.Select(self.abs(x) < self._c(1e30), whole + lost, whole)
 
     def softplus(self, x: Expr) -> Expr:
         """log(1 + e^x), which overflows for no x."""
-        small = self._bind("small", self.decayed(self._bind("m", -tirx.abs(x))))
+        small = self._bind("small", self.decayed(self._bind("m", -self.abs(x))))
         return self.most(x, 0.0) + self.log1p(small)
 
     def logsigmoid(self, x: Expr) -> Expr:
@@ -154,10 +155,14 @@ class Math:
 
     def tanh(self, x: Expr) -> Expr:
         """Hyperbolic tangent, exact near 0 and at large x."""
-        twice = self._bind("twice", tirx.abs(x) * self._c(-2.0))
+        twice = self._bind("twice", self.abs(x) * self._c(-2.0))
         u = self._bind("u", self.expm1(twice))
         y = self._bind("tanh", u / (u + self._c(2.0)))
         return tirx.Select(x > self._c(0.0), -y, y)
+
+    def abs(self, x: Expr) -> Expr:
+        name = vector_type("float32", self._lanes)
+        return tirx.call_llvm_pure_intrin(name, "llvm.fabs", x)
 
     def sqrt(self, x: Expr) -> Expr:
         name = vector_type("float32", self._lanes)
@@ -177,7 +182,7 @@ _BINARY: dict[Op, Callable[..., Expr]] = {
 }
 _UNARY: dict[Op, Callable[[Math, Expr], Expr]] = {
     Op.NEG: lambda _, x: -x,
-    Op.ABS: lambda _, x: tirx.abs(x),
+    Op.ABS: Math.abs,
     Op.EXP: Math.exp,
     Op.LOG: Math.log,
     Op.EXPM1: Math.expm1,

@@ -13,7 +13,7 @@ from tvm import tirx
 from tvm.tirx import Expr
 
 from .tile import Axis, Tile, TileOp
-from .tir_code import Accumulator, Index, broadcast, int32, number, ramp
+from .tir_code import Accumulator, Index, broadcast, int32, multiply_add, number, ramp
 from .tir_frame import Frame
 from .tir_schedule import Region, columns_exchanged, sides, zero_above
 from .tir_values import Values
@@ -51,7 +51,8 @@ def _blocks(frame: Frame, t: Tile, *, plain: bool) -> Iterator[tuple[list[Index]
     if t in frame.schedule.half:
         height = 1 if plain else min(lanes, 8)
         with code.loop(0, shapes.chunk // height, "r") as r:
-            vectors = (int32(r) * height + (height - 1)) // lanes + 1
+            last = int32(r) * height + (height - 1)
+            vectors = tirx.truncdiv(last, int32(lanes)) + 1
             with code.loop(0, vectors, "c") as c:
                 yield _rows(r, height), [int32(c) * lanes]
         return
@@ -120,7 +121,7 @@ def block_product(
         for a, row in enumerate(rows):
             one = code.bind("x", broadcast(single(row, s), lanes))
             for b, y in enumerate(ys):
-                code.set(block[a][b], one * y + block[a][b].get())
+                code.set(block[a][b], multiply_add(one, y, block[a][b].get()))
     return block
 
 
@@ -195,16 +196,16 @@ def _substitute(
             points = [{row_axis: s, column_axis: c} for c in columns]
             solved = [code.bind("u", vectors.region(Region(t), p)) for p in points]
             for a, row in enumerate(rows):
-                one = code.bind("l", factor(row, s))
+                one = code.bind("l", -factor(row, s))
                 for b, u in enumerate(solved):
-                    code.set(block[a][b], block[a][b].get() - one * u)
+                    code.set(block[a][b], multiply_add(one, u, block[a][b].get()))
         order = range(height) if forward else range(height - 1, -1, -1)
         for n, a in enumerate(order):
             for done in list(order)[:n]:
-                one = code.bind("l", factor(rows[a], rows[done]))
+                one = code.bind("l", -factor(rows[a], rows[done]))
                 for b in range(len(columns)):
-                    taken = one * block[done][b].get()
-                    code.set(block[a][b], block[a][b].get() - taken)
+                    left = multiply_add(one, block[done][b].get(), block[a][b].get())
+                    code.set(block[a][b], left)
             for b, c in enumerate(columns):
                 point = {row_axis: rows[a], column_axis: c}
                 frame.write(Region(t), point, block[a][b].get(), lanes)

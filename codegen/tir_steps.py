@@ -116,7 +116,7 @@ def _add_row(frame: Frame, x: Tile, at: dict[Axis, Index], along: Axis, total: A
     extent = frame.shapes.extent(along)
     whole: Index = extent // lanes
     if len(x.axes) == 2 and zero_above(x):
-        whole = int32(at[x.axes[0]]) // lanes + 1
+        whole = tirx.truncdiv(int32(at[x.axes[0]]), int32(lanes)) + 1
     values = Values(frame, along)
     with code.loop(0, whole, "c") as c:
         value = values.at(x, {**at, along: int32(c) * lanes})
