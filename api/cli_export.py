@@ -1,8 +1,9 @@
-"""The command that writes a recurrence as a package which does not need this one."""
+"""The command that writes a recurrence as a package, or a library, which does not need this one."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 from .cli_command import Command, UsageError, add_target, find
@@ -23,12 +24,35 @@ def dtypes(text: str) -> tuple[Dtype, ...]:
     return tuple(dict.fromkeys(known[word] for word in text.split(",")))
 
 
+def _library(arguments: argparse.Namespace) -> int:
+    """A shared library for this CPU; prints what its functions take."""
+    declaration = find(arguments.target).declaration
+    sizes = arguments.dims or [Dims(128, 128)]
+    dtypes = arguments.dtype or (Dtype.FLOAT32,)
+    if len(sizes) > 1 or len(dtypes) > 1:
+        raise UsageError("a library holds one pair of dimensions and one dtype")
+    if arguments.name or arguments.layout != Layout.PACKAGE.value:
+        raise UsageError("--name and --layout are for packages; a library has neither")
+    if importlib.util.find_spec("tvm") is None:
+        raise UsageError('--target llvm needs TVM: pip install "chunkwise[tvm]"')
+    from .runtime.tvm_export import export_library
+
+    micro = arguments.micro or (2 if declaration.has_micro else 1)
+    form = declaration.normal_form(micro)
+    print(export_library(form, sizes[0], arguments.output, dtype=dtypes[0], cpu=arguments.cpu))
+    return 0
+
+
 def _export(arguments: argparse.Namespace) -> int:
+    if arguments.kind == "llvm":
+        return _library(arguments)
+    if arguments.cpu:
+        raise UsageError("--cpu is for libraries: --target llvm")
     declaration = find(arguments.target).declaration
     request = Request(
         target=arguments.target,
         dims=tuple(dict.fromkeys(arguments.dims or [Dims(128, 128)])),
-        dtypes=arguments.dtype,
+        dtypes=arguments.dtype or (Dtype.BFLOAT16,),
         name=arguments.name,
         micro=arguments.micro or (2 if declaration.has_micro else 1),
         layout=Layout(arguments.layout),
@@ -48,16 +72,28 @@ def _export(arguments: argparse.Namespace) -> int:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="the package's folder"
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="the package's folder, or the library",
     )
+    parser.add_argument(
+        "--target",
+        dest="kind",
+        choices=["triton", "llvm"],
+        default="triton",
+        help="a package of Triton kernels, or a shared library for a CPU",
+    )
+    parser.add_argument("--cpu", help="of a library, as LLVM names it: x86-64-v3 (default: this)")
     parser.add_argument(
         "--dims", type=dims, action="append", help="K=128,V=128; again for further dimensions"
     )
     parser.add_argument(
         "--dtype",
         type=dtypes,
-        default=(Dtype.BFLOAT16,),
-        help="bf16, fp16, fp32; several: bf16,fp32",
+        help="bf16, fp16, fp32; several: bf16,fp32 (default: bf16, of a library fp32)",
     )
     parser.add_argument("--name", help="of the function (default: that of the recurrence)")
     parser.add_argument("--micro", type=int, metavar="N", help="micro-steps of tuple operands")
@@ -71,11 +107,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 EXPORT = Command(
     "export",
-    "Write kernels, op, test and reference as a package that needs torch and triton only.",
+    "Write a package that needs torch and triton only, or a shared library for a CPU.",
     (
         "chunkwise export gated_delta_rule -o my_model/kernels",
         "chunkwise export my_rules.py:my_rule -o my_rule --dims K=64,V=64 --dtype bf16,fp32",
         "chunkwise export kda -o kda-repository --layout hub",
+        "chunkwise export gated_delta_rule -o libgdr.so --target llvm --dims K=64,V=64",
     ),
     _arguments,
     _export,

@@ -22,8 +22,10 @@ from ..dsl.errors import NotLowered
 from ..dsl.ir import Per
 from ..dsl.normal_form import NormalForm
 from .call import Call
+from .engines import EngineName
 from .refine import coarse, coarse_gradients, refined, refined_cotangent
 from .schedule import TORCH
+from .selection import bucket_of, key_here, serving
 from .tvm_build import Function, functions, host_cpu, lanes_of
 from .tvm_threads import share
 
@@ -93,7 +95,9 @@ def configuration() -> TvmConfig:
 
 def _compiled(call: Call, config: TvmConfig | None, *, backward: bool) -> _Compiled:
     dtypes = tuple((name, x.dtype) for name, x in call.operands.items())
-    config = config or configuration()
+    if config is None:
+        key = key_here(call.form, EngineName.TVM, call.dtype, Dims(call.K, call.V), call.device)
+        config = serving(TvmConfig, key, bucket_of(call), configuration)
     return compiled(call.form, Dims(call.K, call.V), call.dtype, dtypes, config, backward)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
-import chunkwise as cw
 import pytest
 import torch
 import tvm_ffi
-from chunkwise.codegen.config import Dims
-from chunkwise.runtime.tvm_export import export_library
+from chunkwise.cli import main
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cpp"
 K, V = 32, 48  # as in the example
@@ -20,10 +20,12 @@ K, V = 32, 48  # as in the example
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The library of the gated delta rule, and what its functions take."""
+    """The library of the gated delta rule, and what its functions take, by the command line."""
     path = tmp_path_factory.mktemp("export") / "libgdr.so"
-    form = cw.library.gated_delta_rule.declaration.normal_form()
-    return path, export_library(form, Dims(K, V), path)
+    command = ["export", "gated_delta_rule", "-o", str(path), "--target", "llvm"]
+    with redirect_stdout(StringIO()) as printed:
+        assert main([*command, "--dims", f"K={K},V={V}"]) == 0
+    return path, printed.getvalue()
 
 
 def test_it_says_what_it_takes(library: tuple[Path, str]) -> None:
