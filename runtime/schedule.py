@@ -47,6 +47,9 @@ class Bound:
 
         The bound by which configurations are made to fit (codegen/fit.py) is no guarantee: fewer
         stages keep the tiles and the results.
+
+        Raises:
+            RuntimeError: one stage is too much as well.
         """
         warps = self.kernel.config.warps
         names = self.function.arg_names
@@ -55,9 +58,10 @@ class Bound:
                 arguments[names.index(STAGES)] = self.stages
             try:
                 return self.function[grid](*arguments, num_warps=warps, num_stages=self.stages)
-            except OutOfResources:
+            except OutOfResources as lack:
                 if self.stages == 1:
-                    raise
+                    name = self.kernel.name
+                    raise RuntimeError(f"{name} does not fit this GPU: {lack}") from lack
                 self.stages -= 1
 
 
