@@ -8,13 +8,12 @@ that the run then looks up: so a real run finds everything compiled.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
 import json
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..codegen.modules import import_file
 from ..codegen.offline import VERDICTS
 from ..codegen.resources import usage
 from ..runtime.artifact import KernelReport
@@ -104,10 +104,4 @@ def specialisations(run: Run, shared: int) -> tuple[TritonJob, ...]:
 
 def _module(file: str) -> ModuleType:
     name = f"chunkwise_compiled_{hashlib.blake2b(file.encode(), digest_size=8).hexdigest()}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return import_file(name, Path(file))

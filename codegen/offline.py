@@ -7,7 +7,6 @@ else are one job, and Triton's cache hits again in the next process.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import multiprocessing
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from ..dsl.ir import Kind, Per
 from ..dsl.normal_form import NormalForm
 from . import triton_library
 from .config import Dims, Precision
+from .modules import import_file
 from .resources import Resources, Target, compile_kernel
 from .triton_types import Dtype, Signature, TritonKernel
 
@@ -131,13 +131,7 @@ def _import(source: str) -> ModuleType:
         return sys.modules[name]
     path = Path(_folder().name) / f"{name}.py"
     path.write_text(source, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return import_file(name, path)
 
 
 def run_jobs(jobs: Mapping[str, Job], workers: int) -> dict[str, Outcome]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
-import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
+
+from ..codegen.modules import import_file
 
 CACHE_VARIABLE = "CHUNKWISE_CACHE"
 
@@ -42,11 +42,4 @@ def import_source(source: str) -> ModuleType:
     path = cache_folder() / "source" / f"kernels_{digest}.py"
     if not path.exists() or path.read_text(encoding="utf-8") != source:
         write_atomically(path, source)
-    name = f"chunkwise_emitted_{digest}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return import_file(f"chunkwise_emitted_{digest}", path)

@@ -14,6 +14,7 @@ from ..codegen.triton_types import Buffer
 from ..dsl.ir import Per
 from .call import Call
 from .packing import chunk_table
+from .printed import own_gradient
 from .schedule import Bound, Layout, New, OperandLayout, Schedule, schedule
 
 
@@ -124,17 +125,10 @@ class Launch:
         )
 
     def gradient(self, name: str) -> Tensor:
-        """The gradient of an operand in its own shape and dtype, partial sums in fixed order."""
-        call, x = self._call, self._call.operands[name]
+        """The gradient of an operand in its own shape and dtype."""
+        call = self._call
         g = self.buffers.get(GRADIENT + name)
-        if g is None:
-            return torch.zeros_like(x)
-        if name in self._per_head:
-            return g.sum(0).to(x.dtype)
-        heads = x.shape[2]
-        if heads != call.HV:
-            g = g.reshape(call.B, call.T, heads, call.HV // heads, *x.shape[3:]).sum(3)
-        return g.to(x.dtype)
+        return own_gradient(g, call.operands[name], call.HV, per_head=name in self._per_head)
 
 
 def _new(b: New, device: torch.device) -> Tensor:

@@ -18,13 +18,9 @@ from triton.runtime.errors import OutOfResources
 from ..codegen.differentiate import GRADIENT
 from ..codegen.plan import Loop
 from ..codegen.tile import Axis
-from ..codegen.triton_types import STAGES, Buffer, Dtype, Role, TritonKernel
+from ..codegen.triton_types import STAGES, Buffer, Role, TritonKernel
+from .printed import TORCH
 
-TORCH = {
-    Dtype.FLOAT32: torch.float32,
-    Dtype.BFLOAT16: torch.bfloat16,
-    Dtype.FLOAT16: torch.float16,
-}
 TABLES = ("cu_seqlens", "chunk_offsets", "chunk_table")
 
 

@@ -25,11 +25,10 @@ from .cache import import_source
 from .call import Call
 from .engines import EngineName
 from .launch import Launch
+from .printed import PRINTED
 from .refine import coarse, coarse_gradients, refined, refined_cotangent
-from .schedule import TORCH, Bound
+from .schedule import Bound
 from .selection import bucket_of, key_here, serving
-
-_DTYPES = {dtype: low for low, dtype in TORCH.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ def _refusal(
     if device.type != "cuda" and not interpreted:
         return f"its kernels run on a GPU, and the operands are on {device}"
     for name, dtype in dtypes:
-        if dtype not in _DTYPES:
+        if dtype not in PRINTED:
             return f"{name} is {dtype}; Triton kernels take float32, bfloat16 and float16"
         if interpreted and dtype is torch.bfloat16:
             return "Triton's interpreter computes bfloat16 products wrongly: use float32 or float16"
@@ -177,8 +176,8 @@ def signature(
     dims: Dims, dtype: torch.dtype, dtypes: tuple[tuple[str, torch.dtype], ...]
 ) -> Signature:
     """What kernels are printed for, from the dtypes of a call and of its operands."""
-    named = tuple((name, _DTYPES[d]) for name, d in dtypes)
-    return Signature(dims, _DTYPES[dtype], named, _precision())
+    named = tuple((name, PRINTED[d]) for name, d in dtypes)
+    return Signature(dims, PRINTED[dtype], named, _precision())
 
 
 @lru_cache(maxsize=1)

@@ -23,13 +23,11 @@ from ..dsl.ir import Per
 from ..dsl.normal_form import NormalForm
 from .call import Call
 from .engines import EngineName
+from .printed import PRINTED, own_gradient
 from .refine import coarse, coarse_gradients, refined, refined_cotangent
-from .schedule import TORCH
 from .selection import bucket_of, key_here, serving
 from .tvm_build import Function, functions, host_cpu, lanes_of
 from .tvm_threads import share
-
-_DTYPES = {dtype: low for low, dtype in TORCH.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +43,7 @@ def supports(call: Call) -> str | None:
     if call.device.type != "cpu":
         return f"its code runs on a CPU, and the operands are on {call.device}"
     for name, x in call.operands.items():
-        if x.dtype not in _DTYPES:
+        if x.dtype not in PRINTED:
             return f"{name} is {x.dtype}; its kernels take float32, bfloat16 and float16"
     try:
         chunk_body(call.form)
@@ -110,8 +108,8 @@ def compiled(
     config: TvmConfig,
     backward: bool,
 ) -> _Compiled:
-    named = tuple((name, _DTYPES[d]) for name, d in dtypes)
-    signature = Signature(dims, _DTYPES[dtype], named, Precision.IEEE)
+    named = tuple((name, PRINTED[d]) for name, d in dtypes)
+    signature = Signature(dims, PRINTED[dtype], named, Precision.IEEE)
     program: Program = (
         backward_program(form, config.backward)
         if backward
@@ -197,17 +195,10 @@ class _Run:
         return torch.empty((0, *shape[1:])) if given is None else given.float().contiguous()
 
     def gradient(self, name: str) -> Tensor:
-        """The gradient of an operand in its own shape and dtype, partial sums in fixed order."""
-        call, x = self._call, self._call.operands[name]
+        """The gradient of an operand in its own shape and dtype."""
+        call = self._call
         g = self.buffers.get(GRADIENT + name)
-        if g is None:
-            return torch.zeros_like(x)
-        if name in self._per_head:
-            return g.sum(0).to(x.dtype)
-        heads = x.shape[2]
-        if heads != call.HV:
-            g = g.reshape(-1, heads, call.HV // heads, *x.shape[3:]).sum(2)
-        return g.view(x.shape).to(x.dtype)
+        return own_gradient(g, call.operands[name], call.HV, per_head=name in self._per_head)
 
 
 @lru_cache(maxsize=64)

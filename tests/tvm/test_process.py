@@ -152,3 +152,19 @@ def test_what_it_refuses() -> None:
 def test_float64_is_computed_by_torch() -> None:
     x = torch.ones(1, 3, 1, 4, dtype=torch.float64)
     assert OP(x, x, x)[0].dtype is torch.float64
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+import chunkwise as cw
+q, k, v = (torch.ones(1, 3, 1, 8, requires_grad=True) for _ in range(3))
+cw.library.linear_attention(q, k, v, engine="tvm")[0].sum().backward()
+assert q.grad is not None
+"""
+
+
+def test_no_triton_is_needed() -> None:
+    """Triton exists for Linux only."""
+    subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True)
