@@ -20,7 +20,7 @@ from .tile import Axes, Axis, Tile, TileOp
 from .tir_code import Code, Index, int32, int64
 from .tir_config import TvmConfig
 from .tir_decayed import DECAYED, EARLY, LATE
-from .tir_frame import Frame, Place, Shapes, allocate
+from .tir_frame import Frame, Shapes, allocate, placed
 from .tir_products import transpose
 from .tir_schedule import Action, Region, schedule
 from .tir_steps import compute
@@ -93,9 +93,8 @@ class _Printer:
         if not any(t.op in DECAYED for t in self._schedule.regions):
             return
         for region in (Region(EARLY), Region(LATE), Region(EARLY, transposed=True)):
-            axes = region.tile.axes[::-1] if region.transposed else region.tile.axes
-            self._places[region] = Place(self._size, axes, self._shapes.stride(axes))
-            self._size += self._shapes.size(axes)
+            self._places[region] = placed(region, self._size, self._shapes)
+            self._size += self._shapes.size(region.axes)
 
     def print(self) -> TirKernel:
         """The kernel, statement by statement."""

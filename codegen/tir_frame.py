@@ -77,7 +77,7 @@ def allocate(
     places: dict[Region, Place] = {}
     top = 0
     for start in carried:
-        places[Region(start)] = _placed(Region(start), top, shapes)
+        places[Region(start)] = placed(Region(start), top, shapes)
         top += shapes.size(start.axes)
     last: dict[Region, int] = {}
     for n, step in enumerate(schedule.steps):
@@ -97,20 +97,20 @@ def allocate(
                 start = schedule.in_place[region.tile]
                 places[region] = places[Region(start)]
             else:
-                size = shapes.size(region.tile.axes)
+                size = shapes.size(region.axes)
                 at = _take(free, size)
                 if at is None:
                     at, top = top, top + size
-                places[region] = _placed(region, at, shapes)
+                places[region] = placed(region, at, shapes)
         for dead in dying.get(n, ()):
             if dead.tile not in schedule.in_place:
-                _give(free, places[dead].offset, shapes.size(dead.tile.axes))
+                _give(free, places[dead].offset, shapes.size(dead.axes))
     return places, top
 
 
-def _placed(region: Region, offset: int, shapes: Shapes) -> Place:
-    axes = region.tile.axes[::-1] if region.transposed else region.tile.axes
-    return Place(offset, axes, shapes.stride(axes))
+def placed(region: Region, offset: int, shapes: Shapes) -> Place:
+    """The region at `offset`."""
+    return Place(offset, region.axes, shapes.stride(region.axes))
 
 
 def _take(free: list[tuple[int, int]], size: int) -> int | None:

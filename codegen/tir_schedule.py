@@ -40,6 +40,11 @@ class Region:
     tile: Tile
     transposed: bool = False
 
+    @property
+    def axes(self) -> Axes:
+        """As they lie in scratch."""
+        return self.tile.axes[::-1] if self.transposed else self.tile.axes
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
