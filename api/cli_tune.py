@@ -134,6 +134,12 @@ def _shape(text: str) -> tuple[int, int, int]:
     return B, T, H
 
 
+def _jobs(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes, 1 or more")
+    return int(text)
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text.removesuffix("s"))
@@ -172,7 +178,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="journal:///path or a database's URL: workers that share it divide the work",
     )
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time"
+        "--jobs", type=_jobs, default=os.cpu_count() or 1, help="compilations at a time"
     )
     parser.add_argument("--chunk", type=_chunks, metavar="C,C", help="only these chunk lengths")
     parser.add_argument(

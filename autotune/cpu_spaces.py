@@ -32,13 +32,12 @@ def eager_space(chunks: tuple[int, ...]) -> Space:
 
 
 def tvm_space(call: Call, default: TvmConfig, chunks: tuple[int, ...]) -> Space:
-    """The TVM engine: chunk, plan, register tile, and how far loops are unrolled."""
+    """The TVM engine: chunk, plan, register tile, and channels per item."""
     axes = (
         Axis("chunk", chunks or tuple(c for c in _TVM_CHUNKS if c % default.lanes == 0)),
         Axis("hoist", tuple(range(len(_HOISTS)))),
         Axis("rows", (2, 4, 6, 8)),
         Axis("vectors", (1, 2, 3, 4)),
-        Axis("unroll", (1, 2, 4)),
         Axis("v_tile", tuple(t for t in _TILES if t < 2 * call.V)),
     )
 
@@ -51,7 +50,6 @@ def tvm_space(call: Call, default: TvmConfig, chunks: tuple[int, ...]) -> Space:
         "hoist": 0,
         "rows": default.rows,
         "vectors": default.vectors,
-        "unroll": default.unroll,
         "v_tile": min(default.v_tile, axes[-1].choices[-1]),
     }
     first: Point = tuple((a.name, chosen[a.name]) for a in axes)

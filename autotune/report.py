@@ -80,7 +80,7 @@ def _verdict(tuning: Tuning) -> str:
     winner = tuning.winner
     if winner is None:
         return "nothing passed the examination: no configuration may serve on this machine"
-    default = next((f for f in tuning.finalists if f.combination is None), None)
+    default = next((f for f in reversed(tuning.finalists) if f.combination is None), None)
     if winner.combination is None:
         return "winner: the default. Nothing was faster by more than the noise, and right"
     lines = [f"winner: {describe(winner.config)}"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from ..codegen import offline
 from ..codegen.config import Config, Dims, KernelConfig
@@ -222,12 +222,12 @@ class TritonTunable:
 
 
 def _launchable(run: Run) -> Run:
-    """`run`, with what Triton raises for want of resources as a RuntimeError."""
+    """`run`, with what Triton's compiler raises as a RuntimeError."""
 
     def launch() -> None:
         try:
             run()
-        except OutOfResources as why:
+        except TritonError as why:
             raise RuntimeError(str(why)) from why
 
     return launch

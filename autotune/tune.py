@@ -143,6 +143,8 @@ def _raced(
         except RuntimeError:  # a launch that asks for too much; its part ran with other operands
             continue
         running.append((config, combination, run))
+    if not running:
+        return []
     timings = race(device, [run for _, _, run in running], seconds=seconds, least=11, most=44)
     ranked = [
         Finalist(config, combination, timed)
@@ -209,7 +211,8 @@ def _artifact(
 def _tuned(task: Task, findings: Findings, finalists: list[Finalist], winner: Finalist) -> Tuned:
     assert winner.certificate is not None
     timed = winner.timing
-    default = next((f.timing.median for f in finalists if f.combination is None), None)
+    # of the last heat, in which the winner ran
+    default = next((f.timing.median for f in reversed(finalists) if f.combination is None), None)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     study = Study(now, findings.trials, round(findings.seconds, 1), task.storage_url)
     return Tuned(
