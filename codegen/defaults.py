@@ -63,6 +63,16 @@ def default_config(body: Body, dims: Dims, *, wide_dtype: bool) -> Config:
     return Config(64, forward, backward, scan, tuple(kernels))
 
 
+def token_config(dims: Dims) -> Config:
+    """For kernels that take one token at a time: many programs, each with few columns of the state.
+
+    A warp holds 16 numbers a thread of each state: the loop waits for memory, not for arithmetic.
+    """
+    tile = max(8, min(padded(dims.V), 512 // padded(dims.K)))
+    nothing = Plan(Hoist.NOTHING, outputs_in_scan=True)
+    return Config(1, nothing, nothing, KernelConfig(tile, 1, 3))
+
+
 def _vector_gated(forward: Plan, backward: Plan) -> Config:
     """Decayed products may take log2(C) passes over tiles: short chunks, few keys at a time."""
     products = KernelConfig(64, 2, 1, k_tile=32)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..dsl.normal_form import NormalForm
+from ..dsl.step import Step
 from . import triton_library
 from .chunk import Body, derive
 from .config import Config
@@ -14,6 +15,7 @@ from .differentiate import Adjoint, differentiate
 from .factor import factor_adjoint, factor_body
 from .plan import Plan, Program, plan_backward, plan_forward
 from .print_triton import print_triton
+from .token import token_kernel
 from .triton_types import Dtype, Signature, TritonKernel
 
 
@@ -76,13 +78,39 @@ def emit(form: NormalForm, signature: Signature, config: Config) -> Emitted:
     return Emitted(source, forward, backward)
 
 
+@lru_cache(maxsize=512)
+def emit_token(step: Step, signature: Signature, config: Config) -> Emitted:
+    """The Triton module of `step` one token at a time: a forward alone."""
+    kernel = print_triton(token_kernel(step), signature, config)
+    dims, tiles = signature.dims, kernel.config
+    lines = [
+        f'"""{step.name}: one token at a time, generated. Step {step.digest}.',
+        "",
+        f"dimensions  K={dims.K} V={dims.V}, values in {signature.dtype.value}",
+        f"kernel      BV={tiles.v_tile} warps={tiles.warps} stages={tiles.stages}",
+        f"regenerate  chunkwise emit {step.name} --stage token {_options(signature)}",
+        '"""',
+        "",
+        "import triton",
+        "import triton.language as tl",
+    ]
+    parts = ["\n".join(lines), triton_library.sources(set(kernel.functions)), kernel.source]
+    source = "\n\n".join(p.strip("\n") for p in parts if p) + "\n"
+    ast.parse(source)
+    return Emitted(source, (kernel,), ())
+
+
+def _options(signature: Signature) -> str:
+    dims = signature.dims
+    return f"--dims K={dims.K},V={dims.V} --dtype {signature.dtype.value}"
+
+
 def _header(form: NormalForm, signature: Signature, config: Config) -> str:
     dims = signature.dims
     kernels = ", ".join(
         f"{name}: BV={k.v_tile} warps={k.warps} stages={k.stages}" for name, k in config.kernels
     )
     k = config.default
-    options = f"--dims K={dims.K},V={dims.V} --dtype {signature.dtype.value}"
     lines = [
         f'"""{form.name}: chunkwise kernels, generated. Normal form {form.digest}.',
         "",
@@ -91,7 +119,7 @@ def _header(form: NormalForm, signature: Signature, config: Config) -> str:
         f"forward     {config.forward.label}",
         f"backward    {config.backward.label}",
         f"kernels     BV={k.v_tile} warps={k.warps} stages={k.stages}; {kernels}".rstrip("; "),
-        f"regenerate  chunkwise emit {form.name} {options}",
+        f"regenerate  chunkwise emit {form.name} {_options(signature)}",
         '"""',
         "",
         "import triton",

@@ -13,6 +13,7 @@ from tvm import tirx
 from tvm.ir import PrimType
 from tvm.tirx import Buffer, Expr, PrimFunc, Var
 
+from .chunk import Carried
 from .config import Dims
 from .expressions import unaliased
 from .plan import Kernel, Loop, sums_over
@@ -20,13 +21,13 @@ from .tile import Axes, Axis, Tile, TileOp
 from .tir_code import Code, Index, int32, int64
 from .tir_config import TvmConfig
 from .tir_decayed import DECAYED, EARLY, LATE
-from .tir_frame import Frame, Shapes, allocate, placed
+from .tir_frame import Frame, Rows, Shapes, allocate, placed
 from .tir_products import transpose
 from .tir_schedule import Action, Region, schedule
 from .tir_steps import compute
 from .tir_transfer import Transfers, Work
 from .tir_values import Values
-from .triton_types import Parameter, Signature
+from .triton_types import Parameter, Role, Signature
 
 # what of a call the tables of work hold, a row per sequence and per chunk, in int64
 SEQUENCE = ("batch", "first token in it", "tokens", "first token of all", "first chunk of all")
@@ -54,9 +55,15 @@ class TirKernel:
     stores: tuple[tuple[str, Axes], ...]
 
 
-def print_tir(kernel: Kernel, signature: Signature, config: TvmConfig) -> TirKernel:
-    """`kernel` as TIR for `signature`."""
-    return _Printer(kernel, signature, config).print()
+def print_tir(
+    kernel: Kernel, signature: Signature, config: TvmConfig, *, one_token: bool = False
+) -> TirKernel:
+    """`kernel` as TIR for `signature`.
+
+    `one_token`: of a scan over tokens, the kernel for a single one: its tensors have no time axis,
+    and it must be given first states.
+    """
+    return _Printer(kernel, signature, config, one_token).print()
 
 
 def print_number(name: str, value: int) -> PrimFunc:
@@ -67,9 +74,12 @@ def print_number(name: str, value: int) -> PrimFunc:
 
 
 class _Printer:
-    def __init__(self, kernel: Kernel, signature: Signature, config: TvmConfig) -> None:
+    def __init__(
+        self, kernel: Kernel, signature: Signature, config: TvmConfig, one_token: bool
+    ) -> None:
         self._kernel = kernel
         self._signature = signature
+        self._one_token = one_token
         self._v_tile = _v_tile(kernel, signature.dims.V, config.v_tile)
         dims = Dims(signature.dims.K, self._v_tile)
         self._shapes = Shapes(config.chunk, dims, config)
@@ -77,6 +87,7 @@ class _Printer:
         starts = [c.start for c in kernel.carried]
         self._places, self._size = allocate(self._schedule, starts, self._shapes)
         self._make_room_for_decayed()
+        self._outside: dict[Region, Rows] = {}
         names = dict.fromkeys(str(t.attrs[0]) for t in kernel.order if t.op is TileOp.PARAM)
         self._numbers = {n: Var(f"number_{n}", "float32") for n in names}
         self._heads = Var("HV", "int64")
@@ -99,7 +110,9 @@ class _Printer:
     def print(self) -> TirKernel:
         """The kernel, statement by statement."""
         kernel, entry, code = self._kernel, Code(), Code()
-        transfers = Transfers(self._signature, self._shapes.chunk, entry, self._heads)
+        transfers = Transfers(
+            self._signature, self._shapes.chunk, entry, self._heads, has_time=not self._one_token
+        )
         begin, end = Var("begin", "int64"), Var("end", "int64")
         self._code, self._transfers = code, transfers
         self._flat_tables = [entry.flat(x) for x in self._tables]
@@ -139,19 +152,37 @@ class _Printer:
             chunk = code.bind("chunk", self._table(1, number_, 1))
             self._chunk(sequence, head, value, chunk)
             return
-        length = code.bind("length", self._table(0, number_, 2))
         work = self._work(number_, head, value, int64(0))
         frame = self._frame(int32(0), int32(0))
+        moved = [c for c in self._kernel.carried if not self._stays(c)]
         for c in self._kernel.carried:
+            if c not in moved:  # read and written where the call has them
+                ends = (Role.INITIAL, c.start), (Role.FINAL, unaliased(c.end))
+                for role, t in ends:
+                    rows = self._transfers.state(role, c.start, work, number_)
+                    self._outside[Region(t)] = rows
+        for c in moved:
             self._transfers.first_carry(frame, c.start, work, number_)
-        size = int64(self._shapes.chunk)
-        count = code.bind("count", tirx.truncdiv(length + (size - 1), size))
-        with code.loop(int64(0), count, "turn", "int64") as turn:
-            reverse = self._kernel.loop is Loop.REVERSE
-            chunk = code.bind("chunk", count - 1 - turn) if reverse else turn
-            self._chunk(number_, head, value, chunk)
-        for c in self._kernel.carried:
+        if self._one_token:
+            self._chunk(number_, head, value, int64(0))
+        else:
+            length = code.bind("length", self._table(0, number_, 2))
+            size = int64(self._shapes.chunk)
+            count = code.bind("count", tirx.truncdiv(length + (size - 1), size))
+            with code.loop(int64(0), count, "turn", "int64") as turn:
+                reverse = self._kernel.loop is Loop.REVERSE
+                chunk = code.bind("chunk", count - 1 - turn) if reverse else turn
+                self._chunk(number_, head, value, chunk)
+        for c in moved:
             self._transfers.last_carry(frame, c.start, work, number_)
+
+    def _stays(self, c: Carried) -> bool:
+        """Whether a single token's carry needs no copy in scratch: rows are of whole vectors."""
+        end = unaliased(c.end)
+        computed = bool(end.args) and end in self._schedule.regions
+        ends = [unaliased(x.end) for x in self._kernel.carried]
+        whole = self._shapes.extent(c.start.axes[-1]) % self._shapes.lanes == 0
+        return self._one_token and whole and computed and ends.count(end) == 1
 
     def _table(self, table: int, row: Expr, column: int) -> Expr:
         width = len((SEQUENCE, CHUNK)[table])
@@ -174,7 +205,7 @@ class _Printer:
     def _frame(self, valid: Expr, first: Expr) -> Frame:
         return Frame(
             self._code, self._shapes, self._schedule, self._places, self._scratch, valid, first,
-            self._numbers,
+            self._numbers, self._outside,
         )  # fmt: skip
 
     def _chunk(self, sequence: Expr, head: Expr, value: Expr, chunk: Expr) -> None:
@@ -196,7 +227,8 @@ class _Printer:
             else:
                 compute(frame, step.tile)
         for c in self._kernel.carried:
-            if unaliased(c.end) not in (*self._schedule.in_place, c.start):
+            kept = (*self._schedule.in_place, c.start)
+            if unaliased(c.end) not in kept and Region(c.start) not in self._outside:
                 _assign(frame, c.start, c.end)
 
 

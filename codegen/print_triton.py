@@ -124,6 +124,7 @@ class _KernelPrinter(TritonMemory):
         text = "\n".join(f"    {line}" if line else "" for line in body)
         stores = ", ".join(n for n, _ in self._kernel.stores) or "nothing"
         stages = "" if self._kernel.loop is Loop.PARALLEL else " STAGES: tl.constexpr,"
+        loop = "a scan over tokens" if self._by_token else self._kernel.loop.value
         return (
             '@triton.jit(do_not_specialize=["TOKENS", "chunks"])\n'
             f"def {self._kernel.name}(\n"
@@ -132,12 +133,17 @@ class _KernelPrinter(TritonMemory):
             "    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, "
             f"BV: tl.constexpr,\n    NV: tl.constexpr, PACKED: tl.constexpr,{stages}\n"
             "):\n"
-            f'    """{self._kernel.loop.value}; stores {stores}."""\n'
+            f'    """{loop}; stores {stores}."""\n'
             f"{text}\n"
         )
 
+    @property
+    def _by_token(self) -> bool:
+        """Whether a chunk is one token: no tile has an axis for time."""
+        return not any(a in t.axes for t in self._kernel.order for a in (Axis.I, Axis.J))
+
     def _ranges(self) -> list[str]:
-        lines = ["oi = tl.arange(0, C)", "oj = tl.arange(0, C)"]
+        lines = [] if self._by_token else ["oi = tl.arange(0, C)", "oj = tl.arange(0, C)"]
         if self._loop is not Axis.K:
             lines.append("ok = tl.arange(0, BK)")
         if self._loop is not Axis.V:
@@ -250,14 +256,18 @@ class _KernelPrinter(TritonMemory):
             lines += self._first_carry(c.start)
         constants = [t for t in order if not self._varies(t)]
         lines += self._run(constants)
-        lines.append("for step in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):")
-        chunk = "tl.cdiv(length, C) - 1 - step" if reverse else "step"
-        inner = [
-            f"chunk = {chunk}",
-            "at = first + chunk * C",
-            "rows = chunk * C + oi < length",
-            "row = batch * TOKENS + at",
-        ]
+        if self._by_token:
+            lines.append("for chunk in tl.range(0, length, num_stages=STAGES):")
+            inner = ["at = first + chunk"]
+        else:
+            lines.append("for step in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):")
+            chunk = "tl.cdiv(length, C) - 1 - step" if reverse else "step"
+            inner = [
+                f"chunk = {chunk}",
+                "at = first + chunk * C",
+                "rows = chunk * C + oi < length",
+                "row = batch * TOKENS + at",
+            ]
         inner += self._stores([c.start for c in self._kernel.carried])
         inner += self._run([t for t in order if self._varies(t)])
         starts = {c.start for c in self._kernel.carried}

@@ -45,7 +45,7 @@ class TileOp(Enum):
     """The ops of TileIR and what they mean."""
 
     # leaves
-    TOKEN = "rows of a per-token tensor of the call; attrs (name,)"
+    TOKEN = "rows of a per-token tensor of the call, or without I its one row; attrs (name,)"
     HEAD = "a per-head tensor of the call; attrs (name,)"
     PARAM = "a run-time float of the call; attrs (name,)"
     CONST = "a number; attrs (value,)"
@@ -134,6 +134,11 @@ def const(value: float) -> Tile:
 
 def token(name: str, axes: Axes) -> Tile:
     return Tile(TileOp.TOKEN, (), (name,), axes_of(Axis.I, *axes), name)
+
+
+def row(name: str, axes: Axes) -> Tile:
+    """What a per-token tensor has for the one token at hand."""
+    return Tile(TileOp.TOKEN, (), (name,), axes_of(*axes), name)
 
 
 def head(name: str, axes: Axes) -> Tile:

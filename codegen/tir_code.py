@@ -90,8 +90,14 @@ class Code:
         (statements,) = self._open
         return _sequence(statements)
 
-    def bind(self, name: str, value: Expr) -> Var:
-        """A variable with that value."""
+    def bind(self, name: str, value: Expr) -> Expr:
+        """A variable with that value: of an index; of numbers a register.
+
+        What TVM knows of a variable it puts into the expressions of later ones, to simplify them:
+        of a polynomial in a polynomial it would make exponentially many terms.
+        """
+        if str(value.ty.dtype) not in ("int32", "int64"):
+            return self.accumulator(value).get()
         var = Var(name, value.ty)
         self.emit(tirx.Bind(var, value))
         return var

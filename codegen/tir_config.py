@@ -43,3 +43,9 @@ def default_config(lanes: int) -> TvmConfig:
         rows=rows,
         vectors=2,
     )
+
+
+def token_config(lanes: int) -> TvmConfig:
+    """For kernels that take one token at a time: there is nothing to tile but the state's rows."""
+    nothing = Plan(Hoist.NOTHING, outputs_in_scan=True)
+    return TvmConfig(chunk=1, forward=nothing, backward=nothing, lanes=lanes, rows=1, vectors=4)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tvm.tirx import Buffer, Expr, Var
 
 from .config import Dims
 from .tile import Axes, Axis, Tile
-from .tir_code import Code, Index, int32, load
+from .tir_code import Code, Index, int32, int64, load
 from .tir_config import TvmConfig
 from .tir_schedule import Region, Schedule
 
@@ -23,6 +23,15 @@ class Place:
     offset: int
     axes: Axes
     stride: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Where a tile lies in a tensor of the call: rows `stride` apart, channels side by side."""
+
+    buffer: Buffer
+    first: Expr
+    stride: Expr
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +154,7 @@ class Frame:
         valid: how many of the chunk's rows the sequence has (int32).
         first: the number of the chunk's first row within its sequence (int32).
         params: run-time floats by name.
+        outside: regions that lie in tensors of the call and not in scratch.
     """
 
     code: Code
@@ -155,14 +165,21 @@ class Frame:
     valid: Expr
     first: Expr
     params: Mapping[str, Var]
+    outside: Mapping[Region, Rows] = field(default_factory=dict)
 
     @property
     def lanes(self) -> int:
         return self.shapes.lanes
 
-    def address(self, region: Region, point: Mapping[Axis, Index]) -> Expr:
+    def _address(self, region: Region, point: Mapping[Axis, Index]) -> tuple[Buffer, Expr]:
         """Where the number at `point` lies."""
-        place = self.places[region]
+        if region in self.outside:
+            rows = self.outside[region]
+            *row, column = (int64(point[a]) for a in region.axes)
+            return rows.buffer, sum((r * rows.stride for r in row), rows.first + column)
+        return self.scratch, self._in_scratch(self.places[region], point)
+
+    def _in_scratch(self, place: Place, point: Mapping[Axis, Index]) -> Expr:
         if not place.axes:
             return int32(place.offset)
         if len(place.axes) == 1:
@@ -172,8 +189,8 @@ class Frame:
 
     def read(self, region: Region, point: Mapping[Axis, Index], lanes: int) -> Expr:
         """Numbers of a region, from `point` on along its last axis."""
-        return load(self.scratch, self.address(region, point), lanes)
+        return load(*self._address(region, point), lanes)
 
     def write(self, region: Region, point: Mapping[Axis, Index], value: Expr, lanes: int) -> None:
         """The same, stored."""
-        self.code.store(self.scratch, self.address(region, point), value, lanes)
+        self.code.store(*self._address(region, point), value, lanes)

@@ -66,9 +66,12 @@ def _rows(block: Index, height: int) -> list[Index]:
     return [int32(block) * height + a for a in range(height)]
 
 
-def column_blocks(frame: Frame, axis: Axis) -> Iterator[list[Index]]:
-    """First columns of the vectors of each block along `axis`, within the loop over blocks."""
-    lanes, wanted = frame.lanes, frame.shapes.config.vectors
+def column_blocks(frame: Frame, axis: Axis, most: int | None = None) -> Iterator[list[Index]]:
+    """First columns of the vectors of each block along `axis`, within the loop over blocks.
+
+    `most`: vectors in a block, in place of a product's.
+    """
+    lanes, wanted = frame.lanes, most or frame.shapes.config.vectors
     turns, rest = divmod(frame.shapes.vectors(axis), wanted)
     if turns:
         with frame.code.loop(0, turns, "c") as c:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from tvm import tirx
 
+from ..dsl.ir import Op
 from .tile import Axis, Tile, TileOp
-from .tir_code import Accumulator, Index, int32, number, ramp
+from .tir_code import Accumulator, Index, int32, multiply_add, number, ramp
 from .tir_decayed import decayed_apply, decayed_dot
 from .tir_frame import Frame
-from .tir_products import compute_matrix, horizontal_sum, invert, solve
+from .tir_products import column_blocks, compute_matrix, horizontal_sum, invert, solve
 from .tir_schedule import Region, zero_above
 from .tir_values import Values
+
+_SUMS = 8  # vectors that are summed at a time: an addition takes several cycles
 
 
 def compute(frame: Frame, t: Tile) -> None:
@@ -78,17 +81,27 @@ def _sum(frame: Frame, t: Tile) -> None:
 
 
 def _sum_of_rows(frame: Frame, t: Tile, x: Tile) -> None:
-    """Over the first axis: vectors along the second."""
+    """Over the first axis: vectors along the second, several of them at a time."""
     code, lanes = frame.code, frame.lanes
     row_axis, along = x.axes
-    with code.loop(0, frame.shapes.vectors(along), "c") as c:
-        column = int32(c) * lanes
-        total = code.accumulator(number(0.0, lanes))
-        begin: Index = column if zero_above(x) else 0
+    below = zero_above(x)
+    for columns in column_blocks(frame, along, 1 if below else _SUMS):
+        totals = [code.accumulator(number(0.0, lanes)) for _ in columns]
+        begin: Index = columns[0] if below else 0
         with code.loop(begin, frame.shapes.extent(row_axis), "r") as r:
-            value = Values(frame, along).at(x, {row_axis: r, along: column})
-            code.set(total, total.get() + value)
-        frame.write(Region(t), {along: column}, total.get(), lanes)
+            for column, total in zip(columns, totals, strict=True):
+                _add(frame, Values(frame, along), x, {row_axis: r, along: column}, total)
+        for column, total in zip(columns, totals, strict=True):
+            frame.write(Region(t), {along: column}, total.get(), lanes)
+
+
+def _add(frame: Frame, values: Values, x: Tile, point: dict[Axis, Index], to: Accumulator) -> None:
+    """Adds `x` at `point`; a product by a multiply-add."""
+    if x.op is TileOp.MAP and x.attrs == (Op.MUL,) and x not in frame.schedule.regions:
+        a, b = (values.at(y, point) for y in x.args)
+        frame.code.set(to, multiply_add(a, b, to.get()))
+    else:
+        frame.code.set(to, to.get() + values.at(x, point))
 
 
 def _sum_along_rows(frame: Frame, t: Tile, x: Tile) -> None:
@@ -119,8 +132,7 @@ def _add_row(frame: Frame, x: Tile, at: dict[Axis, Index], along: Axis, total: A
         whole = tirx.truncdiv(int32(at[x.axes[0]]), int32(lanes)) + 1
     values = Values(frame, along)
     with code.loop(0, whole, "c") as c:
-        value = values.at(x, {**at, along: int32(c) * lanes})
-        code.set(total, total.get() + value)
+        _add(frame, values, x, {**at, along: int32(c) * lanes}, total)
     if extent % lanes:
         first = extent - extent % lanes
         value = values.at(x, {**at, along: first})

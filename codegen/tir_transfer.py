@@ -14,7 +14,7 @@ from tvm.tirx import Buffer, Expr, Var
 
 from .tile import Axis, Tile, TileOp
 from .tir_code import Code, Index, int32, int64, load, number
-from .tir_frame import Frame
+from .tir_frame import Frame, Rows
 from .tir_schedule import Region
 from .tir_values import Values
 from .triton_types import Parameter, Role, Signature
@@ -56,29 +56,35 @@ class Tensor:
     strides: tuple[Expr, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """Where a tile lies in memory: rows `stride` apart, channels side by side."""
-
-    buffer: Buffer
-    first: Expr
-    stride: Expr
-
-
 class Transfers:
-    """The tensors of one kernel, gathered as its statements need them."""
+    """The tensors of one kernel, gathered as its statements need them.
 
-    def __init__(self, signature: Signature, chunk: int, entry: Code, heads: Expr) -> None:
+    `has_time`: whether tensors of tokens have an axis for them; else they hold one token.
+    """
+
+    def __init__(
+        self, signature: Signature, chunk: int, entry: Code, heads: Expr, *, has_time: bool
+    ) -> None:
         self._signature = signature
         self._chunk = chunk
+        self._has_time = has_time
         self._entry = entry
         self._heads = heads
         self.tensors: dict[Parameter, Tensor] = {}
 
     def tensor(
-        self, role: Role, of: str, shape: tuple[Expr | int | None, ...], *, dtype: str = "float32"
+        self,
+        role: Role,
+        of: str,
+        shape: tuple[Expr | int | None, ...],
+        *,
+        dtype: str = "float32",
+        strided: int = 0,
     ) -> Tensor:
-        """A parameter of that shape, sizes of None being the caller's; operands have strides."""
+        """A parameter of that shape, sizes of None being the caller's.
+
+        `strided`: of how many axes the strides are the caller's too; channels lie side by side.
+        """
         parameter = Parameter(f"{_PREFIX.get(role, '')}{of}", role, of)
         if parameter in self.tensors:
             return self.tensors[parameter]
@@ -87,11 +93,9 @@ class Transfers:
             Var(f"{name}_n{d}", "int64") if n is None else int64(n) if isinstance(n, int) else n
             for d, n in enumerate(shape)
         )
-        strides: tuple[Expr, ...] = ()
-        if role is Role.OPERAND:
-            strides = tuple(Var(f"{name}_s{d}", "int64") for d in range(len(shape)))
-            if len(shape) == 4:
-                strides = (*strides[:3], int64(1))
+        strides: tuple[Expr, ...] = tuple(Var(f"{name}_s{d}", "int64") for d in range(strided))
+        if strided and strided < len(shape):
+            strides = (*strides, int64(1))
         declared = tirx.decl_buffer(
             sizes, dtype, name, strides=list(strides), data_alignment=_BYTES[dtype], layout=None
         )
@@ -121,7 +125,7 @@ class Transfers:
 
     def first_carry(self, frame: Frame, start: Tile, work: Work, sequence: Expr) -> None:
         """The initial state, where the call gives one (its tensor is not empty), else zero."""
-        state = self._state(Role.INITIAL, start, work, sequence)
+        state = self.state(Role.INITIAL, start, work, sequence)
         (given,) = (x.shape[0] for p, x in self.tensors.items() if x.flat.same_as(state.buffer))
         _zero(frame, start)
         with frame.code.when(given > int64(0)):
@@ -129,7 +133,7 @@ class Transfers:
 
     def last_carry(self, frame: Frame, start: Tile, work: Work, sequence: Expr) -> None:
         """The final state."""
-        state = self._state(Role.FINAL, start, work, sequence)
+        state = self.state(Role.FINAL, start, work, sequence)
         if work.split and Axis.V not in start.axes:
             with frame.code.when(tirx.EQ(work.value, int64(0))):
                 _copy_out(frame, start, state)
@@ -143,22 +147,26 @@ class Transfers:
         sizes = {Axis.K: dims.K, Axis.V: dims.V}
         return tuple(sizes[a] for a in t.axes if a in sizes)
 
-    def _per_token(self, t: Tile, work: Work) -> _Rows:
+    def _per_token(self, t: Tile, work: Work) -> Rows:
         name = str(t.attrs[0])
-        shape = (None, None, None, *self._channels(t))
-        x = self.tensor(Role.OPERAND, name, shape, dtype=self._signature.of(name).value)
-        per_batch, per_token, per_head = x.strides[:3]
-        head = tirx.truncdiv(work.head, tirx.truncdiv(self._heads, x.shape[2]))
+        outer = 3 if self._has_time else 2  # batches, tokens, heads
+        shape = ((None,) * outer) + self._channels(t)
+        dtype = self._signature.of(name).value
+        x = self.tensor(Role.OPERAND, name, shape, dtype=dtype, strided=outer)
+        per_batch, per_head = x.strides[0], x.strides[outer - 1]
+        per_token = x.strides[1] if self._has_time else int64(0)
+        head = tirx.truncdiv(work.head, tirx.truncdiv(self._heads, x.shape[outer - 1]))
         first = work.batch * per_batch + work.row * per_token + head * per_head
-        return _Rows(x.flat, first + _value_offset(t, work), per_token)
+        return Rows(x.flat, first + _value_offset(t, work), per_token)
 
-    def _per_head(self, t: Tile, work: Work) -> _Rows:
+    def _per_head(self, t: Tile, work: Work) -> Rows:
         name = str(t.attrs[0])
         shape = (self._heads, *self._channels(t))
-        x = self.tensor(Role.OPERAND, name, shape, dtype=self._signature.of(name).value)
-        return _Rows(x.flat, work.head * x.strides[0] + _value_offset(t, work), int64(0))
+        dtype = self._signature.of(name).value
+        x = self.tensor(Role.OPERAND, name, shape, dtype=dtype, strided=len(shape))
+        return Rows(x.flat, work.head * x.strides[0] + _value_offset(t, work), int64(0))
 
-    def _buffer(self, name: str, t: Tile, work: Work) -> _Rows:
+    def _buffer(self, name: str, t: Tile, work: Work) -> Rows:
         times = [a for a in t.axes if a in _TIMES]
         sizes = self._channels(t)
         if len(times) == 2:
@@ -170,15 +178,16 @@ class Transfers:
             size *= n
         at = (work.flat if times else work.index) * self._heads + work.head
         stride = self._heads * size if times else int64(self._signature.dims.V)
-        return _Rows(x.flat, at * size + _value_offset(t, work), stride)
+        return Rows(x.flat, at * size + _value_offset(t, work), stride)
 
-    def _state(self, role: Role, start: Tile, work: Work, sequence: Expr) -> _Rows:
+    def state(self, role: Role, start: Tile, work: Work, sequence: Expr) -> Rows:
+        """The first or the last value of a carry."""
         sizes = self._channels(start)
         x = self.tensor(role, str(start.attrs[0]), (None, self._heads, *sizes))
         at = sequence * self._heads + work.head
         for n in sizes:
             at = at * n
-        return _Rows(x.flat, at + _value_offset(start, work), int64(self._signature.dims.V))
+        return Rows(x.flat, at + _value_offset(start, work), int64(self._signature.dims.V))
 
 
 def _value_offset(t: Tile, work: Work) -> Expr:
@@ -212,7 +221,7 @@ def _zero_row(frame: Frame, t: Tile, at: dict[Axis, Index], columns: Axis | None
         frame.write(Region(t), point, number(0.0, frame.lanes), frame.lanes)
 
 
-def _copy_in(frame: Frame, t: Tile, source: _Rows) -> None:
+def _copy_in(frame: Frame, t: Tile, source: Rows) -> None:
     code = frame.code
     rows, columns = _grid(t)
     if rows is None:
@@ -254,7 +263,7 @@ def _copy_row_in(
             frame.write(Region(t), {**at, columns: c}, load(buffer, first + int64(c), 1), 1)
 
 
-def _copy_out(frame: Frame, t: Tile, target: _Rows) -> None:
+def _copy_out(frame: Frame, t: Tile, target: Rows) -> None:
     rows, columns = _grid(t)
     if rows is None:
         _copy_row_out(frame, t, {}, columns, target.buffer, target.first)

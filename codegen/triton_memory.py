@@ -80,7 +80,8 @@ class TritonMemory(TritonExpressions):
         group = self._parameter(f"{name}_group", Role.GROUP, operand)
         base = f"{pointer} + batch * {batch} + at * {tokens} + (h // {group}) * {heads}"
         mask = self._mask_argument(t, rows=True, other=True)
-        self.lines.append(f"{name} = tl.load({base} + ({self._offsets(t, tokens)}){mask})")
+        within = f" + ({self._offsets(t, tokens)})" if t.axes else ""
+        self.lines.append(f"{name} = tl.load({base}{within}{mask})")
         self._raw[t] = self._signature.of(operand)
 
     def _load_head(self, t: Tile) -> None:

@@ -1,39 +1,127 @@
-"""One token at a time: the declared step in torch, for decoding."""
+"""One token at a time, for decoding: by a compiled kernel, or in torch where gradients are wanted.
+
+A decoder repeats the layout of the token before, so what a layout takes is worked out once; a call
+then makes room for its results and goes to the kernel.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ..dsl import errors, oracle
 from ..dsl.ir import Per
-from .call import arrange, describe, initial_states
+from .call import Call, arrange, describe, initial_states
+from .engines import ENGINE_VARIABLE, EngineName, choose, stepper
+from .tokens import Serve, Token
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
+
+States = Tensor | tuple[Tensor, ...]
+Given = Tensor | Sequence[Tensor | None] | None
+
+_Key = list[object]
+_SERVING: dict[tuple[object, ...], Serve | None] = {}  # by key; None: the step in torch
+_LATEST: dict[Declaration, tuple[_Key, Serve | None]] = {}  # compared sooner than hashed
+_MOST = 4096  # keys that are kept
+_PLAIN = (Tensor, torch.nn.Parameter)  # other kinds of tensor have meanings of their own
 
 
 def step(
     declaration: Declaration,
     args: Sequence[object],
     named: Mapping[str, object],
-    state: Tensor | Sequence[Tensor | None] | None,
-) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
+    state: Given,
+    engine: EngineName | str | None,
+) -> tuple[Tensor, States]:
     """`(o, new state)` of one token; the state is computed and returned as a call would.
 
     The operands come without T (`[B,H,K]`), or all of them with T = 1.
 
-    Raises: what a call raises, in terms of T = 1.
+    Raises: what a call raises, in terms of T = 1. EngineUnavailable: the named engine has no
+    kernel for this step, or gradients are wanted of it.
     """
+    values = [*args, *named.values()]
+    if state is None or isinstance(state, Tensor):
+        values.append(state)
+    else:
+        values += state
+    engine = engine or os.environ.get(ENGINE_VARIABLE)
+    key = _key(values)
+    if key is None:
+        return _in_torch(_bound(declaration, args, named, state), engine)
+    key += (engine, len(args), *named)
+    latest = _LATEST.get(declaration)
+    if latest is None or latest[0] != key:
+        latest = (key, _serving(declaration, args, named, state, engine, key))
+        _LATEST[declaration] = latest
+    serve = latest[1]
+    if serve is None:
+        return _in_torch(_bound(declaration, args, named, state), None)
+    return serve(values)
+
+
+def _key(values: Sequence[object]) -> _Key | None:
+    """What decides how values are served; None where torch must see what happens to them."""
+    gradients = torch.is_grad_enabled()
+    found: _Key = []
+    for x in values:
+        if isinstance(x, Tensor):
+            if type(x) not in _PLAIN or (gradients and x.requires_grad):
+                return None
+            found += (x.shape, x.stride(), x.dtype, x.device)
+        elif x is None or isinstance(x, (int, float)):
+            found.append(x)
+        else:
+            return None
+    return None if torch.compiler.is_compiling() else found
+
+
+def _serving(
+    declaration: Declaration,
+    args: Sequence[object],
+    named: Mapping[str, object],
+    state: Given,
+    engine: EngineName | str | None,
+    key: _Key,
+) -> Serve | None:
+    known = (declaration, *key)
+    if known not in _SERVING:
+        if len(_SERVING) >= _MOST:
+            _SERVING.clear()
+        _SERVING[known] = _serve(declaration, args, named, state, engine)
+    return _SERVING[known]
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """A checked call of one token, and whether its tensors came with a time axis."""
+
+    call: Call
+    has_time: bool
+
+
+def _bound(
+    declaration: Declaration,
+    args: Sequence[object],
+    named: Mapping[str, object],
+    state: Given,
+) -> _Bound:
     operands, params, static = arrange(declaration, args, named)
     per_token = [x for x in declaration.operands if x.per is Per.TOKEN]
     axes = {x.name: 3 + bool(x.kind.value) + x.micro for x in per_token}
     has_time = all(operands[n].ndim == ndim for n, ndim in axes.items())
     if not has_time:
         operands = {n: x.unsqueeze(1) if n in axes else x for n, x in operands.items()}
-    call = describe(declaration, operands, params, initial_states(declaration, state), None, static)
+    initial = initial_states(declaration, state)
+    traced = torch.compiler.is_compiling()
+    call = describe(declaration, operands, params, initial, None, static, symbolic=traced)
     if call.T != 1:
         raise errors.BadShape(
             per_token[0].name,
@@ -41,6 +129,49 @@ def step(
             "one token: T = 1, or no T axis",
             help="call the recurrence itself for several tokens (output_final_state=True)",
         )
-    o, new = oracle.run(call.step, operands, params, call.initial, dtype=call.state_dtype)
+    return _Bound(call, has_time)
+
+
+def _in_torch(bound: _Bound, engine: EngineName | str | None) -> tuple[Tensor, States]:
+    """The declared step as torch operations, which can be differentiated and traced."""
+    call = bound.call
+    if engine is not None and stepper(choose(call.device.type, engine)) is not None:
+        raise errors.EngineUnavailable(
+            choose(call.device.type, engine).value,
+            "its kernels have no gradient of a single step, and torch.compile does not see them",
+            help="call step under torch.no_grad(), or name no engine: torch then does it",
+        )
+    o, new = oracle.run(call.step, call.operands, call.params, call.initial, dtype=call.state_dtype)
     o = o.to(call.dtype)
-    return (o if has_time else o[:, 0]), (new[0] if len(new) == 1 else new)
+    return (o if bound.has_time else o[:, 0]), (new[0] if len(new) == 1 else new)
+
+
+def _serve(
+    declaration: Declaration,
+    args: Sequence[object],
+    named: Mapping[str, object],
+    state: Given,
+    engine: EngineName | str | None,
+) -> Serve | None:
+    """What serves values of this layout; None: the step in torch."""
+    bound = _bound(declaration, args, named, state)
+    call = bound.call
+    double = call.state_dtype is torch.float64
+    chosen = choose(call.device.type, engine, double=double)
+    prepare = stepper(chosen)
+    if prepare is None or 0 in (call.B, call.HV):
+        return None
+    names = [*(x.name for x, _ in zip(declaration.operands, args, strict=False)), *named]
+    made = prepare(
+        Token(
+            call,
+            places={name: names.index(name) for name in call.operands},
+            first_state=len(names),
+            has_time=bound.has_time,
+        )
+    )
+    if isinstance(made, str):
+        if engine is not None:
+            raise errors.EngineUnavailable(chosen.value, made)
+        return None
+    return made

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from enum import Enum
 from functools import cache
 from typing import TYPE_CHECKING, Protocol, cast
@@ -16,6 +17,7 @@ from ..dsl import errors
 
 if TYPE_CHECKING:
     from .call import Call
+    from .tokens import Serve, Token
 
 ENGINE_VARIABLE = "CHUNKWISE_ENGINE"
 
@@ -119,6 +121,11 @@ def load(name: EngineName) -> Engine:
             name.value, f"it needs the module {missing.name!r}, which is not installed"
         ) from missing
     return cast(Engine, module)
+
+
+def stepper(name: EngineName) -> Callable[[Token], Serve | str] | None:
+    """What makes an engine's kernel for single tokens, or says why it has none; None: torch's."""
+    return getattr(load(name), "prepare_step", None)
 
 
 def available() -> dict[EngineName, str | None]:

@@ -23,7 +23,7 @@ class Launch:
 
     def __init__(self, call: Call, config: Config, extra: Mapping[str, Tensor]) -> None:
         self._call = call
-        self._per_head = {o.name for o in call.form.operands if o.per is Per.HEAD}
+        self._per_head = {o.name for o in call.step.operands if o.per is Per.HEAD}
         self._operands = {
             name: x.contiguous() if name in self._per_head or x.stride(-1) != 1 else x
             for name, x in {**call.operands, **extra}.items()
@@ -98,7 +98,7 @@ class Launch:
 
     def _layout(self, initial: Mapping[str, Tensor | None]) -> Layout:
         call = self._call
-        shapes = {s.name: call.state_shape(s) for s in call.form.states}
+        shapes = {s.name: call.state_shape(s) for s in call.step.states}
         return Layout(
             call.B,
             call.T,

@@ -102,19 +102,27 @@ class Recurrence:
         return o, finals[0] if len(finals) == 1 else tuple(finals)
 
     def step(
-        self, *args: Tensor, state: GivenStates = None, **named: Tensor | float
+        self,
+        *args: Tensor,
+        state: GivenStates = None,
+        engine: EngineName | str | None = None,
+        **named: Tensor | float,
     ) -> tuple[Tensor, States]:
         """One token, for decoding: `(o, new_state)`.
+
+        A kernel computes it (of any declaration, on a CPU with TVM and on a GPU), or torch where
+        gradients are recorded, under torch.compile, and in float64.
 
         Args:
             *args, **named: the operands of a call without their T axis (`[B,H,K]`, `[B,HV,V]`,
                 `[B,HV]`; per-head ones unchanged) or with T = 1, and the declaration's floats.
             state: as `initial_state` of a call, N = B; zero where absent.
+            engine: "tvm" or "triton" for a kernel or else an error, "reference" for torch.
 
         Returns:
             o `[B,HV,V]` (`[B,1,HV,V]` where the operands have T) and the float32 state.
         """
-        return decode.step(self.declaration, args, named, state)
+        return decode.step(self.declaration, args, named, state, engine or self._engine)
 
     def explain(self) -> str:
         """What was understood and what will run: class, equations, gates' bounds, costs."""

@@ -5,6 +5,7 @@ Runs on a GPU; on a CPU only under Triton's interpreter (TRITON_INTERPRET=1), fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,14 +14,15 @@ import triton
 from torch import Tensor
 
 from ..codegen.config import Config, Dims, Precision
-from ..codegen.defaults import default_config
+from ..codegen.defaults import default_config, token_config
 from ..codegen.differentiate import GRADIENT
-from ..codegen.emit import chunk_body, emit
+from ..codegen.emit import Emitted, chunk_body, emit, emit_token
 from ..codegen.fit import H100_SHARED, fit
 from ..codegen.triton_types import Signature
 from ..dsl.errors import NotLowered
 from ..dsl.normal_form import NormalForm
-from .artifact import Bucket
+from ..dsl.step import Step
+from .artifact import Bucket, Key
 from .cache import import_source
 from .call import Call
 from .engines import EngineName
@@ -28,7 +30,8 @@ from .launch import Launch
 from .printed import PRINTED
 from .refine import coarse, coarse_gradients, refined, refined_cotangent
 from .schedule import Bound
-from .selection import bucket_of, key_here, serving
+from .selection import bucket_of, key_here, serving, token_loop_wins
+from .tokens import Serve, Token, of_tokens, refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +60,9 @@ def _refusal(
     dtypes: tuple[tuple[str, torch.dtype], ...],
     interpreted: bool,
 ) -> str | None:
-    if device.type != "cuda" and not interpreted:
-        return f"its kernels run on a GPU, and the operands are on {device}"
+    why = _no_device(device, interpreted)
+    if why is not None:
+        return why
     for name, dtype in dtypes:
         if dtype not in PRINTED:
             return f"{name} is {dtype}; Triton kernels take float32, bfloat16 and float16"
@@ -71,16 +75,47 @@ def _refusal(
     return None
 
 
+def _no_device(device: torch.device, interpreted: bool) -> str | None:
+    if device.type != "cuda" and not interpreted:
+        return f"its kernels run on a GPU, and the operands are on {device}"
+    return None
+
+
 def forward(call: Call, config: Config | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """o [B,T,HV,V] in the call's dtype; final states [N,HV,K,V] (or [N,HV,K]) in float32.
 
     `config`: instead of the one that serves such calls.
     """
+    if config is None and token_loop_wins(_key(call), bucket_of(call)):
+        return forward_by_token(call)
     compiled = _compiled_for(call) if config is None else _compiled_with(call, config)
     launch = Launch(refined(call), compiled.config, {})
     states = [s.name for s in call.form.states]
     finals = launch.run(compiled.forward, dict(zip(states, call.initial, strict=True)))
     return coarse(call, launch.buffers["o"]), tuple(finals[name] for name in states)
+
+
+def forward_by_token(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What `forward` returns, one token at a time; for any legal step."""
+    rows = of_tokens(call)
+    compiled = _compile_token(call.step, Dims(call.K, call.V), call.dtype, dtypes_of(rows))
+    launch = Launch(rows, compiled.config, {})
+    states = [s.name for s in call.step.states]
+    finals = launch.run(compiled.forward, dict(zip(states, call.initial, strict=True)))
+    return launch.buffers["o"], tuple(finals[name] for name in states)
+
+
+def prepare_step(token: Token) -> Serve | str:
+    """What computes single tokens of a layout, or why no kernel does."""
+    why = _no_device(token.call.device, bool(triton.knobs.runtime.interpret)) or refusal(token.call)
+    if why is not None:
+        return why
+
+    def serve(values: Sequence[object]) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
+        o, new = forward_by_token(token.filled(values))
+        return (o if token.has_time else o.squeeze(1)), new[0] if len(new) == 1 else new
+
+    return serve
 
 
 def backward(
@@ -129,6 +164,10 @@ def _compiled_for(call: Call) -> _Compiled:
     return _compile(call.form, call.K, call.V, call.dtype, dtypes_of(call), call.device, size)
 
 
+def _key(call: Call) -> Key:
+    return key_here(call.form, EngineName.TRITON, call.dtype, Dims(call.K, call.V), call.device)
+
+
 def _compiled_with(call: Call, config: Config) -> _Compiled:
     return compile_with(call.form, Dims(call.K, call.V), call.dtype, dtypes_of(call), config)
 
@@ -162,9 +201,19 @@ def compile_with(
     config: Config,
 ) -> _Compiled:
     """The kernels of `form` under a configuration of the caller's choice."""
-    emitted = emit(form, signature(dims, dtype, dtypes), config)
-    module = import_source(emitted.source)
+    return _imported(emit(form, signature(dims, dtype, dtypes), config), config)
 
+
+@lru_cache(maxsize=512)
+def _compile_token(
+    step: Step, dims: Dims, dtype: torch.dtype, dtypes: tuple[tuple[str, torch.dtype], ...]
+) -> _Compiled:
+    config = token_config(dims)
+    return _imported(emit_token(step, signature(dims, dtype, dtypes), config), config)
+
+
+def _imported(emitted: Emitted, config: Config) -> _Compiled:
+    module = import_source(emitted.source)
     forward, backward = (
         tuple(Bound(k, getattr(module, k.name)) for k in kernels)
         for kernels in (emitted.forward, emitted.backward)

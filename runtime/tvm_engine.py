@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +19,24 @@ from ..codegen.emit import backward_program, chunk_body, forward_program
 from ..codegen.plan import Loop, Program
 from ..codegen.print_tir import TirKernel, print_tir
 from ..codegen.tile import Axis
-from ..codegen.tir_config import TvmConfig, default_config
+from ..codegen.tir_config import TvmConfig, default_config, token_config
+from ..codegen.token import token_kernel
 from ..codegen.triton_types import Role, Signature
 from ..dsl.errors import NotLowered
 from ..dsl.ir import Per
 from ..dsl.normal_form import NormalForm
+from ..dsl.step import Step
+from .artifact import Key
 from .call import Call
 from .engines import EngineName
 from .printed import PRINTED, own_gradient
 from .refine import coarse, coarse_gradients, refined, refined_cotangent
-from .selection import bucket_of, key_here, serving
+from .selection import bucket_of, key_here, serving, token_loop_wins
+from .tokens import Convert, Serve, Token, of_tokens, refusal
 from .tvm_build import Function, functions, host_cpu, lanes_of
 from .tvm_threads import share
+
+Dtypes = tuple[tuple[str, torch.dtype], ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,12 +66,89 @@ def forward(call: Call, config: TvmConfig | None = None) -> tuple[Tensor, tuple[
 
     `config`: instead of the one that serves such calls.
     """
+    if config is None and token_loop_wins(_key(call), bucket_of(call)):
+        return forward_by_token(call)
     rows = refined(call)
     run = _Run(rows, _compiled(call, config, backward=False), {})
     states = [s.name for s in call.form.states]
     ends = run.execute(dict(zip(states, call.initial, strict=True)))
     o = run.buffers["o"].view(rows.B, rows.T, rows.HV, rows.V)
     return coarse(call, o), tuple(ends[name] for name in states)
+
+
+def forward_by_token(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What `forward` returns, one token at a time; for any legal step."""
+    rows = of_tokens(call)
+    run = _Run(
+        rows, compiled_token(call.step, Dims(call.K, call.V), call.dtype, dtypes_of(rows)), {}
+    )
+    states = [s.name for s in call.step.states]
+    ends = run.execute(dict(zip(states, call.initial, strict=True)))
+    return run.buffers["o"].view(call.output_shape), tuple(ends[name] for name in states)
+
+
+def prepare_step(token: Token) -> Serve | str:
+    """What computes single tokens of a layout, or why no kernel does."""
+    call = token.call
+    why = refusal(call)
+    if why is not None:
+        return why
+    dims = Dims(call.K, call.V)
+    dtypes = dtypes_of(of_tokens(call))
+    compiled = compiled_token(call.step, dims, call.dtype, dtypes, one_token=True)
+    ((kernel, function),) = compiled.kernels
+    names = [s.name for s in call.step.states]
+    results = token.first_state + len(names)  # o, then the new states, follow the values
+
+    def slot(role: Role, of: str) -> tuple[int, Convert | None]:
+        if role is Role.OPERAND:
+            return token.source(of)
+        if role is Role.INITIAL:
+            return token.state(names.index(of))
+        return results + (0 if role is Role.BUFFER else 1 + names.index(of)), None
+
+    slots = [slot(p.role, p.of) for p in kernel.parameters]
+    B, _, *channels = call.output_shape
+    shapes = [call.state_shape(s) for s in call.step.states]
+    items = call.N * call.HV * kernel.v_programs
+    tables = _tables(call.B, 1, None, 1)
+    rest = (call.HV, *(call.params[n] for n in kernel.numbers))
+    alone = items == 1 or sum(map(math.prod, shapes)) < _SHARED
+
+    like = torch.empty((B, *channels), dtype=call.dtype)
+    states = tuple(map(torch.empty, shapes))
+
+    def serve(values: Sequence[object]) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
+        o = torch.empty_like(like)
+        new = tuple(map(torch.empty_like, states))
+        given: list[Any] = [*values, o, *new]
+        arguments = [given[n] if make is None else make(given[n]) for n, make in slots]
+        if alone:
+            function(*arguments, *tables, _room(kernel.scratch), *rest, 0, items)
+        else:
+
+            def work(thread: int, begin: int, end: int) -> None:
+                del thread
+                function(*arguments, *tables, _room(kernel.scratch), *rest, begin, end)
+
+            share(items, torch.get_num_threads(), work)
+        if token.has_time:
+            o = o.unsqueeze(1)
+        return o, new[0] if len(new) == 1 else new
+
+    return serve
+
+
+_SHARED = 1 << 19  # numbers in states from which another thread is worth waking
+_ROOMS = threading.local()
+
+
+def _room(size: int) -> Tensor:
+    """This thread's scratch memory."""
+    room: Tensor | None = getattr(_ROOMS, "tensor", None)
+    if room is None or room.shape[0] < size:
+        room = _ROOMS.tensor = torch.empty(size)
+    return room
 
 
 def backward(
@@ -92,11 +178,19 @@ def configuration() -> TvmConfig:
 
 
 def _compiled(call: Call, config: TvmConfig | None, *, backward: bool) -> _Compiled:
-    dtypes = tuple((name, x.dtype) for name, x in call.operands.items())
     if config is None:
-        key = key_here(call.form, EngineName.TVM, call.dtype, Dims(call.K, call.V), call.device)
-        config = serving(TvmConfig, key, bucket_of(call), configuration)
-    return compiled(call.form, Dims(call.K, call.V), call.dtype, dtypes, config, backward)
+        config = serving(TvmConfig, _key(call), bucket_of(call), configuration)
+    dims = Dims(call.K, call.V)
+    return compiled(call.form, dims, call.dtype, dtypes_of(call), config, backward)
+
+
+def _key(call: Call) -> Key:
+    return key_here(call.form, EngineName.TVM, call.dtype, Dims(call.K, call.V), call.device)
+
+
+def dtypes_of(call: Call) -> Dtypes:
+    """The dtype of every operand, by name."""
+    return tuple((name, x.dtype) for name, x in call.operands.items())
 
 
 @lru_cache(maxsize=512)
@@ -104,12 +198,11 @@ def compiled(
     form: NormalForm,
     dims: Dims,
     dtype: torch.dtype,
-    dtypes: tuple[tuple[str, torch.dtype], ...],
+    dtypes: Dtypes,
     config: TvmConfig,
     backward: bool,
 ) -> _Compiled:
-    named = tuple((name, PRINTED[d]) for name, d in dtypes)
-    signature = Signature(dims, PRINTED[dtype], named, Precision.IEEE)
+    signature = _signature(dims, dtype, dtypes)
     program: Program = (
         backward_program(form, config.backward)
         if backward
@@ -119,6 +212,24 @@ def compiled(
     return _Compiled(config, tuple(zip(kernels, functions(kernels, host_cpu()), strict=True)))
 
 
+@lru_cache(maxsize=512)
+def compiled_token(
+    step: Step, dims: Dims, dtype: torch.dtype, dtypes: Dtypes, *, one_token: bool = False
+) -> _Compiled:
+    """The kernel that takes a token at a time, or (`one_token`) one in all."""
+    config = token_config(lanes_of(host_cpu()))
+    kernel = print_tir(
+        token_kernel(step), _signature(dims, dtype, dtypes), config, one_token=one_token
+    )
+    (function,) = functions([kernel], host_cpu())
+    return _Compiled(config, ((kernel, function),))
+
+
+def _signature(dims: Dims, dtype: torch.dtype, dtypes: Dtypes) -> Signature:
+    named = tuple((name, PRINTED[d]) for name, d in dtypes)
+    return Signature(dims, PRINTED[dtype], named, Precision.IEEE)
+
+
 class _Run:
     """One direction of one call: its tensors, and the buffers between its kernels."""
 
@@ -126,7 +237,7 @@ class _Run:
         self._call = call
         self._compiled = compiled
         self._chunk = compiled.config.chunk
-        self._per_head = {o.name for o in call.form.operands if o.per is Per.HEAD}
+        self._per_head = {o.name for o in call.step.operands if o.per is Per.HEAD}
         self._operands = {
             name: x if x.stride(-1) == 1 or x.ndim == 3 else x.contiguous()
             for name, x in {**call.operands, **extra}.items()
@@ -186,7 +297,7 @@ class _Run:
         if role is Role.BUFFER:
             return self.buffers[of]
         call = self._call
-        (state,) = (s for s in call.form.states if s.name == of.removeprefix(GRADIENT))
+        (state,) = (s for s in call.step.states if s.name == of.removeprefix(GRADIENT))
         shape = call.state_shape(state)
         if role is Role.FINAL:
             ends[of] = torch.empty(shape)

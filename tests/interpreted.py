@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 from chunkwise.codegen.config import Config, Dims, KernelConfig
 from chunkwise.codegen.defaults import default_config
 from chunkwise.codegen.emit import chunk_body
@@ -29,6 +30,16 @@ def _compiled(
     form: NormalForm, dims: Dims, dtype: Any, dtypes: tuple[Any, ...], config: Config
 ) -> Any:
     return triton_engine.compile_with(form, dims, dtype, dtypes, config)
+
+
+class Poisoned:
+    """torch, but what `empty` returns is NaN."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, *shape: Any, **options: Any) -> torch.Tensor:
+        return torch.empty(*shape, **options).fill_(torch.nan)
 
 
 def served_under(config_of: Callable[[NormalForm], Config]) -> Callable[[Call], Any]:

@@ -6,7 +6,6 @@ Chunks of 16 tokens, so that a few tokens make several chunks; buffers start as 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import chunkwise as cw
 import pytest
@@ -18,7 +17,7 @@ from chunkwise.runtime import launch, triton_engine
 
 from tests.classes import CLASSES, lowered, plan_pairs
 from tests.harness import Gates, Layout, Sizes, engine_results, make_inputs, oracle_results
-from tests.interpreted import CHUNK, TILES, served_under, small
+from tests.interpreted import CHUNK, TILES, Poisoned, served_under, small
 from tests.tolerances import BY_DTYPE, FLOAT32_HARD, Tolerance, assert_agree
 
 pytestmark = pytest.mark.interpreter
@@ -27,20 +26,10 @@ C = CHUNK
 Serve = Callable[[Config], None]
 
 
-class _Poisoned:
-    """torch, but what `empty` returns is NaN."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    def empty(self, *shape: Any, **options: Any) -> torch.Tensor:
-        return torch.empty(*shape, **options).fill_(torch.nan)
-
-
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     """Has every call of the Triton engine served under one configuration, with NaN in buffers."""
-    monkeypatch.setattr(launch, "torch", _Poisoned())
+    monkeypatch.setattr(launch, "torch", Poisoned())
 
     def under(config: Config) -> None:
         compiled_for = served_under(lambda form: config)
@@ -120,7 +109,7 @@ def test_short_sequences(name: str, T: int, serve: Serve) -> None:
 @pytest.mark.parametrize("name", ["gla", "gated_delta_rule"])
 def test_the_default_configuration(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks as long as on a GPU, K = 100: a tile that is wider than its operand."""
-    monkeypatch.setattr(launch, "torch", _Poisoned())
+    monkeypatch.setattr(launch, "torch", Poisoned())
     sizes = Sizes(B=1, T=70, H=1, HV=2, K=100, V=36, initial=True, dtype=torch.float32)
     _agree(name, sizes, BY_DTYPE[torch.float32])
 

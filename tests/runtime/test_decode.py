@@ -38,6 +38,98 @@ def test_step_by_step(kit: Any, rule: str, keep_time: bool) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+KERNELS = [
+    pytest.param("tvm", "cpu", id="tvm"),
+    pytest.param("triton", "cpu", id="triton-interpreted", marks=pytest.mark.interpreter),
+    pytest.param("triton", "cuda", id="triton-cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize("keep_time", [False, True], ids=["no T axis", "T = 1"])
+@pytest.mark.parametrize(("engine", "device"), KERNELS)
+@pytest.mark.parametrize(
+    "rule",
+    # states that kernels have no chunk form for; micro-steps; a head operand; two states
+    ["gated_delta_rule", "oja", "momentum_delta", "gated_delta_product", "rwkv6", "mlstm"],
+)
+@torch.no_grad()
+def test_kernels_step_by_step(
+    kit: Any, rule: str, engine: str, device: str, keep_time: bool
+) -> None:
+    """K and V of whole vectors, and not: states are then taken where they lie, or copied."""
+    op = getattr(cw.library, rule)
+    for K, V in ((16, 8), (5, 3)):
+        sizes = kit.Sizes(T=4, HV=4, K=K, V=V, initial=True, dtype=torch.float32, device=device)
+        inputs = kit.make_inputs(op, sizes)
+        want, final = op(
+            **inputs.operands, **inputs.options, engine="reference", output_final_state=True
+        )
+        per_token = {x.name for x in op.declaration.operands if x.per is Per.TOKEN}
+        state, outputs = inputs.options["initial_state"], []
+        for t in range(4):
+            token = {
+                n: (x[:, t : t + 1] if keep_time else x[:, t]) if n in per_token else x
+                for n, x in inputs.operands.items()
+            }
+            o, state = op.step(**token, state=state, engine=engine)
+            outputs.append(o if not keep_time else o.squeeze(1))
+        torch.testing.assert_close(torch.stack(outputs, 1), want, rtol=1e-4, atol=1e-5)
+        pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (state, final)), strict=True)
+        for got, expected in pairs:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_kernel_serves_layouts_as_they_come(kit: Any) -> None:
+    """Strides, batches, states in half precision, none at all: each is a layout of its own."""
+    op = cw.library.gated_delta_rule
+    for B in (1, 3):
+        x = kit.make_inputs(op, kit.Sizes(B=B, T=1, K=8, V=16, dtype=torch.float32)).operands
+        token = {n: t[:, 0] for n, t in x.items()}
+        strided = {**token, "k": token["k"].mT.contiguous().mT}
+        none, _ = op.step(**token, engine="reference")
+        for given in (token, strided):
+            o, state = op.step(**given)
+            torch.testing.assert_close(o, none, rtol=1e-5, atol=1e-6)
+        half = state.half()
+        want, _ = op.step(**token, state=half.float(), engine="reference")
+        for given_state in (half, half.float()):
+            o, _ = op.step(**token, state=given_state)
+            torch.testing.assert_close(o, want, rtol=1e-5, atol=1e-6)
+        positional, _ = op.step(*token.values(), state=half)
+        torch.testing.assert_close(positional, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_named_engine_without_a_kernel_for_the_step_says_so(kit: Any) -> None:
+    op = cw.library.gated_delta_rule
+    x = kit.make_inputs(op, kit.Sizes(T=1, dtype=torch.float32)).operands
+    token = {n: t[:, 0] for n, t in x.items()}
+    with pytest.raises(cw.errors.EngineUnavailable, match="no gradient of a single step"):
+        op.step(**token, engine="tvm")
+    double = {n: t.detach().double() for n, t in token.items()}
+    with pytest.raises(cw.errors.EngineUnavailable, match="float64"):
+        op.step(**double, engine="tvm")
+
+
+def test_the_environment_names_the_engine(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = cw.library.gated_delta_rule
+    x = kit.make_inputs(op, kit.Sizes(T=1, dtype=torch.float32)).operands
+    token = {n: t[:, 0].detach() for n, t in x.items()}
+    op.step(**token)
+    monkeypatch.setenv("CHUNKWISE_ENGINE", "no such engine")
+    with pytest.raises(cw.errors.EngineUnavailable, match="no such engine"):
+        op.step(**token)
+
+
+@torch.no_grad()
+def test_a_step_can_be_compiled_by_torch(kit: Any) -> None:
+    op = cw.library.delta_rule
+    x = kit.make_inputs(op, kit.Sizes(T=1, dtype=torch.float32)).operands
+    token = {n: t[:, 0] for n, t in x.items()}
+    compiled = torch.compile(lambda **t: op.step(**t)[0], backend="eager")
+    torch.testing.assert_close(compiled(**token), op.step(**token)[0], rtol=1e-5, atol=1e-6)
+
+
 def test_the_state_is_float32_whatever_the_token(kit: Any) -> None:
     op = cw.library.gated_delta_rule
     x = kit.make_inputs(op, kit.Sizes(T=1, dtype=torch.bfloat16)).operands
