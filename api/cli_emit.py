@@ -10,12 +10,13 @@ from pathlib import Path
 
 from .cli_command import Command, UsageError, add_target, find
 from .codegen.config import Config, Dims, Precision
-from .codegen.defaults import default_config
+from .codegen.defaults import default_config, token_config
 from .codegen.emit import (
     backward_program,
     chunk_adjoint,
     chunk_body,
     emit,
+    emit_token,
     forward_program,
 )
 from .codegen.fit import H100_SHARED, fit
@@ -23,6 +24,7 @@ from .codegen.plan import Program
 from .codegen.print_eager import print_eager
 from .codegen.print_text import print_adjoint, print_body, print_program
 from .codegen.print_triton import print_triton
+from .codegen.token import token_body
 from .codegen.triton_types import Dtype, Signature
 from .dsl.explain import print_form, print_step
 from .dsl.normal_form import NormalForm
@@ -92,10 +94,18 @@ def _triton(request: _Request) -> str:
     return "\n\n".join(print_triton(k, signature, request.config).source for k in kernels)
 
 
+def _token(request: _Request) -> str:
+    """The form, and the kernel printed from it."""
+    signature = Signature(request.dims, request.dtype, (), Precision.TF32X3)
+    source = emit_token(request.step, signature, token_config(request.dims)).source
+    return f"{print_body(token_body(request.step))}\n\n{source}"
+
+
 _STAGES: dict[str, Callable[[_Request], str]] = {
     "step": lambda r: print_step(r.step),
     "normal": lambda r: print_form(r.form),
     "chunk": lambda r: print_body(chunk_body(r.form)),
+    "token": _token,
     "adjoint": lambda r: print_adjoint(chunk_adjoint(r.form)),
     "plan": _plan,
     "eager": _eager,

@@ -17,14 +17,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Protocol, cast
 
 import torch
+from torch import Tensor
 
 from ..codegen.config import Dims
 from ..dsl.declaration import Declaration
-from ..runtime import reference
 from ..runtime.artifact import Configuration
-from ..runtime.engines import EngineName
+from ..runtime.call import Call
+from ..runtime.engines import EngineName, load
 from .certificate import Under
 from .certificate_inputs import Family, draw
 
@@ -40,6 +42,12 @@ Wins = Callable[[int], bool]
 Run = Callable[[], object]
 # microseconds of each run in each of so many rounds (`measure.Device.rounds`)
 Rounds = Callable[[Sequence[Run], int], list[list[float]]]
+
+
+class _Stepping(Protocol):
+    """An engine that also computes a forward token by token."""
+
+    def forward_by_token(self, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +70,7 @@ def geometric(least: int, most: int, per_octave: int = 4) -> tuple[int, ...]:
     return tuple(sorted({round(least * (most / least) ** (n / steps)) for n in range(steps + 1)}))
 
 
-# what is tried of a recurrence: beyond, no token loop in torch was near
+# what is tried of a recurrence: beyond, nothing that goes token by token was near
 LENGTHS = geometric(1, 1024)
 
 
@@ -121,10 +129,11 @@ def contest(
     *,
     rows: int,
 ) -> Wins:
-    """Timings of the forward of `engine` under `config` beside the token loop's, here.
+    """Timings of the forward of `engine` under `config` beside its own token by token, here.
 
-    The token loop is the `reference` engine's, in torch. `rows`: heads of the one sequence.
+    `rows`: heads of the one sequence.
     """
+    by_token = cast(_Stepping, load(engine)).forward_by_token
     micro = 2 if declaration.has_micro else 1
     inputs = partial(
         draw,
@@ -142,7 +151,7 @@ def contest(
     @cache
     def contestants(T: int) -> tuple[Run, Run]:
         call = inputs(tokens=T)
-        runs = (partial(Under(engine, config).forward, call), partial(reference.forward, call))
+        runs = (partial(Under(engine, config).forward, call), partial(by_token, call))
         rounds(runs, 1)  # compiled, and warm
         return runs
 

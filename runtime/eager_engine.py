@@ -62,12 +62,17 @@ def forward(call: Call, config: EagerConfig | None = None) -> tuple[Tensor, tupl
     was measured to be faster run token by token.
     """
     if config is None and token_loop_wins(_key(call), bucket_of(call)):
-        return reference.forward(call)
+        return forward_by_token(call)
     rows = refined(call)
     run = _Run(rows, (config or _serving(call, rows.T)).chunk)
     finals = run.execute(_forward_kernels(call.form), run.initial())
     o = coarse(call, run.tokens_back(run.buffers["o"], call.HV, (call.V,)))
     return o.to(call.dtype), tuple(finals[s.name] for s in call.form.states)
+
+
+def forward_by_token(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What `forward` returns, by the token loop."""
+    return reference.forward(call)
 
 
 def backward(
