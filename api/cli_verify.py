@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from . import library
 from .autotune.artifact import versions_here
-from .autotune.certificate import Under, certify, prepare
+from .autotune.certificate import Exam, Under, certify, prepare
 from .autotune.store import save
 from .cli_command import Command, UsageError, add_json, find, print_json
 from .dsl.declaration import Declaration
@@ -32,9 +32,10 @@ class _Checked:
     certificate: Certificate
 
     @property
-    def worst(self) -> tuple[str, Error]:
-        """The result that is nearest to what is allowed, or farthest beyond."""
-        return max(self.certificate.errors, key=lambda e: e[1].rms / e[1].limit)
+    def worst(self) -> tuple[str, Error] | None:
+        """The result nearest to what is allowed, or farthest beyond it; None: there is none."""
+        errors = self.certificate.errors
+        return max(errors, key=lambda e: e[1].rms / e[1].limit, default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +135,17 @@ def _check(artifact: Artifact, declared: Declaration) -> tuple[_Checked, ...]:
     exam = prepare(declared, key.dims, getattr(torch, key.dtype), device)
     bar = tqdm(sizes.items(), unit="configuration", disable=not sys.stderr.isatty(), leave=False)
     return tuple(
-        _Checked(config, tuple(serves), certify(exam, Under(key.engine, config)))
+        _Checked(config, tuple(serves), _certificate(exam, Under(key.engine, config)))
         for config, serves in bar
     )
+
+
+def _certificate(exam: Exam, runs: Under) -> Certificate:
+    """As `certify`; what cannot run at all is at fault for that."""
+    try:
+        return certify(exam, runs)
+    except RuntimeError as why:
+        return Certificate((), (), (f"it does not run: {str(why).splitlines()[0]}",))
 
 
 def _record(artifact: Artifact, checked: tuple[_Checked, ...]) -> None:
@@ -154,19 +163,13 @@ def _record(artifact: Artifact, checked: tuple[_Checked, ...]) -> None:
 def _plain(page: _Page) -> dict[str, object]:
     rows = []
     for c in page.checked:
-        name, error = c.worst
-        rows.append(
-            {
-                "serves": c.serves,
-                "ok": c.certificate.ok,
-                "worst": {
-                    "result": name,
-                    "rms": error.rms if math.isfinite(error.rms) else None,  # JSON has no NaN
-                    "limit": error.limit,
-                },
-                "faults": c.certificate.faults,
-            }
-        )
+        worst = None
+        if c.worst is not None:
+            name, error = c.worst
+            rms = error.rms if math.isfinite(error.rms) else None  # JSON has no NaN
+            worst = {"result": name, "rms": rms, "limit": error.limit}
+        faults = c.certificate.faults
+        rows.append({"serves": c.serves, "ok": c.certificate.ok, "worst": worst, "faults": faults})
     about = {"file": str(page.path), "recurrence": page.artifact.recurrence}
     return {**about, "refused": page.refused, "configurations": rows}
 
@@ -177,10 +180,12 @@ def _print(page: _Page) -> None:
     if page.refused is not None:
         print(f"  not checked: {page.refused}")
     for c in page.checked:
-        name, error = c.worst
         verdict = "ok   " if c.certificate.ok else "WRONG"
-        errors = f"worst error {error.rms:.1e} of {error.limit:.1e} ({name})"
-        print(f"  {verdict} {', '.join(c.serves)}: {errors}")
+        errors = ""
+        if c.worst is not None:
+            name, error = c.worst
+            errors = f": worst error {error.rms:.1e} of {error.limit:.1e} ({name})"
+        print(f"  {verdict} {', '.join(c.serves)}{errors}")
         for fault in c.certificate.faults:
             print(f"        {fault}")
         if not c.certificate.ok:

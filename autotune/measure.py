@@ -7,12 +7,15 @@ caches, as it would between other layers of a model.
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
+from filelock import FileLock
 
 from .tunable import Run
 
@@ -112,6 +115,8 @@ class CpuDevice:
 class CudaDevice:
     """The GPU's own clock, its L2 cache overwritten before each run.
 
+    Of several processes that tune on one GPU, one measures at a time: the others compile.
+
     `overwrites`: how often; each takes 50 us or more, together longer than the host needs to queue
     a run: the time is then the device's alone.
     """
@@ -119,14 +124,21 @@ class CudaDevice:
     def __init__(self, device: torch.device, overwrites: int = 6) -> None:
         self._device = device
         self._overwrites = overwrites
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        size = max(4 * cache, 128 << 20)
+        about = torch.cuda.get_device_properties(device)
+        size = max(4 * about.L2_cache_size, 128 << 20)
         self._scratch = torch.empty(size, dtype=torch.int8, device=device)
+        # a lock in a file shared by all processes of this machine, whatever their caches
+        folder = Path(tempfile.gettempdir())
+        self._alone = FileLock(folder / f"chunkwise-measures-{about.uuid}.lock", mode=0o666)
 
     def rounds(
         self, runs: Sequence[Run], count: int, before: Sequence[Run] = ()
     ) -> list[list[float]]:
         """As `CpuDevice.rounds`; waits for the device once, at the end."""
+        with self._alone:
+            return self._timed(runs, count, before)
+
+    def _timed(self, runs: Sequence[Run], count: int, before: Sequence[Run]) -> list[list[float]]:
         pairs: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in runs]
         for _ in range(count):
             for n, (run, pair) in enumerate(zip(runs, pairs, strict=True)):

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from triton.errors import TritonError
 
 from ..codegen import offline
 from ..codegen.config import Config, Dims, KernelConfig
@@ -165,7 +164,7 @@ class TritonTunable:
         planned, tensors = launch.prepare((bound,), starts, given)
         (launched,) = planned.launches
         tensors += self._arena.take(launched.new)
-        return _launchable(lambda: launched.run(tensors, aligned=True))
+        return lambda: launched.run(tensors, aligned=True)
 
     # ---- whole configurations --------------------------------------------------------------------
 
@@ -193,7 +192,7 @@ class TritonTunable:
             under.forward(self._call)
             under.backward(self._call, self._do, nothing)
 
-        return _launchable(both)
+        return both
 
     def certify_jobs(self, config: Configuration) -> tuple[Job, ...]:
         """As `Tunable.certify_jobs`."""
@@ -219,18 +218,6 @@ class TritonTunable:
         if triton.knobs.runtime.interpret:
             return ()  # nothing is compiled
         return specialisations(run, self._gpu.shared_program)
-
-
-def _launchable(run: Run) -> Run:
-    """`run`, with what Triton's compiler raises as a RuntimeError."""
-
-    def launch() -> None:
-        try:
-            run()
-        except TritonError as why:
-            raise RuntimeError(str(why)) from why
-
-    return launch
 
 
 class _Arena:

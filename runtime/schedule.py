@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
 from ..codegen.differentiate import GRADIENT
@@ -45,7 +46,7 @@ class Bound:
         stages keep the tiles and the results.
 
         Raises:
-            RuntimeError: one stage is too much as well.
+            RuntimeError: one stage is too much as well, or Triton does not compile the kernel.
         """
         warps = self.kernel.config.warps
         names = self.function.arg_names
@@ -59,6 +60,8 @@ class Bound:
                     name = self.kernel.name
                     raise RuntimeError(f"{name} does not fit this GPU: {lack}") from lack
                 self.stages -= 1
+            except TritonError as why:
+                raise RuntimeError(f"{self.kernel.name} does not compile: {why}") from why
 
 
 class OperandLayout(NamedTuple):

@@ -15,7 +15,7 @@ from chunkwise.codegen.config import Config, Dims
 from chunkwise.codegen.plan import Plan
 from chunkwise.dsl.library import all_declarations, by_name
 from chunkwise.runtime import triton_engine
-from chunkwise.runtime.call import Call
+from chunkwise.runtime.call import Call, bind
 
 from benchmarks import verify
 from benchmarks.registry import CASES, SHAPES, cu_seqlens, draw
@@ -57,6 +57,25 @@ def _twice(name: str, sizes: Sizes, tolerance: Tolerance) -> None:
 def test_library(name: str, case: str) -> None:
     sizes = CASES_BY_NAME[case]
     _twice(name, sizes, TOLERANCE[sizes.dtype])
+
+
+@pytest.mark.parametrize("case", ["bfloat16", "float32, packed, K = 100"])
+@pytest.mark.parametrize("name", [d.name for d in all_declarations()])
+def test_token_by_token(name: str, case: str) -> None:
+    """The one kernel of the token form, also of what has no chunk form yet."""
+    op = getattr(cw.library, name)
+    sizes = CASES_BY_NAME[case]
+    inputs = make_inputs(op, sizes)
+    wanted = ("initial_state", "cu_seqlens")
+    options = {n: inputs.options[n] for n in wanted if n in inputs.options}
+    call = bind(op.declaration, (), inputs.operands, **options)
+    with torch.no_grad():
+        o, finals = triton_engine.forward_by_token(call)
+        again, _ = triton_engine.forward_by_token(call)
+    want = {n: x for n, x in oracle_results(op, inputs).items() if not n.startswith("d")}
+    ends = dict(zip((n for n in want if n != "o"), finals, strict=True))
+    assert_agree({"o": o, **ends}, want, TOLERANCE[sizes.dtype])
+    assert torch.equal(o, again), "two runs differ"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
