@@ -56,7 +56,14 @@ def _tune(arguments: argparse.Namespace) -> int:
     B, T, H = arguments.shape or (_ON_GPU if on_gpu else _ON_CPU)
     size = Size(B, T, H)
     about = subject(
-        op.declaration, engine, arguments.dims, dtype, size, device, arguments.chunk or ()
+        op.declaration,
+        engine,
+        arguments.dims,
+        dtype,
+        size,
+        device,
+        arguments.chunk or (),
+        arguments.plans,
     )
     url = _storage(arguments, about.key.path)
     versions = versions_here(engine)
@@ -66,7 +73,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         bucket=about.bucket,
         versions=versions,
         storage=open_storage(url),
-        storage_url=without_secrets(url),
+        storage_url=_shown(without_secrets(url)),
         rejected=rejected(about.key, versions),
     )
     left = arguments.budget - (time.monotonic() - started)
@@ -124,6 +131,11 @@ def _storage(arguments: argparse.Namespace, path: str) -> str:
     return str(folder / f"{stem}-{now}.journal")
 
 
+def _shown(url: str) -> str:
+    """The URL for readers elsewhere: of a file in the cache, its place there."""
+    return url.removeprefix(f"{cache_folder()}{os.sep}")
+
+
 def _shape(text: str) -> tuple[int, int, int]:
     try:
         B, T, H = (int(x) for x in text.split(","))
@@ -134,9 +146,9 @@ def _shape(text: str) -> tuple[int, int, int]:
     return B, T, H
 
 
-def _jobs(text: str) -> int:
+def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of them, 1 or more")
     return int(text)
 
 
@@ -178,9 +190,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="journal:///path or a database's URL: workers that share it divide the work",
     )
     parser.add_argument(
-        "--jobs", type=_jobs, default=os.cpu_count() or 1, help="compilations at a time"
+        "--jobs", type=_count, default=os.cpu_count() or 1, help="compilations at a time"
     )
     parser.add_argument("--chunk", type=_chunks, metavar="C,C", help="only these chunk lengths")
+    parser.add_argument(
+        "--plans", type=_count, metavar="N", help="only N plans a direction, of the least memory"
+    )
     parser.add_argument(
         "--exhaustive", action="store_true", help="every configuration of every plan, in order"
     )

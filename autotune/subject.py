@@ -56,8 +56,9 @@ def subject(
     size: Size,
     device: torch.device,
     chunks: tuple[int, ...] = (),
+    plans: int | None = None,
 ) -> Subject:
-    """`chunks`: the only chunk lengths that are tried; all, if empty.
+    """`chunks`: the only chunk lengths that are tried; all, if empty. `plans`: as many a direction.
 
     Raises:
         EngineUnavailable: the engine cannot serve such calls here, or has nothing to tune.
@@ -72,7 +73,7 @@ def subject(
     def exam() -> Exam:
         return prepare(declaration, dims, dtype, device)
 
-    tunable = _tunable(engine, call, exam, _neighbours(key), chunks)
+    tunable = _tunable(engine, call, exam, _neighbours(key), chunks, plans)
     if device.type == "cuda":
         devices: tuple[Device, Device] = (CudaDevice(device), CudaDevice(device, _AHEAD))
     else:
@@ -117,6 +118,7 @@ def _tunable(
     exam: Callable[[], Exam],
     neighbours: tuple[Configuration, ...],
     chunks: tuple[int, ...],
+    plans: int | None,
 ) -> Tunable:
     if engine is EngineName.TRITON:
         # what an engine is built on is imported only where it is tuned
@@ -128,7 +130,9 @@ def _tunable(
         on_gpu = call.device.type == "cuda"
         gpu = gpu_of(call.device, shared) if on_gpu else GPUS["h100"]
         known = tuple(c for c in neighbours if isinstance(c, Config))
-        return TritonTunable(call, gpu, exam, chunks=chunks or CHUNKS, neighbours=known)
+        return TritonTunable(
+            call, gpu, exam, chunks=chunks or CHUNKS, plans=plans, neighbours=known
+        )
     if engine is EngineName.EAGER:
         return CallTunable(call, engine, eager_space(chunks), exam)
     if engine is EngineName.TVM:

@@ -69,8 +69,10 @@ class TritonTunable:
         exam: Callable[[], Exam],
         *,
         chunks: tuple[int, ...] = CHUNKS,
+        plans: int | None = None,
         neighbours: tuple[Config, ...] = (),
     ) -> None:
+        """`plans`: how many of each direction, per chunk: known ones, then the least memory."""
         self._call, self._rows, self._gpu, self._exam = call, refined(call), gpu, exam
         self._dims = Dims(call.K, call.V)
         self._size = Bucket(self._rows.N * call.HV, -(-self._rows.B * self._rows.T // call.N))
@@ -87,7 +89,7 @@ class TritonTunable:
         self._arena = _Arena(call.device)
         for chunk in dict.fromkeys((*chunks, self.default.chunk)):
             self._add(chunk)
-        self.alternatives = tuple(self._plans)
+        self.alternatives = tuple(self._plans) if plans is None else self._fewer(plans)
         self._do = torch.randn(call.output_shape, dtype=call.dtype, device=call.device)
 
     def _add(self, chunk: int) -> None:
@@ -96,6 +98,15 @@ class TritonTunable:
             self._plan(_FORWARD, chunk, forward, forward_program(form, forward))
         for backward in backward_plans(chunk_body(form)):
             self._plan(_BACKWARD, chunk, backward, backward_program(form, backward))
+
+    def _fewer(self, plans: int) -> tuple[Alternative, ...]:
+        """So many of each role in each group."""
+        kept: dict[tuple[str, str], list[Alternative]] = {}
+        for a in sorted(self._plans, key=lambda a: (not a.known, a.bound_us)):
+            among = kept.setdefault((a.group, a.role), [])
+            if len(among) < plans:
+                among.append(a)
+        return tuple(a for a in self._plans if a in kept[a.group, a.role])
 
     def _plan(self, role: str, chunk: int, plan: Plan, program: Program) -> None:
         named = tuple((k.name, self._key(k, chunk)) for k in program.kernels)

@@ -10,19 +10,39 @@ import sys
 
 import chunkwise as cw
 import torch
+from chunkwise.autotune.certificate_inputs import Family, draw
+from chunkwise.codegen.config import Dims
+from chunkwise.runtime import triton_engine
 
-from .registry import CASES, Shape, draw
-
-# ends of sequences within a chunk, and tiles that are wider than the operand
-SHAPE = Shape("sanitize", 1, 130, 2, 48)
+# one per class: no decay, two states, a scalar gate, a vector gate; solves under each of them; a
+# correction that reads the undecayed state, a general low rank, several micro-steps
+CLASSES = (
+    "linear_attention",
+    "linear_attention_normalised",
+    "simple_gla",
+    "gla",
+    "delta_rule",
+    "gated_delta_rule",
+    "kda",
+    "comba",
+    "dplr",
+    "gated_delta_product",
+)
 
 
 def main() -> None:
-    """Run the named recurrences, or all that are measured."""
-    for name in sys.argv[1:] or list(CASES):
-        operands = draw(CASES[name], SHAPE, torch.bfloat16, torch.device("cuda"), 0)
-        o, _ = getattr(cw.library, name)(*operands.values())
-        o.sum().backward()
+    """Run the named recurrences, or one per class."""
+    for name in sys.argv[1:] or CLASSES:
+        d = getattr(cw.library, name).declaration
+        micro = 2 if d.has_micro else 1
+        # ends of sequences within a chunk, and tiles that are wider than the operand
+        call = draw(
+            d, d.normal_form(micro), Family.RAGGED, Dims(48, 48), torch.bfloat16,
+            torch.device("cuda"), tokens=130, micro=micro,
+        )  # fmt: skip
+        o, finals = triton_engine.forward(call)
+        triton_engine.backward(call, torch.randn_like(o), tuple(map(torch.randn_like, finals)))
+        triton_engine.forward_by_token(call)
         torch.cuda.synchronize()
         print(f"{name}: ran")
 

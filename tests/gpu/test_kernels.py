@@ -73,8 +73,8 @@ def test_token_by_token(name: str, case: str) -> None:
         o, finals = triton_engine.forward_by_token(call)
         again, _ = triton_engine.forward_by_token(call)
     want = {n: x for n, x in oracle_results(op, inputs).items() if not n.startswith("d")}
-    ends = dict(zip((n for n in want if n != "o"), finals, strict=True))
-    assert_agree({"o": o, **ends}, want, TOLERANCE[sizes.dtype])
+    ends = dict(zip((n for n in want if n != "o"), (x.cpu() for x in finals), strict=True))
+    assert_agree({"o": o.cpu(), **ends}, want, TOLERANCE[sizes.dtype])
     assert torch.equal(o, again), "two runs differ"
 
 
