@@ -47,7 +47,9 @@ def default_config(body: Body, dims: Dims, *, wide_dtype: bool) -> Config:
     backward = Plan(hoist, values_apart=apart, sums_apart=apart, norms_apart=apart)
     widest = max(padded(dims.K), padded(dims.V))
     if wide_dtype or widest > 128:
-        return _cautious(forward, backward, widest)
+        # with 32 rows, wide kernels of one additive state took twelve times as long as with 64
+        additive = not (wide_dtype or f.vector_gated or f.solves) and len(body.carried) == 1
+        return _cautious(forward, backward, widest, 64 if widest <= 64 or additive else 32)
     if f.vector_gated:
         return _vector_gated(forward, backward)
     # a delta step does more in sequence: more and smaller programs hide more of it
@@ -86,9 +88,8 @@ def _vector_gated(forward: Plan, backward: Plan) -> Config:
     return Config(32, forward, backward, KernelConfig(64, 4, 3), kernels)
 
 
-def _cautious(forward: Plan, backward: Plan, widest: int) -> Config:
+def _cautious(forward: Plan, backward: Plan, widest: int, chunk: int) -> Config:
     """Small tiles, for states or dtypes that fill registers and shared memory quickly."""
-    chunk = 32 if widest > 64 else 64
     v_tile = 32 if widest <= 128 else 16
     prep = KernelConfig(64, 4, 1, k_tile=32)
     parallel = KernelConfig(v_tile, 8, 1, k_tile=32)

@@ -11,11 +11,14 @@ from typing import Any
 import chunkwise as cw
 import pytest
 import torch
+from chunkwise.autotune import certificate_inputs
+from chunkwise.autotune.certificate_inputs import Family
 from chunkwise.codegen.config import Config, Dims
 from chunkwise.codegen.plan import Plan
+from chunkwise.dsl import oracle
 from chunkwise.dsl.library import all_declarations, by_name
 from chunkwise.runtime import triton_engine
-from chunkwise.runtime.call import Call, bind
+from chunkwise.runtime.call import Call
 
 from benchmarks import verify
 from benchmarks.registry import CASES, SHAPES, cu_seqlens, draw
@@ -59,23 +62,28 @@ def test_library(name: str, case: str) -> None:
     _twice(name, sizes, TOLERANCE[sizes.dtype])
 
 
-@pytest.mark.parametrize("case", ["bfloat16", "float32, packed, K = 100"])
+@pytest.mark.parametrize("family", [Family.ORDINARY, Family.RAGGED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [d.name for d in all_declarations()])
-def test_token_by_token(name: str, case: str) -> None:
+@torch.no_grad()
+def test_token_by_token(name: str, dtype: torch.dtype, family: Family) -> None:
     """The one kernel of the token form, also of what has no chunk form yet."""
-    op = getattr(cw.library, name)
-    sizes = CASES_BY_NAME[case]
-    inputs = make_inputs(op, sizes)
-    wanted = ("initial_state", "cu_seqlens")
-    options = {n: inputs.options[n] for n in wanted if n in inputs.options}
-    call = bind(op.declaration, (), inputs.operands, **options)
-    with torch.no_grad():
-        o, finals = triton_engine.forward_by_token(call)
-        again, _ = triton_engine.forward_by_token(call)
-    want = {n: x for n, x in oracle_results(op, inputs).items() if not n.startswith("d")}
-    ends = dict(zip((n for n in want if n != "o"), (x.cpu() for x in finals), strict=True))
-    assert_agree({"o": o.cpu(), **ends}, want, TOLERANCE[sizes.dtype])
+    d = by_name(name)
+    micro, dims = (2 if d.has_micro else 1), Dims(100, 100)
+    form = d.normal_form(micro)
+    device = torch.device("cuda")
+    call = certificate_inputs.draw(d, form, family, dims, dtype, device, tokens=200, micro=micro)
+    o, finals = triton_engine.forward_by_token(call)
+    again, _ = triton_engine.forward_by_token(call)
     assert torch.equal(o, again), "two runs differ"
+    exact = {n: x.cpu().double() for n, x in call.operands.items()}
+    initial = [None if x is None else x.cpu().double() for x in call.initial]
+    bounds = None if call.cu_seqlens is None else call.cu_seqlens.cpu()
+    want, last = oracle.run(call.step, exact, call.params, initial, bounds)
+    got = {"o": o.cpu(), **{f"final {n}": x.cpu() for n, x in enumerate(finals)}}
+    assert_agree(
+        got, {"o": want, **{f"final {n}": x for n, x in enumerate(last)}}, TOLERANCE[dtype]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
