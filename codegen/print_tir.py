@@ -52,11 +52,21 @@ class TirKernel:
     chunk: int
     scratch: int
     stores: tuple[tuple[str, Axes], ...]
+    private: frozenset[str]
 
 
-def print_tir(kernel: Kernel, signature: Signature, config: TvmConfig) -> TirKernel:
-    """`kernel` as TIR for `signature`."""
-    return _Printer(kernel, signature, config).print()
+def print_tir(
+    kernel: Kernel,
+    signature: Signature,
+    config: TvmConfig,
+    private: frozenset[str] = frozenset(),
+) -> TirKernel:
+    """`kernel` as TIR for `signature`.
+
+    `private`: buffers that hold one sequence and head at a time; whoever calls the kernel runs what
+    reads them before the next.
+    """
+    return _Printer(kernel, signature, config, private).print()
 
 
 def print_number(name: str, value: int) -> PrimFunc:
@@ -67,8 +77,11 @@ def print_number(name: str, value: int) -> PrimFunc:
 
 
 class _Printer:
-    def __init__(self, kernel: Kernel, signature: Signature, config: TvmConfig) -> None:
+    def __init__(
+        self, kernel: Kernel, signature: Signature, config: TvmConfig, private: frozenset[str]
+    ) -> None:
         self._kernel = kernel
+        self._private = private
         self._signature = signature
         self._v_tile = _v_tile(kernel, signature.dims.V, config.v_tile)
         dims = Dims(signature.dims.K, self._v_tile)
@@ -99,7 +112,9 @@ class _Printer:
     def print(self) -> TirKernel:
         """The kernel, statement by statement."""
         kernel, entry, code = self._kernel, Code(), Code()
-        transfers = Transfers(self._signature, self._shapes.chunk, entry, self._heads)
+        transfers = Transfers(
+            self._signature, self._shapes.chunk, entry, self._heads, self._private
+        )
         begin, end = Var("begin", "int64"), Var("end", "int64")
         self._code, self._transfers = code, transfers
         self._flat_tables = [entry.flat(x) for x in self._tables]
@@ -122,6 +137,7 @@ class _Printer:
             chunk=self._shapes.chunk,
             scratch=self._size,
             stores=tuple((name, t.axes) for name, t in kernel.stores),
+            private=self._private,
         )
 
     def _item(self, item: Index) -> None:
@@ -166,7 +182,9 @@ class _Printer:
             batch=bind("batch", self._table(0, sequence, 0)),
             row=bind("row", self._table(0, sequence, 1) + start),
             flat=bind("flat", self._table(0, sequence, 3) + start),
+            start=start,
             index=bind("index", self._table(0, sequence, 4) + chunk),
+            chunk=chunk,
             value=value,
             split=self._v_tile < self._signature.dims.V,
         )

@@ -31,6 +31,8 @@ class _Decayed:
     def __init__(self, frame: Frame, prefix: Tile, key_prefix: Tile) -> None:
         self.frame = frame
         self.least = max(8, frame.lanes)
+        # of a block of a product: what divides every half
+        self.height = min(self.least, 1 << frame.shapes.config.rows.bit_length() - 1)
         self._p, self._q = prefix, key_prefix
         self._values = Values(frame, Axis.K)
 
@@ -97,7 +99,7 @@ def decayed_dot(frame: Frame, t: Tile) -> None:
         _late(d, x, half, first)
         transpose(frame, EARLY, half)
         singles, vectors = Values(frame, None), Values(frame, Axis.I)
-        height = min(frame.shapes.config.rows, d.least)
+        height = d.height
         with (
             code.loop(0, tirx.truncdiv(half, int32(height)), "r") as r,
             code.loop(0, tirx.truncdiv(half, int32(lanes)), "c") as c,
@@ -148,7 +150,7 @@ def decayed_apply(frame: Frame, t: Tile) -> None:
             _late(d, y, half, first)
         source = Region(EARLY if to_rows else LATE)
         own = first + half if to_rows else first  # the half whose rows are summed into
-        height = min(frame.shapes.config.rows, d.least)
+        height = d.height
         with code.loop(0, tirx.truncdiv(half, int32(height)), "r") as r:
             rows: list[Index] = [int32(r) * height + n for n in range(height)]
             for columns in column_blocks(frame, Axis.K):

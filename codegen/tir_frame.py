@@ -42,9 +42,8 @@ class Shapes:
         return {Axis.K: self.dims.K, Axis.V: self.dims.V}.get(axis, self.chunk)
 
     def width(self, axis: Axis) -> int:
-        """The same in whole vectors, and in whole rows of a product's register tile."""
-        unit = max(self.lanes, self.config.rows)
-        return -(-self.extent(axis) // unit) * unit
+        """The same in whole vectors."""
+        return self.vectors(axis) * self.lanes
 
     def vectors(self, axis: Axis) -> int:
         """Vectors along an axis."""

@@ -46,24 +46,60 @@ def _fused(frame: Frame, t: Tile) -> list[Tile]:
 
 def _blocks(frame: Frame, t: Tile, *, plain: bool) -> Iterator[tuple[list[Index], list[Index]]]:
     """Rows, and first columns of vectors, of each block, within the loops that run over blocks."""
-    code, lanes, shapes = frame.code, frame.lanes, frame.shapes
+    code, shapes = frame.code, frame.shapes
     row_axis, column_axis = t.axes
     if t in frame.schedule.half:
-        height = 1 if plain else min(lanes, 8)
-        with code.loop(0, shapes.chunk // height, "r") as r:
-            last = int32(r) * height + (height - 1)
-            vectors = tirx.truncdiv(last, int32(lanes)) + 1
-            with code.loop(0, vectors, "c") as c:
-                yield _rows(r, height), [int32(c) * lanes]
+        yield from _blocks_below(frame, t, 1 if plain else min(frame.lanes, 8))
         return
-    height = 1 if plain else shapes.config.rows
-    with code.loop(0, -(-shapes.extent(row_axis) // height), "r") as r:
-        for columns in column_blocks(frame, column_axis):
-            yield _rows(r, height), columns
+    if plain:
+        with code.loop(0, shapes.extent(row_axis), "r") as r:
+            for columns in column_blocks(frame, column_axis):
+                yield [r], columns
+        return
+    # columns outside: their panel of the second factor stays in the first level of the cache
+    for columns in column_blocks(frame, column_axis):
+        for rows in row_blocks(frame, row_axis):
+            yield rows, columns
 
 
-def _rows(block: Index, height: int) -> list[Index]:
-    return [int32(block) * height + a for a in range(height)]
+def _blocks_below(frame: Frame, t: Tile, height: int) -> Iterator[tuple[list[Index], list[Index]]]:
+    """Blocks of a vector of columns that reach below the diagonal, or to it.
+
+    Products read such a tile as far as the last row of their block: what they meet there is zero.
+    """
+    code, lanes, shapes = frame.code, frame.lanes, frame.shapes
+    with code.loop(0, shapes.chunk // height, "r") as r:
+        rows = _rows(r, height)
+        vectors = code.bind("vectors", tirx.truncdiv(int32(rows[-1]), int32(lanes)) + 1)
+        with code.loop(0, vectors, "c") as c:
+            yield rows, [int32(c) * lanes]
+        if zero_above(t):
+            reached = tirx.truncdiv(rows[-1] + (shapes.config.rows - 1), int32(lanes)) + 1
+            end = tirx.min(reached, int32(shapes.chunk // lanes))
+            with code.loop(vectors, end, "c") as c:
+                for row in rows:
+                    point = {Axis.I: row, Axis.J: int32(c) * lanes}
+                    frame.write(Region(t), point, number(0.0, lanes), lanes)
+
+
+def _rows(block: Index, height: int, first: int = 0) -> list[Index]:
+    return [int32(block) * height + (first + a) for a in range(height)]
+
+
+def row_blocks(frame: Frame, axis: Axis, *, backwards: bool = False) -> Iterator[list[Index]]:
+    """Rows of each block along `axis`, within the loop over blocks of one height.
+
+    As few blocks as the register tile allows, of two heights, one apart.
+    """
+    extent, most = frame.shapes.extent(axis), frame.shapes.config.rows
+    count = -(-extent // most)
+    height, taller = divmod(extent, count)
+    parts = [(0, taller, height + 1), (taller * (height + 1), count - taller, height)]
+    for first, blocks, rows in reversed(parts) if backwards else parts:
+        if blocks:
+            with frame.code.loop(0, blocks, "r") as turn:
+                block = int32(blocks - 1) - turn if backwards else turn
+                yield _rows(block, rows, first)
 
 
 def column_blocks(frame: Frame, axis: Axis) -> Iterator[list[Index]]:
@@ -176,8 +212,7 @@ def _substitute(
     columns: list[Index],
     start: Callable[[Index, Index], Expr],
 ) -> None:
-    code, lanes, height = frame.code, frame.lanes, frame.shapes.config.rows
-    chunk = frame.shapes.chunk
+    code, lanes, chunk = frame.code, frame.lanes, frame.shapes.chunk
     row_axis, column_axis = t.axes
     forward = row_axis is Axis.I
     singles, vectors = Values(frame, None), Values(frame, column_axis)
@@ -187,9 +222,7 @@ def _substitute(
         i, j = (row, solved) if forward else (solved, row)
         return broadcast(singles.at(lower, {Axis.I: i, Axis.J: j}), lanes)
 
-    with code.loop(0, chunk // height, "r") as turn:
-        block_row = int32(turn) if forward else int32(chunk // height - 1) - turn
-        rows = _rows(block_row, height)
+    for rows in row_blocks(frame, row_axis, backwards=not forward):
         block = [[code.accumulator(start(row, c)) for c in columns] for row in rows]
         begin, end = (0, rows[0]) if forward else (rows[-1] + 1, int32(chunk))
         with code.loop(begin, end, "s") as s:
@@ -199,7 +232,7 @@ def _substitute(
                 one = code.bind("l", -factor(row, s))
                 for b, u in enumerate(solved):
                     code.set(block[a][b], multiply_add(one, u, block[a][b].get()))
-        order = range(height) if forward else range(height - 1, -1, -1)
+        order = range(len(rows)) if forward else range(len(rows) - 1, -1, -1)
         for n, a in enumerate(order):
             for done in list(order)[:n]:
                 one = code.bind("l", -factor(rows[a], rows[done]))

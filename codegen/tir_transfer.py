@@ -2,11 +2,13 @@
 
 Parameters are tensors with their strides (that of channels is 1), and every call checks shapes and
 dtypes. A buffer of tokens is [tokens, HV, channels], one of chunks [chunks, HV, channels], states
-are [N, HV, K, V], all without gaps. In scratch numbers are float32, whatever they are in memory.
+are [N, HV, K, V], all without gaps; one that is private has room for one sequence and head, and no
+axis HV. In scratch numbers are float32, whatever they are in memory.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -31,8 +33,8 @@ class Work:
     Attributes:
         heads, head: value heads, and the one at work.
         batch: of the operands; `row`: the chunk's first token in it.
-        flat: the same among the tokens of all batches.
-        index: the chunk's number among all chunks.
+        flat: the same among the tokens of all batches; `start`: among those of the sequence.
+        index: the chunk's number among all chunks; `chunk`: among those of the sequence.
         value: the first channel along the value axis; `split`: whether there are several.
     """
 
@@ -41,7 +43,9 @@ class Work:
     batch: Expr
     row: Expr
     flat: Expr
+    start: Expr
     index: Expr
+    chunk: Expr
     value: Expr
     split: bool
 
@@ -68,8 +72,11 @@ class _Rows:
 class Transfers:
     """The tensors of one kernel, gathered as its statements need them."""
 
-    def __init__(self, signature: Signature, chunk: int, entry: Code, heads: Expr) -> None:
+    def __init__(
+        self, signature: Signature, chunk: int, entry: Code, heads: Expr, private: frozenset[str]
+    ) -> None:
         self._signature = signature
+        self._private = private
         self._chunk = chunk
         self._entry = entry
         self._heads = heads
@@ -164,12 +171,15 @@ class Transfers:
         if len(times) == 2:
             sizes = (self._chunk,)
         dtype = self._signature.dtype.value if name == "o" else "float32"
-        x = self.tensor(Role.BUFFER, name, (None, self._heads, *sizes), dtype=dtype)
-        size = 1
-        for n in sizes:
-            size *= n
-        at = (work.flat if times else work.index) * self._heads + work.head
-        stride = self._heads * size if times else int64(self._signature.dims.V)
+        size = math.prod(sizes)
+        if name in self._private:
+            x = self.tensor(Role.BUFFER, name, (None, *sizes), dtype=dtype)
+            at, between = work.start if times else work.chunk, int64(size)
+        else:
+            x = self.tensor(Role.BUFFER, name, (None, self._heads, *sizes), dtype=dtype)
+            at = (work.flat if times else work.index) * self._heads + work.head
+            between = self._heads * size
+        stride = between if times else int64(self._signature.dims.V)
         return _Rows(x.flat, at * size + _value_offset(t, work), stride)
 
     def _state(self, role: Role, start: Tile, work: Work, sequence: Expr) -> _Rows:
