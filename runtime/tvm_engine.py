@@ -30,7 +30,6 @@ from .selection import bucket_of, key_here, serving
 from .tvm_build import Function, functions, host_cpu, lanes_of
 from .tvm_threads import share
 
-
 Stage: TypeAlias = tuple[tuple[TirKernel, Function], ...]
 
 
