@@ -8,6 +8,7 @@ computed on the block while that is in registers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 from tvm import tirx
 from tvm.tirx import Expr
@@ -45,41 +46,29 @@ def _fused(frame: Frame, t: Tile) -> list[Tile]:
 
 
 def _blocks(frame: Frame, t: Tile, *, plain: bool) -> Iterator[tuple[list[Index], list[Index]]]:
-    """Rows, and first columns of vectors, of each block, within the loops that run over blocks."""
+    """Rows, and first columns of vectors, of each block, within the loops that run over blocks.
+
+    Of a tile that nobody looks at above the diagonal, the vectors that begin no further right than
+    the last row of their block of rows: so far products read what they need a part of.
+    """
     code, shapes = frame.code, frame.shapes
     row_axis, column_axis = t.axes
-    if t in frame.schedule.half:
-        yield from _blocks_below(frame, t, 1 if plain else min(frame.lanes, 8))
-        return
+    half = t in frame.schedule.half
     if plain:
         with code.loop(0, shapes.extent(row_axis), "r") as r:
+            if half:
+                last = tirx.min(int32(r) + (shapes.config.rows - 1), int32(shapes.chunk - 1))
+                with code.loop(0, tirx.truncdiv(last, int32(frame.lanes)) + 1, "c") as c:
+                    yield [r], [int32(c) * frame.lanes]
+                return
             for columns in column_blocks(frame, column_axis):
                 yield [r], columns
         return
     # columns outside: their panel of the second factor stays in the first level of the cache
     for columns in column_blocks(frame, column_axis):
         for rows in row_blocks(frame, row_axis):
-            yield rows, columns
-
-
-def _blocks_below(frame: Frame, t: Tile, height: int) -> Iterator[tuple[list[Index], list[Index]]]:
-    """Blocks of a vector of columns that reach below the diagonal, or to it.
-
-    Products read such a tile as far as the last row of their block: what they meet there is zero.
-    """
-    code, lanes, shapes = frame.code, frame.lanes, frame.shapes
-    with code.loop(0, shapes.chunk // height, "r") as r:
-        rows = _rows(r, height)
-        vectors = code.bind("vectors", tirx.truncdiv(int32(rows[-1]), int32(lanes)) + 1)
-        with code.loop(0, vectors, "c") as c:
-            yield rows, [int32(c) * lanes]
-        if zero_above(t):
-            reached = tirx.truncdiv(rows[-1] + (shapes.config.rows - 1), int32(lanes)) + 1
-            end = tirx.min(reached, int32(shapes.chunk // lanes))
-            with code.loop(vectors, end, "c") as c:
-                for row in rows:
-                    point = {Axis.I: row, Axis.J: int32(c) * lanes}
-                    frame.write(Region(t), point, number(0.0, lanes), lanes)
+            with code.when(int32(columns[0]) <= rows[-1]) if half else nullcontext():
+                yield rows, columns
 
 
 def _rows(block: Index, height: int, first: int = 0) -> list[Index]:
