@@ -7,6 +7,7 @@ the function allocates nothing, starts nothing, and needs no runtime of TVM's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -20,7 +21,7 @@ from .tile import Axes, Axis, Tile, TileOp
 from .tir_code import Code, Index, int32, int64
 from .tir_config import TvmConfig
 from .tir_decayed import DECAYED, EARLY, LATE
-from .tir_frame import Frame, Shapes, allocate, placed
+from .tir_frame import Ahead, Frame, Shapes, allocate, placed
 from .tir_products import transpose
 from .tir_schedule import Action, Region, schedule
 from .tir_steps import compute
@@ -157,7 +158,7 @@ class _Printer:
             return
         length = code.bind("length", self._table(0, number_, 2))
         work = self._work(number_, head, value, int64(0))
-        frame = self._frame(int32(0), int32(0))
+        frame = self._frame(int32(0), int32(0), {})
         for c in self._kernel.carried:
             self._transfers.first_carry(frame, c.start, work, number_)
         size = int64(self._shapes.chunk)
@@ -189,11 +190,35 @@ class _Printer:
             split=self._v_tile < self._signature.dims.V,
         )
 
-    def _frame(self, valid: Expr, first: Expr) -> Frame:
+    def _frame(self, valid: Expr, first: Expr, ahead: Mapping[Tile, Sequence[Ahead]]) -> Frame:
         return Frame(
             self._code, self._shapes, self._schedule, self._places, self._scratch, valid, first,
-            self._numbers,
+            self._numbers, ahead,
         )  # fmt: skip
+
+    def _ahead(self, work: Work) -> dict[Tile, list[Ahead]]:
+        """What products ask for: operands of the next chunk, results of this one before they are.
+
+        Products of a row per token share them evenly; a result's own or one before it asks for it.
+        """
+        ahead: dict[Tile, list[Ahead]] = {t: [] for t in self._schedule.products if _in_rows(t)}
+        further = -1 if self._kernel.loop is Loop.REVERSE else 1
+        done: list[Tile] = []
+        for step in self._schedule.steps:
+            t = unaliased(step.tile)
+            if t in ahead:
+                done.append(t)
+            operand = step.action is Action.LOAD and t.op is TileOp.TOKEN
+            result = step.action is Action.STORE and step.name not in self._private
+            asking = ahead if operand else done if result else ()
+            if asking and _in_rows(t):
+                rows = (
+                    self._transfers.soon(t, work, further)
+                    if operand
+                    else self._transfers.results(t, work, step.name)
+                )
+                ahead[min(asking, key=lambda x: len(ahead[x]))].append(rows)
+        return ahead
 
     def _chunk(self, sequence: Expr, head: Expr, value: Expr, chunk: Expr) -> None:
         code, size = self._code, self._shapes.chunk
@@ -202,7 +227,7 @@ class _Printer:
         whole = tirx.Select(left < int64(size), left, int64(size))
         valid = code.bind("valid", tirx.Cast("int32", whole))
         first = code.bind("first", tirx.Cast("int32", chunk * size))
-        frame = self._frame(valid, first)
+        frame = self._frame(valid, first, self._ahead(work))
         buffers = self._kernel.buffers
         for step in self._schedule.steps:
             if step.action is Action.LOAD:
@@ -221,6 +246,11 @@ class _Printer:
 def _shown(x: Buffer) -> str:
     sizes = (str(n.value) if isinstance(n, tirx.IntImm) else n.name for n in x.shape)
     return f"[{','.join('*' if '_n' in n else n for n in sizes)}] {x.dtype}"
+
+
+def _in_rows(t: Tile) -> bool:
+    """Whether a tile is a row of channels for each token."""
+    return len(t.axes) == 2 and [a in (Axis.I, Axis.J) for a in t.axes] == [True, False]
 
 
 def _assign(frame: Frame, start: Tile, end: Tile) -> None:

@@ -14,8 +14,8 @@ from tvm import tirx
 from tvm.tirx import Expr
 
 from .tile import Axis, Tile, TileOp
-from .tir_code import Accumulator, Index, broadcast, int32, multiply_add, number, ramp
-from .tir_frame import Frame
+from .tir_code import Accumulator, Index, broadcast, int32, int64, multiply_add, number, ramp
+from .tir_frame import LINE, Ahead, Frame
 from .tir_schedule import Region, columns_exchanged, sides, zero_above
 from .tir_values import Values
 
@@ -24,9 +24,11 @@ Block = list[list[Accumulator]]
 
 def compute_matrix(frame: Frame, t: Tile) -> None:
     """A tile of two axes: an elementwise statement with the products in it, or a product alone."""
-    products = [t] if t.op is TileOp.DOT else _fused(frame, t)
-    for rows, columns in _blocks(frame, t, plain=not products):
-        sums = [(x, _product(frame, x, rows, columns)) for x in products]
+    summed = frame.schedule.summed(t)
+    for rows, columns in _blocks(frame, t, plain=not summed):
+        for ahead in frame.ahead.get(t, ()):
+            _ask(frame, ahead, rows, columns)
+        sums = [(x, _product(frame, x, rows, columns)) for x in summed]
         for a, row in enumerate(rows):
             for b, column in enumerate(columns):
                 known = {x: block[a][b].get() for x, block in sums}
@@ -35,14 +37,13 @@ def compute_matrix(frame: Frame, t: Tile) -> None:
                 frame.write(Region(t), point, value, frame.lanes)
 
 
-def _fused(frame: Frame, t: Tile) -> list[Tile]:
-    found: dict[Tile, None] = {}
-    for a in t.args:
-        if a in frame.schedule.fused:
-            found[a] = None
-        elif a not in frame.schedule.regions:
-            found |= dict.fromkeys(_fused(frame, a))
-    return list(found)
+def _ask(frame: Frame, ahead: Ahead, rows: list[Index], columns: list[Index]) -> None:
+    """Prefetch what of `ahead` lies where the block lies: for a whole tile, all of it once."""
+    for row in rows:
+        first = ahead.rows.first + int64(row) * ahead.rows.stride
+        for column in range(0, len(columns) * frame.lanes, LINE):
+            at = first + int64(int32(columns[0]) + column)
+            frame.code.prefetch(ahead.rows.buffer, at, write=ahead.write)
 
 
 def _blocks(frame: Frame, t: Tile, *, plain: bool) -> Iterator[tuple[list[Index], list[Index]]]:

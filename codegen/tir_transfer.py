@@ -9,14 +9,14 @@ axis HV. In scratch numbers are float32, whatever they are in memory.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 from tvm.tirx import Buffer, Expr, Var
 
 from .tile import Axis, Tile, TileOp
 from .tir_code import Code, Index, int32, int64, load, number
-from .tir_frame import Frame
+from .tir_frame import Ahead, Frame, Rows
 from .tir_schedule import Region
 from .tir_values import Values
 from .triton_types import Parameter, Role, Signature
@@ -58,15 +58,6 @@ class Tensor:
     flat: Buffer
     shape: tuple[Expr, ...]
     strides: tuple[Expr, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """Where a tile lies in memory: rows `stride` apart, channels side by side."""
-
-    buffer: Buffer
-    first: Expr
-    stride: Expr
 
 
 class Transfers:
@@ -143,6 +134,16 @@ class Transfers:
         else:
             _copy_out(frame, start, state)
 
+    def soon(self, t: Tile, work: Work, chunks: int) -> Ahead:
+        """The rows of an operand `chunks` chunks further on."""
+        rows = self._per_token(t, work)
+        further = rows.first + rows.stride * (chunks * self._chunk)
+        return Ahead(replace(rows, first=further), write=False)
+
+    def results(self, t: Tile, work: Work, buffer: str) -> Ahead:
+        """The rows of a buffer that this chunk will write."""
+        return Ahead(self._buffer(buffer, t, work), write=True)
+
     # ---- where they lie ------------------------------------------------------------------------
 
     def _channels(self, t: Tile) -> tuple[int, ...]:
@@ -150,22 +151,22 @@ class Transfers:
         sizes = {Axis.K: dims.K, Axis.V: dims.V}
         return tuple(sizes[a] for a in t.axes if a in sizes)
 
-    def _per_token(self, t: Tile, work: Work) -> _Rows:
+    def _per_token(self, t: Tile, work: Work) -> Rows:
         name = str(t.attrs[0])
         shape = (None, None, None, *self._channels(t))
         x = self.tensor(Role.OPERAND, name, shape, dtype=self._signature.of(name).value)
         per_batch, per_token, per_head = x.strides[:3]
         head = tirx.truncdiv(work.head, tirx.truncdiv(self._heads, x.shape[2]))
         first = work.batch * per_batch + work.row * per_token + head * per_head
-        return _Rows(x.flat, first + _value_offset(t, work), per_token)
+        return Rows(x.flat, first + _value_offset(t, work), per_token)
 
-    def _per_head(self, t: Tile, work: Work) -> _Rows:
+    def _per_head(self, t: Tile, work: Work) -> Rows:
         name = str(t.attrs[0])
         shape = (self._heads, *self._channels(t))
         x = self.tensor(Role.OPERAND, name, shape, dtype=self._signature.of(name).value)
-        return _Rows(x.flat, work.head * x.strides[0] + _value_offset(t, work), int64(0))
+        return Rows(x.flat, work.head * x.strides[0] + _value_offset(t, work), int64(0))
 
-    def _buffer(self, name: str, t: Tile, work: Work) -> _Rows:
+    def _buffer(self, name: str, t: Tile, work: Work) -> Rows:
         times = [a for a in t.axes if a in _TIMES]
         sizes = self._channels(t)
         if len(times) == 2:
@@ -180,15 +181,15 @@ class Transfers:
             at = (work.flat if times else work.index) * self._heads + work.head
             between = self._heads * size
         stride = between if times else int64(self._signature.dims.V)
-        return _Rows(x.flat, at * size + _value_offset(t, work), stride)
+        return Rows(x.flat, at * size + _value_offset(t, work), stride)
 
-    def _state(self, role: Role, start: Tile, work: Work, sequence: Expr) -> _Rows:
+    def _state(self, role: Role, start: Tile, work: Work, sequence: Expr) -> Rows:
         sizes = self._channels(start)
         x = self.tensor(role, str(start.attrs[0]), (None, self._heads, *sizes))
         at = sequence * self._heads + work.head
         for n in sizes:
             at = at * n
-        return _Rows(x.flat, at + _value_offset(start, work), int64(self._signature.dims.V))
+        return Rows(x.flat, at + _value_offset(start, work), int64(self._signature.dims.V))
 
 
 def _value_offset(t: Tile, work: Work) -> Expr:
@@ -222,7 +223,7 @@ def _zero_row(frame: Frame, t: Tile, at: dict[Axis, Index], columns: Axis | None
         frame.write(Region(t), point, number(0.0, frame.lanes), frame.lanes)
 
 
-def _copy_in(frame: Frame, t: Tile, source: _Rows) -> None:
+def _copy_in(frame: Frame, t: Tile, source: Rows) -> None:
     code = frame.code
     rows, columns = _grid(t)
     if rows is None:
@@ -264,7 +265,7 @@ def _copy_row_in(
             frame.write(Region(t), {**at, columns: c}, load(buffer, first + int64(c), 1), 1)
 
 
-def _copy_out(frame: Frame, t: Tile, target: _Rows) -> None:
+def _copy_out(frame: Frame, t: Tile, target: Rows) -> None:
     rows, columns = _grid(t)
     if rows is None:
         _copy_row_out(frame, t, {}, columns, target.buffer, target.first)
