@@ -8,7 +8,7 @@ the function allocates nothing, starts nothing, and needs no runtime of TVM's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 from tvm.ir import PrimType
@@ -205,19 +205,21 @@ class _Printer:
         further = -1 if self._kernel.loop is Loop.REVERSE else 1
         done: list[Tile] = []
         for step in self._schedule.steps:
-            t = unaliased(step.tile)
-            if t in ahead:
-                done.append(t)
-            operand = step.action is Action.LOAD and t.op is TileOp.TOKEN
-            result = step.action is Action.STORE and step.name not in self._private
-            asking = ahead if operand else done if result else ()
-            if asking and _in_rows(t):
-                rows = (
-                    self._transfers.soon(t, work, further)
-                    if operand
-                    else self._transfers.results(t, work, step.name)
+            t, asking = step.tile, done
+            if step.action is Action.LOAD:
+                rows = self._transfers.source(t, work, self._kernel.buffers.get(t))
+                rows = replace(
+                    rows, first=rows.first + rows.stride * (further * self._shapes.chunk)
                 )
-                ahead[min(asking, key=lambda x: len(ahead[x]))].append(rows)
+                asking = list(ahead)
+            elif step.action is Action.STORE:
+                rows = self._transfers.buffer(step.name, t, work)
+            else:
+                done += [t] if t in ahead else []
+                continue
+            if asking and _in_rows(t) and step.name not in self._private:
+                asks = Ahead(rows, write=step.action is Action.STORE)
+                ahead[min(asking, key=lambda x: len(ahead[x]))].append(asks)
         return ahead
 
     def _chunk(self, sequence: Expr, head: Expr, value: Expr, chunk: Expr) -> None:

@@ -9,14 +9,14 @@ axis HV. In scratch numbers are float32, whatever they are in memory.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.tirx import Buffer, Expr, Var
 
 from .tile import Axis, Tile, TileOp
 from .tir_code import Code, Index, int32, int64, load, number
-from .tir_frame import Ahead, Frame, Rows
+from .tir_frame import Frame, Rows
 from .tir_schedule import Region
 from .tir_values import Values
 from .triton_types import Parameter, Role, Signature
@@ -100,17 +100,11 @@ class Transfers:
 
     def load(self, frame: Frame, t: Tile, work: Work, buffer: str | None) -> None:
         """Bring a leaf into scratch; rows beyond the sequence's end become zero."""
-        if buffer is not None:
-            rows = self._buffer(buffer, t, work)
-        elif t.op is TileOp.HEAD:
-            rows = self._per_head(t, work)
-        else:
-            rows = self._per_token(t, work)
-        _copy_in(frame, t, rows)
+        _copy_in(frame, t, self.source(t, work, buffer))
 
     def store(self, frame: Frame, t: Tile, work: Work, buffer: str) -> None:
         """Write a tile to its buffer; rows beyond the sequence's end are left alone."""
-        rows = self._buffer(buffer, t, work)
+        rows = self.buffer(buffer, t, work)
         if work.split and Axis.V not in t.axes:
             with frame.code.when(tirx.EQ(work.value, int64(0))):
                 _copy_out(frame, t, rows)
@@ -134,17 +128,13 @@ class Transfers:
         else:
             _copy_out(frame, start, state)
 
-    def soon(self, t: Tile, work: Work, chunks: int) -> Ahead:
-        """The rows of an operand `chunks` chunks further on."""
-        rows = self._per_token(t, work)
-        further = rows.first + rows.stride * (chunks * self._chunk)
-        return Ahead(replace(rows, first=further), write=False)
-
-    def results(self, t: Tile, work: Work, buffer: str) -> Ahead:
-        """The rows of a buffer that this chunk will write."""
-        return Ahead(self._buffer(buffer, t, work), write=True)
-
     # ---- where they lie ------------------------------------------------------------------------
+
+    def source(self, t: Tile, work: Work, buffer: str | None) -> Rows:
+        """Rows of a leaf: of a buffer, or of an operand."""
+        if buffer is not None:
+            return self.buffer(buffer, t, work)
+        return self._per_head(t, work) if t.op is TileOp.HEAD else self._per_token(t, work)
 
     def _channels(self, t: Tile) -> tuple[int, ...]:
         dims = self._signature.dims
@@ -166,7 +156,8 @@ class Transfers:
         x = self.tensor(Role.OPERAND, name, shape, dtype=self._signature.of(name).value)
         return Rows(x.flat, work.head * x.strides[0] + _value_offset(t, work), int64(0))
 
-    def _buffer(self, name: str, t: Tile, work: Work) -> Rows:
+    def buffer(self, name: str, t: Tile, work: Work) -> Rows:
+        """Rows of a buffer."""
         times = [a for a in t.axes if a in _TIMES]
         sizes = self._channels(t)
         if len(times) == 2:
