@@ -20,8 +20,8 @@ from .plan import Kernel, Loop, sums_over
 from .tile import Axes, Axis, Tile, TileOp
 from .tir_code import Code, Index, int32, int64
 from .tir_config import TvmConfig
-from .tir_decayed import DECAYED, EARLY, LATE
-from .tir_frame import Ahead, Frame, Shapes, allocate, placed
+from .tir_decayed import rooms
+from .tir_frame import LINE, Ahead, Frame, Shapes, allocate, placed
 from .tir_products import transpose
 from .tir_schedule import Action, Region, schedule
 from .tir_steps import compute
@@ -90,7 +90,9 @@ class _Printer:
         self._schedule = schedule(kernel)
         starts = [c.start for c in kernel.carried]
         self._places, self._size = allocate(self._schedule, starts, self._shapes)
-        self._make_room_for_decayed()
+        for region, numbers in rooms(self._schedule, self._shapes).items():
+            self._places[region] = placed(region, self._size, self._shapes)
+            self._size += -(-numbers // LINE) * LINE
         names = dict.fromkeys(str(t.attrs[0]) for t in kernel.order if t.op is TileOp.PARAM)
         self._numbers = {n: Var(f"number_{n}", "float32") for n in names}
         self._heads = Var("HV", "int64")
@@ -102,13 +104,6 @@ class _Printer:
             tirx.decl_buffer((n, int64(len(of))), "int64", name, data_alignment=8, layout=None)
             for n, of, name in zip(rows, (SEQUENCE, CHUNK), ("sequences", "chunks"), strict=True)
         ]
-
-    def _make_room_for_decayed(self) -> None:
-        if not any(t.op in DECAYED for t in self._schedule.regions):
-            return
-        for region in (Region(EARLY), Region(LATE), Region(EARLY, transposed=True)):
-            self._places[region] = placed(region, self._size, self._shapes)
-            self._size += self._shapes.size(region.axes)
 
     def print(self) -> TirKernel:
         """The kernel, statement by statement."""
