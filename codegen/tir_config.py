@@ -16,7 +16,7 @@ class TvmConfig:
         forward, backward: how each direction is cut into kernels.
         lanes: float32 numbers in a vector register, a power of two.
         rows, vectors: the register tile of a product, rows times vectors of accumulators.
-        unroll: steps of a product's sum per turn of its loop.
+        unroll: steps of a product's sum per turn of its loop, where their number is known.
         v_tile: channels of the value axis per work item, where a kernel can be split along it.
     """
 

@@ -7,6 +7,7 @@ computed on the block while that is in registers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
@@ -142,12 +143,18 @@ def block_product(
     """The sums over s in `terms` of single(row, s) vector(s, column), in registers."""
     code, lanes = frame.code, frame.lanes
     block = [[code.accumulator(number(0.0, lanes)) for _ in columns] for _ in rows]
-    with code.loop(*terms, "s") as s:
-        ys = [code.bind("y", vector(s, column)) for column in columns]
-        for a, row in enumerate(rows):
-            one = code.bind("x", broadcast(single(row, s), lanes))
-            for b, y in enumerate(ys):
-                code.set(block[a][b], multiply_add(one, y, block[a][b].get()))
+    (begin, end), at_once = terms, 1
+    if isinstance(begin, int) and isinstance(end, int):
+        at_once = math.gcd(end - begin, frame.shapes.config.unroll)
+        end = begin + (end - begin) // at_once
+    with code.loop(begin, end, "s") as turn:
+        for u in range(at_once):
+            s = turn if at_once == 1 else (int32(turn) - begin) * at_once + (begin + u)
+            ys = [code.bind("y", vector(s, column)) for column in columns]
+            for a, row in enumerate(rows):
+                one = code.bind("x", broadcast(single(row, s), lanes))
+                for b, y in enumerate(ys):
+                    code.set(block[a][b], multiply_add(one, y, block[a][b].get()))
     return block
 
 
