@@ -2,12 +2,14 @@
 
 The torch side is our derived chunk form in torch operations, with the derived gradient, at each
 chunk length; with `--compile` torch.compile of each as well. The fastest of them is what counts.
-Sides are interleaved, each with the same threads; a ratio is of medians of one process.
+Sides are interleaved, each with the same threads; a ratio is of medians of one process. "of sgemm":
+the products that our kernels sum, in that time, against the machine's fastest large product.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import resource
 import statistics
@@ -23,6 +25,12 @@ import chunkwise as cw
 import torch
 from chunkwise.autotune.measure import CpuDevice
 from chunkwise.codegen.config import EagerConfig
+from chunkwise.codegen.emit import backward_program, forward_program
+from chunkwise.codegen.plan import Program
+from chunkwise.codegen.tile import Axis
+from chunkwise.codegen.tir_config import TvmConfig
+from chunkwise.codegen.tir_decayed import DECAYED
+from chunkwise.codegen.tir_schedule import Action, schedule, sides, zero_above
 from chunkwise.runtime import eager_engine, tvm_engine
 from chunkwise.runtime.call import Call, bind
 from torch import Tensor
@@ -66,8 +74,11 @@ def _sides(call: Call, do: Tensor, *, backward: bool, compiled: bool) -> dict[st
     return {name: measure.Side(torch.no_grad()(run), lambda: None) for name, run in runs.items()}
 
 
-def _contest(name: str, shape: Shape, repeats: int, *, compiled: bool) -> None:
+def _contest(name: str, shape: Shape, repeats: int, sgemm: float, *, compiled: bool) -> None:
     call = _call(name, shape)
+    config = tvm_engine.configuration()
+    forward_flops = flops(call, forward_program(call.form, config.forward), config)
+    backward_flops = flops(call, backward_program(call.form, config.backward), config)
     do = torch.randn(call.output_shape)
     for label, backward in (("forward", False), ("forward+backward", True)):
         sides = _sides(call, do, backward=backward, compiled=compiled)
@@ -78,11 +89,31 @@ def _contest(name: str, shape: Shape, repeats: int, *, compiled: bool) -> None:
         for what, of in (("median", statistics.median), ("least", min)):
             times = [of(x) / 1e3 for x in samples]
             ours, (best, fastest) = times[0], min(zip(times[1:], list(sides)[1:], strict=True))
+            rate = (forward_flops + backward * backward_flops) / (ours * 1e-3) / 1e9
             print(
-                f"{name:<18} D{shape.D:<4} {label:<17} {what:<7} tvm {ours:8.2f} ms   "
+                f"{name:<18} D{shape.D:<4} {label:<17} {what:<7} tvm {ours:8.2f} ms, "
+                f"{rate / sgemm:4.0%} of sgemm   "
                 f"torch {best:8.2f} ms ({fastest})   ratio {best / ours:5.1f}",
                 flush=True,
             )
+
+
+def flops(call: Call, program: Program, config: TvmConfig) -> float:
+    """Of the products of one direction: of what lies below a diagonal, half; a solve is one."""
+    chunk = config.chunk
+    sizes = {Axis.K: call.K, Axis.V: call.V, Axis.I: chunk, Axis.J: chunk}
+    total = 0.0
+    for kernel in program.kernels:
+        plan = schedule(kernel)
+        for t in plan.products:
+            for product in plan.summed(t):
+                halved = t in plan.half or zero_above(sides(product)[0])
+                axes = {a for x in product.args for a in x.axes}
+                total += (1 if halved else 2) * math.prod(sizes[a] for a in axes)
+        for t in (s.tile for s in plan.steps if s.action is Action.COMPUTE):
+            if t in plan.solved or t.op in DECAYED:
+                total += chunk * chunk * sizes[t.args[-1].axes[-1]]
+    return total * call.B * call.HV * -(-call.T // chunk)
 
 
 def _steps(name: str, repeats: int) -> None:
@@ -205,12 +236,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for key, value in machine.describe(CPU).items():
         print(f"{key:<14} {value}")
     print(f"load           {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
-    print(f"sgemm          {_sgemm():.0f} GFLOP/s on {options.threads} threads\n")
+    sgemm = _sgemm()
+    print(f"sgemm          {sgemm:.0f} GFLOP/s on {options.threads} threads\n")
     for name in options.ops:
         for D in channels:
             shape = Shape("cpu", 1, options.tokens, 8, D)
             if options.only in (None, "calls"):
-                _contest(name, shape, options.repeats, compiled=options.compile)
+                _contest(name, shape, options.repeats, sgemm, compiled=options.compile)
             if options.only in (None, "compilation"):
                 _compilation(name, shape)
             if options.only in (None, "memory"):

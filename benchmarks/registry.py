@@ -97,6 +97,8 @@ _K = Input("k", Axes.KEY, Fill.UNIT_KEY)
 _V = Input("v", Axes.VALUE, Fill.NORMAL)
 _G = Input("g", Axes.SCALAR, Fill.LOG_DECAY, float32=True)
 _G_KEY = Input("g", Axes.KEY, Fill.LOG_DECAY)
+_WRITTEN = Input("a", Axes.KEY, Fill.UNIT_KEY)
+_READ = Input("b", Axes.KEY, Fill.UNIT_KEY)
 _BETA = Input("beta", Axes.SCALAR, Fill.STEP_SIZE, float32=True)
 # the peer computes this decay itself and gives it no gradient
 _RETENTION = Input("g", Axes.HEAD, Fill.RETENTION, float32=True, gradient=False)
@@ -116,6 +118,7 @@ CASES = {
         ),
         Case("gla", (_Q, _K, _V, _G_KEY), peers.gla),
         Case("kda", (_Q, _K, _V, _G_KEY, _BETA), peers.kda),
+        Case("dplr", (_Q, _K, _V, _WRITTEN, _READ, _G_KEY), None),
     )
 }
 

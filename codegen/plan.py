@@ -102,6 +102,27 @@ class Program:
     kernels: tuple[Kernel, ...]
     results: tuple[str, ...]
 
+    @property
+    def stages(self) -> tuple[tuple[Kernel, ...], ...]:
+        """The kernels in order; scans that follow one another together.
+
+        A stage of scans can run from end to end for one sequence and head, then for the next.
+        """
+        stages: list[tuple[Kernel, ...]] = []
+        for kernel in self.kernels:
+            scans = stages and Loop.PARALLEL not in (kernel.loop, stages[-1][0].loop)
+            if scans:
+                stages[-1] = (*stages[-1], kernel)
+            else:
+                stages.append((kernel,))
+        return tuple(stages)
+
+    def passed(self, stage: tuple[Kernel, ...]) -> frozenset[str]:
+        """The buffers that the kernels of `stage` pass to one another, and to no other."""
+        stored = {name for kernel in stage for name, _ in kernel.stores}
+        others = (k for k in self.kernels if k not in stage)
+        return frozenset(stored.difference(self.results, *(k.buffers.values() for k in others)))
+
 
 def forward_plans(body: Body) -> tuple[Plan, ...]:
     """Every legal plan of a forward, the plainest first."""

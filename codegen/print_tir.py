@@ -7,7 +7,8 @@ the function allocates nothing, starts nothing, and needs no runtime of TVM's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 from tvm.ir import PrimType
@@ -20,8 +21,8 @@ from .plan import Kernel, Loop, sums_over
 from .tile import Axes, Axis, Tile, TileOp
 from .tir_code import Code, Index, int32, int64
 from .tir_config import TvmConfig
-from .tir_decayed import DECAYED, EARLY, LATE
-from .tir_frame import Frame, Rows, Shapes, allocate, placed
+from .tir_decayed import rooms
+from .tir_frame import LINE, Ahead, Frame, Rows, Shapes, allocate, placed
 from .tir_products import transpose
 from .tir_schedule import Action, Region, schedule
 from .tir_steps import compute
@@ -53,17 +54,24 @@ class TirKernel:
     chunk: int
     scratch: int
     stores: tuple[tuple[str, Axes], ...]
+    private: frozenset[str]
 
 
 def print_tir(
-    kernel: Kernel, signature: Signature, config: TvmConfig, *, one_token: bool = False
+    kernel: Kernel,
+    signature: Signature,
+    config: TvmConfig,
+    private: frozenset[str] = frozenset(),
+    *,
+    one_token: bool = False,
 ) -> TirKernel:
     """`kernel` as TIR for `signature`.
 
-    `one_token`: of a scan over tokens, the kernel for a single one: its tensors have no time axis,
-    and it must be given first states.
+    `private`: buffers that hold one sequence and head at a time; whoever calls the kernel runs what
+    reads them before the next. `one_token`: of a scan over tokens, the kernel for a single one: its
+    tensors have no time axis, and it must be given first states.
     """
-    return _Printer(kernel, signature, config, one_token).print()
+    return _Printer(kernel, signature, config, private, one_token).print()
 
 
 def print_number(name: str, value: int) -> PrimFunc:
@@ -75,9 +83,15 @@ def print_number(name: str, value: int) -> PrimFunc:
 
 class _Printer:
     def __init__(
-        self, kernel: Kernel, signature: Signature, config: TvmConfig, one_token: bool
+        self,
+        kernel: Kernel,
+        signature: Signature,
+        config: TvmConfig,
+        private: frozenset[str],
+        one_token: bool,
     ) -> None:
         self._kernel = kernel
+        self._private = private
         self._signature = signature
         self._one_token = one_token
         self._v_tile = _v_tile(kernel, signature.dims.V, config.v_tile)
@@ -86,7 +100,9 @@ class _Printer:
         self._schedule = schedule(kernel)
         starts = [c.start for c in kernel.carried]
         self._places, self._size = allocate(self._schedule, starts, self._shapes)
-        self._make_room_for_decayed()
+        for region, numbers in rooms(self._schedule, self._shapes).items():
+            self._places[region] = placed(region, self._size, self._shapes)
+            self._size += -(-numbers // LINE) * LINE
         self._outside: dict[Region, Rows] = {}
         names = dict.fromkeys(str(t.attrs[0]) for t in kernel.order if t.op is TileOp.PARAM)
         self._numbers = {n: Var(f"number_{n}", "float32") for n in names}
@@ -100,18 +116,16 @@ class _Printer:
             for n, of, name in zip(rows, (SEQUENCE, CHUNK), ("sequences", "chunks"), strict=True)
         ]
 
-    def _make_room_for_decayed(self) -> None:
-        if not any(t.op in DECAYED for t in self._schedule.regions):
-            return
-        for region in (Region(EARLY), Region(LATE), Region(EARLY, transposed=True)):
-            self._places[region] = placed(region, self._size, self._shapes)
-            self._size += self._shapes.size(region.axes)
-
     def print(self) -> TirKernel:
         """The kernel, statement by statement."""
         kernel, entry, code = self._kernel, Code(), Code()
         transfers = Transfers(
-            self._signature, self._shapes.chunk, entry, self._heads, has_time=not self._one_token
+            self._signature,
+            self._shapes.chunk,
+            entry,
+            self._heads,
+            self._private,
+            has_time=not self._one_token,
         )
         begin, end = Var("begin", "int64"), Var("end", "int64")
         self._code, self._transfers = code, transfers
@@ -135,6 +149,7 @@ class _Printer:
             chunk=self._shapes.chunk,
             scratch=self._size,
             stores=tuple((name, t.axes) for name, t in kernel.stores),
+            private=self._private,
         )
 
     def _item(self, item: Index) -> None:
@@ -153,7 +168,7 @@ class _Printer:
             self._chunk(sequence, head, value, chunk)
             return
         work = self._work(number_, head, value, int64(0))
-        frame = self._frame(int32(0), int32(0))
+        frame = self._frame(int32(0), int32(0), {})
         moved = [c for c in self._kernel.carried if not self._stays(c)]
         for c in self._kernel.carried:
             if c not in moved:  # read and written where the call has them
@@ -197,16 +212,44 @@ class _Printer:
             batch=bind("batch", self._table(0, sequence, 0)),
             row=bind("row", self._table(0, sequence, 1) + start),
             flat=bind("flat", self._table(0, sequence, 3) + start),
+            start=start,
             index=bind("index", self._table(0, sequence, 4) + chunk),
+            chunk=chunk,
             value=value,
             split=self._v_tile < self._signature.dims.V,
         )
 
-    def _frame(self, valid: Expr, first: Expr) -> Frame:
+    def _frame(self, valid: Expr, first: Expr, ahead: Mapping[Tile, Sequence[Ahead]]) -> Frame:
         return Frame(
             self._code, self._shapes, self._schedule, self._places, self._scratch, valid, first,
-            self._numbers, self._outside,
+            self._numbers, ahead, self._outside,
         )  # fmt: skip
+
+    def _ahead(self, work: Work) -> dict[Tile, list[Ahead]]:
+        """What products ask for: operands of the next chunk, results of this one before they are.
+
+        Products of a row per token share them evenly; a result's own or one before it asks for it.
+        """
+        ahead: dict[Tile, list[Ahead]] = {t: [] for t in self._schedule.products if _in_rows(t)}
+        further = -1 if self._kernel.loop is Loop.REVERSE else 1
+        done: list[Tile] = []
+        for step in self._schedule.steps:
+            t, asking = step.tile, done
+            if step.action is Action.LOAD:
+                rows = self._transfers.source(t, work, self._kernel.buffers.get(t))
+                rows = replace(
+                    rows, first=rows.first + rows.stride * (further * self._shapes.chunk)
+                )
+                asking = list(ahead)
+            elif step.action is Action.STORE:
+                rows = self._transfers.buffer(step.name, t, work)
+            else:
+                done += [t] if t in ahead else []
+                continue
+            if asking and _in_rows(t) and step.name not in self._private:
+                asks = Ahead(rows, write=step.action is Action.STORE)
+                ahead[min(asking, key=lambda x: len(ahead[x]))].append(asks)
+        return ahead
 
     def _chunk(self, sequence: Expr, head: Expr, value: Expr, chunk: Expr) -> None:
         code, size = self._code, self._shapes.chunk
@@ -215,7 +258,7 @@ class _Printer:
         whole = tirx.Select(left < int64(size), left, int64(size))
         valid = code.bind("valid", tirx.Cast("int32", whole))
         first = code.bind("first", tirx.Cast("int32", chunk * size))
-        frame = self._frame(valid, first)
+        frame = self._frame(valid, first, self._ahead(work))
         buffers = self._kernel.buffers
         for step in self._schedule.steps:
             if step.action is Action.LOAD:
@@ -235,6 +278,11 @@ class _Printer:
 def _shown(x: Buffer) -> str:
     sizes = (str(n.value) if isinstance(n, tirx.IntImm) else n.name for n in x.shape)
     return f"[{','.join('*' if '_n' in n else n for n in sizes)}] {x.dtype}"
+
+
+def _in_rows(t: Tile) -> bool:
+    """Whether a tile is a row of channels for each token."""
+    return len(t.axes) == 2 and [a in (Axis.I, Axis.J) for a in t.axes] == [True, False]
 
 
 def _assign(frame: Frame, start: Tile, end: Tile) -> None:

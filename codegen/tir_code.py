@@ -139,6 +139,12 @@ class Code:
     def set(self, register: Accumulator, value: Expr) -> None:
         self.emit(register.set(value))
 
+    def prefetch(self, buffer: Buffer, at: Expr, *, write: bool) -> None:
+        """Ask for the line of cache that holds a number; no address is wrong."""
+        address = tirx.address_of(tirx.BufferLoad(buffer, [at]))
+        hints = [int32(int(write)), int32(3), int32(1)]  # to the nearest level; of data
+        self.emit(tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *hints)))
+
     def flat(self, buffer: Buffer) -> Buffer:
         """`buffer` as one row of numbers, which is how all are addressed here."""
         flat = tirx.decl_buffer(

@@ -15,9 +15,9 @@ from tvm.tirx import Expr
 from . import tile
 from .tile import Axis, Tile, TileOp
 from .tir_code import Index, broadcast, int32, number, ramp
-from .tir_frame import Frame
+from .tir_frame import Frame, Shapes
 from .tir_products import block_product, column_blocks, horizontal_sum, transpose
-from .tir_schedule import Region
+from .tir_schedule import Region, Schedule
 from .tir_values import Values
 
 # rows of an earlier and of a later half, decayed: room in scratch that such statements share
@@ -25,31 +25,105 @@ EARLY, LATE = tile.token("early half", (Axis.K,)), tile.token("late half", (Axis
 DECAYED = (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY)
 
 
-class _Decayed:
-    """The operands of one statement, on axes I for rows and J for columns, and their decays."""
+def rooms(schedule: Schedule, shapes: Shapes) -> dict[Region, int]:
+    """What such statements need in scratch, in numbers: halves, and the decays of each gate."""
+    decayed = [t for t in schedule.regions if t.op in DECAYED]
+    found: dict[Region, int] = {}
+    if decayed:
+        halves = (Region(EARLY), Region(LATE), Region(EARLY, transposed=True))
+        found = {region: shapes.size(region.axes) for region in halves}
+    least = _least(shapes)
+    blocks, sizes = shapes.chunk // least, (shapes.chunk // least).bit_length() - 1
+    for t in sorted(decayed, key=lambda t: t.key):
+        pairs, anchored = _tables(t)
+        stride = shapes.stride(pairs.axes)
+        found[pairs] = blocks * (least * (least - 1) // 2) * stride
+        found[anchored] = sizes * shapes.chunk * stride
+    return found
 
-    def __init__(self, frame: Frame, prefix: Tile, key_prefix: Tile) -> None:
+
+def _tables(t: Tile) -> tuple[Region, Region]:
+    """Decays of pairs within a block, and of rows to the last row of an earlier half."""
+    gate = "".join(prefix.key for prefix in t.args[2:])
+    pairs, anchored = (tile.token(f"{name} {gate}", (Axis.K,)) for name in ("pairs", "anchored"))
+    return Region(pairs), Region(anchored)
+
+
+def _least(shapes: Shapes) -> int:
+    """Rows of a block on the diagonal."""
+    return max(8, shapes.lanes)
+
+
+class _Decayed:
+    """The operands of one statement, on axes I for rows and J for columns, and their decays.
+
+    Decays are computed once for all statements under the same gate, by the first of them.
+    """
+
+    def __init__(self, frame: Frame, t: Tile) -> None:
+        _, _, self._p, self._q = t.args
         self.frame = frame
-        self.least = max(8, frame.lanes)
-        self._p, self._q = prefix, key_prefix
+        self.least = _least(frame.shapes)
+        # of a block of a product: what divides every half
+        self.height = min(self.least, 1 << frame.shapes.config.rows.bit_length() - 1)
         self._values = Values(frame, Axis.K)
+        self._pairs, self._anchored = _tables(t)
+        under = (s.tile for s in frame.schedule.steps if s.tile.op in DECAYED)
+        if t == next(other for other in under if other.args[2:] == t.args[2:]):
+            self._fill()
 
     def value(self, t: Tile, row: Index, column: Index) -> Expr:
         """A vector of an operand: of row `row` on whichever time axis it has."""
         return self._values.at(t, {Axis.I: row, Axis.J: row, Axis.K: column})
 
-    def between(self, late: Index, early: Index, column: Index) -> Expr:
-        """e^(P_late - Q_early)."""
-        p, q = self.value(self._p, late, column), self.value(self._q, early, column)
+    def between(self, late: Index, early: Index, first: Expr, column: Index) -> Expr:
+        """e^(P_late - Q_early), of rows of the block that begins with `first`."""
+        return self.frame.read(self._pairs, self._pair(late, early, first, column), self._lanes)
+
+    def anchored(self, size: Index, row: Index, column: Index) -> Expr:
+        """e^(Q_anchor - Q_row) of a row of an earlier half, e^(P_row - Q_anchor) of a later one."""
+        point = self._anchored_at(size, row, column)
+        return self.frame.read(self._anchored, point, self._lanes)
+
+    @property
+    def _lanes(self) -> int:
+        return self.frame.lanes
+
+    def _pair(self, late: Index, early: Index, first: Expr, column: Index) -> dict[Axis, Index]:
+        row = late - first
+        before = tirx.truncdiv(row * (row - 1), int32(2)) + (early - first)
+        blocks = tirx.truncdiv(first, int32(self.least)) * (self.least * (self.least - 1) // 2)
+        return {Axis.I: blocks + before, Axis.K: column}
+
+    def _anchored_at(self, size: Index, row: Index, column: Index) -> dict[Axis, Index]:
+        return {Axis.I: int32(size) * self.frame.shapes.chunk + row, Axis.K: column}
+
+    def _fill(self) -> None:
+        """The decays of this gate."""
+        frame, code = self.frame, self.frame.code
+        p, q, vectors = self._p, self._q, frame.shapes.vectors(Axis.K)
+        for row, first, _ in self.diagonal():
+            with code.loop(first, row, "j") as j, code.loop(0, vectors, "c") as c:
+                column = int32(c) * self._lanes
+                decay = self._decay(self.value(p, row, column), self.value(q, j, column))
+                frame.write(self._pairs, self._pair(row, j, first, column), decay, self._lanes)
+        for size, half, first in self.halves():
+            with code.loop(0, half, "r") as r, code.loop(0, vectors, "c") as c:
+                column, early = int32(c) * self._lanes, first + r
+                anchor = code.bind("anchor", self.value(q, first + (half - 1), column))
+                late = early + half
+                for row, decay in (
+                    (early, self._decay(anchor, self.value(q, early, column))),
+                    (late, self._decay(self.value(p, late, column), anchor)),
+                ):
+                    point = self._anchored_at(size, row, column)
+                    frame.write(self._anchored, point, decay, self._lanes)
+
+    def _decay(self, p: Expr, q: Expr) -> Expr:
         return self._values.exponential(p - q)
 
-    def to_anchor(self, early: Index, anchor: Index, column: Index) -> Expr:
-        """e^(Q_anchor - Q_early)."""
-        end, start = (self.value(self._q, row, column) for row in (anchor, early))
-        return self._values.exponential(end - start)
-
-    def halves(self) -> Iterator[tuple[Expr, Expr]]:
-        """(rows of a half, first row of the pair), within the loops over sizes and pairs."""
+    def halves(self) -> Iterator[tuple[Index, Expr, Expr]]:
+        """(number of the size, rows of a half, first row of the pair), within loops over them."""
         code, chunk = self.frame.code, self.frame.shapes.chunk
         sizes = (chunk // self.least).bit_length() - 1
         if not sizes:
@@ -58,7 +132,7 @@ class _Decayed:
             half = code.bind("half", tirx.shift_left(int32(self.least), int32(size)))
             pairs = tirx.truncdiv(int32(chunk // 2), half)
             with code.loop(0, pairs, "pair") as pair:
-                yield half, code.bind("first", pair * (half * 2))
+                yield size, half, code.bind("first", pair * (half * 2))
 
     def diagonal(self) -> Iterator[tuple[Expr, Expr, Expr]]:
         """(row, first row and row after the last of its block), within the loops over rows."""
@@ -73,9 +147,9 @@ class _Decayed:
 
 def decayed_dot(frame: Frame, t: Tile) -> None:
     """A_ij = sum_k x_ik y_jk e^(P_ik - Q_jk) for i > j; zero elsewhere."""
-    x, y, p, q = t.args
+    x, y, _, _ = t.args
     code, lanes = frame.code, frame.lanes
-    d = _Decayed(frame, p, q)
+    d = _Decayed(frame, t)
     with (
         code.loop(0, frame.shapes.chunk, "r") as r,
         code.loop(0, frame.shapes.vectors(Axis.J), "c") as c,
@@ -88,16 +162,16 @@ def decayed_dot(frame: Frame, t: Tile) -> None:
             with code.loop(0, frame.shapes.vectors(Axis.K), "c") as c:
                 column = int32(c) * lanes
                 pair = d.value(x, row, column) * d.value(y, j, column)
-                pair = _inside(frame, pair * d.between(row, j, column), column)
+                pair = _inside(frame, pair * d.between(row, j, first, column), column)
                 code.set(total, total.get() + pair)
             total_sum = horizontal_sum(frame, total.get())
             frame.write(Region(t), {Axis.I: row, Axis.J: j}, total_sum, 1)
-    for half, first in d.halves():
-        _early(d, y, half, first)
-        _late(d, x, half, first)
+    for size, half, first in d.halves():
+        _half(d, EARLY, y, size, half, first)
+        _half(d, LATE, x, size, half, first + half)
         transpose(frame, EARLY, half)
         singles, vectors = Values(frame, None), Values(frame, Axis.I)
-        height = min(frame.shapes.config.rows, d.least)
+        height = d.height
         with (
             code.loop(0, tirx.truncdiv(half, int32(height)), "r") as r,
             code.loop(0, tirx.truncdiv(half, int32(lanes)), "c") as c,
@@ -120,9 +194,9 @@ def decayed_dot(frame: Frame, t: Tile) -> None:
 
 def decayed_apply(frame: Frame, t: Tile) -> None:
     """z_ik = sum_j A_ij y_jk e^(P_ik - Q_jk), or z_jk = sum_i A_ij x_ik e^(P_ik - Q_jk); i > j."""
-    a, y, p, q = t.args
+    a, y, _, _ = t.args
     code, lanes = frame.code, frame.lanes
-    d = _Decayed(frame, p, q)
+    d = _Decayed(frame, t)
     to_rows = t.attrs == (Axis.I,)
     side = Axis.I if to_rows else Axis.J
     singles = Values(frame, None)
@@ -137,18 +211,15 @@ def decayed_apply(frame: Frame, t: Tile) -> None:
             with code.loop(*((first, row) if to_rows else (row + 1, end)), "s") as s:
                 late, early = (row, s) if to_rows else (s, row)
                 one = broadcast(score(late, early), lanes)
-                term = one * d.value(y, s, column) * d.between(late, early, column)
+                term = one * d.value(y, s, column) * d.between(late, early, first, column)
                 code.set(total, total.get() + term)
             frame.write(Region(t), {side: row, Axis.K: column}, total.get(), lanes)
-    for half, first in d.halves():
-        anchor = first + (half - 1)
-        if to_rows:
-            _early(d, y, half, first)
-        else:
-            _late(d, y, half, first)
-        source = Region(EARLY if to_rows else LATE)
+    for size, half, first in d.halves():
+        room = EARLY if to_rows else LATE
+        _half(d, room, y, size, half, first if to_rows else first + half)
+        source = Region(room)
         own = first + half if to_rows else first  # the half whose rows are summed into
-        height = min(frame.shapes.config.rows, d.least)
+        height = d.height
         with code.loop(0, tirx.truncdiv(half, int32(height)), "r") as r:
             rows: list[Index] = [int32(r) * height + n for n in range(height)]
             for columns in column_blocks(frame, Axis.K):
@@ -165,38 +236,21 @@ def decayed_apply(frame: Frame, t: Tile) -> None:
                     for column, total in zip(columns, sums, strict=True):
                         at = own + row
                         point = {side: at, Axis.K: column}
-                        if to_rows:
-                            decay = d.between(at, anchor, column)
-                        else:
-                            decay = d.to_anchor(at, anchor, column)
+                        decay = d.anchored(size, at, column)
                         before = frame.read(Region(t), point, lanes)
                         frame.write(Region(t), point, before + decay * total.get(), lanes)
 
 
-def _early(d: _Decayed, y: Tile, half: Expr, first: Expr) -> None:
-    """Rows of an earlier half, decayed to its last row."""
+def _half(d: _Decayed, room: Tile, x: Tile, size: Index, half: Expr, first: Expr) -> None:
+    """The rows of a half, decayed to or from the last row of the earlier half of the pair."""
     frame = d.frame
     with (
         frame.code.loop(0, half, "r") as r,
         frame.code.loop(0, frame.shapes.vectors(Axis.K), "c") as c,
     ):
         column = int32(c) * frame.lanes
-        value = d.value(y, first + r, column)
-        value = value * d.to_anchor(first + r, first + (half - 1), column)
-        frame.write(Region(EARLY), {Axis.I: r, Axis.K: column}, value, frame.lanes)
-
-
-def _late(d: _Decayed, x: Tile, half: Expr, first: Expr) -> None:
-    """Rows of a later half, decayed from the last row of the earlier one."""
-    frame = d.frame
-    with (
-        frame.code.loop(0, half, "r") as r,
-        frame.code.loop(0, frame.shapes.vectors(Axis.K), "c") as c,
-    ):
-        column = int32(c) * frame.lanes
-        row = first + half + r
-        value = d.value(x, row, column) * d.between(row, first + (half - 1), column)
-        frame.write(Region(LATE), {Axis.I: r, Axis.K: column}, value, frame.lanes)
+        value = d.value(x, first + r, column) * d.anchored(size, first + r, column)
+        frame.write(Region(room), {Axis.I: r, Axis.K: column}, value, frame.lanes)
 
 
 def _inside(frame: Frame, x: Expr, column: Expr) -> Expr:

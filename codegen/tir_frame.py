@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tvm.tirx import Buffer, Expr, Var
@@ -13,7 +13,7 @@ from .tir_code import Code, Index, int32, int64, load
 from .tir_config import TvmConfig
 from .tir_schedule import Region, Schedule
 
-_LINE = 16  # float32 numbers in a line of cache
+LINE = 16  # float32 numbers in a line of cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +23,6 @@ class Place:
     offset: int
     axes: Axes
     stride: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rows:
-    """Where a tile lies in a tensor of the call: rows `stride` apart, channels side by side."""
-
-    buffer: Buffer
-    first: Expr
-    stride: Expr
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +42,8 @@ class Shapes:
         return {Axis.K: self.dims.K, Axis.V: self.dims.V}.get(axis, self.chunk)
 
     def width(self, axis: Axis) -> int:
-        """The same in whole vectors, and in whole rows of a product's register tile."""
-        unit = max(self.lanes, self.config.rows)
-        return -(-self.extent(axis) // unit) * unit
+        """The same in whole vectors."""
+        return self.vectors(axis) * self.lanes
 
     def vectors(self, axis: Axis) -> int:
         """Vectors along an axis."""
@@ -62,7 +52,7 @@ class Shapes:
     def size(self, axes: Axes) -> int:
         """Numbers that a tile takes in scratch."""
         rows = self.width(axes[0]) if len(axes) == 2 else 1
-        return -(-rows * self.stride(axes) // _LINE) * _LINE
+        return -(-rows * self.stride(axes) // LINE) * LINE
 
     def stride(self, axes: Axes) -> int:
         """How far apart rows are, or the length of the only one.
@@ -73,7 +63,7 @@ class Shapes:
         if not axes:
             return 1
         width = self.width(axes[-1])
-        return width + _LINE if len(axes) == 2 and width % (4 * _LINE) == 0 else width
+        return width + LINE if len(axes) == 2 and width % (4 * LINE) == 0 else width
 
 
 def allocate(
@@ -147,6 +137,26 @@ def _give(free: list[tuple[int, int]], at: int, size: int) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Where a tile lies in a tensor: rows `stride` apart, channels side by side."""
+
+    buffer: Buffer
+    first: Expr
+    stride: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """Rows that a statement asks for while it computes as many of its own.
+
+    They lie a page apart: what the CPU foresees by itself ends with each row.
+    """
+
+    rows: Rows
+    write: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Frame:
     """What the statements of one chunk refer to.
 
@@ -154,6 +164,7 @@ class Frame:
         valid: how many of the chunk's rows the sequence has (int32).
         first: the number of the chunk's first row within its sequence (int32).
         params: run-time floats by name.
+        ahead: rows in memory that will be wanted soon, by the product that asks for them.
         outside: regions that lie in tensors of the call and not in scratch.
     """
 
@@ -165,6 +176,7 @@ class Frame:
     valid: Expr
     first: Expr
     params: Mapping[str, Var]
+    ahead: Mapping[Tile, Sequence[Ahead]]
     outside: Mapping[Region, Rows] = field(default_factory=dict)
 
     @property

@@ -8,13 +8,14 @@ computed on the block while that is in registers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 from tvm import tirx
 from tvm.tirx import Expr
 
 from .tile import Axis, Tile, TileOp
-from .tir_code import Accumulator, Index, broadcast, int32, multiply_add, number, ramp
-from .tir_frame import Frame
+from .tir_code import Accumulator, Index, broadcast, int32, int64, multiply_add, number, ramp
+from .tir_frame import LINE, Ahead, Frame
 from .tir_schedule import Region, columns_exchanged, sides, zero_above
 from .tir_values import Values
 
@@ -23,9 +24,11 @@ Block = list[list[Accumulator]]
 
 def compute_matrix(frame: Frame, t: Tile) -> None:
     """A tile of two axes: an elementwise statement with the products in it, or a product alone."""
-    products = [t] if t.op is TileOp.DOT else _fused(frame, t)
-    for rows, columns in _blocks(frame, t, plain=not products):
-        sums = [(x, _product(frame, x, rows, columns)) for x in products]
+    summed = frame.schedule.summed(t)
+    for rows, columns in _blocks(frame, t, plain=not summed):
+        for ahead in frame.ahead.get(t, ()):
+            _ask(frame, ahead, rows, columns)
+        sums = [(x, _product(frame, x, rows, columns)) for x in summed]
         for a, row in enumerate(rows):
             for b, column in enumerate(columns):
                 known = {x: block[a][b].get() for x, block in sums}
@@ -34,36 +37,59 @@ def compute_matrix(frame: Frame, t: Tile) -> None:
                 frame.write(Region(t), point, value, frame.lanes)
 
 
-def _fused(frame: Frame, t: Tile) -> list[Tile]:
-    found: dict[Tile, None] = {}
-    for a in t.args:
-        if a in frame.schedule.fused:
-            found[a] = None
-        elif a not in frame.schedule.regions:
-            found |= dict.fromkeys(_fused(frame, a))
-    return list(found)
+def _ask(frame: Frame, ahead: Ahead, rows: list[Index], columns: list[Index]) -> None:
+    """Prefetch what of `ahead` lies where the block lies: for a whole tile, all of it once."""
+    for row in rows:
+        first = ahead.rows.first + int64(row) * ahead.rows.stride
+        for column in range(0, len(columns) * frame.lanes, LINE):
+            at = first + int64(int32(columns[0]) + column)
+            frame.code.prefetch(ahead.rows.buffer, at, write=ahead.write)
 
 
 def _blocks(frame: Frame, t: Tile, *, plain: bool) -> Iterator[tuple[list[Index], list[Index]]]:
-    """Rows, and first columns of vectors, of each block, within the loops that run over blocks."""
-    code, lanes, shapes = frame.code, frame.lanes, frame.shapes
+    """Rows, and first columns of vectors, of each block, within the loops that run over blocks.
+
+    Of a tile that nobody looks at above the diagonal, the vectors that begin no further right than
+    the last row of their block of rows: so far products read what they need a part of.
+    """
+    code, shapes = frame.code, frame.shapes
     row_axis, column_axis = t.axes
-    if t in frame.schedule.half:
-        height = 1 if plain else min(lanes, 8)
-        with code.loop(0, shapes.chunk // height, "r") as r:
-            last = int32(r) * height + (height - 1)
-            vectors = tirx.truncdiv(last, int32(lanes)) + 1
-            with code.loop(0, vectors, "c") as c:
-                yield _rows(r, height), [int32(c) * lanes]
+    half = t in frame.schedule.half
+    if plain:
+        with code.loop(0, shapes.extent(row_axis), "r") as r:
+            if half:
+                last = tirx.min(int32(r) + (shapes.config.rows - 1), int32(shapes.chunk - 1))
+                with code.loop(0, tirx.truncdiv(last, int32(frame.lanes)) + 1, "c") as c:
+                    yield [r], [int32(c) * frame.lanes]
+                return
+            for columns in column_blocks(frame, column_axis):
+                yield [r], columns
         return
-    height = 1 if plain else shapes.config.rows
-    with code.loop(0, -(-shapes.extent(row_axis) // height), "r") as r:
-        for columns in column_blocks(frame, column_axis):
-            yield _rows(r, height), columns
+    # columns outside: their panel of the second factor stays in the first level of the cache
+    for columns in column_blocks(frame, column_axis):
+        for rows in row_blocks(frame, row_axis):
+            with code.when(int32(columns[0]) <= rows[-1]) if half else nullcontext():
+                yield rows, columns
 
 
-def _rows(block: Index, height: int) -> list[Index]:
-    return [int32(block) * height + a for a in range(height)]
+def _rows(block: Index, height: int, first: int = 0) -> list[Index]:
+    return [int32(block) * height + (first + a) for a in range(height)]
+
+
+def row_blocks(frame: Frame, axis: Axis, *, backwards: bool = False) -> Iterator[list[Index]]:
+    """Rows of each block along `axis`, within the loop over blocks of one height.
+
+    As few blocks as the register tile allows, of two heights, one apart.
+    """
+    extent, most = frame.shapes.extent(axis), frame.shapes.config.rows
+    count = -(-extent // most)
+    height, taller = divmod(extent, count)
+    parts = [(0, taller, height + 1), (taller * (height + 1), count - taller, height)]
+    for first, blocks, rows in reversed(parts) if backwards else parts:
+        if blocks:
+            with frame.code.loop(0, blocks, "r") as turn:
+                block = int32(blocks - 1) - turn if backwards else turn
+                yield _rows(block, rows, first)
 
 
 def column_blocks(frame: Frame, axis: Axis, most: int | None = None) -> Iterator[list[Index]]:
@@ -179,8 +205,7 @@ def _substitute(
     columns: list[Index],
     start: Callable[[Index, Index], Expr],
 ) -> None:
-    code, lanes, height = frame.code, frame.lanes, frame.shapes.config.rows
-    chunk = frame.shapes.chunk
+    code, lanes, chunk = frame.code, frame.lanes, frame.shapes.chunk
     row_axis, column_axis = t.axes
     forward = row_axis is Axis.I
     singles, vectors = Values(frame, None), Values(frame, column_axis)
@@ -190,9 +215,7 @@ def _substitute(
         i, j = (row, solved) if forward else (solved, row)
         return broadcast(singles.at(lower, {Axis.I: i, Axis.J: j}), lanes)
 
-    with code.loop(0, chunk // height, "r") as turn:
-        block_row = int32(turn) if forward else int32(chunk // height - 1) - turn
-        rows = _rows(block_row, height)
+    for rows in row_blocks(frame, row_axis, backwards=not forward):
         block = [[code.accumulator(start(row, c)) for c in columns] for row in rows]
         begin, end = (0, rows[0]) if forward else (rows[-1] + 1, int32(chunk))
         with code.loop(begin, end, "s") as s:
@@ -202,7 +225,7 @@ def _substitute(
                 one = code.bind("l", -factor(row, s))
                 for b, u in enumerate(solved):
                     code.set(block[a][b], multiply_add(one, u, block[a][b].get()))
-        order = range(height) if forward else range(height - 1, -1, -1)
+        order = range(len(rows)) if forward else range(len(rows) - 1, -1, -1)
         for n, a in enumerate(order):
             for done in list(order)[:n]:
                 one = code.bind("l", -factor(rows[a], rows[done]))

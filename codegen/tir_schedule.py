@@ -84,6 +84,24 @@ class Schedule:
     ends: frozenset[Tile]
     in_place: dict[Tile, Tile]
 
+    @property
+    def products(self) -> list[Tile]:
+        """The tiles of two axes whose statements sum products, in order."""
+        tiles = (s.tile for s in self.steps if s.action is Action.COMPUTE)
+        return [t for t in tiles if self.summed(t)]
+
+    def summed(self, t: Tile) -> list[Tile]:
+        """The products that the statement of `t` sums itself: `t`, or those fused with it."""
+        if t.op is TileOp.DOT:
+            return [] if t in self.solved else [t]
+        found: dict[Tile, None] = {}
+        for a in t.args if t.op in POINTWISE else ():
+            if a in self.fused:
+                found[a] = None
+            elif a not in self.regions:
+                found |= dict.fromkeys(self.summed(a))
+        return list(found)
+
 
 def schedule(kernel: Kernel) -> Schedule:
     """The steps of one chunk of `kernel`."""

@@ -2,11 +2,13 @@
 
 Parameters are tensors with their strides (that of channels is 1), and every call checks shapes and
 dtypes. A buffer of tokens is [tokens, HV, channels], one of chunks [chunks, HV, channels], states
-are [N, HV, K, V], all without gaps. In scratch numbers are float32, whatever they are in memory.
+are [N, HV, K, V], all without gaps; one that is private has room for one sequence and head, and no
+axis HV. In scratch numbers are float32, whatever they are in memory.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -31,8 +33,8 @@ class Work:
     Attributes:
         heads, head: value heads, and the one at work.
         batch: of the operands; `row`: the chunk's first token in it.
-        flat: the same among the tokens of all batches.
-        index: the chunk's number among all chunks.
+        flat: the same among the tokens of all batches; `start`: among those of the sequence.
+        index: the chunk's number among all chunks; `chunk`: among those of the sequence.
         value: the first channel along the value axis; `split`: whether there are several.
     """
 
@@ -41,7 +43,9 @@ class Work:
     batch: Expr
     row: Expr
     flat: Expr
+    start: Expr
     index: Expr
+    chunk: Expr
     value: Expr
     split: bool
 
@@ -59,13 +63,22 @@ class Tensor:
 class Transfers:
     """The tensors of one kernel, gathered as its statements need them.
 
-    `has_time`: whether tensors of tokens have an axis for them; else they hold one token.
+    `private`: buffers of one sequence and head at a time. `has_time`: whether tensors of tokens
+    have an axis for them; else they hold one token.
     """
 
     def __init__(
-        self, signature: Signature, chunk: int, entry: Code, heads: Expr, *, has_time: bool
+        self,
+        signature: Signature,
+        chunk: int,
+        entry: Code,
+        heads: Expr,
+        private: frozenset[str],
+        *,
+        has_time: bool,
     ) -> None:
         self._signature = signature
+        self._private = private
         self._chunk = chunk
         self._has_time = has_time
         self._entry = entry
@@ -106,17 +119,11 @@ class Transfers:
 
     def load(self, frame: Frame, t: Tile, work: Work, buffer: str | None) -> None:
         """Bring a leaf into scratch; rows beyond the sequence's end become zero."""
-        if buffer is not None:
-            rows = self._buffer(buffer, t, work)
-        elif t.op is TileOp.HEAD:
-            rows = self._per_head(t, work)
-        else:
-            rows = self._per_token(t, work)
-        _copy_in(frame, t, rows)
+        _copy_in(frame, t, self.source(t, work, buffer))
 
     def store(self, frame: Frame, t: Tile, work: Work, buffer: str) -> None:
         """Write a tile to its buffer; rows beyond the sequence's end are left alone."""
-        rows = self._buffer(buffer, t, work)
+        rows = self.buffer(buffer, t, work)
         if work.split and Axis.V not in t.axes:
             with frame.code.when(tirx.EQ(work.value, int64(0))):
                 _copy_out(frame, t, rows)
@@ -142,6 +149,12 @@ class Transfers:
 
     # ---- where they lie ------------------------------------------------------------------------
 
+    def source(self, t: Tile, work: Work, buffer: str | None) -> Rows:
+        """Rows of a leaf: of a buffer, or of an operand."""
+        if buffer is not None:
+            return self.buffer(buffer, t, work)
+        return self._per_head(t, work) if t.op is TileOp.HEAD else self._per_token(t, work)
+
     def _channels(self, t: Tile) -> tuple[int, ...]:
         dims = self._signature.dims
         sizes = {Axis.K: dims.K, Axis.V: dims.V}
@@ -166,18 +179,22 @@ class Transfers:
         x = self.tensor(Role.OPERAND, name, shape, dtype=dtype, strided=len(shape))
         return Rows(x.flat, work.head * x.strides[0] + _value_offset(t, work), int64(0))
 
-    def _buffer(self, name: str, t: Tile, work: Work) -> Rows:
+    def buffer(self, name: str, t: Tile, work: Work) -> Rows:
+        """Rows of a buffer."""
         times = [a for a in t.axes if a in _TIMES]
         sizes = self._channels(t)
         if len(times) == 2:
             sizes = (self._chunk,)
         dtype = self._signature.dtype.value if name == "o" else "float32"
-        x = self.tensor(Role.BUFFER, name, (None, self._heads, *sizes), dtype=dtype)
-        size = 1
-        for n in sizes:
-            size *= n
-        at = (work.flat if times else work.index) * self._heads + work.head
-        stride = self._heads * size if times else int64(self._signature.dims.V)
+        size = math.prod(sizes)
+        if name in self._private:
+            x = self.tensor(Role.BUFFER, name, (None, *sizes), dtype=dtype)
+            at, between = work.start if times else work.chunk, int64(size)
+        else:
+            x = self.tensor(Role.BUFFER, name, (None, self._heads, *sizes), dtype=dtype)
+            at = (work.flat if times else work.index) * self._heads + work.head
+            between = self._heads * size
+        stride = between if times else int64(self._signature.dims.V)
         return Rows(x.flat, at * size + _value_offset(t, work), stride)
 
     def state(self, role: Role, start: Tile, work: Work, sequence: Expr) -> Rows:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ..codegen.print_tir import TirKernel, print_tir
 from ..codegen.tile import Axis
 from ..codegen.tir_config import TvmConfig, default_config, token_config
 from ..codegen.token import token_kernel
-from ..codegen.triton_types import Role, Signature
+from ..codegen.triton_types import Parameter, Role, Signature
 from ..dsl.errors import NotLowered
 from ..dsl.ir import Per
 from ..dsl.normal_form import NormalForm
@@ -36,15 +36,16 @@ from .tokens import Convert, Serve, Token, of_tokens, refusal
 from .tvm_build import Function, functions, host_cpu, lanes_of
 from .tvm_threads import share
 
-Dtypes = tuple[tuple[str, torch.dtype], ...]
+Dtypes: TypeAlias = tuple[tuple[str, torch.dtype], ...]
+Stage: TypeAlias = tuple[tuple[TirKernel, Function], ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Compiled:
-    """One direction, compiled."""
+    """One direction, compiled: stages of kernels in order (codegen/plan.py)."""
 
     config: TvmConfig
-    kernels: tuple[tuple[TirKernel, Function], ...]
+    stages: tuple[Stage, ...]
 
 
 def supports(call: Call) -> str | None:
@@ -79,9 +80,8 @@ def forward(call: Call, config: TvmConfig | None = None) -> tuple[Tensor, tuple[
 def forward_by_token(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
     """What `forward` returns, one token at a time; for any legal step."""
     rows = of_tokens(call)
-    run = _Run(
-        rows, compiled_token(call.step, Dims(call.K, call.V), call.dtype, dtypes_of(rows)), {}
-    )
+    compiled = compiled_token(call.step, Dims(call.K, call.V), call.dtype, dtypes_of(rows))
+    run = _Run(rows, compiled, {})
     states = [s.name for s in call.step.states]
     ends = run.execute(dict(zip(states, call.initial, strict=True)))
     return run.buffers["o"].view(call.output_shape), tuple(ends[name] for name in states)
@@ -96,7 +96,7 @@ def prepare_step(token: Token) -> Serve | str:
     dims = Dims(call.K, call.V)
     dtypes = dtypes_of(of_tokens(call))
     compiled = compiled_token(call.step, dims, call.dtype, dtypes, one_token=True)
-    ((kernel, function),) = compiled.kernels
+    (((kernel, function),),) = compiled.stages
     names = [s.name for s in call.step.states]
     results = token.first_state + len(names)  # o, then the new states, follow the values
 
@@ -208,8 +208,12 @@ def compiled(
         if backward
         else forward_program(form, config.forward)
     )
-    kernels = [print_tir(k, signature, config) for k in program.kernels]
-    return _Compiled(config, tuple(zip(kernels, functions(kernels, host_cpu()), strict=True)))
+    printed = [
+        [print_tir(k, signature, config, program.passed(stage)) for k in stage]
+        for stage in program.stages
+    ]
+    built = iter(functions([k for stage in printed for k in stage], host_cpu()))
+    return _Compiled(config, tuple(tuple((k, next(built)) for k in stage) for stage in printed))
 
 
 @lru_cache(maxsize=512)
@@ -222,7 +226,7 @@ def compiled_token(
         token_kernel(step), _signature(dims, dtype, dtypes), config, one_token=one_token
     )
     (function,) = functions([kernel], host_cpu())
-    return _Compiled(config, ((kernel, function),))
+    return _Compiled(config, (((kernel, function),),))
 
 
 def _signature(dims: Dims, dtype: torch.dtype, dtypes: Dtypes) -> Signature:
@@ -245,57 +249,74 @@ class _Run:
         self.buffers: dict[str, Tensor] = {}
         bounds = None if call.cu_seqlens is None else tuple(call.cu_seqlens.tolist())
         self._sequences, self._chunks = _tables(call.B, call.T, bounds, self._chunk)
+        self._longest = max(self._sequences[:, 2].tolist(), default=0)
 
     def execute(self, starts: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """Run the kernels in order; returns the last value of every carry, float32."""
-        call = self._call
-        threads = torch.get_num_threads()
-        size = max(k.scratch for k, _ in self._compiled.kernels)
-        room = torch.empty((threads, size))
         ends: dict[str, Tensor] = {}
-        for kernel, function in self._compiled.kernels:
-            for name, axes in kernel.stores:
-                if name not in self.buffers:
-                    self.buffers[name] = self._new(name, axes)
-            arguments = [self._argument(p.role, p.of, starts, ends) for p in kernel.parameters]
-            numbers = [call.params[n] for n in kernel.numbers]
-            scratch = room[:, : kernel.scratch].unbind()
-            table = self._chunks if kernel.loop is Loop.PARALLEL else self._sequences
-
-            def work(
-                thread: int,
-                begin: int,
-                end: int,
-                function: Function = function,
-                arguments: list[Tensor] = arguments,
-                numbers: list[float] = numbers,
-                scratch: tuple[Tensor, ...] = scratch,
-            ) -> None:
-                function(
-                    *arguments, self._sequences, self._chunks, scratch[thread], call.HV, *numbers,
-                    begin, end,
-                )  # fmt: skip
-
-            share(len(table) * call.HV * kernel.v_programs, threads, work)
+        for stage in self._compiled.stages:
+            self._run(stage, starts, ends)
         return ends
 
-    def _new(self, name: str, axes: tuple[Axis, ...]) -> Tensor:
-        """Room for a buffer: [tokens, HV, ...] or [chunks, HV, ...]."""
+    def _run(
+        self, stage: Stage, starts: Mapping[str, Tensor | None], ends: dict[str, Tensor]
+    ) -> None:
+        """Kernels of one stage: all of them for one sequence and head, then for the next."""
+        threads, heads = torch.get_num_threads(), self._call.HV
+        passed: dict[str, Tensor] = {}
+        for kernel, _ in stage:
+            for name, axes in kernel.stores:
+                if name in kernel.private:
+                    passed[name] = self._new(name, axes, threads)
+                elif name not in self.buffers:
+                    self.buffers[name] = self._new(name, axes)
+        scratch = torch.empty((threads, max(kernel.scratch for kernel, _ in stage)))
+        given = [[self._argument(p, starts, ends) for p in k.parameters] for k, _ in stage]
+        rest = [[heads, *(self._call.params[n] for n in k.numbers)] for k, _ in stage]
+        table = self._chunks if stage[0][0].loop is Loop.PARALLEL else self._sequences
+        alone = len(stage) == 1
+        parts = stage[0][0].v_programs if alone else 1
+
+        def work(thread: int, begin: int, end: int) -> None:
+            own = {name: x[thread] for name, x in passed.items()}
+            tables = self._sequences, self._chunks, scratch[thread]
+            for item in (begin,) if alone else range(begin, end):
+                for (kernel, function), tensors, numbers in zip(stage, given, rest, strict=True):
+                    mine = [
+                        own[p.of] if x is None else x
+                        for p, x in zip(kernel.parameters, tensors, strict=True)
+                    ]
+                    each = kernel.v_programs // parts
+                    last = end if alone else item + 1
+                    function(*mine, *tables, *numbers, item * each, last * each)
+
+        share(len(table) * heads * parts, threads, work)
+
+    def _new(self, name: str, axes: tuple[Axis, ...], threads: int | None = None) -> Tensor:
+        """Room for a buffer: [tokens, HV, ...] or [chunks, HV, ...].
+
+        With `threads`, one of a sequence and head for each: [threads, tokens or chunks, ...].
+        """
         call = self._call
         size = {Axis.K: call.K, Axis.V: call.V, Axis.I: self._chunk, Axis.J: self._chunk}
         times = [a for a in axes if a in (Axis.I, Axis.J)]
-        rows = call.B * call.T if times else len(self._chunks)
         channels = tuple(size[a] for a in axes if a not in times[:1])
         dtype = call.dtype if name == "o" else torch.float32
+        if threads is not None:
+            longest = self._longest if times else -(-self._longest // self._chunk)
+            return torch.empty((threads, longest, *channels), dtype=dtype)
+        rows = call.B * call.T if times else len(self._chunks)
         return torch.empty((rows, call.HV, *channels), dtype=dtype)
 
     def _argument(
-        self, role: Role, of: str, starts: Mapping[str, Tensor | None], ends: dict[str, Tensor]
-    ) -> Tensor:
+        self, parameter: Parameter, starts: Mapping[str, Tensor | None], ends: dict[str, Tensor]
+    ) -> Tensor | None:
+        """The tensor of a parameter; None for a buffer of which each thread has its own."""
+        role, of = parameter.role, parameter.of
         if role is Role.OPERAND:
             return self._operands[of]
         if role is Role.BUFFER:
-            return self.buffers[of]
+            return self.buffers.get(of)
         call = self._call
         (state,) = (s for s in call.step.states if s.name == of.removeprefix(GRADIENT))
         shape = call.state_shape(state)
