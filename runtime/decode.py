@@ -92,11 +92,13 @@ def _serving(
     key: _Key,
 ) -> Serve | None:
     known = (declaration, *key)
-    if known not in _SERVING:
+    try:
+        return _SERVING[known]
+    except KeyError:
         if len(_SERVING) >= _MOST:
             _SERVING.clear()
-        _SERVING[known] = _serve(declaration, args, named, state, engine)
-    return _SERVING[known]
+        served = _SERVING[known] = _serve(declaration, args, named, state, engine)
+        return served
 
 
 @dataclass(frozen=True, slots=True)
