@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .cli_command import Command, UsageError, add_target, find
 from .codegen.config import Config, Dims, Precision
-from .codegen.defaults import default_config, token_config
+from .codegen.defaults import default_config
 from .codegen.emit import (
     backward_program,
     chunk_adjoint,
@@ -97,7 +97,7 @@ def _triton(request: _Request) -> str:
 def _token(request: _Request) -> str:
     """The form, and the kernel printed from it."""
     signature = Signature(request.dims, request.dtype, (), Precision.TF32X3)
-    source = emit_token(request.step, signature, token_config(request.dims)).source
+    source = emit_token(request.step, signature).source
     return f"{print_body(token_body(request.step))}\n\n{source}"
 
 

@@ -33,7 +33,6 @@ from .certificate import Exam, Under, certify
 from .gpu import Gpu
 from .kernel_space import (
     RULES,
-    SOME_PLAN,
     Choice,
     Traits,
     axes,
@@ -168,8 +167,7 @@ class TritonTunable:
         given = tuple(
             Buffer(name, t.axes, buffer_dtype(t, low)) for t, name in choice.kernel.buffers.items()
         )
-        config = Config(choice.chunk, SOME_PLAN, SOME_PLAN, choice.tiles)
-        launch = Launch(self._rows, config, {GRADIENT + "o": self._do})
+        launch = Launch(self._rows, choice.chunk, {GRADIENT + "o": self._do})
         starts = {p.of: None for p in kernel.parameters if p.role is Role.INITIAL}
         starts |= {p.of: None for p in kernel.parameters if p.role is Role.FINAL}
         planned, tensors = launch.prepare((bound,), starts, given)

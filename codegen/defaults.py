@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from . import tile
 from .chunk import Body
 from .config import Config, Dims, KernelConfig, padded
-from .plan import Hoist, Plan
-from .tile import TileOp
+from .plan import Hoist, Kernel, Plan, sums_over
+from .tile import Axis, TileOp
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +65,16 @@ def default_config(body: Body, dims: Dims, *, wide_dtype: bool) -> Config:
     return Config(64, forward, backward, scan, tuple(kernels))
 
 
-def token_config(dims: Dims) -> Config:
-    """For kernels that take one token at a time: many programs, each with few columns of the state.
+def token_config(kernel: Kernel, dims: Dims) -> Config:
+    """For a kernel that takes one token at a time: many programs, each with few columns of a state.
 
-    A warp holds 16 numbers a thread of each state: the loop waits for memory, not for arithmetic.
+    A warp then holds 32 numbers a thread; where sums over the value axis need all of its columns,
+    eight warps do.
     """
+    whole = any(sums_over(t, Axis.V) for t in kernel.order)
     tile = max(8, min(padded(dims.V), 512 // padded(dims.K)))
     nothing = Plan(Hoist.NOTHING, outputs_in_scan=True)
-    return Config(1, nothing, nothing, KernelConfig(tile, 1, 3))
+    return Config(1, nothing, nothing, KernelConfig(tile, 8 if whole else 1, 3))
 
 
 def _vector_gated(forward: Plan, backward: Plan) -> Config:

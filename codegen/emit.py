@@ -11,6 +11,7 @@ from ..dsl.step import Step
 from . import triton_library
 from .chunk import Body, derive
 from .config import Config
+from .defaults import token_config
 from .differentiate import Adjoint, differentiate
 from .factor import factor_adjoint, factor_body
 from .plan import Plan, Program, plan_backward, plan_forward
@@ -79,9 +80,10 @@ def emit(form: NormalForm, signature: Signature, config: Config) -> Emitted:
 
 
 @lru_cache(maxsize=512)
-def emit_token(step: Step, signature: Signature, config: Config) -> Emitted:
+def emit_token(step: Step, signature: Signature) -> Emitted:
     """The Triton module of `step` one token at a time: a forward alone."""
-    kernel = print_triton(token_kernel(step), signature, config)
+    form = token_kernel(step)
+    kernel = print_triton(form, signature, token_config(form, signature.dims))
     dims, tiles = signature.dims, kernel.config
     lines = [
         f'"""{step.name}: one token at a time, generated. Step {step.digest}.',

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..codegen.config import Config
 from ..codegen.differentiate import GRADIENT
 from ..codegen.triton_types import Buffer
 from ..dsl.ir import Per
@@ -21,7 +20,7 @@ from .schedule import Bound, Layout, New, OperandLayout, Schedule, schedule
 class Launch:
     """One direction of one call: its operands, its chunks, and the buffers between its kernels."""
 
-    def __init__(self, call: Call, config: Config, extra: Mapping[str, Tensor]) -> None:
+    def __init__(self, call: Call, chunk: int, extra: Mapping[str, Tensor]) -> None:
         self._call = call
         self._per_head = {o.name for o in call.step.operands if o.per is Per.HEAD}
         self._operands = {
@@ -29,11 +28,11 @@ class Launch:
             for name, x in {**call.operands, **extra}.items()
         }
         self.buffers: dict[str, Tensor] = {}
-        self._chunk = config.chunk
+        self._chunk = chunk
         self._tables: tuple[Tensor | None, ...] = (None, None, None)
-        self._chunks = call.N * -(-call.T // config.chunk)
+        self._chunks = call.N * -(-call.T // chunk)
         if call.cu_seqlens is not None:
-            offsets, table = chunk_table(call.cu_seqlens, call.T, config.chunk)
+            offsets, table = chunk_table(call.cu_seqlens, call.T, chunk)
             self._tables = (call.cu_seqlens, offsets, table)
             self._chunks = table.shape[0]
 

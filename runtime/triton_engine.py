@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ..codegen.config import Config, Dims, Precision
-from ..codegen.defaults import default_config, token_config
+from ..codegen.defaults import default_config
 from ..codegen.differentiate import GRADIENT
 from ..codegen.emit import Emitted, chunk_body, emit, emit_token
 from ..codegen.fit import H100_SHARED, fit
@@ -38,7 +38,7 @@ from .tokens import Serve, Token, of_tokens, refusal
 class _Compiled:
     """What serves calls of one form, dimensions and dtypes."""
 
-    config: Config
+    chunk: int
     forward: tuple[Bound, ...]
     backward: tuple[Bound, ...]
 
@@ -89,7 +89,7 @@ def forward(call: Call, config: Config | None = None) -> tuple[Tensor, tuple[Ten
     if config is None and token_loop_wins(_key(call), bucket_of(call)):
         return forward_by_token(call)
     compiled = _compiled_for(call) if config is None else _compiled_with(call, config)
-    launch = Launch(refined(call), compiled.config, {})
+    launch = Launch(refined(call), compiled.chunk, {})
     states = [s.name for s in call.form.states]
     finals = launch.run(compiled.forward, dict(zip(states, call.initial, strict=True)))
     return coarse(call, launch.buffers["o"]), tuple(finals[name] for name in states)
@@ -99,7 +99,7 @@ def forward_by_token(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
     """What `forward` returns, one token at a time; for any legal step."""
     rows = of_tokens(call)
     compiled = _compile_token(call.step, Dims(call.K, call.V), call.dtype, dtypes_of(rows))
-    launch = Launch(rows, compiled.config, {})
+    launch = Launch(rows, compiled.chunk, {})
     states = [s.name for s in call.step.states]
     finals = launch.run(compiled.forward, dict(zip(states, call.initial, strict=True)))
     return launch.buffers["o"], tuple(finals[name] for name in states)
@@ -127,7 +127,7 @@ def backward(
     """Gradients of every operand, in its shape and dtype, and of the initial states."""
     compiled = _compiled_for(call) if config is None else _compiled_with(call, config)
     extra = {GRADIENT + "o": refined_cotangent(call, do)}
-    launch = Launch(refined(call), compiled.config, extra)
+    launch = Launch(refined(call), compiled.chunk, extra)
     states = [s.name for s in call.form.states]
     starts: dict[str, Tensor | None] = dict(zip(states, call.initial, strict=True))
     starts |= {GRADIENT + name: d for name, d in zip(states, dfinals, strict=True)}
@@ -201,24 +201,23 @@ def compile_with(
     config: Config,
 ) -> _Compiled:
     """The kernels of `form` under a configuration of the caller's choice."""
-    return _imported(emit(form, signature(dims, dtype, dtypes), config), config)
+    return _imported(emit(form, signature(dims, dtype, dtypes), config), config.chunk)
 
 
 @lru_cache(maxsize=512)
 def _compile_token(
     step: Step, dims: Dims, dtype: torch.dtype, dtypes: tuple[tuple[str, torch.dtype], ...]
 ) -> _Compiled:
-    config = token_config(dims)
-    return _imported(emit_token(step, signature(dims, dtype, dtypes), config), config)
+    return _imported(emit_token(step, signature(dims, dtype, dtypes)), 1)
 
 
-def _imported(emitted: Emitted, config: Config) -> _Compiled:
+def _imported(emitted: Emitted, chunk: int) -> _Compiled:
     module = import_source(emitted.source)
     forward, backward = (
         tuple(Bound(k, getattr(module, k.name)) for k in kernels)
         for kernels in (emitted.forward, emitted.backward)
     )
-    return _Compiled(config, forward, backward)
+    return _Compiled(chunk, forward, backward)
 
 
 def signature(

@@ -1,0 +1,32 @@
+"""The token form's kernels compile for every target, within its shared memory, without spills."""
+
+from __future__ import annotations
+
+import pytest
+from chunkwise import library
+from chunkwise.codegen.config import Dims
+from chunkwise.codegen.emit import emit_token
+from chunkwise.codegen.offline import Job, compile_job, signature_for
+from chunkwise.codegen.resources import Target
+from chunkwise.codegen.triton_types import Dtype
+
+# a scalar and a vector gate, sums over the value axis, two states, micro-steps
+NAMES = ["gated_delta_rule", "rwkv7", "oja", "momentum_delta", "gated_delta_product"]
+
+
+@pytest.mark.parametrize("target", list(Target), ids=lambda t: t.name)
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_and_fits(name: str, target: Target) -> None:
+    declaration = getattr(library, name).declaration
+    micro = 2 if declaration.has_micro else 1
+    step, form = declaration.step(micro), declaration.normal_form(micro)
+    signature = signature_for(form, Dims(128, 128), Dtype.BFLOAT16, target)
+    emitted = emit_token(step, signature)
+    (kernel,) = emitted.forward
+    for packed in (False, True):
+        outcome = compile_job(
+            Job(kernel, tuple(emitted.buffers(kernel).items()), signature, target, packed)
+        )
+        assert outcome.fits, outcome.error
+        assert outcome.resources is not None
+        assert not outcome.resources.spills
