@@ -46,16 +46,21 @@ def _lower_one(
         if per[name] is Per.HEAD:
             return tile.head(name, _AXES[node.kind])
         return tile.token(name, _AXES[node.kind])
+    if node.op is Op.RESULT:
+        (index,) = node.attrs
+        assert isinstance(index, int)
+        return results[index]
+    return lower_expression(node, args)
+
+
+def lower_expression(node: Node, args: list[Tile]) -> Tile:
+    """A number, a sum over channels or an elementwise function, of lowered arguments."""
     if node.op is Op.PARAM:
         return tile.param(str(node.attrs[0]))
     if node.op is Op.CONST:
         (value,) = node.attrs
         assert isinstance(value, float)
         return tile.const(value)
-    if node.op is Op.RESULT:
-        (index,) = node.attrs
-        assert isinstance(index, int)
-        return results[index]
     if node.op is Op.SUM:
         (x,) = args
         if x.op is tile.TileOp.MAP and x.attrs == (Op.MUL,):
@@ -64,5 +69,5 @@ def _lower_one(
             if channel in a.axes and channel in b.axes:
                 return tile.contract(a, b, channel)
         return tile.reduce(x, _AXES[node.args[0].kind])
-    assert node.op in ELEMENTWISE, f"a normal form has no {node.op.name} in its expressions"
+    assert node.op in ELEMENTWISE, f"{node.op.name} is not lowered as an expression"
     return tile.fmap(node.op, *args)

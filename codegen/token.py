@@ -7,12 +7,12 @@ apart: `q (a S + k u^T)` is `a (q S) + (q k) u`. So the state is read, then writ
 
 from __future__ import annotations
 
-from ..dsl.ir import ELEMENTWISE, Kind, Node, Op, Per, topological
+from ..dsl.ir import Kind, Node, Op, Per, topological
 from ..dsl.normal_form import Operand
 from ..dsl.step import Step
 from . import tile
 from .chunk import Body, Carried
-from .lower import kind_axes
+from .lower import kind_axes, lower_expression
 from .plan import Kernel, Loop
 from .tile import Axis, Tile, TileOp
 
@@ -59,14 +59,6 @@ def _leaf(operand: Operand, index: object, micro: int, kind: Kind) -> Tile:
 def _lowered(node: Node, args: list[Tile]) -> Tile:
     if node.op is Op.STATE:
         return tile.carry(str(node.attrs[0]), kind_axes(node.kind))
-    if node.op is Op.PARAM:
-        return tile.param(str(node.attrs[0]))
-    if node.op is Op.CONST:
-        (value,) = node.attrs
-        assert isinstance(value, float)
-        return tile.const(value)
-    if node.op is Op.SUM:
-        return tile.reduce(args[0], kind_axes(node.args[0].kind))
     if node.op in (Op.SCALE, Op.OUTER):
         return _scaled(*args)
     if node.op is Op.READ:
@@ -75,8 +67,7 @@ def _lowered(node: Node, args: list[Tile]) -> Tile:
     if node.op is Op.READ_VALUE:
         state, key = args
         return _read(key, state, Axis.V)
-    assert node.op in ELEMENTWISE, f"no tile for {node.op.name}"
-    return tile.fmap(node.op, *args)
+    return lower_expression(node, args)
 
 
 def _scaled(x: Tile, factor: Tile) -> Tile:

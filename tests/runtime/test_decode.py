@@ -10,6 +10,15 @@ import torch
 from chunkwise.dsl.ir import Per
 
 
+def _token(op: cw.Recurrence, inputs: Any, t: int, *, keep_time: bool) -> dict[str, torch.Tensor]:
+    """The operands of one token."""
+    per_token = {x.name for x in op.declaration.operands if x.per is Per.TOKEN}
+    return {
+        n: (x[:, t : t + 1] if keep_time else x[:, t]) if n in per_token else x
+        for n, x in inputs.operands.items()
+    }
+
+
 @pytest.mark.parametrize("keep_time", [False, True], ids=["no T axis", "T = 1"])
 @pytest.mark.parametrize(
     "rule",
@@ -22,14 +31,9 @@ def test_step_by_step(kit: Any, rule: str, keep_time: bool) -> None:
     want, final = op(
         **inputs.operands, **inputs.options, engine="reference", output_final_state=True
     )
-    per_token = {x.name for x in op.declaration.operands if x.per is Per.TOKEN}
     state, outputs = inputs.options["initial_state"], []
     for t in range(5):
-        token = {
-            n: (x[:, t : t + 1] if keep_time else x[:, t]) if n in per_token else x
-            for n, x in inputs.operands.items()
-        }
-        o, state = op.step(**token, state=state)
+        o, state = op.step(**_token(op, inputs, t, keep_time=keep_time), state=state)
         outputs.append(o if not keep_time else o.squeeze(1))
         assert o.shape == ((2, 1, 4, 4) if keep_time else (2, 4, 4))
     torch.testing.assert_close(torch.stack(outputs, 1), want, rtol=1e-12, atol=1e-12)
@@ -64,13 +68,9 @@ def test_kernels_step_by_step(
         want, final = op(
             **inputs.operands, **inputs.options, engine="reference", output_final_state=True
         )
-        per_token = {x.name for x in op.declaration.operands if x.per is Per.TOKEN}
         state, outputs = inputs.options["initial_state"], []
         for t in range(4):
-            token = {
-                n: (x[:, t : t + 1] if keep_time else x[:, t]) if n in per_token else x
-                for n, x in inputs.operands.items()
-            }
+            token = _token(op, inputs, t, keep_time=keep_time)
             o, state = op.step(**token, state=state, engine=engine)
             outputs.append(o if not keep_time else o.squeeze(1))
         torch.testing.assert_close(torch.stack(outputs, 1), want, rtol=1e-4, atol=1e-5)
