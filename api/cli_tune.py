@@ -37,7 +37,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     from .autotune.compilers import start_early
     from .autotune.report import report
     from .autotune.search import Budget
-    from .autotune.storage import open_storage, without_secrets
+    from .autotune.storage import NoStorage, open_storage, without_secrets
     from .autotune.store import save
     from .autotune.subject import Size, rejected, subject
     from .autotune.tune import Task, tune
@@ -66,13 +66,17 @@ def _tune(arguments: argparse.Namespace) -> int:
         arguments.plans,
     )
     url = _storage(arguments, about.key.path)
+    try:
+        storage = open_storage(url)
+    except NoStorage as why:
+        raise UsageError(str(why)) from None
     versions = versions_here(engine)
     task = Task(
         recurrence=op.__name__,
         key=about.key,
         bucket=about.bucket,
         versions=versions,
-        storage=open_storage(url),
+        storage=storage,
         storage_url=_shown(without_secrets(url)),
         rejected=rejected(about.key, versions),
     )

@@ -14,8 +14,13 @@ import optuna
 from filelock import FileLock
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from sqlalchemy.exc import SQLAlchemyError
 
 JOURNAL = "journal://"
+
+
+class NoStorage(Exception):
+    """Where trials were to be kept, nothing can be kept."""
 
 
 class _Lock(JournalFileOpenLock):
@@ -49,13 +54,30 @@ def _mend(path: Path) -> None:
 
 
 def open_storage(url: str) -> BaseStorage:
-    """`journal:///path` or a path: a journal file; else a database's URL, as Optuna takes it."""
+    """`journal:///path` or a path: a journal file; else a database's URL, as Optuna takes it.
+
+    Raises:
+        NoStorage: its driver is not installed, or no such database answers.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if "://" in url and not url.startswith(JOURNAL):
-        return optuna.storages.get_storage(url)
+        try:
+            return optuna.storages.get_storage(url)
+        except ImportError as missing:
+            driver = missing.__cause__ or missing
+            what = f"{_place(url)} needs a driver that is not installed: {driver}"
+            hint = 'for PostgreSQL: pip install "psycopg[binary]"'
+            raise NoStorage(f"{what} ({hint})") from None
+        except SQLAlchemyError as why:
+            first = str(why).strip().splitlines()[0]
+            raise NoStorage(f"{_place(url)} does not answer: {first}") from None
     path = Path(url.removeprefix(JOURNAL)).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))
+
+
+def _place(url: str) -> str:
+    return f"storage {without_secrets(url)}"
 
 
 def without_secrets(url: str) -> str:

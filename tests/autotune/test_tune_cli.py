@@ -77,3 +77,11 @@ def test_the_cost_model_explains_itself(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["explain", "delta_rule", "--cost", "a100", "--dims", "K=64,V=64"]) == 0
     assert "waits for" in capsys.readouterr().out
     assert main(["explain", "delta_rule", "--cost", "abacus"]) == 2
+
+
+def test_a_storage_that_is_not_there_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["tune", "delta_rule", "--dims", "K=8,V=8", "--shape", "1,32,1", "--engine", "eager"]
+    assert main([*asked, "--storage", "mysql+nothing://me:secret@nowhere/studies"]) == 2
+    message = capsys.readouterr().err
+    assert "mysql+nothing://nowhere/studies" in message
+    assert "secret" not in message
