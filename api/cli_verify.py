@@ -19,6 +19,7 @@ from .autotune.store import save
 from .cli_command import Command, UsageError, add_json, find, print_json
 from .dsl.declaration import Declaration
 from .runtime.artifact import Artifact, Certificate, Configuration, Error, Rejected
+from .runtime.engines import CannotRun
 from .runtime.machine import Machine, machine_of
 from .runtime.selection import folders, read, scan
 
@@ -144,7 +145,7 @@ def _certificate(exam: Exam, runs: Under) -> Certificate:
     """As `certify`; what cannot run at all is at fault for that."""
     try:
         return certify(exam, runs)
-    except RuntimeError as why:
+    except CannotRun as why:
         return Certificate((), (), (f"it does not run: {str(why).splitlines()[0]}",))
 
 

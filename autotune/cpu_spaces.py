@@ -41,9 +41,11 @@ def tvm_space(call: Call, default: TvmConfig, chunks: tuple[int, ...]) -> Space:
         Axis("v_tile", tuple(t for t in _TILES if t < 2 * call.V)),
     )
 
-    def make(hoist: int, **numbers: int) -> TvmConfig:
+    def make(hoist: int, v_tile: int, **numbers: int) -> TvmConfig:
         plan = Plan(_HOISTS[hoist], outputs_in_scan=hoist == 0)
-        return replace(default, forward=plan, backward=plan, **numbers)
+        # as wide as all channels is one configuration, however it is written
+        v_tile = default.v_tile if v_tile >= min(call.V, default.v_tile) else v_tile
+        return replace(default, forward=plan, backward=plan, v_tile=v_tile, **numbers)
 
     chosen = {
         "chunk": default.chunk,

@@ -1,15 +1,19 @@
 """Times with their uncertainty: runs interleaved, medians with intervals, losers dropped early.
 
-All runs of a race take turns, so that drift hits all alike, and each finds its operands outside the
-caches, as it would between other layers of a model.
+All runs of a race take turns, so that drift hits all alike, in an order drawn anew for every round,
+so that none always follows the same other; and each finds its operands outside the caches, as it
+would between other layers of a model.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -43,7 +47,10 @@ class Timing:
 
 
 class Device(Protocol):
-    """Where runs are timed."""
+    """Where runs are timed. `alone`: held while nobody else may measure there."""
+
+    @property
+    def alone(self) -> AbstractContextManager[object]: ...
 
     def rounds(self, runs: Sequence[Run], count: int) -> list[list[float]]:
         """Microseconds of each run in each of `count` rounds; in a round, each runs once."""
@@ -74,6 +81,13 @@ def race(
 
     `seconds`: about how long it may take; slow runs then have few samples, 3 at the least.
     """
+    with device.alone:  # waiting for it is not measuring
+        return _raced(device, runs, seconds, least, most)
+
+
+def _raced(
+    device: Device, runs: Sequence[Run], seconds: float, least: int, most: int
+) -> list[Timing]:
     device.rounds(runs, 1)
     started = time.monotonic()
     device.rounds(runs, 1)
@@ -94,28 +108,37 @@ def race(
             samples[n] += more
 
 
+def _turns(runs: int, count: int) -> Iterator[int]:
+    """Whose turn it is in `count` rounds, each in an order of its own."""
+    order = list(range(runs))
+    for _ in range(count):
+        random.shuffle(order)
+        yield from order
+
+
 class CpuDevice:
     """Wall time of the calling thread's runs."""
+
+    alone = nullcontext()
 
     def rounds(
         self, runs: Sequence[Run], count: int, before: Sequence[Run] = ()
     ) -> list[list[float]]:
         """As `Device.rounds`. `before`: for each run, what precedes it untimed."""
         samples: list[list[float]] = [[] for _ in runs]
-        for _ in range(count):
-            for n, (run, sample) in enumerate(zip(runs, samples, strict=True)):
-                if before:
-                    before[n]()
-                started = time.perf_counter()
-                run()
-                sample.append((time.perf_counter() - started) * 1e6)
+        for n in _turns(len(runs), count):
+            if before:
+                before[n]()
+            started = time.perf_counter()
+            runs[n]()
+            samples[n].append((time.perf_counter() - started) * 1e6)
         return samples
 
 
 class CudaDevice:
     """The GPU's own clock, its L2 cache overwritten before each run.
 
-    Of several processes that tune on one GPU, one measures at a time: the others compile.
+    Of a user's processes that tune on one GPU, one measures at a time: the others compile.
 
     `overwrites`: how often; each takes 50 us or more, together longer than the host needs to queue
     a run: the time is then the device's alone.
@@ -127,30 +150,29 @@ class CudaDevice:
         about = torch.cuda.get_device_properties(device)
         size = max(4 * about.L2_cache_size, 128 << 20)
         self._scratch = torch.empty(size, dtype=torch.int8, device=device)
-        # a lock in a file shared by all processes of this machine, whatever their caches
-        folder = Path(tempfile.gettempdir())
-        self._alone = FileLock(folder / f"chunkwise-measures-{about.uuid}.lock", mode=0o666)
+        # whatever their caches; other users' files in that folder may not be opened
+        name = f"chunkwise-measures-{os.getuid()}-{about.uuid}.lock"
+        self.alone = FileLock(Path(tempfile.gettempdir()) / name)
 
     def rounds(
         self, runs: Sequence[Run], count: int, before: Sequence[Run] = ()
     ) -> list[list[float]]:
         """As `CpuDevice.rounds`; waits for the device once, at the end."""
-        with self._alone:
+        with self.alone:
             return self._timed(runs, count, before)
 
     def _timed(self, runs: Sequence[Run], count: int, before: Sequence[Run]) -> list[list[float]]:
         pairs: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in runs]
-        for _ in range(count):
-            for n, (run, pair) in enumerate(zip(runs, pairs, strict=True)):
-                if before:
-                    before[n]()
-                for _ in range(self._overwrites):
-                    self._scratch.zero_()
-                begin = torch.cuda.Event(enable_timing=True)
-                end = torch.cuda.Event(enable_timing=True)
-                begin.record()
-                run()
-                end.record()
-                pair.append((begin, end))
+        for n in _turns(len(runs), count):
+            if before:
+                before[n]()
+            for _ in range(self._overwrites):
+                self._scratch.zero_()
+            begin = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            begin.record()
+            runs[n]()
+            end.record()
+            pairs[n].append((begin, end))
         torch.cuda.synchronize(self._device)
         return [[b.elapsed_time(e) * 1e3 for b, e in pair] for pair in pairs]

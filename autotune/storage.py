@@ -68,12 +68,15 @@ def open_storage(url: str) -> BaseStorage:
             what = f"{_place(url)} needs a driver that is not installed: {driver}"
             hint = 'for PostgreSQL: pip install "psycopg[binary]"'
             raise NoStorage(f"{what} ({hint})") from None
-        except SQLAlchemyError as why:
+        except (SQLAlchemyError, ValueError) as why:
             first = str(why).strip().splitlines()[0]
             raise NoStorage(f"{_place(url)} does not answer: {first}") from None
     path = Path(url.removeprefix(JOURNAL)).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))
+    except OSError as why:
+        raise NoStorage(f"{_place(url)} cannot be written: {why}") from None
 
 
 def _place(url: str) -> str:

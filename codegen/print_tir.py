@@ -234,19 +234,20 @@ class _Printer:
         further = -1 if self._kernel.loop is Loop.REVERSE else 1
         done: list[Tile] = []
         for step in self._schedule.steps:
-            t, asking = step.tile, done
+            t, asking, name = step.tile, done, step.name
             if step.action is Action.LOAD:
-                rows = self._transfers.source(t, work, self._kernel.buffers.get(t))
+                name = self._kernel.buffers.get(t, "")
+                rows = self._transfers.source(t, work, name or None)
                 rows = replace(
                     rows, first=rows.first + rows.stride * (further * self._shapes.chunk)
                 )
                 asking = list(ahead)
             elif step.action is Action.STORE:
-                rows = self._transfers.buffer(step.name, t, work)
+                rows = self._transfers.buffer(name, t, work)
             else:
                 done += [t] if t in ahead else []
                 continue
-            if asking and _in_rows(t) and step.name not in self._private:
+            if asking and _in_rows(t) and name not in self._private:
                 asks = Ahead(rows, write=step.action is Action.STORE)
                 ahead[min(asking, key=lambda x: len(ahead[x]))].append(asks)
         return ahead

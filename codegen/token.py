@@ -2,16 +2,18 @@
 
 For decoding, and for sequences so short that chunks do not pay. Any legal step has this form. Sums
 over the state are taken of the state as the token finds it, and what the token itself adds is read
-apart: `q (a S + k u^T)` is `a (q S) + (q k) u`. So the state is read, then written, once.
+apart: `q (a S + k u^T)` is `a (q S) + (q k) u`. So all reads see one state, and one write follows.
 """
 
 from __future__ import annotations
 
+from ..dsl.errors import NotLowered
 from ..dsl.ir import Kind, Node, Op, Per, topological
 from ..dsl.normal_form import Operand
 from ..dsl.step import Step
 from . import tile
 from .chunk import Body, Carried
+from .expressions import unaliased
 from .lower import kind_axes, lower_expression
 from .plan import Kernel, Loop
 from .tile import Axis, Tile, TileOp
@@ -44,8 +46,19 @@ def token_body(step: Step) -> Body:
 
 
 def token_kernel(step: Step) -> Kernel:
-    """The one kernel of the token form: a scan over tokens that carries the state."""
+    """The one kernel of the token form: a scan over tokens that carries the state.
+
+    Raises:
+        NotLowered: a state becomes another one's old value, which kernels overwrite.
+    """
     body = token_body(step)
+    for c in body.carried:
+        if unaliased(c.end).op is TileOp.CARRY and unaliased(c.end) != c.start:
+            raise NotLowered(
+                what=f"{step.name}: state {c.name} becomes the old value of another state",
+                why="kernels overwrite a state where it lies, and would pass on the new value",
+                instead='engine="reference" runs it, in torch',
+            )
     return Kernel("token_scan", Loop.FORWARD, body.outputs, body.carried, ())
 
 

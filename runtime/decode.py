@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,27 +39,31 @@ def step(
     named: Mapping[str, object],
     state: Given,
     engine: EngineName | str | None,
+    usual: EngineName | str | None = None,
 ) -> tuple[Tensor, States]:
     """`(o, new state)` of one token; the state is computed and returned as a call would.
 
-    The operands come without T (`[B,H,K]`), or all of them with T = 1.
+    The operands come without T (`[B,H,K]`), or all of them with T = 1. `engine` must serve;
+    `usual`, that of calls, need not.
 
     Raises: what a call raises, in terms of T = 1. EngineUnavailable: the named engine has no
     kernel for this step, or gradients are wanted of it.
     """
     values = [*args, *named.values()]
-    if state is None or isinstance(state, Tensor):
+    if state is None:
+        values += [None] * len(declaration.states)
+    elif isinstance(state, Tensor):
         values.append(state)
     else:
         values += state
-    engine = engine or os.environ.get(ENGINE_VARIABLE)
+    usual = usual or os.environ.get(ENGINE_VARIABLE)
     key = _key(values)
     if key is None:
         return _in_torch(_bound(declaration, args, named, state), engine)
-    key += (engine, len(args), *named)
+    key += (engine, usual, len(args), *named)
     latest = _LATEST.get(declaration)
     if latest is None or latest[0] != key:
-        latest = (key, _serving(declaration, args, named, state, engine, key))
+        latest = (key, _serving(declaration, args, named, state, engine, usual, key))
         _LATEST[declaration] = latest
     serve = latest[1]
     if serve is None:
@@ -80,7 +84,17 @@ def _key(values: Sequence[object]) -> _Key | None:
             found.append(x)
         else:
             return None
-    return None if torch.compiler.is_compiling() else found
+    return None if _watched() else found
+
+
+def _watched() -> bool:
+    """Whether somebody looks at what torch computes: a compiler, a transform, a mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _serving(
@@ -89,6 +103,7 @@ def _serving(
     named: Mapping[str, object],
     state: Given,
     engine: EngineName | str | None,
+    usual: EngineName | str | None,
     key: _Key,
 ) -> Serve | None:
     known = (declaration, *key)
@@ -97,7 +112,7 @@ def _serving(
     except KeyError:
         if len(_SERVING) >= _MOST:
             _SERVING.clear()
-        served = _SERVING[known] = _serve(declaration, args, named, state, engine)
+        served = _SERVING[known] = _serve(declaration, args, named, state, engine, usual)
         return served
 
 
@@ -154,19 +169,20 @@ def _serve(
     named: Mapping[str, object],
     state: Given,
     engine: EngineName | str | None,
+    usual: EngineName | str | None,
 ) -> Serve | None:
     """What serves values of this layout; None: the step in torch."""
     bound = _bound(declaration, args, named, state)
     call = bound.call
     double = call.state_dtype is torch.float64
-    chosen = choose(call.device.type, engine, double=double)
+    chosen = choose(call.device.type, engine or usual, double=double)
     prepare = stepper(chosen)
-    if prepare is None or 0 in (call.B, call.HV):
+    if prepare is None or 0 in (call.B, call.HV, call.K, call.V):
         return None
     names = [*(x.name for x, _ in zip(declaration.operands, args, strict=False)), *named]
     made = prepare(
         Token(
-            call,
+            _without_contents(call),
             places={name: names.index(name) for name in call.operands},
             first_state=len(names),
             has_time=bound.has_time,
@@ -177,3 +193,16 @@ def _serve(
             raise errors.EngineUnavailable(chosen.value, made)
         return None
     return made
+
+
+def _without_contents(call: Call) -> Call:
+    """The call for its layout alone: what is kept must not keep tensors."""
+
+    def like(x: Tensor) -> Tensor:
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+    return replace(
+        call,
+        operands={n: like(x) for n, x in call.operands.items()},
+        initial=tuple(None if x is None else like(x) for x in call.initial),
+    )

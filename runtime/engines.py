@@ -31,6 +31,10 @@ class EngineName(Enum):
     TVM = "tvm"
 
 
+class CannotRun(RuntimeError):
+    """A kernel that does not compile, or needs more than the device has."""
+
+
 class Engine(Protocol):
     """What an engine's module offers; results share no memory with the call's tensors."""
 

@@ -111,7 +111,7 @@ class Recurrence:
         """One token, for decoding: `(o, new_state)`.
 
         A kernel computes it (of any declaration, on a CPU with TVM and on a GPU), or torch where
-        gradients are recorded, under torch.compile, and in float64.
+        gradients are recorded, under torch.compile and torch.func, and in float64.
 
         Args:
             *args, **named: the operands of a call without their T axis (`[B,H,K]`, `[B,HV,V]`,
@@ -122,7 +122,7 @@ class Recurrence:
         Returns:
             o `[B,HV,V]` (`[B,1,HV,V]` where the operands have T) and the float32 state.
         """
-        return decode.step(self.declaration, args, named, state, engine or self._engine)
+        return decode.step(self.declaration, args, named, state, engine, self._engine)
 
     def explain(self) -> str:
         """What was understood and what will run: class, equations, gates' bounds, costs."""

@@ -20,6 +20,7 @@ from ..codegen.differentiate import GRADIENT
 from ..codegen.plan import Loop
 from ..codegen.tile import Axis
 from ..codegen.triton_types import STAGES, Buffer, Role, TritonKernel
+from .engines import CannotRun
 from .printed import TORCH
 
 TABLES = ("cu_seqlens", "chunk_offsets", "chunk_table")
@@ -46,7 +47,7 @@ class Bound:
         stages keep the tiles and the results.
 
         Raises:
-            RuntimeError: one stage is too much as well, or Triton does not compile the kernel.
+            CannotRun: one stage is too much as well, or Triton does not compile the kernel.
         """
         warps = self.kernel.config.warps
         names = self.function.arg_names
@@ -58,10 +59,10 @@ class Bound:
             except OutOfResources as lack:
                 if self.stages == 1:
                     name = self.kernel.name
-                    raise RuntimeError(f"{name} does not fit this GPU: {lack}") from lack
+                    raise CannotRun(f"{name} does not fit this GPU: {lack}") from lack
                 self.stages -= 1
             except TritonError as why:
-                raise RuntimeError(f"{self.kernel.name} does not compile: {why}") from why
+                raise CannotRun(f"{self.kernel.name} does not compile: {why}") from why
 
 
 class OperandLayout(NamedTuple):

@@ -22,7 +22,7 @@ from ..codegen.triton_types import Signature
 from ..dsl.errors import NotLowered
 from ..dsl.normal_form import NormalForm
 from ..dsl.step import Step
-from .artifact import Bucket, Key
+from .artifact import Bucket
 from .cache import import_source
 from .call import Call
 from .engines import EngineName
@@ -86,7 +86,9 @@ def forward(call: Call, config: Config | None = None) -> tuple[Tensor, tuple[Ten
 
     `config`: instead of the one that serves such calls.
     """
-    if config is None and token_loop_wins(_key(call), bucket_of(call)):
+    if config is None and _token_form_wins(
+        call.form, call.K, call.V, call.dtype, call.device, bucket_of(call)
+    ):
         return forward_by_token(call)
     compiled = _compiled_for(call) if config is None else _compiled_with(call, config)
     launch = Launch(refined(call), compiled.chunk, {})
@@ -110,6 +112,12 @@ def prepare_step(token: Token) -> Serve | str:
     why = _no_device(token.call.device, bool(triton.knobs.runtime.interpret)) or refusal(token.call)
     if why is not None:
         return why
+    call = token.call
+    try:
+        dtypes = dtypes_of(of_tokens(call))
+        _compile_token(call.step, Dims(call.K, call.V), call.dtype, dtypes)
+    except NotLowered as refused:
+        return str(refused)
 
     def serve(values: Sequence[object]) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
         o, new = forward_by_token(token.filled(values))
@@ -164,8 +172,12 @@ def _compiled_for(call: Call) -> _Compiled:
     return _compile(call.form, call.K, call.V, call.dtype, dtypes_of(call), call.device, size)
 
 
-def _key(call: Call) -> Key:
-    return key_here(call.form, EngineName.TRITON, call.dtype, Dims(call.K, call.V), call.device)
+@lru_cache(maxsize=8192)
+def _token_form_wins(
+    form: NormalForm, K: int, V: int, dtype: torch.dtype, device: torch.device, size: Bucket
+) -> bool:
+    key = key_here(form, EngineName.TRITON, dtype, Dims(K, V), device)
+    return token_loop_wins(key, size)
 
 
 def _compiled_with(call: Call, config: Config) -> _Compiled:

@@ -95,7 +95,10 @@ def prepare_step(token: Token) -> Serve | str:
         return why
     dims = Dims(call.K, call.V)
     dtypes = dtypes_of(of_tokens(call))
-    compiled = compiled_token(call.step, dims, call.dtype, dtypes, one_token=True)
+    try:
+        compiled = compiled_token(call.step, dims, call.dtype, dtypes, one_token=True)
+    except NotLowered as refused:
+        return str(refused)
     (((kernel, function),),) = compiled.stages
     names = [s.name for s in call.step.states]
     results = token.first_state + len(names)  # o, then the new states, follow the values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import chunkwise as cw
@@ -98,6 +99,79 @@ def test_a_kernel_serves_layouts_as_they_come(kit: Any) -> None:
             torch.testing.assert_close(o, want, rtol=1e-5, atol=1e-6)
         positional, _ = op.step(*token.values(), state=half)
         torch.testing.assert_close(positional, want, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["linear_attention_normalised", "momentum_delta"])
+def test_no_state_is_a_state_of_zeros(kit: Any, rule: str) -> None:
+    """Of several states too, given as None or not at all."""
+    op = getattr(cw.library, rule)
+    token = _token(op, kit.make_inputs(op, kit.Sizes(T=1, dtype=torch.float32)), 0, keep_time=False)
+    want, states = op.step(**token, engine="reference")
+    zeros = tuple(torch.zeros_like(x) for x in states)
+    for given in (None, (None, None), zeros):
+        got, _ = op.step(**token, state=given, engine="tvm")
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_layouts_are_kept_and_tensors_are_not(kit: Any) -> None:
+    op = cw.library.delta_rule
+    sizes = kit.Sizes(T=1, K=11, V=13, dtype=torch.float32)
+    token = _token(op, kit.make_inputs(op, sizes), 0, keep_time=False)
+    _, state = op.step(**token)
+    _, state = op.step(**token, state=state)
+    kept = [weakref.ref(x) for x in (state, token["v"])]
+    op.step(**token, state=state)
+    del state, token
+    assert [x() for x in kept] == [None, None]
+
+
+# torch.func's own first import
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_transforms_see_torch(kit: Any) -> None:
+    """torch.func and forward-mode gradients go through the step in torch."""
+    op = cw.library.delta_rule
+    token = _token(op, kit.make_inputs(op, kit.Sizes(T=1, dtype=torch.float32)), 0, keep_time=False)
+    token = {n: x.detach() for n, x in token.items()}
+
+    def output(v: torch.Tensor) -> torch.Tensor:
+        return op.step(**{**token, "v": v})[0]
+
+    with torch.no_grad():
+        plain, slope = output(token["v"]), torch.ones_like(token["v"])
+        _, tangent = torch.func.jvp(output, (token["v"],), (slope,))
+        rise = output(token["v"] + slope) - plain  # the step is linear in v
+        torch.testing.assert_close(tangent, rise, rtol=1e-4, atol=1e-5)
+        many = torch.func.vmap(output)(token["v"].expand(3, *token["v"].shape))
+        torch.testing.assert_close(many[2], plain, rtol=1e-5, atol=1e-6)
+
+
+def test_the_engine_of_calls_does_not_bind_steps(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = cw.library.gated_delta_rule
+    x = kit.make_inputs(op, kit.Sizes(T=1, dtype=torch.float32)).operands
+    token = {n: t[:, 0] for n, t in x.items()}
+    monkeypatch.setenv("CHUNKWISE_ENGINE", "tvm")
+    o, _ = op.step(**token)
+    assert o.requires_grad
+
+
+@torch.no_grad()
+def test_a_state_that_becomes_anothers_old_value(kit: Any) -> None:
+    """No kernel: each would overwrite what the other is to have."""
+
+    @cw.recurrence(engine="reference")
+    def delayed(
+        S: cw.State, P: cw.State, q: cw.Key, k: cw.Key, v: cw.Value
+    ) -> tuple[tuple[cw.State, cw.State], cw.Value]:
+        return (S + cw.outer(k, v), S), q @ P
+
+    q, k, v = torch.randn(2, 1, 2, 8), torch.randn(2, 1, 2, 8), torch.randn(2, 1, 2, 8)
+    states = torch.randn(2, 2, 8, 8), torch.randn(2, 2, 8, 8)
+    _, new = delayed.step(q, k, v, state=states)
+    torch.testing.assert_close(new[1], states[0])
+    with pytest.raises(cw.errors.EngineUnavailable, match="becomes the old value"):
+        delayed.step(q, k, v, state=states, engine="tvm")
 
 
 def test_a_named_engine_without_a_kernel_for_the_step_says_so(kit: Any) -> None:
