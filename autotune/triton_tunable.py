@@ -26,6 +26,7 @@ from ..runtime.cache import import_source
 from ..runtime.call import Call
 from ..runtime.engines import EngineName
 from ..runtime.launch import Launch
+from ..runtime.printed import dtypes_of
 from ..runtime.refine import refined
 from ..runtime.schedule import Bound, New
 from .capture import specialisations
@@ -75,9 +76,7 @@ class TritonTunable:
         self._call, self._rows, self._gpu, self._exam = call, refined(call), gpu, exam
         self._dims = Dims(call.K, call.V)
         self._size = Bucket(self._rows.N * call.HV, -(-self._rows.B * self._rows.T // call.N))
-        self._signature = triton_engine.signature(
-            self._dims, call.dtype, triton_engine.dtypes_of(call)
-        )
+        self._signature = triton_engine.signature(self._dims, call.dtype, dtypes_of(call))
         self.default = triton_engine.configuration(
             call.form, self._dims, call.dtype, gpu.shared_program
         )

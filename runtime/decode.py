@@ -63,8 +63,12 @@ def step(
     key += (engine, usual, len(args), *named)
     latest = _LATEST.get(declaration)
     if latest is None or latest[0] != key:
-        latest = (key, _serving(declaration, args, named, state, engine, usual, key))
-        _LATEST[declaration] = latest
+        known = (declaration, *key)
+        if known not in _SERVING:
+            if len(_SERVING) >= _MOST:
+                _SERVING.clear()
+            _SERVING[known] = _serve(declaration, args, named, state, engine, usual)
+        latest = _LATEST[declaration] = (key, _SERVING[known])
     serve = latest[1]
     if serve is None:
         return _in_torch(_bound(declaration, args, named, state), None)
@@ -95,25 +99,6 @@ def _watched() -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
     )
-
-
-def _serving(
-    declaration: Declaration,
-    args: Sequence[object],
-    named: Mapping[str, object],
-    state: Given,
-    engine: EngineName | str | None,
-    usual: EngineName | str | None,
-    key: _Key,
-) -> Serve | None:
-    known = (declaration, *key)
-    try:
-        return _SERVING[known]
-    except KeyError:
-        if len(_SERVING) >= _MOST:
-            _SERVING.clear()
-        served = _SERVING[known] = _serve(declaration, args, named, state, engine, usual)
-        return served
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..codegen.triton_types import Dtype
+from .call import Call
 
 TORCH = {
     Dtype.FLOAT32: torch.float32,
@@ -13,6 +14,22 @@ TORCH = {
     Dtype.FLOAT16: torch.float16,
 }
 PRINTED = {dtype: printed for printed, dtype in TORCH.items()}
+
+
+Dtypes = tuple[tuple[str, torch.dtype], ...]
+
+
+def dtypes_of(call: Call) -> Dtypes:
+    """The dtype of every operand, by name."""
+    return tuple((name, x.dtype) for name, x in call.operands.items())
+
+
+def unprinted(dtypes: Dtypes) -> str | None:
+    """Which operand no kernel is printed for, and what they take; None if all are fine."""
+    for name, dtype in dtypes:
+        if dtype not in PRINTED:
+            return f"{name} is {dtype}; kernels take float32, bfloat16 and float16"
+    return None
 
 
 def own_gradient(g: Tensor | None, x: Tensor, HV: int, *, per_head: bool) -> Tensor:

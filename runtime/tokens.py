@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..codegen.token import row_names
 from ..dsl.ir import Per
-from .printed import PRINTED
 
 if TYPE_CHECKING:
     from ..dsl.normal_form import Operand
@@ -94,11 +93,3 @@ def of_tokens(call: Call) -> Call:
         x = call.operands[o.name]
         operands |= dict(zip(names, x.unbind(2), strict=True)) if o.micro else {o.name: x}
     return replace(call, operands=operands)
-
-
-def refusal(call: Call) -> str | None:
-    """What no kernel computes; None if there is none of it."""
-    for name, x in call.operands.items():
-        if x.dtype not in PRINTED:
-            return f"{name} is {x.dtype}; kernels take float32, bfloat16 and float16"
-    return None

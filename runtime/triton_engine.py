@@ -27,11 +27,11 @@ from .cache import import_source
 from .call import Call
 from .engines import EngineName
 from .launch import Launch
-from .printed import PRINTED
+from .printed import PRINTED, Dtypes, dtypes_of, unprinted
 from .refine import coarse, coarse_gradients, refined, refined_cotangent
 from .schedule import Bound
 from .selection import bucket_of, key_here, serving, token_loop_wins
-from .tokens import Serve, Token, of_tokens, refusal
+from .tokens import Serve, Token, of_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +48,21 @@ def supports(call: Call) -> str | None:
     return _refusal(call.form, call.device, dtypes_of(call), bool(triton.knobs.runtime.interpret))
 
 
-def dtypes_of(call: Call) -> tuple[tuple[str, torch.dtype], ...]:
-    """The dtype of every operand, by name."""
-    return tuple((name, x.dtype) for name, x in call.operands.items())
-
-
 @lru_cache(maxsize=512)
 def _refusal(
     form: NormalForm,
     device: torch.device,
-    dtypes: tuple[tuple[str, torch.dtype], ...],
+    dtypes: Dtypes,
     interpreted: bool,
 ) -> str | None:
     why = _no_device(device, interpreted)
     if why is not None:
         return why
-    for name, dtype in dtypes:
-        if dtype not in PRINTED:
-            return f"{name} is {dtype}; Triton kernels take float32, bfloat16 and float16"
-        if interpreted and dtype is torch.bfloat16:
-            return "Triton's interpreter computes bfloat16 products wrongly: use float32 or float16"
+    why = unprinted(dtypes)
+    if why is not None:
+        return why
+    if interpreted and torch.bfloat16 in dict(dtypes).values():
+        return "Triton's interpreter computes bfloat16 products wrongly: use float32 or float16"
     try:
         chunk_body(form)
     except NotLowered as refusal:
@@ -109,10 +104,11 @@ def forward_by_token(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 def prepare_step(token: Token) -> Serve | str:
     """What computes single tokens of a layout, or why no kernel does."""
-    why = _no_device(token.call.device, bool(triton.knobs.runtime.interpret)) or refusal(token.call)
+    call = token.call
+    why = _no_device(call.device, bool(triton.knobs.runtime.interpret))
+    why = why or unprinted(dtypes_of(call))
     if why is not None:
         return why
-    call = token.call
     try:
         dtypes = dtypes_of(of_tokens(call))
         _compile_token(call.step, Dims(call.K, call.V), call.dtype, dtypes)
@@ -190,7 +186,7 @@ def _compile(
     K: int,
     V: int,
     dtype: torch.dtype,
-    dtypes: tuple[tuple[str, torch.dtype], ...],
+    dtypes: Dtypes,
     device: torch.device,
     size: Bucket,
 ) -> _Compiled:
@@ -209,7 +205,7 @@ def compile_with(
     form: NormalForm,
     dims: Dims,
     dtype: torch.dtype,
-    dtypes: tuple[tuple[str, torch.dtype], ...],
+    dtypes: Dtypes,
     config: Config,
 ) -> _Compiled:
     """The kernels of `form` under a configuration of the caller's choice."""
@@ -217,9 +213,7 @@ def compile_with(
 
 
 @lru_cache(maxsize=512)
-def _compile_token(
-    step: Step, dims: Dims, dtype: torch.dtype, dtypes: tuple[tuple[str, torch.dtype], ...]
-) -> _Compiled:
+def _compile_token(step: Step, dims: Dims, dtype: torch.dtype, dtypes: Dtypes) -> _Compiled:
     return _imported(emit_token(step, signature(dims, dtype, dtypes)), 1)
 
 
@@ -232,9 +226,7 @@ def _imported(emitted: Emitted, chunk: int) -> _Compiled:
     return _Compiled(chunk, forward, backward)
 
 
-def signature(
-    dims: Dims, dtype: torch.dtype, dtypes: tuple[tuple[str, torch.dtype], ...]
-) -> Signature:
+def signature(dims: Dims, dtype: torch.dtype, dtypes: Dtypes) -> Signature:
     """What kernels are printed for, from the dtypes of a call and of its operands."""
     named = tuple((name, PRINTED[d]) for name, d in dtypes)
     return Signature(dims, PRINTED[dtype], named, _precision())

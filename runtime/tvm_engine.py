@@ -29,14 +29,13 @@ from ..dsl.step import Step
 from .artifact import Key
 from .call import Call
 from .engines import EngineName
-from .printed import PRINTED, own_gradient
+from .printed import PRINTED, Dtypes, dtypes_of, own_gradient, unprinted
 from .refine import coarse, coarse_gradients, refined, refined_cotangent
 from .selection import bucket_of, key_here, serving, token_loop_wins
-from .tokens import Convert, Serve, Token, of_tokens, refusal
+from .tokens import Convert, Serve, Token, of_tokens
 from .tvm_build import Function, functions, host_cpu, lanes_of
 from .tvm_threads import share
 
-Dtypes: TypeAlias = tuple[tuple[str, torch.dtype], ...]
 Stage: TypeAlias = tuple[tuple[TirKernel, Function], ...]
 
 
@@ -52,9 +51,9 @@ def supports(call: Call) -> str | None:
     """Why this engine cannot serve the call; None if it can."""
     if call.device.type != "cpu":
         return f"its code runs on a CPU, and the operands are on {call.device}"
-    for name, x in call.operands.items():
-        if x.dtype not in PRINTED:
-            return f"{name} is {x.dtype}; its kernels take float32, bfloat16 and float16"
+    why = unprinted(dtypes_of(call))
+    if why is not None:
+        return why
     try:
         chunk_body(call.form)
     except NotLowered as refusal:
@@ -90,7 +89,7 @@ def forward_by_token(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
 def prepare_step(token: Token) -> Serve | str:
     """What computes single tokens of a layout, or why no kernel does."""
     call = token.call
-    why = refusal(call)
+    why = unprinted(dtypes_of(call))
     if why is not None:
         return why
     dims = Dims(call.K, call.V)
@@ -189,11 +188,6 @@ def _compiled(call: Call, config: TvmConfig | None, *, backward: bool) -> _Compi
 
 def _key(call: Call) -> Key:
     return key_here(call.form, EngineName.TVM, call.dtype, Dims(call.K, call.V), call.device)
-
-
-def dtypes_of(call: Call) -> Dtypes:
-    """The dtype of every operand, by name."""
-    return tuple((name, x.dtype) for name, x in call.operands.items())
 
 
 @lru_cache(maxsize=512)
