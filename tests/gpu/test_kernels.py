@@ -130,7 +130,7 @@ def test_every_plan(name: str, plans: tuple[Plan, Plan], monkeypatch: pytest.Mon
 def test_large_shapes(name: str, shape: str, dtype: torch.dtype) -> None:
     """A fixed sample of (batch, head) pairs against the token loop (math.md, numerics 8).
 
-    One or two workers at a time: the token loop of one sample takes up to 30 GB.
+    One or two workers at a time: more token loops do not fit a GPU beside one another.
     """
     case, at, device = CASES[name], SHAPES[shape], torch.device("cuda")
     op = cw.Recurrence(by_name(name))
