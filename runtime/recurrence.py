@@ -41,7 +41,8 @@ class Recurrence:
             Zero where absent.
         output_final_state: return the state after the last token too.
         cu_seqlens: int32 or int64 `[N+1]`, boundaries of N sequences packed along T, with B = 1.
-        engine: "reference", "eager", "tvm" or "triton"; by default the device's own (CHUNKWISE_ENGINE).
+        engine: "reference", "eager", "tvm" or "triton"; by default the device's own
+            (CHUNKWISE_ENGINE).
         check: look for NaN in operands and growth in gates first, which waits for the device;
             by default as CHUNKWISE_CHECK says.
 
