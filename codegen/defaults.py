@@ -41,15 +41,15 @@ def default_config(body: Body, dims: Dims, *, wide_dtype: bool) -> Config:
     """
     f = features(body)
     hoist = Hoist.ALL if f.gated or f.solves else Hoist.NOTHING
+    widest = max(padded(dims.K), padded(dims.V))
     # what holds too many float32 tiles at once is cut where it can be (docs/decisions.md, 12)
-    apart = f.vector_gated or wide_dtype
+    apart = f.vector_gated or wide_dtype or (f.solves and widest > 128)
     forward = Plan(hoist, outputs_in_scan=True, norms_apart=apart)
     backward = Plan(hoist, values_apart=apart, sums_apart=apart, norms_apart=apart)
-    widest = max(padded(dims.K), padded(dims.V))
     if wide_dtype or widest > 128:
-        # with 32 rows, wide kernels of one additive state took twelve times as long as with 64
-        additive = not (wide_dtype or f.vector_gated or f.solves) and len(body.carried) == 1
-        return _cautious(forward, backward, widest, 64 if widest <= 64 or additive else 32)
+        # with 32 rows, wide kernels of half precision took up to twelve times as long as with 64
+        short = widest > 64 if wide_dtype else f.vector_gated
+        return _cautious(forward, backward, widest, 32 if short else 64)
     if f.vector_gated:
         return _vector_gated(forward, backward)
     # a delta step does more in sequence: more and smaller programs hide more of it
