@@ -7,6 +7,7 @@ the function allocates nothing, starts nothing, and needs no runtime of TVM's.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,7 +25,7 @@ from .tir_config import TvmConfig
 from .tir_decayed import rooms
 from .tir_frame import LINE, Ahead, Frame, Rows, Shapes, allocate, placed
 from .tir_products import transpose
-from .tir_schedule import Action, Region, schedule
+from .tir_schedule import Action, Region, Step, schedule
 from .tir_steps import compute
 from .tir_transfer import Transfers, Work
 from .tir_values import Values
@@ -33,11 +34,12 @@ from .triton_types import Parameter, Role, Signature
 # what of a call the tables of work hold, a row per sequence and per chunk, in int64
 SEQUENCE = ("batch", "first token in it", "tokens", "first token of all", "first chunk of all")
 CHUNK = ("sequence", "chunk within it")
+_PART = 300  # statements in a function: LLVM takes time that grows with the square of them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TirKernel:
-    """A printed kernel.
+    """A printed kernel: the function, and the functions of parts of a chunk that it calls.
 
     Its arguments: the tensors of `parameters`; the tables `sequences` [N,5] and `chunks` [M,2];
     `scratch`, float32 [`scratch`]; `HV`; the floats of `numbers`; `begin` and `end`, items
@@ -47,6 +49,7 @@ class TirKernel:
     name: str
     loop: Loop
     function: PrimFunc
+    parts: tuple[PrimFunc, ...]
     parameters: tuple[Parameter, ...]
     tensors: tuple[str, ...]  # their shapes and dtypes, for readers
     numbers: tuple[str, ...]
@@ -142,6 +145,7 @@ class _Printer:
             name=kernel.name,
             loop=kernel.loop,
             function=function.with_attr("tirx.noalias", True),
+            parts=tuple(code.parts),
             parameters=tuple(transfers.tensors),
             tensors=tuple(_shown(x.declared) for x in transfers.tensors.values()),
             numbers=tuple(self._numbers),
@@ -260,20 +264,26 @@ class _Printer:
         valid = code.bind("valid", tirx.Cast("int32", whole))
         first = code.bind("first", tirx.Cast("int32", chunk * size))
         frame = self._frame(valid, first, self._ahead(work))
-        buffers = self._kernel.buffers
-        for step in self._schedule.steps:
-            if step.action is Action.LOAD:
-                self._transfers.load(frame, step.tile, work, buffers.get(step.tile))
-            elif step.action is Action.STORE:
-                self._transfers.store(frame, step.tile, work, step.name)
-            elif step.action is Action.TRANSPOSE:
-                transpose(frame, step.tile)
-            else:
-                compute(frame, step.tile)
+        steps = deque(self._schedule.steps)
+        while steps:
+            with code.part(f"{self._kernel.name}_part{len(code.parts)}"):
+                enough = code.emitted + _PART
+                while steps and code.emitted < enough:
+                    self._step(frame, steps.popleft(), work)
         for c in self._kernel.carried:
             kept = (*self._schedule.in_place, c.start)
             if unaliased(c.end) not in kept and Region(c.start) not in self._outside:
                 _assign(frame, c.start, c.end)
+
+    def _step(self, frame: Frame, step: Step, work: Work) -> None:
+        if step.action is Action.LOAD:
+            self._transfers.load(frame, step.tile, work, self._kernel.buffers.get(step.tile))
+        elif step.action is Action.STORE:
+            self._transfers.store(frame, step.tile, work, step.name)
+        elif step.action is Action.TRANSPOSE:
+            transpose(frame, step.tile)
+        else:
+            compute(frame, step.tile)
 
 
 def _shown(x: Buffer) -> str:

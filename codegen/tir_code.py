@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from tvm import tirx
-from tvm.tirx import Buffer, Expr, Stmt, Var
+from tvm.tirx import Buffer, BufferType, Expr, PrimFunc, Stmt, Var
 
 Index: TypeAlias = Expr | int
 
@@ -77,13 +77,38 @@ class Accumulator:
 
 
 class Code:
-    """A function's statements; a loop or a branch nests those emitted within it."""
+    """A function's statements; a loop or a branch nests those emitted within it.
+
+    `parts`: the functions of its own to which it moved some of them.
+    """
 
     def __init__(self) -> None:
         self._open: list[list[Stmt]] = [[]]
+        self.emitted = 0
+        self.parts: list[PrimFunc] = []
 
     def emit(self, statement: Stmt) -> None:
+        self.emitted += 1
         self._open[-1].append(statement)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Statements in a function of their own, which takes what they refer to."""
+        self._open.append([])
+        yield
+        body = _sequence(self._open.pop())
+        parameters, arguments = [], []
+        for x in tirx.analysis.undefined_vars(body, []):
+            if isinstance(x.ty, BufferType):
+                parameters.append(Var(x.name, x.data.ty))
+                arguments.append(x.data)
+                body = tirx.SeqStmt([tirx.DeclBuffer(x, data=parameters[-1]), body])
+            else:
+                parameters.append(x)
+                arguments.append(x)
+        function = PrimFunc(parameters, body).with_attr("global_symbol", name)
+        self.parts.append(function.with_attr("tirx.noalias", True))
+        self.emit(tirx.Evaluate(tirx.call_extern("void", name, *arguments)))
 
     def body(self) -> Stmt:
         """Everything emitted."""

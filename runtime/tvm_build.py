@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,6 +37,8 @@ _REST = (
     tirx.transform.BF16StorageLegalize(),
     tirx.transform.LowerTVMBuiltin(),
 )
+# of equal names in two libraries each calls its own
+_OWN_SYMBOLS = ("-Wl,-Bsymbolic",), ("-Bsymbolic",)
 _OPTIMISE = 2  # level 3 takes twice as long, mostly over loops that it unrolls
 
 
@@ -58,19 +61,23 @@ def lanes_of(cpu: str) -> int:
 
 def functions(kernels: Sequence[TirKernel], cpu: str) -> list[Function]:
     """The compiled function of each kernel; those not on disk are compiled at the same time."""
-    with ThreadPoolExecutor(len(kernels)) as threads:
-        return list(threads.map(lambda kernel: _function(kernel, cpu), kernels))
+    with ThreadPoolExecutor(len(kernels)) as threads, ThreadPoolExecutor(os.cpu_count()) as workers:
+        return list(threads.map(lambda kernel: _function(kernel, cpu, workers), kernels))
 
 
-def write_library(functions: Mapping[str, PrimFunc], cpu: str, path: Path) -> None:
+def write_library(
+    functions: Sequence[PrimFunc], parts: Sequence[PrimFunc], cpu: str, path: Path
+) -> None:
     """A shared library of functions that compare every argument with what they take.
+
+    `parts`: functions that those call, and nobody else.
 
     Raises:
         FileNotFoundError: this machine has no linker.
     """
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / "library.o"
-        _compiled(functions, cpu, checked=True).write_to_file(str(compiled), "o")
+        _compiled(functions, parts, cpu, checked=True).write_to_file(str(compiled), "o")
         if not link([compiled], path):
             raise FileNotFoundError(f"no linker found; looked for {', '.join(_LINKERS)}")
 
@@ -80,30 +87,37 @@ def link(objects: Sequence[Path], library: Path) -> bool:
     linker = next(filter(None, map(shutil.which, _LINKERS)), None)
     if linker is None:
         return False
-    subprocess.run(
-        [linker, "-shared", "-s", "-o", library, *objects], check=True, capture_output=True
-    )
+    command = [linker, "-shared", "-s", *_OWN_SYMBOLS[Path(linker).name == "ld"]]
+    subprocess.run([*command, "-o", library, *objects], check=True, capture_output=True)
     return True
 
 
 def _compiled(
-    functions: Mapping[str, PrimFunc], cpu: str, *, checked: bool = False
+    functions: Sequence[PrimFunc],
+    parts: Sequence[PrimFunc],
+    cpu: str,
+    *,
+    checked: bool = False,
 ) -> tvm.runtime.Module:
+    """Machine code: `functions` are called from outside, `parts` only by them."""
     target = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "opt-level": _OPTIMISE})
-    module = tvm.IRModule(dict(functions))
-    module = tirx.transform.BindTarget(target.with_host(target))(module)
     unchecked = () if checked else (tirx.transform.SkipAssert(),)
-    for lower in (*_ENTRY, *unchecked, *_REST):
-        module = lower(module)
-    return tvm.get_global_func("target.build.llvm")(module, target)
+    lowered = tvm.IRModule()
+    for made, entry in ((functions, _ENTRY), (parts, ())):
+        module = tvm.IRModule({str(f.attrs["global_symbol"]): f for f in made})
+        module = tirx.transform.BindTarget(target.with_host(target))(module)
+        for lower in (*entry, *unchecked, *_REST):
+            module = lower(module)
+        lowered.update(module)
+    return tvm.get_global_func("target.build.llvm")(lowered, target)
 
 
-def _function(kernel: TirKernel, cpu: str) -> Function:
+def _function(kernel: TirKernel, cpu: str, workers: Executor) -> Function:
     path = cache_folder() / "tvm" / f"{kernel.name}_{_digest(kernel, cpu)}.so"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        if not _sound(path) and not _write(kernel, cpu, path):
-            module = _compiled({kernel.name: kernel.function}, cpu)
+        if not _sound(path) and not _write(kernel, cpu, path, workers):
+            module = _compiled([kernel.function], kernel.parts, cpu)
             return _named(module, kernel)
     return _named(tvm_ffi.load_module(str(path)), kernel)
 
@@ -114,21 +128,26 @@ def _named(module: tvm.runtime.Module, kernel: TirKernel) -> Function:
 
 
 def _digest(kernel: TirKernel, cpu: str) -> str:
-    made_from = (tvm_ffi.structural_hash(kernel.function), cpu, _OPTIMISE)
-    versions = (tvm.__version__, tvm_ffi.__version__)
-    text = repr((*made_from, *versions))
+    hashes = [tvm_ffi.structural_hash(f) for f in (kernel.function, *kernel.parts)]
+    text = repr((*hashes, cpu, _OPTIMISE, tvm.__version__, tvm_ffi.__version__))
     return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
 
-def _write(kernel: TirKernel, cpu: str, path: Path) -> bool:
+def _write(kernel: TirKernel, cpu: str, path: Path, workers: Executor) -> bool:
     """Compile `kernel` into the library `path`; False where there is no linker."""
+    if not any(map(shutil.which, _LINKERS)):
+        return False
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        compiled, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
-        if not any(map(shutil.which, _LINKERS)):
-            return False
-        module = _compiled({kernel.name: kernel.function}, cpu)
-        module.write_to_file(str(compiled), "o")
-        link([compiled], linked)
+        linked = Path(folder) / "kernel.so"
+
+        def compile_(number: int) -> Path:
+            compiled = Path(folder) / f"{number}.o"
+            functions = [] if number else [kernel.function]
+            parts = kernel.parts[number - 1 : number] if number else []
+            _compiled(functions, parts, cpu).write_to_file(str(compiled), "o")
+            return compiled
+
+        link(list(workers.map(compile_, range(1 + len(kernel.parts)))), linked)
         write_atomically(_checksum_file(path), _checksum(linked))
         linked.replace(path)
     return True

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tvm.tirx import PrimFunc
-
 from ..codegen.config import Dims, Precision
 from ..codegen.emit import backward_program, forward_program
 from ..codegen.print_tir import CHUNK, SEQUENCE, TirKernel, print_number, print_tir
@@ -50,10 +48,10 @@ def export_library(
     signature = Signature(dims, dtype, (), Precision.IEEE)
     programs = forward_program(form, config.forward), backward_program(form, config.backward)
     kernels = [print_tir(k, signature, config) for p in programs for k in p.kernels]
-    functions: dict[str, PrimFunc] = {k.name: k.function for k in kernels}
     numbers = {f"{k.name}_scratch": k.scratch for k in kernels} | {"chunk": config.chunk}
-    functions |= {name: print_number(name, value) for name, value in numbers.items()}
-    write_library(functions, cpu, path)
+    functions = [k.function for k in kernels]
+    functions += [print_number(name, value) for name, value in numbers.items()]
+    write_library(functions, [part for k in kernels for part in k.parts], cpu, path)
     title = f"{form.name}: K={dims.K} V={dims.V} {dtype.value}, {config.chunk} tokens per chunk"
     tables = f"sequences [N,{len(SEQUENCE)}] int64: {', '.join(SEQUENCE)}\n"
     tables += f"chunks [M,{len(CHUNK)}] int64: {', '.join(CHUNK)}"

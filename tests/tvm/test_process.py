@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from chunkwise.codegen.config import Dims, Precision
 from chunkwise.codegen.emit import forward_program
 from chunkwise.codegen.print_tir import print_tir
 from chunkwise.codegen.triton_types import Dtype, Signature
-from chunkwise.runtime import tvm_build, tvm_engine
+from chunkwise.runtime import tvm_build, tvm_engine, tvm_threads
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -96,6 +97,51 @@ def test_in_workers(method: str) -> None:
         _Outputs(), batch_size=None, num_workers=1, multiprocessing_context=context
     ):
         assert torch.equal(got, want)
+
+
+def test_threads_are_torchs_own() -> None:
+    """Where torch has OpenMP threads: others would compete with them for the cores."""
+    if "OpenMP" not in torch.__config__.parallel_info() or sys.platform != "linux":
+        pytest.skip("torch's threads are not those of OpenMP here")
+    torch.set_num_threads(2)
+    _output()
+    before = {t.ident for t in threading.enumerate()}
+    seen: set[int] = set()
+    everyone = threading.Barrier(2, timeout=60)
+
+    def work(thread: int, begin: int, end: int) -> None:
+        del begin, end
+        if thread not in seen:
+            seen.add(thread)
+            everyone.wait()
+
+    tvm_threads.share(8, 2, work)
+    assert seen == {0, 1}
+    assert {t.ident for t in threading.enumerate()} <= before, "threads were started"
+
+
+def _shared_out(items: int, threads: int) -> list[int]:
+    done: list[int] = []
+    tvm_threads.share(items, threads, lambda thread, begin, end: done.extend(range(begin, end)))
+    return sorted(done)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_several_threads_in_a_child(method: str) -> None:
+    """Of a parent whose threads have run: an OpenMP loop would wait for those for ever."""
+    assert _shared_out(9, 2) == list(range(9))
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.apply_async(_shared_out, (9, 2)).get(timeout=120) == list(range(9))
+
+
+def test_an_error_in_a_thread_reaches_the_caller() -> None:
+    def work(thread: int, begin: int, end: int) -> None:
+        raise ValueError(f"{thread} {begin} {end}")
+
+    with pytest.raises(ValueError, match=r"\d \d \d"):
+        tvm_threads.share(8, 2, work)
+    assert _shared_out(8, 2) == list(range(8))
 
 
 @pytest.mark.parametrize("order", ["import torch, tvm", "import tvm, torch"])
