@@ -53,14 +53,20 @@ def default_config(body: Body, dims: Dims, *, wide_dtype: bool) -> Config:
     if f.vector_gated:
         return _vector_gated(forward, backward)
     # a delta step does more in sequence: more and smaller programs hide more of it
-    scan = KernelConfig(32, 4, 2) if f.solves else KernelConfig(64, 4, 3)
-    gradients = KernelConfig(64, 8, 3) if f.solves or f.gated else KernelConfig(32, 4, 2)
+    narrow = widest <= 64
+    scan = KernelConfig(32, 4, 3 if narrow else 2) if f.solves else KernelConfig(64, 4, 3)
+    if narrow:
+        gradients = KernelConfig(16 if f.solves else 32, 4, 4)
+    elif f.solves or f.gated:
+        gradients = KernelConfig(64, 8, 3)
+    else:
+        gradients = KernelConfig(32, 4, 2)
     kernels = [
         ("forward_prep", KernelConfig(64, 4, 1)),
         ("backward_prep", KernelConfig(64, 4, 1)),
         ("backward_gradients", gradients),
     ]
-    if f.solves:
+    if f.solves and not narrow:
         kernels.append(("backward_reverse", KernelConfig(64, 8, 3)))
     return Config(64, forward, backward, scan, tuple(kernels))
 
