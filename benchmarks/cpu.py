@@ -1,7 +1,7 @@
 """The TVM engine against torch on a CPU: time of calls and of steps, memory, compilation.
 
 The torch side is our derived chunk form in torch operations, with the derived gradient, at each
-chunk length; with `--compile` torch.compile of each as well. The fastest of them is what counts.
+chunk length; with `--compile` torch.compile of some as well. The fastest of them is what counts.
 Sides are interleaved, each with the same threads; a ratio is of medians of one process. "of sgemm":
 the products that our kernels sum, in that time, against the machine's fastest large product.
 """
@@ -50,7 +50,9 @@ def _call(name: str, shape: Shape) -> Call:
     return bind(declaration, (), {n: x.detach() for n, x in operands.items()})
 
 
-def _sides(call: Call, do: Tensor, *, backward: bool, compiled: bool) -> dict[str, measure.Side]:
+def _sides(
+    call: Call, do: Tensor, *, backward: bool, compiled: Sequence[int]
+) -> dict[str, measure.Side]:
     """The TVM engine first, then every torch formulation."""
     none = (None,) * len(call.form.states)
 
@@ -68,14 +70,13 @@ def _sides(call: Call, do: Tensor, *, backward: bool, compiled: bool) -> dict[st
     runs = {"tvm": side(tvm_engine, None)}
     for chunk in CHUNKS:
         runs[f"torch, chunks of {chunk}"] = side(eager_engine, EagerConfig(chunk))
-    if compiled:
-        for chunk in CHUNKS:
-            run = torch.compile(side(eager_engine, EagerConfig(chunk)))
-            runs[f"torch.compile, chunks of {chunk}"] = run
+    for chunk in compiled:
+        run = torch.compile(side(eager_engine, EagerConfig(chunk)))
+        runs[f"torch.compile, chunks of {chunk}"] = run
     return {name: measure.Side(torch.no_grad()(run), lambda: None) for name, run in runs.items()}
 
 
-def _contest(name: str, shape: Shape, repeats: int, sgemm: float, *, compiled: bool) -> None:
+def _contest(name: str, shape: Shape, repeats: int, sgemm: float, compiled: Sequence[int]) -> None:
     call = _call(name, shape)
     config = tvm_engine.configuration()
     forward_flops = flops(call, forward_program(call.form, config.forward), config)
@@ -249,6 +250,10 @@ def _sgemm() -> float:
     return 2 * n**3 / (measure.interleaved([side], CPU, 20)[0] * 1e-3) / 1e9
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
     p.add_argument("--ops", type=_names(list(CASES), "recurrence"), default=list(CASES))
@@ -256,7 +261,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=int, default=2048)
     p.add_argument("--threads", type=int, default=2, help="of each side")
     p.add_argument("--repeats", type=int, default=15)
-    p.add_argument("--compile", action="store_true", help="torch.compile too: minutes per op")
+    lengths = "torch.compile too, at these chunk lengths: minutes for each"
+    p.add_argument("--compile", type=_numbers, default=(), metavar="C,C", help=lengths)
     p.add_argument("--only", choices=("calls", "steps", "memory", "compilation"), default=None)
     return p
 
@@ -265,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure what was asked for, and print it with the machine."""
     options = parser().parse_args(argv)
     torch.set_num_threads(options.threads)
+    torch._dynamo.config.recompile_limit = 256  # a graph for each operand's shape, no fallback
     channels = [int(d) for d in options.channels.split(",")]
     for key, value in machine.describe(CPU).items():
         print(f"{key:<14} {value}")
@@ -275,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for D in channels:
             shape = Shape("cpu", 1, options.tokens, 8, D)
             if options.only in (None, "calls"):
-                _contest(name, shape, options.repeats, sgemm, compiled=options.compile)
+                _contest(name, shape, options.repeats, sgemm, options.compile)
             if options.only in (None, "compilation"):
                 _compilation(name, shape)
             if options.only in (None, "memory"):
