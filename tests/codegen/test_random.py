@@ -93,7 +93,7 @@ def test_corrections_with_a_vector_decay(rule: Rule, shape: Shape) -> None:
     _check(rule, shape, eager_engine, torch.float64, FLOAT64_RANDOM)
 
 
-compiled = _examples(3)  # each is compiled: seconds
+compiled = _examples(10)  # each is compiled: seconds
 
 
 @compiled
