@@ -2,7 +2,7 @@
 
 torch's OpenMP threads wait for their next loop by spinning: on the cores that threads of our own
 would then want. So we hand our work to them. A kernel's function releases the interpreter's lock.
-A forked child has none of its parent's threads: it starts its own.
+A forked child has none of its parent's threads: children of multiprocessing start their own.
 """
 
 from __future__ import annotations
