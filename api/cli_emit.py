@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from .codegen.emit import (
     forward_program,
 )
 from .codegen.fit import H100_SHARED, fit
-from .codegen.plan import Program
+from .codegen.plan import Plan, Program
 from .codegen.print_eager import print_eager
 from .codegen.print_text import print_adjoint, print_body, print_program
 from .codegen.print_triton import print_triton
@@ -57,10 +58,13 @@ class _Request:
     @property
     def programs(self) -> dict[str, Program]:
         """The kernels of each direction, or the one that was asked for."""
-        config = self.config
+        return self.under(self.config.forward, self.config.backward)
+
+    def under(self, forward: Plan, backward: Plan) -> dict[str, Program]:
+        """The same under other plans."""
         programs = {
-            f"forward, plan {config.forward.label}": forward_program(self.form, config.forward),
-            f"backward, plan {config.backward.label}": backward_program(self.form, config.backward),
+            f"forward, plan {forward.label}": forward_program(self.form, forward),
+            f"backward, plan {backward.label}": backward_program(self.form, backward),
         }
         if self.kernel is None:
             return programs
@@ -94,6 +98,22 @@ def _triton(request: _Request) -> str:
     return "\n\n".join(print_triton(k, signature, request.config).source for k in kernels)
 
 
+def _tir(request: _Request) -> str:
+    """TVM's functions for a CPU with AVX2: what a kernel calls for parts of a chunk, and itself."""
+    if importlib.util.find_spec("tvm") is None:
+        raise UsageError('stage tir is printed by TVM: pip install "chunkwise[tvm]"')
+    from .codegen.print_tir import print_tir
+    from .codegen.tir_config import default_config as default_tvm
+
+    config = default_tvm(lanes=8)
+    signature = Signature(request.dims, request.dtype, (), Precision.IEEE)
+    programs = request.under(config.forward, config.backward).values()
+    printed = [print_tir(k, signature, config) for p in programs for k in p.kernels]
+    scripts = [str(f.script()) for k in printed for f in (*k.parts, k.function)]
+    head, _, _ = scripts[0].partition("@T.prim_func")
+    return head + "\n\n".join(script.removeprefix(head) for script in scripts)
+
+
 def _token(request: _Request) -> str:
     """The form, and the kernel printed from it."""
     signature = Signature(request.dims, request.dtype, (), Precision.TF32X3)
@@ -110,6 +130,7 @@ _STAGES: dict[str, Callable[[_Request], str]] = {
     "plan": _plan,
     "eager": _eager,
     "triton": _triton,
+    "tir": _tir,
 }
 
 
@@ -197,7 +218,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
     parser.add_argument("--stage", choices=tuple(_STAGES), help="what to print (default: triton)")
     parser.add_argument(
-        "--kernel", metavar="NAME", help="of the stages plan, eager and triton, only this kernel"
+        "--kernel",
+        metavar="NAME",
+        help="of plan, eager, triton and tir, only this kernel",
     )
     parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="K=128,V=128")
     parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="bfloat16")

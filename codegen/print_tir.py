@@ -266,10 +266,12 @@ class _Printer:
         frame = self._frame(valid, first, self._ahead(work))
         steps = deque(self._schedule.steps)
         while steps:
-            with code.part(f"{self._kernel.name}_part{len(code.parts)}"):
+            with code.part(f"{self._kernel.name}_part{len(code.parts)}") as does:
                 enough = code.emitted + _PART
                 while steps and code.emitted < enough:
-                    self._step(frame, steps.popleft(), work)
+                    step = steps.popleft()
+                    does.append(f"{step.action.name.lower()} {step.name or step.tile.hint or 'x'}")
+                    self._step(frame, step, work)
         for c in self._kernel.carried:
             kept = (*self._schedule.in_place, c.start)
             if unaliased(c.end) not in kept and Region(c.start) not in self._outside:

@@ -92,10 +92,14 @@ class Code:
         self._open[-1].append(statement)
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Statements in a function of their own, which takes what they refer to."""
+    def part(self, name: str) -> Iterator[list[str]]:
+        """Statements in a function of their own, which takes what they refer to.
+
+        Gives a list for what they do, in words, which readers find in the function's attributes.
+        """
         self._open.append([])
-        yield
+        does: list[str] = []
+        yield does
         body = _sequence(self._open.pop())
         parameters, arguments = [], []
         for x in tirx.analysis.undefined_vars(body, []):
@@ -107,6 +111,7 @@ class Code:
                 parameters.append(x)
                 arguments.append(x)
         function = PrimFunc(parameters, body).with_attr("global_symbol", name)
+        function = function.with_attr("does", ", ".join(does))
         self.parts.append(function.with_attr("tirx.noalias", True))
         self.emit(tirx.Evaluate(tirx.call_extern("void", name, *arguments)))
 

@@ -41,13 +41,14 @@ def rules(tmp_path: Path) -> str:
         ("plan", "forward_scan: a scan from the first chunk to the last"),
         ("eager", "def forward_scan("),
         ("triton", "def forward_scan("),
+        ("tir", "def forward_scan("),
     ],
 )
 def test_stages(rules: str, stage: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["emit", rules, "--stage", stage]) == 0
     printed = capsys.readouterr().out
     assert expected in printed
-    if stage in ("eager", "triton"):
+    if stage in ("eager", "triton", "tir"):
         ast.parse(printed)
 
 
