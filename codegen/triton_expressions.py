@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..dsl.ir import Op
-from . import triton_library
+from . import tile, triton_library
 from .config import Precision
 from .expressions import Expressions, Names, unaliased
 from .padding import Padding, padding
@@ -28,6 +28,7 @@ _FUNCTIONS = {
     Op.RSQRT: "tl.rsqrt",
     Op.ABS: "tl.abs",
 }
+_PRODUCTS = (TileOp.DOT, TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY)
 _INDEX = {Axis.I: "oi[:, None]", Axis.J: "oj[None, :]"}
 
 
@@ -197,9 +198,19 @@ class TritonExpressions(Expressions):
         for axis in axes:
             if axis in (Axis.K, Axis.V):
                 text = self._clean(inner, axis, text)
+        if len(inner.axes) == 1 and self._of_products(inner):
+            # a sum of row sums of products: on sm_100 Triton 3.7 fails to compile it as a vector's
+            name = self.names.fresh("x")
+            self.lines.append(f"{name} = {text}")
+            return f"tl.sum(tl.sum({name}[None, :], 1), 0)"
         for position in sorted((self.layout(inner).index(a) for a in axes), reverse=True):
             text = f"tl.sum({text}, {position})"
         return text
+
+    def _of_products(self, x: Tile) -> bool:
+        """Whether this kernel computes `x` from a matrix product."""
+        below = tile.topological(x, stop=frozenset(self._buffers))
+        return any(t.op in _PRODUCTS and t not in self._buffers for t in below)
 
     def _dot(self, z: Tile, accumulator: str | None) -> str:
         x, y = z.args

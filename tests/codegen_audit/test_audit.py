@@ -24,7 +24,7 @@ from chunkwise.codegen.audit import (
     report,
 )
 from chunkwise.codegen.config import Dims, KernelConfig
-from chunkwise.codegen.offline import Job, Outcome
+from chunkwise.codegen.offline import Job, Outcome, compile_job
 from chunkwise.codegen.resources import Resources, Target
 from chunkwise.codegen.triton_types import Dtype
 
@@ -34,6 +34,15 @@ _SUBJECT = Subject(_FORM, Dims(64, 64), Dtype.BFLOAT16, Target.SM120, packed=Fal
 
 def _outcome(job: Job, shared: int) -> Outcome:
     return Outcome(Resources(job.kernel.name, job.target, shared, 128, 0), "", 0.0)
+
+
+def test_gradients_of_numbers_per_head_compile_for_blackwell() -> None:
+    """Sums over tokens of row sums of products, which Triton 3.7 could not lay out on sm_100."""
+    form = library.mamba2.declaration.normal_form()
+    backward = ("backward",)
+    subject = Subject(form, Dims(128, 128), Dtype.BFLOAT16, Target.SM100, False, backward)
+    outcome = compile_job(subject.job("backward_gradients", subject.default))
+    assert outcome.fits, outcome.error
 
 
 def test_the_first_configuration_that_fits_is_found() -> None:
