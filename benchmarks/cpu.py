@@ -251,13 +251,16 @@ def _sgemm() -> float:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 32,64") from None
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
     p.add_argument("--ops", type=_names(list(CASES), "recurrence"), default=list(CASES))
-    p.add_argument("--channels", default="64,128", help="K = V, separated by commas")
+    p.add_argument("--channels", type=_numbers, default=(64, 128), help="K = V, as 64,128")
     p.add_argument("--tokens", type=int, default=2048)
     p.add_argument("--threads", type=int, default=2, help="of each side")
     p.add_argument("--repeats", type=int, default=15)
@@ -272,14 +275,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     torch.set_num_threads(options.threads)
     torch._dynamo.config.recompile_limit = 256  # a graph for each operand's shape, no fallback
-    channels = [int(d) for d in options.channels.split(",")]
     for key, value in machine.describe(CPU).items():
         print(f"{key:<14} {value}")
     print(f"load           {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
     sgemm = _sgemm()
     print(f"sgemm          {sgemm:.0f} GFLOP/s on {options.threads} threads\n")
     for name in options.ops:
-        for D in channels:
+        for D in options.channels:
             shape = Shape("cpu", 1, options.tokens, 8, D)
             if options.only in (None, "calls"):
                 _contest(name, shape, options.repeats, sgemm, options.compile)

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -37,8 +38,6 @@ _REST = (
     tirx.transform.BF16StorageLegalize(),
     tirx.transform.LowerTVMBuiltin(),
 )
-# of equal names in two libraries each calls its own
-_OWN_SYMBOLS = ("-Wl,-Bsymbolic",), ("-Bsymbolic",)
 _OPTIMISE = 2  # level 3 takes twice as long, mostly over loops that it unrolls
 
 
@@ -87,7 +86,9 @@ def link(objects: Sequence[Path], library: Path) -> bool:
     linker = next(filter(None, map(shutil.which, _LINKERS)), None)
     if linker is None:
         return False
-    command = [linker, "-shared", "-s", *_OWN_SYMBOLS[Path(linker).name == "ld"]]
+    command = [linker, "-shared", "-s"]
+    if sys.platform == "linux":  # of equal names in two libraries each calls its own
+        command.append("-Bsymbolic" if Path(linker).name == "ld" else "-Wl,-Bsymbolic")
     subprocess.run([*command, "-o", library, *objects], check=True, capture_output=True)
     return True
 
@@ -139,15 +140,14 @@ def _write(kernel: TirKernel, cpu: str, path: Path, workers: Executor) -> bool:
         return False
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         linked = Path(folder) / "kernel.so"
+        units = [((kernel.function,), ()), *(((), (part,)) for part in kernel.parts)]
+        objects = [Path(folder) / f"{number}.o" for number in range(len(units))]
 
-        def compile_(number: int) -> Path:
-            compiled = Path(folder) / f"{number}.o"
-            functions = [] if number else [kernel.function]
-            parts = kernel.parts[number - 1 : number] if number else []
-            _compiled(functions, parts, cpu).write_to_file(str(compiled), "o")
-            return compiled
+        def compile_(unit: tuple[Sequence[PrimFunc], Sequence[PrimFunc]], path: Path) -> None:
+            _compiled(*unit, cpu).write_to_file(str(path), "o")
 
-        link(list(workers.map(compile_, range(1 + len(kernel.parts)))), linked)
+        list(workers.map(compile_, units, objects))
+        link(objects, linked)
         write_atomically(_checksum_file(path), _checksum(linked))
         linked.replace(path)
     return True
