@@ -19,6 +19,7 @@ from .codegen.emit import (
     emit,
     emit_token,
     forward_program,
+    passing,
 )
 from .codegen.fit import H100_SHARED, fit
 from .codegen.plan import Plan, Program
@@ -47,6 +48,7 @@ class _Request:
     dims: Dims
     dtype: Dtype
     kernel: str | None
+    segments: bool
 
     @property
     def config(self) -> Config:
@@ -63,8 +65,12 @@ class _Request:
     def under(self, forward: Plan, backward: Plan) -> dict[str, Program]:
         """The same under other plans."""
         programs = {
-            f"forward, plan {forward.label}": forward_program(self.form, forward),
-            f"backward, plan {backward.label}": backward_program(self.form, backward),
+            f"forward, plan {forward.label}": forward_program(
+                self.form, forward, segments=self.segments
+            ),
+            f"backward, plan {backward.label}": backward_program(
+                self.form, backward, segments=self.segments
+            ),
         }
         if self.kernel is None:
             return programs
@@ -93,7 +99,7 @@ def _eager(request: _Request) -> str:
 def _triton(request: _Request) -> str:
     signature = Signature(request.dims, request.dtype, (), Precision.TF32X3)
     if request.kernel is None:
-        return emit(request.form, signature, request.config).source
+        return emit(request.form, signature, request.config, segments=request.segments).source
     kernels = [k for program in request.programs.values() for k in program.kernels]
     return "\n\n".join(print_triton(k, signature, request.config).source for k in kernels)
 
@@ -157,7 +163,16 @@ def _emit(arguments: argparse.Namespace) -> int:
         arguments.dims,
         Dtype(arguments.dtype),
         arguments.kernel,
+        arguments.segments,
     )
+    if request.segments:
+        if arguments.stage not in (None, "plan", "triton"):
+            raise UsageError("--segments is of plan, triton and --resources")
+        if passing(request.form, request.dims) is None:
+            raise UsageError(
+                f"{request.form.name} is not scanned in segments at K={request.dims.K}: its states "
+                "must fade, or be multiplied by matrices of at most 128 keys"
+            )
     if arguments.stage is not None:
         text = _STAGES[arguments.stage](request).rstrip("\n")
         if arguments.output is None:
@@ -182,7 +197,11 @@ def _resources(request: _Request, arguments: argparse.Namespace) -> int:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UsageError(f"no target {unknown[0]!r}; there are {', '.join(known)}")
-    base = Subject(request.form, request.dims, request.dtype, Target.SM90, packed=False)
+    base = Subject(
+        *(request.form, request.dims, request.dtype, Target.SM90),
+        packed=False,
+        segments=request.segments,
+    )
     jobs = {}
     for name in names:
         subject = replace(base, target=known[name])
@@ -221,6 +240,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--kernel",
         metavar="NAME",
         help="of plan, eager, triton and tir, only this kernel",
+    )
+    parser.add_argument(
+        "--segments",
+        action="store_true",
+        help="scans as they run on long sequences with few heads (docs/architecture.md)",
     )
     parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="K=128,V=128")
     parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="bfloat16")

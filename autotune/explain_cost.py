@@ -15,6 +15,7 @@ from ..codegen.resources import Target
 from ..codegen.triton_types import Dtype, Signature
 from ..dsl.normal_form import NormalForm
 from ..runtime.artifact import Bucket
+from ..runtime.segments import in_parts
 from .gpu import Gpu
 from .kernel_space import ITEMSIZE, RULES, Choice, traits
 from .predict import Prediction, predict
@@ -29,6 +30,7 @@ class _Subject:
     signature: Signature
     gpu: Gpu
     size: Bucket
+    segments: bool
 
 
 def explain_cost(form: NormalForm, dims: Dims, dtype: Dtype, size: Bucket, gpu: Gpu) -> str:
@@ -38,7 +40,8 @@ def explain_cost(form: NormalForm, dims: Dims, dtype: Dtype, size: Bucket, gpu: 
         NotLowered: the form has no chunk form.
     """
     target = Target.GFX942 if gpu.warp == 64 else Target.SM90
-    subject = _Subject(form, signature_for(form, dims, dtype, target), gpu, size)
+    segment, parts = in_parts(form, dims, size, gpu.multiprocessors)
+    subject = _Subject(form, signature_for(form, dims, dtype, target), gpu, parts, segment > 0)
     wide = dtype is Dtype.FLOAT32
     config = default_config(chunk_body(form), dims, wide_dtype=wide)
     config = fit(form, config, dims, ITEMSIZE[dtype], gpu.shared_program)
@@ -46,6 +49,8 @@ def explain_cost(form: NormalForm, dims: Dims, dtype: Dtype, size: Bucket, gpu: 
         f"predicted on {gpu.name}, for {size.rows} sequences x heads of {size.tokens} tokens, "
         f"K={dims.K}, V={dims.V}, {dtype.value}, chunks of {config.chunk}"
     )
+    if segment:
+        title += f"; scans take segments of {segment}"
     lines = [title, *_indented(_kernels(subject, config))]
     lines += ["", "the plans ahead, with default tiles", *_indented(_plans(subject, config))]
     rules = [("rule", "why"), *((r.name, r.reason) for r in RULES)]
@@ -60,7 +65,7 @@ def _kernels(subject: _Subject, config: Config) -> list[str]:
             *("memory us", "products us", "in sequence us", "us", "waits for"),
         )
     ]
-    for program in _programs(subject.form, config.forward, config.backward):
+    for program in (_forward(subject, config.forward), _backward(subject, config.backward)):
         total = 0.0
         for name, p in _predictions(subject, program, config):
             total += p.us
@@ -74,8 +79,8 @@ def _kernels(subject: _Subject, config: Config) -> list[str]:
 
 def _plans(subject: _Subject, config: Config) -> list[str]:
     body = chunk_body(subject.form)
-    forward = [(p, forward_program(subject.form, p)) for p in forward_plans(body)]
-    backward = [(p, backward_program(subject.form, p)) for p in backward_plans(body)]
+    forward = [(p, _forward(subject, p)) for p in forward_plans(body)]
+    backward = [(p, _backward(subject, p)) for p in backward_plans(body)]
     rows = [("direction", "plan", "us")]
     for direction, plans in (("forward", forward), ("backward", backward)):
         totals = [
@@ -96,8 +101,12 @@ def _predictions(
         yield kernel.name, predict(choice, found, subject.size)
 
 
-def _programs(form: NormalForm, forward: Plan, backward: Plan) -> tuple[Program, Program]:
-    return forward_program(form, forward), backward_program(form, backward)
+def _forward(subject: _Subject, plan: Plan) -> Program:
+    return forward_program(subject.form, plan, segments=subject.segments)
+
+
+def _backward(subject: _Subject, plan: Plan) -> Program:
+    return backward_program(subject.form, plan, segments=subject.segments)
 
 
 def _indented(lines: list[str]) -> list[str]:

@@ -19,9 +19,10 @@ from ..codegen.config import Config, Dims, KernelConfig
 from ..codegen.differentiate import GRADIENT
 from ..codegen.emit import backward_program, chunk_body, forward_program
 from ..codegen.plan import Kernel, Plan, Program, backward_plans, forward_plans
+from ..codegen.triton_memory import ends_before
 from ..codegen.triton_types import Buffer, Role, buffer_dtype
 from ..runtime import triton_engine
-from ..runtime.artifact import Bucket, Certificate, Configuration
+from ..runtime.artifact import Certificate, Configuration
 from ..runtime.cache import import_source
 from ..runtime.call import Call
 from ..runtime.engines import EngineName
@@ -29,6 +30,8 @@ from ..runtime.launch import Launch
 from ..runtime.printed import dtypes_of
 from ..runtime.refine import refined
 from ..runtime.schedule import Bound, New
+from ..runtime.segments import in_parts
+from ..runtime.selection import bucket_of
 from .capture import specialisations
 from .certificate import Exam, Under, certify
 from .gpu import Gpu
@@ -75,7 +78,9 @@ class TritonTunable:
         """`plans`: how many of each direction, per chunk: known ones, then the least memory."""
         self._call, self._rows, self._gpu, self._exam = call, refined(call), gpu, exam
         self._dims = Dims(call.K, call.V)
-        self._size = Bucket(self._rows.N * call.HV, -(-self._rows.B * self._rows.T // call.N))
+        self._segment, self._size = in_parts(
+            call.form, self._dims, bucket_of(call), gpu.multiprocessors
+        )
         self._signature = triton_engine.signature(self._dims, call.dtype, dtypes_of(call))
         self.default = triton_engine.configuration(
             call.form, self._dims, call.dtype, gpu.shared_program
@@ -91,11 +96,13 @@ class TritonTunable:
         self._do = torch.randn(call.output_shape, dtype=call.dtype, device=call.device)
 
     def _add(self, chunk: int) -> None:
-        form = self._call.form
+        form, segments = self._call.form, self._segment > 0
         for forward in forward_plans(chunk_body(form)):
-            self._plan(_FORWARD, chunk, forward, forward_program(form, forward))
+            program = forward_program(form, forward, segments=segments)
+            self._plan(_FORWARD, chunk, forward, program)
         for backward in backward_plans(chunk_body(form)):
-            self._plan(_BACKWARD, chunk, backward, backward_program(form, backward))
+            program = backward_program(form, backward, segments=segments)
+            self._plan(_BACKWARD, chunk, backward, program)
 
     def _fewer(self, plans: int) -> tuple[Alternative, ...]:
         """So many of each role in each group."""
@@ -123,7 +130,7 @@ class TritonTunable:
     def _key(self, kernel: Kernel, chunk: int) -> str:
         """The key of the part that the kernel is: one for equal work, whatever the plan."""
         buffers = frozenset(kernel.buffers.items())
-        same = (chunk, kernel.loop, kernel.stores, kernel.carried, buffers)
+        same = (chunk, kernel.loop, kernel.stores, kernel.carried, kernel.segments, buffers)
         if same not in self._keys:
             unit = offline.unit(printed(kernel, KernelConfig(), chunk, self._signature))
             digest = hashlib.blake2b(unit.encode(), digest_size=5).hexdigest()
@@ -166,7 +173,8 @@ class TritonTunable:
         given = tuple(
             Buffer(name, t.axes, buffer_dtype(t, low)) for t, name in choice.kernel.buffers.items()
         )
-        launch = Launch(self._rows, choice.chunk, {GRADIENT + "o": self._do})
+        given += ends_before(choice.kernel)
+        launch = Launch(self._rows, choice.chunk, {GRADIENT + "o": self._do}, self._segment)
         starts = {p.of: None for p in kernel.parameters if p.role is Role.INITIAL}
         starts |= {p.of: None for p in kernel.parameters if p.role is Role.FINAL}
         planned, tensors = launch.prepare((bound,), starts, given)

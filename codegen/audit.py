@@ -24,7 +24,7 @@ from ..dsl.errors import NotLowered
 from ..dsl.normal_form import NormalForm
 from .config import Config, Dims, KernelConfig
 from .defaults import default_config
-from .emit import Emitted, chunk_body, emit
+from .emit import Emitted, Passing, chunk_body, emit, passing
 from .fit import fit
 from .offline import Job, Outcome, run_jobs, signature_for
 from .resources import Target
@@ -37,7 +37,7 @@ _CHUNKS = (64, 32, 16)
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A normal form with what it is compiled for."""
+    """A normal form with what it is compiled for. `segments`: its scans are of segments."""
 
     form: NormalForm
     dims: Dims
@@ -45,11 +45,12 @@ class Subject:
     target: Target
     packed: bool
     directions: tuple[str, ...] = ("forward", "backward")
+    segments: bool = False
 
     @property
     def label(self) -> str:
         sizes = f"K={self.dims.K},V={self.dims.V}"
-        tail = " packed" if self.packed else ""
+        tail = " packed" * self.packed + " in segments" * self.segments
         return f"{self.form.name} {sizes} {self.dtype.value} {self.target.name.lower()}{tail}"
 
     @property
@@ -61,7 +62,8 @@ class Subject:
         return fit(self.form, config, self.dims, itemsize, self.target.shared_limit)
 
     def emitted(self, config: Config) -> Emitted:
-        return emit(self.form, signature_for(self.form, self.dims, self.dtype, self.target), config)
+        signature = signature_for(self.form, self.dims, self.dtype, self.target)
+        return emit(self.form, signature, config, segments=self.segments)
 
     def job(self, kernel: str, config: Config) -> Job:
         """The compilation of the kernel of that name under `config`."""
@@ -218,30 +220,44 @@ def quick_subjects() -> list[Subject]:
     """One form per class in bfloat16, K = V = 128 (64 under a vector gate), to take minutes.
 
     Forward kernels for every target; backward ones, which are most of the work, for Hopper and for
-    the target with the least shared memory and another back end.
+    the target with the least shared memory and another back end. In segments, the forward of one
+    form whose state fades and of one whose state a matrix multiplies.
     """
     subjects = []
+    in_segments: list[Passing] = []
     for form in one_per_class(lowered_forms()):
         dims = Dims(64, 64) if is_vector_gated(form) else Dims(128, 128)
         for target in Target:
             both = target in (Target.SM90, Target.GFX942)
             directions = ("forward", "backward") if both else ("forward",)
             subjects.append(Subject(form, dims, Dtype.BFLOAT16, target, False, directions))
+        how = passing(form, dims)
+        if how is not None and how not in in_segments:
+            in_segments.append(how)
+            subjects += [
+                Subject(form, dims, Dtype.BFLOAT16, target, False, ("forward",), segments=True)
+                for target in Target
+            ]
     return subjects
 
 
 def all_subjects(
     names: Sequence[str], dims: Sequence[Dims], dtypes: Sequence[Dtype], targets: Sequence[Target]
 ) -> list[Subject]:
-    """Every form of those names (all, if none) for each size, dtype and target, packed and not."""
+    """Every form of those names (all, if none) for each size, dtype and target.
+
+    Each packed and not, and in segments where it can be.
+    """
     forms = [f for f in lowered_forms() if not names or f.name in names]
     return [
-        Subject(form, d, dtype, target, packed)
+        Subject(form, d, dtype, target, packed, segments=segments)
         for form in forms
         for d in dims
         for dtype in dtypes
         for target in targets
         for packed in (False, True)
+        for segments in (False, True)
+        if not segments or passing(form, d)
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from .plan import Plan
+from .plan import ENDS, MATRICES, Plan
 
 
 class Precision(Enum):
@@ -41,8 +41,10 @@ class Config:
     kernels: tuple[tuple[str, KernelConfig], ...] = ()
 
     def of(self, kernel: str) -> KernelConfig:
-        """The tiles of the kernel called `kernel`."""
-        return dict(self.kernels).get(kernel, self.default)
+        """The tiles of the kernel called `kernel`; scans for ends may have those of their scan."""
+        own = dict(self.kernels)
+        scan = kernel.removesuffix(ENDS).removesuffix(MATRICES)
+        return own.get(kernel) or own.get(scan, self.default)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
+from enum import Enum
 from functools import lru_cache
 
 from ..dsl.normal_form import NormalForm
 from ..dsl.step import Step
 from . import triton_library
 from .chunk import Body, derive
-from .config import Config
+from .config import Config, Dims
 from .defaults import token_config
 from .differentiate import Adjoint, differentiate
 from .factor import factor_adjoint, factor_body
 from .plan import Plan, Program, plan_backward, plan_forward
 from .print_triton import print_triton
+from .segments import passages
 from .token import token_kernel
 from .triton_types import Dtype, Signature, TritonKernel
+
+_WIDEST = 128  # channels of keys: a K x K matrix in float32 has to fit shared memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +51,52 @@ def chunk_adjoint(form: NormalForm, *, reassociate: bool = False) -> Adjoint:
 
 
 @lru_cache(maxsize=512)
-def forward_program(form: NormalForm, plan: Plan) -> Program:
-    """The kernels of the forward under `plan`."""
-    return plan_forward(factor_body(chunk_body(form, reassociate=plan.reassociate)), plan)
+def forward_program(form: NormalForm, plan: Plan, *, segments: bool = False) -> Program:
+    """The kernels of the forward under `plan`; `segments`: of scans where `passing` allows it."""
+    body = factor_body(chunk_body(form, reassociate=plan.reassociate))
+    return plan_forward(body, plan, segments=segments)
 
 
 @lru_cache(maxsize=512)
-def backward_program(form: NormalForm, plan: Plan) -> Program:
-    """The kernels of the backward under `plan`."""
+def backward_program(form: NormalForm, plan: Plan, *, segments: bool = False) -> Program:
+    """The kernels of the backward under `plan`; `segments`: of scans where `passing` allows it."""
     body = factor_body(chunk_body(form, reassociate=plan.reassociate))
     adjoint = factor_adjoint(chunk_adjoint(form, reassociate=plan.reassociate))
-    return plan_backward(body, adjoint, plan)
+    return plan_backward(body, adjoint, plan, segments=segments)
+
+
+class Passing(Enum):
+    """How states pass a segment of a sequence, where scans can run on segments."""
+
+    FADING = "scaled"
+    MATRIX = "multiplied by a matrix"
 
 
 @lru_cache(maxsize=512)
-def emit(form: NormalForm, signature: Signature, config: Config) -> Emitted:
-    """The Triton module of `form`; byte-identical for identical arguments."""
-    forward = tuple(
-        print_triton(k, signature, config) for k in forward_program(form, config.forward).kernels
-    )
-    backward = tuple(
-        print_triton(k, signature, config) for k in backward_program(form, config.backward).kernels
+def passing(form: NormalForm, dims: Dims) -> Passing | None:
+    """What it takes to run the scans of `form` on segments at once; None if they cannot."""
+    found = passages(factor_body(chunk_body(form)).carried)
+    if found is None:
+        return None
+    if not any(p is not None and p.matrix for p in found):
+        return Passing.FADING
+    return Passing.MATRIX if dims.K <= _WIDEST else None
+
+
+@lru_cache(maxsize=512)
+def emit(
+    form: NormalForm, signature: Signature, config: Config, *, segments: bool = False
+) -> Emitted:
+    """The Triton module of `form`; byte-identical for identical arguments.
+
+    `segments`: its scans run on segments of a sequence at once, which `passing` must allow.
+    """
+    forward, backward = (
+        tuple(print_triton(k, signature, config) for k in program.kernels)
+        for program in (
+            forward_program(form, config.forward, segments=segments),
+            backward_program(form, config.backward, segments=segments),
+        )
     )
     used: set[str] = set()
     for kernel in (*forward, *backward):

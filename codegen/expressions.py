@@ -28,6 +28,11 @@ def unaliased(x: Tile) -> Tile:
     return x
 
 
+def identifier(name: str) -> str:
+    """The name of a buffer or carry as a variable may have it."""
+    return name.replace(".", "_")
+
+
 class Names:
     """Unique, readable identifiers; an operand's name wins over an intermediate's."""
 

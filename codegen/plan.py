@@ -5,6 +5,9 @@ itself; so any assignment is right, and a plan is only a choice of what is worth
 is reachability: what does not depend on the carry may be hoisted into a kernel parallel over chunks
 (prep); what the next carry needs stays in the scan; the rest may follow in a kernel parallel over
 chunks that re-reads the stored carry (post).
+
+Scans can also run on segments of a sequence at once (codegen/segments.py): others before them say
+what the segments end with.
 """
 
 from __future__ import annotations
@@ -18,7 +21,11 @@ from ..dsl.ir import Op
 from . import tile
 from .chunk import Body, Carried
 from .differentiate import Adjoint
+from .segments import Passage, Segments, Start, passages
 from .tile import Axis, Tile, TileOp
+
+# of the names of scans for what segments end with, behind that of the scan itself
+ENDS, MATRICES = "_ends", "_matrices"
 
 
 class Loop(Enum):
@@ -81,6 +88,7 @@ class Kernel:
     stores: tuple[tuple[str, Tile], ...]
     carried: tuple[Carried, ...]
     stored: tuple[tuple[str, Tile], ...]
+    segments: Segments | None = None
 
     @property
     def order(self) -> list[Tile]:
@@ -153,9 +161,9 @@ def backward_plans(body: Body) -> tuple[Plan, ...]:
     return (*plans, *(replace(p, sums_apart=True) for p in plans))
 
 
-def plan_forward(body: Body, plan: Plan) -> Program:
-    """`body` cut into kernels by `plan`."""
-    build = _Builder("forward")
+def plan_forward(body: Body, plan: Plan, *, segments: bool = False) -> Program:
+    """`body` cut into kernels by `plan`; `segments`: its scan too, where it has `passages`."""
+    build = _Builder("forward", passages(body.carried) if segments else None)
     carries = frozenset(c.start for c in body.carried)
     in_scan = body.outputs if plan.outputs_in_scan else ()
     roots = [c.end for c in body.carried] + [t for _, t in in_scan]
@@ -169,9 +177,9 @@ def plan_forward(body: Body, plan: Plan) -> Program:
     return Program(tuple(build.kernels), tuple(name for name, _ in body.outputs))
 
 
-def plan_backward(body: Body, adjoint: Adjoint, plan: Plan) -> Program:
+def plan_backward(body: Body, adjoint: Adjoint, plan: Plan, *, segments: bool = False) -> Program:
     """The adjoint cut into kernels: prep, the states again, the reversed scan, all gradients."""
-    build = _Builder("backward")
+    build = _Builder("backward", passages(body.carried) if segments else None)
     saved = frozenset(adjoint.saved)
     reverse = frozenset(c.start for c in adjoint.carried)
     ends = [c.end for c in (*body.carried, *adjoint.carried)]
@@ -205,8 +213,9 @@ def plan_backward(body: Body, adjoint: Adjoint, plan: Plan) -> Program:
 class _Builder:
     """Kernels as they accumulate, with everything stored so far."""
 
-    def __init__(self, direction: str) -> None:
+    def __init__(self, direction: str, passages: tuple[Passage | None, ...] | None) -> None:
         self._direction = direction
+        self._passages = passages
         self.kernels: list[Kernel] = []
         self._stored: dict[Tile, str] = {}
 
@@ -222,8 +231,30 @@ class _Builder:
             starts = {c.start for c in carried}
             before = tuple((n, t) for n, t in before if t not in starts)
         name = f"{self._direction}_{name}"
-        self.kernels.append(Kernel(name, loop, stores, carried, before))
+        own = None
+        if self._passages is not None and loop is not Loop.PARALLEL:
+            self._ends(name, loop, carried, before, self._passages)
+            own = Segments(Start.ENDS, self._passages)
+        self.kernels.append(Kernel(name, loop, stores, carried, before, own))
         self._stored.update({t: n for n, t in stores})
+
+    def _ends(
+        self,
+        name: str,
+        loop: Loop,
+        carried: tuple[Carried, ...],
+        before: tuple[tuple[str, Tile], ...],
+        passages: tuple[Passage | None, ...],
+    ) -> None:
+        """The scans for what segments end with; the first scan's passages serve those after it."""
+        known = any(k.segments is not None for k in self.kernels)
+        new = () if known else tuple(dict.fromkeys(p for p in passages if p is not None))
+        fades = tuple(p.carried for p in new if not p.matrix)
+        matrices = tuple(p.carried for p in new if p.matrix)
+        zero, identity = Segments(Start.ZERO, ()), Segments(Start.IDENTITY, ())
+        self.kernels.append(Kernel(name + ENDS, loop, (), (*carried, *fades), before, zero))
+        if matrices:
+            self.kernels.append(Kernel(name + MATRICES, loop, (), matrices, before, identity))
 
     def fresh(self, tiles: Iterable[Tile]) -> tuple[tuple[str, Tile], ...]:
         """Buffer names for `tiles`, in order, none of them used yet."""

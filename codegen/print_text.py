@@ -15,7 +15,7 @@ from ..dsl.ir import Op
 from . import tile
 from .chunk import Body, Carried
 from .differentiate import GRADIENT, Adjoint
-from .expressions import Names, unaliased
+from .expressions import Names, identifier, unaliased
 from .plan import Kernel, Loop, Program
 from .tile import Axes, Axis, Tile, TileOp, Which
 
@@ -68,7 +68,7 @@ class _Printer:
             if t in named:
                 self.known[t] = self._names.fresh(named[t].removesuffix("_chunk"))
             elif t.op in _LEAVES:
-                self.known[t] = self._names.fresh(_leaf_name(t))
+                self.known[t] = self._names.fresh(identifier(_leaf_name(t)))
         self._wanted = {
             t: self._names.fresh(name) for t, name in wanted.items() if t not in self.known
         }
@@ -304,17 +304,21 @@ def print_kernel(kernel: Kernel) -> str:
     lines = printer.lines()
     starts = frozenset(c.start for c in kernel.carried)
     buffers = kernel.buffers
-    head = [f"{kernel.name}: {kernel.loop.value}"]
+    head = [f"{kernel.name}: {kernel.loop.value}{' of a segment' if kernel.segments else ''}"]
     if kernel.loop is not Loop.PARALLEL:
         head.append(f"  carries  {', '.join(printer.leaf(c.start) for c in kernel.carried)}")
     operands = [t for t in printer.leaves if t not in starts and t not in buffers]
     head.append(f"  reads    {' '.join(printer.leaf(t) for t in operands)}")
+    if kernel.segments is not None:
+        head.append(f"  starts   {kernel.segments.start.value}")
     if buffers:
         loads = (printer.leaf(t) for t in printer.leaves if t in buffers)
         head.append(f"  loads    {' '.join(loads)}")
     notes = _ends(printer, kernel.stores, kernel.carried, "stored")
     stored = [name for name, t in kernel.stores if unaliased(t) in (*starts, *buffers)]
     head += [f"  stores   {name.removesuffix('_chunk')}, as each chunk begins" for name in stored]
+    if kernel.segments is not None and kernel.segments.ends:
+        head.append(f"  stores   {', '.join(c.name for c in kernel.carried)}, as the segment ends")
     return "\n".join(head + _aligned(lines, {}, notes))
 
 

@@ -7,14 +7,15 @@ addressed from 64-bit bases; tails of sequences and of channels are masked, noth
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from . import tile, triton_library
-from .config import Config, padded
-from .expressions import Names, unaliased
+from .config import Config, Dims, padded
+from .expressions import Names, identifier, unaliased
 from .plan import Kernel, Loop, sums_over
+from .segments import Segments, Start
 from .tile import Axis, Tile, TileOp
-from .triton_memory import RANGE, TritonMemory
+from .triton_memory import RANGE, TritonMemory, ends_stored
 from .triton_types import Buffer, Role, Signature, TritonKernel, buffer_dtype
 
 _SCAN_ORDER = (Axis.V, Axis.I, Axis.J, Axis.K)
@@ -24,6 +25,7 @@ _RESERVED = frozenset(triton_library.FUNCTIONS).union(
     ("tl", "triton", "pid", "n", "h", "index", "chunk", "chunks", "first", "length", "batch"),
     ("at", "row", "rows", "step", "i", "oi", "oj", "ok", "ov", "i_v", "K", "V", "C", "BK", "BV"),
     ("HV", "NV", "TOKENS", "PACKED", "cu_seqlens", "chunk_offsets", "chunk_table"),
+    ("part", "segment", "segments", "segment_table", "SEGMENT", "begin", "end", "before"),
 )  # fmt: skip
 
 
@@ -44,9 +46,11 @@ class _Phases:
 class _KernelPrinter(TritonMemory):
     def __init__(self, kernel: Kernel, signature: Signature, config: Config) -> None:
         order = _PARALLEL_ORDER if kernel.loop is Loop.PARALLEL else _SCAN_ORDER
+        if kernel.segments is not None and kernel.segments.start is Start.IDENTITY:
+            signature = replace(signature, dims=Dims(signature.dims.K, signature.dims.K))
         super().__init__(order, Names(_RESERVED), signature, config.chunk)
         self._kernel = kernel
-        self._loop_kind = kernel.loop
+        self._loop_kind, self._segments = kernel.loop, kernel.segments
         self._to_store = kernel.stores
         self._config = config.of(kernel.name)
         dims = signature.dims
@@ -85,7 +89,7 @@ class _KernelPrinter(TritonMemory):
         for t in order:  # operands get their names first
             if t.op in _LEAVES or t in self._buffers:
                 name = self._buffers.get(t, str(t.attrs[0]) if t.attrs else t.hint)
-                self.known[t] = self.names.fresh(name.removesuffix("_chunk"))
+                self.known[t] = self.names.fresh(identifier(name.removesuffix("_chunk")))
         roots = [t for _, t in kernel.stores] + [c.end for c in kernel.carried]
         computed = [t for t in order if t not in self.known]
         self.count(computed, roots)
@@ -112,24 +116,33 @@ class _KernelPrinter(TritonMemory):
             v_programs=self._v_programs,
             constants=tuple(constants.items()),
             config=self._config,
-            stores=tuple(
-                Buffer(name, t.axes, buffer_dtype(t, self._signature.dtype))
-                for name, t in kernel.stores
-            ),
+            stores=self._buffers_stored(),
+            segments=kernel.segments is not None,
             functions=frozenset(self._used_functions),
         )
 
+    def _buffers_stored(self) -> tuple[Buffer, ...]:
+        low = self._signature.dtype
+        stored = (Buffer(n, t.axes, buffer_dtype(t, low)) for n, t in self._kernel.stores)
+        return (*stored, *ends_stored(self._kernel))
+
     def _header(self, body: list[str]) -> str:
+        segments = self._kernel.segments
+        tables, sizes, lengths = "", "", ""
+        if segments is not None:
+            tables, sizes, lengths = " segment_table,", " SEGMENT,", ', "SEGMENT"'
         names = ", ".join(self._parameters)
         text = "\n".join(f"    {line}" if line else "" for line in body)
         stores = ", ".join(n for n, _ in self._kernel.stores) or "nothing"
+        if segments is not None and segments.ends:
+            stores = f"what a segment ends with: {', '.join(c.name for c in self._kernel.carried)}"
         stages = "" if self._kernel.loop is Loop.PARALLEL else " STAGES: tl.constexpr,"
         loop = "a scan over tokens" if self._by_token else self._kernel.loop.value
         return (
-            '@triton.jit(do_not_specialize=["TOKENS", "chunks"])\n'
+            f'@triton.jit(do_not_specialize=["TOKENS", "chunks"{lengths}])\n'
             f"def {self._kernel.name}(\n"
             f"    {names},\n"
-            "    cu_seqlens, chunk_offsets, chunk_table, TOKENS, chunks, HV,\n"
+            f"    cu_seqlens, chunk_offsets, chunk_table,{tables} TOKENS, chunks,{sizes} HV,\n"
             "    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, "
             f"BV: tl.constexpr,\n    NV: tl.constexpr, PACKED: tl.constexpr,{stages}\n"
             "):\n"
@@ -234,36 +247,29 @@ class _KernelPrinter(TritonMemory):
 
     def _scan_body(self, order: list[Tile]) -> list[str]:
         reverse = self._kernel.loop is Loop.REVERSE
+        segments = self._kernel.segments
         lines = ["pid = tl.program_id(0)"]
         if self._v_programs > 1:
             lines += ["i_v = pid % NV", "pid = pid // NV"]
-        lines += [
-            "h = (pid % HV).to(tl.int64)",
-            "n = (pid // HV).to(tl.int64)  # the sequence",
-            "if PACKED:",
-            "    first = tl.load(cu_seqlens + n).to(tl.int64)",
-            "    length = (tl.load(cu_seqlens + n + 1) - first).to(tl.int32)",
-            "    batch = n * 0",
-            "    index = tl.load(chunk_offsets + n).to(tl.int64)",
-            "else:",
-            "    first = n * 0",
-            "    length = TOKENS",
-            "    batch = n",
-            "    index = n * chunks",
-            *self._ranges(),
-        ]
+        lines.append("h = (pid % HV).to(tl.int64)")
+        lines += _OF_SEQUENCE if segments is None else _OF_SEGMENT
+        lines += self._ranges()
         for c in self._kernel.carried:
             lines += self._first_carry(c.start)
+        if segments is not None and not segments.ends:
+            lines += self._ends_before(segments)
         constants = [t for t in order if not self._varies(t)]
         lines += self._run(constants)
         if self._by_token:
             lines.append("for chunk in tl.range(0, length, num_stages=STAGES):")
             inner = ["at = first + chunk"]
         else:
-            lines.append("for step in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):")
-            chunk = "tl.cdiv(length, C) - 1 - step" if reverse else "step"
+            bounds, last = "0, tl.cdiv(length, C)", "tl.cdiv(length, C) - 1"
+            if segments is not None:
+                bounds, last = "begin, end", "begin + end - 1"
+            lines.append(f"for step in tl.range({bounds}, num_stages=STAGES):")
             inner = [
-                f"chunk = {chunk}",
+                f"chunk = {last} - step" if reverse else "chunk = step",
                 "at = first + chunk * C",
                 "rows = chunk * C + oi < length",
                 "row = batch * TOKENS + at",
@@ -280,7 +286,28 @@ class _KernelPrinter(TritonMemory):
         inner += [f"{name} = {end}" for name, end in ends if name != end]
         lines += [f"    {line}" for line in inner]
         for c in self._kernel.carried:
-            lines += self._last_carry(c.start)
+            lines += self._last_carry(c)
+        return lines
+
+    def _ends_before(self, segments: Segments) -> list[str]:
+        """Bring the carries from the sequence's start to the segment's, by what others end with."""
+        reverse = self._kernel.loop is Loop.REVERSE
+        loop = "segments - 1, segment, -1" if reverse else "0, segment"
+        lines = [
+            f"for before in tl.range({loop}, num_stages=1):",
+            "    at = (part - segment + before) * HV + h",
+        ]
+        for c, passage in zip(self._kernel.carried, segments.passages, strict=True):
+            name, added = self.known[c.start], self._load_end(c)
+            if passage is None:
+                lines.append(f"    {name} += {added}")
+            elif passage.matrix:
+                lines.append(f"    {name} = {self._passed(name, passage.carried, added)}")
+            else:
+                log = self._load_end(passage.carried)
+                axes, layout = passage.carried.start.axes, self.layout(c.start)
+                kept = self.place(f"tl.exp({log})", axes, layout)
+                lines.append(f"    {name} = {kept} * {name} + {added}")
         return lines
 
     def _varies(self, t: Tile) -> bool:
@@ -318,3 +345,34 @@ class _KernelPrinter(TritonMemory):
         else:
             self.lines.append(f"{name} += {self.structural(t)}")
         self.known[t] = name
+
+
+_OF_SEQUENCE = [
+    "n = (pid // HV).to(tl.int64)  # the sequence",
+    "if PACKED:",
+    "    first = tl.load(cu_seqlens + n).to(tl.int64)",
+    "    length = (tl.load(cu_seqlens + n + 1) - first).to(tl.int32)",
+    "    batch = n * 0",
+    "    index = tl.load(chunk_offsets + n).to(tl.int64)",
+    "else:",
+    "    first = n * 0",
+    "    length = TOKENS",
+    "    batch = n",
+    "    index = n * chunks",
+]
+_OF_SEGMENT = [
+    "part = (pid // HV).to(tl.int64)  # the segment, over all sequences",
+    "if PACKED:",
+    "    n = tl.load(segment_table + 2 * part).to(tl.int64)",
+    "    if n < 0:",
+    "        return",
+    "    segment = tl.load(segment_table + 2 * part + 1)",
+    *_OF_SEQUENCE[2:6],
+    "else:",
+    "    n = part // tl.cdiv(chunks, SEGMENT)",
+    "    segment = (part % tl.cdiv(chunks, SEGMENT)).to(tl.int32)",
+    *_OF_SEQUENCE[7:],
+    "segments = tl.maximum(tl.cdiv(tl.cdiv(length, C), SEGMENT), 1)  # an empty sequence has one",
+    "begin = segment * SEGMENT",
+    "end = tl.minimum(begin + SEGMENT, tl.cdiv(length, C))",
+]

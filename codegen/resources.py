@@ -113,7 +113,10 @@ def _arguments(
             constants[p.name] = 1
         else:
             types[p.name] = "i32"
-    tables = ("cu_seqlens", "chunk_offsets", "chunk_table")
+    tables = ["cu_seqlens", "chunk_offsets", "chunk_table"]
+    if kernel.segments:
+        tables.append("segment_table")
+        types["SEGMENT"] = "i32"
     for name in tables:
         types[name] = "*i32" if packed else "constexpr"
         if not packed:

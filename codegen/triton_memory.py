@@ -8,13 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .expressions import Names, unaliased
-from .plan import Loop
+from .chunk import Carried
+from .expressions import Names, identifier, unaliased
+from .plan import Kernel, Loop
+from .segments import Segments, Start
 from .tile import Axis, Tile, TileOp
 from .triton_expressions import TritonExpressions
-from .triton_types import Parameter, Role, Signature, buffer_dtype
+from .triton_types import Buffer, Dtype, Parameter, Role, Signature, buffer_dtype
 
 RANGE = {Axis.I: "oi", Axis.J: "oj", Axis.V: "ov", Axis.K: "ok"}
+
+
+def end_buffer(carried: Carried, *, matrix: bool = False) -> Buffer:
+    """The buffer of what a carry is as each segment ends; `matrix`: of one that is K x K."""
+    axes = (Axis.K, Axis.K) if matrix else carried.start.axes
+    return Buffer(f"{carried.name}.end", axes, Dtype.FLOAT32, per_segment=True)
+
+
+def ends_stored(kernel: Kernel) -> tuple[Buffer, ...]:
+    """What a scan for the ends of segments stores."""
+    if kernel.segments is None or not kernel.segments.ends:
+        return ()
+    matrix = kernel.segments.start is Start.IDENTITY
+    return tuple(end_buffer(c, matrix=matrix) for c in kernel.carried)
+
+
+def ends_before(kernel: Kernel) -> tuple[Buffer, ...]:
+    """The ends of segments that a scan of segments starts from."""
+    if kernel.segments is None or kernel.segments.ends:
+        return ()
+    passages = dict.fromkeys(p for p in kernel.segments.passages if p is not None)
+    ends = [end_buffer(p.carried, matrix=p.matrix) for p in passages]
+    return (*map(end_buffer, kernel.carried), *ends)
 
 
 class TritonMemory(TritonExpressions):
@@ -26,6 +51,7 @@ class TritonMemory(TritonExpressions):
         super().__init__(order, names, signature, chunk)
         self._loop_kind = Loop.PARALLEL
         self._v_programs = 1
+        self._segments: Segments | None = None
         self._to_store: tuple[tuple[str, Tile], ...] = ()
         self._parameters: dict[str, Parameter] = {}
 
@@ -123,35 +149,65 @@ class TritonMemory(TritonExpressions):
 
     def _first_carry(self, start: Tile) -> list[str]:
         name = self.known[start]
+        zero = f"{name} = tl.zeros({self._shape(start)}, dtype=tl.float32)"
+        if not start.axes:
+            zero = f"{name} = 0.0"
+        if self._segments is not None and self._segments.start is Start.IDENTITY:
+            inside = " & (ok[None, :] < K)" if self._tail(Axis.K) else ""
+            return [f"{name} = tl.where((ov[:, None] == ok[None, :]){inside}, 1.0, 0.0)"]
+        if self._segments is not None and self._segments.ends:
+            return [zero]
         pointer = self._parameter(f"{name}_first", Role.INITIAL, str(start.attrs[0]))
-        load = self._load_at(f"{pointer} + (n * HV + h) * {self._carry_size(start)}", start)
-        return [
-            f"{name} = tl.zeros({self._shape(start)}, dtype=tl.float32)",
-            f"if {pointer} is not None:",
-            f"    {name} += {load}.to(tl.float32)",
-        ]
+        load = self._load_at(f"{pointer} + (n * HV + h)", start)
+        return [zero, f"if {pointer} is not None:", f"    {name} += {load}.to(tl.float32)"]
 
-    def _last_carry(self, start: Tile) -> list[str]:
-        name = self.known[start]
-        pointer = self._parameter(f"{name}_last", Role.FINAL, str(start.attrs[0]))
-        base = f"{pointer} + (n * HV + h) * {self._carry_size(start)}"
-        address = f"{base} + {self._state_offset(start)}"
-        mask = self._mask_argument(start, rows=False)
-        lines = [f"if {pointer} is not None:"]
+    def _end(self, carried: Carried) -> str:
+        """The parameter with what a carry is as each segment ends."""
+        of = end_buffer(carried).name
+        return self._parameter(f"{identifier(of)}_ptr", Role.BUFFER, of)
+
+    def _load_end(self, carried: Carried) -> str:
+        """What a carry was as the segment at `at` ended."""
+        return self._load_at(f"{self._end(carried)} + at", carried.start)
+
+    def _passed(self, state: str, matrix: Carried, added: str) -> str:
+        """A S + B of the segment at `at`, or A^T S + B of one that is scanned from its end."""
+        row, column = "ok[:, None]", "ok[None, :]"  # of the state before and after
+        if self._loop_kind is Loop.FORWARD:
+            row, column = column, row
+        tail = self._tail(Axis.K)
+        mask = f", mask=({tail})[:, None] & ({tail})[None, :], other=0.0" if tail else ""
+        at = f"{self._end(matrix)} + at * K * K + {row} * K + {column}"
+        precision = self._precision
+        return f"tl.dot({state}, tl.load({at}{mask}), {added}, input_precision={precision})"
+
+    def _last_carry(self, carried: Carried) -> list[str]:
+        start, segments = carried.start, self._segments
+        name, conditions = self.known[start], []
         if Axis.V not in start.axes and self._v_programs > 1:
-            lines = [f"if {pointer} is not None and i_v == 0:"]
-        return [*lines, f"    tl.store({address}, {name}{mask})"]
+            conditions.append("i_v == 0")
+        if segments is not None and segments.ends:
+            pointer, row = self._end(carried), "part * HV + h"
+        else:
+            pointer = self._parameter(f"{name}_last", Role.FINAL, carried.name)
+            row = "n * HV + h"
+            conditions.insert(0, f"{pointer} is not None")
+            if segments is not None:
+                last = "0" if self._loop_kind is Loop.REVERSE else "segments - 1"
+                conditions.append(f"segment == {last}")
+        mask = self._mask_argument(start, rows=False)
+        line = f"tl.store({self._state_address(f'{pointer} + ({row})', start)}, {name}{mask})"
+        return [f"if {' and '.join(conditions)}:", f"    {line}"] if conditions else [line]
 
-    def _carry_size(self, start: Tile) -> str:
-        return "K * V" if Axis.V in start.axes else "K"
-
-    def _state_offset(self, t: Tile) -> str:
-        """Offsets in a [K, V] matrix (row-major, as users see states) of a tile laid out [V, K]."""
-        return "ok[None, :] * V + ov[:, None]" if Axis.V in t.axes else "ok"
+    def _state_address(self, base: str, t: Tile) -> str:
+        """Within a [K, V] matrix (row-major, as users see states) of a tile laid out [V, K]."""
+        if Axis.V in t.axes:
+            return f"{base} * K * V + ok[None, :] * V + ov[:, None]"
+        return f"{base} * K + ok" if t.axes else base
 
     def _load_at(self, base: str, start: Tile) -> str:
         mask = self._mask_argument(start, rows=False, other=True)
-        return f"tl.load({base} + {self._state_offset(start)}{mask})"
+        return f"tl.load({self._state_address(base, start)}{mask})"
 
     def _stores(self, tiles: Iterable[Tile]) -> list[str]:
         """Stores of those buffers whose value is among `tiles`."""

@@ -45,11 +45,16 @@ class Parameter:
 
 
 class Buffer(NamedTuple):
-    """An intermediate or result of a kernel: its axes, and what it is stored in."""
+    """An intermediate or result of a kernel: its axes, and what it is stored in.
+
+    `per_segment`: one for each segment of a sequence, as users see states; else for each chunk or
+    token.
+    """
 
     name: str
     axes: Axes
     dtype: Dtype
+    per_segment: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,10 @@ class Signature:
 
 @dataclass(frozen=True, slots=True)
 class TritonKernel:
-    """A printed kernel. `v_programs`: programs along the value axis."""
+    """A printed kernel.
+
+    `v_programs`: programs along the value axis; `segments`: whether it is a scan of segments.
+    """
 
     name: str
     loop: Loop
@@ -78,6 +86,7 @@ class TritonKernel:
     config: KernelConfig
     stores: tuple[Buffer, ...]
     functions: frozenset[str]
+    segments: bool = False
 
 
 def buffer_dtype(t: Tile, low: Dtype) -> Dtype:

@@ -20,7 +20,10 @@ from .schedule import Bound, Layout, New, OperandLayout, Schedule, schedule
 class Launch:
     """One direction of one call: its operands, its chunks, and the buffers between its kernels."""
 
-    def __init__(self, call: Call, chunk: int, extra: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, call: Call, chunk: int, extra: Mapping[str, Tensor], segment: int = 0
+    ) -> None:
+        """`segment`: tokens of a segment, for scans that run on those; a multiple of `chunk`."""
         self._call = call
         self._per_head = {o.name for o in call.step.operands if o.per is Per.HEAD}
         self._operands = {
@@ -29,11 +32,17 @@ class Launch:
         }
         self.buffers: dict[str, Tensor] = {}
         self._chunk = chunk
-        self._tables: tuple[Tensor | None, ...] = (None, None, None)
+        self._tables: tuple[Tensor | None, ...] = (None, None, None, None)
         self._chunks = call.N * -(-call.T // chunk)
+        self._segment = segment // chunk
+        self._segments = call.N * -(-call.T // segment) if segment else 0
         if call.cu_seqlens is not None:
             offsets, table = chunk_table(call.cu_seqlens, call.T, chunk)
-            self._tables = (call.cu_seqlens, offsets, table)
+            of_segments = None
+            if segment:
+                _, of_segments = chunk_table(call.cu_seqlens, call.T, segment, least=1)
+                self._segments = of_segments.shape[0]
+            self._tables = (call.cu_seqlens, offsets, table, of_segments)
             self._chunks = table.shape[0]
 
     def run(
@@ -107,6 +116,8 @@ class Launch:
             call.N,
             self._chunk,
             self._chunks,
+            self._segment,
+            self._segments,
             None if call.cu_seqlens is None else call.cu_seqlens.dtype,
             call.dtype,
             call.device,

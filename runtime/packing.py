@@ -14,13 +14,14 @@ def chunk_bound(T: int, N: int, C: int) -> int:
     return -(-T // C) + N
 
 
-def chunk_table(cu_seqlens: Tensor, T: int, C: int) -> tuple[Tensor, Tensor]:
+def chunk_table(cu_seqlens: Tensor, T: int, C: int, *, least: int = 0) -> tuple[Tensor, Tensor]:
     """Which chunk of which sequence each program works on.
 
     Args:
         cu_seqlens: int32 or int64 `[N+1]`, the sequences' boundaries in a packed batch.
         T: total length, `cu_seqlens[-1]`; a host number, so that the bound needs no transfer.
         C: chunk length.
+        least: chunks of an empty sequence, 0 or 1.
 
     Returns:
         `offsets`, int32 `[N+1]`: how many chunks the sequences before n have; and `table`, int32
@@ -31,6 +32,8 @@ def chunk_table(cu_seqlens: Tensor, T: int, C: int) -> tuple[Tensor, Tensor]:
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     offsets = torch.zeros(N + 1, dtype=torch.int32, device=device)
     counts = torch.div(lengths + (C - 1), C, rounding_mode="floor")
+    if least:
+        counts.clamp_(min=least)
     offsets[1:] = torch.cumsum(counts, 0).to(torch.int32)
     index = torch.arange(chunk_bound(T, N, C), dtype=torch.int32, device=device)
     # right=True steps over empty sequences: several equal offsets, the last of them owns the chunk

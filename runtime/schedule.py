@@ -23,7 +23,7 @@ from ..codegen.triton_types import STAGES, Buffer, Role, TritonKernel
 from .engines import CannotRun
 from .printed import TORCH
 
-TABLES = ("cu_seqlens", "chunk_offsets", "chunk_table")
+TABLES = ("cu_seqlens", "chunk_offsets", "chunk_table", "segment_table")
 
 
 @dataclass(slots=True, eq=False)
@@ -77,9 +77,10 @@ class OperandLayout(NamedTuple):
 class Layout(NamedTuple):
     """What of a call decides its launches, all but what its tensors hold.
 
-    `chunks`: of all sequences together; `packed`: the dtype of `cu_seqlens`; `carries`: name, shape
-    of the state, dtype of the first value if one is given. In the order in which a call's tensors
-    are numbered: operands, carries, tables, params.
+    `chunks`, `segments`: of all sequences together; `segment`: chunks of one of these; `packed`:
+    the dtype of `cu_seqlens`; `carries`: name, shape of the state, dtype of the first value if one
+    is given. In the order in which a call's tensors are numbered: operands, carries, tables,
+    params.
     """
 
     B: int
@@ -90,6 +91,8 @@ class Layout(NamedTuple):
     N: int
     chunk: int
     chunks: int
+    segment: int
+    segments: int
     packed: torch.dtype | None
     dtype: torch.dtype
     device: torch.device
@@ -223,6 +226,7 @@ def _launched(
         "TOKENS": layout.T,
         "chunks": -(-layout.T // layout.chunk),
         "HV": layout.HV,
+        "SEGMENT": layout.segment,
         "PACKED": layout.packed is not None,
     }
     tensors = {name: number[None, name] for name in TABLES}
@@ -235,6 +239,7 @@ def _launched(
             tensors[p.name] = number[p.role, p.of]
     names = list(bound.function.arg_names)
     programs = layout.chunks if kernel.loop is Loop.PARALLEL else layout.N
+    programs = layout.segments if kernel.segments else programs
     return Launched(
         bound=bound,
         grid=(programs * layout.HV * kernel.v_programs, 1, 1),
@@ -248,7 +253,7 @@ _STRIDES = {Role.STRIDE_BATCH: 0, Role.STRIDE_TOKEN: 1, Role.STRIDE_HEAD: 2}
 
 
 def _buffer(buffer: Buffer, layout: Layout, operands: dict[str, OperandLayout]) -> New:
-    """Per token `[B,T,HV,…]`, per chunk `[chunks,HV,…]`."""
+    """Per token `[B,T,HV,…]`, per chunk `[chunks,HV,…]`, per segment `[segments,HV,…]`."""
     name, axes = buffer.name, buffer.axes
     size = {Axis.K: layout.K, Axis.V: layout.V, Axis.I: layout.chunk, Axis.J: layout.chunk}
     times = [a for a in axes if a in (Axis.I, Axis.J)]
@@ -264,6 +269,8 @@ def _buffer(buffer: Buffer, layout: Layout, operands: dict[str, OperandLayout]) 
         dtype = operand.dtype if operand.heads == layout.HV else torch.float32
         return New(name, (*per_token, *channels), dtype)
     dtype = TORCH[buffer.dtype]
+    if buffer.per_segment:
+        return New(name, (layout.segments, layout.HV, *channels), dtype, scratch=True)
     if times:
         return New(name, (*per_token, *channels), dtype, scratch=True)
     shape = (layout.chunks, layout.HV, *reversed(channels))

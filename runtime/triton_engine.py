@@ -30,17 +30,22 @@ from .launch import Launch
 from .printed import PRINTED, Dtypes, dtypes_of, unprinted
 from .refine import coarse, coarse_gradients, refined, refined_cotangent
 from .schedule import Bound
+from .segments import segment_of
 from .selection import bucket_of, key_here, serving, token_loop_wins
 from .tokens import Serve, Token, of_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    """What serves calls of one form, dimensions and dtypes."""
+    """What serves calls of one form, dimensions and dtypes.
+
+    `segment`: tokens of a segment, where scans run on segments; else 0.
+    """
 
     chunk: int
     forward: tuple[Bound, ...]
     backward: tuple[Bound, ...]
+    segment: int = 0
 
 
 def supports(call: Call) -> str | None:
@@ -86,7 +91,7 @@ def forward(call: Call, config: Config | None = None) -> tuple[Tensor, tuple[Ten
     ):
         return forward_by_token(call)
     compiled = _compiled_for(call) if config is None else _compiled_with(call, config)
-    launch = Launch(refined(call), compiled.chunk, {})
+    launch = Launch(refined(call), compiled.chunk, {}, compiled.segment)
     states = [s.name for s in call.form.states]
     finals = launch.run(compiled.forward, dict(zip(states, call.initial, strict=True)))
     return coarse(call, launch.buffers["o"]), tuple(finals[name] for name in states)
@@ -131,7 +136,7 @@ def backward(
     """Gradients of every operand, in its shape and dtype, and of the initial states."""
     compiled = _compiled_for(call) if config is None else _compiled_with(call, config)
     extra = {GRADIENT + "o": refined_cotangent(call, do)}
-    launch = Launch(refined(call), compiled.chunk, extra)
+    launch = Launch(refined(call), compiled.chunk, extra, compiled.segment)
     states = [s.name for s in call.form.states]
     starts: dict[str, Tensor | None] = dict(zip(states, call.initial, strict=True))
     starts |= {GRADIENT + name: d for name, d in zip(states, dfinals, strict=True)}
@@ -163,6 +168,14 @@ def shared_memory(device: torch.device) -> int:
     return int(properties["max_shared_mem"])
 
 
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """How many of them `device` has; of no GPU, those of an H100."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _compiled_for(call: Call) -> _Compiled:
     size = bucket_of(call)
     return _compile(call.form, call.K, call.V, call.dtype, dtypes_of(call), call.device, size)
@@ -177,7 +190,9 @@ def _token_form_wins(
 
 
 def _compiled_with(call: Call, config: Config) -> _Compiled:
-    return compile_with(call.form, Dims(call.K, call.V), call.dtype, dtypes_of(call), config)
+    dims = Dims(call.K, call.V)
+    segment = segment_of(call.form, dims, bucket_of(call), multiprocessors(call.device))
+    return compile_with(call.form, dims, call.dtype, dtypes_of(call), config, segment)
 
 
 @lru_cache(maxsize=8192)
@@ -197,7 +212,8 @@ def _compile(
         size,
         lambda: configuration(form, dims, dtype, shared_memory(device)),
     )
-    return compile_with(form, dims, dtype, dtypes, config)
+    segment = segment_of(form, dims, size, multiprocessors(device))
+    return compile_with(form, dims, dtype, dtypes, config, segment)
 
 
 @lru_cache(maxsize=512)
@@ -207,9 +223,14 @@ def compile_with(
     dtype: torch.dtype,
     dtypes: Dtypes,
     config: Config,
+    segment: int = 0,
 ) -> _Compiled:
-    """The kernels of `form` under a configuration of the caller's choice."""
-    return _imported(emit(form, signature(dims, dtype, dtypes), config), config.chunk)
+    """The kernels of `form` under a configuration of the caller's choice.
+
+    `segment`: tokens of a segment, a multiple of the chunk, to have scans run on segments.
+    """
+    emitted = emit(form, signature(dims, dtype, dtypes), config, segments=segment > 0)
+    return _imported(emitted, config.chunk, segment)
 
 
 @lru_cache(maxsize=512)
@@ -217,13 +238,13 @@ def _compile_token(step: Step, dims: Dims, dtype: torch.dtype, dtypes: Dtypes) -
     return _imported(emit_token(step, signature(dims, dtype, dtypes)), 1)
 
 
-def _imported(emitted: Emitted, chunk: int) -> _Compiled:
+def _imported(emitted: Emitted, chunk: int, segment: int = 0) -> _Compiled:
     module = import_source(emitted.source)
     forward, backward = (
         tuple(Bound(k, getattr(module, k.name)) for k in kernels)
         for kernels in (emitted.forward, emitted.backward)
     )
-    return _Compiled(chunk, forward, backward)
+    return _Compiled(chunk, forward, backward, segment)
 
 
 def signature(dims: Dims, dtype: torch.dtype, dtypes: Dtypes) -> Signature:

@@ -27,9 +27,9 @@ def small(form: NormalForm) -> Config:
 
 @cache
 def _compiled(
-    form: NormalForm, dims: Dims, dtype: Any, dtypes: tuple[Any, ...], config: Config
+    form: NormalForm, dims: Dims, dtype: Any, dtypes: tuple[Any, ...], config: Config, segment: int
 ) -> Any:
-    return triton_engine.compile_with(form, dims, dtype, dtypes, config)
+    return triton_engine.compile_with(form, dims, dtype, dtypes, config, segment)
 
 
 class Poisoned:
@@ -42,12 +42,17 @@ class Poisoned:
         return torch.empty(*shape, **options).fill_(torch.nan)
 
 
-def served_under(config_of: Callable[[NormalForm], Config]) -> Callable[[Call], Any]:
-    """What to put in place of `triton_engine._compiled_for`."""
+def served_under(
+    config_of: Callable[[NormalForm], Config], segment: int = 0
+) -> Callable[[Call], Any]:
+    """What to put in place of `triton_engine._compiled_for`.
+
+    `segment`: tokens of a segment, for scans of segments.
+    """
 
     def compiled_for(call: Call) -> Any:
         dtypes = tuple((name, x.dtype) for name, x in call.operands.items())
         config = config_of(call.form)
-        return _compiled(call.form, Dims(call.K, call.V), call.dtype, dtypes, config)
+        return _compiled(call.form, Dims(call.K, call.V), call.dtype, dtypes, config, segment)
 
     return compiled_for

@@ -146,6 +146,25 @@ def test_parts_add_up_to_the_configuration_that_they_came_from() -> None:
     assert {name for name, _ in made.kernels} == {n for a in chosen.values() for n in a.kernels}
 
 
+def test_long_calls_with_few_heads_are_tuned_in_segments(driver: Driver) -> None:
+    """Under the tiles of scans for ends as under all others; each finds what it has to compile."""
+    subject = tunable("gated_delta_rule", torch.bfloat16, Size(1, 4096, 1), 64)
+    known = {a.role: a for a in subject.alternatives if a.known}
+    assert {"forward_scan_ends", "forward_scan_matrices"} <= set(known["forward"].kernels)
+    assert {"backward_reverse_ends"} <= set(known["backward"].kernels)
+    parts = [subject.part(key) for a in known.values() for key in a.parts]
+    picked = {}
+    for part in parts:
+        picked[part.key] = part.first[0]
+        assert len(subject.jobs(part, part.first[0])) == 1
+        assert subject.predicted_us(part, part.first[0]) > 0
+    config = subject.configuration(known, picked)
+    assert config.of("forward_scan_ends") == dict(config.kernels)["forward_scan_ends"]
+    assert len(subject.whole_jobs(config)) == sum(len(a.kernels) for a in known.values())
+    short = tunable("gated_delta_rule", torch.bfloat16, Size(1, 512, 1), 64)
+    assert not any("ends" in name for a in short.alternatives for name in a.kernels)
+
+
 @pytest.mark.interpreter
 def test_every_part_runs_alone_and_any_choice_is_right() -> None:
     subject = tunable("simple_gla", torch.float32, Size(1, 32, 1), 16)

@@ -23,7 +23,7 @@ from tests.tolerances import BY_DTYPE, FLOAT32_HARD, Tolerance, assert_agree
 pytestmark = pytest.mark.interpreter
 
 C = CHUNK
-Serve = Callable[[Config], None]
+Serve = Callable[..., None]
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     """Has every call of the Triton engine served under one configuration, with NaN in buffers."""
     monkeypatch.setattr(launch, "torch", Poisoned())
 
-    def under(config: Config) -> None:
-        compiled_for = served_under(lambda form: config)
+    def under(config: Config, segment: int = 0) -> None:
+        compiled_for = served_under(lambda form: config, segment)
         monkeypatch.setattr(triton_engine, "_compiled_for", compiled_for)
 
     return under
@@ -96,6 +96,23 @@ CASES: dict[str, tuple[Sizes, Tolerance]] = {
 def test_kernels_are_the_token_loop(name: str, case: str, serve: Serve) -> None:
     serve(_config(name))
     _agree(name, *CASES[case])
+
+
+# a state passes several segments; one is empty, one begins as another ends
+IN_SEGMENTS = Sizes(H=1, HV=2, K=5, V=19, initial=True, dtype=torch.float32).packed(4 * C + 1, 0, C)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_scans_of_segments_are_the_token_loop(name: str, serve: Serve) -> None:
+    serve(_config(name), segment=C)
+    _agree(name, IN_SEGMENTS, BY_DTYPE[torch.float32])
+
+
+def test_segments_of_several_chunks(serve: Serve) -> None:
+    """Of two, the last of one; batches that are not packed, keys of more than one tile."""
+    serve(_config("gated_delta_rule"), segment=2 * C)
+    sizes = Sizes(B=2, T=5 * C - 3, H=1, HV=1, K=17, V=4, initial=True, dtype=torch.float32)
+    _agree("gated_delta_rule", sizes, BY_DTYPE[torch.float32])
 
 
 @pytest.mark.parametrize("name", ["simple_gla", "kda", "linear_attention_normalised"])

@@ -12,7 +12,7 @@ import torch
 from chunkwise.dsl import oracle
 from chunkwise.runtime import eager_engine, triton_engine, tvm_engine
 from chunkwise.runtime.call import Call, bind
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, assume, given, note, settings
 from torch import Tensor
 
 from tests.interpreted import served_under, small
@@ -31,6 +31,8 @@ def _examples(usual: int) -> settings:
 def _check(rule: Rule, shape: Shape, engine: Any, dtype: torch.dtype, limit: Tolerance) -> None:
     """Outputs, final states and every gradient against the token loop in float64."""
     note(rule.source)
+    # one channel normalised is its sign: of its gradient, 0, float32 has what rounding leaves
+    assume(dtype is torch.float64 or shape.K > 1 or "l2norm" not in rule.source)
     d = rule.declare()
     operands, initial, bounds = operands_of(d, shape, dtype)
     call = bind(d, (), operands, initial_state=initial, cu_seqlens=bounds)
@@ -108,21 +110,21 @@ def test_compiled_corrections(rule: Rule, shape: Shape) -> None:
     _check(rule, shape, tvm_engine, torch.float32, FLOAT32_HARD)
 
 
-@pytest.fixture(scope="module")
-def small_chunks() -> Any:
-    """The Triton engine on chunks of 16."""
+@pytest.fixture(scope="module", params=[0, 16], ids=["", "in segments"])
+def small_chunks(request: pytest.FixtureRequest) -> Any:
+    """The Triton engine on chunks of 16; on segments of one chunk."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_engine, "_compiled_for", served_under(small))
+        patch.setattr(triton_engine, "_compiled_for", served_under(small, request.param))
         yield
 
 
-interpreted = _examples(15)
+interpreted = _examples(8)  # twice
 
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("small_chunks")
 @interpreted
-@given(rules(low_rank=False), shapes(around=16, longest=17))
+@given(rules(low_rank=False), shapes(around=16, longest=35))
 def test_kernels_of_additive_rules(rule: Rule, shape: Shape) -> None:
     _check(rule, shape, triton_engine, torch.float32, FLOAT32_HARD)
 
@@ -130,6 +132,6 @@ def test_kernels_of_additive_rules(rule: Rule, shape: Shape) -> None:
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("small_chunks")
 @interpreted
-@given(rules(low_rank=True), shapes(around=16, longest=17))
+@given(rules(low_rank=True), shapes(around=16, longest=35))
 def test_kernels_of_corrections(rule: Rule, shape: Shape) -> None:
     _check(rule, shape, triton_engine, torch.float32, FLOAT32_HARD)

@@ -14,9 +14,11 @@ import torch
 from chunkwise.autotune import certificate_inputs
 from chunkwise.autotune.certificate_inputs import Family
 from chunkwise.codegen.config import Config, Dims
+from chunkwise.codegen.emit import passing
 from chunkwise.codegen.plan import Plan
 from chunkwise.dsl import oracle
 from chunkwise.dsl.library import all_declarations, by_name
+from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime import triton_engine
 from chunkwise.runtime.call import Call
 
@@ -29,6 +31,12 @@ from tests.tolerances import BY_DTYPE, FLOAT32_HARD, Tolerance, assert_agree
 pytestmark = pytest.mark.gpu
 
 NAMES = [d.name for d in all_declarations() if lowered(d)]
+
+
+def _form(name: str) -> NormalForm:
+    return by_name(name).normal_form(2 if by_name(name).has_micro else 1)
+
+
 TOLERANCE = {**BY_DTYPE, torch.float32: FLOAT32_HARD}
 GPU = Sizes(B=1, T=200, H=2, HV=4, K=128, V=128, initial=True, device="cuda")
 
@@ -122,6 +130,21 @@ def test_every_plan(name: str, plans: tuple[Plan, Plan], monkeypatch: pytest.Mon
 
     monkeypatch.setattr(triton_engine, "_compiled_for", compiled_for)
     _twice(name, CASES_BY_NAME["float16, K < V"], BY_DTYPE[torch.float16])
+
+
+@pytest.mark.parametrize("case", CASES_BY_NAME)
+@pytest.mark.parametrize("name", [name for name in NAMES if passing(_form(name), Dims(128, 128))])
+def test_segments(name: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scans of segments of one chunk (two, of short chunks), where a sequence has four."""
+
+    def short(form: NormalForm, dims: Dims, *sizes: Any) -> int:
+        return 64 if passing(form, dims) else 0
+
+    monkeypatch.setattr(triton_engine, "segment_of", short)
+    triton_engine._compile.cache_clear()
+    sizes = CASES_BY_NAME[case]
+    _twice(name, sizes, TOLERANCE[sizes.dtype])
+    triton_engine._compile.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -22,6 +22,9 @@ def test_chunk_table(lengths: tuple[int, ...], C: int, dtype: torch.dtype) -> No
     counts = [-(-length // C) for length in lengths]
     assert offsets.tolist() == [sum(counts[:n]) for n in range(len(lengths) + 1)]
     assert offsets.dtype == table.dtype == torch.int32
+    _, filled = chunk_table(cu_seqlens, sum(lengths), C, least=1)
+    rows = [(n, c) for n, length in enumerate(lengths) for c in range(max(1, -(-length // C)))]
+    assert filled.tolist() == [*map(list, rows), *([[-1, -1]] * (bound - len(rows)))]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)

@@ -1,0 +1,172 @@
+"""What becomes of a state that arrives at a segment of a sequence, apart from what is added to it.
+
+A scan's end is affine in its start: S' = A S + B, in a chunk and so in a segment of many. With A
+and B of every segment, all segments can be scanned at once, each from A S + B of those before it. B
+is the scan from zero. A of a state that only fades is e^(a sum of logarithms); else it is a K x K
+matrix, which the scan itself computes, without what is added: a state of K columns, at first the
+identity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from ..dsl.ir import Op
+from . import tile
+from .chunk import Carried
+from .tile import Axis, Tile, TileOp
+
+FADE, MATRIX = ".fade", ".matrix"  # of the names of what carries A, behind its state's
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A of a state: what a scan of the segment carries for it.
+
+    `matrix`: the matrix A itself, carried from the identity, its columns along the value axis;
+    otherwise the logarithm of the factor (of each channel, or one of all), carried from zero.
+    """
+
+    carried: Carried
+    matrix: bool
+
+
+class Start(Enum):
+    """Where a scan of a segment starts."""
+
+    ZERO = "from zero, for B and what fades"
+    IDENTITY = "from the identity, for A"
+    ENDS = "from what the segments before it end with"
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """A scan of segments of sequences, all at once, not of whole sequences.
+
+    `passages`: by carry, of whatever is brought to a segment's start; None: it is only added to.
+    From zero or the identity it stores nothing but what it carries as the segment ends.
+    """
+
+    start: Start
+    passages: tuple[Passage | None, ...]
+
+    @property
+    def ends(self) -> bool:
+        """Whether it is for the ends alone."""
+        return self.start is not Start.ENDS
+
+
+def passages(carried: tuple[Carried, ...]) -> tuple[Passage | None, ...] | None:
+    """The passage of each carry (None: A = 1); None if a carry has no A, or that of another.
+
+    Those of the reversed scan are their transposes: its body is the adjoint of this one.
+    """
+    starts = frozenset(c.start for c in carried)
+    fades: dict[Tile, Passage] = {}  # one for all carries that fade alike
+    found: list[Passage | None] = []
+    for c in carried:
+        linear = _linear(c.end, starts)
+        if linear is None or _carries(linear, starts) != {c.start}:
+            return None
+        logs = _logarithms(linear, c.start)
+        if logs:
+            log = tile.total(logs)
+            if log not in fades:
+                start = tile.carry(c.name + FADE, log.axes)
+                fades[log] = Passage(Carried(start, tile.add(start, log)), matrix=False)
+            found.append(fades[log])
+        elif logs is not None:
+            found.append(None)
+        elif c.start.axes == (Axis.K, Axis.V) and _same_in_all_columns(linear, starts):
+            start = tile.carry(c.name + MATRIX, c.start.axes)
+            end = _linear(c.end, starts, {c.start: start})
+            assert end is not None
+            found.append(Passage(Carried(start, end), matrix=True))
+        else:
+            return None
+    return tuple(found)
+
+
+def _logarithms(linear: Tile, start: Tile) -> list[Tile] | None:
+    """Of the factors e^x that `linear` is the product of `start` with; None if it is another."""
+    logs: list[Tile] = []
+    while linear != start:
+        if linear.op is not TileOp.MAP or linear.attrs != (Op.MUL,):
+            return None
+        x, y = linear.args
+        factor, linear = (x, y) if x.op is TileOp.MAP and x.attrs == (Op.EXP,) else (y, x)
+        if factor.op is not TileOp.MAP or factor.attrs != (Op.EXP,):
+            return None
+        logs += factor.args
+    return logs
+
+
+def _same_in_all_columns(linear: Tile, starts: frozenset[Tile]) -> bool:
+    """Whether nothing but the carry varies along the value axis, so that A is one matrix."""
+    return all(Axis.V not in t.axes or _carries(t, starts) for t in tile.topological(linear))
+
+
+def _carries(x: Tile, starts: frozenset[Tile]) -> frozenset[Tile]:
+    return starts.intersection(tile.topological(x))
+
+
+def _linear(
+    root: Tile, starts: frozenset[Tile], instead: dict[Tile, Tile] | None = None
+) -> Tile | None:
+    """`root` less what is added to the carries, these replaced; None if it is not affine."""
+    parts: dict[Tile, Tile | None] = {}  # None: it does not depend on a carry
+    for t in tile.topological(root):
+        if t in starts:
+            parts[t] = (instead or {}).get(t, t)
+            continue
+        args = [parts[a] for a in t.args]
+        if all(a is None for a in args):
+            parts[t] = None
+            continue
+        kept = _kept(t, args)
+        if kept is None:
+            return None
+        parts[t] = kept
+    return parts[root]
+
+
+def _kept(t: Tile, args: list[Tile | None]) -> Tile | None:
+    """What `t` makes of the linear parts of its arguments; None where that is not linear."""
+    if t.op is TileOp.MAP:
+        (fn,) = t.attrs
+        assert isinstance(fn, Op)
+        if fn in (Op.ADD, Op.SUB):
+            x, y = args
+            if x is None or y is None:
+                return y if x is None and fn is Op.ADD else x or tile.neg(_sure(y))
+            return tile.fmap(fn, x, y).named(t.hint)
+        one = sum(a is not None for a in args) == 1
+        if fn is Op.NEG or (fn is Op.MUL and one) or (fn is Op.DIV and one and args[0] is not None):
+            return tile.fmap(fn, *_filled(t, args)).named(t.hint)
+        return None
+    if t.op is TileOp.DOT and None not in args:
+        return None
+    if t.op in _LINEAR:
+        return Tile(t.op, tuple(_filled(t, args)), t.attrs, t.axes, t.hint)
+    return None
+
+
+def _filled(t: Tile, args: list[Tile | None]) -> list[Tile]:
+    return [a if x is None else x for a, x in zip(t.args, args, strict=True)]
+
+
+def _sure(x: Tile | None) -> Tile:
+    assert x is not None
+    return x
+
+
+_LINEAR = (
+    TileOp.DOT,
+    TileOp.SUM,
+    TileOp.EXPAND,
+    TileOp.RENAME,
+    TileOp.ROWS,
+    TileOp.PHASE,
+    TileOp.MASK,
+)

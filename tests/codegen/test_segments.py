@@ -1,0 +1,94 @@
+"""Scans of segments: which states allow them, what the kernels hand on, when they serve."""
+
+from __future__ import annotations
+
+import chunkwise as cw
+import pytest
+from chunkwise.codegen.config import Dims
+from chunkwise.codegen.emit import Passing, backward_program, forward_program, passing
+from chunkwise.codegen.plan import Loop, Program
+from chunkwise.codegen.segments import Start
+from chunkwise.codegen.tile import TileOp
+from chunkwise.codegen.triton_memory import ends_before, ends_stored
+from chunkwise.dsl import Key, KeyState, Scalar, Value
+from chunkwise.dsl.classify import LowRank, classify
+from chunkwise.dsl.library import all_declarations, by_name
+from chunkwise.dsl.normal_form import NormalForm
+from chunkwise.runtime.artifact import Bucket
+from chunkwise.runtime.segments import in_parts, segment_of
+
+from tests.classes import CLASSES, lowered, plan_pairs
+
+DIMS = Dims(64, 64)
+H100 = 132  # multiprocessors
+
+
+@cw.recurrence
+def corrected_normaliser(z: KeyState, q: Key, k: Key, v: Value, beta: Scalar):  # type: ignore[no-untyped-def]
+    """What the normaliser recalls is taken back: its map is a matrix, and it has no columns."""
+    z = z + beta * (1 - k @ z) * k
+    return z, (q @ z) * v
+
+
+def _forms() -> list[NormalForm]:
+    declared = [d for d in all_declarations() if lowered(d)]
+    return [d.normal_form(2 if d.has_micro else 1) for d in declared]
+
+
+def test_states_fade_unless_something_is_corrected() -> None:
+    for form in _forms():
+        plain = all(s.low_rank is LowRank.NONE for s in classify(form).states)
+        want = Passing.FADING if plain else Passing.MATRIX
+        assert passing(form, DIMS) is want, form.name
+        # the matrix of 256 keys is too large for a program
+        assert passing(form, Dims(256, 64)) is (Passing.FADING if plain else None), form.name
+
+
+def test_a_corrected_vector_has_no_passage() -> None:
+    form = corrected_normaliser.declaration.normal_form()
+    assert passing(form, DIMS) is None
+    assert segment_of(form, DIMS, Bucket(1, 1 << 20), H100) == 0
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_end_is_stored_before_it_is_read(name: str) -> None:
+    form = by_name(name).normal_form()
+    for _, (forward, backward) in plan_pairs(name):
+        _check(forward_program(form, forward, segments=True))
+        _check(backward_program(form, backward, segments=True))
+
+
+def _check(program: Program) -> None:
+    stored: set[object] = set()
+    for kernel in program.kernels:
+        assert (kernel.segments is None) == (kernel.loop is Loop.PARALLEL)
+        assert stored.issuperset(ends_before(kernel)), kernel.name
+        assert stored.isdisjoint(ends_stored(kernel)), kernel.name
+        stored |= {*ends_stored(kernel)}
+        if kernel.segments is not None and kernel.segments.start is Start.IDENTITY:
+            carries = {t for t in kernel.order if t.op is TileOp.CARRY}
+            assert carries == {c.start for c in kernel.carried}, "A depends on the state"
+        elif kernel.segments is not None and kernel.segments.ends:
+            assert not kernel.stores
+    whole = [k for k in program.kernels if k.segments is None or not k.segments.ends]
+    assert len(whole) < len(program.kernels)
+
+
+@pytest.mark.parametrize("name", ["linear_attention", "gated_delta_rule"])
+@pytest.mark.parametrize("dims", [DIMS, Dims(128, 128)], ids=str)
+def test_segments_are_of_long_sequences_with_few_heads(name: str, dims: Dims) -> None:
+    form = by_name(name).normal_form()
+    for rows in (1, 4, 8, 16, 32, 64, 256):
+        for tokens in (1, 64, 1000, 4096, 32768, 100001):
+            segment, parts = in_parts(form, dims, Bucket(rows, tokens), H100)
+            if segment == 0:
+                assert parts == Bucket(rows, tokens)
+                continue
+            count = parts.rows // rows
+            assert segment % 128 == 0
+            assert segment >= 1024
+            assert (count - 1) * segment < tokens <= count * segment
+            assert parts.rows * -(-dims.V // 64) <= H100, "more programs than multiprocessors"
+    assert segment_of(form, dims, Bucket(8, 32768), H100)
+    assert not segment_of(form, dims, Bucket(128, 32768), H100)
+    assert not segment_of(form, dims, Bucket(8, 1024), H100)
