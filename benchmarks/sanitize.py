@@ -2,16 +2,18 @@
 
 compute-sanitizer --tool memcheck --error-exitcode 1 python -m benchmarks.sanitize
 compute-sanitizer --tool racecheck --error-exitcode 1 python -m benchmarks.sanitize kda
+compute-sanitizer --tool racecheck --error-exitcode 1 python -m benchmarks.sanitize --segments kda
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import chunkwise as cw
 import torch
 from chunkwise.autotune.certificate_inputs import Family, draw
 from chunkwise.codegen.config import Dims
+from chunkwise.codegen.emit import passing
 from chunkwise.runtime import triton_engine
 
 # one per class: no decay, two states, a scalar gate, a vector gate; solves under each of them; a
@@ -32,7 +34,13 @@ CLASSES = (
 
 def main() -> None:
     """Run the named recurrences, or one per class."""
-    for name in sys.argv[1:] or CLASSES:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=CLASSES)
+    parser.add_argument("--segments", action="store_true", help="scans of segments of one chunk")
+    options = parser.parse_args()
+    if options.segments:  # calls as short as these are not scanned so by themselves
+        vars(triton_engine)["segment_of"] = lambda f, dims, *_: 64 if passing(f, dims) else 0
+    for name in options.names:
         d = getattr(cw.library, name).declaration
         micro = 2 if d.has_micro else 1
         # ends of sequences within a chunk, and tiles that are wider than the operand

@@ -211,3 +211,31 @@ assert q.grad is not None
 def test_no_triton_is_needed() -> None:
     """Triton exists for Linux only."""
     subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True)
+
+
+_TOUCHED = """
+import resource
+import torch
+import chunkwise as cw
+
+x = torch.randn(1, 2048, 8, 64, requires_grad=True)
+
+def call():
+    cw.library.linear_attention(x, x, x, engine="tvm")[0].backward(x.detach())
+    x.grad = None
+
+for _ in range(3):
+    call()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    call()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 5)
+"""
+
+
+def test_calls_find_the_memory_that_calls_before_them_freed() -> None:
+    """The results of each have 4096 pages, which the kernel would clear again for every call."""
+    done = subprocess.run(
+        [sys.executable, "-c", _TOUCHED], check=True, capture_output=True, text=True
+    )
+    assert float(done.stdout) < 1000
