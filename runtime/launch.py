@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import triton
 from torch import Tensor
 
 from ..codegen.differentiate import GRADIENT
@@ -14,7 +17,7 @@ from ..dsl.ir import Per
 from .call import Call
 from .packing import chunk_table
 from .printed import own_gradient
-from .schedule import Bound, Layout, New, OperandLayout, Schedule, schedule
+from .schedule import Bound, Launched, Layout, New, OperandLayout, Schedule, schedule
 
 
 class Launch:
@@ -53,12 +56,14 @@ class Launch:
         pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in tensors]
         aligned = all(p % 16 == 0 for p in pointers if isinstance(p, int))
         device = self._call.device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        with _current(device):
             if aligned and planned.compiled:
                 self._run_again(planned, tensors, pointers)
             else:
                 for launched in planned.launches:
                     tensors += [_new(b, device) for b in launched.new]
+                _compile(planned.launches, tensors, device)
+                for launched in planned.launches:
                     launched.run(tensors, aligned=aligned)
         self.buffers = {name: _tensor(tensors[i]) for name, i in planned.buffers}
         return {name: _tensor(tensors[i]) for name, i in planned.ends}
@@ -139,6 +144,30 @@ class Launch:
         call = self._call
         g = self.buffers.get(GRADIENT + name)
         return own_gradient(g, call.operands[name], call.HV, per_head=name in self._per_head)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _compile(
+    launches: Sequence[Launched], tensors: Sequence[Tensor | float | None], device: torch.device
+) -> None:
+    """Compile kernels that were not before, at the same time: passes and assembler are not Python.
+
+    The first call of a direction then takes as long as its slowest kernel, or as there are cores.
+    """
+    fresh = [x for x in launches if not x.seen]
+    if len(fresh) > 1 and not triton.knobs.runtime.interpret:
+
+        def compile_one(launched: Launched) -> None:
+            with _current(device):  # each thread has its own
+                launched.compile(tensors)
+
+        with ThreadPoolExecutor(min(len(fresh), os.cpu_count() or 1)) as pool:
+            list(pool.map(compile_one, fresh))
+    for launched in fresh:
+        launched.seen = True
 
 
 def _new(b: New, device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ A training step repeats the layout of the step before, so that a call has only t
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,10 +51,8 @@ class Bound:
             CannotRun: one stage is too much as well, or Triton does not compile the kernel.
         """
         warps = self.kernel.config.warps
-        names = self.function.arg_names
         while True:
-            if STAGES in names:
-                arguments[names.index(STAGES)] = self.stages
+            self._set_stages(arguments)
             try:
                 return self.function[grid](*arguments, num_warps=warps, num_stages=self.stages)
             except OutOfResources as lack:
@@ -63,6 +62,18 @@ class Bound:
                 self.stages -= 1
             except TritonError as why:
                 raise CannotRun(f"{self.kernel.name} does not compile: {why}") from why
+
+    def compile(self, grid: tuple[int, int, int], arguments: list[object]) -> None:
+        """Compile, and leave it to `launch` to say what is wrong."""
+        self._set_stages(arguments)
+        warps = self.kernel.config.warps
+        with contextlib.suppress(TritonError):
+            self.function.warmup(*arguments, grid=grid, num_warps=warps, num_stages=self.stages)
+
+    def _set_stages(self, arguments: list[object]) -> None:
+        names = self.function.arg_names
+        if STAGES in names:
+            arguments[names.index(STAGES)] = self.stages
 
 
 class OperandLayout(NamedTuple):
@@ -124,6 +135,7 @@ class Launched:
     """A kernel of a known layout: `slots` say which argument takes which of the call's tensors.
 
     `compiled`: the machine code that served it, for calls whose pointers are aligned like those.
+    `seen`: whether it was compiled for any call.
     """
 
     bound: Bound
@@ -132,6 +144,11 @@ class Launched:
     slots: tuple[tuple[int, int], ...]
     new: tuple[New, ...]
     compiled: Any = None
+    seen: bool = False
+
+    def compile(self, tensors: Sequence[Tensor | float | None]) -> None:
+        """Compile for a call with these tensors, on the current device."""
+        self.bound.compile(self.grid, self._arguments(tensors))
 
     def run(self, tensors: Sequence[Tensor | float | None], *, aligned: bool) -> None:
         """Launch on the current device and stream; `aligned`: every pointer is."""

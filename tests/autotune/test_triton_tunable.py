@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from chunkwise.autotune.triton_tunable import TritonTunable
 from chunkwise.autotune.tunable import Alternative
 from chunkwise.codegen.config import Config, Dims
 from chunkwise.dsl.library import by_name
+from chunkwise.runtime import triton_engine
 from triton.backends.compiler import GPUTarget
 
 CPU = torch.device("cpu")
@@ -104,6 +106,22 @@ def test_a_run_finds_what_was_compiled_for_it(driver: Driver) -> None:
     assert report.registers is not None
     assert report.shared is not None
     assert 0 < report.shared <= H100.shared_program
+
+
+def test_a_first_call_compiles_each_kernel_once_in_threads(driver: Driver) -> None:
+    declaration = by_name("gated_delta_rule")
+    call = example(declaration, Dims(16, 16), torch.bfloat16, Size(1, 64, 2), CPU)
+    kernels = len(triton_engine._compiled_for(call).forward)
+    assert kernels > 1
+    threads: list[int] = []
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.listener = lambda **_: threads.append(threading.get_ident())
+        triton_engine.forward(call)
+        assert driver.launches == len(threads) == kernels
+        assert threading.get_ident() not in threads
+        triton_engine.forward(call)
+        assert len(threads) == kernels
+    assert driver.launches == 2 * kernels
 
 
 def test_what_asks_for_too_much_is_an_error(driver: Driver) -> None:
