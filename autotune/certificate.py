@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..codegen.config import Dims
+from ..codegen.emit import passing
 from ..dsl import oracle
 from ..dsl.declaration import Declaration
 from ..runtime.artifact import Certificate, Configuration, Error
@@ -36,6 +37,7 @@ from .tolerance import (
 # several chunks of 64 or 128 with a rest of 16: divisible as large calls are, so that Triton
 # compiles the same machine code for both
 TOKENS = 272
+_SEGMENT = 128  # tokens of a segment: three, of several chunks or one
 _HARD_HALF = 4.0  # of a half-precision tolerance: what is left of products of hard gates
 # bytes that make a NaN, and a number above 1, of every float type
 _NAN, _NUMBER = 0xFF, 0x45
@@ -57,7 +59,7 @@ class _Configured(Protocol):
     """An engine with something to tune."""
 
     def forward(
-        self, call: Call, config: Configuration | None
+        self, call: Call, config: Configuration | None, **cut: int
     ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
 
     def backward(
@@ -66,25 +68,40 @@ class _Configured(Protocol):
         do: Tensor,
         dfinals: tuple[Tensor | None, ...],
         config: Configuration | None,
+        **cut: int,
     ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Under:
-    """An engine under one configuration, whatever would serve."""
+    """An engine under one configuration, whatever would serve.
+
+    `segment`: of the Triton engine, tokens of a segment that scans are cut into, however short.
+    """
 
     engine: EngineName
     config: Configuration
+    segment: int | None = None
 
     def forward(self, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As the engine's."""
-        return self._module.forward(call, self.config)
+        return self._module.forward(call, self.config, **self._cut)
 
     def backward(
         self, call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
     ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
         """As the engine's."""
-        return self._module.backward(call, do, dfinals, self.config)
+        return self._module.backward(call, do, dfinals, self.config, **self._cut)
+
+    def ways(self, call: Call) -> tuple[Under, ...]:
+        """As it is, and in segments where long calls of such a form are served so."""
+        if self.engine is not EngineName.TRITON or not passing(call.form, Dims(call.K, call.V)):
+            return (self,)
+        return self, replace(self, segment=_SEGMENT)
+
+    @property
+    def _cut(self) -> dict[str, int]:
+        return {} if self.segment is None else {"segment": self.segment}
 
     @property
     def _module(self) -> _Configured:
@@ -157,16 +174,26 @@ def _question(family: Family, call: Call, small: frozenset[str]) -> Question:
     return Question(family, call, do, dfinals, expected, allowed)
 
 
+def asked(exam: Exam, runs: Runs) -> Iterator[tuple[Question, Runs]]:
+    """Every question, and every way in which it is to be answered."""
+    for question in exam.questions:
+        ways = runs.ways(question.call) if isinstance(runs, Under) else (runs,)
+        for way in ways:
+            yield question, way
+
+
 def certify(exam: Exam, runs: Runs) -> Certificate:
     """What came of it. Raises whatever `runs` does where it cannot run at all."""
     worst: dict[str, Error] = {}
     faults = []
-    for question in exam.questions:
+    for question, way in asked(exam, runs):
         with _Filled(_NAN):
-            first = _answers(question, runs)
+            first = _answers(question, way)
         with _Filled(_NUMBER):
-            second = _answers(question, runs)
+            second = _answers(question, way)
         where = question.family.name.lower()
+        if isinstance(way, Under) and way.segment:
+            where += ", in segments"
         for name, want in question.expected.items():
             limit = question.allowed[name]
             rms, maximum = relative_errors(first[name], want)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..codegen.config import Config, Dims, KernelConfig, padded
+from ..codegen.config import Config, Dims, KernelConfig, dims_of, padded
 from ..codegen.fit import shared_bound
 from ..codegen.plan import Hoist, Kernel, Plan
 from ..codegen.print_triton import print_triton
@@ -36,15 +36,20 @@ class Choice:
     gpu: Gpu
 
     @property
+    def dims(self) -> Dims:
+        """Of what the kernel computes."""
+        return dims_of(self.kernel, self.signature.dims)
+
+    @property
     def shared(self) -> int:
         """About how much shared memory a program takes, in bytes."""
         itemsize = ITEMSIZE[self.signature.dtype]
-        return shared_bound(self.kernel, self.tiles, self.chunk, self.signature.dims, itemsize)
+        return shared_bound(self.kernel, self.tiles, self.chunk, self.dims, itemsize)
 
     @property
     def held(self) -> int:
         """32-bit registers of a thread that the carries take: the scan holds them throughout."""
-        dims, threads = self.signature.dims, self.tiles.warps * self.gpu.warp
+        dims, threads = self.dims, self.tiles.warps * self.gpu.warp
         size = {
             TileAxis.K: padded(dims.K),
             TileAxis.V: min(self.tiles.v_tile, padded(dims.V)),
@@ -67,7 +72,7 @@ def _too_many_held(c: Choice) -> float:
 
 
 def _idle_warps(c: Choice) -> float:
-    rows = max(c.chunk, min(c.tiles.v_tile, padded(c.signature.dims.V)))
+    rows = max(c.chunk, min(c.tiles.v_tile, padded(c.dims.V)))
     return 16 * c.tiles.warps / (2 * rows) - 1
 
 

@@ -111,7 +111,7 @@ def bound_us(kernel: Kernel, choice: Choice, size: Bucket) -> float:
 def predict(choice: Choice, found: Traits, size: Bucket) -> Prediction:
     """The time of one choice."""
     kernel, tiles, gpu = choice.kernel, choice.tiles, choice.gpu
-    dims, dtype = choice.signature.dims, choice.signature.dtype
+    dims, dtype = choice.dims, choice.signature.dtype
     done = _work_of(kernel, choice, size)
     chunks = -(-size.tokens // choice.chunk)
     scan = kernel.loop is not Loop.PARALLEL
@@ -134,7 +134,7 @@ def predict(choice: Choice, found: Traits, size: Bucket) -> Prediction:
 
 
 def _work_of(kernel: Kernel, choice: Choice, size: Bucket) -> Work:
-    dims = choice.signature.dims
+    dims = choice.dims
     return work(kernel, choice.signature.dtype, choice.chunk, dims.K, dims.V, size)
 
 

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from ..codegen import offline
-from ..codegen.config import Config, Dims, KernelConfig
+from ..codegen.config import Config, Dims, KernelConfig, dims_of
 from ..codegen.differentiate import GRADIENT
 from ..codegen.emit import backward_program, chunk_body, forward_program
 from ..codegen.plan import Kernel, Plan, Program, backward_plans, forward_plans
@@ -33,7 +33,7 @@ from ..runtime.schedule import Bound, New
 from ..runtime.segments import in_parts
 from ..runtime.selection import bucket_of
 from .capture import specialisations
-from .certificate import Exam, Under, certify
+from .certificate import Exam, Under, asked, certify
 from .gpu import Gpu
 from .kernel_space import (
     RULES,
@@ -144,7 +144,7 @@ class TritonTunable:
     def part(self, key: str) -> Part:
         """As `Tunable.part`."""
         subject = self._subjects[key]
-        space = axes(subject.found, self._dims)
+        space = axes(subject.found, dims_of(subject.kernel, self._dims))
         known = [c.of(subject.kernel.name) for c in self._known]
         first = [point_of(tiles, space) for tiles in known]
         kept = tuple(dict.fromkeys(p for p in first if p is not None))
@@ -215,9 +215,9 @@ class TritonTunable:
         under = Under(EngineName.TRITON, config)
 
         def everything() -> None:
-            for question in self._exam().questions:
-                under.forward(question.call)
-                under.backward(question.call, question.do, question.dfinals)
+            for question, way in asked(self._exam(), under):
+                way.forward(question.call)
+                way.backward(question.call, question.do, question.dfinals)
 
         return self._compilations(everything)
 

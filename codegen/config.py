@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from .plan import ENDS, MATRICES, Plan
+from .plan import ENDS, MATRICES, Kernel, Plan
+from .segments import Start
 
 
 class Precision(Enum):
@@ -60,6 +61,12 @@ class Dims:
 
     K: int
     V: int
+
+
+def dims_of(kernel: Kernel, dims: Dims) -> Dims:
+    """The dimensions of what `kernel` computes: a matrix A has the keys for columns too."""
+    identity = kernel.segments is not None and kernel.segments.start is Start.IDENTITY
+    return Dims(dims.K, dims.K) if identity else dims
 
 
 def padded(channels: int, least: int = 16) -> int:

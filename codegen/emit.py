@@ -101,7 +101,7 @@ def emit(
     used: set[str] = set()
     for kernel in (*forward, *backward):
         used |= kernel.functions
-    parts = [_header(form, signature, config), triton_library.sources(used)]
+    parts = [_header(form, signature, config, segments=segments), triton_library.sources(used)]
     parts += [k.source for k in (*forward, *backward)]
     source = "\n\n".join(p.strip("\n") for p in parts if p) + "\n"
     ast.parse(source)
@@ -136,7 +136,7 @@ def _options(signature: Signature) -> str:
     return f"--dims K={dims.K},V={dims.V} --dtype {signature.dtype.value}"
 
 
-def _header(form: NormalForm, signature: Signature, config: Config) -> str:
+def _header(form: NormalForm, signature: Signature, config: Config, *, segments: bool) -> str:
     dims = signature.dims
     kernels = ", ".join(
         f"{name}: BV={k.v_tile} warps={k.warps} stages={k.stages}" for name, k in config.kernels
@@ -150,7 +150,7 @@ def _header(form: NormalForm, signature: Signature, config: Config) -> str:
         f"forward     {config.forward.label}",
         f"backward    {config.backward.label}",
         f"kernels     BV={k.v_tile} warps={k.warps} stages={k.stages}; {kernels}".rstrip("; "),
-        f"regenerate  chunkwise emit {form.name} {_options(signature)}",
+        f"regenerate  chunkwise emit {form.name} {_options(signature)}{' --segments' * segments}",
         '"""',
         "",
         "import triton",

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from . import tile, triton_library
-from .config import Config, Dims, padded
+from .config import Config, dims_of, padded
 from .expressions import Names, identifier, unaliased
 from .plan import Kernel, Loop, sums_over
-from .segments import Segments, Start
+from .segments import Segments
 from .tile import Axis, Tile, TileOp
 from .triton_memory import RANGE, TritonMemory, ends_stored
 from .triton_types import Buffer, Role, Signature, TritonKernel, buffer_dtype
@@ -46,8 +46,7 @@ class _Phases:
 class _KernelPrinter(TritonMemory):
     def __init__(self, kernel: Kernel, signature: Signature, config: Config) -> None:
         order = _PARALLEL_ORDER if kernel.loop is Loop.PARALLEL else _SCAN_ORDER
-        if kernel.segments is not None and kernel.segments.start is Start.IDENTITY:
-            signature = replace(signature, dims=Dims(signature.dims.K, signature.dims.K))
+        signature = replace(signature, dims=dims_of(kernel, signature.dims))
         super().__init__(order, Names(_RESERVED), signature, config.chunk)
         self._kernel = kernel
         self._loop_kind, self._segments = kernel.loop, kernel.segments
@@ -131,7 +130,7 @@ class _KernelPrinter(TritonMemory):
         tables, sizes, lengths = "", "", ""
         if segments is not None:
             tables, sizes, lengths = " segment_table,", " SEGMENT,", ', "SEGMENT"'
-        names = ", ".join(self._parameters)
+        names = ", ".join(p.name for p in self._parameters.values())
         text = "\n".join(f"    {line}" if line else "" for line in body)
         stores = ", ".join(n for n, _ in self._kernel.stores) or "nothing"
         if segments is not None and segments.ends:

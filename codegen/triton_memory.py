@@ -53,12 +53,14 @@ class TritonMemory(TritonExpressions):
         self._v_programs = 1
         self._segments: Segments | None = None
         self._to_store: tuple[tuple[str, Tile], ...] = ()
-        self._parameters: dict[str, Parameter] = {}
+        self._parameters: dict[tuple[Role, str], Parameter] = {}
 
     def _parameter(self, name: str, role: Role, of: str) -> str:
-        if name not in self._parameters:
-            self._parameters[name] = Parameter(name, role, of)
-        return name
+        """The name of a parameter: `name`, where nothing else is called so."""
+        if (role, of) not in self._parameters:
+            free = name if role is Role.PARAM else self.names.fresh(name)
+            self._parameters[role, of] = Parameter(free, role, of)
+        return self._parameters[role, of].name
 
     def _shape(self, t: Tile) -> str:
         size = {Axis.I: "C", Axis.J: "C", Axis.V: "BV", Axis.K: "BK"}
@@ -178,8 +180,10 @@ class TritonMemory(TritonExpressions):
         tail = self._tail(Axis.K)
         mask = f", mask=({tail})[:, None] & ({tail})[None, :], other=0.0" if tail else ""
         at = f"{self._end(matrix)} + at * K * K + {row} * K + {column}"
-        precision = self._precision
-        return f"tl.dot({state}, tl.load({at}{mask}), {added}, input_precision={precision})"
+        factor = f"tl.load({at}{mask})"
+        # in all of float32's digits: what rounding takes here, every segment after takes again
+        precision = self._signature.precision.value
+        return f'tl.dot({state}, {factor}, {added}, input_precision="{precision}")'
 
     def _last_carry(self, carried: Carried) -> list[str]:
         start, segments = carried.start, self._segments

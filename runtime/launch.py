@@ -26,7 +26,7 @@ class Launch:
     def __init__(
         self, call: Call, chunk: int, extra: Mapping[str, Tensor], segment: int = 0
     ) -> None:
-        """`segment`: tokens of a segment, for scans that run on those; a multiple of `chunk`."""
+        """`segment`: tokens of a segment, for scans that run on those, in whole chunks; else 0."""
         self._call = call
         self._per_head = {o.name for o in call.step.operands if o.per is Per.HEAD}
         self._operands = {
@@ -37,7 +37,8 @@ class Launch:
         self._chunk = chunk
         self._tables: tuple[Tensor | None, ...] = (None, None, None, None)
         self._chunks = call.N * -(-call.T // chunk)
-        self._segment = segment // chunk
+        self._segment = -(-segment // chunk)
+        segment = self._segment * chunk
         self._segments = call.N * -(-call.T // segment) if segment else 0
         if call.cu_seqlens is not None:
             offsets, table = chunk_table(call.cu_seqlens, call.T, chunk)

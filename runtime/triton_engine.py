@@ -6,7 +6,7 @@ Runs on a GPU; on a CPU only under Triton's interpreter (TRITON_INTERPRET=1), fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -81,16 +81,19 @@ def _no_device(device: torch.device, interpreted: bool) -> str | None:
     return None
 
 
-def forward(call: Call, config: Config | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+def forward(
+    call: Call, config: Config | None = None, *, segment: int | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """o [B,T,HV,V] in the call's dtype; final states [N,HV,K,V] (or [N,HV,K]) in float32.
 
-    `config`: instead of the one that serves such calls.
+    `config`: instead of the one that serves such calls. `segment`, of its: tokens of a segment
+    (0: none), instead of as many as such calls have.
     """
     if config is None and _token_form_wins(
         call.form, call.K, call.V, call.dtype, call.device, bucket_of(call)
     ):
         return forward_by_token(call)
-    compiled = _compiled_for(call) if config is None else _compiled_with(call, config)
+    compiled = _compiled_for(call) if config is None else _compiled_with(call, config, segment)
     launch = Launch(refined(call), compiled.chunk, {}, compiled.segment)
     states = [s.name for s in call.form.states]
     finals = launch.run(compiled.forward, dict(zip(states, call.initial, strict=True)))
@@ -132,9 +135,11 @@ def backward(
     do: Tensor,
     dfinals: tuple[Tensor | None, ...],
     config: Config | None = None,
+    *,
+    segment: int | None = None,
 ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
     """Gradients of every operand, in its shape and dtype, and of the initial states."""
-    compiled = _compiled_for(call) if config is None else _compiled_with(call, config)
+    compiled = _compiled_for(call) if config is None else _compiled_with(call, config, segment)
     extra = {GRADIENT + "o": refined_cotangent(call, do)}
     launch = Launch(refined(call), compiled.chunk, extra, compiled.segment)
     states = [s.name for s in call.form.states]
@@ -189,9 +194,10 @@ def _token_form_wins(
     return token_loop_wins(key, size)
 
 
-def _compiled_with(call: Call, config: Config) -> _Compiled:
+def _compiled_with(call: Call, config: Config, segment: int | None) -> _Compiled:
     dims = Dims(call.K, call.V)
-    segment = segment_of(call.form, dims, bucket_of(call), multiprocessors(call.device))
+    if segment is None:
+        segment = segment_of(call.form, dims, bucket_of(call), multiprocessors(call.device))
     return compile_with(call.form, dims, call.dtype, dtypes_of(call), config, segment)
 
 
@@ -216,7 +222,6 @@ def _compile(
     return compile_with(form, dims, dtype, dtypes, config, segment)
 
 
-@lru_cache(maxsize=512)
 def compile_with(
     form: NormalForm,
     dims: Dims,
@@ -227,10 +232,24 @@ def compile_with(
 ) -> _Compiled:
     """The kernels of `form` under a configuration of the caller's choice.
 
-    `segment`: tokens of a segment, a multiple of the chunk, to have scans run on segments.
+    `segment`: tokens of a segment, to have scans run on segments; else 0.
     """
-    emitted = emit(form, signature(dims, dtype, dtypes), config, segments=segment > 0)
-    return _imported(emitted, config.chunk, segment)
+    kernels = _kernels(form, dims, dtype, dtypes, config, segments=segment > 0)
+    return replace(kernels, segment=segment)
+
+
+@lru_cache(maxsize=512)
+def _kernels(
+    form: NormalForm,
+    dims: Dims,
+    dtype: torch.dtype,
+    dtypes: Dtypes,
+    config: Config,
+    *,
+    segments: bool,
+) -> _Compiled:
+    emitted = emit(form, signature(dims, dtype, dtypes), config, segments=segments)
+    return _imported(emitted, config.chunk)
 
 
 @lru_cache(maxsize=512)
@@ -238,13 +257,13 @@ def _compile_token(step: Step, dims: Dims, dtype: torch.dtype, dtypes: Dtypes) -
     return _imported(emit_token(step, signature(dims, dtype, dtypes)), 1)
 
 
-def _imported(emitted: Emitted, chunk: int, segment: int = 0) -> _Compiled:
+def _imported(emitted: Emitted, chunk: int) -> _Compiled:
     module = import_source(emitted.source)
     forward, backward = (
         tuple(Bound(k, getattr(module, k.name)) for k in kernels)
         for kernels in (emitted.forward, emitted.backward)
     )
-    return _Compiled(chunk, forward, backward, segment)
+    return _Compiled(chunk, forward, backward)
 
 
 def signature(dims: Dims, dtype: torch.dtype, dtypes: Dtypes) -> Signature:

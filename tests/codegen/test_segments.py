@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import chunkwise as cw
 import pytest
-from chunkwise.codegen.config import Dims
-from chunkwise.codegen.emit import Passing, backward_program, forward_program, passing
-from chunkwise.codegen.plan import Loop, Program
+import torch
+from chunkwise.autotune.certificate import Under
+from chunkwise.autotune.subject import Size, example
+from chunkwise.codegen.config import Config, Dims, EagerConfig, KernelConfig, Precision
+from chunkwise.codegen.emit import Passing, backward_program, emit, forward_program, passing
+from chunkwise.codegen.plan import Hoist, Loop, Plan, Program
 from chunkwise.codegen.segments import Start
 from chunkwise.codegen.tile import TileOp
 from chunkwise.codegen.triton_memory import ends_before, ends_stored
-from chunkwise.dsl import Key, KeyState, Scalar, Value
+from chunkwise.codegen.triton_types import Dtype, Signature
+from chunkwise.dsl import Key, KeyState, Scalar, State, Value
 from chunkwise.dsl.classify import LowRank, classify
 from chunkwise.dsl.library import all_declarations, by_name
 from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime.artifact import Bucket
+from chunkwise.runtime.engines import EngineName
+from chunkwise.runtime.launch import Launch
 from chunkwise.runtime.segments import in_parts, segment_of
 
 from tests.classes import CLASSES, lowered, plan_pairs
 
 DIMS = Dims(64, 64)
 H100 = 132  # multiprocessors
+CPU = torch.device("cpu")
 
 
 @cw.recurrence
@@ -28,6 +35,16 @@ def corrected_normaliser(z: KeyState, q: Key, k: Key, v: Value, beta: Scalar):  
     """What the normaliser recalls is taken back: its map is a matrix, and it has no columns."""
     z = z + beta * (1 - k @ z) * k
     return z, (q @ z) * v
+
+
+@cw.recurrence
+def unlucky(  # type: ignore[no-untyped-def]
+    S: State, S_fade: State, q: Key, S_end: Key, S_ptr: Value, S_fade_end: Scalar, S_end_ptr: Scalar
+):
+    """Two states and operands called like what kernels call their ends."""
+    S = cw.dsl.exp(S_fade_end) * S + S_end_ptr * cw.dsl.outer(S_end, S_ptr)
+    S_fade = S_fade + cw.dsl.outer(S_end, S_ptr)
+    return (S, S_fade), q @ S + q @ S_fade
 
 
 def _forms() -> list[NormalForm]:
@@ -48,6 +65,39 @@ def test_a_corrected_vector_has_no_passage() -> None:
     form = corrected_normaliser.declaration.normal_form()
     assert passing(form, DIMS) is None
     assert segment_of(form, DIMS, Bucket(1, 1 << 20), H100) == 0
+
+
+def test_names_of_operands_are_no_names_of_ends() -> None:
+    """However a rule calls its operands, a kernel has one parameter for each thing."""
+    form = unlucky.declaration.normal_form()
+    tiles = KernelConfig(v_tile=16)
+    config = Config(16, Plan(Hoist.NOTHING, outputs_in_scan=True), Plan(Hoist.NOTHING), tiles)
+    low = Dtype.FLOAT32
+    signature = Signature(Dims(16, 16), low, (), Precision.IEEE)
+    emitted = emit(form, signature, config, segments=True)
+    for kernel in (*emitted.forward, *emitted.backward):
+        names = [p.name for p in kernel.parameters]
+        assert len(set(names)) == len(names)
+        assert len({(p.role, p.of) for p in kernel.parameters}) == len(names)
+
+
+def test_a_segment_is_whole_chunks() -> None:
+    """Of 256 tokens too, of which 1152 is no multiple."""
+    call = example(by_name("simple_gla"), Dims(16, 16), torch.float32, Size(1, 2304, 1), CPU)
+    launch = Launch(call, 256, {}, 1152)
+    layout = launch._layout({"S": None})
+    assert (layout.segment, layout.segments) == (5, 2)
+
+
+def test_an_examination_is_in_segments_too() -> None:
+    config = Config(16, Plan(Hoist.NOTHING), Plan(Hoist.NOTHING), KernelConfig())
+    call = example(by_name("kda"), Dims(16, 16), torch.float32, Size(1, 64, 1), CPU)
+    whole, cut = Under(EngineName.TRITON, config).ways(call)
+    assert whole.segment is None
+    assert cut.segment
+    wide = example(by_name("kda"), Dims(256, 16), torch.float32, Size(1, 64, 1), CPU)
+    assert len(Under(EngineName.TRITON, config).ways(wide)) == 1
+    assert len(Under(EngineName.EAGER, EagerConfig(16)).ways(call)) == 1
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -147,6 +147,25 @@ def test_segments(name: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None
     triton_engine._compile.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["delta_rule", "kda", "simple_gla"])
+def test_a_state_that_nothing_forgets_passes_many_segments(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 of them; what each loses of the state that arrives, the next would lose again."""
+    monkeypatch.setattr(triton_engine, "segment_of", lambda *_: 64)
+    triton_engine._compile.cache_clear()
+    sizes = replace(GPU, T=4096, H=1, HV=1, K=64, V=64, dtype=dtype, gate_dtype=torch.float32)
+    inputs = make_inputs(getattr(cw.library, name), sizes)
+    for gate in {"beta", "g"}.intersection(inputs.operands):
+        inputs.operands[gate].data.mul_(1e-3 if gate == "beta" else 1e-5)
+    op = getattr(cw.library, name)
+    want = oracle_results(op, inputs)
+    near = oracle_results(op, wobbled(inputs))
+    assert_agree(engine_results(op, inputs, "triton"), want, TOLERANCE[dtype], near=near)
+    triton_engine._compile.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", ["B", "C", "F", "D", "P6"])
 @pytest.mark.parametrize("name", list(CASES))
