@@ -64,10 +64,13 @@ class Bound:
                 raise CannotRun(f"{self.kernel.name} does not compile: {why}") from why
 
     def compile(self, grid: tuple[int, int, int], arguments: list[object]) -> None:
-        """Compile, and leave it to `launch` to say what is wrong."""
+        """Compile ahead of `launch`, which tries again, and says what is wrong.
+
+        Python's own parser fails now and then where several threads are in it.
+        """
         self._set_stages(arguments)
         warps = self.kernel.config.warps
-        with contextlib.suppress(TritonError):
+        with contextlib.suppress(Exception):
             self.function.warmup(*arguments, grid=grid, num_warps=warps, num_stages=self.stages)
 
     def _set_stages(self, arguments: list[object]) -> None:
