@@ -160,6 +160,8 @@ def _compile(
     """
     fresh = [x for x in launches if not x.seen]
     if len(fresh) > 1 and not triton.knobs.runtime.interpret:
+        for launched in fresh:
+            launched.bound.identify()
 
         def compile_one(launched: Launched) -> None:
             with _current(device):  # each thread has its own

@@ -66,12 +66,17 @@ class Bound:
     def compile(self, grid: tuple[int, int, int], arguments: list[object]) -> None:
         """Compile ahead of `launch`, which tries again, and says what is wrong.
 
-        Python's own parser fails now and then where several threads are in it.
+        Python's own parser fails now and then where several threads are in it. `identify` first:
+        Triton keeps what it hashes meanwhile, whole or not.
         """
         self._set_stages(arguments)
         warps = self.kernel.config.warps
         with contextlib.suppress(Exception):
             self.function.warmup(*arguments, grid=grid, num_warps=warps, num_stages=self.stages)
+
+    def identify(self) -> str:
+        """Triton's hash of the kernel and of all that it calls, taken once."""
+        return str(self.function.cache_key)
 
     def _set_stages(self, arguments: list[object]) -> None:
         names = self.function.arg_names
