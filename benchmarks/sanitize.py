@@ -38,8 +38,6 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=CLASSES)
     parser.add_argument("--segments", action="store_true", help="scans of segments of one chunk")
     options = parser.parse_args()
-    if options.segments:  # calls as short as these are not scanned so by themselves
-        vars(triton_engine)["segment_of"] = lambda f, dims, *_: 64 if passing(f, dims) else 0
     for name in options.names:
         d = getattr(cw.library, name).declaration
         micro = 2 if d.has_micro else 1
@@ -48,8 +46,14 @@ def main() -> None:
             d, d.normal_form(micro), Family.RAGGED, Dims(48, 48), torch.bfloat16,
             torch.device("cuda"), tokens=130, micro=micro,
         )  # fmt: skip
-        o, finals = triton_engine.forward(call)
-        triton_engine.backward(call, torch.randn_like(o), tuple(map(torch.randn_like, finals)))
+        config = segment = None
+        if options.segments:  # calls as short as these are not scanned so by themselves
+            dims = Dims(call.K, call.V)
+            config = triton_engine.configuration(call.form, dims, call.dtype)
+            segment = 64 if passing(call.form, dims) else 0
+        o, finals = triton_engine.forward(call, config, segment=segment)
+        dfinals = tuple(map(torch.randn_like, finals))
+        triton_engine.backward(call, torch.randn_like(o), dfinals, config, segment=segment)
         triton_engine.forward_by_token(call)
         torch.cuda.synchronize()
         print(f"{name}: ran")

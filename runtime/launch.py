@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +19,8 @@ from .call import Call
 from .packing import chunk_table
 from .printed import own_gradient
 from .schedule import Bound, Launched, Layout, New, OperandLayout, Schedule, schedule
+
+_COMPILING = threading.Lock()
 
 
 class Launch:
@@ -158,19 +161,22 @@ def _compile(
 
     The first call of a direction then takes as long as its slowest kernel, or as there are cores.
     """
-    fresh = [x for x in launches if not x.seen]
-    if len(fresh) > 1 and not triton.knobs.runtime.interpret:
+    if all(x.seen for x in launches):
+        return
+
+    def compile_one(launched: Launched) -> None:
+        with _current(device):  # each thread has its own
+            launched.compile(tensors)
+
+    with _COMPILING:  # a first call in another thread would hash while these are parsed
+        fresh = [x for x in launches if not x.seen]
+        if len(fresh) > 1 and not triton.knobs.runtime.interpret:
+            for launched in fresh:
+                launched.bound.identify()
+            with ThreadPoolExecutor(min(len(fresh), os.cpu_count() or 1)) as pool:
+                list(pool.map(compile_one, fresh))
         for launched in fresh:
-            launched.bound.identify()
-
-        def compile_one(launched: Launched) -> None:
-            with _current(device):  # each thread has its own
-                launched.compile(tensors)
-
-        with ThreadPoolExecutor(min(len(fresh), os.cpu_count() or 1)) as pool:
-            list(pool.map(compile_one, fresh))
-    for launched in fresh:
-        launched.seen = True
+            launched.seen = True
 
 
 def _new(b: New, device: torch.device) -> Tensor:

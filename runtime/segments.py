@@ -13,13 +13,12 @@ from .artifact import Bucket
 
 _V_TILE = 64  # channels of the value axis that a scan's program is taken to have
 _TOKENS = 1024  # of a segment, at least: its program has to bring its state from the others' ends
-_MULTIPLE = 128  # of which a segment's length is one, as it is of every chunk's
 # segments, at least: states that fade are scanned twice, others three times (docs/measured.md)
 _LEAST = {Passing.FADING: 2, Passing.MATRIX: 4}
 
 
 def segment_of(form: NormalForm, dims: Dims, size: Bucket, multiprocessors: int) -> int:
-    """Tokens of a segment for calls of `size`, or 0 where scans take whole sequences.
+    """Tokens of a segment for calls of `size` (launches round up to whole chunks); 0: no segments.
 
     As many segments as there are multiprocessors for. A pure function of the call's sizes and the
     kind of GPU: all ranks of a job choose alike.
@@ -32,7 +31,7 @@ def segment_of(form: NormalForm, dims: Dims, size: Bucket, multiprocessors: int)
     how = passing(form, dims)
     if how is None or segments < _LEAST[how]:
         return 0
-    return -(-tokens // (segments * _MULTIPLE)) * _MULTIPLE
+    return -(-tokens // segments)
 
 
 def in_parts(

@@ -5,6 +5,7 @@ Run by `make test-gpu`; kernels compile for minutes, so give pytest as many work
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -132,38 +133,41 @@ def test_every_plan(name: str, plans: tuple[Plan, Plan], monkeypatch: pytest.Mon
     _twice(name, CASES_BY_NAME["float16, K < V"], BY_DTYPE[torch.float16])
 
 
-@pytest.mark.parametrize("case", CASES_BY_NAME)
-@pytest.mark.parametrize("name", [name for name in NAMES if passing(_form(name), Dims(128, 128))])
-def test_segments(name: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scans of segments of one chunk (two, of short chunks), where a sequence has four."""
+@pytest.fixture
+def in_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has scans run on segments of 64 tokens where they can, however short the call."""
 
     def short(form: NormalForm, dims: Dims, *sizes: Any) -> int:
         return 64 if passing(form, dims) else 0
 
     monkeypatch.setattr(triton_engine, "segment_of", short)
     triton_engine._compile.cache_clear()
+    yield
+    triton_engine._compile.cache_clear()
+
+
+@pytest.mark.parametrize("case", CASES_BY_NAME)
+@pytest.mark.parametrize("name", [name for name in NAMES if passing(_form(name), Dims(128, 128))])
+@pytest.mark.usefixtures("in_segments")
+def test_segments(name: str, case: str) -> None:
+    """Scans of segments of one chunk (two, of short chunks), where a sequence has four."""
     sizes = CASES_BY_NAME[case]
     _twice(name, sizes, TOLERANCE[sizes.dtype])
-    triton_engine._compile.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["delta_rule", "kda", "simple_gla"])
-def test_a_state_that_nothing_forgets_passes_many_segments(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("in_segments")
+def test_a_state_that_nothing_forgets_passes_many_segments(name: str, dtype: torch.dtype) -> None:
     """64 of them; what each loses of the state that arrives, the next would lose again."""
-    monkeypatch.setattr(triton_engine, "segment_of", lambda *_: 64)
-    triton_engine._compile.cache_clear()
     sizes = replace(GPU, T=4096, H=1, HV=1, K=64, V=64, dtype=dtype, gate_dtype=torch.float32)
-    inputs = make_inputs(getattr(cw.library, name), sizes)
+    op = getattr(cw.library, name)
+    inputs = make_inputs(op, sizes)
     for gate in {"beta", "g"}.intersection(inputs.operands):
         inputs.operands[gate].data.mul_(1e-3 if gate == "beta" else 1e-5)
-    op = getattr(cw.library, name)
     want = oracle_results(op, inputs)
     near = oracle_results(op, wobbled(inputs))
     assert_agree(engine_results(op, inputs, "triton"), want, TOLERANCE[dtype], near=near)
-    triton_engine._compile.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
