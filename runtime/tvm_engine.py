@@ -230,6 +230,7 @@ def compiled_token(
     step: Step, dims: Dims, dtype: torch.dtype, dtypes: Dtypes, *, one_token: bool = False
 ) -> _Compiled:
     """The kernel that takes a token at a time, or (`one_token`) one in all."""
+    _keep_freed_memory()
     config = token_config(lanes_of(host_cpu()))
     kernel = print_tir(
         token_kernel(step), _signature(dims, dtype, dtypes), config, one_token=one_token
@@ -284,7 +285,7 @@ class _Run:
         rest = [[heads, *(self._call.params[n] for n in k.numbers)] for k, _ in stage]
         table = self._chunks if stage[0][0].loop is Loop.PARALLEL else self._sequences
         alone = len(stage) == 1
-        parts = stage[0][0].v_programs if alone else 1
+        parts = min(kernel.v_programs for kernel, _ in stage)
 
         def work(thread: int, begin: int, end: int) -> None:
             own = {name: x[thread] for name, x in passed.items()}
