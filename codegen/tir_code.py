@@ -157,6 +157,13 @@ class Code:
         body = _sequence(self._open.pop())
         self.emit(tirx.IfThenElse(condition, body, None))
 
+    @contextmanager
+    def whilst(self, condition: Expr) -> Iterator[None]:
+        """Statements again and again while a condition holds."""
+        self._open.append([])
+        yield
+        self.emit(tirx.While(condition, _sequence(self._open.pop())))
+
     def accumulator(self, value: Expr) -> Accumulator:
         """A register with a first value."""
         # scope "": on the stack, in registers after LLVM; "local" would become a call for memory

@@ -6,6 +6,7 @@ is rebuilt. Where there is no linker, code is compiled into memory in every proc
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeAlias
 
 import tvm
 import tvm_ffi
@@ -28,6 +30,8 @@ from ..codegen.print_tir import TirKernel
 from .cache import cache_folder, write_atomically
 
 Function = Callable[..., None]
+# functions called from outside, and functions called by those or by their address
+_Unit: TypeAlias = tuple[Sequence[PrimFunc], Sequence[PrimFunc]]
 
 _LOG = logging.getLogger(__name__)
 _LINKERS = ("cc", "gcc", "clang", "ld")
@@ -113,13 +117,26 @@ def _compiled(
     return tvm.get_global_func("target.build.llvm")(lowered, target)
 
 
+def symbol(function: PrimFunc, cpu: str) -> int | None:
+    """The address of a compiled C function; None where it cannot be linked or loaded."""
+    name = str(function.attrs["global_symbol"])
+    path = _path(name, [function], cpu)
+    with ThreadPoolExecutor(1) as workers:
+        if not _written(path, [((), (function,))], cpu, workers):
+            return None
+    try:
+        return ctypes.cast(getattr(ctypes.CDLL(str(path)), name), ctypes.c_void_p).value
+    except OSError as why:  # what it calls is nowhere to be found
+        _LOG.info("%s: %s", path, why)
+        return None
+
+
 def _function(kernel: TirKernel, cpu: str, workers: Executor) -> Function:
-    path = cache_folder() / "tvm" / f"{kernel.name}_{_digest(kernel, cpu)}.so"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if not _sound(path) and not _write(kernel, cpu, path, workers):
-            module = _compiled([kernel.function], kernel.parts, cpu)
-            return _named(module, kernel)
+    path = _path(kernel.name, [kernel.function, *kernel.parts], cpu)
+    units: list[_Unit] = [((kernel.function,), ()), *(((), (part,)) for part in kernel.parts)]
+    if not _written(path, units, cpu, workers):
+        module = _compiled([kernel.function], kernel.parts, cpu)
+        return _named(module, kernel)
     return _named(tvm_ffi.load_module(str(path)), kernel)
 
 
@@ -128,29 +145,34 @@ def _named(module: tvm.runtime.Module, kernel: TirKernel) -> Function:
     return function
 
 
-def _digest(kernel: TirKernel, cpu: str) -> str:
-    hashes = [tvm_ffi.structural_hash(f) for f in (kernel.function, *kernel.parts)]
+def _path(name: str, functions: Sequence[PrimFunc], cpu: str) -> Path:
+    """Where the library made from `functions` lies."""
+    hashes = [tvm_ffi.structural_hash(f) for f in functions]
     text = repr((*hashes, cpu, _OPTIMISE, tvm.__version__, tvm_ffi.__version__))
-    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+    digest = hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+    return cache_folder() / "tvm" / f"{name}_{digest}.so"
 
 
-def _write(kernel: TirKernel, cpu: str, path: Path, workers: Executor) -> bool:
-    """Compile `kernel` into the library `path`; False where there is no linker."""
-    if not any(map(shutil.which, _LINKERS)):
-        return False
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        linked = Path(folder) / "kernel.so"
-        units = [((kernel.function,), ()), *(((), (part,)) for part in kernel.parts)]
-        objects = [Path(folder) / f"{number}.o" for number in range(len(units))]
+def _written(path: Path, units: Sequence[_Unit], cpu: str, workers: Executor) -> bool:
+    """Whether the library `path` is there, compiled now if it was not; False: without a linker."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if _sound(path):
+            return True
+        if not any(map(shutil.which, _LINKERS)):
+            return False
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            linked = Path(folder) / "kernel.so"
+            objects = [Path(folder) / f"{number}.o" for number in range(len(units))]
 
-        def compile_(unit: tuple[Sequence[PrimFunc], Sequence[PrimFunc]], path: Path) -> None:
-            _compiled(*unit, cpu).write_to_file(str(path), "o")
+            def compile_(unit: _Unit, path: Path) -> None:
+                _compiled(*unit, cpu).write_to_file(str(path), "o")
 
-        list(workers.map(compile_, units, objects))
-        link(objects, linked)
-        write_atomically(_checksum_file(path), _checksum(linked))
-        linked.replace(path)
-    return True
+            list(workers.map(compile_, units, objects))
+            link(objects, linked)
+            write_atomically(_checksum_file(path), _checksum(linked))
+            linked.replace(path)
+        return True
 
 
 def _sound(path: Path) -> bool:

@@ -34,7 +34,7 @@ from .refine import coarse, coarse_gradients, refined, refined_cotangent
 from .selection import bucket_of, key_here, serving, token_loop_wins
 from .tokens import Convert, Serve, Token, of_tokens
 from .tvm_build import Function, functions, host_cpu, lanes_of
-from .tvm_threads import share
+from .tvm_threads import Work, run
 
 Stage: TypeAlias = tuple[tuple[TirKernel, Function], ...]
 
@@ -128,12 +128,10 @@ def prepare_step(token: Token) -> Serve | str:
         if alone:
             function(*arguments, *tables, _room(kernel.scratch), *rest, 0, items)
         else:
-
-            def work(thread: int, begin: int, end: int) -> None:
-                del thread
-                function(*arguments, *tables, _room(kernel.scratch), *rest, begin, end)
-
-            share(items, torch.get_num_threads(), work)
+            threads = torch.get_num_threads()
+            own = {len(arguments) + 2: torch.empty((threads, kernel.scratch))}
+            work = Work(function, (*arguments, *tables, None, *rest), own)
+            run([work], items, threads)
         if token.has_time:
             o = o.unsqueeze(1)
         return o, new[0] if len(new) == 1 else new
@@ -281,26 +279,17 @@ class _Run:
                 elif name not in self.buffers:
                     self.buffers[name] = self._new(name, axes)
         scratch = torch.empty((threads, max(kernel.scratch for kernel, _ in stage)))
-        given = [[self._argument(p, starts, ends) for p in k.parameters] for k, _ in stage]
-        rest = [[heads, *(self._call.params[n] for n in k.numbers)] for k, _ in stage]
-        table = self._chunks if stage[0][0].loop is Loop.PARALLEL else self._sequences
-        alone = len(stage) == 1
         parts = min(kernel.v_programs for kernel, _ in stage)
-
-        def work(thread: int, begin: int, end: int) -> None:
-            own = {name: x[thread] for name, x in passed.items()}
-            tables = self._sequences, self._chunks, scratch[thread]
-            for item in (begin,) if alone else range(begin, end):
-                for (kernel, function), tensors, numbers in zip(stage, given, rest, strict=True):
-                    mine = [
-                        own[p.of] if x is None else x
-                        for p, x in zip(kernel.parameters, tensors, strict=True)
-                    ]
-                    each = kernel.v_programs // parts
-                    last = end if alone else item + 1
-                    function(*mine, *tables, *numbers, item * each, last * each)
-
-        share(len(table) * heads * parts, threads, work)
+        works = []
+        for kernel, function in stage:
+            tensors = [self._argument(p, starts, ends) for p in kernel.parameters]
+            own = {n: passed[p.of] for n, p in enumerate(kernel.parameters) if tensors[n] is None}
+            own[len(tensors) + 2] = scratch
+            numbers = (self._call.params[n] for n in kernel.numbers)
+            values = (*tensors, self._sequences, self._chunks, None, heads, *numbers)
+            works.append(Work(function, values, own, kernel.v_programs // parts))
+        table = self._chunks if stage[0][0].loop is Loop.PARALLEL else self._sequences
+        run(works, len(table) * heads * parts, threads)
 
     def _new(self, name: str, axes: tuple[Axis, ...], threads: int | None = None) -> Tensor:
         """Room for a buffer: [tokens, HV, ...] or [chunks, HV, ...].

@@ -1,8 +1,8 @@
 """Shares work items among torch's threads, or threads of our own where torch's cannot be had.
 
 torch's OpenMP threads wait for their next loop by spinning: on the cores that threads of our own
-would then want. So we hand our work to them. A kernel's function releases the interpreter's lock.
-A forked child has none of its parent's threads: children of multiprocessing start their own.
+would then want. So they run ours too, by compiled code (`tvm_worker.py`). A forked child has none
+of its parent's threads: children of multiprocessing start their own.
 """
 
 from __future__ import annotations
@@ -10,15 +10,76 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
+from torch import Tensor
+
+from .tvm_build import Function
+from .tvm_worker import Arguments, described, worker
 
 _PIECES = 4  # pieces of work per thread, so that sequences of unequal length even out
 _PROCESS = os.getpid()
-_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """A kernel and what it is given: all of `values`, then the first item to do and the last + 1.
+
+    `own`: by position among the values, tensors of which each thread has one row, [threads, ...].
+    `each`: items of the kernel that make one of the work that is shared.
+    """
+
+    function: Function
+    values: Sequence[object]
+    own: Mapping[int, Tensor] = field(default_factory=dict)
+    each: int = 1
+
+    def run(self, thread: int, begin: int, end: int) -> None:
+        """Do these items here and now."""
+        values = [self.own[n][thread] if n in self.own else x for n, x in enumerate(self.values)]
+        self.function(*values, begin * self.each, end * self.each)
+
+
+def run(works: Sequence[Work], items: int, threads: int) -> None:
+    """Have all items done, on no more than that many threads; of several works, one item by all.
+
+    Raises:
+        RuntimeError: a kernel failed.
+    """
+    threads = min(threads, items)
+    team = None if threads <= 1 else _team()
+    if team is not None:
+        _run_by(team, works, items, threads)
+        return
+
+    def piece(thread: int, begin: int, end: int) -> None:
+        step = 1 if len(works) > 1 else end - begin
+        for item in range(begin, end, step):
+            for work in works:
+                work.run(thread, item, item + step)
+
+    share(items, threads, piece)
+
+
+def _run_by(team: ctypes.CDLL, works: Sequence[Work], items: int, threads: int) -> None:
+    given = [(Arguments(w.function, w.values, w.own, threads), w.each) for w in works]
+    what = described(given)
+    address, _ = what.buffer_info()
+    size = -(-items // (threads * _PIECES))
+    team.GOMP_parallel_loop_dynamic(worker(), address, threads, 0, items, 1, size, 0)
+    if what[1]:
+        raise RuntimeError("a compiled kernel failed")
+
+
+def _team() -> ctypes.CDLL | None:
+    """torch's threads; None where they cannot be had or cannot be told what to do."""
+    forked = os.getpid() != _PROCESS or multiprocessing.parent_process() is not None
+    library = None if forked else _openmp()
+    return library if library is not None and worker() is not None else None
 
 
 @lru_cache(maxsize=1)
@@ -28,36 +89,17 @@ def _openmp() -> ctypes.CDLL | None:
         return None
     for name in ("libgomp.so.1", None):  # by the name it was loaded under, or as all may see it
         try:
-            library = ctypes.CDLL(name, mode=getattr(os, "RTLD_NOLOAD", 0) | ctypes.DEFAULT_MODE)
-            library.GOMP_parallel.argtypes = (
-                _CALLBACK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint,
+            mode = getattr(os, "RTLD_NOLOAD", 0) | getattr(os, "RTLD_GLOBAL", 0)
+            library = ctypes.CDLL(name, mode=mode | ctypes.DEFAULT_MODE)
+            library.GOMP_parallel_loop_dynamic.argtypes = (
+                ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint,
+                *(ctypes.c_long,) * 4, ctypes.c_uint,
             )  # fmt: skip
-            library.GOMP_parallel.restype = None
-            library.omp_get_thread_num.restype = ctypes.c_int
+            library.GOMP_parallel_loop_dynamic.restype = None
         except (OSError, AttributeError):
             continue
         return library
     return None
-
-
-def _torchs(threads: int, run: Callable[[int], None]) -> bool:
-    """Call `run` in each of that many of torch's threads; False where they cannot be had."""
-    forked = os.getpid() != _PROCESS or multiprocessing.parent_process() is not None
-    library = None if forked else _openmp()
-    if library is None:
-        return False
-    failed: list[BaseException] = []
-
-    def body(_: object) -> None:
-        try:
-            run(library.omp_get_thread_num())
-        except BaseException as error:  # noqa: BLE001: raised below, in the caller's thread
-            failed.append(error)
-
-    library.GOMP_parallel(_CALLBACK(body), None, threads, 0)
-    if failed:
-        raise failed[0]
-    return True
 
 
 @lru_cache(maxsize=4)
@@ -70,9 +112,9 @@ def _helpers(process: int, count: int) -> ThreadPoolExecutor:
 def share(items: int, threads: int, work: Callable[[int, int, int], None]) -> None:
     """Call `work(thread, begin, end)` until all items are done; the caller is thread 0.
 
-    The threads take pieces in order, each the next one when it is done with its last.
+    On threads of our own, which take pieces in order, each the next one when it is done with its
+    last.
     """
-    threads = min(threads, items)
     if threads <= 1:
         work(0, 0, items)
         return
@@ -83,8 +125,6 @@ def share(items: int, threads: int, work: Callable[[int, int, int], None]) -> No
         for begin in _shared(pieces):
             work(thread, begin, min(begin + size, items))
 
-    if _torchs(threads, run):
-        return
     helpers = _helpers(os.getpid(), threads - 1)
     others = [helpers.submit(run, thread) for thread in range(1, threads)]
     run(0)
