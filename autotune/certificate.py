@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..codegen.config import Dims
 from ..codegen.emit import passing
+from ..codegen.tir_config import TvmConfig, spread
 from ..dsl import oracle
 from ..dsl.declaration import Declaration
 from ..runtime.artifact import Certificate, Configuration, Error
@@ -77,11 +78,13 @@ class Under:
     """An engine under one configuration, whatever would serve.
 
     `segment`: of the Triton engine, tokens of a segment that scans are cut into, however short.
+    `how`: the way in which it serves, in words, if that is not the plain one.
     """
 
     engine: EngineName
     config: Configuration
     segment: int | None = None
+    how: str = ""
 
     def forward(self, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As the engine's."""
@@ -94,10 +97,15 @@ class Under:
         return self._module.backward(call, do, dfinals, self.config, **self._cut)
 
     def ways(self, call: Call) -> tuple[Under, ...]:
-        """As it is, and in segments where long calls of such a form are served so."""
+        """As it is, and as calls of few rows of such a form are served."""
+        if isinstance(self.config, TvmConfig):
+            cut = spread(self.config, rows=1, V=call.V, threads=call.V)
+            return (
+                (self,) if cut == self.config else (self, replace(self, config=cut, how="in parts"))
+            )
         if self.engine is not EngineName.TRITON or not passing(call.form, Dims(call.K, call.V)):
             return (self,)
-        return self, replace(self, segment=_SEGMENT)
+        return self, replace(self, segment=_SEGMENT, how="in segments")
 
     @property
     def _cut(self) -> dict[str, int]:
@@ -192,8 +200,8 @@ def certify(exam: Exam, runs: Runs) -> Certificate:
         with _Filled(_NUMBER):
             second = _answers(question, way)
         where = question.family.name.lower()
-        if isinstance(way, Under) and way.segment:
-            where += ", in segments"
+        if isinstance(way, Under) and way.how:
+            where += f", {way.how}"
         for name, want in question.expected.items():
             limit = question.allowed[name]
             rms, maximum = relative_errors(first[name], want)

@@ -9,7 +9,7 @@ import torch
 
 from ..codegen.config import Dims, EagerConfig
 from ..codegen.plan import Hoist, Plan
-from ..codegen.tir_config import TvmConfig
+from ..codegen.tir_config import NARROWEST, WIDEST, TvmConfig
 from ..dsl.normal_form import NormalForm
 from ..runtime.artifact import Configuration
 from ..runtime.call import Call
@@ -18,9 +18,15 @@ from .space import Axis, Point, Rule
 from .tunable import Built, Job
 
 _EAGER_CHUNKS, _TVM_CHUNKS = (16, 32, 64, 128), (16, 32, 64)
-_TILES = (16, 32, 64, 128, 256)
-# what is computed ahead of the scan, in parallel over chunks, by its number on the axis
-_HOISTS = (Hoist.NOTHING, Hoist.PREFIXES | Hoist.SOLVES, Hoist.ALL)
+_TILES = (NARROWEST, 32, 64, 128, WIDEST)
+_FUSED = Plan(Hoist.NOTHING, outputs_in_scan=True)
+# plans of both directions, by their number on the axis
+PLANS = (
+    (_FUSED, _FUSED),
+    (_FUSED, Plan(Hoist.ALL)),
+    (Plan(Hoist.PREFIXES | Hoist.SOLVES),) * 2,
+    (Plan(Hoist.ALL),) * 2,
+)
 _REGISTERS = {4: 32, 8: 16, 16: 32}  # vector registers, by how many float32 numbers one holds
 
 
@@ -32,27 +38,27 @@ def eager_space(chunks: tuple[int, ...]) -> Space:
 
 
 def tvm_space(call: Call, default: TvmConfig, chunks: tuple[int, ...]) -> Space:
-    """The TVM engine: chunk, plan, register tile, and channels per item."""
+    """The TVM engine: chunk, plans, register tile, and channels per item."""
     axes = (
         Axis("chunk", chunks or tuple(c for c in _TVM_CHUNKS if c % default.lanes == 0)),
-        Axis("hoist", tuple(range(len(_HOISTS)))),
+        Axis("plans", tuple(range(len(PLANS)))),
         Axis("rows", (2, 4, 6, 8)),
         Axis("vectors", (1, 2, 3, 4)),
         Axis("v_tile", tuple(t for t in _TILES if t < 2 * call.V)),
     )
 
-    def make(hoist: int, v_tile: int, **numbers: int) -> TvmConfig:
-        plan = Plan(_HOISTS[hoist], outputs_in_scan=hoist == 0)
+    def make(plans: int, v_tile: int, **numbers: int) -> TvmConfig:
+        forward, backward = PLANS[plans]
         # as wide as all channels is one configuration, however it is written
-        v_tile = default.v_tile if v_tile >= min(call.V, default.v_tile) else v_tile
-        return replace(default, forward=plan, backward=plan, v_tile=v_tile, **numbers)
+        v_tile = WIDEST if v_tile >= min(call.V, WIDEST) else v_tile
+        return replace(default, forward=forward, backward=backward, v_tile=v_tile, **numbers)
 
     chosen = {
         "chunk": default.chunk,
-        "hoist": 0,
+        "plans": PLANS.index((default.forward, default.backward)),
         "rows": default.rows,
         "vectors": default.vectors,
-        "v_tile": min(default.v_tile, axes[-1].choices[-1]),
+        "v_tile": max(t for t in axes[-1].choices if t <= max(default.v_tile, NARROWEST)),
     }
     first: Point = tuple((a.name, chosen[a.name]) for a in axes)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .plan import Hoist, Plan
+
+NARROWEST, WIDEST = 16, 256  # channels of the value axis that a part of it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class TvmConfig:
     lanes: int
     rows: int
     vectors: int
-    v_tile: int = 256
+    v_tile: int = WIDEST
 
 
 def default_config(lanes: int) -> TvmConfig:
@@ -44,6 +46,24 @@ def default_config(lanes: int) -> TvmConfig:
         rows=rows,
         vectors=2,
     )
+
+
+def spread(config: TvmConfig, rows: int, V: int, threads: int) -> TvmConfig:
+    """`config` where there are fewer rows (sequences times value heads) than half the threads.
+
+    Items are parts of the value axis, as many as there are threads for. A backward computed in the
+    scan sums over that axis, so of less than a quarter it becomes a scan of parts between kernels
+    that are parallel over chunks (measured: docs/measured.md).
+    """
+    if 2 * rows > threads:
+        return config
+    tile = min(config.v_tile, V)
+    while rows * (V // tile) < threads and tile % (2 * config.lanes) == 0 and tile > NARROWEST:
+        tile //= 2
+    backward = config.backward
+    if 4 * rows <= threads and backward.outputs_in_scan:
+        backward = Plan(Hoist.ALL)
+    return replace(config, backward=backward, v_tile=tile if tile < V else config.v_tile)
 
 
 def token_config(lanes: int) -> TvmConfig:

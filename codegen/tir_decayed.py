@@ -17,7 +17,7 @@ from .tile import Axis, Tile, TileOp
 from .tir_code import Index, broadcast, int32, number, ramp
 from .tir_frame import Frame, Shapes
 from .tir_products import block_product, column_blocks, horizontal_sum, transpose
-from .tir_schedule import Region, Schedule
+from .tir_schedule import Action, Region, Schedule
 from .tir_values import Values
 
 # rows of an earlier and of a later half, decayed: room in scratch that such statements share
@@ -27,7 +27,7 @@ DECAYED = (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY)
 
 def rooms(schedule: Schedule, shapes: Shapes) -> dict[Region, int]:
     """What such statements need in scratch, in numbers: halves, and the decays of each gate."""
-    decayed = [t for t in schedule.regions if t.op in DECAYED]
+    decayed = _computed(schedule)
     found: dict[Region, int] = {}
     if decayed:
         halves = (Region(EARLY), Region(LATE), Region(EARLY, transposed=True))
@@ -40,6 +40,12 @@ def rooms(schedule: Schedule, shapes: Shapes) -> dict[Region, int]:
         found[pairs] = blocks * (least * (least - 1) // 2) * stride
         found[anchored] = sizes * shapes.chunk * stride
     return found
+
+
+def _computed(schedule: Schedule) -> list[Tile]:
+    """The statements here, in order; what another kernel stored is loaded like any tile."""
+    computed = (s.tile for s in schedule.steps if s.action is Action.COMPUTE)
+    return [t for t in computed if t.op in DECAYED]
 
 
 def _tables(t: Tile) -> tuple[Region, Region]:
@@ -68,7 +74,7 @@ class _Decayed:
         self.height = min(self.least, 1 << frame.shapes.config.rows.bit_length() - 1)
         self._values = Values(frame, Axis.K)
         self._pairs, self._anchored = _tables(t)
-        under = (s.tile for s in frame.schedule.steps if s.tile.op in DECAYED)
+        under = _computed(frame.schedule)
         if t == next(other for other in under if other.args[2:] == t.args[2:]):
             self._fill()
 

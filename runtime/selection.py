@@ -83,8 +83,16 @@ def bucket_of(call: Call) -> Bucket:
     return Bucket(call.N * call.HV, -(-call.B * call.T // call.N))
 
 
-def serving(kind: type[C], key: Key, bucket: Bucket, default: Callable[[], C]) -> C:
+def serving(
+    kind: type[C],
+    key: Key,
+    bucket: Bucket,
+    default: Callable[[], C],
+    fewer: Callable[[C], C] | None = None,
+) -> C:
     """The configuration for calls of `key` about as large as `bucket`: tuned, else `default`.
+
+    `fewer` makes it of one that was tuned for more rows.
 
     Raises:
         EngineUnavailable: nothing was tuned, and the default was found wrong on this machine.
@@ -93,6 +101,8 @@ def serving(kind: type[C], key: Key, bucket: Bucket, default: Callable[[], C]) -
     chosen = _chosen(found, bucket)
     if chosen is not None:
         assert isinstance(chosen.config, kind)  # `from_text` reads no others for this engine
+        if fewer is not None and chosen.bucket.rows > bucket.rows:
+            return fewer(chosen.config)
         return chosen.config
     config = default()
     known = () if found.artifact is None else found.artifact.quarantine

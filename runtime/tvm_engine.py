@@ -19,7 +19,7 @@ from ..codegen.emit import backward_program, chunk_body, forward_program
 from ..codegen.plan import Loop, Program
 from ..codegen.print_tir import TirKernel, print_tir
 from ..codegen.tile import Axis
-from ..codegen.tir_config import TvmConfig, default_config, token_config
+from ..codegen.tir_config import TvmConfig, default_config, spread, token_config
 from ..codegen.token import token_kernel
 from ..codegen.triton_types import Parameter, Role, Signature
 from ..dsl.errors import NotLowered
@@ -184,13 +184,22 @@ def backward(
 
 
 def configuration() -> TvmConfig:
-    """What serves calls on this CPU, untuned."""
+    """What serves calls of many rows on this CPU, untuned."""
     return default_config(lanes_of(host_cpu()))
+
+
+def spread_out(config: TvmConfig, call: Call) -> TvmConfig:
+    """`config` as it serves calls like `call`, where its threads are more than its rows."""
+    return spread(config, bucket_of(call).rows, call.V, torch.get_num_threads())
 
 
 def _compiled(call: Call, config: TvmConfig | None, *, backward: bool) -> _Compiled:
     if config is None:
-        config = serving(TvmConfig, _key(call), bucket_of(call), configuration)
+
+        def few(config: TvmConfig) -> TvmConfig:
+            return spread_out(config, call)
+
+        config = serving(TvmConfig, _key(call), bucket_of(call), lambda: few(configuration()), few)
     dims = Dims(call.K, call.V)
     return compiled(call.form, dims, call.dtype, dtypes_of(call), config, backward)
 

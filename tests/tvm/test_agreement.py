@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import chunkwise as cw
 import pytest
 import torch
+from chunkwise.autotune.cpu_spaces import PLANS
+from chunkwise.codegen.tir_config import spread
 from chunkwise.dsl.library import all_declarations
 from chunkwise.runtime import tvm_engine
 
@@ -65,3 +68,44 @@ def test_channels(channels: tuple[int, int]) -> None:
     """With and without a rest beside whole vectors and whole register tiles."""
     K, V = channels
     _check("delta_rule", Sizes(B=1, T=C + 2, K=K, V=V, initial=True, dtype=FLOAT32))
+
+
+@pytest.fixture
+def many_threads() -> Iterator[int]:
+    """More than the rows of a call."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    yield 8
+    torch.set_num_threads(before)
+
+
+# V that has parts; the last chunk is not whole
+FEW = Sizes(B=1, T=2 * C + 5, H=1, HV=1, K=8, V=32, initial=True, dtype=FLOAT32)
+
+
+@pytest.mark.usefixtures("many_threads")
+@pytest.mark.parametrize("name", LOWERED)
+def test_calls_of_few_rows(name: str) -> None:
+    """Parts of the value axis on threads of their own, gradients in parallel over chunks."""
+    _check(name, FEW)
+
+
+@pytest.mark.parametrize("plans", range(len(PLANS)))
+@pytest.mark.parametrize("name", ["gated_delta_rule", "kda", "mlstm"])
+def test_every_plan_that_may_be_tuned(
+    name: str, plans: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, backward = PLANS[plans]
+    config = replace(tvm_engine.configuration(), forward=forward, backward=backward, v_tile=16)
+    monkeypatch.setattr(tvm_engine, "configuration", lambda: config)
+    _check(name, replace(FEW, B=2))
+
+
+def test_few_rows_are_spread_over_threads(many_threads: int) -> None:
+    """And those that were tuned for it stay as they are."""
+    config = tvm_engine.configuration()
+    for rows, tile, fused in ((8, 256, True), (4, 64, True), (2, 32, False), (1, 16, False)):
+        made = spread(config, rows, 128, many_threads)
+        assert (made.v_tile, made.backward.outputs_in_scan) == (tile, fused)
+        assert spread(made, rows, 128, many_threads) == made
+    assert spread(config, 1, 24, many_threads).v_tile == 256  # no parts of whole vectors
