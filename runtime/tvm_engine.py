@@ -29,6 +29,7 @@ from ..dsl.step import Step
 from .artifact import Key
 from .call import Call
 from .engines import EngineName
+from .pages import empty, keep_freed_memory
 from .printed import PRINTED, Dtypes, dtypes_of, own_gradient, unprinted
 from .refine import coarse, coarse_gradients, refined, refined_cotangent
 from .selection import bucket_of, key_here, serving, token_loop_wins
@@ -139,17 +140,6 @@ def prepare_step(token: Token) -> Serve | str:
     return serve
 
 
-@lru_cache(maxsize=1)
-def _keep_freed_memory() -> None:
-    """Have the C library keep what calls free, up to 64 MiB, for the next call to take.
-
-    glibc gives the kernel back what was larger than any block freed before (up to 32 MiB), and
-    whatever is free beyond twice as much; the first touch of each new page then costs the next call
-    more than its arithmetic (docs/decisions.md, 33). The block is never touched.
-    """
-    torch.empty((32 << 20) - (1 << 13), dtype=torch.uint8)
-
-
 _SHARED = 1 << 19  # numbers in states from which another thread is worth waking
 _ROOMS = threading.local()
 
@@ -217,7 +207,7 @@ def compiled(
     config: TvmConfig,
     backward: bool,
 ) -> _Compiled:
-    _keep_freed_memory()
+    keep_freed_memory()
     signature = _signature(dims, dtype, dtypes)
     program: Program = (
         backward_program(form, config.backward)
@@ -237,7 +227,7 @@ def compiled_token(
     step: Step, dims: Dims, dtype: torch.dtype, dtypes: Dtypes, *, one_token: bool = False
 ) -> _Compiled:
     """The kernel that takes a token at a time, or (`one_token`) one in all."""
-    _keep_freed_memory()
+    keep_freed_memory()
     config = token_config(lanes_of(host_cpu()))
     kernel = print_tir(
         token_kernel(step), _signature(dims, dtype, dtypes), config, one_token=one_token
@@ -312,9 +302,9 @@ class _Run:
         dtype = call.dtype if name == "o" else torch.float32
         if threads is not None:
             longest = self._longest if times else -(-self._longest // self._chunk)
-            return torch.empty((threads, longest, *channels), dtype=dtype)
+            return empty(threads, longest, *channels, dtype=dtype)
         rows = call.B * call.T if times else len(self._chunks)
-        return torch.empty((rows, call.HV, *channels), dtype=dtype)
+        return empty(rows, call.HV, *channels, dtype=dtype)
 
     def _argument(
         self, parameter: Parameter, starts: Mapping[str, Tensor | None], ends: dict[str, Tensor]
