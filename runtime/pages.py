@@ -8,40 +8,53 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+from collections.abc import Callable
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor
 
-_KEPT = 32 << 20  # bytes; glibc maps anew whatever is larger
+_MAPPED = 32 << 20  # bytes from which glibc maps every block anew; it allows no more
+_KEPT = 256 << 20
 _LARGE = 2 << 20  # of a large page
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt
 
 
 @lru_cache(maxsize=1)
 def keep_freed_memory() -> None:
-    """Have the C library keep what calls free, up to 64 MiB, for the next call to take.
+    """Have glibc keep what calls free, up to 256 MiB of it, for the next call to take.
 
-    glibc gives the kernel back what was larger than any block freed before (up to 32 MiB), and
-    whatever is free beyond twice as much. The block is never touched.
+    By itself it gives back what was larger than any block freed before, and whatever is free beyond
+    twice as much. Not where the environment says what it should do.
     """
-    torch.empty(_KEPT - (1 << 13), dtype=torch.uint8)
+    mallopt = getattr(_c_library(), "mallopt", None)
+    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """As `torch.empty`; in large pages where the memory is new in any case."""
     x = torch.empty(shape, dtype=dtype)
     advise = _madvise()
-    if x.nbytes >= _KEPT and advise is not None:
+    if x.nbytes >= _MAPPED and advise is not None:
         begin = -(-x.data_ptr() // _LARGE) * _LARGE
         advise(begin, x.nbytes - (begin - x.data_ptr()), mmap.MADV_HUGEPAGE)
     return x
 
 
 @lru_cache(maxsize=1)
-def _madvise() -> ctypes._FuncPointer | None:
+def _madvise() -> Callable[[int, int, int], int] | None:
     """The C library's function, where there are large pages to ask for."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     function = ctypes.CDLL(None).madvise
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
+    return cast(Callable[[int, int, int], int], function)
+
+
+def _c_library() -> ctypes.CDLL | None:
+    """The functions of this process; None on Windows."""
+    return ctypes.CDLL(None) if os.name == "posix" else None
