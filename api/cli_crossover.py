@@ -12,9 +12,10 @@ from .autotune.subject import Size, subject
 from .cli_command import Command, add_json, add_target, find, print_json
 from .cli_emit import dims
 from .codegen.config import Dims
+from .codegen.tir_config import TvmConfig, spread
 from .codegen.triton_types import Dtype
 from .dsl import errors
-from .runtime.artifact import CONFIGURATIONS, Artifact, Crossover
+from .runtime.artifact import CONFIGURATIONS, Artifact, Configuration, Crossover
 from .runtime.engines import EngineName, choose
 from .runtime.plain import to_plain
 from .runtime.selection import serving
@@ -34,10 +35,22 @@ def _crossover(arguments: argparse.Namespace) -> int:
     size = Size(1, LENGTHS[-1], arguments.heads)
     about = subject(op.declaration, engine, arguments.dims, dtype, size, device)
     _, clock = about.devices
+
+    def fewer(config: Configuration) -> Configuration:
+        if not isinstance(config, TvmConfig):
+            return config
+        return spread(config, arguments.heads, arguments.dims.V, torch.get_num_threads())
+
     wins = contest(
         op.declaration,
         engine,
-        serving(CONFIGURATIONS[engine], about.key, about.bucket, lambda: about.tunable.default),
+        serving(
+            CONFIGURATIONS[engine],
+            about.key,
+            about.bucket,
+            lambda: about.tunable.default,
+            fewer,
+        ),
         arguments.dims,
         dtype,
         device,

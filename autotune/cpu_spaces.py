@@ -44,7 +44,7 @@ def tvm_space(call: Call, default: TvmConfig, chunks: tuple[int, ...]) -> Space:
         Axis("plans", tuple(range(len(PLANS)))),
         Axis("rows", (2, 4, 6, 8)),
         Axis("vectors", (1, 2, 3, 4)),
-        Axis("v_tile", tuple(t for t in _TILES if t < 2 * call.V)),
+        Axis("v_tile", tuple(sorted({default.v_tile, *(t for t in _TILES if t < call.V)}))),
     )
 
     def make(plans: int, v_tile: int, **numbers: int) -> TvmConfig:
@@ -58,7 +58,7 @@ def tvm_space(call: Call, default: TvmConfig, chunks: tuple[int, ...]) -> Space:
         "plans": PLANS.index((default.forward, default.backward)),
         "rows": default.rows,
         "vectors": default.vectors,
-        "v_tile": max(t for t in axes[-1].choices if t <= max(default.v_tile, NARROWEST)),
+        "v_tile": default.v_tile,
     }
     first: Point = tuple((a.name, chosen[a.name]) for a in axes)
 

@@ -136,9 +136,9 @@ def _tunable(
     if engine is EngineName.EAGER:
         return CallTunable(call, engine, eager_space(chunks), exam)
     if engine is EngineName.TVM:
-        from ..runtime.tvm_engine import configuration, spread_out
+        from ..runtime.tvm_engine import configuration, fitted
 
-        default = spread_out(configuration(), call)
+        default = fitted(configuration(), call)
         return CallTunable(call, engine, tvm_space(call, default, chunks), exam)
     raise errors.EngineUnavailable(
         engine.value, "it has no configurations to choose from", help="tune triton, tvm or eager"

@@ -49,16 +49,16 @@ def default_config(lanes: int) -> TvmConfig:
 
 
 def spread(config: TvmConfig, rows: int, V: int, threads: int) -> TvmConfig:
-    """`config` where there are fewer rows (sequences times value heads) than half the threads.
+    """`config` where rows (sequences times value heads) are no more than half the threads.
 
     Items are parts of the value axis, as many as there are threads for. A backward computed in the
-    scan sums over that axis, so of less than a quarter it becomes a scan of parts between kernels
-    that are parallel over chunks (measured: docs/measured.md).
+    scan sums over that axis, so up to a quarter of the threads it becomes a scan of parts between
+    kernels that are parallel over chunks (measured: docs/measured.md).
     """
     if 2 * rows > threads:
         return config
-    tile = min(config.v_tile, V)
-    while rows * (V // tile) < threads and tile % (2 * config.lanes) == 0 and tile > NARROWEST:
+    tile = config.v_tile if V % config.v_tile == 0 else V
+    while rows * (V // tile) < threads and tile % (2 * config.lanes) == 0 and tile >= 2 * NARROWEST:
         tile //= 2
     backward = config.backward
     if 4 * rows <= threads and backward.outputs_in_scan:

@@ -22,15 +22,20 @@ _LARGE = 2 << 20  # of a large page
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt
 
 
+# by which the environment says the same, and who says it there is left alone
+_SAID = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
+
+
 @lru_cache(maxsize=1)
 def keep_freed_memory() -> None:
     """Have glibc keep what calls free, up to 256 MiB of it, for the next call to take.
 
-    By itself it gives back what was larger than any block freed before, and whatever is free beyond
-    twice as much. Not where the environment says what it should do.
+    (In threads other than the first it keeps up to 64 MiB in any case.) By itself it gives back
+    what was larger than any block freed before, and whatever is free beyond twice as much.
     """
-    mallopt = getattr(_c_library(), "mallopt", None)
-    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+    said = os.environ.keys() & _SAID or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    mallopt = None if said else getattr(_c_library(), "mallopt", None)
+    if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _MAPPED)
         mallopt(_M_TRIM_THRESHOLD, _KEPT)
 

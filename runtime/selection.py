@@ -88,32 +88,34 @@ def serving(
     key: Key,
     bucket: Bucket,
     default: Callable[[], C],
-    fewer: Callable[[C], C] | None = None,
+    fewer: Callable[[C], C] = lambda config: config,
 ) -> C:
     """The configuration for calls of `key` about as large as `bucket`: tuned, else `default`.
 
-    `fewer` makes it of one that was tuned for more rows.
+    `fewer` fits one to the rows of the call, which was not tuned for so few with these threads.
 
     Raises:
         EngineUnavailable: nothing was tuned, and the default was found wrong on this machine.
     """
     found = find(key, folders())
+    rejected = {} if found.artifact is None else {r.config: r for r in found.artifact.quarantine}
     chosen = _chosen(found, bucket)
-    if chosen is not None:
-        assert isinstance(chosen.config, kind)  # `from_text` reads no others for this engine
-        if fewer is not None and chosen.bucket.rows > bucket.rows:
-            return fewer(chosen.config)
-        return chosen.config
-    config = default()
-    known = () if found.artifact is None else found.artifact.quarantine
-    for r in known:
-        if r.config == config:
+    if chosen is None:
+        config = default()
+        if config in rejected:
             raise errors.EngineUnavailable(
                 key.engine.value,
-                f"its default configuration was found wrong on {key.machine}: {r.reason}",
+                "its default configuration was found wrong on "
+                f"{key.machine}: {rejected[config].reason}",
                 help='tune it for one that is right (`chunkwise tune`), or name engine="eager"',
             )
-    return config
+    else:
+        assert isinstance(chosen.config, kind)  # `from_text` reads no others for this engine
+        config = chosen.config
+        if found.nearness is Nearness.MACHINE and chosen.bucket.rows <= bucket.rows:
+            return config
+    fitted = fewer(config)
+    return config if fitted in rejected else fitted
 
 
 @lru_cache(maxsize=8192)

@@ -121,12 +121,13 @@ def symbol(function: PrimFunc, cpu: str) -> int | None:
     """The address of a compiled C function; None where it cannot be linked or loaded."""
     name = str(function.attrs["global_symbol"])
     path = _path(name, [function], cpu)
-    with ThreadPoolExecutor(1) as workers:
-        if not _written(path, [((), (function,))], cpu, workers):
-            return None
     try:
+        with ThreadPoolExecutor(1) as workers:
+            if not _written(path, [((), (function,))], cpu, workers):
+                return None
         return ctypes.cast(getattr(ctypes.CDLL(str(path)), name), ctypes.c_void_p).value
-    except OSError as why:  # what it calls is nowhere to be found
+    except (OSError, AttributeError, subprocess.CalledProcessError) as why:
+        # what it calls is nowhere to be found, or this linker asks for it
         _LOG.info("%s: %s", path, why)
         return None
 

@@ -178,18 +178,22 @@ def configuration() -> TvmConfig:
     return default_config(lanes_of(host_cpu()))
 
 
-def spread_out(config: TvmConfig, call: Call) -> TvmConfig:
-    """`config` as it serves calls like `call`, where its threads are more than its rows."""
+def fitted(config: TvmConfig, call: Call) -> TvmConfig:
+    """`config` as it serves calls like `call`, whose rows may be few for these threads."""
     return spread(config, bucket_of(call).rows, call.V, torch.get_num_threads())
 
 
+def served(call: Call) -> TvmConfig:
+    """What serves calls like `call`."""
+
+    def fewer(config: TvmConfig) -> TvmConfig:
+        return fitted(config, call)
+
+    return serving(TvmConfig, _key(call), bucket_of(call), configuration, fewer)
+
+
 def _compiled(call: Call, config: TvmConfig | None, *, backward: bool) -> _Compiled:
-    if config is None:
-
-        def few(config: TvmConfig) -> TvmConfig:
-            return spread_out(config, call)
-
-        config = serving(TvmConfig, _key(call), bucket_of(call), lambda: few(configuration()), few)
+    config = config or served(call)
     dims = Dims(call.K, call.V)
     return compiled(call.form, dims, call.dtype, dtypes_of(call), config, backward)
 

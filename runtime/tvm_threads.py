@@ -7,9 +7,11 @@ of its parent's threads: children of multiprocessing start their own.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -48,24 +50,24 @@ def run(works: Sequence[Work], items: int, threads: int) -> None:
     """Have all items done, on no more than that many threads; of several works, one item by all.
 
     Raises:
-        RuntimeError: a kernel failed.
+        RuntimeError: a kernel failed (what it says is lost in its thread).
     """
-    threads = min(threads, items)
-    team = None if threads <= 1 else _team()
+    team = None if min(threads, items) <= 1 else _team()
     if team is not None:
         _run_by(team, works, items, threads)
         return
 
     def piece(thread: int, begin: int, end: int) -> None:
-        step = 1 if len(works) > 1 else end - begin
+        step = 1 if len(works) > 1 else max(end - begin, 1)
         for item in range(begin, end, step):
             for work in works:
                 work.run(thread, item, item + step)
 
-    share(items, threads, piece)
+    share(items, min(threads, items), piece)
 
 
 def _run_by(team: ctypes.CDLL, works: Sequence[Work], items: int, threads: int) -> None:
+    """By the whole team, however few items: OpenMP ends threads that a smaller one leaves out."""
     given = [(Arguments(w.function, w.values, w.own, threads), w.each) for w in works]
     what = described(given)
     address, _ = what.buffer_info()
@@ -84,22 +86,24 @@ def _team() -> ctypes.CDLL | None:
 
 @lru_cache(maxsize=1)
 def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP library that torch runs its loops on; None: not one with GNU's entry points."""
+    """The OpenMP library that torch runs its loops on; None: not one with GNU's entry points.
+
+    Of several in a process that is the one whose names come first, for torch and for the worker.
+    """
+    if sys.platform != "linux":
+        return None
     if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return None
-    for name in ("libgomp.so.1", None):  # by the name it was loaded under, or as all may see it
-        try:
-            mode = getattr(os, "RTLD_NOLOAD", 0) | getattr(os, "RTLD_GLOBAL", 0)
-            library = ctypes.CDLL(name, mode=mode | ctypes.DEFAULT_MODE)
-            library.GOMP_parallel_loop_dynamic.argtypes = (
-                ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint,
-                *(ctypes.c_long,) * 4, ctypes.c_uint,
-            )  # fmt: skip
-            library.GOMP_parallel_loop_dynamic.restype = None
-        except (OSError, AttributeError):
-            continue
-        return library
-    return None
+    with contextlib.suppress(OSError):  # by the name it was loaded under; now all may see it
+        ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_GLOBAL)
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "GOMP_parallel_loop_dynamic"):
+        return None
+    library.GOMP_parallel_loop_dynamic.argtypes = (
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, *(ctypes.c_long,) * 4, ctypes.c_uint,
+    )  # fmt: skip
+    library.GOMP_parallel_loop_dynamic.restype = None
+    return library
 
 
 @lru_cache(maxsize=4)

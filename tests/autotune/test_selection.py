@@ -14,7 +14,7 @@ from chunkwise.dsl import errors
 from chunkwise.runtime.artifact import Artifact, Bucket, Crossover, Key
 from chunkwise.runtime.engines import EngineName
 from chunkwise.runtime.machine import Machine
-from chunkwise.runtime.selection import Nearness, find, nearest, serving
+from chunkwise.runtime.selection import Nearness, _trusted, find, nearest, serving
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -212,3 +212,38 @@ def test_a_default_in_quarantine_is_refused(
         serving(Config, KEY, Bucket(1, 1), lambda: CONFIG)
     assert "found wrong on NVIDIA H200 (sm_90): two runs differ: d k" in refused.value.why
     assert "chunkwise tune" in refused.value.help
+
+
+@pytest.mark.parametrize(
+    ("machine", "rows", "chunk"),
+    [(H200, 64, 64), (H200, 65, 64), (H200, 63, 16), (H100, 64, 16), (H100, 63, 16)],
+)
+def test_what_was_tuned_elsewhere_or_for_more_rows_is_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Machine, rows: int, chunk: int
+) -> None:
+    monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
+    store.save(ARTIFACT)  # of an H200, for 64 rows
+    key = replace(KEY, machine=machine)
+
+    def served() -> Config:
+        return serving(
+            Config, key, Bucket(rows, 4096), lambda: config(8), lambda c: replace(c, chunk=16)
+        )
+
+    assert served().chunk == chunk
+    store.save(Artifact("name", KEY, quarantine=(rejected(replace(CONFIG, chunk=16)),)))
+    find.cache_clear()
+    _trusted.cache_clear()
+    assert served() == CONFIG
+
+
+def test_a_default_is_fitted_unless_that_is_in_quarantine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
+    assert serving(Config, KEY, Bucket(1, 1), lambda: config(8), lambda c: CONFIG) == CONFIG
+    other = replace(KEY, dtype="float16")
+    store.save(Artifact("name", other, quarantine=(rejected(CONFIG),)))
+    assert serving(Config, other, Bucket(1, 1), lambda: config(8), lambda c: CONFIG) == config(8)
+    with pytest.raises(errors.EngineUnavailable):
+        serving(Config, other, Bucket(1, 1), lambda: CONFIG, lambda c: config(8))

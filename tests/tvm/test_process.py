@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,15 @@ def test_in_workers(method: str) -> None:
         assert torch.equal(got, want)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_threads_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours would compete with them for the cores; ours only where torch has none of OpenMP's."""
     shared: list[int] = []
@@ -109,28 +120,28 @@ def test_threads_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
         share(items, threads, work)
 
     monkeypatch.setattr(tvm_threads, "share", watched)
-    torch.set_num_threads(2)
     want = _output()
     openmp = sys.platform == "linux" and "OpenMP" in torch.__config__.parallel_info()
+    openmp = openmp and any(map(shutil.which, ("cc", "gcc", "clang", "ld")))
     assert bool(shared) != openmp
     monkeypatch.setattr(tvm_threads, "_team", lambda: None)
     assert torch.equal(_output(), want)
     assert shared[-1] == 2
 
 
-def _shared_out(items: int, threads: int) -> list[int]:
-    done: list[int] = []
-    tvm_threads.share(items, threads, lambda thread, begin, end: done.extend(range(begin, end)))
-    return sorted(done)
+def _output_of_two_threads() -> Tensor:
+    torch.set_num_threads(2)
+    return _output()
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_several_threads_in_a_child(method: str) -> None:
     """Of a parent whose threads have run: an OpenMP loop would wait for those for ever."""
-    assert _shared_out(9, 2) == list(range(9))
+    want = _output()
     with multiprocessing.get_context(method).Pool(1) as pool:
-        assert pool.apply_async(_shared_out, (9, 2)).get(timeout=120) == list(range(9))
+        assert torch.equal(pool.apply_async(_output_of_two_threads).get(timeout=120), want)
 
 
 @pytest.mark.parametrize("team", [True, False])
@@ -144,7 +155,7 @@ def test_an_error_in_a_thread_reaches_the_caller(
         monkeypatch.setattr(tvm_threads, "_team", lambda: None)
     with pytest.raises(RuntimeError, match="failed"):
         tvm_threads.run([tvm_threads.Work(tvm_ffi.convert(kernel), ())], 8, 2)
-    assert _shared_out(8, 2) == list(range(8))
+    assert _output().isfinite().all()
 
 
 def test_every_item_is_done_once_by_each_of_several_kernels() -> None:
@@ -166,6 +177,50 @@ def test_every_item_is_done_once_by_each_of_several_kernels() -> None:
         [("first", n, n + 1) for n in range(50)] + [("second", 2 * n, 2 * n + 2) for n in range(50)]
     )
     assert [float(w.own[1].sum()) for w in works] == [50, 100]
+    tvm_threads.run(works[:1], 0, 3)
+    assert len(done) == 100
+
+
+_OTHER_OPENMP = """
+static long begin, end;
+
+void GOMP_parallel_loop_dynamic(void (*run)(void *), void *data, unsigned threads, long start,
+                                long stop, long step, long size, unsigned flags) {
+  begin = start;
+  end = stop;
+  run(data);
+}
+
+char GOMP_loop_dynamic_next(long *first, long *last) {
+  *first = begin;
+  *last = end;
+  begin = end;
+  return *first < *last;
+}
+
+void GOMP_loop_end_nowait(void) {}
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="needs a C compiler"
+)
+def test_another_openmp_library_in_the_process(tmp_path: Path) -> None:
+    """One whose names come first (torch's run_cpu preloads one) starts the loop and shares it out.
+
+    A team of one library that asked another for its pieces would crash.
+    """
+    source, library = tmp_path / "other.c", tmp_path / "libother.so"
+    source.write_text(_OTHER_OPENMP, encoding="ascii")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    code = "import torch\nimport chunkwise as cw\nx = torch.ones(4, 3, 1, 4)\n"
+    code += "torch.set_num_threads(2)\n"
+    code += "print(float(cw.library.linear_attention(x, x, x, engine='tvm')[0].sum()))\n"
+    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) == 4 * 96.0
 
 
 @pytest.mark.parametrize("order", ["import torch, tvm", "import tvm, torch"])
@@ -261,18 +316,30 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 5)
 
 
 def test_calls_find_the_memory_that_calls_before_them_freed() -> None:
-    """The results of each have 4096 pages, which the kernel would clear again for every call."""
+    """Each result has 6144 pages, which the kernel would clear again for every call."""
     done = subprocess.run(
-        [sys.executable, "-c", _TOUCHED.format(T=2048)], check=True, capture_output=True, text=True
+        [sys.executable, "-c", _TOUCHED.format(T=12288)], check=True, capture_output=True, text=True
     )
-    assert float(done.stdout) < 2500  # 5600 without, at most 1200 in 16 runs with it
+    assert float(done.stdout) < 4000  # 7700 and more without, up to 1300 with it
+
+
+_LARGE_PAGES = """
+import mmap, resource
+block = mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+block.madvise(mmap.MADV_HUGEPAGE)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for page in range(0, 64 << 20, 4096):
+    block[page] = 1
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
 
 
 def test_what_is_new_in_any_case_comes_in_large_pages() -> None:
     """Each of the four results of a call is too large for the C library to keep: 8192 pages."""
-    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    large = offered.exists() and "[never]" not in offered.read_text(encoding="ascii")
-    done = subprocess.run(
-        [sys.executable, "-c", _TOUCHED.format(T=16384)], check=True, capture_output=True, text=True
+    probe, done = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for code in (_LARGE_PAGES, _TOUCHED.format(T=16384))
     )
-    assert float(done.stdout) < (3 if large else 8) * 8192  # some of it is torch's own
+    if int(probe.stdout) > 4096:  # of 16384
+        pytest.skip("this machine has no large pages to give")
+    assert float(done.stdout) < 3 * 8192  # some of it is torch's own
