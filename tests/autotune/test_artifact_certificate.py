@@ -19,6 +19,7 @@ from chunkwise.autotune.certificate_inputs import (
     ranges,
 )
 from chunkwise.codegen.config import Dims, EagerConfig
+from chunkwise.codegen.tir_config import TvmConfig
 from chunkwise.dsl import Key, Scalar, State, Value, errors, exp, l2norm, outer, within
 from chunkwise.dsl.declaration import declaration
 from chunkwise.dsl.library import all_declarations, by_name
@@ -208,3 +209,23 @@ def test_states_that_grow_are_refused() -> None:
     with pytest.raises(errors.NotLowered, match="cannot be checked") as refused:
         prepare(_growing, Dims(4, 4), torch.float64, CPU, tokens=100)
     assert "makes it grow" in refused.value.why
+
+
+def test_what_is_wrong_only_for_calls_of_few_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU those are cut along the value axis: the examination asks that way, too."""
+    from chunkwise.runtime import tvm_engine
+
+    config = tvm_engine.configuration()
+    exam = prepare(by_name("delta_rule"), Dims(8, 32), torch.float32, CPU, tokens=20)
+    assert certify(exam, Under(EngineName.TVM, config)).ok
+    forward = tvm_engine.forward
+
+    def spoilt(call: Call, under: TvmConfig) -> tuple[Tensor, tuple[Tensor, ...]]:
+        o, finals = forward(call, under)
+        return (o if under == config else 2 * o), finals
+
+    monkeypatch.setattr(tvm_engine, "forward", spoilt)
+    certificate = certify(exam, Under(EngineName.TVM, config))
+    assert {f.split(":")[0] for f in certificate.faults} == {
+        f"o ({family}, in parts)" for family in certificate.inputs
+    }
