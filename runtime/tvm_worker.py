@@ -21,32 +21,33 @@ from tvm.tirx import Expr, PrimFunc, Var
 from ..codegen.tir_code import Code, int32, int64
 from .tvm_build import Function, host_cpu, symbol
 
-_INT, _FLOAT, _TENSOR = 1, 3, 70  # types of arguments (tvm/ffi/c_api.h)
+_INT, _FLOAT, _DLTENSOR, _TENSOR = 1, 3, 7, 70  # types of arguments (tvm/ffi/c_api.h)
 _KERNEL = 4  # words that describe a kernel
+_CPU, _FLOAT32 = 1, 2 | 32 << 8 | 1 << 16  # device and dtype in a DLTensor (dlpack.h)
+_ROW = 48  # bytes of a DLTensor
 _NAME = "chunkwise_worker"
 
 
 class Arguments:
     """Those of a kernel, for each thread: all but the last two, which say which items to do.
 
-    `own`: by position, tensors of which each thread has one row.
+    `own`: by position, float32 tensors of which each thread has one row.
     """
 
     def __init__(
         self, function: Function, values: Sequence[object], own: Mapping[int, Tensor], threads: int
     ) -> None:
-        self._kept: list[object] = [function]
-        words: list[int] = []
-        for x in values:
-            words += self._words(x)
+        self._kept: list[object] = []
+        words = [word for x in values for word in self._words(x)]
         words += (_INT, 0, _INT, 0)
         self.words = len(words)
         self.function = function
-        self.memory = array("q", words * threads)
+        self.memory = array("q", words) * threads
         for position, rows in own.items():
-            for thread, row in enumerate(rows[:threads].unbind()):
-                at = thread * self.words + 2 * position
-                self.memory[at : at + 2] = array("q", self._words(row))
+            first = self._rows(rows, threads)
+            self.memory[2 * position :: self.words] = array("q", (_DLTENSOR,) * threads)
+            places = range(first, first + threads * _ROW, _ROW)
+            self.memory[2 * position + 1 :: self.words] = array("q", places)
 
     def _words(self, x: object) -> tuple[int, int]:
         if isinstance(x, Tensor):
@@ -59,6 +60,18 @@ class Arguments:
             return _FLOAT, struct.unpack("q", struct.pack("d", x))[0]
         assert isinstance(x, int)
         return _INT, x
+
+    def _rows(self, rows: Tensor, threads: int) -> int:
+        """The address of DLTensors of the rows, one for each thread, side by side."""
+        sizes = array("q", (*rows.shape[1:], *rows.stride()[1:]))
+        at, count = sizes.buffer_info()
+        axes = count // 2
+        one = (0, _CPU, axes | _FLOAT32 << 32, at, at + 8 * axes, 0)
+        tensors = array("q", one) * threads
+        data, step = rows.data_ptr(), rows.stride(0) * rows.itemsize
+        tensors[:: len(one)] = array("q", range(data, data + threads * step, step))
+        self._kept += (sizes, tensors, rows)
+        return tensors.buffer_info()[0]
 
 
 def described(kernels: Sequence[tuple[Arguments, int]]) -> array[int]:
