@@ -100,9 +100,9 @@ class Under:
         """As it is, and as calls of few rows of such a form are served."""
         if isinstance(self.config, TvmConfig):
             cut = spread(self.config, rows=1, V=call.V, threads=call.V)
-            return (
-                (self,) if cut == self.config else (self, replace(self, config=cut, how="in parts"))
-            )
+            if cut == self.config:
+                return (self,)
+            return self, replace(self, config=cut, how="in parts")
         if self.engine is not EngineName.TRITON or not passing(call.form, Dims(call.K, call.V)):
             return (self,)
         return self, replace(self, segment=_SEGMENT, how="in segments")

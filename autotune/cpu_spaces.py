@@ -44,14 +44,12 @@ def tvm_space(call: Call, default: TvmConfig, chunks: tuple[int, ...]) -> Space:
         Axis("plans", tuple(range(len(PLANS)))),
         Axis("rows", (2, 4, 6, 8)),
         Axis("vectors", (1, 2, 3, 4)),
-        Axis("v_tile", tuple(sorted({default.v_tile, *(t for t in _TILES if t < call.V)}))),
+        Axis("v_tile", tuple(sorted({default.v_tile, WIDEST, *(t for t in _TILES if t < call.V)}))),
     )
 
-    def make(plans: int, v_tile: int, **numbers: int) -> TvmConfig:
+    def make(plans: int, **numbers: int) -> TvmConfig:
         forward, backward = PLANS[plans]
-        # as wide as all channels is one configuration, however it is written
-        v_tile = WIDEST if v_tile >= min(call.V, WIDEST) else v_tile
-        return replace(default, forward=forward, backward=backward, v_tile=v_tile, **numbers)
+        return replace(default, forward=forward, backward=backward, **numbers)
 
     chosen = {
         "chunk": default.chunk,

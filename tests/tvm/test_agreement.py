@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import chunkwise as cw
@@ -70,23 +70,14 @@ def test_channels(channels: tuple[int, int]) -> None:
     _check("delta_rule", Sizes(B=1, T=C + 2, K=K, V=V, initial=True, dtype=FLOAT32))
 
 
-@pytest.fixture
-def many_threads() -> Iterator[int]:
-    """More than the rows of a call."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(8)
-    yield 8
-    torch.set_num_threads(before)
-
-
 # V that has parts; the last chunk is not whole
 FEW = Sizes(B=1, T=2 * C + 5, H=1, HV=1, K=8, V=32, initial=True, dtype=FLOAT32)
 
 
-@pytest.mark.usefixtures("many_threads")
 @pytest.mark.parametrize("name", LOWERED)
-def test_calls_of_few_rows(name: str) -> None:
+def test_calls_of_few_rows(name: str, set_threads: Callable[[int], None]) -> None:
     """Parts of the value axis on threads of their own, gradients in parallel over chunks."""
+    set_threads(8)
     _check(name, FEW)
 
 
@@ -101,11 +92,11 @@ def test_every_plan_that_may_be_tuned(
     _check(name, replace(FEW, B=2))
 
 
-def test_few_rows_are_spread_over_threads(many_threads: int) -> None:
+def test_few_rows_are_spread_over_threads() -> None:
     """And those that were tuned for it stay as they are."""
     config = tvm_engine.configuration()
     for rows, tile, fused in ((8, 256, True), (4, 64, True), (2, 32, False), (1, 16, False)):
-        made = spread(config, rows, 128, many_threads)
+        made = spread(config, rows, 128, 8)
         assert (made.v_tile, made.backward.outputs_in_scan) == (tile, fused)
-        assert spread(made, rows, 128, many_threads) == made
-    assert spread(config, 1, 24, many_threads).v_tile == 256  # no parts of whole vectors
+        assert spread(made, rows, 128, 8) == made
+    assert spread(config, 1, 24, 8).v_tile == 256  # no parts of whole vectors

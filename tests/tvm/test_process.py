@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from chunkwise.codegen.config import Dims, Precision
 from chunkwise.codegen.emit import forward_program
 from chunkwise.codegen.print_tir import print_tir
 from chunkwise.codegen.triton_types import Dtype, Signature
-from chunkwise.runtime import tvm_build, tvm_engine, tvm_threads
+from chunkwise.runtime import pages, tvm_build, tvm_engine, tvm_threads
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 OP = cw.library.linear_attention
+Threads = Callable[[int], None]
 
 
 def _operands(B: int = 3, T: int = 70) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,18 +38,18 @@ def _output() -> Tensor:
     return o
 
 
-def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    before = torch.get_num_threads()
+def test_results_do_not_depend_on_the_number_of_threads(set_threads: Threads) -> None:
     results = []
     for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
+        set_threads(threads)
         results.append(_output())
-    torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
-def test_no_more_threads_than_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_threads_than_torch_has(
+    monkeypatch: pytest.MonkeyPatch, set_threads: Threads
+) -> None:
     seen: list[int] = []
     run = tvm_engine.run
 
@@ -57,10 +58,8 @@ def test_no_more_threads_than_torch_has(monkeypatch: pytest.MonkeyPatch) -> None
         run(works, items, threads)
 
     monkeypatch.setattr(tvm_engine, "run", watched)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
+    set_threads(3)
     _output()
-    torch.set_num_threads(before)
     assert seen == [3]
 
 
@@ -101,17 +100,9 @@ def test_in_workers(method: str) -> None:
         assert torch.equal(got, want)
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("two_threads")
-def test_threads_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_torchs_own(monkeypatch: pytest.MonkeyPatch, set_threads: Threads) -> None:
     """Ours would compete with them for the cores; ours only where torch has none of OpenMP's."""
+    set_threads(2)
     shared: list[int] = []
     share = tvm_threads.share
 
@@ -134,11 +125,11 @@ def _output_of_two_threads() -> Tensor:
     return _output()
 
 
-@pytest.mark.usefixtures("two_threads")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_several_threads_in_a_child(method: str) -> None:
+def test_several_threads_in_a_child(method: str, set_threads: Threads) -> None:
     """Of a parent whose threads have run: an OpenMP loop would wait for those for ever."""
+    set_threads(2)
     want = _output()
     with multiprocessing.get_context(method).Pool(1) as pool:
         assert torch.equal(pool.apply_async(_output_of_two_threads).get(timeout=120), want)
@@ -335,6 +326,18 @@ def test_what_is_new_in_any_case_comes_in_large_pages() -> None:
     probe = subprocess.run(
         [sys.executable, "-c", _LARGE_PAGES], capture_output=True, text=True, check=True
     )
-    if int(probe.stdout) > 4096:
-        pytest.skip("this machine has no large pages to give")
-    assert min(_touched(16 << 20, 1)) < 4096
+    # as few as the machine gives whoever asks; one without large pages gives the small ones
+    assert min(_touched(16 << 20, 1)) < int(probe.stdout) + 2000
+
+
+def test_results_are_made_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, ...]] = []
+
+    def watched(*shape: int, dtype: torch.dtype) -> Tensor:
+        made.append(shape)
+        return pages.empty(*shape, dtype=dtype)
+
+    monkeypatch.setattr(tvm_engine, "empty", watched)
+    o = _output()
+    assert (o.shape[0] * o.shape[1], *o.shape[2:]) in made
+    assert pages.keep_freed_memory.cache_info().currsize == 1
