@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -23,30 +21,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every-plan", action="store_true", help="every plan of every class in the interpreter"
     )
-
-
-def _scan_by_rows(self: Any, arguments: Any) -> list[Any]:
-    """An associative scan as the interpreter does it, but a row at a time, not an element."""
-    import numpy as np
-
-    arrays = [np.moveaxis(x.handle.data, self.axis, 0) for x in arguments]
-    types = [x.dtype for x in arguments]
-    outputs = [np.zeros_like(a) for a in arrays]
-    row = tuple(a[0] for a in arrays)
-    for n in range(arrays[0].shape[0]):
-        if n:
-            before = [self.to_tensor(x, t) for x, t in zip(row, types, strict=True)]
-            now = [self.to_tensor(a[n], t) for a, t in zip(arrays, types, strict=True)]
-            combined = self.combine_fn.fn(*before, *now)
-            combined = combined if isinstance(combined, tuple) else (combined,)
-            row = tuple(
-                x.handle.data.reshape(a[n].shape) for x, a in zip(combined, arrays, strict=True)
-            )
-        for out, x in zip(outputs, row, strict=True):
-            out[n] = x
-    return [
-        self.to_tensor(np.moveaxis(x, 0, self.axis), t) for x, t in zip(outputs, types, strict=True)
-    ]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,16 +47,9 @@ def _fast_interpreter() -> None:
         return
     if not triton.knobs.runtime.interpret:
         return
-    from triton.runtime import interpreter
+    from tests.interpreted import hasten
 
-    interpreter.ScanOps.generic_scan = _scan_by_rows
-    original = interpreter._get_np_dtype
-    of_scalar = functools.lru_cache(maxsize=None)(original)
-
-    def np_dtype(t: Any) -> Any:  # blocks and pointers do not hash
-        return original(t) if t.scalar.is_ptr() else of_scalar(t.scalar)
-
-    interpreter._get_np_dtype = np_dtype
+    hasten()
 
 
 @pytest.fixture(autouse=True)

@@ -66,13 +66,14 @@ class Inputs:
     """The arguments of one call, all leaves that require gradients."""
 
     operands: dict[str, Tensor]
-    initial: tuple[Tensor, ...] | None
+    initial: tuple[Tensor | None, ...] | None
     cu_seqlens: Tensor | None
     params: dict[str, float] = field(default_factory=dict)
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        states = {f"initial {i}": s for i, s in enumerate(self.initial or ())}
+        given = enumerate(self.initial or ())
+        states = {f"initial {i}": s for i, s in given if s is not None}
         return {**self.operands, **states}
 
     def copied(self, device: str, dtype: torch.dtype) -> Inputs:
@@ -81,7 +82,7 @@ class Inputs:
 
         return Inputs(
             {n: copy(x) for n, x in self.operands.items()},
-            None if self.initial is None else tuple(copy(x) for x in self.initial),
+            None if self.initial is None else tuple(x if x is None else copy(x) for x in self.initial),
             None if self.cu_seqlens is None else self.cu_seqlens.to(device),
             self.params,
         )
@@ -182,7 +183,9 @@ def wobbled(inputs: Inputs) -> Inputs:
         return tolerance.wobbled(x, random).requires_grad_()
 
     operands = {n: moved(x) for n, x in inputs.operands.items()}
-    initial = None if inputs.initial is None else tuple(moved(x) for x in inputs.initial)
+    initial = inputs.initial
+    if initial is not None:
+        initial = tuple(x if x is None else moved(x) for x in initial)
     return replace(inputs, operands=operands, initial=initial)
 
 

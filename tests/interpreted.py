@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +16,44 @@ from chunkwise.runtime.call import Call
 
 CHUNK = 16  # the least that a matrix product takes: a few tokens make several chunks
 TILES = KernelConfig(v_tile=16, warps=4, stages=1, k_tile=16)  # 17 channels loop over two tiles
+
+
+def _scan_by_rows(self: Any, arguments: Any) -> list[Any]:
+    """An associative scan as the interpreter does it, but a row at a time, not an element."""
+    import numpy as np
+
+    arrays = [np.moveaxis(x.handle.data, self.axis, 0) for x in arguments]
+    types = [x.dtype for x in arguments]
+    outputs = [np.zeros_like(a) for a in arrays]
+    row = tuple(a[0] for a in arrays)
+    for n in range(arrays[0].shape[0]):
+        if n:
+            before = [self.to_tensor(x, t) for x, t in zip(row, types, strict=True)]
+            now = [self.to_tensor(a[n], t) for a, t in zip(arrays, types, strict=True)]
+            combined = self.combine_fn.fn(*before, *now)
+            combined = combined if isinstance(combined, tuple) else (combined,)
+            row = tuple(
+                x.handle.data.reshape(a[n].shape) for x, a in zip(combined, arrays, strict=True)
+            )
+        for out, x in zip(outputs, row, strict=True):
+            out[n] = x
+    return [
+        self.to_tensor(np.moveaxis(x, 0, self.axis), t) for x, t in zip(outputs, types, strict=True)
+    ]
+
+
+def hasten() -> None:
+    """Two thirds of the time of Triton's interpreter go where a few lines of numpy do as well."""
+    from triton.runtime import interpreter
+
+    interpreter.ScanOps.generic_scan = _scan_by_rows
+    original = interpreter._get_np_dtype
+    of_scalar = lru_cache(maxsize=None)(original)
+
+    def np_dtype(t: Any) -> Any:  # blocks and pointers do not hash
+        return original(t) if t.scalar.is_ptr() else of_scalar(t.scalar)
+
+    interpreter._get_np_dtype = np_dtype
 
 
 @cache

@@ -1,95 +1,124 @@
-"""Hypothesis strategies for recurrences within the lowered classes, written out as declarations.
+"""Random recurrences: declarations as text, of every kind of operand and function of the language.
 
-A drawn rule is source text, so that a failure shows, shrunk, the declaration that fails. Operands
-are drawn small and decays lie in (0, 1]: a state that grows would pass rounding off as an error.
+A rule is drawn through `pick`, which chooses one of several things: Hypothesis does (and shrinks),
+or a generator of random numbers does. The simplest choice comes first. Most rules are legal and
+lowered, and contract their states (a state that grows would pass rounding off as an error); the
+others must be refused in words.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
-import torch
 from chunkwise import dsl
 from chunkwise.dsl.declaration import Declaration
-from chunkwise.dsl.ir import Kind, Per
-from hypothesis import strategies as st
-from torch import Tensor
 
-_KINDS = {
-    **dict.fromkeys(("q", "k", "p", "a", "w"), "Key"),
-    **dict.fromkeys(("v", "z"), "Value"),
-    **dict.fromkeys(("g", "beta", "c"), "Scalar"),
-    **dict.fromkeys(("h", "d"), "HeadScalar"),
-    "u": "HeadKey",
-    "y": "HeadValue",
+T = TypeVar("T")
+
+
+class Pick(Protocol):
+    """Chooses one of a few things."""
+
+    def __call__(self, options: Sequence[T], /) -> T: ...
+
+
+_SINGLE = {
+    "Key": ("k", "q", "p", "a"),
+    "Value": ("v", "z", "y"),
+    "Scalar": ("b", "c", "s"),
+    "HeadScalar": ("h", "d"),
+    "HeadKey": ("u",),
+    "HeadValue": ("r",),
 }
+# gates have operands of their own: what the rest of a step does to them is drawn too
+_GATES = {"Scalar": ("g", "f"), "Key": ("w", "e"), "HeadScalar": ("hg",), "HeadKey": ("hw",)}
+_TUPLES = {"Key": "ks", "Value": "vs", "Scalar": "bs"}
+_KIND_OF = {
+    **{n: kind for table in (_SINGLE, _GATES) for kind, names in table.items() for n in names},
+    **{n: f"tuple[{kind}, ...]" for kind, n in _TUPLES.items()},
+}
+_PARAMS = {"scale": 0.7, "rate": 0.25}
+_STATICS = {"power": "int = 2", "flag": "bool = True"}
+# names that kernels use themselves, or Python, torch or Triton does
+_NAMES = (
+    *(*"GTDULHAWXCKVNBijkx", "x_2", "e_G", "d", "S_next", "G_C", "w", "c", "tl", "torch", "F"),
+    *("triton", "T_", "eps", "lanes", "rows", "chunk", "at", "float32", "dtype", "self", "step"),
+    *("operands", "params", "valid", "exp_", "lambda_", "q0", "beta", "Ω", "m", "n", "pid"),
+)
 
-# the simplest of each come first: that is where shrinking ends
-DECAYS_SCALAR = (
-    "exp(g)",
-    "sigmoid(g)",
-    "exp(-softplus(g + h))",
-    "(1 - sigmoid(g))",
-    "exp(-exp(h) * softplus(g))",
-    "exp(-softplus(h))",
-    "0.75",
-    "within(sigmoid(g) * 0.5 + 0.4, 0.0, 1.0)",
-    "(sigmoid(g) * exp(-abs(c)))",
+_NUMBERS = (
+    *("0.5", "scale", "2", "tanh(0.3)", "exp(-scale)", "scale / 3", "sqrt(2.0)", "-rate"),
+    *("sigmoid(rate)", "log(1.5 + scale ** 2)", "maximum(scale, 0.2)", "scale * rate", "1 / 3"),
+    *("(scale if flag else 0.1)", "1.0 / power", "softplus(-0.4)", "clamp(rate, 0.1, 0.2)"),
+    *("log2(3.0)", "rsqrt(power)", "relu(scale - 2)", "abs(-0.3)", "log1p(rate)", "expm1(-0.5)"),
+    *("silu(0.7)", "minimum(rate, scale)", "within(scale, 0.0, 2.0)", "logsigmoid(1.0)"),
 )
-DECAYS_KEY = (
-    "exp(w)",
-    "sigmoid(w)",
-    "exp(-softplus(w + u))",
-    "exp(-0.6 * sigmoid(w))",
-    "(1 - sigmoid(w))",
-    "(sigmoid(g) * exp(w))",
-    "exp(-softplus(u))",
-    "exp(maximum(w, -2.0))",
-    "exp(expm1(w))",
+_OF_ONE = (
+    *("tanh({})", "sigmoid({})", "softplus({})", "silu({})", "relu({})", "abs({})", "-{}"),
+    *("exp(-abs({}))", "expm1(-abs({}))", "log1p(abs({}))", "log(1 + abs({}))", "{} ** 3"),
+    *("log2(0.5 + {} ** 2)", "logsigmoid({})", "sqrt(0.1 + {} ** 2)", "rsqrt(1 + {} ** 2)"),
+    *("clamp({}, -1.0, 0.7)", "clamp({}, None, 0.4)", "1 / (1 + {} ** 2)", "(1 - {})", "({} / 3)"),
+    *("{} ** -2 * 0", "(0.6 - {}) * 0.5", "within({}, -1e6, 1e6)", "(+{})", "(1 + abs({})) ** -0.5"),
 )
-KEYS = ("k", "l2norm(k)", "silu(k)", "u * k", "tanh(k)", "k * rsqrt(1 + dot(k, k))", "(1 - k) * p")
-VALUES = (
-    "v",
-    "beta * v",
-    "silu(v)",
-    "y * v",
-    "v * sigmoid(z)",
-    "v / (1 + exp(c))",
-    "v * dot(k, p)",
+_OF_TWO = (
+    *("({} + {})", "({} - {})", "{} * {}", "{} / (1 + abs({}))", "maximum({}, {})"),
+    *("minimum({}, {})", "{} / (0.5 + {} ** 2)", "{} * sigmoid({})"),
 )
-QUERIES = ("q", "l2norm(q)", "q * u", "scale * q", "relu(q) + 0.1", "q * dot(q, k)")
-STEPS = ("sigmoid(beta)", "0.5", "sigmoid(beta) / (1 + dot(k, k))", "minimum(exp(c), 0.8)")
-OUTPUTS = (
-    "o",
-    "tanh(o)",
-    "o * sigmoid(z)",
-    "o / (1 + abs(o))",
-    "o + d * v",
-    "c * o - dot(q, k) * v",
+_OUTPUTS = (
+    *("o", "tanh(o)", "o * sigmoid({v})", "o / (1 + abs(o))", "o + {s} * {v}", "silu(o)"),
+    *("{s} * o - dot({k}, {k}) * {v}", "o * sum({v})", "maximum(o, {v})", "relu(o) + 0.1"),
+    *("o / (1 + o ** 2)", "o + sum({k}) * {v}", "o * {n}", "o * tanh(0.3)", "log1p(abs(o))"),
+    *("o / (0.1 + dot({k}, {k}))", "sqrt(1 + o * o)", "clamp(o, -2.0, 2.0)", "(o + {v}) * {n}"),
+    *("o + 0.0 * {v} / (0.1 + dot({v}, {v}))", "minimum(o, {s})", "exp(-o ** 2)", "o * o", "-o"),
+    *("l2norm({v}) * o", "softplus(o)", "o / sqrt(0.1 + sum({v} * {v}))", "within(o, -1e9, 1e9)"),
+    *("expm1(-abs(o)) + {v}", "logsigmoid(o)", "rsqrt(1 + o ** 2)", "o * {s} / (1 + {s} ** 2)"),
+)
+# steps that have no meaning, no chunk form, or no lowering: each must be refused in words
+_REFUSED = (
+    *("S = tanh(S)", "S = S * S", "S = S + outer(k, tanh(k @ S))", "S = S @ v", "S = S + 1.0"),
+    *("S = exp(abs(s)) * S + outer(k, v)", "S = s * S + outer(k, v)", "S = S + outer(v, k)"),
+    *("S = S + outer(k, v - S @ k)", "o = o / sum(o)", "o = o * sum(q @ S)", "S = -S", "o = S"),
+    *("S = 0.0 * S + outer(k, v)", "S = S ** 2", "S = clamp(S, -1, 1)", "S = l2norm(S)", "o = q"),
+    *("S = S - S + outer(k, v)", "S = S + outer(k @ S, v)", "S = k * v * S", "S = S if s else S"),
+    *("S = S + outer(k, v) * clamp(s, 1, 0)", "S = s ** 1.5 * S", "o = o ** s", "o = o @ v"),
+    *("S = sigmoid(w) * S * sigmoid(v)", "S = S * sigmoid(v) + outer(k, v)", "o = k.T", "o = o[0]"),
+    *("S = S + b * outer(k, v - k @ S) - b * outer(p, p @ S)", "o = (S @ v) * k", "o = sum(S)"),
+    *("S = S + outer(k, v * (k @ S))", "S = S + outer(k, (k @ S) * (q @ S))", "S = exp(S)", "o = None"),
+    *("S = S + outer(k - S @ v, b * v)", "o = (q + S @ v) @ S", "o = dot(o, o) * v", "S = 2 * S"),
+    *("S = (1 + b ** 2) * S", "S = S / 0.5", "S = tanh(b) * S", "o = exp(k) * o", "S = dot(S, k)"),
+    *("S = maximum(S, S)", "S = within(S, 0, 1)", "S = S - outer(k, v @ S)", "o = o + S", "o = s"),
+    *("o = (q @ S) @ S", "S = S + outer(k, sum(k @ S) * v)", "S = S + outer(k, o)", "S = S + o"),
+    *("S = S * exp(v) + outer(k, v)", "o = (S @ v) @ S", "S = k @ S", "o = float(s) * o", "o = q * s"),
+    *("S = S + outer(k, v / (k @ S))", "S = S + outer(k, maximum(k @ S, v))", "o = len(o) * o"),
 )
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A recurrence as text; what a failing example prints."""
+    """A recurrence as text; what a failing draw prints."""
 
+    states: tuple[str, ...]  # "S: State"
     lines: tuple[str, ...]
-    normalised: bool
+    names: tuple[tuple[str, str], ...] = ()  # operands that are called otherwise
+
+    @property
+    def params(self) -> dict[str, float]:
+        """The run-time floats of a call."""
+        return {n: x for n, x in _PARAMS.items() if n in _words(self.lines)}
 
     @property
     def source(self) -> str:
         """The declaration."""
+        used = _words(self.lines)
+        operands = [f"{n}: {kind}" for n, kind in _KIND_OF.items() if n in used]
+        keywords = [f"{n}: float" for n in _PARAMS if n in used]
+        keywords += [f"{n}: {kind}" for n, kind in _STATICS.items() if n in used]
+        signature = ", ".join([*self.states, *operands, *(["*"] if keywords else []), *keywords])
         body = "\n".join(f"    {line}" for line in self.lines)
-        operands = [n for n in _KINDS if self._uses(n)]
-        states = ["S: State", *(["n: KeyState"] if self.normalised else [])]
-        signature = ", ".join([*states, *(f"{n}: {_KINDS[n]}" for n in operands)])
-        if self._uses("scale"):
-            signature += ", *, scale: float = 0.7"
-        return f"def rule({signature}):\n{body}\n"
-
-    def _uses(self, name: str) -> bool:
-        words = "".join(c if c.isalnum() or c == "_" else " " for c in " ".join(self.lines))
-        return name in words.split()
+        return _renamed(f"def rule({signature}):\n{body}\n", dict(self.names))
 
     def declare(self) -> Declaration:
         """What the compiler takes."""
@@ -100,127 +129,318 @@ class Rule:
         return Declaration(function)
 
 
-@st.composite
-def rules(draw: st.DrawFn, low_rank: bool, vector: bool | None = None) -> Rule:
-    """A rule with or without a correction by what is recalled; `vector`: the kind of its decay."""
-    if vector is None:
-        vector = draw(st.booleans())
-    decay = draw(st.sampled_from(DECAYS_KEY if vector else (*DECAYS_SCALAR, "")))
-    key, value = draw(st.sampled_from(KEYS)), draw(st.sampled_from(VALUES))
-    # one column more of the same state; where keys are corrected it would need a solve of its own
-    normalised = not low_rank and draw(st.sampled_from((False, False, False, True)))
-    lines = ["S0 = S", *([f"S = {decay} * S"] if decay else []), "S1 = S"]
-    write = f"outer({key}, {value})"
-    if low_rank:
-        lines += _correction(draw, key, value)
-    else:
-        lines.append(f"S = S + {write}")
-        if normalised:
-            lines.append(f"n = {decay} * n + {key}" if decay else f"n = n + {key}")
-        elif draw(st.sampled_from((False, False, True))):  # a second write, of another key
-            lines.append(f"S = S - 0.5 * outer({draw(st.sampled_from(('p', 'l2norm(p)')))}, v)")
-    lines += _output(draw, key, value, normalised)
-    lines.append("return (S, n), o" if normalised else "return S, o")
-    unused = [f"{x} = S" for x in ("S0", "S1") if not any(x in y for y in lines if y[:2] != x)]
-    return Rule(tuple(x for x in lines if x not in unused), normalised)
+def _words(lines: Sequence[str]) -> set[str]:
+    return set(re.findall(r"\w+", "\n".join(lines)))
 
 
-def _correction(draw: st.DrawFn, key: str, value: str) -> list[str]:
-    """One low-rank term: the delta rule, one that reads the undecayed state, or a general one."""
-    step = draw(st.sampled_from(STEPS))
-    kind = draw(st.sampled_from(("delta", "apart", "undecayed", "general", "general undecayed")))
-    if kind == "delta":  # one write, symmetric
-        normal = draw(st.sampled_from(("l2norm(k)", "0.6 * l2norm(k)")))
-        return [f"k_ = {normal}", f"S = S + {step} * outer(k_, v - k_ @ S1)"]
-    recalled = draw(st.sampled_from(("l2norm(p)", "l2norm(p) * sigmoid(a)", "l2norm(k)")))
-    if kind == "apart":  # one write, read with another key, and a value that is not v
-        return [f"S = S + {step} * outer(l2norm(k), {value} - {recalled} @ S1)"]
-    write = f"outer({key}, {value})"
-    if kind == "undecayed":
-        return [f"S = S - {step} * outer(l2norm(k), {recalled} @ S0) + {write}"]
-    seen = "S1" if kind == "general" else "S0"
-    return [f"S = S - {step} * outer(l2norm(a), {recalled} @ {seen}) + {write}"]
+def _renamed(source: str, names: dict[str, str]) -> str:
+    if not names:
+        return source
+    return re.sub(r"\b(" + "|".join(names) + r")\b", lambda m: names[m[0]], source)
 
 
-def _output(draw: st.DrawFn, key: str, value: str, normalised: bool) -> list[str]:
-    query = draw(st.sampled_from(QUERIES))
-    moment = draw(st.sampled_from(("S", "S1", "S0", "bonus")))
-    seen = moment if moment != "bonus" else f"(S0 + outer(u * {key}, {value}))"
-    lines = [f"o = ({query}) @ {seen}"]
-    if draw(st.sampled_from((False, False, True))):
-        lines.append(f"o = o + p @ {draw(st.sampled_from(('S', 'S0')))}")
-    if normalised:
-        lines.append(f"o = o / (1 + abs(dot({query}, n)))")
-    final = draw(st.sampled_from(OUTPUTS))
-    return lines if final == "o" else [*lines, f"o = {final}"]
+@dataclass
+class _Writer:
+    """Writes expressions; `inner`: what operands are called within a loop over micro-steps."""
 
+    pick: Pick
+    inner: dict[str, str] = field(default_factory=dict)
+    depth: int = 1
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a call; `lengths` packs (else `batch` sequences of `tokens`)."""
+    def often(self, times: int = 3) -> bool:
+        """True once in `times` + 1; False is simpler."""
+        return self.pick((False,) * times + (True,))
 
-    batch: int
-    tokens: int
-    lengths: tuple[int, ...] | None
-    heads: int
-    group: int
-    K: int
-    V: int
-    initial: bool
+    # ------------------------------------------------------------ expressions
+    def number(self) -> str:
+        """A number: of the language's functions on constants and float keywords."""
+        return self.pick(_NUMBERS)
 
+    def leaf(self, kind: str) -> str:
+        """An operand of `kind`, of the token, of the micro-step or of the head."""
+        token = (self.inner[kind],) * 3 if kind in self.inner else ()
+        return self.pick((*token, *_SINGLE[kind], *_SINGLE["Head" + kind]))
 
-def shapes(around: int, longest: int) -> st.SearchStrategy[Shape]:
-    """Lengths mix small ones with those around a chunk's end, `around`, up to `longest`."""
-    edges = [n for n in (around - 1, around, around + 1, 2 * around) if n <= longest]
-    length = st.one_of(st.integers(1, 9), st.sampled_from(edges))
-    # no engine sees a call without a token, but each sees sequences without one
-    packed = st.lists(st.one_of(length, st.just(0)), min_size=1, max_size=3).map(tuple)
-    packing = st.one_of(st.none(), packed.filter(any))
-    small = st.integers(1, 5)
-    return st.builds(
-        Shape,
-        st.integers(1, 2),
-        length,
-        packing,
-        st.integers(1, 2),
-        st.integers(1, 2),
-        small,
-        small,
-        st.booleans(),
-    )
+    def scalar(self, depth: int | None = None) -> str:
+        """A Scalar."""
+        depth = self.depth if depth is None else depth
+        what = self.pick(("leaf", "one", "two", "number", "dot", "sum", "ratio"))
+        if what == "number":
+            return self.number()
+        if what in ("dot", "sum"):
+            kind = self.pick(("Key", "Value"))
+            x = self.vector(kind, depth - 1)
+            return f"sum({x})" if what == "sum" else f"dot({x}, {self.vector(kind, depth - 1)})"
+        if depth <= 0 or what == "leaf":
+            return self.leaf("Scalar")
+        if what == "ratio":  # what padding turns into 0 / 0
+            x = self.pick(_SINGLE[self.pick(("Key", "Value"))])
+            return f"{self.scalar(0)} * 0.1 / dot({x}, {x})"
+        return self._of(what, lambda: self.scalar(depth - 1))
 
+    def vector(self, kind: str, depth: int | None = None) -> str:
+        """A Key or a Value."""
+        depth = self.depth if depth is None else depth
+        what = self.pick(("leaf", "leaf", "leaf", "one", "two", "norm", "scaled", "moved", "apart"))
+        if depth <= 0 or what == "leaf":
+            return self.leaf(kind)
+        x = self.vector(kind, depth - 1)
+        if what == "norm":
+            shape = self.pick(("l2norm({0})", "{0} * rsqrt(1 + dot({0}, {0}))", "l2norm({0}, 0.1)"))
+            return shape.format(x)
+        if what == "scaled":
+            return f"{self.scalar(depth - 1)} * {x}"
+        if what == "moved":  # not 0 where the operand is
+            return f"({self.scalar(depth - 1)} + {x})"
+        if what == "apart":
+            return f"({x} - 0.1 * sum({x}))"
+        return self._of(what, lambda: self.vector(kind, depth - 1))
 
-def operands_of(
-    declaration: Declaration, shape: Shape, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], tuple[Tensor, ...] | None, Tensor | None]:
-    """Operands, initial states and boundaries; log-decays (g, w) lie in [-4, 0], some at 0."""
-    random = torch.Generator().manual_seed(7)
-    T = shape.tokens if shape.lengths is None else sum(shape.lengths)
-    B = shape.batch if shape.lengths is None else 1
-    N = B if shape.lengths is None else len(shape.lengths)
-    HV = shape.heads * shape.group
-    tails = {Kind.SCALAR: (), Kind.KEY: (shape.K,), Kind.VALUE: (shape.V,)}
+    def _of(self, what: str, inner: Callable[[], str]) -> str:
+        if what == "one":
+            return self.pick(_OF_ONE).format(inner())
+        return self.pick(_OF_TWO).format(inner(), inner())
 
-    def draw(*size: int) -> Tensor:
-        return 0.7 * torch.randn(size, generator=random, dtype=torch.float64)
-
-    operands = {}
-    for x in declaration.operands:
-        heads = shape.heads if x.kind is Kind.KEY and x.per is Per.TOKEN else HV
-        front = (B, T) if x.per is Per.TOKEN else ()
-        value = draw(*front, heads, *tails[x.kind])
-        if x.name in ("g", "w"):
-            value = -(2 * value).abs().clamp(0.3, 4.3) + 0.3
-        operands[x.name] = value.to(dtype).requires_grad_()
-    initial = None
-    if shape.initial:
-        initial = tuple(
-            draw(N, HV, shape.K, *((shape.V,) if s.kind is Kind.STATE else ()))
-            .to(dtype)
-            .requires_grad_()
-            for s in declaration.states
+    # ------------------------------------------------------------ gates and steps
+    def decay(self) -> str:
+        """What a state is multiplied by, in (0, 1], or 0 where a gate is a hard reset; "": 1."""
+        per = self.pick(("Scalar", "Scalar", "Key", "Key", "", "number"))
+        if per == "":
+            return ""
+        if per == "number":
+            return self.pick(("0.75", "exp(-scale)", "sigmoid(rate)", "sqrt(0.5)", "exp(-1 / power)"))
+        log, factor = _GATES[per]
+        (head,) = _GATES["Head" + per]
+        free = self.scalar(1) if per == "Scalar" else self.vector("Key", 1)
+        return self.pick(
+            (
+                f"exp({log})",
+                f"sigmoid({log})",
+                f"within({factor}, 0.0, 1.0)",
+                f"exp(-softplus({log} + {head}))",
+                f"exp(-exp({head}) * softplus({log}))",
+                f"(1 - sigmoid({log}))",
+                f"exp(-softplus({free}))",
+                f"clamp({factor}, 0.0, 1.0)",
+                f"exp({head})",
+                f"exp(logsigmoid({free}))",
+                f"exp({log} + {head})",
+                f"exp(-0.6 * sigmoid({log}))",
+                f"(exp({log}) * sigmoid({free}))",
+                f"exp(-({log} ** 2))",
+                f"sqrt(sigmoid({log}))",
+                f"exp(clamp({log}, -5.0, 0.0))",
+                "exp(g) * within(e, 0.0, 1.0)",
+                f"exp(maximum({log}, -2.0))",
+                f"exp(-{head} ** 2)",
+                f"(within({factor}, 0.0, 1.0) * within({factor}, 0.0, 1.0))",
+                f"exp(expm1({log}))",
+                f"exp(-softplus({log}) * {self.pick(('scale', '0.1'))})",
+                f"minimum(exp({free}), 0.9)",
+                f"exp(-abs({free}))",
+                f"(1 - within({factor}, 0.0, 1.0))",
+                f"1 / (1 + softplus({free}))",
+                f"clamp({free} ** 2, 0.0, 1.0)",
+            )
         )
-    bounds = None
-    if shape.lengths is not None:
-        bounds = torch.tensor([0, *shape.lengths]).cumsum(0)
-    return operands, initial, bounds
+
+    def step(self) -> str:
+        """A Scalar in [0, 1]."""
+        s = self.scalar(1)
+        return self.pick(
+            (
+                f"sigmoid({s})",
+                "0.5",
+                f"exp(-abs({s}))",
+                f"minimum(exp({s}), 0.8)",
+                f"sigmoid({s}) / (1 + softplus({s}))",
+                "sigmoid(b)",
+                f"clamp({s}, 0.0, 1.0)",
+                f"tanh(abs({s}))",
+            )
+        )
+
+    def unit(self) -> str:
+        """A Key of length 1 or less."""
+        x = self.vector("Key", 0)
+        return self.pick((f"l2norm({x})", f"0.6 * l2norm({x})", f"{x} * rsqrt(1 + dot({x}, {x}))"))
+
+    # ------------------------------------------------------------ states
+    def update(self, S: str) -> list[str]:
+        """Statements that bring the matrix `S` a token further; `S`0 and `S`1 are its moments."""
+        lines = [f"{S}0 = {S}"]
+        decay = self.decay()
+        if decay:
+            lines.append(f"{S} = " + self.pick((f"{decay} * {S}", f"{S} * {decay}", f"-(-({decay} * {S}))")))
+        lines.append(f"{S}1 = {S}")
+        what = self.pick(("add", "delta", "apart", "ratio", "undecayed", "general", "twice", "split"))
+        write = f"outer({self.vector('Key')}, {self.vector('Value')})"
+        if what == "add":
+            lines.append(self.pick((f"{S} = {S} + {write}", f"{S} = {write} + {S}", f"{S} = {S} - {write}")))
+            return lines
+        if what == "twice":
+            other = f"outer({self.vector('Key')}, {self.vector('Value')})"
+            return [*lines, f"{S} = {S} + {write}", f"{S} = {S} - {self.scalar(0)} * {other}"]
+        if what == "ratio":  # the step that divides by what padding leaves 0
+            x = self.leaf("Key")
+            value = self.vector("Value")
+            return [*lines, f"{S} = {S} + {self.step()} / dot({x}, {x}) * outer({x}, {value} - {x} @ {S}1)"]
+        key, step = self.unit(), self.step()
+        if what == "delta":
+            value = self.vector("Value")
+            return [*lines, f"{S} = {S} + {step} * outer({key}, {value} - {key} @ {S}1)"]
+        if what == "split":  # the delta rule in two terms
+            value = self.vector("Value")
+            at = self.pick(("1", "0"))
+            lines.append(f"{S} = {S} - {step} * outer({key}, {key} @ {S}{at}) + {step} * outer({key}, {value})")
+            return lines
+        read = self.pick((self.unit(), f"{key} * sigmoid({self.vector('Key', 0)})"))
+        if what == "apart":
+            return [*lines, f"{S} = {S} + {step} * outer({key}, {self.vector('Value')} - {read} @ {S}1)"]
+        seen = f"{S}0" if what == "undecayed" else f"{S}1"
+        return [*lines, f"{S} = {S} - {step} * outer({key}, {read} @ {seen}) + {write}"]
+
+    def normaliser(self, z: str) -> list[str]:
+        """Statements that bring the KeyState `z` a token further."""
+        decay = self.decay()
+        lines = [f"{z}0 = {z}", *([f"{z} = {decay} * {z}"] if decay else []), f"{z}1 = {z}"]
+        key, step, c = self.unit(), self.step(), self.scalar()
+        write = self.vector("Key")
+        return [
+            *lines,
+            self.pick(
+                (
+                    f"{z} = {z} + {write}",
+                    f"{z} = {z} + outer({write}, {c})",
+                    f"{z} = {z} + {step} * outer({key}, {c} - {key} @ {z}1)",
+                    f"{z} = {z} + {step} * ({c} - dot({key}, {z}1)) * {key}",
+                    f"{z} = {z} - {c} * {write}",
+                    f"{z} = {z} - {step} * outer({key}, {self.unit()} @ {z}0) + {write}",
+                    f"{z} = {z} + {step} / dot(k, k) * outer(k, {c} - k @ {z}1)",
+                )
+            ),
+        ]
+
+    def micro(self, S: str) -> list[str]:
+        """The same through a loop over tuples, one delta step or write each."""
+        decay = self.decay()
+        lines = [f"{S}0 = {S}", *([f"{S} = {decay} * {S}"] if decay else []), f"{S}1 = {S}"]
+        self.inner = {"Key": "k_i", "Value": "v_i", "Scalar": "b_i"}
+        head = len(lines)
+        what = self.pick(("delta", "add", "decayed", "ratio"))
+        value = self.pick(("v_i", self.vector("Value", 1)))
+        if what == "add":
+            lines.append(f"    {S} = {S} + {self.pick(('b_i', self.scalar(1)))} * outer(k_i, {value})")
+        else:
+            step = self.pick(("sigmoid(b_i)", self.step()))
+            key = "l2norm(k_i)"
+            if what == "ratio":
+                key, step = "k_i", f"{step} / dot(k_i, k_i)"
+            if what == "decayed":
+                gate = self.pick(("sigmoid(b_i)", "exp(-abs(b_i))", "sigmoid(k_i)", "exp(g)", "exp(w)"))
+                lines.append(f"    {S} = {gate} * {S}")
+            lines.append(f"    {S} = {S} + {step} * outer({key}, {value} - {key} @ {S})")
+        self.inner = {}
+        used = [n for n in ("k_i", "v_i", "b_i") if n in _words(lines[head:])]
+        each, of = ", ".join(used), ", ".join(f"{n[0]}s" for n in used)
+        lines.insert(head, f"for {each} in zip({of}):" if len(used) > 1 else f"for {each} in {of}:")
+        return lines
+
+    # ------------------------------------------------------------ outputs
+    def output(self, matrices: Sequence[str], vectors: Sequence[str], last_only: bool) -> list[str]:
+        """Statements that make the output `o` of reads of the states."""
+        lines = []
+        query = self.vector("Key")
+        for n, S in enumerate(matrices):
+            seen = [S] if last_only else [S, S, f"{S}1", f"{S}0"]
+            if not last_only:
+                seen.append(f"({S}0 + outer({self.leaf('Key')}, {self.leaf('Value')}))")
+            read = f"({self.pick((query, self.vector('Key')))}) @ {self.pick(seen)}"
+            lines.append(f"o = o + {read}" if n else f"o = {read}")
+        if not matrices:
+            lines.append(f"o = {self.vector('Value')}")
+        for z in vectors:
+            at = z if last_only else self.pick((z, z, f"{z}1", f"{z}0"))
+            read = self.pick((f"dot({query}, {at})", f"(({query}) @ {at})"))
+            lines.append(
+                self.pick(
+                    (
+                        f"o = o / (1 + abs({read}))",
+                        f"o = o / maximum(abs({read}), 1.0)",
+                        f"o = o * {read}",
+                        f"o = o + {read} * {self.leaf('Value')}",
+                        f"o = o * sigmoid({read})",
+                    )
+                )
+            )
+        if matrices and self.often():
+            lines.append(f"o = o + ({self.vector('Key')}) @ {matrices[0]}")
+        final = self.pick(_OUTPUTS)
+        if final != "o":
+            places = {
+                "v": lambda: self.vector("Value", 0),
+                "k": lambda: self.vector("Key", 0),
+                "s": lambda: self.scalar(0),
+                "n": self.number,
+            }
+            lines.append("o = " + re.sub(r"\{(.)\}", lambda m: places[m[1]](), final))
+        return lines
+
+
+_SHAPES = (
+    *("one", "one", "one", "one", "normalised", "normalised", "micro", "micro", "two", "vector"),
+    *("two vectors", "mixed", "refused"),
+)
+
+
+def rule(pick: Pick) -> Rule:
+    """A recurrence, most often legal and lowered."""
+    writer = _Writer(pick, depth=pick((1, 1, 2)))
+    shape = pick(_SHAPES)
+    matrices = ["S", "M"] if shape == "two" else [] if shape in ("vector", "two vectors") else ["S"]
+    vectors = {"normalised": ["z_"], "vector": ["z_"], "two vectors": ["z_", "y_"]}.get(shape, [])
+    lines: list[str] = []
+    for S in matrices:
+        lines += writer.micro(S) if shape == "micro" else writer.update(S)
+    if shape == "mixed":  # states that see one another: legal, most of it not lowered
+        matrices = ["S", "M"]
+        lines = ["S0 = S", "M0 = M", "M = sigmoid(h) * M + outer(k, v - p @ S0)", "M1 = M"]
+        lines += [pick(("S = exp(g) * S + b * M", "S = exp(g) * S + outer(q, v)", "S = S + 0.1 * M0"))]
+        lines += ["S1 = S"]
+    for z in vectors:
+        lines += writer.normaliser(z)
+    if shape == "refused":
+        lines += writer.output(matrices, vectors, last_only=False)
+        lines.append(pick(_REFUSED))
+    else:
+        lines += writer.output(matrices, vectors, last_only=shape == "micro")
+    states = [*matrices, *vectors]
+    lines.append(f"return ({', '.join(states)}), o" if len(states) > 1 else f"return {states[0]}, o")
+    kept = _without_unused(lines)
+    declared = [*(f"{S}: State" for S in matrices), *(f"{z}: KeyState" for z in vectors)]
+    return Rule(tuple(declared), tuple(kept), _names(pick, kept))
+
+
+def _without_unused(lines: Sequence[str]) -> list[str]:
+    """Without the names of moments that nothing reads."""
+    moment = re.compile(r"^(\w+[01]) = \w+$")
+    return [
+        line
+        for line in lines
+        if (m := moment.match(line)) is None or m[1] in _words([x for x in lines if x != line])
+    ]
+
+
+def _names(pick: Pick, lines: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Other names for operands, now and then."""
+    if pick((True, True, True, False)):
+        return ()
+    used = _words(lines)
+    taken = set(_KIND_OF) | used | set(dsl.__all__)
+    free = [n for n in _NAMES if n not in taken]
+    chosen = []
+    for name in (n for n in _KIND_OF if n in used):
+        other = pick(free)
+        free.remove(other)
+        chosen.append((name, other))
+    return tuple(chosen)

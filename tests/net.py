@@ -1,0 +1,517 @@
+"""The net: random calls of random recurrences on an engine, against the float64 token loop.
+
+    python -m tests.net --engine eager --count 5000 --seed 0 --json out.json
+
+draws the numbered calls 0 to 4999 of seed 0, each of which is the same in every run, and appends
+one line per call to out.json; those that it holds already are not drawn again. Prints how many
+there are of each outcome, and every declaration that failed, shrunk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from chunkwise.dsl import errors, oracle
+from chunkwise.dsl.ir import Kind
+from chunkwise.runtime.recurrence import Recurrence
+from torch import Tensor
+
+from tests.harness import Inputs, wobbled
+from tests.random_calls import Layout, Loss, Made, Plan, Probe, is_sound, laid_out, make, plan
+from tests.random_rules import Pick, Rule, rule
+from tests.tolerances import FLOAT32_HARD, FLOAT64_RANDOM, assert_agree
+
+T = TypeVar("T")
+
+
+class Outcome(Enum):
+    """What became of a draw."""
+
+    AGREED = "agreed"
+    REFUSED = "refused"  # with an error of the catalogue
+    WRONG = "wrong"
+    CRASHED = "crashed"  # with any other exception
+    MOOT = "moot"  # the token loop itself is not finite, or grows
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An outcome, with its reason: the class of an error and where, or what disagrees."""
+
+    outcome: Outcome
+    reason: str = ""
+    text: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.outcome in (Outcome.WRONG, Outcome.CRASHED)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A recurrence and a call of it."""
+
+    rule: Rule
+    plan: Plan
+
+    def __str__(self) -> str:
+        return f"{self.rule.source}{self.plan}"
+
+
+@dataclass(frozen=True)
+class Caliber:
+    """What an engine is drawn for: the chunk it serves by default here, lengths, dtypes."""
+
+    chunk: int
+    longest: int
+    dtypes: tuple[torch.dtype, ...]
+
+
+CALIBERS = {
+    "eager": Caliber(16, 40, (torch.float64, torch.float64, torch.float32)),
+    "tvm": Caliber(32, 66, (torch.float32,)),
+    "triton": Caliber(16, 33, (torch.float32,)),
+}
+
+
+def draw(pick: Pick, engine: str) -> Draw:
+    """A draw for an engine."""
+    c = CALIBERS[engine]
+    return Draw(rule(pick), plan(pick, chunk=c.chunk, longest=c.longest, dtypes=c.dtypes))
+
+
+# ---------------------------------------------------------------- one draw
+
+
+def examine(drawn: Draw, engine: str) -> Verdict:
+    """What an engine makes of a draw."""
+    try:
+        declaration = drawn.rule.declare()
+        micro = drawn.plan.micro if declaration.has_micro else 1
+        form = declaration.normal_form(micro)
+    except errors.InvalidIR as fault:
+        return _crash(fault)
+    except errors.DeclarationError as refusal:
+        return _refusal(refusal)
+    except Exception as fault:
+        return _crash(fault)
+    plan = drawn.plan
+    if plan.dtype is torch.float32 and "l2norm" in drawn.rule.source:
+        # one channel normalised is its sign: of its gradient, 0, float32 has what rounding leaves
+        plan = replace(plan, K=max(plan.K, 2), V=max(plan.V, 2))
+    op = Recurrence(declaration)
+    params = drawn.rule.params
+    truth, made = None, None
+    for reset in (plan.reset, plan.reset and (-1e3, 1e-4), None):
+        plan = replace(plan, reset=reset)
+        try:
+            made = make(declaration, form, params, plan)
+        except errors.NotLowered as unknown:
+            return Verdict(Outcome.MOOT, "no legal gates", str(unknown))
+        if form.output.kind is not Kind.VALUE and plan.probe is not Probe.RUN:
+            plan = replace(plan, probe=Probe.RUN)
+        cotangents = _cotangents(op, made.inputs, plan, form.output.kind)
+        truth = _truth(op, made.inputs, plan, cotangents)
+        if is_sound(truth):
+            break
+    else:
+        return Verdict(Outcome.MOOT, "the truth is not finite, or large")
+    try:
+        if plan.probe is Probe.MIXED and len(made.inputs.operands) > 1:
+            return _refuses_devices(op, made.inputs)
+        if plan.probe is Probe.META:
+            return _shapes(op, made.inputs, truth, engine)
+        got = _results(op, made.inputs, plan, cotangents, engine)
+    except errors.InvalidIR as fault:
+        return _crash(fault)
+    except (errors.NotLowered, errors.EngineUnavailable) as refusal:
+        return _refusal(refusal)
+    except Exception as fault:  # whatever else a legal call raises is a fault of ours
+        return _crash(fault)
+    return _compared(op, made, plan, cotangents, got, truth)
+
+
+def _refusal(error: errors.ChunkwiseError) -> Verdict:
+    first = error.args[0] if error.args else str(error)
+    return Verdict(Outcome.REFUSED, type(error).__name__, str(first))
+
+
+def _crash(error: Exception) -> Verdict:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "chunkwise" in f.filename or "/dsl/" in f.filename]
+    at = own[-1] if own else frames[-1]
+    where = f"{type(error).__name__} at {Path(at.filename).name}:{at.name}"
+    return Verdict(Outcome.CRASHED, where, f"{at.line}\n{type(error).__name__}: {error}")
+
+
+def _compared(
+    op: Recurrence,
+    made: Made,
+    plan: Plan,
+    cotangents: dict[str, Tensor],
+    got: dict[str, Tensor],
+    truth: dict[str, Tensor],
+) -> Verdict:
+    limit = FLOAT64_RANDOM if plan.dtype is torch.float64 else FLOAT32_HARD
+    try:
+        try:
+            assert_agree(got, truth, limit, gates=made.gates)
+        except AssertionError:
+            near = _truth(op, wobbled(made.inputs), plan, cotangents)
+            assert_agree(got, truth, limit, gates=made.gates, near=near)
+    except AssertionError as difference:
+        lines = str(difference).splitlines()
+        names = sorted({line.partition(":")[0].partition(" ")[0] for line in lines})
+        nan = " (NaN)" if any("nan" in line for line in lines) else ""
+        return Verdict(Outcome.WRONG, ", ".join(names) + nan, str(difference))
+    return Verdict(Outcome.AGREED)
+
+
+def _cotangents(op: Recurrence, inputs: Inputs, plan: Plan, kind: Kind) -> dict[str, Tensor]:
+    """The weights of outputs in the loss, in the dtype they are handed over in."""
+    random = torch.Generator().manual_seed(3)
+    heads, d = plan.H * plan.group, op.declaration
+    batch = plan.B if plan.lengths is None else 1
+    tail = {Kind.VALUE: (plan.V,), Kind.KEY: (plan.K,)}.get(kind, ())
+    shapes = {"o": (batch, plan.tokens, heads, *tail)}
+    for n, s in enumerate(d.states):
+        shapes[f"final {n}"] = (
+            *(plan.sequences, heads, plan.K),
+            *((plan.V,) if s.kind is Kind.STATE else ()),
+        )
+    if plan.loss is Loss.OUTPUT:
+        shapes = {"o": shapes["o"]}
+    elif plan.loss is Loss.STATES:
+        del shapes["o"]
+    found = {}
+    for name, shape in shapes.items():
+        w = torch.randn(shape, generator=random, dtype=torch.float64).to(plan.dtype)
+        if plan.cotangents is Layout.BROADCAST:  # as of a sum
+            found[name] = torch.tensor(1.3, dtype=plan.dtype).expand(shape)
+        else:
+            found[name] = laid_out(w, plan.cotangents).detach()
+    return found
+
+
+def _outcome(
+    o: Tensor, finals: Sequence[Tensor], inputs: Inputs, cotangents: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Outputs, final states and gradients by name."""
+    outputs = {"o": o, **{f"final {n}": s for n, s in enumerate(finals)}}
+    leaves = inputs.leaves
+    reached = {n: w for n, w in cotangents.items() if outputs[n].requires_grad}
+    taken: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    if reached:
+        taken = torch.autograd.grad(
+            [outputs[n] for n in reached],
+            list(leaves.values()),
+            [w.to(outputs[n].dtype) for n, w in reached.items()],
+            allow_unused=True,
+        )
+    grads = {
+        f"d{n}": torch.zeros_like(x) if g is None else g
+        for (n, x), g in zip(leaves.items(), taken, strict=True)
+    }
+    return {n: y.detach() for n, y in {**outputs, **grads}.items()}
+
+
+def _truth(
+    op: Recurrence, inputs: Inputs, plan: Plan, cotangents: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The same of the float64 token loop."""
+
+    exact = inputs.copied("cpu", torch.float64)
+    step = op.declaration.step(plan.micro if op.declaration.has_micro else 1)
+    o, finals = oracle.run(step, exact.operands, exact.params, exact.initial, exact.cu_seqlens)
+    return _outcome(o, finals, exact, {n: w.double() for n, w in cotangents.items()})
+
+
+@contextlib.contextmanager
+def _defaults(dtype: torch.dtype) -> Iterator[None]:
+    """The default dtype for a while; memory that is not written to holds NaN."""
+    before = torch.get_default_dtype()
+    torch.use_deterministic_algorithms(True)
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+        torch.use_deterministic_algorithms(False)
+
+
+def _results(
+    op: Recurrence, inputs: Inputs, plan: Plan, cotangents: dict[str, Tensor], engine: str
+) -> dict[str, Tensor]:
+    with _defaults(plan.default_dtype):
+        o, finals = op(
+            **inputs.operands,
+            **inputs.options,
+            engine=engine,
+            output_final_state=True,
+            check=plan.check,
+        )
+        states = finals if isinstance(finals, tuple) else (finals,)
+        return _outcome(o, states, inputs, cotangents)
+
+
+def _on(device: str, inputs: Inputs) -> Inputs:
+    initial = inputs.initial
+    if initial is not None:
+        initial = tuple(None if x is None else x.detach().to(device) for x in initial)
+    cu = None if inputs.cu_seqlens is None else inputs.cu_seqlens.to(device)
+    operands = {n: x.detach().to(device) for n, x in inputs.operands.items()}
+    return Inputs(operands, initial, cu, inputs.params)
+
+
+def _shapes(op: Recurrence, inputs: Inputs, truth: dict[str, Tensor], engine: str) -> Verdict:
+    """On the meta device the shapes are those of the truth."""
+    inputs = _on("meta", inputs)
+    engine = "eager" if engine in ("tvm", "triton") else engine
+    o, finals = op(**inputs.operands, **inputs.options, engine=engine, output_final_state=True)
+    got = {"o": o, **dict(_numbered(finals))}
+    for name, y in got.items():
+        if y.shape != truth[name].shape or y.device.type != "meta":
+            return Verdict(Outcome.WRONG, f"{name} on meta", f"{y.shape}, {truth[name].shape}")
+    return Verdict(Outcome.AGREED, "on meta")
+
+
+def _numbered(finals: Any) -> Iterator[tuple[str, Tensor]]:
+    for n, x in enumerate(finals if isinstance(finals, tuple) else (finals,)):
+        yield f"final {n}", x
+
+
+def _refuses_devices(op: Recurrence, inputs: Inputs) -> Verdict:
+    last = list(inputs.operands)[-1]
+    mixed = replace(inputs, operands={**inputs.operands, last: inputs.operands[last].to("meta")})
+    try:
+        op(**mixed.operands, **mixed.options)
+    except errors.BadDevice as refusal:
+        return Verdict(Outcome.AGREED, "devices refused", str(refusal))
+    return Verdict(Outcome.WRONG, "mixed devices are served")
+
+
+# ---------------------------------------------------------------- numbered draws
+
+
+class _Recorded:
+    """Picks by a generator of numbers, or what was picked before; remembers what it picked."""
+
+    def __init__(self, numbers: random.Random, given: Sequence[int] | None = None) -> None:
+        self._numbers, self._given = numbers, given
+        self.picked: list[int] = []
+
+    def __call__(self, options: Sequence[T], /) -> T:
+        if self._given is None:
+            n = self._numbers.randrange(len(options))
+        else:  # what was not given is the simplest
+            at = len(self.picked)
+            n = min(self._given[at], len(options) - 1) if at < len(self._given) else 0
+        self.picked.append(n)
+        return options[n]
+
+
+def numbered(engine: str, seed: int, index: int) -> tuple[Draw, list[int]]:
+    """The draw of that number, and its choices."""
+    pick = _Recorded(random.Random(f"{engine}:{seed}:{index}"))
+    return draw(pick, engine), pick.picked
+
+
+def replayed(engine: str, choices: Sequence[int]) -> tuple[Draw, list[int]]:
+    """The draw of those choices."""
+    pick = _Recorded(random.Random(0), choices)
+    return draw(pick, engine), pick.picked
+
+
+def shrunk(engine: str, choices: list[int], same: Callable[[Draw], bool], seconds: float) -> Draw:
+    """A simpler draw that still fails: choices made simpler, or left out, one run after another."""
+    deadline = time.monotonic() + seconds
+    best, choices = replayed(engine, choices)
+    width = len(choices)
+    while width:
+        at = 0
+        while at < len(choices):
+            for tried in (
+                [*choices[:at], *choices[at + width :]],
+                [*choices[:at], *[0] * width, *choices[at + width :]],
+            ):
+                if time.monotonic() > deadline:
+                    return best
+                candidate, picked = replayed(engine, tried)
+                if (len(picked), picked) < (len(choices), choices) and same(candidate):
+                    best, choices = candidate, picked
+                    break
+            else:
+                at += width
+        width //= 2
+    return best
+
+
+# ---------------------------------------------------------------- the campaign
+
+
+def prepare(engine: str) -> None:
+    """This process as tests have it: nothing tuned, short chunks, one thread."""
+    from chunkwise.runtime import eager_engine, selection
+
+    torch.set_num_threads(1)
+    vars(selection)["folders"] = lambda: ()
+    vars(eager_engine)["_LONGEST_CHUNK"] = CALIBERS["eager"].chunk
+    if engine == "triton":
+        from chunkwise.runtime import triton_engine
+
+        from tests.interpreted import hasten, served_under, small
+
+        hasten()
+        vars(triton_engine)["_compiled_for"] = served_under(small)
+
+
+def _work(engine: str, seed: int, shrinking: float, pipe: Connection) -> None:
+    if engine == "triton":
+        os.environ["TRITON_INTERPRET"] = "1"
+    prepare(engine)
+    while (index := pipe.recv()) is not None:
+        began = time.monotonic()
+        drawn, choices = numbered(engine, seed, index)
+        verdict = examine(drawn, engine)
+        record = {
+            "index": index,
+            "outcome": verdict.outcome.value,
+            "reason": verdict.reason,
+            "seconds": round(time.monotonic() - began, 2),
+        }
+        if verdict.failed:
+            kind = (verdict.outcome, verdict.reason if verdict.outcome is Outcome.CRASHED else "")
+
+            def same(other: Draw, kind: Any = kind) -> bool:
+                v = examine(other, engine)
+                crashed = v.outcome is Outcome.CRASHED
+                return (v.outcome, v.reason if crashed else "") == kind
+
+            smallest = shrunk(engine, choices, same, shrinking)
+            verdict = examine(smallest, engine)
+            record |= {"draw": str(smallest), "reason": verdict.reason, "text": verdict.text}
+        elif verdict.outcome is Outcome.REFUSED:
+            record["text"] = verdict.text
+        pipe.send(record)
+
+
+class _Worker:
+    """A process of its own, so that a draw that ends it is known."""
+
+    def __init__(self, engine: str, seed: int, shrinking: float) -> None:
+        self._arguments = (engine, seed, shrinking)
+        self.index: int | None = None
+        self.began = 0.0
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(*self._arguments, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def give(self, index: int | None) -> None:
+        self.index, self.began = index, time.monotonic()
+        self.pipe.send(index)
+
+    def lost(self, why: str) -> dict[str, object]:
+        """The record of a draw that ended the process (or has to be ended); a new one starts."""
+        self._process.kill()
+        self._process.join()
+        record = {"index": self.index, "outcome": Outcome.CRASHED.value}
+        record |= {"reason": f"{why} ({self._process.exitcode})", "seconds": 0.0}
+        self._start()
+        return record
+
+
+def campaign(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The records of all draws, those of an earlier run included."""
+    file = Path(arguments.json)
+    records = [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
+    done = {r["index"] for r in records}
+    todo = iter([n for n in range(arguments.count) if n not in done])
+    workers = {}
+    for _ in range(arguments.jobs):
+        w = _Worker(arguments.engine, arguments.seed, arguments.shrink)
+        if (n := next(todo, None)) is not None:
+            w.give(n)
+            workers[w] = w.pipe
+    with file.open("a") as out:
+        while workers:
+            ready = wait(list(workers.values()), timeout=5.0)
+            for w in list(workers):
+                if w.pipe in ready:
+                    try:
+                        record = w.pipe.recv()
+                    except EOFError:
+                        record = w.lost("the process ended")
+                elif time.monotonic() - w.began > arguments.timeout:
+                    record = w.lost("no answer")
+                else:
+                    continue
+                records.append(record)
+                out.write(json.dumps(record) + "\n")
+                out.flush()
+                n = next(todo, None)
+                w.give(n)
+                del workers[w]
+                if n is not None:
+                    workers[w] = w.pipe
+    return records
+
+
+def summary(records: Sequence[dict[str, Any]], each: int = 2) -> str:
+    """How many there are of each outcome and reason; `each` draws of every kind that failed."""
+    lines = []
+    outcomes = collections.Counter(r["outcome"] for r in records)
+    for outcome, count in outcomes.most_common():
+        lines.append(f"{outcome:8} {count:6}  {count / len(records):6.1%}")
+        reasons = collections.Counter(r["reason"] for r in records if r["outcome"] == outcome)
+        lines += [f"    {n:6}  {reason}" for reason, n in reasons.most_common() if reason]
+    printed: collections.Counter[str] = collections.Counter()
+    for r in sorted((r for r in records if "draw" in r), key=lambda r: len(r["draw"])):
+        printed[r["reason"]] += 1
+        if printed[r["reason"]] <= each:
+            lines += ["", f"{r['outcome']} {r['index']}: {r['reason']}", r["draw"], r["text"]]
+    return "\n".join(lines)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Runs the command line; 1 if a draw failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.net", description=__doc__)
+    parser.add_argument("--engine", choices=sorted(CALIBERS), default="eager")
+    parser.add_argument("--count", type=int, default=1000, help="how many draws")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", default="out.json", help="a line per draw; what it has is kept")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--shrink", type=float, default=20.0, help="seconds for a failing draw")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds until one is given up")
+    arguments = parser.parse_args(given)
+    with tempfile.TemporaryDirectory() as folder:  # nothing compiled before, by another version
+        os.environ.setdefault("CHUNKWISE_CACHE", folder)
+        records = campaign(arguments)
+    print(summary(records))
+    failed = {Outcome.WRONG.value, Outcome.CRASHED.value}
+    return int(any(r["outcome"] in failed for r in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
