@@ -29,7 +29,8 @@ from typing import Any, TypeVar
 
 import torch
 from chunkwise.dsl import errors, oracle
-from chunkwise.dsl.ir import Kind
+from chunkwise.dsl.ir import Kind, Per
+from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime.recurrence import Recurrence
 from torch import Tensor
 
@@ -138,14 +139,33 @@ def examine(drawn: Draw, engine: str) -> Verdict:
             return _refuses_devices(op, made.inputs)
         if plan.probe is Probe.META:
             return _shapes(op, made.inputs, truth, engine)
-        got = _results(op, made.inputs, plan, cotangents, engine)
+        if plan.probe is Probe.STEP and plan.lengths is None and plan.tokens:
+            got = _steps(op, made.inputs, plan, engine)
+            truth = {n: truth[n] for n in got}
+        else:
+            got = _results(op, made.inputs, plan, cotangents, engine)
     except errors.InvalidIR as fault:
         return _crash(fault)
     except (errors.NotLowered, errors.EngineUnavailable) as refusal:
-        return _refusal(refusal)
+        return _by_form(form, made, truth) or _refusal(refusal)
     except Exception as fault:  # whatever else a legal call raises is a fault of ours
         return _crash(fault)
     return _compared(op, made, plan, cotangents, got, truth)
+
+
+def _by_form(form: NormalForm, made: Made, truth: dict[str, Tensor]) -> Verdict | None:
+    """A step that no engine lowers must still mean what its normal form does; None if so."""
+    exact = made.inputs.copied("cpu", torch.float64)
+    with torch.no_grad():
+        o, finals = oracle.run_form(
+            form, exact.operands, exact.params, exact.initial, exact.cu_seqlens
+        )
+    got = {"o": o, **dict(_numbered(finals))}
+    try:
+        assert_agree(got, {n: truth[n] for n in got}, FLOAT64_RANDOM)
+    except AssertionError as difference:
+        return Verdict(Outcome.WRONG, "normal form", str(difference))
+    return None
 
 
 def _refusal(error: errors.ChunkwiseError) -> Verdict:
@@ -175,6 +195,7 @@ def _compared(
             assert_agree(got, truth, limit, gates=made.gates)
         except AssertionError:
             near = _truth(op, wobbled(made.inputs), plan, cotangents)
+            near = {n: near[n] for n in truth}
             assert_agree(got, truth, limit, gates=made.gates, near=near)
     except AssertionError as difference:
         lines = str(difference).splitlines()
@@ -269,6 +290,20 @@ def _results(
         )
         states = finals if isinstance(finals, tuple) else (finals,)
         return _outcome(o, states, inputs, cotangents)
+
+
+def _steps(op: Recurrence, inputs: Inputs, plan: Plan, engine: str) -> dict[str, Tensor]:
+    """Output and final states of `op.step`, a token at a time."""
+    engine = "reference" if engine == "eager" else engine
+    heads = {x.name for x in op.declaration.operands if x.per is Per.HEAD}
+    state: Any = inputs.options["initial_state"]
+    outputs = []
+    with _defaults(plan.default_dtype), torch.no_grad():
+        for t in range(plan.T):
+            now = {n: x if n in heads else x[:, t] for n, x in inputs.operands.items()}
+            o, state = op.step(**now, **inputs.params, state=state, engine=engine)
+            outputs.append(o)
+    return {"o": torch.stack(outputs, 1), **dict(_numbered(state))}
 
 
 def _on(device: str, inputs: Inputs) -> Inputs:
@@ -376,10 +411,10 @@ def prepare(engine: str) -> None:
     if engine == "triton":
         from chunkwise.runtime import triton_engine
 
-        from tests.interpreted import hasten, served_under, small
+        from tests.interpreted import hasten, now_and_then_in_segments
 
         hasten()
-        vars(triton_engine)["_compiled_for"] = served_under(small)
+        vars(triton_engine)["_compiled_for"] = now_and_then_in_segments
 
 
 def _work(engine: str, seed: int, shrinking: float, pipe: Connection) -> None:
@@ -440,6 +475,25 @@ class _Worker:
         record |= {"reason": f"{why} ({self._process.exitcode})", "seconds": 0.0}
         self._start()
         return record
+
+
+def block(engine: str, first: int, count: int, seconds: float = 30.0) -> list[Verdict]:
+    """The outcomes of some numbered draws of seed 0, for a test: a failure raises, shrunk."""
+    verdicts = []
+    for index in range(first, first + count):
+        drawn, choices = numbered(engine, 0, index)
+        verdict = examine(drawn, engine)
+        if verdict.failed:
+            smallest = shrunk(
+                engine, choices, lambda d: examine(d, engine).outcome is verdict.outcome, seconds
+            )
+            again = examine(smallest, engine)
+            raise AssertionError(
+                f"draw {index} {verdict.outcome.value}: {verdict.reason}\n{drawn}\n{verdict.text}\n"
+                f"simpler: {again.reason}\n{smallest}\n{again.text}"
+            )
+        verdicts.append(verdict)
+    return verdicts
 
 
 def campaign(arguments: argparse.Namespace) -> list[dict[str, Any]]:

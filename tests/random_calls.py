@@ -57,6 +57,7 @@ class Probe(Enum):
 
     RUN = "its numbers"
     META = "its shapes, on the meta device"
+    STEP = "its numbers, by `step`, a token at a time"
     MIXED = "to refuse one operand on another device"
 
 
@@ -152,7 +153,7 @@ def plan(
         loss=pick((Loss.BOTH, Loss.BOTH, *Loss)),
         cotangents=pick(layouts),
         check=pick((None, None, None, True)),
-        probe=pick((*(Probe.RUN,) * 18, Probe.META, Probe.MIXED)),
+        probe=pick((*(Probe.RUN,) * 20, Probe.STEP, Probe.STEP, Probe.META, Probe.MIXED)),
         seed=pick(range(8)),
     )
     if pick((False,) * 9 + (True,)):  # every size the same

@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 
 from chunkwise import dsl
 from chunkwise.dsl.declaration import Declaration
+from hypothesis import strategies as st
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ _KIND_OF = {
     **{n: kind for table in (_SINGLE, _GATES) for kind, names in table.items() for n in names},
     **{n: f"tuple[{kind}, ...]" for kind, n in _TUPLES.items()},
 }
-_PARAMS = {"scale": 0.7, "rate": 0.25}
+_PARAMS = {"scale": ("float = 0.7", 0.7), "rate": ("float", 0.25)}
 _STATICS = {"power": "int = 2", "flag": "bool = True"}
 # names that kernels use themselves, or Python, torch or Triton does
 _NAMES = (
@@ -107,14 +108,14 @@ class Rule:
     @property
     def params(self) -> dict[str, float]:
         """The run-time floats of a call."""
-        return {n: x for n, x in _PARAMS.items() if n in _words(self.lines)}
+        return {n: x for n, (_, x) in _PARAMS.items() if n in _words(self.lines)}
 
     @property
     def source(self) -> str:
         """The declaration."""
         used = _words(self.lines)
         operands = [f"{n}: {kind}" for n, kind in _KIND_OF.items() if n in used]
-        keywords = [f"{n}: float" for n in _PARAMS if n in used]
+        keywords = [f"{n}: {kind}" for n, (kind, _) in _PARAMS.items() if n in used]
         keywords += [f"{n}: {kind}" for n, kind in _STATICS.items() if n in used]
         signature = ", ".join([*self.states, *operands, *(["*"] if keywords else []), *keywords])
         body = "\n".join(f"    {line}" for line in self.lines)
@@ -419,6 +420,12 @@ def rule(pick: Pick) -> Rule:
     kept = _without_unused(lines)
     declared = [*(f"{S}: State" for S in matrices), *(f"{z}: KeyState" for z in vectors)]
     return Rule(tuple(declared), tuple(kept), _names(pick, kept))
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> Rule:
+    """The same, drawn and shrunk by Hypothesis."""
+    return rule(lambda options: draw(st.sampled_from(options)))
 
 
 def _without_unused(lines: Sequence[str]) -> list[str]:

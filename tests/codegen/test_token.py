@@ -14,15 +14,15 @@ import torch
 from chunkwise.codegen.print_text import print_body
 from chunkwise.codegen.tile import Axis, TileOp, topological
 from chunkwise.codegen.token import token_body
-from chunkwise.dsl import oracle
 from chunkwise.dsl.library import all_declarations
 from chunkwise.runtime import launch, triton_engine, tvm_engine
 from chunkwise.runtime.call import bind
-from hypothesis import HealthCheck, given, note, settings
 
-from tests.harness import Gates, Inputs, Layout, Sizes, make_inputs, oracle_results
+from tests import harness
+from tests.harness import Gates, Inputs, Sizes, make_inputs, oracle_results
 from tests.interpreted import Poisoned
-from tests.random_rules import Rule, Shape, operands_of, rules, shapes
+from tests.net import numbered
+from tests.random_calls import Layout, is_sound, make
 from tests.tolerances import BY_DTYPE, FLOAT32_HARD, Tolerance, assert_agree
 
 NAMES = [d.name for d in all_declarations()]
@@ -31,7 +31,7 @@ ENGINES = [
     pytest.param(triton_engine, id="triton", marks=pytest.mark.interpreter),
 ]
 # sequences that are empty and of one token, grouped heads, no whole vector or tile, views
-RICH = Sizes(HV=4, K=5, V=19, initial=True, dtype=torch.float32, layout=Layout.VIEWS)
+RICH = Sizes(HV=4, K=5, V=19, initial=True, dtype=torch.float32, layout=harness.Layout.VIEWS)
 RICH = RICH.packed(0, 3, 1, 0, 5)
 HARD = Sizes(B=2, T=7, H=1, HV=1, K=16, V=8, dtype=torch.float32, gates=Gates.HARD)
 
@@ -42,7 +42,8 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _check(op: cw.Recurrence, inputs: Inputs, engine: Any, limit: Tolerance) -> None:
-    call = bind(op.declaration, (), inputs.operands, **_options(inputs))
+    given = {**inputs.operands, **inputs.params}
+    call = bind(op.declaration, (), given, **_options(inputs))
     with torch.no_grad():
         o, finals = engine.forward_by_token(call)
     want = {n: x for n, x in oracle_results(op, inputs).items() if not n.startswith("d")}
@@ -72,24 +73,24 @@ def test_half_precision(engine: Any) -> None:
     _check(op, make_inputs(op, sizes), engine, BY_DTYPE[torch.float16])
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
-@given(rules(low_rank=True), shapes(around=3, longest=5))
-@torch.no_grad()
-def test_random_rules(rule: Rule, shape: Shape) -> None:
-    note(rule.source)
-    d = rule.declare()
-    operands, initial, bounds = operands_of(d, shape, torch.float32)
-    call = bind(d, (), operands, initial_state=initial, cu_seqlens=bounds)
-    o, finals = tvm_engine.forward_by_token(call)
-    want, last = oracle.run(
-        call.step,
-        {n: x.double() for n, x in call.operands.items()},
-        call.params,
-        [None if x is None else x.double() for x in call.initial],
-        call.cu_seqlens,
-    )
-    got = {"o": o, **{f"final {n}": x for n, x in enumerate(finals)}}
-    assert_agree(got, {"o": want, **{f"final {n}": x for n, x in enumerate(last)}}, FLOAT32_HARD)
+def test_random_calls() -> None:
+    """Of rules of any class, packed or not."""
+    seen = 0
+    for index in range(30):
+        drawn, _ = numbered("tvm", 1, index)
+        packing = drawn.plan.lengths and (0, 3, 1)
+        plan = replace(drawn.plan, T=3, lengths=packing, reset=None, layouts=(Layout.PLAIN,) * 5)
+        try:
+            d = drawn.rule.declare()
+        except cw.errors.ChunkwiseError:
+            continue
+        micro = plan.micro if d.has_micro else 1
+        inputs = make(d, d.normal_form(micro), drawn.rule.params, plan).inputs
+        op = cw.Recurrence(d)
+        if is_sound(oracle_results(op, inputs)):
+            _check(op, inputs, tvm_engine, FLOAT32_HARD)
+            seen += 1
+    assert seen >= 20
 
 
 @pytest.mark.parametrize("name", NAMES)
