@@ -180,8 +180,8 @@ def _compile(
 
 
 def _new(b: New, device: torch.device) -> Tensor:
-    make = torch.zeros if b.zeroed else torch.empty
-    return make(b.shape, dtype=b.dtype, device=device)
+    made = torch.empty(b.shape, dtype=b.dtype, device=device)
+    return made.zero_() if b.zeroed else made
 
 
 def _tensor(x: Tensor | float | None) -> Tensor:
