@@ -160,7 +160,7 @@ def _by_form(form: NormalForm, made: Made, truth: dict[str, Tensor]) -> Verdict 
         o, finals = oracle.run_form(
             form, exact.operands, exact.params, exact.initial, exact.cu_seqlens
         )
-    got = {"o": o, **dict(_numbered(finals))}
+    got = {n: x.detach() for n, x in (("o", o), *_numbered(finals))}
     try:
         assert_agree(got, {n: truth[n] for n in got}, FLOAT64_RANDOM)
     except AssertionError as difference:
