@@ -452,6 +452,30 @@ class BadDevice(CallError, ValueError):
         )
 
 
+class BadLayout(CallError, TypeError):
+    """A tensor that is no dense block of strided memory on one device: sparse, nested, sharded."""
+
+    def __init__(self, operand: str, got: str, *, help: str = "") -> None:
+        super().__init__(
+            f"operand {operand!r} is {got}, expected a dense, strided tensor",
+            help=help or "convert it with .to_dense()",
+        )
+
+
+class BadNumber(CallError, ValueError):
+    """A parameter that no kernel can compute with: infinite, or not a number."""
+
+    def __init__(self, parameter: str, got: float, expected: str = "a finite number") -> None:
+        super().__init__(f"parameter {parameter!r} is {got}, expected {expected}")
+
+
+class BadOption(CallError, TypeError):
+    """An option of a call (`check`, say) with a value that it does not have."""
+
+    def __init__(self, option: str, got: object, expected: str) -> None:
+        super().__init__(f"option {option!r} is {got!r}, expected {expected}")
+
+
 class HeadMismatch(CallError, ValueError):
     """Head counts that do not divide."""
 

@@ -6,17 +6,19 @@ then makes room for its results and goes to the kernel.
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..dsl import errors, oracle
 from ..dsl.ir import Per
-from .call import Call, arrange, describe, initial_states
+from .call import PLAIN, Call, arrange, describe, initial_states
 from .engines import ENGINE_VARIABLE, EngineName, choose, stepper
 from .tokens import Serve, Token
 
@@ -30,7 +32,6 @@ _Key = list[object]
 _SERVING: dict[tuple[object, ...], Serve | None] = {}  # by key; None: the step in torch
 _LATEST: dict[Declaration, tuple[_Key, Serve | None]] = {}  # compared sooner than hashed
 _MOST = 4096  # keys that are kept
-_PLAIN = (Tensor, torch.nn.Parameter)  # other kinds of tensor have meanings of their own
 
 
 def step(
@@ -81,14 +82,27 @@ def _key(values: Sequence[object]) -> _Key | None:
     found: _Key = []
     for x in values:
         if isinstance(x, Tensor):
-            if type(x) not in _PLAIN or (gradients and x.requires_grad):
+            if (gradients and x.requires_grad) or not _as_they_lie(x):
                 return None
             found += (x.shape, x.stride(), x.dtype, x.device)
-        elif x is None or isinstance(x, (int, float)):
+        elif x is None or isinstance(x, (int, float, numbers.Real)):
             found.append(x)
+        elif isinstance(x, np.ndarray) and x.ndim == 0:
+            found.append(x.item())
         else:
             return None
     return None if _watched() else found
+
+
+def _as_they_lie(x: Tensor) -> bool:
+    """Whether the numbers of `x` are those in its memory, at its strides."""
+    return (
+        type(x) in PLAIN
+        and x.layout is torch.strided
+        and not x.is_neg()
+        and not x._is_zerotensor()
+        and not x.is_nested
+    )
 
 
 def _watched() -> bool:
@@ -140,8 +154,11 @@ def _in_torch(bound: _Bound, engine: EngineName | str | None) -> tuple[Tensor, S
     if engine is not None and stepper(choose(call.device.type, engine)) is not None:
         raise errors.EngineUnavailable(
             choose(call.device.type, engine).value,
-            "its kernels have no gradient of a single step, and torch.compile does not see them",
-            help="call step under torch.no_grad(), or name no engine: torch then does it",
+            "its kernels take tensors as they lie in memory: they have no gradient of a single "
+            "step, torch.compile and torch.func do not see them, and nothing is negated when it is "
+            "read",
+            help="call step under torch.no_grad() (with x.resolve_neg() where x.is_neg()), or name "
+            "no engine: torch then does it",
         )
     o, new = oracle.run(call.step, call.operands, call.params, call.initial, dtype=call.state_dtype)
     o = o.to(call.dtype)

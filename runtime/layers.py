@@ -64,7 +64,7 @@ def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 def positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Sequence number and position within it of every packed token, both `[T]`, without a sync."""
     t = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    sequence = torch.bucketize(t, cu_seqlens[1:], right=True)
+    sequence = torch.bucketize(t, cu_seqlens[1:].contiguous(), right=True)
     return sequence, t - cu_seqlens[:-1][sequence]
 
 

@@ -136,7 +136,7 @@ def _register(
         call = signature.call(inputs)
         check_contents(call, check)
         call = on_one_device(call)
-        serving = _loaded(engine, call)
+        serving = _loaded(_engine_of(engine, call), call)
         if _is_empty(call):
             return _empty_forward(call)
         with _without_autocast(call.device):
@@ -161,7 +161,7 @@ def _register(
             do = torch.zeros(call.output_shape, dtype=call.dtype, device=call.device)
         with _without_autocast(call.device):
             # an expanded gradient (of a sum, say) has strides 0, which no kernel expects
-            of_operands, of_initial = _loaded(engine, call).backward(
+            of_operands, of_initial = _loaded(_engine_of(engine, call), call).backward(
                 call, do.contiguous(), tuple(d if d is None else d.contiguous() for d in dfinals)
             )
         grads = [of_operands[x.name] for x in declaration.operands]
@@ -203,6 +203,14 @@ def _register(
     torch.library.register_autograd(
         f"{NAMESPACE}::{backward_name}", refuse, setup_context=save_nothing, lib=library
     )
+
+
+def _engine_of(name: EngineName, call: Call) -> EngineName:
+    """`name`; where there is no channel no kernel has work, and the token loop says what is left.
+
+    (Without Keys reads are zero, and outputs what the step makes of zero.)
+    """
+    return EngineName.REFERENCE if 0 in (call.K, call.V) else name
 
 
 def _is_empty(call: Call) -> bool:

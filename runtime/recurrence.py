@@ -86,6 +86,8 @@ class Recurrence:
         check: bool | None = None,
         **named: Tensor | float,
     ) -> tuple[Tensor, States | None]:
+        if check is not None and not isinstance(check, bool):
+            raise errors.BadOption("check", check, "True, False or None")
         operands, params, static = arrange(self.declaration, args, named)
         initial = initial_states(self.declaration, initial_state)
         micro = 1
