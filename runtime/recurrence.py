@@ -78,6 +78,7 @@ class Recurrence:
 
     def __call__(
         self,
+        /,  # an operand may be called self
         *args: Tensor,
         initial_state: GivenStates = None,
         output_final_state: bool = False,
@@ -106,6 +107,7 @@ class Recurrence:
 
     def step(
         self,
+        /,
         *args: Tensor,
         state: GivenStates = None,
         engine: EngineName | str | None = None,

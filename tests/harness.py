@@ -82,7 +82,9 @@ class Inputs:
 
         return Inputs(
             {n: copy(x) for n, x in self.operands.items()},
-            None if self.initial is None else tuple(x if x is None else copy(x) for x in self.initial),
+            None
+            if self.initial is None
+            else tuple(x if x is None else copy(x) for x in self.initial),
             None if self.cu_seqlens is None else self.cu_seqlens.to(device),
             self.params,
         )

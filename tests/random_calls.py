@@ -95,13 +95,14 @@ class Plan:
     cotangents: Layout
     check: bool | None
     probe: Probe
+    statics: bool  # whether int and bool keywords have other values than their defaults
     seed: int
 
     def __str__(self) -> str:
         """What differs from the simplest call."""
         parts = [f"B={self.B} T={self.T} H={self.H}x{self.group} K={self.K} V={self.V}"]
         parts.append(str(self.dtype).removeprefix("torch."))
-        for name in ("lengths", "micro", "reset", "resets", "zeros", "check", "seed"):
+        for name in ("lengths", "micro", "reset", "resets", "zeros", "check", "statics", "seed"):
             parts.append(f"{name}={getattr(self, name)}")
         parts += [f"initial={self.initial} wide_keys={self.wide_keys}"]
         layouts = {x.name for x in (*self.layouts, self.cotangents)} - {"PLAIN"}
@@ -110,6 +111,11 @@ class Plan:
         if self.default_dtype is not torch.float32:
             parts.append(f"default {self.default_dtype}")
         return " ".join(parts)
+
+    @property
+    def given_statics(self) -> dict[str, int | bool]:
+        """Other values of the int and bool keywords that rules have."""
+        return {"power": 3, "flag": False} if self.statics else {}
 
     @property
     def tokens(self) -> int:
@@ -154,10 +160,12 @@ def plan(
         cotangents=pick(layouts),
         check=pick((None, None, None, True)),
         probe=pick((*(Probe.RUN,) * 20, Probe.STEP, Probe.STEP, Probe.META, Probe.MIXED)),
+        statics=pick((False, False, True)),
         seed=pick(range(8)),
     )
-    if pick((False,) * 9 + (True,)):  # every size the same
-        return replace(made, B=1, T=chunk, lengths=None, H=1, group=1, K=chunk, V=chunk)
+    same = pick((0,) * 18 + (chunk, 64 if longest >= 40 else chunk))
+    if same:  # of every axis
+        return replace(made, B=1, T=same, lengths=None, H=1, group=1, K=same, V=same)
     return made
 
 
@@ -277,5 +285,3 @@ def is_sound(truth: dict[str, Tensor]) -> bool:
         bool(torch.isfinite(x).all()) and (not x.numel() or float(x.abs().max()) <= _LARGEST)
         for x in truth.values()
     )
-
-

@@ -62,7 +62,13 @@ _OF_ONE = (
     *("exp(-abs({}))", "expm1(-abs({}))", "log1p(abs({}))", "log(1 + abs({}))", "{} ** 3"),
     *("log2(0.5 + {} ** 2)", "logsigmoid({})", "sqrt(0.1 + {} ** 2)", "rsqrt(1 + {} ** 2)"),
     *("clamp({}, -1.0, 0.7)", "clamp({}, None, 0.4)", "1 / (1 + {} ** 2)", "(1 - {})", "({} / 3)"),
-    *("{} ** -2 * 0", "(0.6 - {}) * 0.5", "within({}, -1e6, 1e6)", "(+{})", "(1 + abs({})) ** -0.5"),
+    *(
+        "{} ** -2 * 0",
+        "(0.6 - {}) * 0.5",
+        "within({}, -1e6, 1e6)",
+        "(+{})",
+        "(1 + abs({})) ** -0.5",
+    ),
 )
 _OF_TWO = (
     *("({} + {})", "({} - {})", "{} * {}", "{} / (1 + abs({}))", "maximum({}, {})"),
@@ -87,12 +93,23 @@ _REFUSED = (
     *("S = S + outer(k, v) * clamp(s, 1, 0)", "S = s ** 1.5 * S", "o = o ** s", "o = o @ v"),
     *("S = sigmoid(w) * S * sigmoid(v)", "S = S * sigmoid(v) + outer(k, v)", "o = k.T", "o = o[0]"),
     *("S = S + b * outer(k, v - k @ S) - b * outer(p, p @ S)", "o = (S @ v) * k", "o = sum(S)"),
-    *("S = S + outer(k, v * (k @ S))", "S = S + outer(k, (k @ S) * (q @ S))", "S = exp(S)", "o = None"),
+    *(
+        "S = S + outer(k, v * (k @ S))",
+        "S = S + outer(k, (k @ S) * (q @ S))",
+        "S = exp(S)",
+        "o = None",
+    ),
     *("S = S + outer(k - S @ v, b * v)", "o = (q + S @ v) @ S", "o = dot(o, o) * v", "S = 2 * S"),
     *("S = (1 + b ** 2) * S", "S = S / 0.5", "S = tanh(b) * S", "o = exp(k) * o", "S = dot(S, k)"),
     *("S = maximum(S, S)", "S = within(S, 0, 1)", "S = S - outer(k, v @ S)", "o = o + S", "o = s"),
     *("o = (q @ S) @ S", "S = S + outer(k, sum(k @ S) * v)", "S = S + outer(k, o)", "S = S + o"),
-    *("S = S * exp(v) + outer(k, v)", "o = (S @ v) @ S", "S = k @ S", "o = float(s) * o", "o = q * s"),
+    *(
+        "S = S * exp(v) + outer(k, v)",
+        "o = (S @ v) @ S",
+        "S = k @ S",
+        "o = float(s) * o",
+        "o = q * s",
+    ),
     *("S = S + outer(k, v / (k @ S))", "S = S + outer(k, maximum(k @ S, v))", "o = len(o) * o"),
 )
 
@@ -209,7 +226,9 @@ class _Writer:
         if per == "":
             return ""
         if per == "number":
-            return self.pick(("0.75", "exp(-scale)", "sigmoid(rate)", "sqrt(0.5)", "exp(-1 / power)"))
+            return self.pick(
+                ("0.75", "exp(-scale)", "sigmoid(rate)", "sqrt(0.5)", "exp(-1 / power)")
+            )
         log, factor = _GATES[per]
         (head,) = _GATES["Head" + per]
         free = self.scalar(1) if per == "Scalar" else self.vector("Key", 1)
@@ -272,12 +291,18 @@ class _Writer:
         lines = [f"{S}0 = {S}"]
         decay = self.decay()
         if decay:
-            lines.append(f"{S} = " + self.pick((f"{decay} * {S}", f"{S} * {decay}", f"-(-({decay} * {S}))")))
+            lines.append(
+                f"{S} = " + self.pick((f"{decay} * {S}", f"{S} * {decay}", f"-(-({decay} * {S}))"))
+            )
         lines.append(f"{S}1 = {S}")
-        what = self.pick(("add", "delta", "apart", "ratio", "undecayed", "general", "twice", "split"))
+        what = self.pick(
+            ("add", "delta", "apart", "ratio", "undecayed", "general", "twice", "split")
+        )
         write = f"outer({self.vector('Key')}, {self.vector('Value')})"
         if what == "add":
-            lines.append(self.pick((f"{S} = {S} + {write}", f"{S} = {write} + {S}", f"{S} = {S} - {write}")))
+            lines.append(
+                self.pick((f"{S} = {S} + {write}", f"{S} = {write} + {S}", f"{S} = {S} - {write}"))
+            )
             return lines
         if what == "twice":
             other = f"outer({self.vector('Key')}, {self.vector('Value')})"
@@ -285,7 +310,10 @@ class _Writer:
         if what == "ratio":  # the step that divides by what padding leaves 0
             x = self.leaf("Key")
             value = self.vector("Value")
-            return [*lines, f"{S} = {S} + {self.step()} / dot({x}, {x}) * outer({x}, {value} - {x} @ {S}1)"]
+            return [
+                *lines,
+                f"{S} = {S} + {self.step()} / dot({x}, {x}) * outer({x}, {value} - {x} @ {S}1)",
+            ]
         key, step = self.unit(), self.step()
         if what == "delta":
             value = self.vector("Value")
@@ -293,11 +321,17 @@ class _Writer:
         if what == "split":  # the delta rule in two terms
             value = self.vector("Value")
             at = self.pick(("1", "0"))
-            lines.append(f"{S} = {S} - {step} * outer({key}, {key} @ {S}{at}) + {step} * outer({key}, {value})")
+            lines.append(
+                f"{S} = {S} - {step} * outer({key}, {key} @ {S}{at})"
+                f" + {step} * outer({key}, {value})"
+            )
             return lines
         read = self.pick((self.unit(), f"{key} * sigmoid({self.vector('Key', 0)})"))
         if what == "apart":
-            return [*lines, f"{S} = {S} + {step} * outer({key}, {self.vector('Value')} - {read} @ {S}1)"]
+            return [
+                *lines,
+                f"{S} = {S} + {step} * outer({key}, {self.vector('Value')} - {read} @ {S}1)",
+            ]
         seen = f"{S}0" if what == "undecayed" else f"{S}1"
         return [*lines, f"{S} = {S} - {step} * outer({key}, {read} @ {seen}) + {write}"]
 
@@ -331,14 +365,18 @@ class _Writer:
         what = self.pick(("delta", "add", "decayed", "ratio"))
         value = self.pick(("v_i", self.vector("Value", 1)))
         if what == "add":
-            lines.append(f"    {S} = {S} + {self.pick(('b_i', self.scalar(1)))} * outer(k_i, {value})")
+            lines.append(
+                f"    {S} = {S} + {self.pick(('b_i', self.scalar(1)))} * outer(k_i, {value})"
+            )
         else:
             step = self.pick(("sigmoid(b_i)", self.step()))
             key = "l2norm(k_i)"
             if what == "ratio":
                 key, step = "k_i", f"{step} / dot(k_i, k_i)"
             if what == "decayed":
-                gate = self.pick(("sigmoid(b_i)", "exp(-abs(b_i))", "sigmoid(k_i)", "exp(g)", "exp(w)"))
+                gate = self.pick(
+                    ("sigmoid(b_i)", "exp(-abs(b_i))", "sigmoid(k_i)", "exp(g)", "exp(w)")
+                )
                 lines.append(f"    {S} = {gate} * {S}")
             lines.append(f"    {S} = {S} + {step} * outer({key}, {value} - {key} @ {S})")
         self.inner = {}
@@ -406,7 +444,9 @@ def rule(pick: Pick) -> Rule:
     if shape == "mixed":  # states that see one another: legal, most of it not lowered
         matrices = ["S", "M"]
         lines = ["S0 = S", "M0 = M", "M = sigmoid(h) * M + outer(k, v - p @ S0)", "M1 = M"]
-        lines += [pick(("S = exp(g) * S + b * M", "S = exp(g) * S + outer(q, v)", "S = S + 0.1 * M0"))]
+        lines += [
+            pick(("S = exp(g) * S + b * M", "S = exp(g) * S + outer(q, v)", "S = S + 0.1 * M0"))
+        ]
         lines += ["S1 = S"]
     for z in vectors:
         lines += writer.normaliser(z)
@@ -416,7 +456,9 @@ def rule(pick: Pick) -> Rule:
     else:
         lines += writer.output(matrices, vectors, last_only=shape == "micro")
     states = [*matrices, *vectors]
-    lines.append(f"return ({', '.join(states)}), o" if len(states) > 1 else f"return {states[0]}, o")
+    lines.append(
+        f"return ({', '.join(states)}), o" if len(states) > 1 else f"return {states[0]}, o"
+    )
     kept = _without_unused(lines)
     declared = [*(f"{S}: State" for S in matrices), *(f"{z}: KeyState" for z in vectors)]
     return Rule(tuple(declared), tuple(kept), _names(pick, kept))

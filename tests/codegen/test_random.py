@@ -11,7 +11,8 @@ import pytest
 from chunkwise.runtime import eager_engine, triton_engine
 
 from tests.interpreted import now_and_then_in_segments
-from tests.net import CALIBERS, Outcome, Verdict, block
+from tests.net import block
+from tests.random_draws import CALIBERS, Outcome, Verdict
 
 # of a block; a refusal is an error of the catalogue, and some steps are meant to be refused
 REFUSED, MOOT = 0.3, 0.15

@@ -1,0 +1,320 @@
+"""One random call of a random recurrence on an engine, against the float64 token loop."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from chunkwise.dsl import errors, oracle
+from chunkwise.dsl.ir import Kind, Per
+from chunkwise.dsl.normal_form import NormalForm
+from chunkwise.dsl.step import Step
+from chunkwise.runtime.recurrence import Recurrence
+from torch import Tensor
+
+from tests.harness import Inputs, wobbled
+from tests.random_calls import Layout, Loss, Made, Plan, Probe, is_sound, laid_out, make, plan
+from tests.random_rules import Pick, Rule, rule
+from tests.tolerances import FLOAT32_HARD, FLOAT64_RANDOM, assert_agree
+
+
+class Outcome(Enum):
+    """What became of a draw."""
+
+    AGREED = "agreed"
+    REFUSED = "refused"  # with an error of the catalogue
+    WRONG = "wrong"
+    CRASHED = "crashed"  # with any other exception
+    MOOT = "moot"  # the token loop itself is not finite, or grows
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An outcome, with its reason: the class of an error and where, or what disagrees."""
+
+    outcome: Outcome
+    reason: str = ""
+    text: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.outcome in (Outcome.WRONG, Outcome.CRASHED)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A recurrence and a call of it."""
+
+    rule: Rule
+    plan: Plan
+
+    def __str__(self) -> str:
+        return f"{self.rule.source}{self.plan}"
+
+
+@dataclass(frozen=True)
+class Caliber:
+    """What an engine is drawn for: the chunk it serves by default here, lengths, dtypes."""
+
+    chunk: int
+    longest: int
+    dtypes: tuple[torch.dtype, ...]
+
+
+CALIBERS = {
+    "eager": Caliber(16, 40, (torch.float64, torch.float64, torch.float32)),
+    "tvm": Caliber(32, 66, (torch.float32,)),
+    "triton": Caliber(16, 33, (torch.float32,)),
+}
+
+
+def draw(pick: Pick, engine: str) -> Draw:
+    """A draw for an engine."""
+    c = CALIBERS[engine]
+    return Draw(rule(pick), plan(pick, chunk=c.chunk, longest=c.longest, dtypes=c.dtypes))
+
+
+def examine(drawn: Draw, engine: str) -> Verdict:
+    """What an engine makes of a draw."""
+    try:
+        declaration = drawn.rule.declare()
+        micro = drawn.plan.micro if declaration.has_micro else 1
+        statics = {n: x for n, x in drawn.plan.given_statics.items() if n in declaration.statics}
+        form = declaration.normal_form(micro, statics)
+    except errors.InvalidIR as fault:
+        return _crash(fault)
+    except errors.DeclarationError as refusal:
+        return _refusal(refusal)
+    except Exception as fault:
+        return _crash(fault)
+    plan = drawn.plan
+    if plan.dtype is torch.float32 and "l2norm" in drawn.rule.source:
+        # one channel normalised is its sign: of its gradient, 0, float32 has what rounding leaves
+        plan = replace(plan, K=max(plan.K, 2), V=max(plan.V, 2))
+    op = Recurrence(declaration)
+    params = {**drawn.rule.params, **statics}
+    step = declaration.step(micro, statics)
+    for reset in dict.fromkeys((plan.reset, plan.reset and (-1e3, 1e-4), None)):
+        plan = replace(plan, reset=reset)
+        try:
+            made = make(declaration, form, params, plan)
+        except errors.NotLowered as unknown:
+            return Verdict(Outcome.MOOT, "no legal gates", str(unknown))
+        if form.output.kind is not Kind.VALUE and plan.probe is not Probe.RUN:
+            plan = replace(plan, probe=Probe.RUN)
+        cotangents = _cotangents(op, made.inputs, plan, form.output.kind)
+        truth = _truth(step, made.inputs, cotangents)
+        if is_sound(truth):
+            break
+    else:
+        return Verdict(Outcome.MOOT, "the truth is not finite, or large")
+    try:
+        if plan.probe is Probe.MIXED and len(made.inputs.operands) > 1:
+            return _refuses_devices(op, made.inputs, plan.seed)
+        if plan.probe is Probe.META:
+            return _shapes(op, made.inputs, truth, engine)
+        if plan.probe is Probe.STEP and plan.lengths is None and plan.tokens:
+            got = _steps(op, made.inputs, plan, engine)
+            truth = {n: truth[n] for n in got}
+        else:
+            got = _results(op, made.inputs, plan, cotangents, engine)
+    except errors.InvalidIR as fault:
+        return _crash(fault)
+    except (errors.NotLowered, errors.EngineUnavailable) as refusal:
+        return _by_form(form, made, truth) or _refusal(refusal)
+    except Exception as fault:  # whatever else a legal call raises is a fault of ours
+        return _crash(fault)
+    return _compared(step, made, plan, cotangents, got, truth)
+
+
+def _by_form(form: NormalForm, made: Made, truth: dict[str, Tensor]) -> Verdict | None:
+    """A step that no engine lowers must still mean what its normal form does; None if so."""
+    exact = made.inputs.copied("cpu", torch.float64)
+    with torch.no_grad():
+        o, finals = oracle.run_form(
+            form, exact.operands, exact.params, exact.initial, exact.cu_seqlens
+        )
+    got = {n: x.detach() for n, x in (("o", o), *_numbered(finals))}
+    try:
+        assert_agree(got, {n: truth[n] for n in got}, FLOAT64_RANDOM)
+    except AssertionError as difference:
+        return Verdict(Outcome.WRONG, "normal form", str(difference))
+    return None
+
+
+def _refusal(error: errors.ChunkwiseError) -> Verdict:
+    first = error.args[0] if error.args else str(error)
+    return Verdict(Outcome.REFUSED, type(error).__name__, str(first))
+
+
+def _crash(error: Exception) -> Verdict:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "chunkwise" in f.filename or "/dsl/" in f.filename]
+    at = own[-1] if own else frames[-1]
+    where = f"{type(error).__name__} at {Path(at.filename).name}:{at.name}"
+    return Verdict(Outcome.CRASHED, where, f"{at.line}\n{type(error).__name__}: {error}")
+
+
+def _compared(
+    step: Step,
+    made: Made,
+    plan: Plan,
+    cotangents: dict[str, Tensor],
+    got: dict[str, Tensor],
+    truth: dict[str, Tensor],
+) -> Verdict:
+    limit = FLOAT64_RANDOM if plan.dtype is torch.float64 else FLOAT32_HARD
+    try:
+        try:
+            assert_agree(got, truth, limit, gates=made.gates)
+        except AssertionError:
+            near = _truth(step, wobbled(made.inputs), cotangents)
+            near = {n: near[n] for n in truth}
+            assert_agree(got, truth, limit, gates=made.gates, near=near)
+    except AssertionError as difference:
+        lines = str(difference).splitlines()
+        names = sorted({line.partition(":")[0].partition(" ")[0] for line in lines})
+        nan = " (NaN)" if any("nan" in line for line in lines) else ""
+        return Verdict(Outcome.WRONG, ", ".join(names) + nan, str(difference))
+    return Verdict(Outcome.AGREED)
+
+
+def _cotangents(op: Recurrence, inputs: Inputs, plan: Plan, kind: Kind) -> dict[str, Tensor]:
+    """The weights of outputs in the loss, in the dtype they are handed over in."""
+    random = torch.Generator().manual_seed(3)
+    heads, d = plan.H * plan.group, op.declaration
+    batch = plan.B if plan.lengths is None else 1
+    tail = {Kind.VALUE: (plan.V,), Kind.KEY: (plan.K,)}.get(kind, ())
+    shapes = {"o": (batch, plan.tokens, heads, *tail)}
+    for n, s in enumerate(d.states):
+        shapes[f"final {n}"] = (
+            *(plan.sequences, heads, plan.K),
+            *((plan.V,) if s.kind is Kind.STATE else ()),
+        )
+    if plan.loss is Loss.OUTPUT:
+        shapes = {"o": shapes["o"]}
+    elif plan.loss is Loss.STATES:
+        del shapes["o"]
+    found = {}
+    for name, shape in shapes.items():
+        w = torch.randn(shape, generator=random, dtype=torch.float64).to(plan.dtype)
+        if plan.cotangents is Layout.BROADCAST:  # as of a sum
+            found[name] = torch.tensor(1.3, dtype=plan.dtype).expand(shape)
+        else:
+            found[name] = laid_out(w, plan.cotangents).detach()
+    return found
+
+
+def _outcome(
+    o: Tensor, finals: Sequence[Tensor], inputs: Inputs, cotangents: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Outputs, final states and gradients by name."""
+    outputs = {"o": o, **{f"final {n}": s for n, s in enumerate(finals)}}
+    leaves = inputs.leaves
+    reached = {n: w for n, w in cotangents.items() if outputs[n].requires_grad}
+    taken: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    if reached:
+        taken = torch.autograd.grad(
+            [outputs[n] for n in reached],
+            list(leaves.values()),
+            [w.to(outputs[n].dtype) for n, w in reached.items()],
+            allow_unused=True,
+        )
+    grads = {
+        f"d{n}": torch.zeros_like(x) if g is None else g
+        for (n, x), g in zip(leaves.items(), taken, strict=True)
+    }
+    return {n: y.detach() for n, y in {**outputs, **grads}.items()}
+
+
+def _truth(step: Step, inputs: Inputs, cotangents: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same of the float64 token loop."""
+
+    exact = inputs.copied("cpu", torch.float64)
+    o, finals = oracle.run(step, exact.operands, exact.params, exact.initial, exact.cu_seqlens)
+    return _outcome(o, finals, exact, {n: w.double() for n, w in cotangents.items()})
+
+
+@contextlib.contextmanager
+def _defaults(dtype: torch.dtype) -> Iterator[None]:
+    """The default dtype for a while; memory that is not written to holds NaN."""
+    before = torch.get_default_dtype()
+    torch.use_deterministic_algorithms(True)
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+        torch.use_deterministic_algorithms(False)
+
+
+def _results(
+    op: Recurrence, inputs: Inputs, plan: Plan, cotangents: dict[str, Tensor], engine: str
+) -> dict[str, Tensor]:
+    with _defaults(plan.default_dtype):
+        o, finals = op(
+            **inputs.operands,
+            **inputs.options,
+            engine=engine,
+            output_final_state=True,
+            check=plan.check,
+        )
+        states = finals if isinstance(finals, tuple) else (finals,)
+        return _outcome(o, states, inputs, cotangents)
+
+
+def _steps(op: Recurrence, inputs: Inputs, plan: Plan, engine: str) -> dict[str, Tensor]:
+    """Output and final states of `op.step`, a token at a time."""
+    engine = "reference" if engine == "eager" else engine
+    heads = {x.name for x in op.declaration.operands if x.per is Per.HEAD}
+    state: Any = inputs.options["initial_state"]
+    outputs = []
+    with _defaults(plan.default_dtype), torch.no_grad():
+        for t in range(plan.T):
+            now = {n: x if n in heads else x[:, t] for n, x in inputs.operands.items()}
+            o, state = op.step(**now, **inputs.params, state=state, engine=engine)
+            outputs.append(o)
+    return {"o": torch.stack(outputs, 1), **dict(_numbered(state))}
+
+
+def _on(device: str, inputs: Inputs) -> Inputs:
+    initial = inputs.initial
+    if initial is not None:
+        initial = tuple(None if x is None else x.detach().to(device) for x in initial)
+    cu = None if inputs.cu_seqlens is None else inputs.cu_seqlens.to(device)
+    operands = {n: x.detach().to(device) for n, x in inputs.operands.items()}
+    return Inputs(operands, initial, cu, inputs.params)
+
+
+def _shapes(op: Recurrence, inputs: Inputs, truth: dict[str, Tensor], engine: str) -> Verdict:
+    """On the meta device the shapes are those of the truth."""
+    inputs = _on("meta", inputs)
+    engine = "eager" if engine in ("tvm", "triton") else engine
+    o, finals = op(**inputs.operands, **inputs.options, engine=engine, output_final_state=True)
+    got = {"o": o, **dict(_numbered(finals))}
+    for name, y in got.items():
+        if y.shape != truth[name].shape or y.device.type != "meta":
+            return Verdict(Outcome.WRONG, f"{name} on meta", f"{y.shape}, {truth[name].shape}")
+    return Verdict(Outcome.AGREED, "on meta")
+
+
+def _numbered(finals: Any) -> Iterator[tuple[str, Tensor]]:
+    for n, x in enumerate(finals if isinstance(finals, tuple) else (finals,)):
+        yield f"final {n}", x
+
+
+def _refuses_devices(op: Recurrence, inputs: Inputs, at: int) -> Verdict:
+    names = list(inputs.operands)
+    other = names[at % len(names)]
+    mixed = replace(inputs, operands={**inputs.operands, other: inputs.operands[other].to("meta")})
+    try:
+        op(**mixed.operands, **mixed.options)
+    except errors.BadDevice as refusal:
+        return Verdict(Outcome.AGREED, "devices refused", str(refusal))
+    return Verdict(Outcome.WRONG, "mixed devices are served")
