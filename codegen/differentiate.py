@@ -55,6 +55,7 @@ def differentiate(body: Body) -> Adjoint:
             g = g.named(GRADIENT + node.hint)
         gradients[node] = g
         for argument, part in _propagate(node, g):
+            assert part.axes == argument.axes, "a gradient has the axes of what it is one of"
             incoming.setdefault(argument, []).append(part)
 
     starts = {c.start: c for c in body.carried}
@@ -87,13 +88,14 @@ def _propagate(node: Tile, g: Tile) -> Cotangents:
 
 
 def _to_axes(g: Tile, x: Tile) -> Tile:
-    """Sum `g` over the axes along which `x` was broadcast (rows beyond the end do not count)."""
+    """`g` with the axes of `x`, along which it may be constant.
+
+    Summed over those along which `x` was broadcast (rows beyond the end do not count).
+    """
     extra = tuple(a for a in g.axes if a not in x.axes)
-    if not extra:
-        return g
     if Axis.I in extra:
         g = tile.rows(g)
-    return tile.reduce(g, extra)
+    return tile.expand(tile.reduce(g, extra), x.axes)
 
 
 # ---- rules by op ---------------------------------------------------------------------------------

@@ -16,7 +16,20 @@ from typing import Any
 import chunkwise as cw
 import pytest
 import torch
-from chunkwise import HeadScalar, Key, Scalar, State, Value, cli, exp, outer, softplus
+from chunkwise import (
+    HeadScalar,
+    Key,
+    Scalar,
+    State,
+    Value,
+    cli,
+    exp,
+    maximum,
+    outer,
+    softplus,
+    sqrt,
+    tanh,
+)
 from chunkwise.autotune.store import save
 from chunkwise.cli_command import find
 from chunkwise.codegen.config import Dims
@@ -49,6 +62,13 @@ def first_of_two(S: State, q: Key, k: tuple[Key, ...], v: Value):
     return S, q @ S
 
 
+@cw.recurrence
+def functions_of_numbers(S: State, q: Key, k: Key, v: Value, *, rate: float = 0.5):
+    """Decays, scales and adds by what is made from numbers alone."""
+    S = exp(-rate) * S + rate / 3 * outer(k * tanh(sqrt(rate)), v)
+    return S, (q * maximum(rate, 0.3)) @ S + tanh(0.1) * rate
+
+
 OPS = {
     "gated_delta_rule": cw.library.gated_delta_rule,
     "delta_product": cw.library.delta_product,
@@ -56,9 +76,16 @@ OPS = {
     "leaky_writes": leaky_writes,
     "one_householder": cw.library.gated_delta_product,
     "first_of_two": first_of_two,
+    "functions_of_numbers": functions_of_numbers,
 }
 TRAINED = ("gated_delta_rule", "mamba2", "leaky_writes")
-TESTED = ("gated_delta_rule", "delta_product", "one_householder", "first_of_two")
+TESTED = (
+    "gated_delta_rule",
+    "delta_product",
+    "one_householder",
+    "first_of_two",
+    "functions_of_numbers",
+)
 SIZES = {"B": 1, "T": 7, "H": 1, "HV": 1, "K": 8, "V": 6, "1": 1, "2": 2}
 DIMS = Dims(8, 6)
 _MICRO = {"delta_product": 2, "first_of_two": 2}
