@@ -155,7 +155,7 @@ class Expressions(ABC):
             right = _factor(right) if fn is not Op.ADD else right
             if fn is Op.ADD and right.startswith("-"):
                 right = _factor(right)
-            if fn in (Op.MUL, Op.DIV) and "/" in right:
+            if fn is Op.DIV or (fn is Op.MUL and "/" in right):  # a / b * c is (a / b) * c
                 right = _atom(right)
             return f"{left} {_INFIX[fn]} {right}"
         if fn is Op.NEG:
