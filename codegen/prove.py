@@ -1,0 +1,357 @@
+"""Proof that the tiles of a chunk and of its adjoint mean the declared step and its gradient.
+
+`dsl.prove` shows with symbols that the chunk form equals the step. This shows that what is made of
+it does: TileIR as derived, its adjoint, and both as `factor` leaves them to the engines. Tiles are
+evaluated over two chunks, the second one shorter where it can be, at random points, with 50 digits.
+Nothing of the chunk form or of differentiation is on the other side: the step runs token by token,
+and its gradient is a difference quotient. With so many digits that is exact but for the numbers
+that normalisation computes in float64 (the logarithm of a constant decay, say).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from decimal import Decimal
+
+import numpy as np
+
+from ..dsl import prove as forms
+from ..dsl.declaration import Declaration
+from ..dsl.errors import NotLowered, ProofFailed
+from ..dsl.ir import Kind, Node, Op, Per, topological
+from ..dsl.normal_form import NormalForm, Operand
+from ..dsl.step import Step, operand_leaf, param_leaf, state_leaf
+from .chunk import Body, derive
+from .differentiate import GRADIENT, Adjoint, differentiate
+from .evaluate import ZERO, Numbers, Sizes, evaluate, evaluate_step, many_digits
+from .factor import factor_adjoint, factor_body
+from .lower import kind_axes
+from .tile import Axis, Tile, TileOp
+
+_KEY, _VALUE = 2, 3
+_SCALES = (1, 4)  # of operands, one per point: maximum, abs and the like take either branch
+_TOLERANCE = Decimal("1e-12")  # relative to the larger of 1 and what is expected
+_CHANGE = Decimal("1e-20")  # of a difference quotient, whose relative error is its square
+_DRAWS = 40  # of a point, before it is given up; the operands of the second half are positive
+_OUTPUT = "the output"
+_NO_POINT = "no gradient: no random operands keep what `within` promises and stay finite"
+
+_Values = Mapping[str, Numbers]
+
+
+def prove(what: Declaration, chunk: int = 3) -> forms.Proof:
+    """Prove the chunk form of a declaration, the tiles of its chunk, and those of its gradient.
+
+    `chunk`: the longest chunk: of tokens in the form, of rows (a token's micro-steps) in tiles.
+    Raises NotLowered for what the proof of the form does not cover; ProofFailed, with the output,
+    state or operand's gradient that differs, if an identity does not hold.
+    """
+    proof = forms.prove(what, chunk)
+    micro = 2 if what.has_micro else 1
+    step = what.step(micro)
+    try:
+        variants = tuple(_variants(what.normal_form(micro)))
+    except NotLowered as refusal:
+        return replace(proof, left_out=(f"no chunk in tiles, and no gradient of it: {refusal}",))
+    with many_digits():
+        for length in range(2, chunk + 1):
+            for scale in _SCALES:
+                point = _point(step, max(2, (2 * length - 1) // micro), scale)
+                if point is None:
+                    return replace(proof, left_out=(_NO_POINT,))
+                _prove_at(point, variants, length)
+    names = [*(o.name for o in step.operands), *(f"the initial {s.name}" for s in step.states)]
+    claims = (
+        "the tiles of two chunks in a row equal the step: outputs and final states",
+        f"the tiles of their adjoint equal its gradient: {', '.join(names)}",
+    )
+    return replace(proof, claims=(*proof.claims, *claims))
+
+
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """A chunk and its adjoint, as an engine may run them."""
+
+    name: str
+    body: Body
+    adjoint: Adjoint
+
+
+def _variants(form: NormalForm) -> Iterator[_Variant]:
+    for hoist in (False, True):
+        body = derive(form, hoist_products=hoist)
+        adjoint = differentiate(body)
+        name = "reassociated" if hoist else "derived"
+        yield _Variant(name, body, adjoint)
+        yield _Variant(f"{name} and factored", factor_body(body), factor_adjoint(adjoint))
+
+
+# ---------------------------------------------------------------- a point
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """A call, the cotangents of its results, and directions in which gradients are compared.
+
+    `values`, `directions`: of operands and initial states; what has tokens has them along I, a
+    micro operand the micro-steps of each. `cotangents`: of the output and final states.
+    """
+
+    step: Step
+    tokens: int
+    values: _Values
+    params: _Values
+    cotangents: _Values
+    directions: _Values
+
+    def moved(self, name: str, by: Decimal) -> _Point:
+        """The point `by` further along the direction of one operand or initial state."""
+        x = self.values[name] + by * self.directions[name]
+        return replace(self, values={**self.values, name: x})
+
+
+def _point(step: Step, tokens: int, scale: int) -> _Point | None:
+    """A random point where the step is finite and keeps its promises; None if none is found."""
+    draw = random.Random(scale)
+
+    def fraction() -> Decimal:
+        return Decimal(draw.randint(100, 900)) / 1000
+
+    def either() -> Decimal:
+        return fraction() * draw.choice((-1, 1))
+
+    def numbers(pick: Callable[[], Decimal], rows: int, kind: Kind) -> Numbers:
+        shape = Sizes(rows, _KEY, _VALUE).shape((Axis.I, *kind_axes(kind)))
+        return np.array([pick() for _ in range(math.prod(shape))], dtype=object).reshape(shape)
+
+    promises = _promises(step)
+    layouts = {o.name: (_rows(o, step.micro, tokens), o.kind) for o in step.operands}
+    states = {s.name: (1, s.kind) for s in step.states}
+    point = _Point(
+        step,
+        tokens,
+        values={n: numbers(either, *layout) for n, layout in states.items()},
+        params={p.name: numbers(fraction, 1, Kind.SCALAR) for p in step.params},
+        cotangents={
+            n: numbers(either, *layout)
+            for n, layout in {**states, _OUTPUT: (tokens, step.output.kind)}.items()
+        },
+        directions={n: numbers(either, *layout) for n, layout in {**states, **layouts}.items()},
+    )
+    for attempt in range(_DRAWS):
+        free = either if attempt < _DRAWS // 2 else fraction
+        drawn = {
+            n: numbers(_within(promises.get(n), scale, free, fraction), *layout)
+            for n, layout in layouts.items()
+        }
+        candidate = replace(point, values={**point.values, **drawn})
+        if _is_sound(candidate):
+            return candidate
+    return None
+
+
+def _rows(o: Operand, micro: int, tokens: int) -> int:
+    if o.per is Per.HEAD:
+        return 1
+    return tokens * micro if o.micro else tokens
+
+
+def _promises(step: Step) -> dict[str, tuple[float, float]]:
+    """The bounds that the declaration promises of operands themselves."""
+    return {
+        str(n.args[0].attrs[0]): _bounds(n)
+        for n in topological(*step.roots)
+        if n.op is Op.WITHIN and n.args[0].op is Op.OPERAND
+    }
+
+
+def _bounds(within: Node) -> tuple[float, float]:
+    low, high = within.attrs
+    assert isinstance(low, float)
+    assert isinstance(high, float)
+    return low, high
+
+
+def _within(
+    bounds: tuple[float, float] | None,
+    scale: int,
+    free: Callable[[], Decimal],
+    fraction: Callable[[], Decimal],
+) -> Callable[[], Decimal]:
+    """What draws a number within `bounds`, `scale` wide where they leave it open."""
+    low, high = (Decimal(x) for x in bounds or (-math.inf, math.inf))
+    if low.is_finite():
+        width = high - low if high.is_finite() else Decimal(scale)
+        return lambda: low + width * fraction()
+    if high.is_finite():
+        return lambda: high - scale * fraction()
+    return lambda: scale * free()
+
+
+def _is_sound(point: _Point) -> bool:
+    for token in _run(point):
+        results = (token.output, *token.states.values())
+        if not all(x.is_finite() for xs in results for x in xs.flat):
+            return False
+        for n, xs in token.known.items():
+            if n.op is Op.WITHIN:
+                low, high = _bounds(n)
+                if not all(low <= x <= high for x in xs.flat):
+                    return False
+    return True
+
+
+# ---------------------------------------------------------------- the step
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """What the step makes of one token: its output, the states after it, and all on the way."""
+
+    output: Numbers
+    states: _Values
+    known: Mapping[Node, Numbers]
+
+
+def _run(point: _Point) -> Iterator[_Token]:
+    """The declared step, token by token."""
+    step, micro = point.step, point.step.micro
+    states = {s.name: point.values[s.name] for s in step.states}
+    for t in range(point.tokens):
+        leaves = {state_leaf(s): states[s.name] for s in step.states}
+        leaves |= {param_leaf(p): point.params[p.name] for p in step.params}
+        for o in step.operands:
+            x = point.values[o.name]
+            if o.micro:
+                leaves |= {operand_leaf(o, m): x[[t * micro + m]] for m in range(micro)}
+            else:
+                leaves[operand_leaf(o)] = x if o.per is Per.HEAD else x[[t]]
+        known = evaluate_step(step.roots, leaves)
+        states = {s.name: known[n] for s, n in zip(step.states, step.next_states, strict=True)}
+        yield _Token(known[step.output], states, known)
+
+
+def _results(point: _Point) -> _Values:
+    """The output of every token and the final states, by the step."""
+    tokens = list(_run(point))
+    return {**tokens[-1].states, _OUTPUT: np.concatenate([t.output for t in tokens])}
+
+
+def _product(x: _Values, y: _Values) -> Decimal:
+    """The inner product of what has the names of `x`."""
+    return sum((np.sum(a * y[n]) for n, a in x.items()), Decimal(0))
+
+
+def _slope(point: _Point, name: str) -> Decimal:
+    """The derivative of cotangents · results along an operand's direction."""
+    after, before = (
+        _product(point.cotangents, _results(point.moved(name, by))) for by in (_CHANGE, -_CHANGE)
+    )
+    return (after - before) / (2 * _CHANGE)
+
+
+# ---------------------------------------------------------------- the tiles
+
+
+def _prove_at(point: _Point, variants: tuple[_Variant, ...], length: int) -> None:
+    """Compare every variant with the step at a point, in chunks of `length` rows."""
+    expected = _results(point)
+    slopes = {n: _slope(point, n) for n in point.directions}
+    states = {s.name for s in point.step.states}
+    for variant in variants:
+        chunks = _Chunks(point, length)
+        where = f"of tiles {variant.name}, in chunks of {length} rows"
+        for n, ours in chunks.results(variant.body).items():
+            what = f"the final {n}" if n in states else n
+            for a, b in zip(ours.flat, np.broadcast_to(expected[n], ours.shape).flat, strict=True):
+                _agree(point, f"{what} {where}", a, b)
+        for n, gradient in chunks.gradients(variant.adjoint).items():
+            what = f"the gradient of {'the initial ' if n in states else ''}{n}"
+            slope = _product({n: gradient}, point.directions)
+            _agree(point, f"{what} {where}", slope, slopes[n])
+
+
+def _agree(point: _Point, what: str, ours: Decimal, expected: Decimal) -> None:
+    difference = abs(ours - expected)
+    if not difference <= _TOLERANCE * max(1, abs(expected)):  # NaN is no agreement
+        raise ProofFailed(point.step.name, what, f"{ours:.6g} - {expected:.6g}")
+
+
+class _Chunks:
+    """A point in rows (micro-steps of tokens), cut into chunks, as the engines run it."""
+
+    def __init__(self, point: _Point, length: int) -> None:
+        step = point.step
+        self._point, self._micro = point, step.micro
+        end = point.tokens * self._micro
+        self._sizes = [Sizes(length, _KEY, _VALUE, first, end) for first in range(0, end, length)]
+        self._starts: list[_Values] = []  # the states as each chunk begins
+        rows = {
+            o.name: x if o.micro else x.repeat(self._micro, axis=0)
+            for o in step.operands
+            if o.per is Per.TOKEN
+            for x in (point.values[o.name],)
+        }
+        output = point.cotangents[_OUTPUT].repeat(self._micro, axis=0)
+        output[np.arange(end) % self._micro != self._micro - 1] = ZERO
+        rows[GRADIENT + "o"] = output
+        beyond = ((0, -end % length), (0, 0), (0, 0), (0, 0))
+        self._rows = {n: np.pad(x, beyond, constant_values=ZERO) for n, x in rows.items()}
+
+    def _evaluate(self, roots: list[Tile], carries: _Values, sizes: Sizes) -> list[Numbers]:
+        def leaf(t: Tile) -> Numbers:
+            name = str(t.attrs[0])
+            if t.op is TileOp.TOKEN:
+                return self._rows[name][sizes.first : sizes.first + sizes.rows]
+            return {
+                TileOp.HEAD: self._point.values,
+                TileOp.PARAM: self._point.params,
+                TileOp.CARRY: carries,
+            }[t.op][name]
+
+        return evaluate(roots, leaf, sizes)
+
+    def results(self, body: Body) -> _Values:
+        """The output and the final states, and keeps the states as each chunk begins."""
+        names = [c.name for c in body.carried]
+        roots = [*(t for _, t in body.outputs), *(c.end for c in body.carried)]
+        carries = {n: self._point.values[n] for n in names}
+        outputs = []
+        self._starts = []
+        for sizes in self._sizes:
+            self._starts.append(carries)
+            o, *ends = self._evaluate(roots, carries, sizes)
+            outputs.append(o)
+            carries = dict(zip(names, ends, strict=True))
+        rows = np.concatenate(outputs)[: self._sizes[0].end]
+        return {**carries, _OUTPUT: rows[self._micro - 1 :: self._micro]}
+
+    def gradients(self, adjoint: Adjoint) -> _Values:
+        """The gradients of all operands and initial states, by the chunks of the last `results`."""
+        step = self._point.step
+        names = [c.name for c in adjoint.carried]
+        roots = [*(t for _, t in adjoint.outputs), *(c.end for c in adjoint.carried)]
+        carries = {GRADIENT + s.name: self._point.cotangents[s.name] for s in step.states}
+        parts: dict[str, list[Numbers]] = {n: [] for n, _ in adjoint.outputs}
+        for sizes, starts in zip(reversed(self._sizes), reversed(self._starts), strict=True):
+            found = self._evaluate(roots, {**starts, **carries}, sizes)
+            for own, x in zip(parts.values(), found, strict=False):
+                own.insert(0, x)
+            carries = dict(zip(names, found[len(parts) :], strict=True))
+        result = {s.name: carries[GRADIENT + s.name] for s in step.states}
+        for o in step.operands:
+            result[o.name] = self._collected(o, parts.get(GRADIENT + o.name))
+        return result
+
+    def _collected(self, o: Operand, parts: list[Numbers] | None) -> Numbers:
+        """The gradient of an operand, from that of its rows in every chunk; 0 if there is none."""
+        like = self._point.values[o.name]
+        if parts is None:
+            return np.full_like(like, ZERO)
+        if o.per is Per.HEAD:
+            return sum(parts)
+        rows = np.concatenate(parts)[: self._sizes[0].end]
+        return rows if o.micro else rows.reshape(-1, self._micro, *like.shape[1:]).sum(axis=1)
