@@ -26,7 +26,7 @@ from .tile import Axes, Axis, Tile, TileOp, Which
 
 Numbers: TypeAlias = Any  # an array of four axes, of Decimals: numpy does not type what it holds
 DIGITS = 50
-ZERO, ONE = Decimal(0), Decimal(1)
+ZERO: Numbers = np.array(Decimal(0), dtype=object)
 _AT = {axis: n for n, axis in enumerate(Axis)}
 
 
@@ -99,7 +99,7 @@ def _smaller(x: Decimal, y: Decimal) -> Decimal:
 
 
 def _step(x: Decimal) -> Decimal:
-    return ONE if x > 0 else ONE / 2 if x == 0 else ZERO
+    return Decimal(1) if x > 0 else Decimal(1) / 2 if x == 0 else Decimal(0)
 
 
 _FUNCTIONS: dict[Op, Callable[..., Decimal]] = {
@@ -149,15 +149,25 @@ def _cumsum(t: Tile, x: Numbers) -> Numbers:
 def _inverse(lower: Numbers) -> Numbers:
     """(1 + L)^-1, row by row: T_i = e_i - sum_{j<i} L_ij T_j."""
     matrix = lower[:, :, 0, 0]
-    result = np.where(np.eye(len(matrix), dtype=bool), ONE, ZERO)
+    result = np.array([[Decimal(i == j) for j in range(len(matrix))] for i in range(len(matrix))])
     for i in range(1, len(matrix)):
         result[i] -= matrix[i, :i] @ result[:i]
     return result.reshape(lower.shape)
 
 
-def _decayed(p: Numbers, q: Numbers, which: Which, c: Sizes) -> Numbers:
-    """e^(P_i - Q_j) where the mask keeps it."""
-    return np.where(c.kept(which), _EXP(p - q), ZERO)
+def _where(keep: Numbers, x: Numbers) -> Numbers:
+    """`x` where it is kept, zero elsewhere."""
+    return np.where(keep, x, ZERO)
+
+
+def _decay(p: Numbers, q: Numbers, which: Which, c: Sizes) -> Numbers:
+    return _where(c.kept(which), _EXP(p - q))
+
+
+def _decayed(xs: Sequence[Numbers], over: Axis, c: Sizes) -> Numbers:
+    """The sum of x y e^(P_i - Q_j), i > j."""
+    x, y, p, q = xs
+    return total(x * y * _decay(p, q, Which.STRICT, c), over)
 
 
 _TILES: dict[TileOp, Callable[[Tile, Sequence[Numbers], Sizes], Numbers]] = {
@@ -167,22 +177,17 @@ _TILES: dict[TileOp, Callable[[Tile, Sequence[Numbers], Sizes], Numbers]] = {
     TileOp.STEP: lambda t, xs, c: _STEP(*xs),
     TileOp.EXPAND: lambda t, xs, c: np.broadcast_to(xs[0], c.shape(t.axes)),
     TileOp.RENAME: lambda t, xs, c: xs[0].swapaxes(_AT[Axis.I], _AT[Axis.J]),
-    TileOp.ROWS: lambda t, xs, c: np.where(c.numbers(Axis.I) < c.end, xs[0], ZERO),
-    TileOp.PHASE: lambda t, xs, c: np.where(
-        c.numbers(Axis.I) % t.attrs[1] == t.attrs[0], xs[0], ZERO
-    ),
-    TileOp.MASK: lambda t, xs, c: np.where(c.kept(_attr(t)), xs[0], ZERO),
+    TileOp.ROWS: lambda t, xs, c: _where(c.numbers(Axis.I) < c.end, xs[0]),
+    TileOp.PHASE: lambda t, xs, c: _where(c.numbers(Axis.I) % t.attrs[1] == t.attrs[0], xs[0]),
+    TileOp.MASK: lambda t, xs, c: _where(c.kept(_attr(t)), xs[0]),
     TileOp.SUM: lambda t, xs, c: total(xs[0], *_attr(t)),
     TileOp.DOT: lambda t, xs, c: total(xs[0] * xs[1], _attr(t)),
     TileOp.CUMSUM: lambda t, xs, c: _cumsum(t, xs[0]),
-    TileOp.DECAY: lambda t, xs, c: _decayed(*xs, _attr(t), c),
+    TileOp.DECAY: lambda t, xs, c: _decay(xs[0], xs[1], _attr(t), c),
     TileOp.INVERSE: lambda t, xs, c: _inverse(xs[0]),
-    TileOp.DECAYED_DOT: lambda t, xs, c: total(
-        xs[0] * xs[1] * _decayed(*xs[2:], Which.STRICT, c), Axis.K
-    ),
-    TileOp.DECAYED_APPLY: lambda t, xs, c: total(
-        xs[0] * xs[1] * _decayed(*xs[2:], Which.STRICT, c),
-        Axis.J if _attr(t) is Axis.I else Axis.I,
+    TileOp.DECAYED_DOT: lambda t, xs, c: _decayed(xs, Axis.K, c),
+    TileOp.DECAYED_APPLY: lambda t, xs, c: _decayed(
+        xs, Axis.J if _attr(t) is Axis.I else Axis.I, c
     ),
 }
 

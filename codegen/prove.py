@@ -35,9 +35,9 @@ _KEY, _VALUE = 2, 3
 _SCALES = (1, 4)  # of operands, one per point: maximum, abs and the like take either branch
 _TOLERANCE = Decimal("1e-12")  # relative to the larger of 1 and what is expected
 _CHANGE = Decimal("1e-20")  # of a difference quotient, whose relative error is its square
-_DRAWS = 40  # of a point, before it is given up; the operands of the second half are positive
+_LARGEST = Decimal(10**6)  # of results: a state that grows takes the digits of a quotient
+_DRAWS = 48  # of a point, before it is given up
 _OUTPUT = "the output"
-_NO_POINT = "no gradient: no random operands keep what `within` promises and stay finite"
 
 _Values = Mapping[str, Numbers]
 
@@ -46,29 +46,35 @@ def prove(what: Declaration, chunk: int = 3) -> forms.Proof:
     """Prove the chunk form of a declaration, the tiles of its chunk, and those of its gradient.
 
     `chunk`: the longest chunk: of tokens in the form, of rows (a token's micro-steps) in tiles.
-    Raises NotLowered for what the proof of the form does not cover; ProofFailed, with the output,
-    state or operand's gradient that differs, if an identity does not hold.
+    What has no tiles is proved as a form. Raises NotLowered for what neither proof covers;
+    ProofFailed, with the output, state or operand's gradient that differs.
     """
     proof = forms.prove(what, chunk)
+    try:
+        claims = prove_tiles(what, chunk)
+    except NotLowered as refusal:
+        reason = f"no tiles, and no gradient: {refusal.headline.removeprefix(f'{what.name}: ')}"
+        return replace(proof, left_out=(reason,))
+    return replace(proof, claims=(*proof.claims, *claims))
+
+
+def prove_tiles(what: Declaration, chunk: int = 3) -> tuple[str, ...]:
+    """Prove the tiles of chunks of 2 to `chunk` rows, and of their gradient; what was shown.
+
+    Raises NotLowered where there are none, or no point to look at them; ProofFailed.
+    """
     micro = 2 if what.has_micro else 1
     step = what.step(micro)
-    try:
-        variants = tuple(_variants(what.normal_form(micro)))
-    except NotLowered as refusal:
-        return replace(proof, left_out=(f"no chunk in tiles, and no gradient of it: {refusal}",))
+    variants = tuple(_variants(what.normal_form(micro)))
     with many_digits():
         for length in range(2, chunk + 1):
             for scale in _SCALES:
-                point = _point(step, max(2, (2 * length - 1) // micro), scale)
-                if point is None:
-                    return replace(proof, left_out=(_NO_POINT,))
-                _prove_at(point, variants, length)
+                _prove_at(_point(step, max(2, (2 * length - 1) // micro), scale), variants, length)
     names = [*(o.name for o in step.operands), *(f"the initial {s.name}" for s in step.states)]
-    claims = (
+    return (
         "the tiles of two chunks in a row equal the step: outputs and final states",
         f"the tiles of their adjoint equal its gradient: {', '.join(names)}",
     )
-    return replace(proof, claims=(*proof.claims, *claims))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +119,11 @@ class _Point:
         return replace(self, values={**self.values, name: x})
 
 
-def _point(step: Step, tokens: int, scale: int) -> _Point | None:
-    """A random point where the step is finite and keeps its promises; None if none is found."""
+def _point(step: Step, tokens: int, scale: int) -> _Point:
+    """A random point where the step stays small and keeps its promises.
+
+    Raises NotLowered if none is found.
+    """
     draw = random.Random(scale)
 
     def fraction() -> Decimal:
@@ -142,15 +151,21 @@ def _point(step: Step, tokens: int, scale: int) -> _Point | None:
         directions={n: numbers(either, *layout) for n, layout in {**states, **layouts}.items()},
     )
     for attempt in range(_DRAWS):
-        free = either if attempt < _DRAWS // 2 else fraction
+        # some functions want positive operands, some decays small ones
+        free = fraction if attempt % 2 else either
+        width = Decimal(scale) / 2 ** (attempt // 8)
         drawn = {
-            n: numbers(_within(promises.get(n), scale, free, fraction), *layout)
+            n: numbers(_within(promises.get(n), width, free, fraction), *layout)
             for n, layout in layouts.items()
         }
         candidate = replace(point, values={**point.values, **drawn})
         if _is_sound(candidate):
             return candidate
-    return None
+    raise NotLowered(
+        f"{step.name}: no random operands were found that keep its promises and its results small",
+        f"{_DRAWS} draws were tried",
+        "promise what operands themselves lie within; or compare numerically with dsl.oracle.run",
+    )
 
 
 def _rows(o: Operand, micro: int, tokens: int) -> int:
@@ -177,24 +192,24 @@ def _bounds(within: Node) -> tuple[float, float]:
 
 def _within(
     bounds: tuple[float, float] | None,
-    scale: int,
+    width: Decimal,
     free: Callable[[], Decimal],
     fraction: Callable[[], Decimal],
 ) -> Callable[[], Decimal]:
-    """What draws a number within `bounds`, `scale` wide where they leave it open."""
+    """What draws a number within `bounds`, no further than `width` where they leave it open."""
     low, high = (Decimal(x) for x in bounds or (-math.inf, math.inf))
     if low.is_finite():
-        width = high - low if high.is_finite() else Decimal(scale)
-        return lambda: low + width * fraction()
+        span = high - low if high.is_finite() else width
+        return lambda: low + span * fraction()
     if high.is_finite():
-        return lambda: high - scale * fraction()
-    return lambda: scale * free()
+        return lambda: high - width * fraction()
+    return lambda: width * free()
 
 
 def _is_sound(point: _Point) -> bool:
     for token in _run(point):
         results = (token.output, *token.states.values())
-        if not all(x.is_finite() for xs in results for x in xs.flat):
+        if not all(abs(x) <= _LARGEST for xs in results for x in xs.flat):  # nor is NaN
             return False
         for n, xs in token.known.items():
             if n.op is Op.WITHIN:
@@ -276,8 +291,8 @@ def _prove_at(point: _Point, variants: tuple[_Variant, ...], length: int) -> Non
 
 def _agree(point: _Point, what: str, ours: Decimal, expected: Decimal) -> None:
     difference = abs(ours - expected)
-    if not difference <= _TOLERANCE * max(1, abs(expected)):  # NaN is no agreement
-        raise ProofFailed(point.step.name, what, f"{ours:.6g} - {expected:.6g}")
+    if not difference <= _TOLERANCE * max(Decimal(1), abs(expected)):  # NaN is no agreement
+        raise ProofFailed(point.step.name, what, f"{ours - expected:.6g}, of {expected:.6g}")
 
 
 class _Chunks:
