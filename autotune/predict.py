@@ -93,6 +93,7 @@ def _in_a_row(t: Tile, chunk: int) -> int:
     levels = chunk.bit_length() - 1
     counts = {TileOp.DOT: 1, TileOp.INVERSE: 2 * levels}
     counts |= dict.fromkeys((TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY), levels)
+    counts[TileOp.DECAYED_CROSSING] = 3 * levels
     return counts.get(t.op, 0)
 
 

@@ -16,15 +16,22 @@ not (a decay, say) is zero in the other's rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..dsl.decay import SMALLEST
 from ..dsl.errors import NotLowered
 from ..dsl.ir import Kind, Node, Op, topological
 from ..dsl.normal_form import Feedback, NormalForm, Phase, Read, Update, Write
 from . import tile
 from .lower import kind_axes, lower
-from .tile import Axis, Tile, Which
+from .tile import Axis, Tile, TileOp, Which
+
+# e^-100 is 0 in float32. A log-decay below is as good as this one, and sums of it stay finite.
+LEAST_LOG_DECAY = -100.0
+# A factor of the state below is as good as 0 next to what it multiplies, in float64 too. It is so
+# large that products with it are normal numbers in float32: the factor's gradient divides by it.
+LEAST_FACTOR = 2.0**-63
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +56,17 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class _Gate:
-    """The prefix sums of a log-decay; None where there is no decay. `before` reads exclude i."""
+    """A log-decay and its sums; None where there is no decay. What reads before it excludes i."""
 
+    log_decay: Tile | None
     inclusive: Tile | None
     exclusive: Tile | None
     following: Tile | None
     whole: Tile | None
 
-    @property
-    def is_vector(self) -> bool:
-        return self.inclusive is not None and Axis.K in self.inclusive.axes
+    def prefix(self, *, exclusive: bool) -> Tile | None:
+        """The sum from the chunk's start."""
+        return self.exclusive if exclusive else self.inclusive
 
 
 def derive(form: NormalForm, *, hoist_products: bool = False) -> Body:
@@ -70,6 +78,10 @@ def derive(form: NormalForm, *, hoist_products: bool = False) -> Body:
     chunks = {s.name: _StateChunk(form, s.name, s.kind, hoist_products) for s in form.states}
     results = {n: chunks[r.state].read(r) for n, r in enumerate(form.reads)}
     (output,) = lower(form, [form.output], results)
+    if not tile.finite_at_zero(output, frozenset(results.values())):
+        # beyond the end of a sequence a gradient may be 0 times infinity: it ends here
+        masked = {n: Tile(TileOp.ROWS, (r,), (), r.axes, r.hint) for n, r in results.items()}
+        (output,) = lower(form, [form.output], masked)
     output = tile.expand(output, tile.axes_of(Axis.I, Axis.V)).named("o")
     carried = tuple(chunks[s.name].carried for s in form.states)
     return Body((("o", output),), carried)
@@ -175,9 +187,11 @@ class _StateChunk:
         (result,) = lower(self._form, [node], {})
         return result
 
-    def _refined(self, nodes: Sequence[Node | None]) -> Tile:
+    def _refined(
+        self, nodes: Sequence[Node | None], bound: Callable[[Tile], Tile] = lambda x: x
+    ) -> Tile:
         """What the micro-steps have, one expression each (None: 0), as one tile of rows."""
-        tiles = [None if n is None else self._lowered(n) for n in nodes]
+        tiles = [None if n is None else bound(self._lowered(n)) for n in nodes]
         known = [t for t in tiles if t is not None]
         if len(known) == len(tiles) and len(set(known)) == 1:
             return known[0]
@@ -186,9 +200,10 @@ class _StateChunk:
 
     def _prefixes(self, log_decays: list[Node | None]) -> _Gate:
         if all(n is None for n in log_decays):
-            return _Gate(None, None, None, None)
-        g = tile.rows(self._refined(log_decays)).named("g")
+            return _Gate(None, None, None, None, None)
+        g = tile.rows(self._refined(log_decays, _bounded)).named("g")
         return _Gate(
+            log_decay=g,
             inclusive=tile.cumsum(g).named("G"),
             exclusive=tile.cumsum(g, exclusive=True).named("G_before"),
             following=tile.cumsum(g, reverse=True, exclusive=True).named("H"),
@@ -201,25 +216,27 @@ class _StateChunk:
         axes = (Axis.V,) if self._kind is Kind.STATE else ()
         return tile.rows(tile.expand(self._refined(nodes), tile.axes_of(Axis.I, *axes)))
 
-    def _scores(self, x: Tile, key: Tile, prefix: Tile | None, which: Which) -> Tile:
+    def _scores(self, x: Tile, key: Tile, which: Which, *, exclusive: bool) -> Tile:
         """<x_i, key_j> decayed from j to i, for j < i (STRICT) or j <= i (LOWER)."""
-        gate = self._gate.inclusive
-        if gate is None or prefix is None:
+        g, inclusive = self._gate.log_decay, self._gate.inclusive
+        to = self._gate.prefix(exclusive=exclusive)
+        if g is None or inclusive is None or to is None:
             return tile.mask(tile.contract(x, tile.rename(key, Axis.J), Axis.K), which)
-        if not self._gate.is_vector:
+        if Axis.K not in g.axes:
             products = tile.contract(x, tile.rename(key, Axis.J), Axis.K)
-            if prefix == gate:  # one D, with its diagonal, for all scores of the chunk
-                decay = tile.decay(gate, gate, Which.LOWER).named("D")
+            if not exclusive:  # one D, with its diagonal, for all scores of the chunk
+                decay = tile.decay(g, Which.LOWER).named("D")
                 return tile.mask(tile.mul(products, decay), which)
-            return tile.mul(products, tile.decay(prefix, gate, which).named("D_before"))
-        strict = tile.decayed_dot(x, key, prefix, gate)
+            return tile.mul(products, tile.decay(g, which, exclusive=True).named("D_before"))
+        strict = tile.decayed_dot(x, key, tile.Gate(g, to, inclusive, exclusive))
         if which is Which.STRICT:
             return strict
         diagonal = tile.contract(x, key, Axis.K)  # e^0, whatever the gate: never formed (math.md)
         return tile.add(strict, tile.mask(diagonal, Which.DIAGONAL))
 
-    def _recall(self, x: Tile, prefix: Tile | None) -> Tile:
+    def _recall(self, x: Tile, *, exclusive: bool) -> Tile:
         """x decayed to the chunk's start: what multiplies S_0."""
+        prefix = self._gate.prefix(exclusive=exclusive)
         return x if prefix is None else tile.mul(x, _exp(prefix))
 
     def _gather(self, scores: Tile, values: Tile) -> Tile:
@@ -240,17 +257,19 @@ class _StateChunk:
 
     def _solved(self, feedbacks: list[Feedback], values: list[Tile | None], at: int) -> Tile:
         b = tile.rows(self._refined([f.key for f in feedbacks])).named("b")
-        scale = self._refined([f.scale for f in feedbacks])
-        prefix = self._gate.inclusive if feedbacks[0].decayed else self._gate.exclusive
+        # a scale that divides by a norm is NaN beyond the end of a sequence
+        scale = tile.rows(self._refined([f.scale for f in feedbacks]))
+        exclusive = not feedbacks[0].decayed
         free = [] if values[at] is None else [values[at]]
         for n, (key, value) in enumerate(zip(self._keys, values, strict=True)):
             if n != at and value is not None:
-                scores = self._scores(b, key, prefix, Which.STRICT)
+                scores = self._scores(b, key, Which.STRICT, exclusive=exclusive)
                 free.append(tile.mul(scale, self._gather(scores, value)))
         known = [f for f in free if f is not None]
-        tied = tile.mul(scale, self._scores(b, self._keys[at], prefix, Which.STRICT))
+        own = self._scores(b, self._keys[at], Which.STRICT, exclusive=exclusive)
+        tied = tile.mul(scale, own)
         solve = tile.inverse(tile.neg(tied).named("L")).named("T")
-        recall = self._recall(b, prefix)
+        recall = self._recall(b, exclusive=exclusive)
         if self._hoist:
             w = self._gather(solve, tile.mul(scale, recall)).named("W")
             parts = [tile.contract(w, self._start, Axis.K)]
@@ -271,14 +290,37 @@ class _StateChunk:
     def read(self, read: Read) -> Tile:
         """key^T S at the read's moment: [I, V], or [I] of a KeyState."""
         c = tile.rows(self._lowered(read.key)).named("c")
-        prefix = self._gate.exclusive if read.phase is Phase.BEFORE else self._gate.inclusive
+        exclusive = read.phase is Phase.BEFORE
         which = Which.LOWER if read.phase is Phase.AFTER else Which.STRICT
-        parts = [tile.contract(self._recall(c, prefix), self._start, Axis.K)]
+        parts = [tile.contract(self._recall(c, exclusive=exclusive), self._start, Axis.K)]
         for key, written in zip(self._keys, self._written, strict=True):
-            scores = self._scores(c, key, prefix, which).named("A")
+            scores = self._scores(c, key, which, exclusive=exclusive).named("A")
             parts.append(self._gather(scores, written))
         return tile.total(parts)
 
 
 def _exp(prefix: Tile) -> Tile:
     return tile.exp(prefix).named("e_" + prefix.hint)
+
+
+def _bounded(log_decay: Tile) -> Tile:
+    """A log-decay whose sums are finite: a decay of 0 becomes one that no dtype can tell from it.
+
+    The gradient passes: that of a log-decay so low is 0 anyway, and a factor f of the state gets
+    df = dg / f with the f that was used, which is right where f is 0.
+    """
+    done: dict[Tile, Tile] = {}
+    for t in tile.topological(log_decay):
+        args = tuple(done[a] for a in t.args)
+        done[t] = t if args == t.args else _rebuilt(t, args)
+        if t.op is TileOp.MAP and t.attrs == (Op.MAXIMUM,) and tile.const(SMALLEST) in t.args:
+            done[t] = tile.floor(args[0], LEAST_FACTOR)  # what `dsl.decay` made of a factor
+    return tile.floor(done[log_decay].named("g"), LEAST_LOG_DECAY)
+
+
+def _rebuilt(t: Tile, args: tuple[Tile, ...]) -> Tile:
+    if t.op is TileOp.MAP:
+        (fn,) = t.attrs
+        assert isinstance(fn, Op)
+        return tile.fmap(fn, *args)
+    return Tile(t.op, args, t.attrs, t.axes, t.hint)

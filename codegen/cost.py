@@ -121,6 +121,8 @@ def _products(t: Tile) -> Expr:
         return 2 * _size(_joint(t.args))
     if t.op in (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY):
         return 2 * LEVELS * C * C * K
+    if t.op is TileOp.DECAYED_CROSSING:
+        return 6 * LEVELS * C * C * K
     if t.op is TileOp.INVERSE:
         # two products per doubling: of 16 x 16 blocks up to 16 rows, of whole tiles above
         return 2 * 3 * 2 * 16**2 * C + 2 * (LEVELS - 4) * 2 * C**3
@@ -130,7 +132,7 @@ def _products(t: Tile) -> Expr:
 def _elementwise(t: Tile) -> Expr:
     if t.op in _FREE or t.op is TileOp.DOT or not t.args:
         return sympy.Integer(0)
-    if t.op in (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY):
+    if t.op in (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY, TileOp.DECAYED_CROSSING):
         return 4 * LEVELS * C * K  # difference, exponential, two factors
     if t.op is TileOp.INVERSE:
         return 2 * LEVELS * C * C

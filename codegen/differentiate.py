@@ -128,40 +128,57 @@ def _phase_of(z: Tile) -> tuple[int, int]:
 
 
 def _decay(z: Tile, g: Tile) -> Cotangents:
-    """The diagonal cancels between P and Q exactly (one prefix), so it is left out (math.md)."""
-    p, q = z.args
-    e = tile.mask(tile.mul(g, z), Which.STRICT)
-    return [(p, tile.reduce(e, (Axis.J,))), (q, tile.neg(tile.reduce(e, (Axis.I,))))]
+    """Whatever crosses a token is proportional to its decay. The diagonal is 1: none crosses."""
+    _, exclusive = z.attrs
+    crossing = tile.crossing(tile.mask(tile.mul(g, z), Which.STRICT), exclusive=bool(exclusive))
+    return [(z.args[0], crossing)]
 
 
 def _inverse(z: Tile, g: Tile) -> Cotangents:
-    left = tile.contract(z, g, Axis.I)  # T^T g
-    right = tile.contract(left, z, Axis.J)  # (T^T g) T^T, as sum_j left_ij T_kj
-    return [(z.args[0], tile.neg(tile.mask(right, Which.STRICT)))]
+    raise AssertionError("(1 + L)^-1 is differentiated with what it is applied to: _solve_rule")
 
 
 def _decayed_dot(z: Tile, g: Tile) -> Cotangents:
-    """P and Q get x.dx and -y.dy: no new exponentials, and no diagonal (the op is strict)."""
-    x, y, p, q = z.args
-    dx = tile.decayed_apply(g, y, p, q, Axis.I)
-    dy = tile.decayed_apply(g, x, p, q, Axis.J)
+    """P and Q get x.dx and -y.dy: no new exponentials, and no diagonal (the op is strict).
+
+    A decay that is a factor, as f S, has e^g = f and df = dg / f: its dg must be exact in relation
+    to f, which a difference of running sums is not.
+    """
+    x, y, p, q, log_decay = z.args
+    gate = tile.gate_of(z)
+    dx = tile.decayed_apply(g, y, gate, Axis.I)
+    dy = tile.decayed_apply(g, x, gate, Axis.J)
+    if _is_factor(log_decay):
+        return [(x, dx), (y, dy), (log_decay, tile.decayed_crossing(g, x, y, gate))]
     return [(x, dx), (y, dy), (p, tile.mul(x, dx)), (q, tile.neg(tile.mul(y, dy)))]
 
 
+def _is_factor(log_decay: Tile) -> bool:
+    """Whether a decay's gradient is divided by what may be 0."""
+    return any(t.op is TileOp.MAP and t.attrs == (Op.LOG,) for t in tile.topological(log_decay))
+
+
 def _solve_rule(z: Tile, g: Tile) -> Cotangents | None:
-    """U = T X with T = (1+L)^-1: dX = T^T dU and dL = -stril(dX U^T).
+    """U = T X with T = (1+L)^-1: dX = T^T dU and dL = -stril(dX U^T); X a tile or a vector.
 
     The same as the rules of DOT and INVERSE together, with two C x C x C products folded away.
     """
-    if z.op is not TileOp.DOT or z.attrs != (Axis.J,):
+    if z.op not in (TileOp.DOT, TileOp.SUM) or z.attrs not in ((Axis.J,), ((Axis.J,),)):
         return None
-    t, x = z.args
+    factors = z.args
+    if z.op is TileOp.SUM:
+        (product,) = z.args
+        if product.op is not TileOp.MAP or product.attrs != (Op.MUL,):
+            return None
+        factors = product.args
+    t, x = factors if factors[0].op is TileOp.INVERSE else factors[::-1]
     if t.op is not TileOp.INVERSE:
         return None
     dx = tile.contract(t, g, Axis.I).named(GRADIENT + (x.hint or "X"))  # axes [J, ...] like x
     (lower,) = t.args
-    (free,) = (a for a in z.axes if a is not Axis.I)
-    dl = tile.contract(tile.rename(dx, Axis.I), tile.rename(z, Axis.J), free)
+    left, right = tile.rename(dx, Axis.I), tile.rename(z, Axis.J)
+    free = [a for a in z.axes if a is not Axis.I]
+    dl = tile.contract(left, right, free[0]) if free else tile.mul(left, right)
     return [(x, dx), (lower, tile.neg(tile.mask(dl, Which.STRICT)))]
 
 
@@ -178,6 +195,7 @@ _RULES: dict[TileOp, Rule] = {
         (z.args[0], tile.rename(g, Axis.I if z.attrs == (Axis.J,) else Axis.J))
     ],
     TileOp.ROWS: lambda z, g: [(z.args[0], tile.rows(g))],
+    TileOp.FLOOR: lambda z, g: [(z.args[0], g)],
     TileOp.PHASE: lambda z, g: [(z.args[0], tile.phase(g, *_phase_of(z)))],
     TileOp.MASK: _mask,
     TileOp.SUM: lambda z, g: [(z.args[0], tile.expand(g, z.args[0].axes))],

@@ -1,8 +1,10 @@
 """The tile ops that torch has no single function for; printed eager kernels call these.
 
-The vector-gated pair halves blocks: at each level, rows in the later half of a block meet columns
-in its earlier half, both decayed to the last row of the earlier half. Every exponent is then <= 0
-whatever the gate, and each level is one batched product (docs/decisions.md).
+Decays between two tokens are sums of what lies between them, never differences of prefix sums: one
+reset of -100 would leave its rounding in all differences after it (docs/decisions.md). Those under
+a vector gate halve blocks: at each level, rows in the later half of a block meet columns in its
+earlier half, both decayed to the last row of the earlier half. Every exponent is then <= 0 whatever
+the gate, and each level is one batched product.
 """
 
 from __future__ import annotations
@@ -36,13 +38,29 @@ def suffix_sum(x: Tensor, dim: int, *, exclusive: bool) -> Tensor:
     return prefix_sum(x.flip(dim), dim, exclusive=exclusive).flip(dim)
 
 
-def _levels(p: Tensor, q: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(half, e^(P_late - a), e^(a - Q_early)) of each level; both [..., blocks, half, K]."""
+def decay(g: Tensor, *, exclusive: bool) -> Tensor:
+    """e^(g_j+1 + ... + g_i) for i >= j, else 0: [..., C] to [..., C, C].
+
+    `exclusive`: up to g_i-1, for i > j.
+    """
+    c = g.shape[-1]
+    own = torch.ones(c, c, dtype=torch.bool, device=g.device).tril(-1)
+    since = torch.where(own, g[..., :, None], 0.0)  # row t, column j: g_t where t > j
+    sums = prefix_sum(since, -2, exclusive=exclusive)
+    return torch.exp(sums.masked_fill(~(own if exclusive else own.mT.logical_not()), -torch.inf))
+
+
+def _levels(g: Tensor, exclusive: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(half, decays to late rows, decays from early ones), both [..., blocks, half, K].
+
+    Both are of the last row of the earlier half, a: of what lies from it to a late row (itself left
+    out if `exclusive`), and of what follows an early row up to it.
+    """
     half = 1
-    while half < p.shape[-2]:
-        early, late = _halves(q, half)[0], _halves(p, half)[1]
-        anchor = early[..., -1:, :]
-        yield half, torch.exp(late - anchor), torch.exp(anchor - early)
+    while half < g.shape[-2]:
+        early, late = _halves(g, half)
+        since = prefix_sum(late, -2, exclusive=exclusive)
+        yield half, torch.exp(since), torch.exp(suffix_sum(early, -2, exclusive=True))
         half *= 2
 
 
@@ -58,33 +76,61 @@ def _below_diagonal(a: Tensor, half: int) -> Tensor:
     return torch.diagonal(blocks, dim1=-6, dim2=-3)[..., 1, :, 0, :, :]
 
 
-def decayed_dot(x: Tensor, y: Tensor, p: Tensor, q: Tensor) -> Tensor:
+def decayed_dot(
+    x: Tensor, y: Tensor, p: Tensor, q: Tensor, g: Tensor, *, exclusive: bool
+) -> Tensor:
     """A_ij = sum_k x_ik y_jk e^(P_ik - Q_jk) for i > j, else 0: [..., C, C]."""
+    del p, q  # sums of g
     c = x.shape[-2]
     shape = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     a = x.new_zeros(*shape, c, c)
-    for half, e_late, e_early in _levels(p, q):
+    for half, e_late, e_early in _levels(g, exclusive):
         block = (_halves(x, half)[1] * e_late) @ (_halves(y, half)[0] * e_early).mT
         _below_diagonal(a, half).copy_(block.movedim(-3, -1))
     return a
 
 
-def decayed_apply(a: Tensor, y: Tensor, p: Tensor, q: Tensor) -> Tensor:
+def decayed_apply(
+    a: Tensor, y: Tensor, p: Tensor, q: Tensor, g: Tensor, *, exclusive: bool
+) -> Tensor:
     """z_ik = sum_{j<i} A_ij y_jk e^(P_ik - Q_jk): [..., C, K]."""
-    z = torch.zeros_like(p * y)
-    for half, e_late, e_early in _levels(p, q):
+    del p, q
+    z = torch.zeros_like(g * y)
+    for half, e_late, e_early in _levels(g, exclusive):
         block = _below_diagonal(a, half).movedim(-1, -3)
         _halves_view(z, half)[..., 1, :, :] += e_late * (block @ (_halves(y, half)[0] * e_early))
     return z
 
 
-def decayed_apply_transposed(a: Tensor, x: Tensor, p: Tensor, q: Tensor) -> Tensor:
+def decayed_apply_transposed(
+    a: Tensor, x: Tensor, p: Tensor, q: Tensor, g: Tensor, *, exclusive: bool
+) -> Tensor:
     """z_jk = sum_{i>j} A_ij x_ik e^(P_ik - Q_jk): [..., C, K]."""
-    z = torch.zeros_like(p * x)
-    for half, e_late, e_early in _levels(p, q):
+    del p, q
+    z = torch.zeros_like(g * x)
+    for half, e_late, e_early in _levels(g, exclusive):
         block = _below_diagonal(a, half).movedim(-1, -3)
         update = e_early * (block.mT @ (_halves(x, half)[1] * e_late))
         _halves_view(z, half)[..., 0, :, :] += update
+    return z
+
+
+def decayed_crossing(
+    a: Tensor, x: Tensor, y: Tensor, p: Tensor, q: Tensor, g: Tensor, *, exclusive: bool
+) -> Tensor:
+    """z_tk = sum of A_ij x_ik y_jk e^(P_ik - Q_jk) over i >= t > j (i > t, if exclusive).
+
+    Of a pair of halves, a late t is crossed by what later rows get from the earlier half, an early
+    one by what earlier rows give to the later half.
+    """
+    del p, q
+    z = torch.zeros_like(g * x * y)
+    for half, e_late, e_early in _levels(g, exclusive):
+        block = _below_diagonal(a, half).movedim(-1, -3)
+        late, early = _halves(x, half)[1] * e_late, _halves(y, half)[0] * e_early
+        halves = _halves_view(z, half)
+        halves[..., 1, :, :] += suffix_sum(late * (block @ early), -2, exclusive=exclusive)
+        halves[..., 0, :, :] += prefix_sum(early * (block.mT @ late), -2, exclusive=True)
     return z
 
 

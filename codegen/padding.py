@@ -33,8 +33,15 @@ def padding(x: Tile, axis: Axis) -> Padding:
         return _of_map(x, axis)
     if x.op is TileOp.STEP:
         return Padding.FINITE
+    if x.op is TileOp.FLOOR:
+        (least,) = x.attrs
+        assert isinstance(least, float)
+        inside = padding(x.args[0], axis)
+        return Padding.FINITE if inside is Padding.ZERO and least > 0.0 else inside
     if x.op is TileOp.DECAYED_APPLY:  # scaled by its own y (side I) or x (side J)
         return padding(x.args[1], axis)
+    if x.op is TileOp.DECAYED_CROSSING:  # scaled by both
+        return min((padding(a, axis) for a in x.args[1:3]), key=lambda p: p.value)
     along = [padding(a, axis) for a in x.args if axis in a.axes]
     return max(along, key=lambda p: p.value, default=Padding.FINITE)
 

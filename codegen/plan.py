@@ -279,7 +279,8 @@ class _Builder:
         """Sums over K of gradients that something along K needs, and the gradients they sum."""
         needed = tile.topological(*(t for _, t in outputs), stop=frozenset(self._stored))
         fresh = [t for t in needed if t not in self._stored]
-        along = frozenset(t for t in fresh if t.op is TileOp.DECAYED_APPLY)
+        under_gate = (TileOp.DECAYED_APPLY, TileOp.DECAYED_CROSSING)
+        along = frozenset(t for t in fresh if t.op in under_gate)
         wanted: dict[Tile, None] = {}
         for s in fresh:
             late = s.op is TileOp.SUM and sums_over(s, Axis.K) and _depends(s, along)
@@ -366,6 +367,7 @@ def _is_norm(x: Tile) -> bool:
 
 _ELEMENTWISE = (
     TileOp.MAP,
+    TileOp.FLOOR,
     TileOp.STEP,
     TileOp.ROWS,
     TileOp.PHASE,

@@ -88,21 +88,23 @@ class _Torch(Expressions):
             name = "prefix_sum" if not reverse else "suffix_sum"
             dim = -len(x.axes)
             return f"{name}({self.within(x.args[0], x.axes)}, {dim}, exclusive={exclusive})"
-        if x.op is TileOp.DECAY:
-            (which,) = x.attrs
-            assert isinstance(which, Which)
-            target = self.layout(x)
-            p, q = (self.within(a, target) for a in x.args)
-            keep = self.comparison(which, _INDEX)
-            return f"torch.exp(torch.where({keep}, {p} - {q}, -torch.inf))"
+        if x.op is TileOp.FLOOR:
+            return f"torch.clamp({self.text(x.args[0])}, min={x.attrs[0]})"
         args = ", ".join(self.within(a, self.layout(a)) for a in x.args)
         if x.op is TileOp.INVERSE:
             return f"unit_lower_inverse({args})"
-        if x.op is TileOp.DECAYED_DOT:
-            return f"decayed_dot({args})"
-        assert x.op is TileOp.DECAYED_APPLY, f"no torch for {x.op.name}"
-        name = "decayed_apply" if x.attrs == (Axis.I,) else "decayed_apply_transposed"
-        return f"{name}({args})"
+        name = {
+            TileOp.DECAY: "decay",
+            TileOp.DECAYED_DOT: "decayed_dot",
+            TileOp.DECAYED_APPLY: "decayed_apply",
+            TileOp.DECAYED_CROSSING: "decayed_crossing",
+        }[x.op]
+        if x.op is TileOp.DECAYED_APPLY and x.attrs[0] is Axis.J:
+            name = "decayed_apply_transposed"
+        decay = f"{name}({args}, exclusive={x.attrs[-1]})"
+        if x.op is TileOp.DECAY and x.attrs[0] is Which.STRICT and not x.attrs[-1]:
+            return f"torch.tril({decay}, -1)"
+        return decay
 
     def _sum(self, x: Tile) -> str:
         (inner,) = x.args

@@ -2,7 +2,8 @@
 
 `x[i,j] = Σ_k q[i,k]·k[j,k]` is a product; i and j run over the n tokens of a chunk, k and v over
 the channels; `[i > j]` is 1 where it holds and 0 elsewhere. Marks say what planning goes by:
-[s] depends on what the scan carries, [n] is needed by what it carries next.
+[s] depends on what the scan carries, [n] is needed by what it carries next. Floors of log-decays
+are not shown: they change no number that float32 can hold.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from ..dsl.ir import Op
 from . import tile
 from .chunk import Body, Carried
 from .differentiate import GRADIENT, Adjoint
-from .expressions import Names, identifier, unaliased
+from .expressions import Names, identifier
 from .plan import Kernel, Loop, Program
 from .tile import Axes, Axis, Tile, TileOp, Which
 
 _INFIX = {Op.ADD: " + ", Op.SUB: " − ", Op.MUL: "·", Op.DIV: "/"}
 _COMPARISON = {Which.LOWER: "≥", Which.STRICT: ">", Which.DIAGONAL: "="}
 _LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM, TileOp.CARRY)
-_ALIASES = (TileOp.RENAME, TileOp.EXPAND)
+_ALIASES = (TileOp.RENAME, TileOp.EXPAND, TileOp.FLOOR)
 _ELEMENTWISE = (TileOp.MAP, TileOp.STEP, TileOp.ROWS, TileOp.PHASE, TileOp.MASK)
 _SUMS = (TileOp.DOT, TileOp.SUM)
 _NEVER_ASSIGNED = (*_ALIASES, TileOp.CONST, TileOp.EXTENT)
@@ -59,7 +60,7 @@ class _Printer:
         named: Mapping[Tile, str],
     ) -> None:
         ends = [(f"{c.name}_next", c.end) for c in carried]
-        wanted = {unaliased(t): n.removesuffix("_chunk") for n, t in (*outputs, *ends)}
+        wanted = {_shown(t): n.removesuffix("_chunk") for n, t in (*outputs, *ends)}
         self._roots = list(wanted)
         self._order = tile.topological(*self._roots, stop=frozenset(named))
         self._names = Names(())
@@ -79,8 +80,8 @@ class _Printer:
         for t in self._order:
             if t not in self.known and t.op not in _ALIASES:
                 for a in t.args:
-                    self._uses[unaliased(a)] += 1
-                    self._users.setdefault(unaliased(a), []).append((t, _renames(a)))
+                    self._uses[_shown(a)] += 1
+                    self._users.setdefault(_shown(a), []).append((t, _renames(a)))
 
     def leaf(self, t: Tile) -> str:
         """A leaf with its axes."""
@@ -100,7 +101,7 @@ class _Printer:
 
     def name(self, t: Tile) -> str:
         """A root: the name it was given, or the number it is."""
-        t = unaliased(t)
+        t = _shown(t)
         return self.known[t] if t in self.known else self._text(t, _LETTERS)[0]
 
     def _inlined(self, t: Tile) -> bool:
@@ -167,8 +168,18 @@ class _Printer:
         if x.op is TileOp.CUMSUM:
             return self._cumsum(x, letters)
         if x.op is TileOp.DECAY:
-            p, q = (self._text(a, letters)[0] for a in x.args)
-            return f"exp({p} − {q}) [{_condition(x)}]", _PRODUCT
+            (g,) = x.args
+            inner = self._wrapped(g, _PRODUCT, {**letters, Axis.I: "t"})
+            last = "<" if x.attrs[-1] else "≤"
+            span = f"{letters[Axis.J]}<t{last}{letters[Axis.I]}"
+            return f"exp(Σ_{{{span}}} {inner}) [{_condition(x)}]", _PRODUCT
+        if x.op is TileOp.DECAYED_CROSSING:
+            late = {**letters, Axis.I: "t"}
+            factors = "·".join(self._wrapped(a, _PRODUCT, late) for a in x.args[:3])
+            p, q = (self._text(a, late)[0] for a in x.args[3:5])
+            last = ">" if x.attrs[-1] else "≥"
+            span = f"t{last}{letters[Axis.I]}>j"
+            return f"Σ_{{{span}}} {factors}·exp({p} − {q})", _BIG_SUM
         if x.op is TileOp.INVERSE:
             (lower,) = x.args
             return f"(1 + {self.name(lower)})⁻¹[{letters[Axis.I]},{letters[Axis.J]}]", _ATOM
@@ -181,7 +192,7 @@ class _Printer:
             return "·".join(self._wrapped(a, _PRODUCT, letters) for a in x.args)
         assert x.op in (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY), f"no text for {x.op.name}"
         first, second = (self._wrapped(a, _PRODUCT, letters) for a in x.args[:2])
-        p, q = (self._text(a, letters)[0] for a in x.args[2:])
+        p, q = (self._text(a, letters)[0] for a in x.args[2:4])
         return f"{first}·{second}·exp({p} − {q}) [i > j]"
 
     def _map(self, x: Tile, letters: _Letters) -> _Text:
@@ -219,6 +230,13 @@ class _Printer:
         return f"Σ_{{{bound}}} {inner}", _BIG_SUM
 
 
+def _shown(x: Tile) -> Tile:
+    """The tile whose numbers are those of `x`, for a reader."""
+    while x.op in _ALIASES:
+        (x,) = x.args
+    return x
+
+
 def _bound(x: Tile) -> Axes:
     """The axes that `x` sums over."""
     if x.op is TileOp.SUM:
@@ -230,12 +248,12 @@ def _bound(x: Tile) -> Axes:
         assert isinstance(axis, Axis)
         return (axis,)
     if x.op is TileOp.DECAYED_APPLY:
-        return (Axis.J,) if x.attrs == (Axis.I,) else (Axis.I,)
+        return (Axis.J,) if x.attrs[0] is Axis.I else (Axis.I,)
     return (Axis.K,)
 
 
 def _condition(x: Tile) -> str:
-    (which,) = x.attrs
+    which = x.attrs[0]
     assert isinstance(which, Which)
     return f"i {_COMPARISON[which]} j"
 
@@ -315,7 +333,7 @@ def print_kernel(kernel: Kernel) -> str:
         loads = (printer.leaf(t) for t in printer.leaves if t in buffers)
         head.append(f"  loads    {' '.join(loads)}")
     notes = _ends(printer, kernel.stores, kernel.carried, "stored")
-    stored = [name for name, t in kernel.stores if unaliased(t) in (*starts, *buffers)]
+    stored = [name for name, t in kernel.stores if _shown(t) in (*starts, *buffers)]
     head += [f"  stores   {name.removesuffix('_chunk')}, as each chunk begins" for name in stored]
     if kernel.segments is not None and kernel.segments.ends:
         head.append(f"  stores   {', '.join(c.name for c in kernel.carried)}, as the segment ends")
@@ -341,10 +359,10 @@ def _ends(
     for name, t in outputs:
         shown = name.removesuffix("_chunk")
         given = "" if shown == printer.name(t) else f" {shown}"
-        notes[unaliased(t)] = f"→ {verb}{given}"
+        notes[_shown(t)] = f"→ {verb}{given}"
     for c in carried:
-        before = notes.get(unaliased(c.end), "")
-        notes[unaliased(c.end)] = f"{before} → next {c.name}".strip()
+        before = notes.get(_shown(c.end), "")
+        notes[_shown(c.end)] = f"{before} → next {c.name}".strip()
     return notes
 
 

@@ -62,12 +62,14 @@ class TileOp(Enum):
     SUM = "sum over axes; attrs (axes,)"
     DOT = "sum over one axis of a product of two tiles; attrs (axis,)"
     CUMSUM = "prefix sum over I; attrs (reverse, exclusive)"
-    DECAY = "e^(P_i - Q_j) in the mask, zero elsewhere; attrs (Which,)"
+    FLOOR = "the larger of x and a number; below it the gradient passes too; attrs (number,)"
+    DECAY = "e^(g_j+1 + ... + g_i) in the mask, else zero; attrs (Which, whether i is left out)"
     INVERSE = "(1 + L)^-1 of a strictly lower C x C tile"
-    DECAYED_DOT = "sum_k x_ik y_jk e^(P_ik - Q_jk), i > j; Q an inclusive prefix sum"
-    DECAYED_APPLY = (
-        "sum_j A_ij y_jk e^(P_ik - Q_jk), i > j (attrs (I,)), or sum_i A_ij x_ik ... (attrs (J,))"
-    )
+    # under a vector gate g, P and Q its prefix sums: e^(P_ik - Q_jk) stands for the decay from j to
+    # i, which g alone gives in all digits; args end (.., P, Q, g), attrs with whether i is left out
+    DECAYED_DOT = "sum_k x_ik y_jk e^(P_ik - Q_jk), i > j; args (x, y, ..)"
+    DECAYED_APPLY = "sum_j A_ij y_jk e^(..), i > j, attrs (I, ..), or sum_i A_ij x_ik .., (J, ..)"
+    DECAYED_CROSSING = "sum A_ij x_ik y_jk e^(..) over decays that cross t; args (A, x, y, ..)"
 
 
 Attr = str | int | float | bool | None | Op | Which | Axis | Axes
@@ -309,21 +311,35 @@ def phase(x: Tile, micro_step: int, count: int) -> Tile:
 def _zero_beyond_end(x: Tile) -> bool:
     if x.op in (TileOp.ROWS, TileOp.TOKEN):
         return True
-    if _is_neg(x) or x.op is TileOp.PHASE:
+    if _is_neg(x) or x.op is TileOp.PHASE or _is_floor_below_zero(x):
         return _zero_beyond_end(x.args[0])
     return (
         _is_product(x)
         and any(_zero_beyond_end(a) for a in x.args)
-        and all(_finite_at_zero(a) for a in x.args)
+        and all(finite_at_zero(a) for a in x.args)
     )
+
+
+def _is_floor_below_zero(x: Tile) -> bool:
+    if x.op is not TileOp.FLOOR:
+        return False
+    (least,) = x.attrs
+    assert isinstance(least, float)
+    return least <= 0.0
 
 
 _INFINITE_AT_ZERO = (Op.LOG, Op.RSQRT, Op.DIV)
 
 
-def _finite_at_zero(x: Tile) -> bool:
-    """Whether `x` is finite for sure where the operands are zero: zero times it is then zero."""
-    return not any(t.op is TileOp.MAP and t.attrs[0] in _INFINITE_AT_ZERO for t in topological(x))
+def finite_at_zero(x: Tile, stop: frozenset[Tile] = frozenset()) -> bool:
+    """Whether `x` is finite for sure where the operands are zero: zero times it is then zero.
+
+    `stop`: tiles that are, whatever they are made of.
+    """
+    below = topological(x, stop=stop)
+    return not any(
+        t.op is TileOp.MAP and t.attrs[0] in _INFINITE_AT_ZERO for t in below if t not in stop
+    )
 
 
 def mask(x: Tile, which: Which) -> Tile:
@@ -369,6 +385,8 @@ def contract(x: Tile, y: Tile, over: Axis) -> Tile:
     if _is_neg(y):
         return neg(contract(x, y.args[0], over))
     shared = set(x.axes) & set(y.axes)
+    # rows and columns of a chunk have one name each: the product of two C x C tiles has none
+    assert over not in (Axis.I, Axis.J) or not shared >= {Axis.I, Axis.J}, "no third time axis"
     if shared == {over} and len(x.axes) == len(y.axes) == 2:
         axes = axes_of(*(a for a in (*x.axes, *y.axes) if a is not over))
         return Tile(TileOp.DOT, (x, y), (over,), axes)
@@ -380,15 +398,30 @@ def cumsum(x: Tile, *, reverse: bool = False, exclusive: bool = False) -> Tile:
     return Tile(TileOp.CUMSUM, (x,), (reverse, exclusive), x.axes)
 
 
-def decay(p: Tile, q: Tile, which: Which) -> Tile:
-    """The C x C matrix e^(P_i - Q_j) of a scalar gate; `q` comes on axis I and is renamed here.
+def floor(x: Tile, least: float) -> Tile:
+    """The larger of `x` and `least`, NaN kept; the gradient passes as if it were `x`."""
+    return Tile(TileOp.FLOOR, (x,), (least,), x.axes, x.hint)
 
-    With LOWER, p and q must be one prefix: only then is the diagonal 1 whatever the gate, and its
-    gradient zero (the differentiation relies on it).
+
+def decay(g: Tile, which: Which, *, exclusive: bool = False) -> Tile:
+    """The C x C matrix of decays from token j to token i under a scalar gate's log-decay.
+
+    `exclusive`: without the decay of token i itself; then only below the diagonal.
     """
-    assert p.axes == q.axes == (Axis.I,)
-    assert which is Which.STRICT or p == q
-    return Tile(TileOp.DECAY, (p, rename(q, Axis.J)), (which,), (Axis.I, Axis.J))
+    assert g.axes == (Axis.I,)
+    assert which is Which.STRICT or (which is Which.LOWER and not exclusive)
+    return Tile(TileOp.DECAY, (g,), (which, exclusive), (Axis.I, Axis.J))
+
+
+def crossing(w: Tile, *, exclusive: bool = False) -> Tile:
+    """sum over i >= t > j of w_ij, for each t: the gradient of the sums g_j+1 + ... + g_i.
+
+    No sum cancels: a token's own is as exact as the entries of `w` that it belongs to, however
+    small they are. `exclusive`: i > t > j.
+    """
+    assert w.axes == (Axis.I, Axis.J)
+    later = cumsum(w, reverse=True, exclusive=exclusive)
+    return reduce(mask(later, Which.STRICT), (Axis.J,))
 
 
 def inverse(lower: Tile) -> Tile:
@@ -396,12 +429,45 @@ def inverse(lower: Tile) -> Tile:
     return Tile(TileOp.INVERSE, (lower,), (), lower.axes)
 
 
-def decayed_dot(x: Tile, y: Tile, p: Tile, q: Tile) -> Tile:
-    """Scores under a vector gate, strictly lower; all arguments [I, K], y and q renamed here."""
-    y, q = rename(y, Axis.J), rename(q, Axis.J)
-    return Tile(TileOp.DECAYED_DOT, (x, y, p, q), (), (Axis.I, Axis.J))
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A vector gate [I, K] as reads see it: log-decays, and their prefix sums to i and to j.
+
+    `exclusive`: the decay of token i itself is left out.
+    """
+
+    log_decay: Tile
+    to: Tile
+    since: Tile
+    exclusive: bool
+
+    @property
+    def args(self) -> tuple[Tile, Tile, Tile]:
+        """The arguments of the ops below that stand for it."""
+        return self.to, rename(self.since, Axis.J), self.log_decay
 
 
-def decayed_apply(a: Tile, y: Tile, p: Tile, q: Tile, side: Axis) -> Tile:
+def decayed_dot(x: Tile, y: Tile, gate: Gate) -> Tile:
+    """Scores under a vector gate, strictly lower; x and y are [I, K], y is renamed here."""
+    args = (x, rename(y, Axis.J), *gate.args)
+    return Tile(TileOp.DECAYED_DOT, args, (gate.exclusive,), (Axis.I, Axis.J))
+
+
+def decayed_apply(a: Tile, y: Tile, gate: Gate, side: Axis) -> Tile:
     """The adjoint of `decayed_dot`: `a` applied to y (side I), or transposed to x (side J)."""
-    return Tile(TileOp.DECAYED_APPLY, (a, y, p, q), (side,), axes_of(side, Axis.K))
+    args = (a, y, *gate.args)
+    return Tile(TileOp.DECAYED_APPLY, args, (side, gate.exclusive), axes_of(side, Axis.K))
+
+
+def decayed_crossing(a: Tile, x: Tile, y: Tile, gate: Gate) -> Tile:
+    """The adjoint of `decayed_dot` for the log-decay itself, [I, K]: no sum cancels."""
+    args = (a, x, y, *gate.args)
+    return Tile(TileOp.DECAYED_CROSSING, args, (gate.exclusive,), (Axis.I, Axis.K))
+
+
+def gate_of(t: Tile) -> Gate:
+    """The gate of a DECAYED op."""
+    to, since, log_decay = t.args[-3:]
+    exclusive = t.attrs[-1]
+    assert isinstance(exclusive, bool)
+    return Gate(log_decay, to, rename(since, Axis.I), exclusive)

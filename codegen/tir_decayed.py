@@ -1,4 +1,4 @@
-"""Products under a vector gate: exponents are differences of prefixes, and none is above 0.
+"""Products under a vector gate: exponents are sums of what lies between two rows, none above 0.
 
 Blocks on the diagonal are summed pair by pair. What lies below is halved: rows of a block's later
 half meet columns of its earlier half, both decayed to the last row of the earlier half, and each
@@ -13,16 +13,15 @@ from tvm import tirx
 from tvm.tirx import Expr
 
 from . import tile
-from .tile import Axis, Tile, TileOp
-from .tir_code import Index, broadcast, int32, number, ramp
+from .tile import Axis, Tile
+from .tir_code import Index, broadcast, int32, multiply_add, number, ramp
 from .tir_frame import Frame, Shapes
 from .tir_products import block_product, column_blocks, horizontal_sum, transpose
-from .tir_schedule import Action, Region, Schedule
+from .tir_schedule import DECAYED, Action, Region, Schedule
 from .tir_values import Values
 
 # rows of an earlier and of a later half, decayed: room in scratch that such statements share
 EARLY, LATE = tile.token("early half", (Axis.K,)), tile.token("late half", (Axis.K,))
-DECAYED = (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY)
 
 
 def rooms(schedule: Schedule, shapes: Shapes) -> dict[Region, int]:
@@ -50,7 +49,7 @@ def _computed(schedule: Schedule) -> list[Tile]:
 
 def _tables(t: Tile) -> tuple[Region, Region]:
     """Decays of pairs within a block, and of rows to the last row of an earlier half."""
-    gate = "".join(prefix.key for prefix in t.args[2:])
+    gate = f"{t.args[-1].key} {t.attrs[-1]}"
     pairs, anchored = (tile.token(f"{name} {gate}", (Axis.K,)) for name in ("pairs", "anchored"))
     return Region(pairs), Region(anchored)
 
@@ -67,15 +66,15 @@ class _Decayed:
     """
 
     def __init__(self, frame: Frame, t: Tile) -> None:
-        _, _, self._p, self._q = t.args
+        self._g, self._exclusive = t.args[-1], t.attrs[-1]
         self.frame = frame
         self.least = _least(frame.shapes)
         # of a block of a product: what divides every half
         self.height = min(self.least, 1 << frame.shapes.config.rows.bit_length() - 1)
         self._values = Values(frame, Axis.K)
         self._pairs, self._anchored = _tables(t)
-        under = _computed(frame.schedule)
-        if t == next(other for other in under if other.args[2:] == t.args[2:]):
+        gates = {_tables(other): other for other in reversed(_computed(frame.schedule))}
+        if gates[_tables(t)] == t:
             self._fill()
 
     def value(self, t: Tile, row: Index, column: Index) -> Expr:
@@ -107,26 +106,36 @@ class _Decayed:
     def _fill(self) -> None:
         """The decays of this gate."""
         frame, code = self.frame, self.frame.code
-        p, q, vectors = self._p, self._q, frame.shapes.vectors(Axis.K)
+        vectors, zero = frame.shapes.vectors(Axis.K), number(0.0, self._lanes)
         for row, first, _ in self.diagonal():
-            with code.loop(first, row, "j") as j, code.loop(0, vectors, "c") as c:
+            with code.loop(0, vectors, "c") as c:
                 column = int32(c) * self._lanes
-                decay = self._decay(self.value(p, row, column), self.value(q, j, column))
-                frame.write(self._pairs, self._pair(row, j, first, column), decay, self._lanes)
+                total = code.accumulator(zero if self._exclusive else self._log(row, column))
+                with code.loop(first, row, "s") as s:
+                    j = row - 1 - (s - first)
+                    decay = self._values.exponential(total.get())
+                    frame.write(self._pairs, self._pair(row, j, first, column), decay, self._lanes)
+                    code.set(total, total.get() + self._log(j, column))
         for size, half, first in self.halves():
-            with code.loop(0, half, "r") as r, code.loop(0, vectors, "c") as c:
-                column, early = int32(c) * self._lanes, first + r
-                anchor = code.bind("anchor", self.value(q, first + (half - 1), column))
-                late = early + half
-                for row, decay in (
-                    (early, self._decay(anchor, self.value(q, early, column))),
-                    (late, self._decay(self.value(p, late, column), anchor)),
-                ):
-                    point = self._anchored_at(size, row, column)
-                    frame.write(self._anchored, point, decay, self._lanes)
+            with code.loop(0, vectors, "c") as c:
+                column = int32(c) * self._lanes
+                after, since = code.accumulator(zero), code.accumulator(zero)
+                with code.loop(0, half, "r") as r:
+                    early, late = first + (half - 1 - r), first + half + r
+                    self._write_anchored(size, early, column, after.get())
+                    code.set(after, after.get() + self._log(early, column))
+                    if self._exclusive:
+                        self._write_anchored(size, late, column, since.get())
+                    code.set(since, since.get() + self._log(late, column))
+                    if not self._exclusive:
+                        self._write_anchored(size, late, column, since.get())
 
-    def _decay(self, p: Expr, q: Expr) -> Expr:
-        return self._values.exponential(p - q)
+    def _log(self, row: Index, column: Index) -> Expr:
+        return self.value(self._g, row, column)
+
+    def _write_anchored(self, size: Index, row: Index, column: Index, log: Expr) -> None:
+        decay = self._values.exponential(log)
+        self.frame.write(self._anchored, self._anchored_at(size, row, column), decay, self._lanes)
 
     def halves(self) -> Iterator[tuple[Index, Expr, Expr]]:
         """(number of the size, rows of a half, first row of the pair), within loops over them."""
@@ -153,7 +162,7 @@ class _Decayed:
 
 def decayed_dot(frame: Frame, t: Tile) -> None:
     """A_ij = sum_k x_ik y_jk e^(P_ik - Q_jk) for i > j; zero elsewhere."""
-    x, y, _, _ = t.args
+    x, y = t.args[:2]
     code, lanes = frame.code, frame.lanes
     d = _Decayed(frame, t)
     with (
@@ -200,10 +209,10 @@ def decayed_dot(frame: Frame, t: Tile) -> None:
 
 def decayed_apply(frame: Frame, t: Tile) -> None:
     """z_ik = sum_j A_ij y_jk e^(P_ik - Q_jk), or z_jk = sum_i A_ij x_ik e^(P_ik - Q_jk); i > j."""
-    a, y, _, _ = t.args
+    a, y = t.args[:2]
     code, lanes = frame.code, frame.lanes
     d = _Decayed(frame, t)
-    to_rows = t.attrs == (Axis.I,)
+    to_rows = t.attrs[0] is Axis.I
     side = Axis.I if to_rows else Axis.J
     singles = Values(frame, None)
 
@@ -245,6 +254,67 @@ def decayed_apply(frame: Frame, t: Tile) -> None:
                         decay = d.anchored(size, at, column)
                         before = frame.read(Region(t), point, lanes)
                         frame.write(Region(t), point, before + decay * total.get(), lanes)
+
+
+def decayed_crossing(frame: Frame, t: Tile) -> None:
+    """z_tk = sum of A_ij x_ik y_jk e^(P_ik - Q_jk) over i >= t > j; without i if it is left out."""
+    a, x, y = t.args[:3]
+    exclusive = bool(t.attrs[-1])
+    code, lanes = frame.code, frame.lanes
+    d = _Decayed(frame, t)
+    singles = Values(frame, None)
+    zero = number(0.0, lanes)
+
+    def add(row: Index, column: Index, value: Expr) -> None:
+        point = {Axis.I: row, Axis.K: column}
+        frame.write(Region(t), point, frame.read(Region(t), point, lanes) + value, lanes)
+
+    def score(late: Index, early: Index) -> Expr:
+        return singles.at(a, {Axis.I: late, Axis.J: early})
+
+    with (
+        code.loop(0, frame.shapes.chunk, "r") as r,
+        code.loop(0, frame.shapes.vectors(Axis.K), "c") as c,
+    ):
+        frame.write(Region(t), {Axis.I: r, Axis.K: int32(c) * lanes}, zero, lanes)
+    for row, first, _ in d.diagonal():  # what comes from before a row crosses the rows after that
+        with code.loop(0, frame.shapes.vectors(Axis.K), "c") as c:
+            column = int32(c) * lanes
+            crossing = code.accumulator(zero)
+            to = code.bind("x", d.value(x, row, column))
+            last = tirx.Select(row > first, row - 1, first) if exclusive else row
+            with code.loop(first, last, "j") as j:
+                given = d.value(y, j, column) * d.between(row, j, first, column)
+                one = broadcast(score(row, j), lanes)
+                code.set(crossing, crossing.get() + one * to * given)
+                add(int32(j) + 1, column, crossing.get())
+    for size, half, first in d.halves():
+        middle = code.bind("middle", first + half)
+        _half(d, EARLY, y, size, half, first)
+        _half(d, LATE, x, size, half, middle)
+        for late in (True, False):
+            with code.loop(0, frame.shapes.vectors(Axis.K), "c") as c:
+                column = int32(c) * lanes
+                crossing = code.accumulator(zero)
+                with code.loop(0, half, "r") as r:
+                    # late rows from the last one on, early rows from the first
+                    row = code.bind("row", half - 1 - r if late else int32(r))
+                    total = code.accumulator(zero)
+                    with code.loop(0, half, "s") as s:
+                        i, j = (row, s) if late else (s, row)
+                        one = broadcast(score(middle + i, first + j), lanes)
+                        point = {Axis.I: s, Axis.K: column}
+                        seen = frame.read(Region(EARLY if late else LATE), point, lanes)
+                        code.set(total, multiply_add(one, seen, total.get()))
+                    own = {Axis.I: row, Axis.K: column}
+                    value = total.get() * frame.read(Region(LATE if late else EARLY), own, lanes)
+                    to = (middle if late else first) + row
+                    if late and not exclusive:
+                        code.set(crossing, crossing.get() + value)
+                        add(to, column, crossing.get())
+                    else:
+                        add(to, column, crossing.get())
+                        code.set(crossing, crossing.get() + value)
 
 
 def _half(d: _Decayed, room: Tile, x: Tile, size: Index, half: Expr, first: Expr) -> None:

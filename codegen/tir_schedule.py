@@ -18,7 +18,8 @@ from .expressions import unaliased
 from .plan import Kernel
 from .tile import Axes, Axis, Tile, TileOp
 
-POINTWISE = (TileOp.MAP, TileOp.STEP, TileOp.ROWS, TileOp.PHASE, TileOp.MASK, TileOp.DECAY)
+POINTWISE = (TileOp.MAP, TileOp.FLOOR, TileOp.STEP, TileOp.ROWS, TileOp.PHASE, TileOp.MASK)
+DECAYED = (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY, TileOp.DECAYED_CROSSING)
 NUMBERS = (TileOp.CONST, TileOp.EXTENT, TileOp.PARAM)
 _LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.CARRY)
 _SQUARE: Axes = (Axis.I, Axis.J)
@@ -161,6 +162,8 @@ class _Scheduler:
         half: set[Tile] = set()
         for t in reversed(self._order):
             square = t.axes == _SQUARE and t.op is not TileOp.INVERSE
+            if t.op is TileOp.CUMSUM and not (t.attrs[0] or zero_above(t.args[0])):
+                square = False  # what lies above the diagonal counts
             if square and t not in self._results and self._only_below(t, half):
                 half.add(t)
         return Schedule(
@@ -181,7 +184,10 @@ class _Scheduler:
     def _inputs(self, t: Tile) -> tuple[Tile, ...]:
         if self._leaf(t):
             return ()
-        return tuple(dict.fromkeys(unaliased(a) for a in self._solved.get(t, t.args)))
+        args = self._solved.get(t, t.args)
+        if t.op in DECAYED:  # decays are sums of what lies between rows: prefix sums are not needed
+            args = (*args[:-3], args[-1])
+        return tuple(dict.fromkeys(unaliased(a) for a in args))
 
     def _reached(self) -> list[Tile]:
         """Every tile that is computed or loaded, arguments first; no numbers, no aliases."""
@@ -230,8 +236,10 @@ class _Scheduler:
     def _only_below(self, t: Tile, half: set[Tile]) -> bool:
         """Whether nobody looks at `t` above the diagonal."""
         for user in self._users[t]:
-            if user in self._solved or user.op in (TileOp.INVERSE, TileOp.DECAYED_APPLY):
+            if user in self._solved or user.op in (TileOp.INVERSE, *DECAYED):
                 continue  # these look below it only
+            if user.op is TileOp.CUMSUM and user in half:
+                continue  # from the diagonal on
             if user.op in POINTWISE:
                 if user not in half:
                     return False

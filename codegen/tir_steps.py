@@ -5,9 +5,9 @@ from __future__ import annotations
 from tvm import tirx
 
 from ..dsl.ir import Op
-from .tile import Axis, Tile, TileOp
-from .tir_code import Accumulator, Index, int32, multiply_add, number, ramp
-from .tir_decayed import decayed_apply, decayed_dot
+from .tile import Axis, Tile, TileOp, Which
+from .tir_code import Accumulator, Index, broadcast, int32, multiply_add, number, ramp
+from .tir_decayed import decayed_apply, decayed_crossing, decayed_dot
 from .tir_frame import Frame
 from .tir_products import column_blocks, compute_matrix, horizontal_sum, invert, solve
 from .tir_schedule import Region, zero_above
@@ -26,6 +26,10 @@ def compute(frame: Frame, t: Tile) -> None:
         decayed_dot(frame, t)
     elif t.op is TileOp.DECAYED_APPLY:
         decayed_apply(frame, t)
+    elif t.op is TileOp.DECAYED_CROSSING:
+        decayed_crossing(frame, t)
+    elif t.op is TileOp.DECAY:
+        _decay(frame, t)
     elif t.op is TileOp.CUMSUM:
         _cumsum(frame, t)
     elif t.op is TileOp.SUM:
@@ -57,8 +61,10 @@ def _cumsum(frame: Frame, t: Tile) -> None:
     turns = 1 if along is None else frame.shapes.vectors(along)
     with code.loop(0, turns, "c") as c:
         total = code.accumulator(number(0.0, lanes))
-        with code.loop(0, chunk, "r") as turn:
-            row = int32(chunk - 1) - turn if reverse else turn
+        # of what is looked at below the diagonal only, the vectors from there on
+        begin = int32(c) * lanes if t in frame.schedule.half else int32(0)
+        with code.loop(begin, int32(chunk), "r") as turn:
+            row = int32(chunk - 1) - (turn - begin) if reverse else turn
             point: dict[Axis, Index] = {Axis.I: row}
             if along is not None:
                 point[along] = int32(c) * lanes
@@ -68,6 +74,29 @@ def _cumsum(frame: Frame, t: Tile) -> None:
             code.set(total, total.get() + value)
             if not exclusive:
                 frame.write(Region(t), point, total.get(), lanes)
+
+
+def _decay(frame: Frame, t: Tile) -> None:
+    """Row by row: each column's sum grows by the row's log-decay below the diagonal."""
+    which, exclusive = t.attrs
+    code, lanes = frame.code, frame.lanes
+    singles, vectors = Values(frame, None), Values(frame, Axis.J)
+    zero = number(0.0, lanes)
+    with code.loop(0, frame.shapes.vectors(Axis.J), "c") as c:
+        column = int32(c) * lanes
+        begin = column if t in frame.schedule.half else int32(0)
+        total = code.accumulator(zero)
+        with code.loop(begin, int32(frame.shapes.chunk), "r") as r:
+            row, columns = broadcast(int32(r), lanes), ramp(column, lanes)
+            g = broadcast(singles.at(t.args[0], {Axis.I: r}), lanes)
+            longer = code.bind("longer", tirx.Select(columns < row, total.get() + g, zero))
+            if not exclusive:
+                code.set(total, longer)
+            keep = columns <= row if which is Which.LOWER else columns < row
+            decay = tirx.Select(keep, vectors.exponential(total.get()), zero)
+            frame.write(Region(t), {Axis.I: r, Axis.J: column}, decay, lanes)
+            if exclusive:
+                code.set(total, longer)
 
 
 def _sum(frame: Frame, t: Tile) -> None:

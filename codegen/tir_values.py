@@ -86,9 +86,11 @@ class Values:
 
     def _selected(self, t: Tile, point: Point) -> Expr:
         zero = number(0.0, self._lanes)
-        if t.op is TileOp.DECAY:
-            return self._decay(t, point)
         x = self.at(t.args[0], point)
+        if t.op is TileOp.FLOOR:
+            (least,) = t.attrs
+            assert isinstance(least, float)
+            return self._math.most(self._frame.code.bind("x", x), least)
         if t.op is TileOp.STEP:
             x = self._frame.code.bind("x", x)
             half = tirx.Select(tirx.EQ(x, zero), number(0.5, self._lanes), zero)
@@ -111,13 +113,6 @@ class Values:
         if which is Which.DIAGONAL:
             return tirx.EQ(i, j)
         return i > j if which is Which.STRICT else i >= j
-
-    def _decay(self, t: Tile, point: Point) -> Expr:
-        p, q = (self.at(a, point) for a in t.args)
-        zero = number(0.0, self._lanes)
-        keep = self._within(t, point)
-        exponent = self._frame.code.bind("d", tirx.Select(keep, p - q, zero))
-        return tirx.Select(keep, self._math.decayed(exponent), zero)
 
     def exponential(self, x: Expr) -> Expr:
         """e^x for x <= 0."""

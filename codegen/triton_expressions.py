@@ -28,7 +28,12 @@ _FUNCTIONS = {
     Op.RSQRT: "tl.rsqrt",
     Op.ABS: "tl.abs",
 }
-_PRODUCTS = (TileOp.DOT, TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY)
+_DECAYED = {
+    TileOp.DECAYED_DOT: "decayed_dot",
+    TileOp.DECAYED_APPLY: "decayed_apply",
+    TileOp.DECAYED_CROSSING: "decayed_crossing",
+}
+_PRODUCTS = (TileOp.DOT, *_DECAYED)
 _INDEX = {Axis.I: "oi[:, None]", Axis.J: "oj[None, :]"}
 
 
@@ -134,18 +139,18 @@ class TritonExpressions(Expressions):
             return self._sum(x)
         if x.op is TileOp.CUMSUM:
             return self._cumsum(x)
+        if x.op is TileOp.FLOOR:
+            inner = self.text(x.args[0])
+            return f"tl.maximum({inner}, {x.attrs[0]}, propagate_nan=tl.PropagateNan.ALL)"
         if x.op is TileOp.DECAY:
-            (which,) = x.attrs
-            assert isinstance(which, Which)
-            p, q = (self.within(a, self.layout(x)) for a in x.args)
-            keep = self.comparison(which, _INDEX)
-            return f'tl.exp(tl.where({keep}, {p} - {q}, float("-inf")))'
+            which, exclusive = x.attrs
+            self._used_functions.add("decay_between")
+            return f"decay_between({self.text(x.args[0])}, C, {which is Which.LOWER}, {exclusive})"
         if x.op is TileOp.INVERSE:
             self._used_functions.add("unit_lower_inverse")
             return (
                 f"unit_lower_inverse({self.text(x.args[0])}, C, {self._levels}, {self._precision})"
             )
-        assert x.op in (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY), f"no Triton for {x.op.name}"
         return self._decayed(x)
 
     @property
@@ -164,23 +169,20 @@ class TritonExpressions(Expressions):
     def _decayed(self, x: Tile) -> str:
         texts = []
         for a in x.args:
-            target = self.layout(a)
-            text = self.within(a, target)
-            if Axis.K in a.axes and a in (x.args[0], x.args[1]):
-                text = self._clean(a, Axis.K, text)
-            texts.append(text)
+            text = self.within(a, self.layout(a))
+            texts.append(self._clean(a, Axis.K, text) if Axis.K in a.axes else text)
+        name = _DECAYED[x.op]
+        if x.op is TileOp.DECAYED_APPLY and x.attrs[0] is Axis.J:
+            name += "_transposed"
         sizes = f"C, BK, {self._levels}"
         if x.op is TileOp.DECAYED_DOT:
-            name = "decayed_dot"
             # decayed factors underflow in float16, so they are not rounded to it (math.md)
             low = (
                 self._signature.dtype if self._signature.dtype is Dtype.BFLOAT16 else Dtype.FLOAT32
             )
             sizes += f", tl.{low.value}"
-        else:
-            name = "decayed_apply" if x.attrs == (Axis.I,) else "decayed_apply_transposed"
         self._used_functions.add(name)
-        return f"{name}({', '.join(texts)}, {sizes}, {self._precision})"
+        return f"{name}({', '.join(texts)}, {sizes}, {self._precision}, {x.attrs[-1]})"
 
     def _cumsum(self, x: Tile) -> str:
         reverse, exclusive = x.attrs

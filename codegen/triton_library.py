@@ -3,9 +3,11 @@
 Decayed products split e^(P - Q) between their factors. Where no channel has decayed by more than
 e^-60 since the start of the chunk, as e^P and e^-Q: one product. Elsewhere blocks are halved (as
 eager_library does): at each level, rows in the later half of a block meet columns in its earlier
-half, both decayed to the last row of the earlier half; so every exponent is <= 0 whatever the gate.
-Which of the two a row of scores takes, the rows after it cannot change. The inverse doubles blocks:
-exact inverses of the diagonal blocks of one size give those of twice the size.
+half, both decayed to the last row of the earlier half; so every exponent is <= 0 whatever the gate,
+and a sum of what lies between two rows, not a difference of prefix sums, in which a reset of -100
+would leave its rounding. Which of the two a row of scores takes, the rows after it cannot change.
+The inverse doubles blocks: exact inverses of the diagonal blocks of one size give those of twice
+the size.
 """
 
 from __future__ import annotations
@@ -38,23 +40,48 @@ def unit_lower_inverse(L, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.c
     return X
 '''
 
-ANCHOR = '''
+DECAY = '''
 @triton.jit
-def last_of_earlier_half(x, level, C: tl.constexpr, BK: tl.constexpr):
-    """For each row of x [C, BK], the last row of the earlier half of its 2^(level+1)-row block."""
+def decay_between(
+    g, C: tl.constexpr, DIAGONAL: tl.constexpr, EXCLUSIVE: tl.constexpr
+):
+    """e^(g_j+1 + ... + g_i) for i > j (i >= j if DIAGONAL), else 0; up to g_i-1 if EXCLUSIVE.
+
+    Sums of whole numbers are exact, however large, and so are their differences; of each g no more
+    than a half is left beside them.
+    """
+    whole = tl.floor(g + 0.5)
+    rest = g - whole
+    W, R = tl.cumsum(whole, 0), tl.cumsum(rest, 0)
+    to_W, to_R = W, R
+    if EXCLUSIVE:
+        to_W, to_R = W - whole, R - rest
+    between = (to_W[:, None] - W[None, :]) + (to_R[:, None] - R[None, :])
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    keep = i >= j if DIAGONAL else i > j
+    return tl.exp(tl.where(keep, between, float("-inf")))
+'''
+
+DOUBLED = '''
+@triton.jit
+def doubled(since, after, level, C: tl.constexpr, BK: tl.constexpr):
+    """Sums within blocks of 2^level rows, up to each row and after it, for blocks twice as long."""
     i = tl.arange(0, C)
-    row = ((i >> (level + 1)) << (level + 1)) + (1 << level) - 1
-    return tl.gather(x, tl.broadcast_to(row[:, None], (C, BK)), axis=0)
+    late = (i >> level) & 1 == 1
+    last = tl.where(late, (i >> level << level) - 1, ((i >> level) + 2 << level) - 1)
+    other = tl.gather(since, tl.broadcast_to(last[:, None], (C, BK)), axis=0)  # half of the block
+    late = late[:, None]
+    return since + tl.where(late, other, 0.0), after + tl.where(late, 0.0, other)
 '''
 
 DECAYED_DOT = '''
 @triton.jit
 def decayed_dot(
-    x, y, P, Q,
+    x, y, P, Q, g,
     C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):
-    """A_ij = sum_k x_ik y_jk e^(P_ik - Q_jk) for i > j, else 0. Q is an inclusive prefix sum."""
+    """A_ij = sum_k x_ik y_jk e^(P_ik - Q_jk) for i > j, else 0. P, Q are prefix sums of g."""
     i = tl.arange(0, C)
     decay = tl.max(-Q, 1)  # of the channel that has decayed most, up to each row
     x_late = (x * tl.exp(P)).to(DT)
@@ -63,15 +90,16 @@ def decayed_dot(
     A = tl.where(i[:, None] > i[None, :], A, 0.0)
     if tl.max(decay, 0) >= 60.0:
         halved = tl.zeros((C, C), dtype=tl.float32)
+        since, after = g, tl.zeros_like(g)
         for level in range(LEVELS):
             late = ((i >> level) & 1 == 1)[:, None]
-            anchor = last_of_earlier_half(Q, level, C, BK)
-            e = tl.exp(tl.where(late, P - anchor, anchor - Q))
+            e = tl.exp(tl.where(late, since - g if EXCLUSIVE else since, after))
             x_late = tl.where(late, x * e, 0.0).to(DT)
             y_early = tl.where(late, 0.0, y * e).to(DT)
             block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
             B = tl.dot(x_late, tl.trans(y_early), input_precision=PRECISION)
             halved += tl.where(block, B, 0.0)
+            since, after = doubled(since, after, level, C, BK)
         A = tl.where((decay < 60.0)[:, None], A, halved)
     return A
 '''
@@ -79,7 +107,8 @@ def decayed_dot(
 DECAYED_APPLY = '''
 @triton.jit
 def decayed_apply(
-    A, y, P, Q, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr
+    A, y, P, Q, g, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):
     """z_ik = sum_j A_ij y_jk e^(P_ik - Q_jk) over j < i."""
     i = tl.arange(0, C)
@@ -88,21 +117,23 @@ def decayed_apply(
         B = tl.where(i[:, None] > i[None, :], A, 0.0)
         z = tl.exp(P) * tl.dot(B, y * tl.exp(-Q), input_precision=PRECISION)
     else:
+        since, after = g, tl.zeros_like(g)
         for level in range(LEVELS):
             late = ((i >> level) & 1 == 1)[:, None]
-            anchor = last_of_earlier_half(Q, level, C, BK)
-            e = tl.exp(tl.where(late, P - anchor, anchor - Q))
+            e = tl.exp(tl.where(late, since - g if EXCLUSIVE else since, after))
             block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
             B = tl.where(block & late, A, 0.0)
             y_early = tl.where(late, 0.0, y * e)
             z += tl.where(late, e * tl.dot(B, y_early, input_precision=PRECISION), 0.0)
+            since, after = doubled(since, after, level, C, BK)
     return z
 '''
 
 DECAYED_APPLY_TRANSPOSED = '''
 @triton.jit
 def decayed_apply_transposed(
-    A, x, P, Q, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr
+    A, x, P, Q, g, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):
     """z_jk = sum_i A_ij x_ik e^(P_ik - Q_jk) over i > j."""
     i = tl.arange(0, C)
@@ -111,14 +142,58 @@ def decayed_apply_transposed(
         B = tl.trans(tl.where(i[:, None] > i[None, :], A, 0.0))
         z = tl.exp(-Q) * tl.dot(B, x * tl.exp(P), input_precision=PRECISION)
     else:
+        since, after = g, tl.zeros_like(g)
         for level in range(LEVELS):
             late = ((i >> level) & 1 == 1)[:, None]
-            anchor = last_of_earlier_half(Q, level, C, BK)
-            e = tl.exp(tl.where(late, P - anchor, anchor - Q))
+            e = tl.exp(tl.where(late, since - g if EXCLUSIVE else since, after))
             block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
             B = tl.trans(tl.where(block & late, A, 0.0))
             x_late = tl.where(late, x * e, 0.0)
             z += tl.where(late, 0.0, e * tl.dot(B, x_late, input_precision=PRECISION))
+            since, after = doubled(since, after, level, C, BK)
+    return z
+'''
+
+DECAYED_CROSSING = '''
+@triton.jit
+def decayed_crossing(
+    A, x, y, P, Q, g, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr, EXCLUSIVE: tl.constexpr,
+):
+    """z_tk = sum of A_ij x_ik y_jk e^(P_ik - Q_jk) over i >= t > j (i > t > j if EXCLUSIVE).
+
+    Where no decay is strong, as a difference of sums. Elsewhere no sum cancels: of two halves, a
+    late t is crossed by what rows from t on get from the earlier half, an early t by what rows
+    before t give to the later half.
+    """
+    i = tl.arange(0, C)
+    z = tl.zeros((C, BK), dtype=tl.float32)
+    if (tl.max(tl.max(-Q, 1), 0) < 60.0) & (tl.min(tl.min(g, 1), 0) > -2.0):
+        B = tl.where(i[:, None] > i[None, :], A, 0.0)
+        late = x * tl.exp(P)
+        early = y * tl.exp(-Q)
+        taken = late * tl.dot(B, early, input_precision=PRECISION)
+        given = early * tl.dot(tl.trans(B), late, input_precision=PRECISION)
+        z = tl.cumsum(taken - given, 0, reverse=True)
+        if EXCLUSIVE:
+            z -= taken
+    else:
+        since, after = g, tl.zeros_like(g)
+        for level in range(LEVELS):
+            late = ((i >> level) & 1 == 1)[:, None]
+            e = tl.exp(tl.where(late, since - g if EXCLUSIVE else since, after))
+            block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
+            B = tl.where(block & late, A, 0.0)
+            x_late = tl.where(late, x * e, 0.0)
+            y_early = tl.where(late, 0.0, y * e)
+            taken = x_late * tl.dot(B, y_early, input_precision=PRECISION)
+            given = y_early * tl.dot(tl.trans(B), x_late, input_precision=PRECISION)
+            later = i[None, :] > i[:, None] if EXCLUSIVE else i[None, :] >= i[:, None]
+            crosses = tl.where(late, later, i[None, :] < i[:, None])
+            same = i[:, None] >> level == i[None, :] >> level
+            summed = tl.where(crosses & same, 1.0, 0.0)
+            z += tl.dot(summed, taken + given, input_precision=PRECISION)
+            since, after = doubled(since, after, level, C, BK)
     return z
 '''
 
@@ -177,10 +252,12 @@ def tanh(x):
 # name -> (source, the functions it calls)
 FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "unit_lower_inverse": (INVERSE, ()),
-    "last_of_earlier_half": (ANCHOR, ()),
-    "decayed_dot": (DECAYED_DOT, ("last_of_earlier_half",)),
-    "decayed_apply": (DECAYED_APPLY, ("last_of_earlier_half",)),
-    "decayed_apply_transposed": (DECAYED_APPLY_TRANSPOSED, ("last_of_earlier_half",)),
+    "decay_between": (DECAY, ()),
+    "doubled": (DOUBLED, ()),
+    "decayed_dot": (DECAYED_DOT, ("doubled",)),
+    "decayed_apply": (DECAYED_APPLY, ("doubled",)),
+    "decayed_apply_transposed": (DECAYED_APPLY_TRANSPOSED, ("doubled",)),
+    "decayed_crossing": (DECAYED_CROSSING, ("doubled",)),
     "exclusive_sum": (EXCLUSIVE, ()),
     "expm1": (EXPM1, ()),
     "log1p": (LOG1P, ()),
@@ -193,6 +270,6 @@ FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 def sources(used: set[str]) -> str:
     """The source of the functions in `used` and of all that they call, callees first."""
     needed = used | {callee for name in used for callee in FUNCTIONS[name][1]}
-    ordered = ("log1p", "expm1", "softplus", "last_of_earlier_half")
+    ordered = ("log1p", "expm1", "softplus", "doubled")
     names = [n for n in ordered if n in needed] + sorted(needed - set(ordered))
     return "\n".join(FUNCTIONS[name][0] for name in names)

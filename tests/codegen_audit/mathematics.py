@@ -102,11 +102,15 @@ class _Parser:
         over = str(self._peek("sum")).strip("{}")
         self._at += 1
         value = self._product()
-        if over[0] == "t":
-            t, i = self._index("t"), self._index(over[2])
-            keep = {"≤": t <= i, "<": t < i, "≥": t >= i, ">": t > i}[over[1]]
-            return (value * keep).sum(_AXES.index("t"), keepdim=True)
-        return value.sum([_AXES.index(a) for a in over.split(",")], keepdim=True)
+        if not re.search("[<≤≥>]", over):
+            return value.sum([_AXES.index(a) for a in over.split(",")], keepdim=True)
+        letters, signs = re.split("[<≤≥>]", over), re.findall("[<≤≥>]", over)
+        for left, sign, right in zip(letters, signs, letters[1:], strict=False):
+            i, j = self._index(left), self._index(right)
+            value = value * {"≤": i <= j, "<": i < j, "≥": i >= j, ">": i > j}[sign]
+        # of t ≥ i > j both ends are summed over, else t alone
+        bound = "t" if len(letters) == 2 or letters[1] == "t" else "tj"
+        return value.sum([_AXES.index(a) for a in bound], keepdim=True)
 
     def _where(self) -> Tensor:
         text = str(self._peek("where")).strip(" []")
