@@ -9,6 +9,7 @@ says so: `many_digits`.
 from __future__ import annotations
 
 import decimal
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from .tile import Axes, Axis, Tile, TileOp, Which
 
 Numbers: TypeAlias = Any  # an array of four axes, of Decimals: numpy does not type what it holds
 DIGITS = 50
+_NOTHING = Decimal("1e-30")  # what rounding may leave
 ZERO: Numbers = np.array(Decimal(0), dtype=object)
 _AT = {axis: n for n, axis in enumerate(Axis)}
 
@@ -137,8 +139,8 @@ def _attr(t: Tile) -> Any:
     return attr
 
 
-def _cumsum(t: Tile, x: Numbers) -> Numbers:
-    reverse, exclusive = t.attrs
+def _sums(x: Numbers, *, reverse: bool = False, exclusive: bool = False) -> Numbers:
+    """Prefix sums over I."""
     x = x[::-1] if reverse else x
     sums = np.cumsum(x, axis=0)
     if exclusive:
@@ -160,14 +162,34 @@ def _where(keep: Numbers, x: Numbers) -> Numbers:
     return np.where(keep, x, ZERO)
 
 
-def _decay(p: Numbers, q: Numbers, which: Which, c: Sizes) -> Numbers:
-    return _where(c.kept(which), _EXP(p - q))
+def _between(g: Numbers, *, exclusive: bool) -> Numbers:
+    """g_j+1 + ... + g_i of all pairs i > j; `exclusive`: without g_i."""
+    return _sums(g, exclusive=exclusive) - _sums(g).swapaxes(_AT[Axis.I], _AT[Axis.J])
 
 
-def _decayed(xs: Sequence[Numbers], over: Axis, c: Sizes) -> Numbers:
-    """The sum of x y e^(P_i - Q_j), i > j."""
-    x, y, p, q = xs
-    return total(x * y * _decay(p, q, Which.STRICT, c), over)
+def _decay(t: Tile, g: Numbers, c: Sizes) -> Numbers:
+    which, exclusive = t.attrs
+    assert isinstance(which, Which)
+    return _where(c.kept(which), _EXP(_between(g, exclusive=bool(exclusive))))
+
+
+def _decayed(t: Tile, xs: Sequence[Numbers], c: Sizes) -> Numbers:
+    """The product of the factors of a DECAYED op with the decay from j to i, i > j.
+
+    Raises InvalidIR unless the op's prefix sums give that decay, as its log-decays do.
+    """
+    *factors, p, q, g = xs
+    strict = c.kept(Which.STRICT)
+    log_decay = _between(g, exclusive=bool(t.attrs[-1]))
+    if np.max(abs(_where(strict, p - q - log_decay))) > _NOTHING:
+        raise InvalidIR("prefix sums that are not those of the log-decay", t.key)
+    return math.prod(factors, start=_where(strict, _EXP(log_decay)))
+
+
+def _crossing(w: Numbers, exclusive: bool, c: Sizes) -> Numbers:
+    """sum over i >= t > j of w_ij; `exclusive`: i > t > j."""
+    later = _sums(w, reverse=True, exclusive=exclusive)
+    return total(_where(c.kept(Which.STRICT), later), Axis.J)
 
 
 _TILES: dict[TileOp, Callable[[Tile, Sequence[Numbers], Sizes], Numbers]] = {
@@ -182,13 +204,17 @@ _TILES: dict[TileOp, Callable[[Tile, Sequence[Numbers], Sizes], Numbers]] = {
     TileOp.MASK: lambda t, xs, c: _where(c.kept(_attr(t)), xs[0]),
     TileOp.SUM: lambda t, xs, c: total(xs[0], *_attr(t)),
     TileOp.DOT: lambda t, xs, c: total(xs[0] * xs[1], _attr(t)),
-    TileOp.CUMSUM: lambda t, xs, c: _cumsum(t, xs[0]),
-    TileOp.DECAY: lambda t, xs, c: _decay(xs[0], xs[1], _attr(t), c),
-    TileOp.INVERSE: lambda t, xs, c: _inverse(xs[0]),
-    TileOp.DECAYED_DOT: lambda t, xs, c: _decayed(xs, Axis.K, c),
-    TileOp.DECAYED_APPLY: lambda t, xs, c: _decayed(
-        xs, Axis.J if _attr(t) is Axis.I else Axis.I, c
+    TileOp.CUMSUM: lambda t, xs, c: _sums(
+        xs[0], reverse=bool(t.attrs[0]), exclusive=bool(t.attrs[1])
     ),
+    TileOp.FLOOR: lambda t, xs, c: _ELEMENTWISE[Op.MAXIMUM](xs[0], Decimal(_attr(t))),
+    TileOp.DECAY: lambda t, xs, c: _decay(t, xs[0], c),
+    TileOp.INVERSE: lambda t, xs, c: _inverse(xs[0]),
+    TileOp.DECAYED_DOT: lambda t, xs, c: total(_decayed(t, xs, c), Axis.K),
+    TileOp.DECAYED_APPLY: lambda t, xs, c: total(
+        _decayed(t, xs, c), Axis.J if t.attrs[0] is Axis.I else Axis.I
+    ),
+    TileOp.DECAYED_CROSSING: lambda t, xs, c: _crossing(_decayed(t, xs, c), bool(t.attrs[-1]), c),
 }
 
 

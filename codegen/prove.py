@@ -64,16 +64,22 @@ def prove_tiles(what: Declaration, chunk: int = 3) -> tuple[str, ...]:
     Raises NotLowered where there are none, or no point to look at them; ProofFailed.
     """
     micro = 2 if what.has_micro else 1
-    step = what.step(micro)
-    variants = tuple(_variants(what.normal_form(micro)))
+    step, form = what.step(micro), what.normal_form(micro)
+    variants = tuple(_variants(form))
+    resets = _resets(step, form)
     with many_digits():
         for length in range(2, chunk + 1):
+            tokens = max(2, (2 * length - 1) // micro)
             for scale in _SCALES:
-                _prove_at(_point(step, max(2, (2 * length - 1) // micro), scale), variants, length)
+                _prove_at(_point(step, tokens, scale, {}), variants, length)
+            if resets:
+                _prove_at(_point(step, tokens, 1, resets), variants, length)
     names = [*(o.name for o in step.operands), *(f"the initial {s.name}" for s in step.states)]
+    at_reset = f"and so they do where {', '.join(f'{n} = {x}' for n, x in resets.items())}"
     return (
         "the tiles of two chunks in a row equal the step: outputs and final states",
         f"the tiles of their adjoint equal its gradient: {', '.join(names)}",
+        *([at_reset] if resets else []),
     )
 
 
@@ -119,10 +125,40 @@ class _Point:
         return replace(self, values={**self.values, name: x})
 
 
-def _point(step: Step, tokens: int, scale: int) -> _Point:
-    """A random point where the step stays small and keeps its promises.
+def _resets(step: Step, form: NormalForm) -> dict[str, Decimal]:
+    """Operands of tokens that are a decay or its logarithm, with the value that resets a state.
 
-    Raises NotLowered if none is found.
+    Empty if something else that the step makes of them does not exist there.
+    """
+    resets = {}
+    for log in (u.log_decay for m in form.micro_steps for u in m.updates):
+        if log is not None and log.op is Op.OPERAND:
+            resets[str(log.attrs[0])] = -Decimal("Infinity")
+        elif log is not None and log.op is Op.LOG and log.args[0].op is Op.MAXIMUM:
+            factor, _ = log.args[0].args  # and the least one, of dsl.decay
+            if factor.op is Op.WITHIN and factor.args[0].op is Op.OPERAND:
+                resets[str(factor.args[0].attrs[0])] = Decimal(0)
+    of_tokens = {o.name for o in step.operands if o.per is Per.TOKEN}
+    resets = {n: x for n, x in resets.items() if n in of_tokens}
+    return resets if resets and _drawn(step, 2, 1, resets) is not None else {}
+
+
+def _point(step: Step, tokens: int, scale: int, resets: Mapping[str, Decimal]) -> _Point:
+    """As `_drawn`. Raises NotLowered if there is none."""
+    point = _drawn(step, tokens, scale, resets)
+    if point is None:
+        raise NotLowered(
+            f"{step.name}: no random operands were found that keep its promises and results small",
+            f"{_DRAWS} draws were tried",
+            "promise what operands themselves lie within, or compare with dsl.oracle.run",
+        )
+    return point
+
+
+def _drawn(step: Step, tokens: int, scale: int, resets: Mapping[str, Decimal]) -> _Point | None:
+    """A random point where the step stays small and keeps its promises; None if none is found.
+
+    `resets`: what operands are in the second of their rows.
     """
     draw = random.Random(scale)
 
@@ -158,14 +194,12 @@ def _point(step: Step, tokens: int, scale: int) -> _Point:
             n: numbers(_within(promises.get(n), width, free, fraction), *layout)
             for n, layout in layouts.items()
         }
+        for n, value in resets.items():
+            drawn[n][1:2] = value
         candidate = replace(point, values={**point.values, **drawn})
         if _is_sound(candidate):
             return candidate
-    raise NotLowered(
-        f"{step.name}: no random operands were found that keep its promises and its results small",
-        f"{_DRAWS} draws were tried",
-        "promise what operands themselves lie within; or compare numerically with dsl.oracle.run",
-    )
+    return None
 
 
 def _rows(o: Operand, micro: int, tokens: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from chunkwise import cli, dsl
-from chunkwise.codegen import differentiate, evaluate, factor, prove, tile
+from chunkwise.codegen import chunk, differentiate, evaluate, factor, prove, tile
 from chunkwise.codegen.differentiate import Cotangents, Rule
 from chunkwise.codegen.tile import Axis, Tile, TileOp
 from chunkwise.dsl import (
@@ -53,9 +53,28 @@ def by_id(d: Declaration) -> str:
     ids=by_id,
 )
 def test_library(d: Declaration) -> None:
-    *_, gradients = prove.prove_tiles(d)
+    _, gradients, *_ = prove.prove_tiles(d)
     names = [*(o.name for o in d.operands), *(f"the initial {s.name}" for s in d.states)]
     assert gradients.endswith(": " + ", ".join(names))
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("simple_gla", "g = -Infinity"), ("gla", "g = -Infinity"), ("hgrn2", "f = 0")],
+)
+def test_resets(name: str, where: str) -> None:
+    """A decay that is exactly 0, and its gradient there."""
+    *_, claim = prove.prove_tiles(library.by_name(name), chunk=2)
+    assert claim == f"and so they do where {where}"
+
+
+def test_resets_that_do_not_exist() -> None:
+    def rule(S: State, q: Key, k: Key, v: Value, f: Scalar):
+        f = within(f, 0.0, 1.0)
+        return f * S + outer(k, log(f) * v), q @ S
+
+    assert len(prove.prove_tiles(Declaration(rule), chunk=2)) == 2
+    assert len(prove.prove_tiles(library.retention, chunk=2)) == 2, "of a head: no token's"
 
 
 def test_both_proofs() -> None:
@@ -244,6 +263,7 @@ def test_wrong_functions(op: Op, wrong: Rule, monkeypatch: pytest.MonkeyPatch) -
         (TileOp.DECAY, library.simple_gla),
         (TileOp.ROWS, library.retention),
         (TileOp.DECAYED_DOT, library.gla),
+        (TileOp.DECAYED_DOT, library.hgrn2),
         (TileOp.PHASE, library.gated_delta_product),
     ],
     ids=lambda x: x.name,
@@ -304,6 +324,22 @@ def test_a_factor_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     refused(library.gated_delta_rule, "of tiles derived and factored")
 
 
+def test_a_reset_without_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """-inf - (-inf) is not a number."""
+    monkeypatch.setattr(chunk, "_bounded", lambda log_decay: log_decay)
+    refused(library.simple_gla, "the output of tiles derived")
+
+
+def test_a_gradient_that_stops_at_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(z: Tile, g: Tile) -> Cotangents:
+        (x,), (least,) = z.args, z.attrs
+        assert isinstance(least, float)
+        return [(x, tile.mul(g, tile.step(tile.sub(x, tile.const(least)))))]
+
+    monkeypatch.setitem(differentiate._RULES, TileOp.FLOOR, wrong)
+    refused(library.hgrn2, "the gradient of f ")
+
+
 def test_a_wrong_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     cumsum = tile.cumsum
     monkeypatch.setattr(
@@ -326,3 +362,14 @@ def test_a_value_without_its_axes_is_refused() -> None:
     sizes = evaluate.Sizes(2, 2, 3)
     with pytest.raises(errors.InvalidIR, match="a tile over"):
         evaluate.evaluate([wrong], lambda t: evaluate.number(1.0).repeat(2, axis=2), sizes)
+
+
+def test_prefix_sums_of_another_gate_are_refused() -> None:
+    g, x = tile.token("g", (Axis.K,)), tile.token("x", (Axis.K,))
+    before = tile.Gate(g, tile.cumsum(g), tile.cumsum(g), exclusive=True)
+    with pytest.raises(errors.InvalidIR, match="prefix sums that are not"):
+        evaluate.evaluate(
+            [tile.decayed_dot(x, x, before)],
+            lambda t: evaluate.number(0.5).repeat(2, axis=0).repeat(2, axis=2),
+            evaluate.Sizes(2, 2, 3),
+        )
