@@ -66,8 +66,8 @@ def prove_tiles(what: Declaration, chunk: int = 3) -> tuple[str, ...]:
     micro = 2 if what.has_micro else 1
     step, form = what.step(micro), what.normal_form(micro)
     variants = tuple(_variants(form))
-    resets = _resets(step, form)
     with many_digits():
+        resets = _resets(step, form)
         for length in range(2, chunk + 1):
             tokens = max(2, (2 * length - 1) // micro)
             for scale in _SCALES:

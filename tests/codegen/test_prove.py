@@ -73,7 +73,11 @@ def test_resets_that_do_not_exist() -> None:
         f = within(f, 0.0, 1.0)
         return f * S + outer(k, log(f) * v), q @ S
 
+    def key(S: State, q: Key, k: Key, v: Value, w: Key):
+        return exp(w) * S + outer(k - w, v), q @ S
+
     assert len(prove.prove_tiles(Declaration(rule), chunk=2)) == 2
+    assert len(prove.prove_tiles(Declaration(key), chunk=2)) == 2
     assert len(prove.prove_tiles(library.retention, chunk=2)) == 2, "of a head: no token's"
 
 
