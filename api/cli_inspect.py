@@ -133,7 +133,7 @@ EXPLAIN = Command(
 )
 PROVE = Command(
     "prove",
-    "Prove, on small symbolic sizes, that the chunk form equals the declared step.",
+    "Prove, on small sizes, that the chunk form and its gradient equal those of the declared step.",
     ("chunkwise prove gated_delta_rule", "chunkwise prove my_rules.py:my_rule --chunk 4"),
     _prove_arguments,
     _prove,

@@ -309,8 +309,11 @@ def _bounded(log_decay: Tile) -> Tile:
     The gradient passes: that of a log-decay so low is 0 anyway, and a factor f of the state gets
     df = dg / f with the f that was used, which is right where f is 0.
     """
+    below = tile.topological(log_decay)
+    if not any(t.op in (TileOp.TOKEN, TileOp.HEAD) for t in below):
+        return log_decay  # a number of the call, finite
     done: dict[Tile, Tile] = {}
-    for t in tile.topological(log_decay):
+    for t in below:
         args = tuple(done[a] for a in t.args)
         done[t] = t if args == t.args else _rebuilt(t, args)
         if t.op is TileOp.MAP and t.attrs == (Op.MAXIMUM,) and tile.const(SMALLEST) in t.args:

@@ -75,8 +75,12 @@ class Values:
         (to,) = t.attrs
         assert isinstance(to, Axis)
         source = _OTHER[to]
+        point = {**point, source: point[to]}
+        if self._along is source:  # one number of `t` for all lanes
+            single = Values(self._frame, None, self._known).at(t.args[0], point)
+            return broadcast(single, self._lanes)
         inner = Values(self._frame, source if self._along is to else self._along, self._known)
-        return inner.at(t.args[0], {**point, source: point[to]})
+        return inner.at(t.args[0], point)
 
     def _index(self, axis: Axis, point: Point) -> Expr:
         """The place along `axis`, for each lane."""

@@ -75,15 +75,6 @@ class Declaration:
         """What was understood: operands, step, normal form, class, gates, notes."""
         return explain(self)
 
-    def prove(self, chunk: int = 3) -> str:
-        """Proof on small symbolic sizes that the chunk form equals the step (takes seconds).
-
-        Raises NotLowered for what the proof does not cover, ProofFailed if it does not hold.
-        """
-        from .prove import prove  # SymPy takes half a second to import
-
-        return str(prove(self, chunk))
-
     def _trace_once(self, micro: int, static: tuple[tuple[str, int | bool], ...]) -> Step:
         return trace(self.function, micro, dict(static))
 

@@ -36,18 +36,21 @@ _ROWS, _COLUMNS = 2, 1  # columns of the state do not mix, so one stands for all
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What was shown, for which sizes."""
+    """What was shown, for which sizes, and what was not, with the reason."""
 
     name: str
     chunks: tuple[int, ...]
     key: int
     value: int
     claims: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         sizes = ", ".join(str(c) for c in self.chunks)
         head = f"{self.name}: proved for chunks of {sizes} tokens, K = {self.key}, V = {self.value}"
-        return "\n".join([head, *(f"  ✓ {c}" for c in self.claims)])
+        return "\n".join(
+            [head, *(f"  ✓ {c}" for c in self.claims), *(f"  – {c}" for c in self.left_out)]
+        )
 
 
 def prove(what: Declaration, chunk: int = 3) -> Proof:

@@ -135,12 +135,16 @@ class Recurrence:
         return "\n\n".join([self.declaration.explain(), *made.values()])
 
     def prove(self, chunk: int = 3) -> str:
-        """Prove, on symbolic chunks of 2 to `chunk` tokens, that the chunk form equals the step.
+        """Prove, on chunks of 2 to `chunk` tokens, that forward and gradient equal the step's.
+
+        The chunk form with symbols, the tiles of a chunk and of its adjoint at random points.
 
         Raises:
             NotLowered: the proof does not cover the recurrence. ProofFailed: it does not hold.
         """
-        return self.declaration.prove(chunk)
+        from ..codegen.prove import prove  # SymPy takes half a second to import
+
+        return str(prove(self.declaration, chunk))
 
     def __reduce__(self) -> str:
         """By name, like a function: copies (of a module that holds it, say) are the op itself."""

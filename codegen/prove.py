@@ -1,0 +1,406 @@
+"""Proof that the tiles of a chunk and of its adjoint mean the declared step and its gradient.
+
+`dsl.prove` shows with symbols that the chunk form equals the step. This shows that what is made of
+it does: TileIR as derived, its adjoint, and both as `factor` leaves them to the engines. Tiles are
+evaluated over two chunks, the second one shorter where it can be, at random points, with 50 digits.
+Nothing of the chunk form or of differentiation is on the other side: the step runs token by token,
+and its gradient is a difference quotient. With so many digits that is exact but for the numbers
+that normalisation computes in float64 (the logarithm of a constant decay, say).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from decimal import Decimal
+
+import numpy as np
+
+from ..dsl import prove as forms
+from ..dsl.declaration import Declaration
+from ..dsl.errors import NotLowered, ProofFailed
+from ..dsl.ir import Kind, Node, Op, Per, topological
+from ..dsl.normal_form import NormalForm, Operand
+from ..dsl.step import Step, operand_leaf, param_leaf, state_leaf
+from .chunk import Body, derive
+from .differentiate import GRADIENT, Adjoint, differentiate
+from .evaluate import ZERO, Numbers, Sizes, evaluate, evaluate_step, many_digits
+from .factor import factor_adjoint, factor_body
+from .lower import kind_axes
+from .tile import Axis, Tile, TileOp
+
+_KEY, _VALUE = 2, 3
+_SCALES = (1, 4)  # of operands, one per point: maximum, abs and the like take either branch
+_TOLERANCE = Decimal("1e-12")  # relative to the larger of 1 and what is expected
+_CHANGE = Decimal("1e-20")  # of a difference quotient, whose relative error is its square
+_LARGEST = Decimal(10**6)  # of results: a state that grows takes the digits of a quotient
+_DRAWS = 48  # of a point, before it is given up
+_OUTPUT = "the output"
+
+_Values = Mapping[str, Numbers]
+
+
+def prove(what: Declaration, chunk: int = 3) -> forms.Proof:
+    """Prove the chunk form of a declaration, the tiles of its chunk, and those of its gradient.
+
+    `chunk`: the longest chunk: of tokens in the form, of rows (a token's micro-steps) in tiles.
+    What has no tiles is proved as a form. Raises NotLowered for what neither proof covers;
+    ProofFailed, with the output, state or operand's gradient that differs.
+    """
+    proof = forms.prove(what, chunk)
+    try:
+        claims = prove_tiles(what, chunk)
+    except NotLowered as refusal:
+        reason = f"no tiles, and no gradient: {refusal.headline.removeprefix(f'{what.name}: ')}"
+        return replace(proof, left_out=(reason,))
+    return replace(proof, claims=(*proof.claims, *claims))
+
+
+def prove_tiles(what: Declaration, chunk: int = 3) -> tuple[str, ...]:
+    """Prove the tiles of chunks of 2 to `chunk` rows, and of their gradient; what was shown.
+
+    Raises NotLowered where there are none, or no point to look at them; ProofFailed.
+    """
+    micro = 2 if what.has_micro else 1
+    step, form = what.step(micro), what.normal_form(micro)
+    variants = tuple(_variants(form))
+    with many_digits():
+        resets = _resets(step, form)
+        for length in range(2, chunk + 1):
+            tokens = max(2, (2 * length - 1) // micro)
+            for scale in _SCALES:
+                _prove_at(_point(step, tokens, scale, {}), variants, length)
+            if resets:
+                _prove_at(_point(step, tokens, 1, resets), variants, length)
+    names = [*(o.name for o in step.operands), *(f"the initial {s.name}" for s in step.states)]
+    at_reset = f"and so they do where {', '.join(f'{n} = {x}' for n, x in resets.items())}"
+    return (
+        "the tiles of two chunks in a row equal the step: outputs and final states",
+        f"the tiles of their adjoint equal its gradient: {', '.join(names)}",
+        *([at_reset] if resets else []),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """A chunk and its adjoint, as an engine may run them."""
+
+    name: str
+    body: Body
+    adjoint: Adjoint
+
+
+def _variants(form: NormalForm) -> Iterator[_Variant]:
+    for hoist in (False, True):
+        body = derive(form, hoist_products=hoist)
+        adjoint = differentiate(body)
+        name = "reassociated" if hoist else "derived"
+        yield _Variant(name, body, adjoint)
+        yield _Variant(f"{name} and factored", factor_body(body), factor_adjoint(adjoint))
+
+
+# ---------------------------------------------------------------- a point
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """A call, the cotangents of its results, and directions in which gradients are compared.
+
+    `values`, `directions`: of operands and initial states; what has tokens has them along I, a
+    micro operand the micro-steps of each. `cotangents`: of the output and final states.
+    """
+
+    step: Step
+    tokens: int
+    values: _Values
+    params: _Values
+    cotangents: _Values
+    directions: _Values
+
+    def moved(self, name: str, by: Decimal) -> _Point:
+        """The point `by` further along the direction of one operand or initial state."""
+        x = self.values[name] + by * self.directions[name]
+        return replace(self, values={**self.values, name: x})
+
+
+def _resets(step: Step, form: NormalForm) -> dict[str, Decimal]:
+    """Operands of tokens that are a decay or its logarithm, with the value that resets a state.
+
+    Empty if something else that the step makes of them does not exist there.
+    """
+    resets = {}
+    for log in (u.log_decay for m in form.micro_steps for u in m.updates):
+        if log is not None and log.op is Op.OPERAND:
+            resets[str(log.attrs[0])] = -Decimal("Infinity")
+        elif log is not None and log.op is Op.LOG and log.args[0].op is Op.MAXIMUM:
+            factor, _ = log.args[0].args  # and the least one, of dsl.decay
+            if factor.op is Op.WITHIN and factor.args[0].op is Op.OPERAND:
+                resets[str(factor.args[0].attrs[0])] = Decimal(0)
+    of_tokens = {o.name for o in step.operands if o.per is Per.TOKEN}
+    resets = {n: x for n, x in resets.items() if n in of_tokens}
+    return resets if resets and _drawn(step, 2, 1, resets) is not None else {}
+
+
+def _point(step: Step, tokens: int, scale: int, resets: Mapping[str, Decimal]) -> _Point:
+    """As `_drawn`. Raises NotLowered if there is none."""
+    point = _drawn(step, tokens, scale, resets)
+    if point is None:
+        raise NotLowered(
+            f"{step.name}: no random operands were found that keep its promises and results small",
+            f"{_DRAWS} draws were tried",
+            "promise what operands themselves lie within, or compare with dsl.oracle.run",
+        )
+    return point
+
+
+def _drawn(step: Step, tokens: int, scale: int, resets: Mapping[str, Decimal]) -> _Point | None:
+    """A random point where the step stays small and keeps its promises; None if none is found.
+
+    `resets`: what operands are in the second of their rows.
+    """
+    draw = random.Random(scale)
+
+    def fraction() -> Decimal:
+        return Decimal(draw.randint(100, 900)) / 1000
+
+    def either() -> Decimal:
+        return fraction() * draw.choice((-1, 1))
+
+    def numbers(pick: Callable[[], Decimal], rows: int, kind: Kind) -> Numbers:
+        shape = Sizes(rows, _KEY, _VALUE).shape((Axis.I, *kind_axes(kind)))
+        return np.array([pick() for _ in range(math.prod(shape))], dtype=object).reshape(shape)
+
+    promises = _promises(step)
+    layouts = {o.name: (_rows(o, step.micro, tokens), o.kind) for o in step.operands}
+    states = {s.name: (1, s.kind) for s in step.states}
+    point = _Point(
+        step,
+        tokens,
+        values={n: numbers(either, *layout) for n, layout in states.items()},
+        params={p.name: numbers(fraction, 1, Kind.SCALAR) for p in step.params},
+        cotangents={
+            n: numbers(either, *layout)
+            for n, layout in {**states, _OUTPUT: (tokens, step.output.kind)}.items()
+        },
+        directions={n: numbers(either, *layout) for n, layout in {**states, **layouts}.items()},
+    )
+    for attempt in range(_DRAWS):
+        # some functions want positive operands, some decays small ones
+        free = fraction if attempt % 2 else either
+        width = Decimal(scale) / 2 ** (attempt // 8)
+        drawn = {
+            n: numbers(_within(promises.get(n), width, free, fraction), *layout)
+            for n, layout in layouts.items()
+        }
+        for n, value in resets.items():
+            drawn[n][1:2] = value
+        candidate = replace(point, values={**point.values, **drawn})
+        if _is_sound(candidate):
+            return candidate
+    return None
+
+
+def _rows(o: Operand, micro: int, tokens: int) -> int:
+    if o.per is Per.HEAD:
+        return 1
+    return tokens * micro if o.micro else tokens
+
+
+def _promises(step: Step) -> dict[str, tuple[float, float]]:
+    """The bounds that the declaration promises of operands themselves."""
+    return {
+        str(n.args[0].attrs[0]): _bounds(n)
+        for n in topological(*step.roots)
+        if n.op is Op.WITHIN and n.args[0].op is Op.OPERAND
+    }
+
+
+def _bounds(within: Node) -> tuple[float, float]:
+    low, high = within.attrs
+    assert isinstance(low, float)
+    assert isinstance(high, float)
+    return low, high
+
+
+def _within(
+    bounds: tuple[float, float] | None,
+    width: Decimal,
+    free: Callable[[], Decimal],
+    fraction: Callable[[], Decimal],
+) -> Callable[[], Decimal]:
+    """What draws a number within `bounds`, no further than `width` where they leave it open."""
+    low, high = (Decimal(x) for x in bounds or (-math.inf, math.inf))
+    if low.is_finite():
+        span = high - low if high.is_finite() else width
+        return lambda: low + span * fraction()
+    if high.is_finite():
+        return lambda: high - width * fraction()
+    return lambda: width * free()
+
+
+def _is_sound(point: _Point) -> bool:
+    for token in _run(point):
+        results = (token.output, *token.states.values())
+        if not all(abs(x) <= _LARGEST for xs in results for x in xs.flat):  # nor is NaN
+            return False
+        for n, xs in token.known.items():
+            if n.op is Op.WITHIN:
+                low, high = _bounds(n)
+                if not all(low <= x <= high for x in xs.flat):
+                    return False
+    return True
+
+
+# ---------------------------------------------------------------- the step
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """What the step makes of one token: its output, the states after it, and all on the way."""
+
+    output: Numbers
+    states: _Values
+    known: Mapping[Node, Numbers]
+
+
+def _run(point: _Point) -> Iterator[_Token]:
+    """The declared step, token by token."""
+    step, micro = point.step, point.step.micro
+    states = {s.name: point.values[s.name] for s in step.states}
+    for t in range(point.tokens):
+        leaves = {state_leaf(s): states[s.name] for s in step.states}
+        leaves |= {param_leaf(p): point.params[p.name] for p in step.params}
+        for o in step.operands:
+            x = point.values[o.name]
+            if o.micro:
+                leaves |= {operand_leaf(o, m): x[[t * micro + m]] for m in range(micro)}
+            else:
+                leaves[operand_leaf(o)] = x if o.per is Per.HEAD else x[[t]]
+        known = evaluate_step(step.roots, leaves)
+        states = {s.name: known[n] for s, n in zip(step.states, step.next_states, strict=True)}
+        yield _Token(known[step.output], states, known)
+
+
+def _results(point: _Point) -> _Values:
+    """The output of every token and the final states, by the step."""
+    tokens = list(_run(point))
+    return {**tokens[-1].states, _OUTPUT: np.concatenate([t.output for t in tokens])}
+
+
+def _product(x: _Values, y: _Values) -> Decimal:
+    """The inner product of what has the names of `x`."""
+    return sum((np.sum(a * y[n]) for n, a in x.items()), Decimal(0))
+
+
+def _slope(point: _Point, name: str) -> Decimal:
+    """The derivative of cotangents · results along an operand's direction."""
+    after, before = (
+        _product(point.cotangents, _results(point.moved(name, by))) for by in (_CHANGE, -_CHANGE)
+    )
+    return (after - before) / (2 * _CHANGE)
+
+
+# ---------------------------------------------------------------- the tiles
+
+
+def _prove_at(point: _Point, variants: tuple[_Variant, ...], length: int) -> None:
+    """Compare every variant with the step at a point, in chunks of `length` rows."""
+    expected = _results(point)
+    slopes = {n: _slope(point, n) for n in point.directions}
+    states = {s.name for s in point.step.states}
+    for variant in variants:
+        chunks = _Chunks(point, length)
+        where = f"of tiles {variant.name}, in chunks of {length} rows"
+        for n, ours in chunks.results(variant.body).items():
+            what = f"the final {n}" if n in states else n
+            for a, b in zip(ours.flat, np.broadcast_to(expected[n], ours.shape).flat, strict=True):
+                _agree(point, f"{what} {where}", a, b)
+        for n, gradient in chunks.gradients(variant.adjoint).items():
+            what = f"the gradient of {'the initial ' if n in states else ''}{n}"
+            slope = _product({n: gradient}, point.directions)
+            _agree(point, f"{what} {where}", slope, slopes[n])
+
+
+def _agree(point: _Point, what: str, ours: Decimal, expected: Decimal) -> None:
+    difference = abs(ours - expected)
+    if not difference <= _TOLERANCE * max(Decimal(1), abs(expected)):  # NaN is no agreement
+        raise ProofFailed(point.step.name, what, f"{ours - expected:.6g}, of {expected:.6g}")
+
+
+class _Chunks:
+    """A point in rows (micro-steps of tokens), cut into chunks, as the engines run it."""
+
+    def __init__(self, point: _Point, length: int) -> None:
+        step = point.step
+        self._point, self._micro = point, step.micro
+        end = point.tokens * self._micro
+        self._sizes = [Sizes(length, _KEY, _VALUE, first, end) for first in range(0, end, length)]
+        self._starts: list[_Values] = []  # the states as each chunk begins
+        rows = {
+            o.name: x if o.micro else x.repeat(self._micro, axis=0)
+            for o in step.operands
+            if o.per is Per.TOKEN
+            for x in (point.values[o.name],)
+        }
+        output = point.cotangents[_OUTPUT].repeat(self._micro, axis=0)
+        output[np.arange(end) % self._micro != self._micro - 1] = ZERO
+        rows[GRADIENT + "o"] = output
+        beyond = ((0, -end % length), (0, 0), (0, 0), (0, 0))
+        self._rows = {n: np.pad(x, beyond, constant_values=ZERO) for n, x in rows.items()}
+
+    def _evaluate(self, roots: list[Tile], carries: _Values, sizes: Sizes) -> list[Numbers]:
+        def leaf(t: Tile) -> Numbers:
+            name = str(t.attrs[0])
+            if t.op is TileOp.TOKEN:
+                return self._rows[name][sizes.first : sizes.first + sizes.rows]
+            return {
+                TileOp.HEAD: self._point.values,
+                TileOp.PARAM: self._point.params,
+                TileOp.CARRY: carries,
+            }[t.op][name]
+
+        return evaluate(roots, leaf, sizes)
+
+    def results(self, body: Body) -> _Values:
+        """The output and the final states, and keeps the states as each chunk begins."""
+        names = [c.name for c in body.carried]
+        roots = [*(t for _, t in body.outputs), *(c.end for c in body.carried)]
+        carries = {n: self._point.values[n] for n in names}
+        outputs = []
+        self._starts = []
+        for sizes in self._sizes:
+            self._starts.append(carries)
+            o, *ends = self._evaluate(roots, carries, sizes)
+            outputs.append(o)
+            carries = dict(zip(names, ends, strict=True))
+        rows = np.concatenate(outputs)[: self._sizes[0].end]
+        return {**carries, _OUTPUT: rows[self._micro - 1 :: self._micro]}
+
+    def gradients(self, adjoint: Adjoint) -> _Values:
+        """The gradients of all operands and initial states, by the chunks of the last `results`."""
+        step = self._point.step
+        names = [c.name for c in adjoint.carried]
+        roots = [*(t for _, t in adjoint.outputs), *(c.end for c in adjoint.carried)]
+        carries = {GRADIENT + s.name: self._point.cotangents[s.name] for s in step.states}
+        parts: dict[str, list[Numbers]] = {n: [] for n, _ in adjoint.outputs}
+        for sizes, starts in zip(reversed(self._sizes), reversed(self._starts), strict=True):
+            found = self._evaluate(roots, {**starts, **carries}, sizes)
+            for own, x in zip(parts.values(), found, strict=False):
+                own.insert(0, x)
+            carries = dict(zip(names, found[len(parts) :], strict=True))
+        result = {s.name: carries[GRADIENT + s.name] for s in step.states}
+        for o in step.operands:
+            result[o.name] = self._collected(o, parts.get(GRADIENT + o.name))
+        return result
+
+    def _collected(self, o: Operand, parts: list[Numbers] | None) -> Numbers:
+        """The gradient of an operand, from that of its rows in every chunk; 0 if there is none."""
+        like = self._point.values[o.name]
+        if parts is None:
+            return np.full_like(like, ZERO)
+        if o.per is Per.HEAD:
+            return sum(parts)
+        rows = np.concatenate(parts)[: self._sizes[0].end]
+        return rows if o.micro else rows.reshape(-1, self._micro, *like.shape[1:]).sum(axis=1)
