@@ -37,12 +37,28 @@ def check_contents(call: Call, check: bool | None) -> None:
 
 
 def _check_finite(call: Call) -> None:
+    """Numbers are finite, but for gates: there -inf is a reset, the log of a decay of 0."""
     states = zip((s.name for s in call.declaration.states), call.initial, strict=True)
     named = [*call.operands.items(), *((f"initial_state ({n})", x) for n, x in states)]
+    decays = (node for _, node in _log_decays(call))
+    gates = {n.attrs[0] for n in topological(*decays) if n.op is Op.OPERAND}
     for name, x in named:
-        if x is not None and not bool(torch.isfinite(x).all()):
-            at, value = _first(~torch.isfinite(x), x)
+        if x is None:
+            continue
+        bad = ~torch.isfinite(x)
+        if name in gates:
+            bad &= x != float("-inf")
+        if bool(bad.any()):
+            at, value = _first(bad, x)
             raise errors.NanOperand(name, f"{value} at {at}")
+
+
+def _log_decays(call: Call) -> list[tuple[str, Node]]:
+    """Of each state that decays; none without a normal form: then nothing relies on a gate."""
+    if call.declaration.any_step:
+        return []
+    updates = (u for m in call.form.micro_steps for u in m.updates)
+    return [(u.state, u.log_decay) for u in updates if u.log_decay is not None]
 
 
 def _check_promises(call: Call) -> None:
@@ -53,19 +69,14 @@ def _check_promises(call: Call) -> None:
             lo, hi = (float(x) for x in node.attrs if isinstance(x, (int, float)))
             (x,) = oracle.evaluate([node.args[0]], dict(env))
             _check_range(f"within(…) of {_operands_of(node)}", x, lo, hi)
-    if call.declaration.any_step:  # no normal form, hence no gates that anything relies on
-        return
-    for micro in call.form.micro_steps:
-        for update in micro.updates:
-            if update.log_decay is not None:
-                (g,) = oracle.evaluate([update.log_decay], dict(env))
-                what = f"the log-decay of state {update.state!r}"
-                what += f" (from {_operands_of(update.log_decay)})"
-                _check_range(what, g, float("-inf"), 0.0)
+    for state, log_decay in _log_decays(call):
+        (g,) = oracle.evaluate([log_decay], dict(env))
+        what = f"the log-decay of state {state!r} (from {_operands_of(log_decay)})"
+        _check_range(what, g, float("-inf"), 0.0)
 
 
 def _check_range(what: str, x: Tensor, lo: float, hi: float) -> None:
-    outside = (x < lo) | (x > hi)
+    outside = ~((x >= lo) & (x <= hi))  # so that a NaN is outside
     if bool(outside.any()):
         at, value = _first(outside, x)
         expected = "at most 0" if (lo, hi) == (float("-inf"), 0.0) else f"numbers in [{lo}, {hi}]"

@@ -345,3 +345,19 @@ def test_check_holds_promises(kit: Any) -> None:
     op(**x, check=True, engine="reference")
     with pytest.raises(E.PositiveGate, match=r"within.*'f'.*\[0.0, 1.0\]"):
         op(**{**x, "f": 1.5 * x["f"] + 0.5}, check=True, engine="reference")
+
+
+@pytest.mark.parametrize("name", ["simple_gla", "gla", "mamba2"])
+def test_a_reset_is_no_nan(kit: Any, engine: str, name: str) -> None:
+    """A gate may hold -inf, the log of 0; nothing else may, and no log-decay is NaN."""
+    op = getattr(cw.library, name)
+    gate = "dt" if name == "mamba2" else "g"
+    x = {n: t.detach() for n, t in kit.make_inputs(op, kit.Sizes()).operands.items()}
+    x[gate][:, 3] = float("-inf")
+    op(**x, engine=engine, check=True)
+    for other, value in ((gate, "nan"), (gate, "inf"), (next(iter(x)), "-inf")):
+        y = {**x, other: x[other].clone()}
+        y[other][0, 2] = float(value)
+        with pytest.raises(E.NanOperand) as raised:
+            op(**y, engine=engine, check=True)
+        _assert_names(raised.value, (repr(other), value))
