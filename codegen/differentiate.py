@@ -139,23 +139,12 @@ def _inverse(z: Tile, g: Tile) -> Cotangents:
 
 
 def _decayed_dot(z: Tile, g: Tile) -> Cotangents:
-    """P and Q get x.dx and -y.dy: no new exponentials, and no diagonal (the op is strict).
-
-    A decay that is a factor, as f S, has e^g = f and df = dg / f: its dg must be exact in relation
-    to f, which a difference of running sums is not.
-    """
-    x, y, p, q, log_decay = z.args
+    """No diagonal (the op is strict), and no gradient to prefix sums: the gate has its own."""
+    x, y, _, _, log_decay = z.args
     gate = tile.gate_of(z)
     dx = tile.decayed_apply(g, y, gate, Axis.I)
     dy = tile.decayed_apply(g, x, gate, Axis.J)
-    if _is_factor(log_decay):
-        return [(x, dx), (y, dy), (log_decay, tile.decayed_crossing(g, x, y, gate))]
-    return [(x, dx), (y, dy), (p, tile.mul(x, dx)), (q, tile.neg(tile.mul(y, dy)))]
-
-
-def _is_factor(log_decay: Tile) -> bool:
-    """Whether a decay's gradient is divided by what may be 0."""
-    return any(t.op is TileOp.MAP and t.attrs == (Op.LOG,) for t in tile.topological(log_decay))
+    return [(x, dx), (y, dy), (log_decay, tile.decayed_crossing(g, x, y, dx, dy, gate))]
 
 
 def _solve_rule(z: Tile, g: Tile) -> Cotangents | None:
