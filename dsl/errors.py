@@ -590,6 +590,18 @@ class DoubleBackward(CallError, RuntimeError):
         super().__init__(
             f"the gradient of {op} was differentiated again",
             why="forward and backward are one kernel each; the backward has no derivative",
-            help="differentiate once (create_graph=False), or take higher derivatives of the "
-            "declared step in plain torch",
+            help='differentiate once (create_graph=False); engine="reference" has derivatives of '
+            "every order",
+        )
+
+
+class NoTransform(CallError, RuntimeError):
+    """A transform of torch that kernels have no rule for: forward mode, batches of old autograd."""
+
+    def __init__(self, op: str, transform: str) -> None:
+        super().__init__(
+            f"{op} was called under {transform}",
+            why="kernels compute outputs and their gradients in reverse mode, nothing else",
+            help="use reverse mode (torch.func.grad, vjp, jacrev; vmap of those); "
+            'engine="reference" has forward mode too',
         )

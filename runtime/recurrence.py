@@ -48,7 +48,9 @@ class Recurrence:
 
     and returns `(o, final_state)`: o `[B,T,HV,V]` in the dtype of the first Value operand, the
     final state in float32 (a tuple for several states), or None where it was not asked for.
-    Everything is differentiable once: each operand, the initial state, through the final state.
+    Everything is differentiable once, in reverse mode: each operand, the initial state, through the
+    final state; also under torch.func and vmap. engine="reference" has derivatives of every order
+    and forward mode too; other engines raise NoTransform and DoubleBackward for those.
     Under autocast the operands are used in the dtype they come in.
 
     Raises: the classes of `chunkwise.errors`, each naming operand, what it got, what it expected.
