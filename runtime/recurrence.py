@@ -116,7 +116,8 @@ class Recurrence:
         """One token, for decoding: `(o, new_state)`.
 
         A kernel computes it (of any declaration, on a CPU with TVM and on a GPU), or torch where
-        gradients are recorded, under torch.compile and torch.func, and in float64.
+        gradients are recorded, under torch.func, and in float64. Under torch.compile it is a call
+        of one token, on the named engine or else the reference.
 
         Args:
             *args, **named: the operands of a call without their T axis (`[B,H,K]`, `[B,HV,V]`,
@@ -127,6 +128,8 @@ class Recurrence:
         Returns:
             o `[B,HV,V]` (`[B,1,HV,V]` where the operands have T) and the float32 state.
         """
+        if torch.compiler.is_compiling():
+            return decode.traced_step(self, args, named, state, engine)
         return decode.step(self.declaration, args, named, state, engine, self._engine)
 
     def explain(self) -> str:

@@ -101,7 +101,7 @@ def _below(op: torch._ops.OpOverload, keyset: Any, inputs: Sequence[Any]) -> Out
 
 def _has_tangent(x: object) -> bool:
     is_number = isinstance(x, Tensor) and x.is_floating_point()
-    return is_number and torch._VF._unpack_dual(x, level=0)[1] is not None
+    return is_number and torch._VF._unpack_dual(x, level=0)[1] is not None  # type: ignore[arg-type]
 
 
 class Along(Enum):
