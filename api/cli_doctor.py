@@ -49,12 +49,13 @@ def _verdict(engine: EngineName, why_not: str | None) -> tuple[bool, str]:
         return True, "installed; there is no CUDA device to run it on"
     op = library.gated_delta_rule
     random = torch.Generator().manual_seed(0)
-    q, k = (
-        torch.nn.functional.normalize(torch.randn(1, 70, 2, 16, generator=random), dim=-1)
-        for _ in range(2)
-    )
-    v = torch.randn(1, 70, 2, 16, generator=random)
-    g, beta = (torch.rand(1, 70, 2, generator=random) for _ in range(2))
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu")
+
+    q, k = (torch.nn.functional.normalize(normal(1, 70, 2, 16), dim=-1) for _ in range(2))
+    v = normal(1, 70, 2, 16)
+    g, beta = (normal(1, 70, 2).sigmoid() for _ in range(2))
     operands = {"q": q, "k": k, "v": v, "g": -g, "beta": beta}
     want, _ = oracle.run(op.declaration.step(), operands)
     try:

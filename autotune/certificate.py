@@ -163,11 +163,13 @@ def prepare(
 
 def _question(family: Family, call: Call, small: frozenset[str]) -> Question:
     random = torch.Generator().manual_seed(3)
-    do = torch.randn(call.output_shape, generator=random).to(call.device, call.dtype)
-    dfinals = tuple(
-        torch.randn(call.state_shape(s), generator=random).to(call.device, call.state_dtype)
-        for s in call.form.states
-    )
+
+    def normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        drawn = torch.randn(shape, generator=random, dtype=torch.float32, device="cpu")
+        return drawn.to(call.device, dtype)
+
+    do = normal(call.output_shape, call.dtype)
+    dfinals = tuple(normal(call.state_shape(s), call.state_dtype) for s in call.form.states)
     expected = _expected(call, do, dfinals)
     allowed = {name: _limit(name, family, call.dtype, small) for name in expected}
     if call.dtype.itemsize == 2:

@@ -90,7 +90,7 @@ def ranges(form: NormalForm, params: Mapping[str, float]) -> Ranges:
     names = {str(n.attrs[0]) for n in topological(*decays, *promised) if n.op is Op.OPERAND}
     gates = [o for o in form.operands if o.name in names]
     random = torch.Generator().manual_seed(0)
-    normal = {o.name: torch.randn(_SAMPLES, generator=random).double() for o in form.operands}
+    normal = {o.name: _normal((_SAMPLES,), random, torch.float32).double() for o in form.operands}
     declared = {str(n.args[0].attrs[0]): Range(*_promise(n)) for n in promised if _direct(n)}
     tried = [(declared[o.name],) if o.name in declared else _USUAL for o in gates]
     for chosen in itertools.product(*tried):
@@ -124,7 +124,7 @@ def _legal(
             x = samples[str(n.attrs[0])]
             env[n] = x[::_CHANNELS] if n.kind is Kind.SCALAR else x.reshape(-1, _CHANNELS)
         elif n.op is Op.PARAM:
-            env[n] = torch.tensor(params[str(n.attrs[0])], dtype=torch.float64)
+            env[n] = torch.tensor(params[str(n.attrs[0])], dtype=torch.float64, device="cpu")
     if not env:
         return True
     values = oracle.evaluate([*decays, *inside], env)
@@ -181,7 +181,7 @@ def draw(
         heads = H if o.kind is Kind.KEY and o.per is Per.TOKEN else HV
         tail = {Kind.SCALAR: (), Kind.KEY: (dims.K,), Kind.VALUE: (dims.V,)}[o.kind]
         front = () if o.per is Per.HEAD else (B, tokens, *((micro,) if o.micro else ()))
-        normal = torch.randn(*front, heads, *tail, generator=random, dtype=torch.float64)
+        normal = _normal((*front, heads, *tail), random)
         narrow = o.per is Per.TOKEN and o.kind is not Kind.SCALAR
         value = _entries(o, normal, found, hard=family is Family.HARD)
         operands[o.name] = value.to(device, dtype if narrow else wide)
@@ -193,7 +193,8 @@ def draw(
         )
     cu_seqlens = None
     if packed:
-        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
+        bounds = [0, *itertools.accumulate(lengths)]
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cpu").to(device)
     static = tuple(declaration.statics.items())
     call = describe(declaration, operands, params, initial, cu_seqlens, static)
     for tame in (_repeating(call, found), call) if family is Family.HARD else (call,):
@@ -233,9 +234,19 @@ def _repeating(call: Call, found: Ranges) -> Call:
     return replace(call, operands=operands)
 
 
+def _normal(
+    shape: tuple[int, ...], random: torch.Generator, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    return torch.randn(shape, generator=random, dtype=dtype, device="cpu")
+
+
 def _in_turns(value: Tensor, low: float, high: float) -> Tensor:
     """A third of `value` at `low`, a third at `high`, in turns that differ between channels."""
-    place = torch.arange(value.numel()).reshape(value.shape) * 7 % 3
+    place = (
+        torch.arange(value.numel(), dtype=torch.int64, device=value.device).reshape(value.shape)
+        * 7
+        % 3
+    )
     return torch.where(place == 0, low, torch.where(place == 1, high, value))
 
 
@@ -243,7 +254,7 @@ def _initial(
     state: StateDecl, count: int, HV: int, dims: Dims, found: Ranges, random: torch.Generator
 ) -> Tensor:
     shape = (count, HV, dims.K, *((dims.V,) if state.kind is Kind.STATE else ()))
-    value = torch.randn(shape, generator=random, dtype=torch.float64)
+    value = _normal(shape, random)
     return value.abs() if found.positive_keys else value
 
 
@@ -273,7 +284,7 @@ def _growth(call: Call) -> float:
     cu = None if call.cu_seqlens is None else call.cu_seqlens.cpu()
     random = torch.Generator().manual_seed(2)
     shapes = [call.state_shape(s) for s in call.form.states]
-    starts = [torch.randn(s, generator=random, dtype=torch.float64) for s in shapes]
+    starts = [_normal(s, random) for s in shapes]
     with torch.no_grad():
         _, moved = oracle.run(call.step, operands, call.params, starts, cu)
         _, still = oracle.run(call.step, operands, call.params, None, cu)

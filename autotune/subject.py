@@ -100,7 +100,7 @@ def example(
 def _repeated(x: Tensor, o: Operand, size: Size) -> Tensor:
     def along(axis: int, count: int) -> None:
         nonlocal x
-        index = torch.arange(count, device=x.device) % x.shape[axis]
+        index = torch.arange(count, dtype=torch.int64, device=x.device) % x.shape[axis]
         x = x.index_select(axis, index)
 
     if o.per is Per.HEAD:

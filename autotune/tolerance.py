@@ -45,7 +45,8 @@ def wobbled(x: Tensor, random: torch.Generator) -> Tensor:
     Where that alone changes a result by about the tolerance (a sum of thousands of terms that
     cancel), no kernel can be nearer: `ROUNDINGS` times the change is allowed then.
     """
-    noise = torch.rand(x.shape, generator=random, dtype=torch.float64).to(x.device) - 0.5
+    drawn = torch.rand(x.shape, generator=random, dtype=torch.float64, device="cpu")
+    noise = drawn.to(x.device) - 0.5
     return x.detach().double() * (1 + noise * torch.finfo(x.dtype).eps)
 
 

@@ -250,7 +250,7 @@ class _Arena:
             count = sum((t.shape, t.dtype) == (b.shape, b.dtype) for t in taken)
             key = (b.shape, b.dtype, count)
             if key not in self._tensors:
-                noise = torch.randn(b.shape, device=self._device) * 0.01
-                self._tensors[key] = noise.to(b.dtype)
+                noise = torch.randn(b.shape, dtype=torch.float32, device=self._device)
+                self._tensors[key] = (0.01 * noise).to(b.dtype)
             taken.append(self._tensors[key])
         return taken

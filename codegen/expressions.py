@@ -175,15 +175,17 @@ class Expressions(ABC):
         inner = self.within(x.args[0], target)
         if x.op is TileOp.STEP:
             return f"{self.where}({inner} > 0, 1.0, {self.where}({inner} == 0, 0.5, 0.0))"
+        return f"{self.where}({self.kept(x, rows, index)}, {inner}, 0.0)"
+
+    def kept(self, x: Tile, rows: str, index: Mapping[Axis, str]) -> str:
+        """Where a ROWS, PHASE or MASK keeps what it masks: a condition in its layout."""
         if x.op is TileOp.ROWS:
-            keep = self.place(rows, (Axis.I,), target)
-        elif x.op is TileOp.PHASE:
-            keep = self.place(f"({self.phase(x)})", (Axis.I,), target)
-        else:
-            (which,) = x.attrs
-            assert isinstance(which, Which)
-            keep = self.comparison(which, index)
-        return f"{self.where}({keep}, {inner}, 0.0)"
+            return self.place(rows, (Axis.I,), self.layout(x))
+        if x.op is TileOp.PHASE:
+            return self.place(f"({self.phase(x)})", (Axis.I,), self.layout(x))
+        (which,) = x.attrs
+        assert isinstance(which, Which)
+        return self.comparison(which, index)
 
     def phase(self, x: Tile) -> str:
         """The condition of a PHASE, for a vector of rows."""

@@ -67,17 +67,13 @@ class _Torch(Expressions):
 
     def structural(self, x: Tile) -> str:
         if x.op in (TileOp.ROWS, TileOp.PHASE, TileOp.MASK, TileOp.STEP):
-            if x.op is not TileOp.STEP and is_number(x.args[0]):
-                # torch.where of two numbers has torch's default dtype, not the run's
-                if x.op is TileOp.ROWS:
-                    keep = "rows"
-                elif x.op is TileOp.PHASE:
-                    keep = f"({self.phase(x)})"
-                else:
-                    (which,) = x.attrs
-                    assert isinstance(which, Which)
-                    keep = f"({self.comparison(which, _INDEX)})"
-                return f"{keep}.to(dtype) * {self.text(x.args[0])}"
+            # torch.where of two numbers has torch's default dtype, not the run's
+            if x.op is TileOp.STEP:
+                return f"{self.masked(x, 'rows', _INDEX)}.to(dtype)"
+            if is_number(unaliased(x.args[0])):
+                kept = self.kept(x, "rows", _INDEX)
+                kept = kept if kept.isidentifier() else f"({kept})"
+                return f"{kept}.to(dtype) * {self.text(x.args[0])}"
             return self.masked(x, "rows", _INDEX)
         if x.op is TileOp.SUM:
             return self._sum(x)

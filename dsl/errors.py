@@ -452,6 +452,30 @@ class BadDevice(CallError, ValueError):
         )
 
 
+class BadLayout(CallError, TypeError):
+    """A tensor that is no dense block of strided memory on one device: sparse, nested, sharded."""
+
+    def __init__(self, operand: str, got: str, *, help: str = "") -> None:
+        super().__init__(
+            f"operand {operand!r} is {got}, expected a dense, strided tensor",
+            help=help or "convert it with .to_dense()",
+        )
+
+
+class BadNumber(CallError, ValueError):
+    """A parameter that no kernel can compute with: infinite, or not a number."""
+
+    def __init__(self, parameter: str, got: float, expected: str = "a finite number") -> None:
+        super().__init__(f"parameter {parameter!r} is {got}, expected {expected}")
+
+
+class BadOption(CallError, TypeError):
+    """An option of a call (`check`, say) with a value that it does not have."""
+
+    def __init__(self, option: str, got: object, expected: str) -> None:
+        super().__init__(f"option {option!r} is {got!r}, expected {expected}")
+
+
 class HeadMismatch(CallError, ValueError):
     """Head counts that do not divide."""
 
@@ -566,6 +590,18 @@ class DoubleBackward(CallError, RuntimeError):
         super().__init__(
             f"the gradient of {op} was differentiated again",
             why="forward and backward are one kernel each; the backward has no derivative",
-            help="differentiate once (create_graph=False), or take higher derivatives of the "
-            "declared step in plain torch",
+            help='differentiate once (create_graph=False); engine="reference" has derivatives of '
+            "every order",
+        )
+
+
+class NoTransform(CallError, RuntimeError):
+    """A transform of torch that kernels have no rule for: forward mode, batches of old autograd."""
+
+    def __init__(self, op: str, transform: str) -> None:
+        super().__init__(
+            f"{op} was called under {transform}",
+            why="kernels compute outputs and their gradients in reverse mode, nothing else",
+            help="use reverse mode (torch.func.grad, vjp, jacrev; vmap of those); "
+            'engine="reference" has forward mode too',
         )

@@ -64,12 +64,13 @@ class Attention(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _join(self, o: Tensor) -> Tensor:
-        return torch.as_tensor(self.output(o.transpose(1, 2).flatten(-2)))
+        y: Tensor = self.output(o.transpose(1, 2).flatten(-2))
+        return y
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """`x [B, T, hidden]`; with `cu_seqlens [N + 1]`, B = 1 and sequences are independent."""
         tokens = x.shape[1]
-        sequence, position = None, torch.arange(tokens, device=x.device)
+        sequence, position = None, torch.arange(tokens, dtype=torch.int64, device=x.device)
         if cu_seqlens is not None:
             sequence, position = positions(cu_seqlens, tokens)
         q, k, v = self._qkv(x, position)
@@ -77,14 +78,14 @@ class Attention(nn.Module):
             return self._join(_windowed(q, k, v, self.window, sequence))
         if sequence is None:
             return self._join(F.scaled_dot_product_attention(q, k, v, is_causal=True))
-        t = torch.arange(tokens, device=x.device)
+        t = torch.arange(tokens, dtype=torch.int64, device=x.device)
         mask = (t[:, None] >= t) & (sequence[:, None] == sequence)
         return self._join(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
     def prefill(self, x: Tensor) -> tuple[Tensor, AttentionState]:
         """`forward`, and the state from which `step` continues."""
         tokens = x.shape[1]
-        _, k, v = self._qkv(x, torch.arange(tokens, device=x.device))
+        _, k, v = self._qkv(x, torch.arange(tokens, dtype=torch.int64, device=x.device))
         seen = tokens if self.window is None else min(tokens, self.window - 1)
         keep = slice(tokens - seen, tokens)
         return self(x), AttentionState(k[:, :, keep], v[:, :, keep], tokens)
@@ -97,7 +98,8 @@ class Attention(nn.Module):
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         """One token: `x [B, hidden]` and the state before it, to its output and the state after."""
-        q, k, v = self._qkv(x[:, None], torch.full((1,), state.position, device=x.device))
+        position = torch.full((1,), state.position, dtype=torch.int64, device=x.device)
+        q, k, v = self._qkv(x[:, None], position)
         keys, values = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
         y = self._join(F.scaled_dot_product_attention(q, keys, values))[:, 0]
         if self.window is not None and keys.shape[2] >= self.window:
@@ -131,9 +133,11 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, sequence: Tensor | N
         own = padded.unfold(2, (1 + before) * window, window)
         return own.transpose(-1, -2)
 
-    row = torch.arange(window, device=q.device)[:, None]
-    column = torch.arange(2 * window, device=q.device) - window
-    start = torch.arange(blocks, device=q.device)[:, None, None] * window
+    def numbers(count: int) -> Tensor:
+        return torch.arange(count, dtype=torch.int64, device=q.device)
+
+    row, column = numbers(window)[:, None], numbers(2 * window) - window
+    start = numbers(blocks)[:, None, None] * window
     # rows past the end attend to padding, never to nothing (that would be NaN)
     mask = (column <= row) & (column > row - window) & (start + column >= 0)
     if sequence is not None:

@@ -5,11 +5,15 @@ Only `check_boundaries` reads what a tensor holds; all else is shapes, and waits
 
 from __future__ import annotations
 
+import math
+import numbers
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
     from ..dsl.step import Step
 
+PLAIN = (Tensor, torch.nn.Parameter)  # other kinds of tensor have meanings of their own
 Static = tuple[tuple[str, int], ...]
 
 
@@ -109,7 +114,7 @@ def arrange(
             raise errors.MissingOperand(x.name, kind_name(x), pattern(x), op=title)
         if not isinstance(value, Tensor):
             raise errors.BadDtype(x.name, type(value).__name__, f"a tensor {pattern(x)}")
-        operands[x.name] = value
+        operands[x.name] = whole(x.name, value)
     params: dict[str, float] = {}
     for p in declaration.params:
         number = given.pop(p.name, None)
@@ -117,17 +122,12 @@ def arrange(
             number = p.default
         if number is None:
             raise errors.MissingOperand(p.name, "float", "or rather a Python number", op=title)
-        if isinstance(number, Tensor) or not isinstance(number, (int, float)):
-            raise errors.BadDtype(
-                p.name,
-                type(number).__name__,
-                "a Python number",
-                help="a keyword has no gradient; declare a HeadScalar for a number that is learnt",
-            )
-        params[p.name] = float(number)
+        params[p.name] = _float(p.name, number)
     static: list[tuple[str, int]] = []
     for name, default in declaration.statics.items():
         constant = given.pop(name, default)
+        if isinstance(constant, (np.integer, np.bool_)):
+            constant = constant.item()
         if not isinstance(constant, int):
             raise errors.BadDtype(
                 name,
@@ -139,6 +139,50 @@ def arrange(
     for name in given:
         raise errors.UnknownOperand(name, _declared(declaration), op=title)
     return operands, params, tuple(static)
+
+
+def whole(name: str, x: Tensor) -> Tensor:
+    """`x`, refused where no op is reached with it: nested, or a shard of a tensor on many devices.
+
+    What else is not one dense block of memory is refused by its layout (`measure`).
+    """
+    if x.is_nested:
+        raise errors.BadLayout(
+            name,
+            "a nested tensor",
+            help="pack the sequences: values() as [1, T, ...], and offsets() as cu_seqlens",
+        )
+    if type(x) not in PLAIN and isinstance(x, _sharded()):
+        raise errors.BadLayout(
+            name,
+            "a DTensor",
+            help="recurrences have no sharding rule; call them on x.to_local(): sequences of a "
+            "batch and value heads are independent of one another",
+        )
+    return x
+
+
+def _sharded() -> tuple[type, ...]:
+    """The class of distributed tensors, once torch has loaded it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return () if module is None else (module.DTensor,)
+
+
+def _float(name: str, number: object) -> float:
+    """A run-time float; numpy's numbers, and its arrays without axes, are numbers too."""
+    if isinstance(number, np.ndarray) and number.ndim == 0:
+        number = number.item()
+    if isinstance(number, bool) or not isinstance(number, (int, float, numbers.Real)):
+        raise errors.BadDtype(
+            name,
+            type(number).__name__,
+            "a Python number",
+            help="a keyword has no gradient; declare a HeadScalar for a number that is learnt",
+        )
+    try:
+        return float(number)
+    except OverflowError:
+        raise errors.BadNumber(name, math.inf) from None
 
 
 def _declared(declaration: Declaration) -> list[str]:
@@ -167,6 +211,10 @@ def initial_states(
     count = len(declaration.states)
     if given is None:
         return (None,) * count
+    if not isinstance(given, (Tensor, list, tuple)):
+        raise errors.BadDtype(
+            "initial_state", type(given).__name__, "a tensor, None, or a tuple with one per state"
+        )
     states = (given,) if isinstance(given, Tensor) else tuple(given)
     if len(states) != count:
         names = ", ".join(s.name for s in declaration.states)
@@ -178,6 +226,8 @@ def initial_states(
             raise errors.BadDtype(
                 f"initial_state ({state.name})", type(start).__name__, "a tensor or None"
             )
+        if start is not None:
+            whole(f"initial_state ({state.name})", start)
     return states
 
 
@@ -185,7 +235,7 @@ def boundaries(given: Tensor | None) -> Tensor | None:
     """`cu_seqlens`, which must be a tensor: a list would be copied to the device in every call."""
     if given is not None and not isinstance(given, Tensor):
         raise errors.BadCuSeqlens(f"a {type(given).__name__}", "an int32 or int64 tensor")
-    return given
+    return None if given is None else whole("cu_seqlens", given)
 
 
 def describe(
@@ -203,13 +253,17 @@ def describe(
     `symbolic`: sizes may be torch.compile's symbols, which are compared afresh in every trace.
 
     Raises:
-        BadShape, BadDtype, BadDevice, HeadMismatch, BadBatch, BadCuSeqlens: as their names say.
+        BadShape, BadDtype, BadDevice, BadLayout, BadNumber, HeadMismatch, BadBatch, BadCuSeqlens:
+            as their names say.
     """
+    for name, number in () if symbolic else params.items():
+        if not math.isfinite(number):
+            raise errors.BadNumber(name, number)
     sizes = (measure if symbolic else measured)(
         declaration,
-        tuple(Form(x.shape, x.dtype, x.device) for x in operands.values()),
-        tuple(None if x is None else Form(x.shape, x.dtype, x.device) for x in initial),
-        None if cu_seqlens is None else Form(cu_seqlens.shape, cu_seqlens.dtype, cu_seqlens.device),
+        tuple(map(Form.of, operands.values())),
+        tuple(None if x is None else Form.of(x) for x in initial),
+        None if cu_seqlens is None else Form.of(cu_seqlens),
     )
     return Call(
         declaration=declaration,

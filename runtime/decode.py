@@ -6,22 +6,25 @@ then makes room for its results and goes to the kernel.
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..dsl import errors, oracle
 from ..dsl.ir import Per
-from .call import Call, arrange, describe, initial_states
+from .call import PLAIN, Call, arrange, describe, initial_states
 from .engines import ENGINE_VARIABLE, EngineName, choose, stepper
 from .tokens import Serve, Token
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
+    from .recurrence import Recurrence
 
 States = Tensor | tuple[Tensor, ...]
 Given = Tensor | Sequence[Tensor | None] | None
@@ -30,7 +33,6 @@ _Key = list[object]
 _SERVING: dict[tuple[object, ...], Serve | None] = {}  # by key; None: the step in torch
 _LATEST: dict[Declaration, tuple[_Key, Serve | None]] = {}  # compared sooner than hashed
 _MOST = 4096  # keys that are kept
-_PLAIN = (Tensor, torch.nn.Parameter)  # other kinds of tensor have meanings of their own
 
 
 def step(
@@ -81,21 +83,33 @@ def _key(values: Sequence[object]) -> _Key | None:
     found: _Key = []
     for x in values:
         if isinstance(x, Tensor):
-            if type(x) not in _PLAIN or (gradients and x.requires_grad):
+            if (gradients and x.requires_grad) or not _as_they_lie(x):
                 return None
             found += (x.shape, x.stride(), x.dtype, x.device)
-        elif x is None or isinstance(x, (int, float)):
+        elif x is None or isinstance(x, (int, float, numbers.Real)):
             found.append(x)
+        elif isinstance(x, np.ndarray) and x.ndim == 0:
+            found.append(x.item())
         else:
             return None
     return None if _watched() else found
 
 
-def _watched() -> bool:
-    """Whether somebody looks at what torch computes: a compiler, a transform, a mode."""
+def _as_they_lie(x: Tensor) -> bool:
+    """Whether the numbers of `x` are those in its memory, at its strides."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        type(x) in PLAIN
+        and x.layout is torch.strided
+        and not x.is_neg()
+        and not x._is_zerotensor()
+        and not x.is_nested
+    )
+
+
+def _watched() -> bool:
+    """Whether somebody looks at what torch computes: a transform, a mode."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
     )
@@ -116,22 +130,58 @@ def _bound(
     state: Given,
 ) -> _Bound:
     operands, params, static = arrange(declaration, args, named)
-    per_token = [x for x in declaration.operands if x.per is Per.TOKEN]
-    axes = {x.name: 3 + bool(x.kind.value) + x.micro for x in per_token}
-    has_time = all(operands[n].ndim == ndim for n, ndim in axes.items())
-    if not has_time:
-        operands = {n: x.unsqueeze(1) if n in axes else x for n, x in operands.items()}
+    operands, has_time = _with_time(declaration, operands)
     initial = initial_states(declaration, state)
-    traced = torch.compiler.is_compiling()
-    call = describe(declaration, operands, params, initial, None, static, symbolic=traced)
+    call = describe(declaration, operands, params, initial, None, static)
     if call.T != 1:
-        raise errors.BadShape(
-            per_token[0].name,
-            operands[per_token[0].name].shape,
-            "one token: T = 1, or no T axis",
-            help="call the recurrence itself for several tokens (output_final_state=True)",
-        )
+        _refuse_several(declaration, operands)
     return _Bound(call, has_time)
+
+
+def _with_time(
+    declaration: Declaration, operands: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], bool]:
+    """The operands with a time axis, and whether they came with one."""
+    axes = {
+        x.name: 3 + bool(x.kind.value) + x.micro for x in declaration.operands if x.per is Per.TOKEN
+    }
+    if all(operands[n].ndim == ndim for n, ndim in axes.items()):
+        return operands, True
+    return {n: x.unsqueeze(1) if n in axes else x for n, x in operands.items()}, False
+
+
+def _refuse_several(declaration: Declaration, operands: dict[str, Tensor]) -> NoReturn:
+    first = next(x.name for x in declaration.operands if x.per is Per.TOKEN)
+    raise errors.BadShape(
+        first,
+        operands[first].shape,
+        "one token: T = 1, or no T axis",
+        help="call the recurrence itself for several tokens (output_final_state=True)",
+    )
+
+
+def traced_step(
+    rule: Recurrence,
+    args: Sequence[object],
+    named: Mapping[str, object],
+    state: Given,
+    engine: EngineName | str | None,
+) -> tuple[Tensor, States]:
+    """What `step` returns, under torch.compile: a call of one token, so that it is one node."""
+    declaration = rule.declaration
+    operands, params, static = arrange(declaration, args, named)
+    operands, has_time = _with_time(declaration, operands)
+    if any(operands[x.name].shape[1] != 1 for x in declaration.operands if x.per is Per.TOKEN):
+        _refuse_several(declaration, operands)
+    arguments: dict[str, Any] = {**operands, **params, **dict(static)}
+    o, new = rule(
+        **arguments,
+        initial_state=state,
+        output_final_state=True,
+        engine=engine or EngineName.REFERENCE,
+    )
+    assert new is not None
+    return (o if has_time else o[:, 0]), new
 
 
 def _in_torch(bound: _Bound, engine: EngineName | str | None) -> tuple[Tensor, States]:
@@ -140,8 +190,10 @@ def _in_torch(bound: _Bound, engine: EngineName | str | None) -> tuple[Tensor, S
     if engine is not None and stepper(choose(call.device.type, engine)) is not None:
         raise errors.EngineUnavailable(
             choose(call.device.type, engine).value,
-            "its kernels have no gradient of a single step, and torch.compile does not see them",
-            help="call step under torch.no_grad(), or name no engine: torch then does it",
+            "its kernels take tensors as they lie in memory: they have no gradient of a single "
+            "step, torch.func does not see them, and nothing is negated when it is read",
+            help="call step under torch.no_grad() (with x.resolve_neg() where x.is_neg()), or name "
+            "no engine: torch then does it",
         )
     o, new = oracle.run(call.step, call.operands, call.params, call.initial, dtype=call.state_dtype)
     o = o.to(call.dtype)

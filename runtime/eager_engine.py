@@ -172,15 +172,15 @@ class _Run:
         """
         call, device = self._call, self._call.device
         if call.cu_seqlens is None:
-            starts = torch.arange(call.N, device=device) * call.T
-            lengths = torch.full((call.N,), call.T, device=device)
+            starts = torch.arange(call.N, dtype=torch.int64, device=device) * call.T
+            lengths = torch.full((call.N,), call.T, dtype=torch.int64, device=device)
             longest = call.T
         else:
             cu = call.cu_seqlens.to(torch.int64)
             starts, lengths = cu[:-1], cu.diff()
             longest = int(lengths.max()) if call.N else 0
         slots = -(-longest // self._chunk) * self._chunk
-        offset = torch.arange(slots, device=device)
+        offset = torch.arange(slots, dtype=torch.int64, device=device)
         valid = offset[None, :] < lengths[:, None]
         index = torch.where(valid, starts[:, None] + offset[None, :], call.B * call.T)
         return index, valid
@@ -275,7 +275,8 @@ class _Run:
         call = self._call
         rows = self._rows.reshape(call.N, 1, self._chunks, self._chunk)
         rows = rows.expand(-1, call.HV, -1, -1).reshape(call.N * call.HV, self._chunks, -1)
-        at = torch.arange(self._index.shape[1], device=call.device).reshape(self._chunks, -1)
+        slots = self._index.shape[1]
+        at = torch.arange(slots, dtype=torch.int64, device=call.device).reshape(self._chunks, -1)
         rows, at = (rows, at) if n is None else (rows[:, n], at[n])
         return (rows, at, call.K, call.V, self.dtype)
 

@@ -121,7 +121,7 @@ class Ops:
             'B, T, HV, K, V = (sizes[letter] for letter in ("B", "T", "HV", "K", "V"))',
             "N = B",
             "if cu_seqlens is not None:",
-            f"    support.check_packing({op}, cu_seqlens, B, T)",
+            f"    support.check_packing({op}, cu_seqlens, B, T, {lead}.device)",
             "    N = cu_seqlens.shape[0] - 1",
             "o_shape = [B, T, HV, V]",
         ]
@@ -153,7 +153,7 @@ class Ops:
             "if 0 in o_shape[:3]:  # no token",
             *wrapped("return (", [f"{lead}.new_zeros(o_shape)", *passed], ")", "    "),
             "if cu_seqlens is not None:",
-            f"    cu_seqlens = cu_seqlens.to({lead}.device, non_blocking=True)",
+            f"    cu_seqlens = cu_seqlens.to({lead}.device, non_blocking=True).contiguous()",
             *wrapped("return serving.forward(", self._inputs, ")"),
         ]
         yield from wrapped("def _forward(", self._inputs, "):")
@@ -181,7 +181,7 @@ class Ops:
             *wrapped("gradients = [", [*nothing, *passed], "]", "    "),
             "else:",
             "    if cu_seqlens is not None:",
-            f"        cu_seqlens = cu_seqlens.to({lead}.device, non_blocking=True)",
+            f"        cu_seqlens = cu_seqlens.to({lead}.device, non_blocking=True).contiguous()",
             *wrapped("gradients = serving.backward(", launched, ")", "    "),
             "return [",
             "    torch.zeros_like(x) if d is None else d.to(x.dtype).contiguous()",

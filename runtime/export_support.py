@@ -71,19 +71,26 @@ def check_tensors(
             raise TypeError(f"{op}: {name} is {x.dtype}, expected float32, bfloat16 or float16")
         if x.device != devices[first]:
             raise ValueError(f"{op}: {name} is on {x.device}, but {first} on {devices[first]}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{op}: {name} has layout {x.layout}, expected a dense tensor")
 
 
-def check_packing(op: str, cu_seqlens: Tensor, batch: int, tokens: int) -> None:
+def check_packing(
+    op: str, cu_seqlens: Tensor, batch: int, tokens: int, device: torch.device
+) -> None:
     """That `cu_seqlens` can be boundaries; on the host (only there it costs no wait) what it holds.
 
     Raises:
         TypeError: its dtype is not an integer's.
-        ValueError: its shape, the batch, or what it holds is wrong.
+        ValueError: its shape, the batch, or what it holds is wrong; it is neither on `device` nor
+            on the host.
     """
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: cu_seqlens is {cu_seqlens.dtype}, expected int32 or int64")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"{op}: cu_seqlens has shape {list(cu_seqlens.shape)}, expected [N+1]")
+    if cu_seqlens.device != device and cu_seqlens.device.type != "cpu":
+        raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, expected {device}")
     if batch != 1:
         raise ValueError(f"{op}: the batch is {batch}, expected 1, as cu_seqlens packs sequences")
     if cu_seqlens.device.type == "cpu" and type(cu_seqlens) is Tensor:
@@ -103,6 +110,8 @@ def check_state(
     """
     if state is None:
         return
+    if state.layout != torch.strided:
+        raise TypeError(f"{op}: initial_state ({name}) has layout {state.layout}, expected strided")
     if not state.dtype.is_floating_point or state.dtype == torch.float64:
         raise TypeError(f"{op}: initial_state ({name}) is {state.dtype}, expected float32")
     if list(state.shape) != list(shape):

@@ -72,7 +72,10 @@ def _found(
     random = torch.Generator().manual_seed(0)
     normal = {
         n: torch.randn(
-            _SAMPLES, *(() if n.kind is Kind.SCALAR else (_CHANNELS,)), generator=random
+            (_SAMPLES, *(() if n.kind is Kind.SCALAR else (_CHANNELS,))),
+            generator=random,
+            dtype=torch.float32,
+            device="cpu",
         ).double()
         for n in leaves
     }
@@ -81,8 +84,9 @@ def _found(
     for choice in itertools.product(*choices):
         draw = dict(zip(names, choice, strict=True))
         env = {n: draw[str(n.attrs[0])].of(x) for n, x in normal.items()}
-        env |= {n: torch.tensor(x, dtype=torch.float64) for n, x in params.items()}
-        (value,) = oracle.evaluate([node], env) if env else (torch.zeros(()),)
+        env |= {n: torch.tensor(x, dtype=torch.float64, device="cpu") for n, x in params.items()}
+        nothing = torch.zeros((), dtype=torch.float64, device="cpu")
+        (value,) = oracle.evaluate([node], env) if env else (nothing,)
         if bool(((value >= low) & (value <= high)).all()):
             return draw
     return {}
@@ -127,13 +131,14 @@ def print_test(package: Package) -> str:
             *wrapped("NUMBERS = {", numbers, "}"),
         ],
         [
+            "def normal(random, *shape):",
+            '    """Standard normal numbers."""',
+            '    return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu")',
+        ],
+        [
             "def make_operands(dtype, B, T, H, HV, K, V):",
             '    """Random operands; gates in the ranges that the recurrence expects."""',
             "    random = torch.Generator().manual_seed(0)",
-            "",
-            "    def normal(*shape):",
-            "        return torch.randn(*shape, generator=random)",
-            "",
             "    made = {",
             *made,
             "    }",
@@ -151,7 +156,7 @@ def print_test(package: Package) -> str:
 
 
 def _operand(package: Package, o: Operand, draw: Draw) -> str:
-    text = draw.text(f"normal({', '.join(axes(o, package.micro))})")
+    text = draw.text(f"normal(random, {', '.join(axes(o, package.micro))})")
     if o.name not in package.narrow:
         return text
     return f"({text}).to(dtype)" if text.startswith("-") else f"{text}.to(dtype)"
@@ -159,7 +164,7 @@ def _operand(package: Package, o: Operand, draw: Draw) -> str:
 
 def _state(kind: Kind) -> str:
     shape = "N, HV, K, V" if kind is Kind.STATE else "N, HV, K"
-    text = f"torch.randn({shape}, generator=random)"
+    text = f"normal(random, {shape})"
     return text if kind is Kind.STATE else f"{text}.abs()"
 
 
@@ -168,7 +173,7 @@ def results(leaves, o, final):
     """Output, final states, and the gradients of a random weighting of them."""
     finals = final if isinstance(final, tuple) else (final,)
     random = torch.Generator().manual_seed(2)
-    weights = [torch.randn(y.shape, generator=random).to(y.device) for y in (o, *finals)]
+    weights = [normal(random, *y.shape).to(y.device) for y in (o, *finals)]
     loss = sum((y * w).sum() for y, w in zip((o, *finals), weights))
     gradients = torch.autograd.grad(loss, leaves)
     return [x.detach().double() for x in (o, *finals, *gradients)]
@@ -205,7 +210,7 @@ def test_whole_sequences():
 
 def test_packed_sequences():
     for dtype, K, V, chunk, tolerance in cases():
-        cu_seqlens = torch.tensor([0, 2, 2, chunk + 3], dtype=torch.int32)
+        cu_seqlens = torch.tensor([0, 2, 2, chunk + 3], dtype=torch.int32, device="cpu")
         compare(dtype, K, V, chunk + 3, tolerance, cu_seqlens)
 
 

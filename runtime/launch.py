@@ -24,7 +24,10 @@ _COMPILING = threading.Lock()
 
 
 class Launch:
-    """One direction of one call: its operands, its chunks, and the buffers between its kernels."""
+    """One direction of one call: its operands, its chunks, and the buffers between its kernels.
+
+    Kernels are given the strides of operands; all other tensors are contiguous from here on.
+    """
 
     def __init__(
         self, call: Call, chunk: int, extra: Mapping[str, Tensor], segment: int = 0
@@ -44,12 +47,13 @@ class Launch:
         segment = self._segment * chunk
         self._segments = call.N * -(-call.T // segment) if segment else 0
         if call.cu_seqlens is not None:
-            offsets, table = chunk_table(call.cu_seqlens, call.T, chunk)
+            cu_seqlens = call.cu_seqlens.contiguous()
+            offsets, table = chunk_table(cu_seqlens, call.T, chunk)
             of_segments = None
             if segment:
-                _, of_segments = chunk_table(call.cu_seqlens, call.T, segment, least=1)
+                _, of_segments = chunk_table(cu_seqlens, call.T, segment, least=1)
                 self._segments = of_segments.shape[0]
-            self._tables = (call.cu_seqlens, offsets, table, of_segments)
+            self._tables = (cu_seqlens, offsets, table, of_segments)
             self._chunks = table.shape[0]
 
     def run(
@@ -180,8 +184,8 @@ def _compile(
 
 
 def _new(b: New, device: torch.device) -> Tensor:
-    make = torch.zeros if b.zeroed else torch.empty
-    return make(b.shape, dtype=b.dtype, device=device)
+    made = torch.empty(b.shape, dtype=b.dtype, device=device)
+    return made.zero_() if b.zeroed else made
 
 
 def _tensor(x: Tensor | float | None) -> Tensor:

@@ -4,6 +4,8 @@
 are decays decide its projections, so a new recurrence is a new layer without new code here.
 Every mixer has three forms with one meaning: `forward` over whole sequences (packed or not),
 `prefill`, which also returns the state after them, and `step`, one token at a time.
+
+Parameters are made in torch's default dtype and on its default device, like those of `nn.Linear`.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.ones(size, dtype=None, device=None))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 def positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Sequence number and position within it of every packed token, both `[T]`, without a sync."""
     t = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    sequence = torch.bucketize(t, cu_seqlens[1:], right=True)
+    sequence = torch.bucketize(t, cu_seqlens[1:].contiguous(), right=True)
     return sequence, t - cu_seqlens[:-1][sequence]
 
 
@@ -75,7 +77,7 @@ class ShortConvolution(nn.Module):
     def __init__(self, channels: int, size: int = 4) -> None:
         super().__init__()
         self.size = size
-        self.weight = nn.Parameter(torch.empty(size, channels))
+        self.weight = nn.Parameter(torch.empty(size, channels, dtype=None, device=None))
         nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -175,8 +177,14 @@ class _LogDecay(nn.Module):
     def __init__(self, heads: int, channels: int, floor: float | None) -> None:
         super().__init__()
         self.floor = floor
-        self.log_rate = nn.Parameter(torch.empty(heads, 1).uniform_(1.0, 16.0).log_())
-        dt = torch.empty(heads, channels).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.log_rate = nn.Parameter(
+            torch.empty(heads, 1, dtype=None, device=None).uniform_(1.0, 16.0).log_()
+        )
+        dt = (
+            torch.empty(heads, channels, dtype=None, device=None)
+            .uniform_(math.log(1e-3), math.log(1e-1))
+            .exp()
+        )
         self.bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
 
     def forward(self, x: Tensor) -> Tensor:
@@ -287,7 +295,7 @@ class RecurrentLayer(nn.Module):
             Kind.KEY: (self.value_heads, self.key_dim),
             Kind.VALUE: (self.value_heads, self.value_dim),
         }[x.kind]
-        factor = 1 - 2.0 ** (-5 - torch.arange(self.value_heads).float())
+        factor = 1 - 2.0 ** (-5 - torch.arange(self.value_heads, dtype=torch.float32, device=None))
         factor = factor.reshape(-1, *([1] * (len(shape) - 1))).expand(shape)
         role = Role.RAW
         for micro_step in form.micro_steps:
@@ -297,7 +305,11 @@ class RecurrentLayer(nn.Module):
         self.roles[x.name] = role
         if role is Role.LOG_DECAY:
             return nn.Parameter(torch.log(torch.expm1(-factor.log())))  # -softplus(p) = log factor
-        return nn.Parameter(torch.logit(factor) if role is Role.UNIT else torch.zeros(shape))
+        return nn.Parameter(
+            torch.logit(factor)
+            if role is Role.UNIT
+            else torch.zeros(shape, dtype=None, device=None)
+        )
 
     def _apply_per_head(self, name: str) -> Tensor:
         p: Tensor = self.per_head[name]
@@ -325,15 +337,17 @@ class RecurrentLayer(nn.Module):
         role = self.roles[x.name]
         if role is Role.LOG_DECAY:
             if x.kind is Kind.SCALAR:
-                return torch.as_tensor(self.decays[x.name](y[..., None])[..., 0])
-            return torch.as_tensor(self.decays[x.name](y))
+                y = y[..., None]
+            decay: Tensor = self.decays[x.name](y)
+            return decay[..., 0] if x.kind is Kind.SCALAR else decay
         return torch.sigmoid(wide(y)) if role is Role.UNIT else y
 
     def _finish(self, o: Tensor, hidden: Tensor) -> Tensor:
         y = self.norm(o).flatten(-2)
         if self.gate is not None:
             y = y * F.silu(self.gate(hidden))
-        return torch.as_tensor(self.output(y))
+        out: Tensor = self.output(y)
+        return out
 
     def _run(
         self, x: Tensor, cu_seqlens: Tensor | None, final: bool

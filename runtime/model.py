@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,7 +33,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.up(x).chunk(2, dim=-1)
-        return torch.as_tensor(self.down(F.silu(a) * b))
+        y: Tensor = self.down(F.silu(a) * b)
+        return y
 
 
 class Block(nn.Module):
@@ -55,7 +55,8 @@ class Block(nn.Module):
     def _mlp(self, x: Tensor) -> Tensor:
         if self.mlp is None or self.mlp_norm is None:
             return x
-        return x + torch.as_tensor(self.mlp(self.mlp_norm(x)))
+        y: Tensor = self.mlp(self.mlp_norm(x))
+        return x + y
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         return self._mlp(x + self.mix(self.mixer_norm(x), cu_seqlens))
@@ -98,7 +99,8 @@ class LanguageModel(nn.Module):
         return [cast(Block, b) for b in self.blocks]
 
     def _logits(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.head(self.norm(x)))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         x = self.embed(tokens)

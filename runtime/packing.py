@@ -47,4 +47,4 @@ def chunk_table(cu_seqlens: Tensor, T: int, C: int, *, least: int = 0) -> tuple[
 def token_sequences(cu_seqlens: Tensor, T: int) -> Tensor:
     """The sequence that each token of a packed batch belongs to: int64 `[T]`."""
     index = torch.arange(T, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens, index, right=True) - 1
+    return torch.searchsorted(cu_seqlens.contiguous(), index, right=True) - 1

@@ -41,8 +41,8 @@ def keep_freed_memory() -> None:
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """As `torch.empty`; in large pages where the memory is new in any case."""
-    x = torch.empty(shape, dtype=dtype)
+    """As `torch.empty` on the CPU; in large pages where the memory is new in any case."""
+    x = torch.empty(shape, dtype=dtype, device="cpu")
     advise = _madvise()
     if x.nbytes >= _MAPPED and advise is not None:
         begin = -(-x.data_ptr() // _LARGE) * _LARGE

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..dsl import errors
 from ..dsl.ir import Kind, Per
@@ -29,6 +30,12 @@ class Form(NamedTuple):
     shape: Sequence[int]
     dtype: torch.dtype
     device: torch.device
+    layout: torch.layout = torch.strided
+
+    @classmethod
+    def of(cls, x: Tensor) -> Form:
+        """That of a tensor."""
+        return cls(x.shape, x.dtype, x.device, x.layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +99,7 @@ def measure(
     # no operand says so only where no state has the axis
     K, V = (sizes.get(s, (1, ""))[0] for s in ("K", "V"))
     if cu_seqlens is not None:
-        _check_packing(cu_seqlens, B, sizes["B"][1])
+        _check_packing(cu_seqlens, B, sizes["B"][1], device)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     for state, start in zip(declaration.states, states, strict=True):
         if start is not None:
@@ -128,12 +135,18 @@ measured = lru_cache(maxsize=4096)(measure)
 
 
 def _check_placement(name: str, form: Form, device: torch.device) -> None:
+    _check_layout(name, form)
     if form.dtype not in FLOATS:
         raise errors.BadDtype(
             name, str(form.dtype), "one of " + ", ".join(str(d)[len("torch.") :] for d in FLOATS)
         )
     if form.device != device:
         raise errors.BadDevice(name, str(form.device), str(device))
+
+
+def _check_layout(name: str, form: Form) -> None:
+    if form.layout is not torch.strided:
+        raise errors.BadLayout(name, f"a tensor of layout {form.layout}")
 
 
 def _compare(
@@ -181,7 +194,10 @@ def _key_heads(key_heads: dict[str, int], HV: int, witness: str) -> int:
     return H
 
 
-def _check_packing(cu_seqlens: Form, B: int, witness: str) -> None:
+def _check_packing(cu_seqlens: Form, B: int, witness: str, device: torch.device) -> None:
+    _check_layout("cu_seqlens", cu_seqlens)
+    if cu_seqlens.device != device and cu_seqlens.device.type != "cpu":
+        raise errors.BadDevice("cu_seqlens", str(cu_seqlens.device), str(device))
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise errors.BadCuSeqlens(f"of dtype {cu_seqlens.dtype}", "int32 or int64")
     if len(cu_seqlens.shape) != 1 or cu_seqlens.shape[0] < 2:

@@ -77,7 +77,8 @@ class Token:
         shape = self.call.state_shape(self.call.step.states[index])
         place = self.first_state + index
         if given is None:
-            return place, lambda _: torch.zeros(shape, device=self.call.device)
+            device = self.call.device
+            return place, lambda _: torch.zeros(shape, dtype=torch.float32, device=device)
         if given.dtype is torch.float32 and given.is_contiguous():
             return place, None
         return place, lambda x: x.float().contiguous()

@@ -118,8 +118,8 @@ def prepare_step(token: Token) -> Serve | str:
     rest = (call.HV, *(call.params[n] for n in kernel.numbers))
     alone = items == 1 or sum(map(math.prod, shapes)) < _SHARED
 
-    like = torch.empty((B, *channels), dtype=call.dtype)
-    states = tuple(map(torch.empty, shapes))
+    like = empty(B, *channels, dtype=call.dtype)
+    states = tuple(empty(*shape) for shape in shapes)
 
     def serve(values: Sequence[object]) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
         o = torch.empty_like(like)
@@ -130,7 +130,7 @@ def prepare_step(token: Token) -> Serve | str:
             function(*arguments, *tables, _room(kernel.scratch), *rest, 0, items)
         else:
             threads = torch.get_num_threads()
-            own = {len(arguments) + 2: torch.empty((threads, kernel.scratch))}
+            own = {len(arguments) + 2: empty(threads, kernel.scratch)}
             work = Work(function, (*arguments, *tables, None, *rest), own)
             run([work], items, threads)
         if token.has_time:
@@ -148,7 +148,7 @@ def _room(size: int) -> Tensor:
     """This thread's scratch memory."""
     room: Tensor | None = getattr(_ROOMS, "tensor", None)
     if room is None or room.shape[0] < size:
-        room = _ROOMS.tensor = torch.empty(size)
+        room = _ROOMS.tensor = empty(size)
     return room
 
 
@@ -281,7 +281,7 @@ class _Run:
                     passed[name] = self._new(name, axes, threads)
                 elif name not in self.buffers:
                     self.buffers[name] = self._new(name, axes)
-        scratch = torch.empty((threads, max(kernel.scratch for kernel, _ in stage)))
+        scratch = empty(threads, max(kernel.scratch for kernel, _ in stage))
         parts = min(kernel.v_programs for kernel, _ in stage)
         works = []
         for kernel, function in stage:
@@ -323,10 +323,10 @@ class _Run:
         (state,) = (s for s in call.step.states if s.name == of.removeprefix(GRADIENT))
         shape = call.state_shape(state)
         if role is Role.FINAL:
-            ends[of] = torch.empty(shape)
+            ends[of] = empty(*shape)
             return ends[of]
         given = starts[of]
-        return torch.empty((0, *shape[1:])) if given is None else given.float().contiguous()
+        return empty(0, *shape[1:]) if given is None else given.float().contiguous()
 
     def gradient(self, name: str) -> Tensor:
         """The gradient of an operand in its own shape and dtype."""
@@ -348,6 +348,6 @@ def _tables(B: int, T: int, bounds: tuple[int, ...] | None, chunk: int) -> tuple
         sequences.append((batch, first, length, flat, len(chunks)))
         chunks += [(n, c) for c in range(-(-length // chunk))]
     return (
-        torch.tensor(sequences, dtype=torch.int64).reshape(-1, 5),
-        torch.tensor(chunks, dtype=torch.int64).reshape(-1, 2),
+        torch.tensor(sequences, dtype=torch.int64, device="cpu").reshape(-1, 5),
+        torch.tensor(chunks, dtype=torch.int64, device="cpu").reshape(-1, 2),
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import chunkwise as cw
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -124,6 +125,28 @@ BAD: dict[str, tuple[Change, type[Exception], tuple[str, ...]]] = {
         E.BadBatch,
         ("batch size 2", "expected 1", "[1, B*T, ...]"),
     ),
+    "sparse": (_with(q=lambda q: q.to_sparse()), E.BadLayout, ("'q'", "sparse_coo", "to_dense")),
+    "mkldnn": (_with(q=lambda q: q.to_mkldnn()), E.BadLayout, ("'q'", "_mkldnn", "to_dense")),
+    "nested": (
+        _with(v=lambda v: torch.nested.nested_tensor(list(v), layout=torch.jagged)),
+        E.BadLayout,
+        ("'v'", "a nested tensor", "cu_seqlens"),
+    ),
+    "sparse state": (
+        lambda x: {**x, "initial_state": torch.ones(2, 4, 3, 6).to_sparse()},
+        E.BadLayout,
+        ("initial_state (S)", "sparse_coo"),
+    ),
+    "a number for a state": (
+        lambda x: {**x, "initial_state": 0.0},
+        E.BadDtype,
+        ("'initial_state'", "float", "a tensor"),
+    ),
+    "a word for check": (
+        lambda x: {**x, "check": "yes"},
+        E.BadOption,
+        ("'check'", "'yes'", "True, False or None"),
+    ),
     "an engine nobody knows": (
         lambda x: {**x, "engine": "cuda"},
         E.EngineUnavailable,
@@ -136,6 +159,8 @@ BAD_PACKINGS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "of floats": (torch.tensor([0.0, 5.0]), ("torch.float32", "int32 or int64")),
     "of two axes": (_cu(0, 5)[None], ("[1, 2]", "[N+1]")),
     "of one entry": (_cu(5), ("[1]", "[N+1]")),
+    "empty": (_cu(), ("[0]", "[N+1]")),
+    "below 0": (_cu(0, -1, 5), ("-1 at [1] after 0", "do not decrease")),
     "not from 0": (_cu(1, 5), ("1 at [0]", "0")),
     "decreasing": (_cu(0, 4, 3, 5), ("3 at [2] after 4", "do not decrease")),
     "short of T": (_cu(0, 2, 4, dtype=torch.int32), ("4 at [2]", "T = 5")),
@@ -172,6 +197,29 @@ def test_bad_packing(kit: Any, engine: str, case: str) -> None:
     _assert_names(raised.value, fragments)
 
 
+_OF_CALLS = ("state", "check", "packed", "length")  # what a step has no argument for
+
+
+@pytest.mark.parametrize("case", [c for c in BAD if not any(word in c for word in _OF_CALLS)])
+def test_bad_step(kit: Any, case: str) -> None:
+    """`step` names the same mistakes, with T = 1."""
+    change, expected, _ = BAD[case]
+    x = change({n: x[:, :1] for n, x in _operands(kit).items()})
+    with pytest.raises(expected):
+        cw.library.gated_delta_rule.step(**x)
+
+
+def test_boundaries_elsewhere(kit: Any, engine: str) -> None:
+    """They may come from the host, but not from another device, nor without numbers."""
+    x = {n: t.to(kit.engine.device) for n, t in _operands(kit, B=1).items()}
+    for wrong, error in (
+        (torch.empty(2, dtype=torch.int32, device="meta"), E.BadDevice),
+        (_cu(0, 5).to_sparse(), E.BadLayout),
+    ):
+        with pytest.raises(error, match="cu_seqlens"):
+            cw.library.gated_delta_rule(**x, cu_seqlens=wrong, engine=engine)
+
+
 def test_operands_by_position(kit: Any) -> None:
     x = _operands(kit)
     with pytest.raises(E.UnknownOperand, match="number 6"):
@@ -186,6 +234,11 @@ def test_operands_by_position(kit: Any) -> None:
         ({"scale": None}, E.MissingOperand, ("'scale'", "float")),
         ({"scale": torch.tensor(1.0)}, E.BadDtype, ("'scale'", "Tensor", "HeadScalar")),
         ({"scale": "1"}, E.BadDtype, ("'scale'", "str", "number")),
+        ({"scale": True}, E.BadDtype, ("'scale'", "bool", "number")),
+        ({"scale": float("nan")}, E.BadNumber, ("'scale'", "nan", "a finite number")),
+        ({"scale": np.float32("inf")}, E.BadNumber, ("'scale'", "inf", "a finite number")),
+        ({"scale": 10**400}, E.BadNumber, ("'scale'", "inf", "a finite number")),
+        ({"scale": np.ones(1)}, E.BadDtype, ("'scale'", "ndarray", "number")),
         ({"twice": 0.5}, E.BadDtype, ("'twice'", "float", "int or bool")),
         ({"u": lambda u: u[0]}, E.BadShape, ("'u'", "declared HeadKey", "[HV,K]")),
         ({"u": lambda u: u[:1]}, E.BadShape, ("'u'", "[1, 8]", "HV = 2")),
@@ -199,6 +252,21 @@ def test_numbers_and_head_operands(
     with pytest.raises(expected) as raised:
         scaled(**_with(**change)({**x, "scale": 1.0, "twice": True}))
     _assert_names(raised.value, fragments)
+
+
+@pytest.mark.parametrize(
+    "scale", [2, np.float32(2), np.float64(2), np.int64(2), np.array(2.0), np.array(2)], ids=repr
+)
+def test_numbers_of_numpy(kit: Any, engine: str, scale: Any) -> None:
+    sizes = kit.Sizes(T=1, dtype=torch.float32)
+    x = {n: t.detach() for n, t in kit.make_inputs(scaled, sizes).operands.items()}
+    want, _ = scaled(**x, scale=2.0, twice=True, engine=engine)
+    got, _ = scaled(**x, scale=scale, twice=np.bool_(True), engine=engine)
+    assert torch.equal(got, want)
+    kernel = None if engine == "eager" else engine
+    for kind in (scale, 2.0):
+        step, _ = scaled.step(**x, scale=kind, twice=True, engine=kernel)
+        torch.testing.assert_close(step, want, rtol=1e-5, atol=1e-6)
 
 
 def test_micro_steps_agree(kit: Any) -> None:

@@ -216,6 +216,41 @@ def test_mistakes_are_named(
         package.gated_delta_rule(**call)
 
 
+def test_layouts_and_places_are_named(package: ModuleType) -> None:
+    x = operands()
+    with pytest.raises(TypeError, match=r"q has layout torch\.sparse_coo"):
+        package.gated_delta_rule(**{**x, "q": x["q"].to_sparse()})
+    state = torch.zeros(1, 2, 8, 6).to_sparse()
+    with pytest.raises(TypeError, match=r"initial_state \(S\) has layout torch\.sparse_coo"):
+        package.gated_delta_rule(**x, initial_state=state)
+    elsewhere = torch.empty(2, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match="cu_seqlens is on meta, expected cpu"):
+        package.gated_delta_rule(**x, cu_seqlens=elsewhere)
+
+
+@pytest.mark.interpreter
+def test_tensors_as_they_lie(package: ModuleType) -> None:
+    """Boundaries in a column of a table, a turned state, negated Keys, expanded cotangents."""
+    state = torch.randn(2, 2, 8, 6, generator=torch.Generator().manual_seed(1))
+    table = torch.tensor([[0, 77], [2, 77], [5, 77]], dtype=torch.int32)
+    plain = {**operands(), "initial_state": state}
+    laid = {
+        **{n: x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in plain.items()},
+        "k": torch._neg_view(-plain["k"]),
+    }
+    results = []
+    for given, cu_seqlens in ((plain, table[:, 0].contiguous()), (laid, table[:, 0])):
+        given = {n: x.detach().requires_grad_() for n, x in given.items()}
+        o, end = package.gated_delta_rule(**given, cu_seqlens=cu_seqlens, output_final_state=True)
+        grads = torch.autograd.grad(o.sum() + end.sum(), list(given.values()))
+        results.append([o, end, *grads])
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want)
+    reference = importlib.import_module("gated_delta_rule.reference")
+    want, _ = reference.gated_delta_rule(**plain, cu_seqlens=table[:, 0])
+    torch.testing.assert_close(results[1][0].double(), want, rtol=1e-4, atol=1e-5)
+
+
 def test_without_a_gpu_the_reference_is_offered(
     package: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
