@@ -53,7 +53,7 @@ class TileOp(Enum):
     EXTENT = "the number of channels along an axis; attrs (axis,)"
     # compute
     MAP = "elementwise function of tiles, broadcast by axis name; attrs (StepIR op,)"
-    STEP = "1 where x > 0, 1/2 where x = 0, else 0: the derivative of maximum"
+    STEP = "1 where x > 0, else 0"
     EXPAND = "the same values along further axes"
     RENAME = "the same tile with I called J, or J called I; attrs (to,)"
     ROWS = "zero in the rows beyond the end of the sequence"
