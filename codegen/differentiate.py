@@ -55,6 +55,7 @@ def differentiate(body: Body) -> Adjoint:
             g = g.named(GRADIENT + node.hint)
         gradients[node] = g
         for argument, part in _propagate(node, g):
+            assert part.axes == argument.axes, "a gradient has the axes of what it is one of"
             incoming.setdefault(argument, []).append(part)
 
     starts = {c.start: c for c in body.carried}
@@ -87,13 +88,14 @@ def _propagate(node: Tile, g: Tile) -> Cotangents:
 
 
 def _to_axes(g: Tile, x: Tile) -> Tile:
-    """Sum `g` over the axes along which `x` was broadcast (rows beyond the end do not count)."""
+    """`g` with the axes of `x`, along which it may be constant.
+
+    Summed over those along which `x` was broadcast (rows beyond the end do not count).
+    """
     extra = tuple(a for a in g.axes if a not in x.axes)
-    if not extra:
-        return g
     if Axis.I in extra:
         g = tile.rows(g)
-    return tile.reduce(g, extra)
+    return tile.expand(tile.reduce(g, extra), x.axes)
 
 
 # ---- rules by op ---------------------------------------------------------------------------------
@@ -203,19 +205,29 @@ def _unary(derivative: Callable[[Tile, Tile], Tile]) -> Rule:
     return lambda z, g: [(z.args[0], tile.mul(g, derivative(z.args[0], z)))]
 
 
-def _larger(x: Tile, y: Tile) -> Tile:
-    return tile.step(tile.sub(x, y))
+def _sign(x: Tile) -> Tile:
+    """1, 0 or -1."""
+    return tile.sub(tile.step(x), tile.step(tile.neg(x)))
 
 
-def _selected(first: Callable[[Tile, Tile], Tile]) -> Rule:
-    """maximum, minimum: the gradient goes to the one that was taken, half to each at a tie."""
+def _selected(second: Callable[[Tile, Tile], Tile]) -> Rule:
+    """The gradient goes to the argument that was taken; `second`: how much of it to y."""
 
     def rule(z: Tile, g: Tile) -> Cotangents:
         x, y = z.args
-        taken = first(x, y)
-        return [(x, tile.mul(g, taken)), (y, tile.mul(g, tile.sub(_ONE, taken)))]
+        taken = second(x, y)
+        return [(x, tile.mul(g, tile.sub(_ONE, taken))), (y, tile.mul(g, taken))]
 
     return rule
+
+
+def _more(x: Tile, y: Tile) -> Tile:
+    return tile.step(tile.sub(x, y))
+
+
+def _half_more(x: Tile, y: Tile) -> Tile:
+    """`_more`, but 1/2 where they are equal."""
+    return tile.mul(_HALF, tile.add(_ONE, _sign(tile.sub(x, y))))
 
 
 _MAPS: dict[Op, Rule] = {
@@ -229,8 +241,10 @@ _MAPS: dict[Op, Rule] = {
         (z.args[0], tile.div(g, z.args[1])),
         (z.args[1], tile.neg(tile.div(tile.mul(g, z), z.args[1]))),
     ],
-    Op.MAXIMUM: _selected(_larger),
-    Op.MINIMUM: _selected(lambda x, y: _larger(y, x)),
+    Op.MAXIMUM: _selected(lambda x, y: _half_more(y, x)),
+    Op.MINIMUM: _selected(_half_more),
+    Op.AT_LEAST: _selected(lambda x, y: _more(y, x)),
+    Op.AT_MOST: _selected(_more),
     Op.NEG: lambda z, g: [(z.args[0], tile.neg(g))],
     Op.EXP: _unary(lambda x, z: z),
     Op.LOG: lambda z, g: [(z.args[0], tile.div(g, z.args[0]))],
@@ -244,5 +258,5 @@ _MAPS: dict[Op, Rule] = {
     Op.RSQRT: lambda z, g: [
         (z.args[0], tile.neg(tile.mul(tile.mul(g, _HALF), tile.mul(z, tile.mul(z, z)))))
     ],
-    Op.ABS: _unary(lambda x, z: tile.sub(tile.mul(tile.const(2.0), tile.step(x)), _ONE)),
+    Op.ABS: _unary(lambda x, z: _sign(x)),
 }

@@ -8,6 +8,7 @@ expression that uses them; the others become assignments under the names of math
 from __future__ import annotations
 
 import keyword
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -120,7 +121,7 @@ class Expressions(ABC):
         if x in self.known:
             return self.full(x, self.known[x])
         if x.op is TileOp.CONST:
-            return repr(x.value)
+            return repr(x.value) if math.isfinite(x.value) else f'float("{x.value}")'
         if x.op is TileOp.EXTENT:
             (axis,) = x.attrs
             assert isinstance(axis, Axis)
@@ -174,7 +175,7 @@ class Expressions(ABC):
         target = self.layout(x)
         inner = self.within(x.args[0], target)
         if x.op is TileOp.STEP:
-            return f"{self.where}({inner} > 0, 1.0, {self.where}({inner} == 0, 0.5, 0.0))"
+            return f"{self.where}({inner} > 0, 1.0, 0.0)"
         return f"{self.where}({self.kept(x, rows, index)}, {inner}, 0.0)"
 
     def kept(self, x: Tile, rows: str, index: Mapping[Axis, str]) -> str:
@@ -199,6 +200,7 @@ class Expressions(ABC):
 
 def is_number(x: Tile) -> bool:
     """Whether `x` prints as a plain number rather than as a tensor without axes."""
+    x = unaliased(x)
     return x.op in (TileOp.CONST, TileOp.PARAM, TileOp.EXTENT) or (
         x.op is TileOp.MAP and all(is_number(a) for a in x.args)
     )

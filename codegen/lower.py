@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
+from ..dsl import oracle
 from ..dsl.ir import ELEMENTWISE, Kind, Node, Op, Per
 from ..dsl.ir import topological as step_order
 from ..dsl.normal_form import NormalForm
@@ -70,4 +73,7 @@ def lower_expression(node: Node, args: list[Tile]) -> Tile:
                 return tile.contract(a, b, channel)
         return tile.reduce(x, _AXES[node.args[0].kind])
     assert node.op in ELEMENTWISE, f"{node.op.name} is not lowered as an expression"
+    if all(a.op is tile.TileOp.CONST for a in args):  # its value: kernels compute with fewer digits
+        values = [torch.tensor(a.value, dtype=torch.float64) for a in args]
+        return tile.const(float(oracle.apply(node, values)))
     return tile.fmap(node.op, *args)

@@ -10,13 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..dsl.ir import Op
+from . import tile
 from .expressions import Expressions, Names, is_number, unaliased
 from .plan import Kernel
-from .tile import Axis, Tile, TileOp, Which
+from .tile import Axes, Axis, Tile, TileOp, Which
 
 _FUNCTIONS = {
     Op.MAXIMUM: "torch.maximum",
     Op.MINIMUM: "torch.minimum",
+    Op.AT_LEAST: "torch.clamp_min",
+    Op.AT_MOST: "torch.clamp_max",
     Op.EXP: "torch.exp",
     Op.LOG: "torch.log",
     Op.EXPM1: "torch.expm1",
@@ -29,6 +32,8 @@ _FUNCTIONS = {
     Op.RSQRT: "torch.rsqrt",
     Op.ABS: "torch.abs",
 }
+# with a number, which torch's functions of two tensors do not take
+_BOUNDS = {Op.MAXIMUM: "min", Op.AT_LEAST: "min", Op.MINIMUM: "max", Op.AT_MOST: "max"}
 # what every kernel is given after its tiles: which rows exist, their numbers, sizes and dtype
 CONTEXT = ("rows", "at", "extent_k", "extent_v", "dtype")
 LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM, TileOp.CARRY)
@@ -37,12 +42,16 @@ _INDEX = {Axis.I: "at[..., :, None]", Axis.J: "at[..., None, :]"}
 
 @dataclass(frozen=True, slots=True)
 class EagerKernel:
-    """Source of `def <name>(<arguments>, *CONTEXT)`, and what its arguments and results are."""
+    """Source of `def <name>(<arguments>, *CONTEXT)`, and what its arguments and results are.
+
+    Parameters are tensors without axes. A result has every axis of its tile, of length 1 where it
+    is constant; or it is a number, or a tensor without axes made from parameters.
+    """
 
     name: str
     source: str
     arguments: tuple[tuple[str, Tile], ...]
-    results: tuple[str, ...]
+    results: tuple[tuple[str, Tile], ...]
 
 
 class _Torch(Expressions):
@@ -57,13 +66,20 @@ class _Torch(Expressions):
 
     def _map(self, x: Tile) -> str:
         (fn,) = x.attrs
-        numbers = [a for a in x.args if a.op in (TileOp.CONST, TileOp.PARAM)]
-        if fn in (Op.MAXIMUM, Op.MINIMUM) and len(numbers) == 1:
-            (number,) = numbers
-            (other,) = (a for a in x.args if a is not number)
-            bound = "min" if fn is Op.MAXIMUM else "max"
-            return f"torch.clamp({self.text(other)}, {bound}={self.text(number)})"
+        constants = [a for a in x.args if a.op is TileOp.CONST]
+        if fn in _BOUNDS and constants:
+            (constant,) = constants  # of two, `lower` makes one
+            (other,) = (a for a in x.args if a is not constant)
+            return f"torch.clamp({self.text(other)}, {_BOUNDS[fn]}={self.text(constant)})"
         return super()._map(x)
+
+    def result(self, x: Tile) -> str:
+        """`x` with an index for every axis, by name: nothing downstream aligns axes by position."""
+        bare, axes = unaliased(x), _held(x)
+        if bare not in self.known and not is_number(bare):
+            self.assign(bare)
+        text = self.text(bare)
+        return text if is_number(bare) else self.place(text, axes, self.layout(x))
 
     def structural(self, x: Tile) -> str:
         if x.op in (TileOp.ROWS, TileOp.PHASE, TileOp.MASK, TileOp.STEP):
@@ -128,6 +144,18 @@ class _Torch(Expressions):
         return text if text.isidentifier() else f"({text})"
 
 
+def _held(x: Tile) -> Axes:
+    """The axes of `x` along which its numbers lie; along the others they are constant."""
+    if x.op is TileOp.EXPAND:
+        return _held(x.args[0])
+    if x.op is TileOp.RENAME:
+        (to,) = x.attrs
+        assert isinstance(to, Axis)
+        time = (Axis.I, Axis.J)
+        return tuple(to if a in time else a for a in _held(x.args[0]))
+    return x.axes
+
+
 def print_eager(kernel: Kernel) -> EagerKernel:
     """`kernel` as a torch function."""
     order = kernel.order
@@ -139,23 +167,14 @@ def print_eager(kernel: Kernel) -> EagerKernel:
             name = printer.names.fresh(buffers.get(t, t.hint).removesuffix("_chunk"))
             arguments.append((name, t))
             printer.known[t] = name
-    roots = [t for _, t in kernel.stores] + [c.end for c in kernel.carried]
-    printer.count((t for t in order if t not in printer.known), roots)
+    # an end may lack axes of its start: a state that is forgotten is one number
+    ends = ((c.name, tile.expand(c.end, c.start.axes)) for c in kernel.carried)
+    results = (*kernel.stores, *ends)
+    printer.count((t for t in order if t not in printer.known), (t for _, t in results))
     for t in order:
         printer.define(t)
-    results = [
-        printer.text(r) if unaliased(r) in printer.known else _named(printer, r) for r in roots
-    ]
+    returned = ", ".join(printer.result(t) for _, t in results)
     names = ", ".join([*(n for n, _ in arguments), *CONTEXT])
     body = "\n".join(f"    {line}" for line in printer.lines)
-    source = f"def {kernel.name}({names}):\n{body}\n"
-    source += f"    return {', '.join(results)},\n"
-    labels = tuple(n for n, _ in kernel.stores) + tuple(c.name for c in kernel.carried)
-    return EagerKernel(kernel.name, source, tuple(arguments), labels)
-
-
-def _named(printer: _Torch, root: Tile) -> str:
-    root = unaliased(root)
-    if root.op is TileOp.CONST:
-        return printer.text(root)
-    return printer.assign(root)
+    source = f"def {kernel.name}({names}):\n{body}\n    return {returned},\n"
+    return EagerKernel(kernel.name, source, tuple(arguments), results)

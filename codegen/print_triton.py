@@ -151,8 +151,12 @@ class _KernelPrinter(TritonMemory):
 
     @property
     def _by_token(self) -> bool:
-        """Whether a chunk is one token: no tile has an axis for time."""
-        return not any(a in t.axes for t in self._kernel.order for a in (Axis.I, Axis.J))
+        """Whether a chunk is one token, so that what tokens have has no axis for time.
+
+        A scan of chunks may have no such axis either, where all its rows are hoisted.
+        """
+        tokens = [t for t in self._kernel.order if t.op is TileOp.TOKEN]
+        return any(Axis.I not in t.axes for t in tokens)
 
     def _ranges(self) -> list[str]:
         lines = [] if self._by_token else ["oi = tl.arange(0, C)", "oj = tl.arange(0, C)"]

@@ -53,7 +53,7 @@ class TileOp(Enum):
     EXTENT = "the number of channels along an axis; attrs (axis,)"
     # compute
     MAP = "elementwise function of tiles, broadcast by axis name; attrs (StepIR op,)"
-    STEP = "1 where x > 0, 1/2 where x = 0, else 0: the derivative of maximum"
+    STEP = "1 where x > 0, else 0"
     EXPAND = "the same values along further axes"
     RENAME = "the same tile with I called J, or J called I; attrs (to,)"
     ROWS = "zero in the rows beyond the end of the sequence"
@@ -257,6 +257,8 @@ def exp(x: Tile) -> Tile:
 
 
 def step(x: Tile) -> Tile:
+    if x.op is TileOp.EXPAND:
+        return expand(step(x.args[0]), x.axes)
     return Tile(TileOp.STEP, (x,), (), x.axes)
 
 
@@ -298,6 +300,8 @@ def rows(x: Tile) -> Tile:
 
     A TOKEN is loaded so already, and so is a product with one.
     """
+    if x.op is TileOp.EXPAND:  # stays outermost, where a sum over its axes counts their extents
+        return expand(rows(x.args[0]), x.axes)
     if _zero_beyond_end(x):
         return x
     return Tile(TileOp.ROWS, (x,), (), axes_of(Axis.I, *x.axes), x.hint)
@@ -305,6 +309,8 @@ def rows(x: Tile) -> Tile:
 
 def phase(x: Tile, micro_step: int, count: int) -> Tile:
     """`x` in the rows of one micro-step; rows are tokens refined `count`-fold."""
+    if x.op is TileOp.EXPAND:
+        return expand(phase(x.args[0], micro_step, count), x.axes)
     return Tile(TileOp.PHASE, (x,), (micro_step, count), axes_of(Axis.I, *x.axes), x.hint)
 
 

@@ -16,6 +16,8 @@ from .triton_types import Dtype, Signature
 _FUNCTIONS = {
     Op.MAXIMUM: "tl.maximum",
     Op.MINIMUM: "tl.minimum",
+    Op.AT_LEAST: "tl.maximum",
+    Op.AT_MOST: "tl.minimum",
     Op.EXP: "tl.exp",
     Op.LOG: "tl.log",
     Op.EXPM1: "expm1",

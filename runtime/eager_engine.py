@@ -21,7 +21,7 @@ from ..codegen.differentiate import GRADIENT, differentiate
 from ..codegen.factor import factor_adjoint, factor_body
 from ..codegen.plan import Hoist, Loop, Plan, Program, plan_backward, plan_forward
 from ..codegen.print_eager import EagerKernel, print_eager
-from ..codegen.tile import Tile, TileOp
+from ..codegen.tile import Axes, Axis, Tile, TileOp
 from ..dsl.errors import NotLowered
 from ..dsl.ir import Per
 from ..dsl.normal_form import NormalForm
@@ -41,8 +41,8 @@ class _Compiled:
 
     printed: EagerKernel
     loop: Loop
-    run: Callable[..., tuple[Tensor, ...]]
-    stores: tuple[str, ...]
+    run: Callable[..., tuple[Tensor | float, ...]]
+    stores: int  # of its results, so many are stored, the others carried
     buffers: Mapping[Tile, str]
 
 
@@ -141,8 +141,8 @@ def _compile(program: Program) -> tuple[_Compiled, ...]:
         exec(compile(printed.source, f"<chunkwise eager {kernel.name}>", "exec"), namespace)
         run = namespace[kernel.name]
         assert callable(run)
-        stores = tuple(name for name, _ in kernel.stores)
-        compiled.append(_Compiled(printed, kernel.loop, run, stores, kernel.buffers))
+        count = len(kernel.stores)
+        compiled.append(_Compiled(printed, kernel.loop, run, count, kernel.buffers))
     return tuple(compiled)
 
 
@@ -153,6 +153,10 @@ class _Run:
         self._call = call
         self._chunk = chunk
         self.dtype = torch.float64 if call.dtype is torch.float64 else torch.float32
+        self._params = {
+            name: torch.full((), value, dtype=self.dtype, device=call.device)
+            for name, value in call.params.items()
+        }
         self._heads: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
@@ -201,7 +205,6 @@ class _Run:
     def tokens_back(self, x: Tensor, heads: int, channels: tuple[int, ...]) -> Tensor:
         """The inverse of `add_token`, value heads summed into `heads` groups."""
         call = self._call
-        x = x.expand(call.N * call.HV, self._chunks, self._chunk, *channels)
         x = x.reshape(call.N, heads, call.HV // heads, -1, *channels).sum(2).movedim(1, 2)
         flat = x.new_zeros(call.B * call.T, heads, *channels)
         flat[self._index[self._rows]] = x[self._rows]
@@ -235,41 +238,41 @@ class _Run:
                     *(self._argument(kernel, t, None, {}) for t in _tiles(kernel)),
                     *self._context(None),
                 )
-                self.buffers.update(zip(kernel.stores, results, strict=True))
+                for (name, t), x in zip(kernel.printed.results, results, strict=True):
+                    self.buffers[name] = self._filled(x, t.axes, self._chunks)
             else:
                 ends |= self._scan(kernel, starts)
         call = self._call
         return {n: x.reshape(call.N, call.HV, *x.shape[1:]) for n, x in ends.items()}
 
     def _scan(self, kernel: _Compiled, starts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        names = kernel.printed.results[len(kernel.stores) :]
-        carry = {n: starts[n] for n in names}
-        stored: list[list[Tensor]] = [[] for _ in kernel.stores]
+        labels = kernel.printed.results
+        stored, carried = labels[: kernel.stores], labels[kernel.stores :]
+        carry = {n: starts[n] for n, _ in carried}
+        series: list[list[Tensor]] = [[] for _ in stored]
         steps = range(self._chunks)
         for n in steps if kernel.loop is Loop.FORWARD else reversed(steps):
             results = kernel.run(
                 *(self._argument(kernel, t, n, carry) for t in _tiles(kernel)), *self._context(n)
             )
-            for series, x in zip(stored, results, strict=False):
-                series.append(x)
-            carry = {
-                name: torch.as_tensor(x, dtype=self.dtype, device=self._call.device).expand_as(
-                    carry[name]
-                )
-                for name, x in zip(names, results[len(stored) :], strict=True)
-            }
-        for name, series in zip(kernel.stores, stored, strict=True):
-            if series:
-                ordered = series if kernel.loop is Loop.FORWARD else series[::-1]
-                self.buffers[name] = torch.stack(ordered, 1)
-            else:
-                self.buffers[name] = self._nothing()
+            full = [self._filled(x, t.axes) for (_, t), x in zip(labels, results, strict=True)]
+            for own, x in zip(series, full[: kernel.stores], strict=True):
+                own.append(x)
+            carry = {n: x for (n, _), x in zip(carried, full[kernel.stores :], strict=True)}
+        for (name, t), own in zip(stored, series, strict=True):
+            ordered = own if kernel.loop is Loop.FORWARD else own[::-1]
+            # of no chunks there is nothing to stack
+            self.buffers[name] = (
+                torch.stack(ordered, 1) if ordered else self._filled(0.0, t.axes, self._chunks)
+            )
         return carry
 
-    def _nothing(self) -> Tensor:
-        """What a scan over no chunks stores."""
+    def _filled(self, x: Tensor | float, axes: Axes, *chunks: int) -> Tensor:
+        """A kernel's result in full, `[N*HV, *chunks, *axes]`; a view where it is constant."""
         call = self._call
-        return torch.zeros((call.N * call.HV, 0, 1, 1), dtype=self.dtype, device=call.device)
+        size = {Axis.I: self._chunk, Axis.J: self._chunk, Axis.K: call.K, Axis.V: call.V}
+        x = torch.as_tensor(x, dtype=self.dtype, device=call.device)
+        return x.expand(call.N * call.HV, *chunks, *(size[a] for a in axes))
 
     def _context(self, n: int | None) -> tuple[object, ...]:
         call = self._call
@@ -282,13 +285,13 @@ class _Run:
 
     def _argument(
         self, kernel: _Compiled, t: Tile, n: int | None, carry: Mapping[str, Tensor]
-    ) -> Tensor | float:
+    ) -> Tensor:
         if t in kernel.buffers:
             x = self.buffers[kernel.buffers[t]]
             return x if n is None else x[:, n]
         name = str(t.attrs[0])
         if t.op is TileOp.PARAM:
-            return self._call.params[name]
+            return self._params[name]
         if t.op is TileOp.HEAD:
             return self._heads[name][:, None] if n is None else self._heads[name]
         if t.op is TileOp.CARRY:
@@ -302,7 +305,6 @@ class _Run:
         if g is None:
             return torch.zeros_like(x)
         if name in self._heads:
-            g = g.expand(call.N * call.HV, self._chunks, *x.shape[1:])
             g = g.reshape(call.N, call.HV, self._chunks, *x.shape[1:]).sum((0, 2))
         else:
             g = self.tokens_back(g, x.shape[2], x.shape[3:])

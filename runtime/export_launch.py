@@ -137,23 +137,34 @@ class _Direction:
             yield f"{s} = None if {s} is None else {s}.contiguous()"
         sizes = ", ".join(self._package.size(letter, self._known) for letter in ("B", "T", "HV"))
         yield f"batch, tokens, heads = {sizes}"
-        if self._package.rows_per_token > 1:
-            yield from self._refined(self._package.rows_per_token)
+        n = self._package.rows_per_token
+        if n > 1 or any(o.micro for o in self._operands.values()):
+            yield from self._refined(n)
 
     def _refined(self, n: int) -> Iterator[str]:
         yield f"# kernels see rows: a token has {n}, one per micro-step"
         for name, o in self._operands.items():
             x = self._known[name]
             if o.micro:
-                yield f"{x} = {x}.flatten(1, 2)"
-            elif o.per is Per.TOKEN:
+                yield f"{x} = {self._entries(x, o, self._package.micro, n)}.flatten(1, 2)"
+            elif n > 1 and o.per is Per.TOKEN:
                 yield f"{x} = {x}.repeat_interleave({n}, dim=1)"
+        if n == 1:
+            return
         yield f"tokens = {n} * tokens"
         yield f"cu_seqlens = None if cu_seqlens is None else {n} * cu_seqlens"
         if self._backward:
             d_o = self._cotangents[GRADIENT + "o"]
             yield f"{d_o} = torch.nn.functional.pad({d_o}.unsqueeze(2), (0, 0, 0, 0, {n - 1}, 0))"
             yield f"{d_o} = {d_o}.flatten(1, 2)  # a token's output is that of its last row"
+
+    @staticmethod
+    def _entries(x: str, o: Operand, have: int, want: int) -> str:
+        """`x [B,T,have,...]` as `[B,T,want,...]`: no row reads the entries that differ."""
+        if have == want:
+            return x
+        channels = "0, 0, " * (1 if o.kind is Kind.SCALAR else 2)
+        return f"torch.nn.functional.pad({x}, ({channels}0, {want - have}))"
 
     # ---- launches -------------------------------------------------------------------------------
 
@@ -296,6 +307,7 @@ class _Direction:
             text = f"support.over_groups({buffer}, {x}.shape[2])"
         else:
             text = buffer
-        if n > 1 and o.per is Per.TOKEN:
-            text += f".unflatten(1, (-1, {n}))" + ("" if o.micro else ".sum(2)")
-        return text
+        if o.micro:
+            return self._entries(f"{text}.unflatten(1, (-1, {n}))", o, n, self._package.micro)
+        shared = n > 1 and o.per is Per.TOKEN
+        return f"{text}.unflatten(1, (-1, {n})).sum(2)" if shared else text

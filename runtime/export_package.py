@@ -97,7 +97,8 @@ class Package:
             if letter in letters:
                 return f"{variables[o.name]}.shape[{letters.index(letter)}]"
         assert letter == "HV", "no operand has this axis"
-        return f"max({', '.join(f'{x}.shape[2]' for x in variables.values())})"
+        heads = [f"{variables[o.name]}.shape[{axes(o).index('H')}]" for o in self.form.operands]
+        return f"max({', '.join(heads)})"
 
     def header(self, what: str) -> list[str]:
         """A module's docstring: what it is for, where it comes from, and how to print it anew."""

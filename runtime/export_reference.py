@@ -39,8 +39,11 @@ _FUNCTIONS = {
     Op.ABS: "torch.abs",
     Op.MAXIMUM: "torch.maximum",
     Op.MINIMUM: "torch.minimum",
+    Op.AT_LEAST: "torch.clamp_min",
+    Op.AT_MOST: "torch.clamp_max",
 }
 _INFIX = {Op.ADD: (" + ", 1), Op.SUB: (" - ", 1), Op.MUL: (" * ", 2), Op.DIV: (" / ", 2)}
+_ARITHMETIC = (*_INFIX, Op.NEG, Op.WITHIN, Op.CONST, Op.PARAM)  # of numbers: Python's, no tensors
 _READS = {Op.READ: "...k,...kv->...v", Op.READ_VALUE: "...kv,...v->...k"}
 _RANK = {Kind.SCALAR: 0, Kind.KEY: 1, Kind.VALUE: 1, Kind.KEY_STATE: 1, Kind.STATE: 2}
 _AXES = {Kind.SCALAR: "", Kind.KEY: "K", Kind.VALUE: "V", Kind.KEY_STATE: "K", Kind.STATE: "K,V"}
@@ -158,7 +161,7 @@ class _StepPrinter:
     def _lifted(self, node: Node, kind: Kind, level: int) -> str:
         """An argument that broadcasts against what has `kind`."""
         missing = _RANK[kind] - _RANK[node.kind]
-        if missing == 0 or node.op in (Op.CONST, Op.PARAM):
+        if missing == 0 or _is_number(node):
             return self._at(node, level)
         if node.kind is Kind.VALUE:
             return f"{self._at(node, _ATOM)}[..., None, :]"
@@ -166,10 +169,15 @@ class _StepPrinter:
 
     def _tensor(self, node: Node, kind: Kind | None = None) -> str:
         """An argument of a function that takes tensors only."""
-        if any(n.op in (Op.OPERAND, Op.STATE) for n in topological(node)):
+        if not all(n.op in _ARITHMETIC for n in topological(node)):
             return self._lifted(node, kind or node.kind, 0)
         like = next(iter(self.known.values()))
         return f"{like}.new_tensor({self._texts[node][0]})"
+
+
+def _is_number(node: Node) -> bool:
+    """Whether `node` is a Python number, or a tensor without axes, which broadcasts like one."""
+    return not any(n.op in (Op.OPERAND, Op.STATE) for n in topological(node))
 
 
 def _plural(step: Step) -> str:

@@ -1,8 +1,9 @@
-"""Calls with several micro-steps, as calls in refined time: a row is one micro-step of a token.
+"""Calls as kernels see them, in refined time: a row is one micro-step of a token.
 
-The chunk form of such a step is that of one micro-step over n times as many rows
-(codegen/chunk.py). Operands of tokens are repeated for the rows of each token, those of micro-steps
-are rows already; the output is what the last row of each token reads.
+The chunk form of several micro-steps is that of one over n times as many rows (codegen/chunk.py).
+Row m of a token has entry m of each tuple, so operands lose their axis of micro-steps here, also
+where it is of length 1; operands of tokens are repeated for the rows of each token. The output is
+what the last row of each token reads.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..dsl.ir import Per
+from ..dsl.normal_form import Operand
 from .call import Call
 
 
@@ -22,18 +25,24 @@ def rows_per_token(call: Call) -> int:
 
 
 def refined(call: Call) -> Call:
-    """`call` over rows; itself where a token is a row."""
+    """`call` over rows; itself where no operand is a tuple and a token is a row."""
     n = rows_per_token(call)
-    if n == 1:
+    if n == 1 and not any(o.micro for o in call.form.operands):
         return call
-    operands = {}
-    for o in call.form.operands:
-        x = call.operands[o.name]
-        if o.per is Per.TOKEN:
-            x = x.flatten(1, 2) if o.micro else x.repeat_interleave(n, dim=1)
-        operands[o.name] = x
-    cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens * n
+    operands = {o.name: _as_rows(o, call.operands[o.name], n) for o in call.form.operands}
+    cu_seqlens = call.cu_seqlens if n == 1 or call.cu_seqlens is None else call.cu_seqlens * n
     return replace(call, operands=operands, T=call.T * n, cu_seqlens=cu_seqlens)
+
+
+def _as_rows(o: Operand, x: Tensor, n: int) -> Tensor:
+    if o.micro:
+        return _entries(x, n).flatten(1, 2)
+    return x if n == 1 or o.per is Per.HEAD else x.repeat_interleave(n, dim=1)
+
+
+def _entries(x: Tensor, n: int) -> Tensor:
+    """`x [B,T,m,...]` as `[B,T,n,...]`: no row reads the entries cut off, or the zeros added."""
+    return x if x.shape[2] == n else F.pad(x, (*(0, 0) * (x.ndim - 3), 0, n - x.shape[2]))
 
 
 def coarse(call: Call, o: Tensor) -> Tensor:
@@ -55,13 +64,12 @@ def refined_cotangent(call: Call, do: Tensor) -> Tensor:
 def coarse_gradients(call: Call, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gradients of the call's operands from those of its rows."""
     n = rows_per_token(call)
-    if n == 1:
-        return gradients
     result = {}
     for o in call.form.operands:
         g = gradients[o.name]
-        if o.per is Per.TOKEN:
-            g = g.unflatten(1, (call.T, n))
-            g = g if o.micro else g.sum(2)
+        if o.micro:
+            g = _entries(g.unflatten(1, (call.T, n)), call.micro)
+        elif n > 1 and o.per is Per.TOKEN:
+            g = g.unflatten(1, (call.T, n)).sum(2)
         result[o.name] = g
     return result

@@ -16,7 +16,20 @@ from typing import Any
 import chunkwise as cw
 import pytest
 import torch
-from chunkwise import HeadScalar, Key, Scalar, State, Value, cli, exp, outer, softplus
+from chunkwise import (
+    HeadScalar,
+    Key,
+    Scalar,
+    State,
+    Value,
+    cli,
+    exp,
+    maximum,
+    outer,
+    softplus,
+    sqrt,
+    tanh,
+)
 from chunkwise.autotune.store import save
 from chunkwise.cli_command import find
 from chunkwise.codegen.config import Dims
@@ -42,24 +55,47 @@ def leaky_writes(
     return S, q @ S
 
 
+@cw.recurrence
+def first_of_two(S: State, q: Key, k: tuple[Key, ...], v: Value):
+    """Takes no notice of a tuple's second entry."""
+    S = S + 0.5 * outer(k[0], v - k[0] @ S)
+    return S, q @ S
+
+
+@cw.recurrence
+def functions_of_numbers(S: State, q: Key, k: Key, v: Value, *, rate: float = 0.5):
+    """Decays, scales and adds by what is made from numbers alone."""
+    S = exp(-rate) * S + rate / 3 * outer(k * tanh(sqrt(rate)), v)
+    return S, (q * maximum(rate, 0.3)) @ S + tanh(0.1) * rate
+
+
 OPS = {
     "gated_delta_rule": cw.library.gated_delta_rule,
     "delta_product": cw.library.delta_product,
     "mamba2": cw.library.mamba2,
     "leaky_writes": leaky_writes,
+    "one_householder": cw.library.gated_delta_product,
+    "first_of_two": first_of_two,
+    "functions_of_numbers": functions_of_numbers,
 }
 TRAINED = ("gated_delta_rule", "mamba2", "leaky_writes")
-TESTED = ("gated_delta_rule", "delta_product")
-SIZES = {"B": 1, "T": 7, "H": 1, "HV": 1, "K": 8, "V": 6, "2": 2}
+TESTED = (
+    "gated_delta_rule",
+    "delta_product",
+    "one_householder",
+    "first_of_two",
+    "functions_of_numbers",
+)
+SIZES = {"B": 1, "T": 7, "H": 1, "HV": 1, "K": 8, "V": 6, "1": 1, "2": 2}
 DIMS = Dims(8, 6)
-_MICRO = {"delta_product": 2}
+_MICRO = {"delta_product": 2, "first_of_two": 2}
 
 
 def request_of(recurrence: str, **options: Any) -> Request:
     micro = _MICRO.get(recurrence, 1)
     form = OPS[recurrence].declaration.normal_form(micro)
     plain = {"dims": (DIMS,), "dtypes": (Dtype.FLOAT32,), "config": small(form)}
-    return Request(recurrence, micro=micro, **{**plain, **options})
+    return Request(recurrence, **{"name": recurrence, "micro": micro, **plain, **options})
 
 
 @pytest.fixture(scope="module")
