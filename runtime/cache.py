@@ -114,10 +114,13 @@ def read_file(path: Path, limit: int) -> bytes:
     """
     # a pipe would keep us waiting
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(handle, "rb") as file:
+    try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        held = file.read(limit + 1)
+        with open(handle, "rb", closefd=False) as file:
+            held = file.read(limit + 1)
+    finally:
+        os.close(handle)
     if len(held) > limit:
         raise OSError(errno.EFBIG, f"more than {limit} bytes", str(path))
     return held
