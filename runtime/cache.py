@@ -54,6 +54,8 @@ def own_folder(*names: str) -> Path:
     below = list(itertools.accumulate(names, lambda folder, name: folder / name, initial=top))
     try:
         os.fspath(top).encode()  # LLVM and linkers are given it as text
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            below[-1].lstat()  # too long a name: nothing of it shall be made
         for path in (*reversed(top.parents), *below):
             with contextlib.suppress(FileExistsError):
                 path.mkdir(mode=0o700)

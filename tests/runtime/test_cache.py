@@ -138,6 +138,7 @@ def test_names_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         own(str(tmp_path / ("x" * 300)))
     with pytest.raises(errors.BadCache, match="too long"):
         own(str(tmp_path) + "/x" * 4000)
+    assert not (tmp_path / "x").exists()
     with pytest.raises(errors.BadCache, match="no home folder"):
         own("~nobody-of-that-name/cache")
     cache._folder.cache_clear()

@@ -87,6 +87,7 @@ def test_names_that_cannot_be(
     monkeypatch.setenv("CHUNKWISE_CACHE", os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
     _agrees(OP, *_operands())
     assert len(caplog.records) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_relative_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
