@@ -18,7 +18,7 @@ from .cli_emit import dims
 from .codegen.config import Dims
 from .codegen.triton_types import Dtype
 from .dsl import errors, oracle
-from .runtime.cache import CACHE_VARIABLE, cache_folder, danger
+from .runtime.cache import CACHE_VARIABLE, cache_folder, own_folder
 from .runtime.check import CHECK_VARIABLE
 from .runtime.engines import ENGINE_VARIABLE, EngineName, available, choose
 from .runtime.machine import assembler, driver, known_bad, machine_of, version
@@ -141,11 +141,9 @@ class _Cache(TypedDict):
 def _cache() -> _Cache:
     folder, held, fault = cache_folder(), 0, None
     try:
-        if folder.exists():
-            fault = danger(folder) or None
-        held = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    except OSError as why:
-        fault = str(why)
+        held = sum(p.stat().st_size for p in own_folder().rglob("*") if p.is_file())
+    except errors.BadCache as why:
+        fault = why.why
     shown = os.fsencode(folder).decode(errors="backslashreplace")
     return _Cache(folder=shown, bytes=held, fault=fault)
 
