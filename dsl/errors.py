@@ -571,6 +571,35 @@ class BadArtifact(ChunkwiseError, ValueError):
         )
 
 
+class BadConfiguration(ChunkwiseError, ValueError):
+    """A configuration with a number that no kernel can be printed for."""
+
+    def __init__(self, field: str, got: object, expected: str, why: str = "") -> None:
+        super().__init__(f"{field} is {got!r}, expected {expected}", why=why)
+
+
+class BadCache(ChunkwiseError, OSError):
+    """A cache folder that cannot be written, or that somebody else could write to."""
+
+    def __init__(self, folder: str, why: str) -> None:
+        super().__init__(
+            f"the cache folder {folder} is not used",
+            why=why,
+            help="CHUNKWISE_CACHE names another: a folder of your own (mode 0700) with room in it",
+        )
+
+
+class LinkerFailed(ChunkwiseError, RuntimeError):
+    """A linker that was found and did not make a library of compiled code."""
+
+    def __init__(self, command: str, status: int, printed: str) -> None:
+        super().__init__(
+            f"the linker failed with status {status}: {command}",
+            why=printed.strip()[-2000:] or "it printed nothing",
+            help="it comes with a C compiler; check that it makes any shared library",
+        )
+
+
 class ReservedName(DeclarationError, ValueError):
     """An operand named like something that every op has: an option, its output, a gradient."""
 

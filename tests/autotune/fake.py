@@ -17,7 +17,8 @@ from chunkwise.autotune.search import Budget, Findings, search
 from chunkwise.autotune.space import Axis, Point, points
 from chunkwise.autotune.storage import open_storage
 from chunkwise.autotune.tunable import Alternative, Built, Job, Part, Run
-from chunkwise.codegen.config import EagerConfig
+from chunkwise.codegen.config import Config, EagerConfig, KernelConfig
+from chunkwise.codegen.plan import Hoist, Plan
 from chunkwise.runtime.artifact import Certificate, Configuration
 
 AXES = (Axis("chunk", (16, 32, 64, 128)), Axis("warps", (1, 2, 4)))
@@ -32,6 +33,12 @@ def microseconds(part: str, point: Point) -> float:
 
 
 DEFAULT = EagerConfig(16)
+
+
+def made(chunk: int, warps: int) -> Config:
+    """The configuration of a point."""
+    plan = Plan(Hoist.NOTHING)
+    return Config(chunk, plan, plan, KernelConfig(warps=warps))
 
 
 @dataclass
@@ -78,17 +85,16 @@ class Fake:
     ) -> Configuration:
         (forward,) = chosen["forward"].parts
         warps = dict(points[forward])["warps"]
-        return EagerConfig(dict(points[forward])["chunk"] * 1000 + warps)
+        return made(dict(points[forward])["chunk"], warps)
 
     def whole_jobs(self, config: Configuration) -> tuple[Job, ...]:
         return self.jobs_of
 
     def whole(self, config: Configuration) -> Run:
-        assert isinstance(config, EagerConfig)
         if config == self.default:
             return Timed(700.0)
-        chunk, warps = divmod(config.chunk, 1000)
-        point = (("chunk", chunk), ("warps", warps))
+        assert isinstance(config, Config)
+        point = (("chunk", config.chunk), ("warps", config.default.warps))
         return Timed(3 * microseconds("fast/a", point))
 
     def certify_jobs(self, config: Configuration) -> tuple[Job, ...]:

@@ -23,9 +23,9 @@ from chunkwise.runtime.machine import Machine
 from optuna.storages import InMemoryStorage
 from torch import Tensor
 
-from tests.autotune.fake import DEFAULT, Clock, Fake, Timed
+from tests.autotune.fake import DEFAULT, Clock, Fake, Timed, made
 
-FASTEST = EagerConfig(32002)  # chunk 32, two warps: see Fake.configuration
+FASTEST = made(32, 2)
 KEY = Key("f" * 12, EngineName.EAGER, "float32", Dims(8, 8), Machine("cpu", "x", "a CPU", 1))
 VERSIONS = Versions("0", "2")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from chunkwise import cli_doctor
 from chunkwise.cli import main
 from chunkwise.runtime import selection
 from chunkwise.runtime.artifact import from_text
@@ -85,3 +87,36 @@ def test_a_storage_that_is_not_there_says_so(capsys: pytest.CaptureFixture[str])
     message = capsys.readouterr().err
     assert "mysql+nothing://nowhere/studies" in message
     assert "secret" not in message
+
+
+@pytest.mark.parametrize("storage", [(), ("--storage", "sqlite://")])
+def test_a_cache_that_cannot_be_written(
+    storage: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is refused before anything is measured."""
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("CHUNKWISE_CACHE", str(file))
+    assert main(["tune", "delta_rule", *SMALL, "--budget", "600", *storage]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"BadCache: the cache folder {file} is not used" in printed.err
+    assert f"{file} is no folder" in printed.err
+
+
+def test_doctor_says_why_a_cache_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = ((b"file", "is no folder"), (b"x" * 300, "too long"), (b"\xff", "not UTF-8"))
+    for name, fault in (*faults, (b"new", None)):
+        path = os.fsencode(tmp_path) + b"/" + name
+        if name == b"file":
+            Path(os.fsdecode(path)).touch()
+        monkeypatch.setenv("CHUNKWISE_CACHE", os.fsdecode(path))
+        about = cli_doctor._cache()
+        about["folder"].encode()
+        assert about["bytes"] == 0
+        assert (about["fault"] is None) if fault is None else fault in str(about["fault"])
