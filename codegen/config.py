@@ -41,6 +41,13 @@ class KernelConfig:
         """Raise BadConfiguration for a number out of its range."""
         check(self)
 
+    def options(self, stages: int) -> dict[str, int | bool]:
+        """What Triton is told beside arguments, for a launch and for compiling alike.
+
+        Fused multiply-adds, because that default changes: on to Triton 3.9, off from 3.10.
+        """
+        return {"num_warps": self.warps, "num_stages": stages, "enable_fp_fusion": True}
+
 
 @dataclass(frozen=True, slots=True)
 class Config:

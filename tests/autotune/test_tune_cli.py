@@ -27,7 +27,7 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_tunes_prints_and_keeps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     picture = tmp_path / "study.svg"
-    assert main(["tune", "delta_rule", *SMALL, "--budget", "2s", "--plot", str(picture)]) == 0
+    assert main(["tune", "delta_rule", *SMALL, "--budget", "60s", "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out
     assert "configurations of 1 parts measured" in printed
     assert "winner:" in printed
@@ -37,7 +37,7 @@ def test_tunes_prints_and_keeps(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert picture.exists()
 
     # the study goes on where it ended: nothing is measured anew
-    assert main(["tune", "delta_rule", *SMALL, "--budget", "2", "--resume", "--json"]) == 0
+    assert main(["tune", "delta_rule", *SMALL, "--budget", "60", "--resume", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["file"] == str(file)
     assert document["artifact"]["tuned"][0]["study"]["trials"] == 2
@@ -46,8 +46,8 @@ def test_tunes_prints_and_keeps(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 def test_a_database_is_a_storage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
-    assert main(["tune", "linear_attention", *SMALL, "--budget", "2", "--storage", url]) == 0
-    assert main(["tune", "linear_attention", *SMALL, "--budget", "2", "--storage", url]) == 0
+    assert main(["tune", "linear_attention", *SMALL, "--budget", "60", "--storage", url]) == 0
+    assert main(["tune", "linear_attention", *SMALL, "--budget", "60", "--storage", url]) == 0
     assert "2 configurations of 1 parts measured (0 by this process)" in capsys.readouterr().out
 
 
