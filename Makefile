@@ -1,25 +1,26 @@
-# The commands of the project. Each sets up .venv by itself: Python >= 3.10 with pip is all it needs.
+# The commands of the project. Each sets up $(VENV) by itself: Python >= 3.10 with pip is all it needs.
 PYTHON ?= python3
-VENV   ?= .venv
+# pinned, newest or oldest: versions of requirements/$(STACK).txt, in an environment of their own.
+STACK  ?= pinned
+VENV   ?= .venv$(patsubst -pinned,,-$(STACK))
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 LINKS  := .links/chunkwise
+PINS   := requirements/$(STACK).txt
 
 # PIP_EXTRA="--index-url …" takes torch from another index, e.g. one with CPU-only builds.
 PIP_EXTRA ?=
-ifeq ($(shell uname -s),Linux)
-TORCH_SPEC ?= torch==2.13.0 triton==3.7.1
-else
-TORCH_SPEC ?= torch==2.13.0
-endif
 
 JOBS      ?= 2
 # One torch thread per pytest worker: more would oversubscribe the cores.
 PYTEST    := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
+# `make test-all` has long campaigns too (marker `long`), and every plan in the interpreter.
+SHORT     := and not long
+EVERY     :=
 DEMO      ?=
 BENCH     ?=
 
-.PHONY: setup demo test test-gpu lint format bench docs audit clean
+.PHONY: setup demo test test-all test-cpu test-interpreter test-gpu lint format bench docs audit clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -31,18 +32,27 @@ $(BIN)/python:
 	    rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV) && \
 	    $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
 
-$(READY): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_EXTRA) $(TORCH_SPEC)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+$(READY): pyproject.toml $(PINS) | $(BIN)/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_EXTRA) -r $(PINS)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(PINS) -e '.[dev]'
 	@touch $@
 
 demo: $(READY)
 	$(BIN)/python examples/mqar.py $(DEMO)
 
-# Triton's interpreter replaces the compiler for the whole process, so its tests have their own.
+# Both halves run, whichever fails, and the exit status says whether one did.
 test: $(READY)
-	$(PYTEST) -m 'not interpreter and not gpu'
-	TRITON_INTERPRET=1 $(PYTEST) -m interpreter
+	@$(MAKE) --no-print-directory --keep-going test-cpu test-interpreter
+
+test-all: $(READY)
+	@$(MAKE) --no-print-directory --keep-going SHORT= EVERY=--every-plan test-cpu test-interpreter
+
+test-cpu: $(READY)
+	$(PYTEST) -m 'not interpreter and not gpu $(SHORT)'
+
+# Triton's interpreter replaces the compiler for the whole process, so its tests have their own.
+test-interpreter: $(READY)
+	TRITON_INTERPRET=1 $(PYTEST) -m 'interpreter $(SHORT)' $(EVERY)
 
 # On a machine with a GPU; one worker, so that timings and memory are its own.
 test-gpu: $(READY)

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -17,7 +18,7 @@ from .cli_emit import dims
 from .codegen.config import Dims
 from .codegen.triton_types import Dtype
 from .dsl import errors, oracle
-from .runtime.cache import CACHE_VARIABLE, cache_folder
+from .runtime.cache import CACHE_VARIABLE, cache_folder, own_folder
 from .runtime.check import CHECK_VARIABLE
 from .runtime.engines import ENGINE_VARIABLE, EngineName, available, choose
 from .runtime.machine import assembler, driver, known_bad, machine_of, version
@@ -82,7 +83,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         "devices": _devices(),
         "engines": {name.value: text for name, (_, text) in verdicts.items()},
         "environment": {name: os.environ.get(name) for name in _VARIABLES},
-        "cache": {"folder": str(cache_folder()), "bytes": _bytes(cache_folder())},
+        "cache": _cache(),
         "artifacts": [{"file": str(path), "state": state} for path, state in _artifacts()],
         "serves": [] if arguments.target is None else _serves(arguments),
         "healthy": healthy,
@@ -114,7 +115,10 @@ def _lines(
     yield "by default", f"tensors on {kind} run on {choose(kind).value}"
     for variable in _VARIABLES:
         yield "environment", f"{variable}={os.environ.get(variable, '(not set)')}"
-    yield "cache", f"{cache_folder()}, {_bytes(cache_folder()) / 2**20:.1f} MiB"
+    cache = _cache()
+    yield "cache", f"{cache['folder']}, {cache['bytes'] / 2**20:.1f} MiB"
+    if cache["fault"]:
+        yield "", f"NOT USED: {cache['fault']}"
     artifacts = _artifacts()
     for path, state in artifacts:
         yield "artifact", str(path)
@@ -127,8 +131,22 @@ def _lines(
         yield from (("", line) for line in others)
 
 
-def _bytes(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+class _Cache(TypedDict):
+    """The cache folder, what it holds, and why it is not used (None: it is)."""
+
+    folder: str
+    bytes: int
+    fault: str | None
+
+
+def _cache() -> _Cache:
+    folder, held, fault = cache_folder(), 0, None
+    try:
+        held = sum(p.stat().st_size for p in own_folder().rglob("*") if p.is_file())
+    except errors.BadCache as why:
+        fault = why.why
+    shown = os.fsencode(folder).decode(errors="backslashreplace")
+    return _Cache(folder=shown, bytes=held, fault=fault)
 
 
 def _artifacts() -> list[tuple[Path, str]]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .cli_command import Command, UsageError, add_json, add_target, find, print_json
 from .cli_emit import dims
 from .codegen.config import Dims
-from .runtime.cache import cache_folder
+from .runtime.cache import cache_folder, own_folder
 from .runtime.engines import EngineName, choose
 
 _DTYPES = {
@@ -123,9 +123,10 @@ class _Bar:
 
 def _storage(arguments: argparse.Namespace, path: str) -> str:
     """The URL given, else a journal of this key: the last one to resume, or a new one."""
+    own_folder("artifacts")  # where the result goes: better refused before than after
     if arguments.storage:
         return str(arguments.storage)
-    folder = cache_folder() / "studies" / Path(path).parent
+    folder = own_folder("studies", *Path(path).parent.parts)
     stem = Path(path).stem
     if arguments.resume:
         known = sorted(folder.glob(f"{stem}-*.journal"))

@@ -11,10 +11,11 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import optuna
-from filelock import FileLock
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from sqlalchemy.exc import SQLAlchemyError
+
+from ..runtime.cache import lock_of
 
 JOURNAL = "journal://"
 
@@ -29,7 +30,7 @@ class _Lock(JournalFileOpenLock):
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
         self._path = path
-        self._lock = FileLock(path.with_suffix(".lock"))
+        self._lock = lock_of(path)
 
     def acquire(self) -> bool:
         self._lock.acquire()

@@ -30,8 +30,7 @@ from chunkwise.codegen.emit import backward_program, forward_program
 from chunkwise.codegen.plan import Program
 from chunkwise.codegen.tile import Axis
 from chunkwise.codegen.tir_config import TvmConfig
-from chunkwise.codegen.tir_decayed import DECAYED
-from chunkwise.codegen.tir_schedule import Action, schedule, sides, zero_above
+from chunkwise.codegen.tir_schedule import DECAYED, Action, schedule, sides, zero_above
 from chunkwise.runtime import eager_engine, tvm_engine
 from chunkwise.runtime.call import Call, bind
 from torch import Tensor

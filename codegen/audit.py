@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import triton
+
 from ..dsl import library
 from ..dsl.classify import DecayClass, LowRank, classify
 from ..dsl.errors import NotLowered
@@ -273,16 +275,19 @@ def report(searches: Sequence[Search]) -> str:
             verdict = f"DOES NOT FIT: {s.failed} under no configuration tried"
         else:
             shared = max(o.resources.shared for o in s.found.values() if o.resources)
+            registers = [o.resources.registers or 0 for o in s.found.values() if o.resources]
             spills = [o.resources.spills or 0 for o in s.found.values() if o.resources]
             limit = s.subject.target.shared_limit
-            verdict = f"{shared / 1024:5.1f} of {limit // 1024} KiB, spills {max(spills)} B"
+            verdict = f"{shared / 1024:5.1f} of {limit // 1024} KiB, "
+            verdict += f"registers {max(registers)}, spills {max(spills)} B"
             if s.changes:
                 verdict += f"   TOO MUCH AS CHOSEN, fits with {'; '.join(s.changes)}"
         lines.append(f"{s.subject.label:<{width}}  {verdict}")
     for s in searches:
         lines += [f"ERROR {s.subject.label} {n}: {e}" for n, e in s.errors.items()]
     good = [s for s in searches if s.passed]
-    lines.append(f"{len(searches)} audited, {len(searches) - len(good)} with findings")
+    found = f"{len(searches)} audited, {len(searches) - len(good)} with findings"
+    lines.append(f"{found} (Triton {triton.__version__})")
     return "\n".join(lines)
 
 
@@ -308,6 +313,7 @@ def as_json(search: Search) -> dict[str, object]:
         }
     return {
         "subject": search.subject.label,
+        "triton": triton.__version__,
         "passed": search.passed,
         "changes": search.changes,
         "chunk": config.chunk,

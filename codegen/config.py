@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
 
+from .limits import Within, check
 from .plan import ENDS, MATRICES, Kernel, Plan
 from .segments import Start
+
+_HALVED = "a chunk is halved until single tokens are left"
+Chunk = Annotated[int, Within(1, 1024, _HALVED, power=True)]  # 1: for tokens one at a time
+Tile = Annotated[int, Within(8, 4096, "Triton's tiles are powers of two", power=True)]
+Channels = Annotated[int, Within(1, 1 << 16)]
 
 
 class Precision(Enum):
@@ -25,21 +32,36 @@ class KernelConfig:
     it (no value axis, nothing along K that needs a sum over K); elsewhere all of K.
     """
 
-    v_tile: int = 64
-    warps: int = 4
-    stages: int = 2
-    k_tile: int = 256
+    v_tile: Tile = 64
+    warps: Annotated[int, Within(1, 32, "a program has at most 1024 threads", power=True)] = 4
+    stages: Annotated[int, Within(1, 16, "a loop's tiles are held once per stage")] = 2
+    k_tile: Tile = 256
+
+    def __post_init__(self) -> None:
+        """Raise BadConfiguration for a number out of its range."""
+        check(self)
+
+    def options(self, stages: int) -> dict[str, int | bool]:
+        """What Triton is told beside arguments, for a launch and for compiling alike.
+
+        Fused multiply-adds, because that default changes: on to Triton 3.9, off from 3.10.
+        """
+        return {"num_warps": self.warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
     """The shared decisions and each kernel's own. `kernels` overrides `default` by kernel name."""
 
-    chunk: int
+    chunk: Chunk
     forward: Plan
     backward: Plan
     default: KernelConfig
     kernels: tuple[tuple[str, KernelConfig], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise BadConfiguration for a number out of its range."""
+        check(self)
 
     def of(self, kernel: str) -> KernelConfig:
         """The tiles of the kernel called `kernel`; scans for ends may have those of their scan."""
@@ -52,15 +74,19 @@ class Config:
 class EagerConfig:
     """What is free in the eager engine: tokens per chunk, a power of two."""
 
-    chunk: int
+    chunk: Chunk
+
+    def __post_init__(self) -> None:
+        """Raise BadConfiguration for a number out of its range."""
+        check(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Dims:
     """Channels of the state: [K, V]."""
 
-    K: int
-    V: int
+    K: Channels
+    V: Channels
 
 
 def dims_of(kernel: Kernel, dims: Dims) -> Dims:

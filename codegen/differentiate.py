@@ -141,23 +141,12 @@ def _inverse(z: Tile, g: Tile) -> Cotangents:
 
 
 def _decayed_dot(z: Tile, g: Tile) -> Cotangents:
-    """P and Q get x.dx and -y.dy: no new exponentials, and no diagonal (the op is strict).
-
-    A decay that is a factor, as f S, has e^g = f and df = dg / f: its dg must be exact in relation
-    to f, which a difference of running sums is not.
-    """
-    x, y, p, q, log_decay = z.args
+    """No diagonal (the op is strict), and no gradient to prefix sums: the gate has its own."""
+    x, y, _, _, log_decay = z.args
     gate = tile.gate_of(z)
     dx = tile.decayed_apply(g, y, gate, Axis.I)
     dy = tile.decayed_apply(g, x, gate, Axis.J)
-    if _is_factor(log_decay):
-        return [(x, dx), (y, dy), (log_decay, tile.decayed_crossing(g, x, y, gate))]
-    return [(x, dx), (y, dy), (p, tile.mul(x, dx)), (q, tile.neg(tile.mul(y, dy)))]
-
-
-def _is_factor(log_decay: Tile) -> bool:
-    """Whether a decay's gradient is divided by what may be 0."""
-    return any(t.op is TileOp.MAP and t.attrs == (Op.LOG,) for t in tile.topological(log_decay))
+    return [(x, dx), (y, dy), (log_decay, tile.decayed_crossing(g, x, y, dx, dy, gate))]
 
 
 def _solve_rule(z: Tile, g: Tile) -> Cotangents | None:
@@ -216,19 +205,29 @@ def _unary(derivative: Callable[[Tile, Tile], Tile]) -> Rule:
     return lambda z, g: [(z.args[0], tile.mul(g, derivative(z.args[0], z)))]
 
 
-def _larger(x: Tile, y: Tile) -> Tile:
-    return tile.step(tile.sub(x, y))
+def _sign(x: Tile) -> Tile:
+    """1, 0 or -1."""
+    return tile.sub(tile.step(x), tile.step(tile.neg(x)))
 
 
-def _selected(first: Callable[[Tile, Tile], Tile]) -> Rule:
-    """maximum, minimum: the gradient goes to the one that was taken, half to each at a tie."""
+def _selected(second: Callable[[Tile, Tile], Tile]) -> Rule:
+    """The gradient goes to the argument that was taken; `second`: how much of it to y."""
 
     def rule(z: Tile, g: Tile) -> Cotangents:
         x, y = z.args
-        taken = first(x, y)
-        return [(x, tile.mul(g, taken)), (y, tile.mul(g, tile.sub(_ONE, taken)))]
+        taken = second(x, y)
+        return [(x, tile.mul(g, tile.sub(_ONE, taken))), (y, tile.mul(g, taken))]
 
     return rule
+
+
+def _more(x: Tile, y: Tile) -> Tile:
+    return tile.step(tile.sub(x, y))
+
+
+def _half_more(x: Tile, y: Tile) -> Tile:
+    """`_more`, but 1/2 where they are equal."""
+    return tile.mul(_HALF, tile.add(_ONE, _sign(tile.sub(x, y))))
 
 
 _MAPS: dict[Op, Rule] = {
@@ -242,8 +241,10 @@ _MAPS: dict[Op, Rule] = {
         (z.args[0], tile.div(g, z.args[1])),
         (z.args[1], tile.neg(tile.div(tile.mul(g, z), z.args[1]))),
     ],
-    Op.MAXIMUM: _selected(_larger),
-    Op.MINIMUM: _selected(lambda x, y: _larger(y, x)),
+    Op.MAXIMUM: _selected(lambda x, y: _half_more(y, x)),
+    Op.MINIMUM: _selected(_half_more),
+    Op.AT_LEAST: _selected(lambda x, y: _more(y, x)),
+    Op.AT_MOST: _selected(_more),
     Op.NEG: lambda z, g: [(z.args[0], tile.neg(g))],
     Op.EXP: _unary(lambda x, z: z),
     Op.LOG: lambda z, g: [(z.args[0], tile.div(g, z.args[0]))],
@@ -257,5 +258,5 @@ _MAPS: dict[Op, Rule] = {
     Op.RSQRT: lambda z, g: [
         (z.args[0], tile.neg(tile.mul(tile.mul(g, _HALF), tile.mul(z, tile.mul(z, z)))))
     ],
-    Op.ABS: _unary(lambda x, z: tile.sub(tile.mul(tile.const(2.0), tile.step(x)), _ONE)),
+    Op.ABS: _unary(lambda x, z: _sign(x)),
 }

@@ -116,14 +116,23 @@ def decayed_apply_transposed(
 
 
 def decayed_crossing(
-    a: Tensor, x: Tensor, y: Tensor, p: Tensor, q: Tensor, g: Tensor, *, exclusive: bool
+    a: Tensor,
+    x: Tensor,
+    y: Tensor,
+    dx: Tensor,
+    dy: Tensor,
+    p: Tensor,
+    q: Tensor,
+    g: Tensor,
+    *,
+    exclusive: bool,
 ) -> Tensor:
     """z_tk = sum of A_ij x_ik y_jk e^(P_ik - Q_jk) over i >= t > j (i > t, if exclusive).
 
     Of a pair of halves, a late t is crossed by what later rows get from the earlier half, an early
     one by what earlier rows give to the later half.
     """
-    del p, q
+    del dx, dy, p, q  # what could be a difference of sums is always a sum
     z = torch.zeros_like(g * x * y)
     for half, e_late, e_early in _levels(g, exclusive):
         block = _below_diagonal(a, half).movedim(-1, -3)

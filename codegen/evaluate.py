@@ -192,6 +192,21 @@ def _crossing(w: Numbers, exclusive: bool, c: Sizes) -> Numbers:
     return total(_where(c.kept(Which.STRICT), later), Axis.J)
 
 
+def _decayed_crossing(t: Tile, xs: Sequence[Numbers], c: Sizes) -> Numbers:
+    """What crosses each token, by its definition.
+
+    Raises InvalidIR where the difference of sums that stands for it is another.
+    """
+    a, x, y, dx, dy, *gate = xs
+    exclusive = bool(t.attrs[-1])
+    z = _crossing(_decayed(t, [a, x, y, *gate], c), exclusive, c)
+    taken = _sums(x * dx, reverse=True, exclusive=exclusive)
+    given = _sums((y * dy).swapaxes(_AT[Axis.I], _AT[Axis.J]), reverse=True, exclusive=False)
+    if np.max(abs(z - (taken - given))) > _NOTHING:
+        raise InvalidIR("sums that differ by something else than what crosses a token", t.key)
+    return z
+
+
 _TILES: dict[TileOp, Callable[[Tile, Sequence[Numbers], Sizes], Numbers]] = {
     TileOp.CONST: lambda t, xs, c: number(t.value),
     TileOp.EXTENT: lambda t, xs, c: number(c.along(_attr(t))),
@@ -214,7 +229,7 @@ _TILES: dict[TileOp, Callable[[Tile, Sequence[Numbers], Sizes], Numbers]] = {
     TileOp.DECAYED_APPLY: lambda t, xs, c: total(
         _decayed(t, xs, c), Axis.J if t.attrs[0] is Axis.I else Axis.I
     ),
-    TileOp.DECAYED_CROSSING: lambda t, xs, c: _crossing(_decayed(t, xs, c), bool(t.attrs[-1]), c),
+    TileOp.DECAYED_CROSSING: lambda t, xs, c: _decayed_crossing(t, xs, c),
 }
 
 

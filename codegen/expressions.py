@@ -175,7 +175,7 @@ class Expressions(ABC):
         target = self.layout(x)
         inner = self.within(x.args[0], target)
         if x.op is TileOp.STEP:
-            return f"{self.where}({inner} > 0, 1.0, {self.where}({inner} == 0, 0.5, 0.0))"
+            return f"{self.where}({inner} > 0, 1.0, 0.0)"
         return f"{self.where}({self.kept(x, rows, index)}, {inner}, 0.0)"
 
     def kept(self, x: Tile, rows: str, index: Mapping[Axis, str]) -> str:

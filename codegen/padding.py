@@ -20,7 +20,18 @@ class Padding(Enum):
     UNSAFE = 2
 
 
-_KEEPS_ZERO = (Op.NEG, Op.EXPM1, Op.LOG1P, Op.TANH, Op.SQRT, Op.ABS, Op.MAXIMUM, Op.MINIMUM)
+_KEEPS_ZERO = (
+    Op.NEG,
+    Op.EXPM1,
+    Op.LOG1P,
+    Op.TANH,
+    Op.SQRT,
+    Op.ABS,
+    Op.MAXIMUM,
+    Op.MINIMUM,
+    Op.AT_LEAST,
+    Op.AT_MOST,
+)
 
 
 def padding(x: Tile, axis: Axis) -> Padding:

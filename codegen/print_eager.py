@@ -18,6 +18,8 @@ from .tile import Axes, Axis, Tile, TileOp, Which
 _FUNCTIONS = {
     Op.MAXIMUM: "torch.maximum",
     Op.MINIMUM: "torch.minimum",
+    Op.AT_LEAST: "torch.clamp_min",
+    Op.AT_MOST: "torch.clamp_max",
     Op.EXP: "torch.exp",
     Op.LOG: "torch.log",
     Op.EXPM1: "torch.expm1",
@@ -30,6 +32,8 @@ _FUNCTIONS = {
     Op.RSQRT: "torch.rsqrt",
     Op.ABS: "torch.abs",
 }
+# with a number, which torch's functions of two tensors do not take
+_BOUNDS = {Op.MAXIMUM: "min", Op.AT_LEAST: "min", Op.MINIMUM: "max", Op.AT_MOST: "max"}
 # what every kernel is given after its tiles: which rows exist, their numbers, sizes and dtype
 CONTEXT = ("rows", "at", "extent_k", "extent_v", "dtype")
 LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM, TileOp.CARRY)
@@ -63,11 +67,10 @@ class _Torch(Expressions):
     def _map(self, x: Tile) -> str:
         (fn,) = x.attrs
         constants = [a for a in x.args if a.op is TileOp.CONST]
-        if fn in (Op.MAXIMUM, Op.MINIMUM) and constants:
+        if fn in _BOUNDS and constants:
             (constant,) = constants  # of two, `lower` makes one
             (other,) = (a for a in x.args if a is not constant)
-            bound = "min" if fn is Op.MAXIMUM else "max"
-            return f"torch.clamp({self.text(other)}, {bound}={self.text(constant)})"
+            return f"torch.clamp({self.text(other)}, {_BOUNDS[fn]}={self.text(constant)})"
         return super()._map(x)
 
     def result(self, x: Tile) -> str:

@@ -176,7 +176,7 @@ class _Printer:
         if x.op is TileOp.DECAYED_CROSSING:
             late = {**letters, Axis.I: "t"}
             factors = "·".join(self._wrapped(a, _PRODUCT, late) for a in x.args[:3])
-            p, q = (self._text(a, late)[0] for a in x.args[3:5])
+            p, q = (self._text(a, late)[0] for a in x.args[-3:-1])
             last = ">" if x.attrs[-1] else "≥"
             span = f"t{last}{letters[Axis.I]}>j"
             return f"Σ_{{{span}}} {factors}·exp({p} − {q})", _BIG_SUM

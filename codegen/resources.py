@@ -86,7 +86,7 @@ def compile_kernel(
             types[STAGES], constants[STAGES] = "constexpr", stages
         ordered = {n: types[n] for n in names}
         source = ASTSource(function, ordered, constants, attributes)
-        options = {"num_warps": kernel.config.warps, "num_stages": stages}
+        options = kernel.config.options(stages)
         compiled = triton.compile(source, target=target.triton, options=options)
         if compiled.metadata.shared <= target.shared_limit:
             break

@@ -53,7 +53,7 @@ class TileOp(Enum):
     EXTENT = "the number of channels along an axis; attrs (axis,)"
     # compute
     MAP = "elementwise function of tiles, broadcast by axis name; attrs (StepIR op,)"
-    STEP = "1 where x > 0, 1/2 where x = 0, else 0: the derivative of maximum"
+    STEP = "1 where x > 0, else 0"
     EXPAND = "the same values along further axes"
     RENAME = "the same tile with I called J, or J called I; attrs (to,)"
     ROWS = "zero in the rows beyond the end of the sequence"
@@ -69,7 +69,7 @@ class TileOp(Enum):
     # i, which g alone gives in all digits; args end (.., P, Q, g), attrs with whether i is left out
     DECAYED_DOT = "sum_k x_ik y_jk e^(P_ik - Q_jk), i > j; args (x, y, ..)"
     DECAYED_APPLY = "sum_j A_ij y_jk e^(..), i > j, attrs (I, ..), or sum_i A_ij x_ik .., (J, ..)"
-    DECAYED_CROSSING = "sum A_ij x_ik y_jk e^(..) over decays that cross t; args (A, x, y, ..)"
+    DECAYED_CROSSING = "sum A_ij x_ik y_jk e^(..) over decays that cross t; (A, x, y, dx, dy, ..)"
 
 
 Attr = str | int | float | bool | None | Op | Which | Axis | Axes
@@ -465,10 +465,22 @@ def decayed_apply(a: Tile, y: Tile, gate: Gate, side: Axis) -> Tile:
     return Tile(TileOp.DECAYED_APPLY, args, (side, gate.exclusive), axes_of(side, Axis.K))
 
 
-def decayed_crossing(a: Tile, x: Tile, y: Tile, gate: Gate) -> Tile:
-    """The adjoint of `decayed_dot` for the log-decay itself, [I, K]: no sum cancels."""
-    args = (a, x, y, *gate.args)
-    return Tile(TileOp.DECAYED_CROSSING, args, (gate.exclusive,), (Axis.I, Axis.K))
+def decayed_crossing(a: Tile, x: Tile, y: Tile, dx: Tile, dy: Tile, gate: Gate) -> Tile:
+    """The adjoint of `decayed_dot` for the log-decay itself, [I, K].
+
+    It is also what x dx from t on has in sum, less y dy from t on. That is a difference, whose
+    rounding counts where it is multiplied: by 1/f if the gate is log f, by about |g| elsewhere. So
+    where a decay is stronger than e^(the attribute), sums of what crosses t are taken instead.
+    """
+    limit = -2.0 if _is_factor(gate.log_decay) else -30.0
+    args = (a, x, y, dx, dy, *gate.args)
+    attrs = (limit, gate.exclusive)
+    return Tile(TileOp.DECAYED_CROSSING, args, attrs, (Axis.I, Axis.K))
+
+
+def _is_factor(log_decay: Tile) -> bool:
+    """Whether a decay's gradient is divided by what may be 0."""
+    return any(t.op is TileOp.MAP and t.attrs == (Op.LOG,) for t in topological(log_decay))
 
 
 def gate_of(t: Tile) -> Gate:

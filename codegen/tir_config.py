@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
+from .config import Chunk
+from .limits import Within, check
 from .plan import Hoist, Plan
 
 NARROWEST, WIDEST = 16, 256  # channels of the value axis that a part of it has
@@ -14,20 +17,24 @@ class TvmConfig:
     """How the CPU's kernels are cut and tiled.
 
     Attributes:
-        chunk: tokens per chunk, a multiple of `lanes`.
+        chunk: tokens per chunk, a power of two.
         forward, backward: how each direction is cut into kernels.
         lanes: float32 numbers in a vector register, a power of two.
         rows, vectors: the register tile of a product, rows times vectors of accumulators.
         v_tile: channels of the value axis per work item, where a kernel can be split along it.
     """
 
-    chunk: int
+    chunk: Chunk
     forward: Plan
     backward: Plan
-    lanes: int
-    rows: int
-    vectors: int
-    v_tile: int = WIDEST
+    lanes: Annotated[int, Within(2, 32, "vector registers hold so many", power=True)]
+    rows: Annotated[int, Within(1, 32, "accumulators of a product stay in registers")]
+    vectors: Annotated[int, Within(1, 16, "accumulators of a product stay in registers")]
+    v_tile: Annotated[int, Within(1, 4096, "an item has at least a channel")] = WIDEST
+
+    def __post_init__(self) -> None:
+        """Raise BadConfiguration for a number out of its range."""
+        check(self)
 
 
 def default_config(lanes: int) -> TvmConfig:

@@ -257,11 +257,56 @@ def decayed_apply(frame: Frame, t: Tile) -> None:
 
 
 def decayed_crossing(frame: Frame, t: Tile) -> None:
-    """z_tk = sum of A_ij x_ik y_jk e^(P_ik - Q_jk) over i >= t > j; without i if it is left out."""
-    a, x, y = t.args[:3]
-    exclusive = bool(t.attrs[-1])
+    """z_tk = sum of A_ij x_ik y_jk e^(P_ik - Q_jk) over i >= t > j; without i if it is left out.
+
+    Where no decay of the chunk is stronger than the limit, a difference of sums.
+    """
+    limit = t.attrs[0]
+    assert isinstance(limit, float)
     code, lanes = frame.code, frame.lanes
     d = _Decayed(frame, t)
+    strong = code.accumulator(number(0.0, lanes))
+    with (
+        code.loop(0, frame.shapes.chunk, "r") as r,
+        code.loop(0, frame.shapes.vectors(Axis.K), "c") as c,
+    ):
+        column = int32(c) * lanes
+        g = d.value(t.args[-1], r, column)
+        beyond = tirx.Select(g > number(limit, lanes), number(0.0, lanes), number(1.0, lanes))
+        code.set(strong, strong.get() + _inside(frame, beyond, column))
+    strong_sum = code.bind("strong", horizontal_sum(frame, strong.get()))
+    mild = tirx.EQ(strong_sum, number(0.0, 1))
+    with code.when(mild):
+        _difference(d, t)
+    with code.when(tirx.Not(mild)):
+        _crossing(d, t)
+
+
+def _difference(d: _Decayed, t: Tile) -> None:
+    """The sums from each row on of what x gets, less what y gets."""
+    _, x, y, dx, dy = t.args[:5]
+    exclusive = bool(t.attrs[-1])
+    frame, code, lanes = d.frame, d.frame.code, d.frame.lanes
+    with code.loop(0, frame.shapes.vectors(Axis.K), "c") as c:
+        column = int32(c) * lanes
+        total = code.accumulator(number(0.0, lanes))
+        with code.loop(0, frame.shapes.chunk, "r") as r:
+            row = code.bind("row", int32(frame.shapes.chunk - 1) - r)
+            taken = code.bind("taken", d.value(x, row, column) * d.value(dx, row, column))
+            given = d.value(y, row, column) * d.value(dy, row, column)
+            point = {Axis.I: row, Axis.K: column}
+            if exclusive:
+                frame.write(Region(t), point, total.get() - given, lanes)
+            code.set(total, total.get() + (taken - given))
+            if not exclusive:
+                frame.write(Region(t), point, total.get(), lanes)
+
+
+def _crossing(d: _Decayed, t: Tile) -> None:
+    """Sums that do not cancel, of blocks on the diagonal and of pairs of halves."""
+    a, x, y = t.args[:3]
+    exclusive = bool(t.attrs[-1])
+    frame, code, lanes = d.frame, d.frame.code, d.frame.lanes
     singles = Values(frame, None)
     zero = number(0.0, lanes)
 

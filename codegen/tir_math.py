@@ -179,6 +179,8 @@ _BINARY: dict[Op, Callable[..., Expr]] = {
     Op.DIV: tirx.Div,
     Op.MAXIMUM: lambda x, y: tirx.Select(x < y, y, x),
     Op.MINIMUM: lambda x, y: tirx.Select(x > y, y, x),
+    Op.AT_LEAST: lambda x, y: tirx.Select(x < y, y, x),
+    Op.AT_MOST: lambda x, y: tirx.Select(x > y, y, x),
 }
 _UNARY: dict[Op, Callable[[Math, Expr], Expr]] = {
     Op.NEG: lambda _, x: -x,

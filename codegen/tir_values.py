@@ -96,9 +96,7 @@ class Values:
             assert isinstance(least, float)
             return self._math.most(self._frame.code.bind("x", x), least)
         if t.op is TileOp.STEP:
-            x = self._frame.code.bind("x", x)
-            half = tirx.Select(tirx.EQ(x, zero), number(0.5, self._lanes), zero)
-            return tirx.Select(x > zero, number(1.0, self._lanes), half)
+            return tirx.Select(x > zero, number(1.0, self._lanes), zero)
         if t.op is TileOp.MASK:
             return tirx.Select(self._within(t, point), x, zero)
         row = self._index(Axis.I, point)

@@ -16,6 +16,8 @@ from .triton_types import Dtype, Signature
 _FUNCTIONS = {
     Op.MAXIMUM: "tl.maximum",
     Op.MINIMUM: "tl.minimum",
+    Op.AT_LEAST: "tl.maximum",
+    Op.AT_MOST: "tl.minimum",
     Op.EXP: "tl.exp",
     Op.LOG: "tl.log",
     Op.EXPM1: "expm1",
@@ -168,7 +170,10 @@ class TritonExpressions(Expressions):
 
     def _decayed(self, x: Tile) -> str:
         texts = []
-        for a in x.args:
+        args = x.args
+        if x.op is TileOp.DECAYED_CROSSING:  # the prefix sums are for products
+            args = (*args[:-3], args[-1])
+        for a in args:
             text = self.within(a, self.layout(a))
             texts.append(self._clean(a, Axis.K, text) if Axis.K in a.axes else text)
         name = _DECAYED[x.op]
@@ -182,7 +187,10 @@ class TritonExpressions(Expressions):
             )
             sizes += f", tl.{low.value}"
         self._used_functions.add(name)
-        return f"{name}({', '.join(texts)}, {sizes}, {self._precision}, {x.attrs[-1]})"
+        options = [self._precision, str(x.attrs[-1])]
+        if x.op is TileOp.DECAYED_CROSSING:
+            options.insert(1, str(x.attrs[0]))
+        return f"{name}({', '.join(texts)}, {sizes}, {', '.join(options)})"
 
     def _cumsum(self, x: Tile) -> str:
         reverse, exclusive = x.attrs

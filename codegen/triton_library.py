@@ -157,24 +157,20 @@ def decayed_apply_transposed(
 DECAYED_CROSSING = '''
 @triton.jit
 def decayed_crossing(
-    A, x, y, P, Q, g, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr, EXCLUSIVE: tl.constexpr,
+    A, x, y, dx, dy, g, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr, LIMIT: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):
     """z_tk = sum of A_ij x_ik y_jk e^(P_ik - Q_jk) over i >= t > j (i > t > j if EXCLUSIVE).
 
-    Where no decay is strong, as a difference of sums. Elsewhere no sum cancels: of two halves, a
-    late t is crossed by what rows from t on get from the earlier half, an early t by what rows
-    before t give to the later half.
+    Where no decay is stronger than e^LIMIT, as a difference of sums. Elsewhere no sum cancels: of
+    two halves, a late t is crossed by what rows from t on get from the earlier half, an early t by
+    what rows before t give to the later half.
     """
     i = tl.arange(0, C)
     z = tl.zeros((C, BK), dtype=tl.float32)
-    if (tl.max(tl.max(-Q, 1), 0) < 60.0) & (tl.min(tl.min(g, 1), 0) > -2.0):
-        B = tl.where(i[:, None] > i[None, :], A, 0.0)
-        late = x * tl.exp(P)
-        early = y * tl.exp(-Q)
-        taken = late * tl.dot(B, early, input_precision=PRECISION)
-        given = early * tl.dot(tl.trans(B), late, input_precision=PRECISION)
-        z = tl.cumsum(taken - given, 0, reverse=True)
+    if tl.min(tl.min(g, 1), 0) > LIMIT:
+        taken = x * dx
+        z = tl.cumsum(taken - y * dy, 0, reverse=True)
         if EXCLUSIVE:
             z -= taken
     else:

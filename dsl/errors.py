@@ -571,6 +571,35 @@ class BadArtifact(ChunkwiseError, ValueError):
         )
 
 
+class BadConfiguration(ChunkwiseError, ValueError):
+    """A configuration with a number that no kernel can be printed for."""
+
+    def __init__(self, field: str, got: object, expected: str, why: str = "") -> None:
+        super().__init__(f"{field} is {got!r}, expected {expected}", why=why)
+
+
+class BadCache(ChunkwiseError, OSError):
+    """A cache folder that cannot be written, or that somebody else could write to."""
+
+    def __init__(self, folder: str, why: str) -> None:
+        super().__init__(
+            f"the cache folder {folder} is not used",
+            why=why,
+            help="CHUNKWISE_CACHE names another: a folder of your own (mode 0700) with room in it",
+        )
+
+
+class LinkerFailed(ChunkwiseError, RuntimeError):
+    """A linker that was found and did not make a library of compiled code."""
+
+    def __init__(self, command: str, status: int, printed: str) -> None:
+        super().__init__(
+            f"the linker failed with status {status}: {command}",
+            why=printed.strip()[-2000:] or "it printed nothing",
+            help="it comes with a C compiler; check that it makes any shared library",
+        )
+
+
 class ReservedName(DeclarationError, ValueError):
     """An operand named like something that every op has: an option, its output, a gradient."""
 
@@ -590,6 +619,18 @@ class DoubleBackward(CallError, RuntimeError):
         super().__init__(
             f"the gradient of {op} was differentiated again",
             why="forward and backward are one kernel each; the backward has no derivative",
-            help="differentiate once (create_graph=False), or take higher derivatives of the "
-            "declared step in plain torch",
+            help='differentiate once (create_graph=False); engine="reference" has derivatives of '
+            "every order",
+        )
+
+
+class NoTransform(CallError, RuntimeError):
+    """A transform of torch that kernels have no rule for: forward mode, batches of old autograd."""
+
+    def __init__(self, op: str, transform: str) -> None:
+        super().__init__(
+            f"{op} was called under {transform}",
+            why="kernels compute outputs and their gradients in reverse mode, nothing else",
+            help="use reverse mode (torch.func.grad, vjp, jacrev; vmap of those); "
+            'engine="reference" has forward mode too',
         )

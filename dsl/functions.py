@@ -63,8 +63,8 @@ def tanh(x: Traced | float) -> Traced:
 
 
 def relu(x: Traced | float) -> Traced:
-    """The larger of x and 0."""
-    return maximum(x, 0.0)
+    """The larger of x and 0; its derivative at 0 is 0."""
+    return binary(Op.AT_LEAST, 0.0, x, "relu")
 
 
 def sqrt(x: Traced | float) -> Traced:
@@ -78,31 +78,33 @@ def rsqrt(x: Traced | float) -> Traced:
 
 
 def abs(x: Traced | float) -> Traced:
-    """|x|."""
+    """|x|; its derivative at 0 is 0."""
     return unary(Op.ABS, x)
 
 
 def maximum(x: Traced | float, y: Traced | float) -> Traced:
-    """The larger of x and y, elementwise."""
+    """The larger of x and y, elementwise; where they are equal, each has half of the gradient."""
     return binary(Op.MAXIMUM, x, y, "maximum")
 
 
 def minimum(x: Traced | float, y: Traced | float) -> Traced:
-    """The smaller of x and y, elementwise."""
+    """The smaller of x and y, elementwise; where they are equal, each has half of the gradient."""
     return binary(Op.MINIMUM, x, y, "minimum")
 
 
 def clamp(x: Traced | float, lo: float | None = None, hi: float | None = None) -> Traced:
     """x moved into [lo, hi]; the bound is applied, and known to the compiler.
 
+    The derivative is 1 at the bounds too, as torch.clamp's.
+
     Raises BadBounds unless lo and hi are Python numbers (or None) with lo <= hi.
     """
     result = lift(x)
     low, high = _bounds("clamp", lo, hi)
     if low > -math.inf:
-        result = maximum(result, low)
+        result = binary(Op.AT_LEAST, result, low, "clamp")
     if high < math.inf:
-        result = minimum(result, high)
+        result = binary(Op.AT_MOST, result, high, "clamp")
     return result
 
 

@@ -144,9 +144,9 @@ def _rule(node: Node, args: list[Interval]) -> Interval:
         return product.meet(Interval(-1.0, 1.0)) if _is_unit_vector(node) else product
     if op is Op.DIV:
         return args[0] * _reciprocal(args[1])
-    if op is Op.MAXIMUM:
+    if op in (Op.MAXIMUM, Op.AT_LEAST):
         return Interval(max(args[0].lo, args[1].lo), max(args[0].hi, args[1].hi))
-    if op is Op.MINIMUM:
+    if op in (Op.MINIMUM, Op.AT_MOST):
         return Interval(min(args[0].lo, args[1].lo), min(args[0].hi, args[1].hi))
     if op is Op.RSQRT:
         hi = _guarded(_rsqrt_up, args[0].lo, -math.inf, 0.0)

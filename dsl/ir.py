@@ -47,8 +47,11 @@ class Op(Enum):
     SUB = (2, "x - y")
     MUL = (2, "x * y")
     DIV = (2, "x / y")
+    # they differ in the gradient where x = y: half to each, or all of it to x
     MAXIMUM = (2, "the larger of x and y")
     MINIMUM = (2, "the smaller of x and y")
+    AT_LEAST = (2, "x, but y where x is less: the larger")
+    AT_MOST = (2, "x, but y where x is more: the smaller")
     NEG = (1, "-x")
     EXP = (1, "e**x")
     LOG = (1, "natural logarithm")

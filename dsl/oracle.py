@@ -59,6 +59,8 @@ _BINARY: dict[Op, Callable[[Tensor, Tensor], Tensor]] = {
     Op.DIV: torch.div,
     Op.MAXIMUM: torch.maximum,
     Op.MINIMUM: torch.minimum,
+    Op.AT_LEAST: torch.clamp_min,
+    Op.AT_MOST: torch.clamp_max,
 }
 _RANK = {Kind.SCALAR: 0, Kind.KEY: 1, Kind.VALUE: 1, Kind.STATE: 2, Kind.KEY_STATE: 1}
 

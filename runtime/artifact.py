@@ -6,18 +6,26 @@ the tuner writes these dataclasses (`autotune.store`), a call reads them (`runti
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from typing import Annotated
 
 from ..codegen.config import Config, Dims, EagerConfig
+from ..codegen.limits import Form, Within
 from ..codegen.tir_config import TvmConfig
 from ..dsl import errors
 from .engines import EngineName
 from .machine import Machine
-from .plain import from_plain, render, to_plain
+from .plain import from_plain, parse, render, to_plain
 
 # raised when what is written means something else than before; a new field needs only a default
 SCHEMA = 1
+LARGEST = 1 << 22  # bytes of a file: a thousand times what a tuned size takes
+Count = Annotated[int, Within(0, 1 << 53)]
+Amount = Annotated[float, Within(0, 1e18)]
+Share = Annotated[float, Within(0, 1)]
+Digest = Annotated[str, Form("[0-9a-f]{1,64}", "a digest in hexadecimal digits")]
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+DtypeName = Annotated[str, Form("|".join(_DTYPES), f"one of {', '.join(_DTYPES)}")]
 
 # what a configuration can be, by engine; a new engine joins both
 Configuration = Config | EagerConfig | TvmConfig
@@ -35,9 +43,9 @@ class Key:
     No B, T or N: they belong to the configurations inside.
     """
 
-    form: str
+    form: Digest
     engine: EngineName
-    dtype: str
+    dtype: DtypeName
     dims: Dims
     machine: Machine
 
@@ -68,19 +76,19 @@ class Versions:
 class KernelReport:
     """One kernel of a configuration. `spills`, `shared`: bytes; None where nobody knows."""
 
-    time_us: float | None = None
-    registers: int | None = None
-    spills: int | None = None
-    shared: int | None = None
+    time_us: Amount | None = None
+    registers: Count | None = None
+    spills: Count | None = None
+    shared: Count | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Error:
     """The worst error of one result over all inputs tried: relative RMS, maximum, RMS allowed."""
 
-    rms: float
-    maximum: float
-    limit: float
+    rms: Amount
+    maximum: Amount
+    limit: Amount
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +116,8 @@ class Study:
     """How it was found. `date`: ISO, UTC; `storage`: where the trials are, without secrets."""
 
     date: str
-    trials: int
-    seconds: float
+    trials: Count
+    seconds: Amount
     storage: str | None = None
 
 
@@ -117,8 +125,8 @@ class Study:
 class Bucket:
     """A size of call: sequences times value heads, and tokens per sequence."""
 
-    rows: int
-    tokens: int
+    rows: Count
+    tokens: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +141,10 @@ class Tuned:
 
     bucket: Bucket
     config: Configuration
-    time_us: float
-    low_us: float
-    high_us: float
-    default_us: float | None
+    time_us: Amount
+    low_us: Amount
+    high_us: Amount
+    default_us: Amount | None
     kernels: tuple[tuple[str, KernelReport], ...]
     certificate: Certificate
     versions: Versions
@@ -160,11 +168,11 @@ class Crossover:
     confidence, found by so many paired timings. None: at no length that was tried.
     """
 
-    rows: int
-    low: int | None
-    high: int | None
-    confidence: float
-    timings: int
+    rows: Count
+    low: Count | None
+    high: Count | None
+    confidence: Share
+    timings: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +197,11 @@ def from_text(text: str, file: str) -> Artifact:
     """The artifact that a file's contents say.
 
     Raises:
-        BadArtifact: truncated, garbled, of a newer schema, or of another engine's configurations.
+        BadArtifact: truncated, garbled, of a newer schema, out of its fields' limits, or of
+            another engine's configurations.
     """
     try:
-        plain = json.loads(text)
+        plain = parse(text)
     except ValueError as why:
         raise errors.BadArtifact(file, f"it is not JSON ({why}); was it cut off?") from None
     if not isinstance(plain, dict) or type(plain.get("schema")) is not int:
@@ -209,21 +218,7 @@ def from_text(text: str, file: str) -> Artifact:
         if kind is None or not isinstance(config, kind):
             engine = artifact.key.engine.value
             raise errors.BadArtifact(file, f"it holds what is no configuration of {engine!r}")
-        for what, size in _sizes(config):
-            if size < 1 or size & (size - 1):
-                raise errors.BadArtifact(file, f"{what} is {size}, expected a power of two")
     return artifact
-
-
-def _sizes(config: Configuration) -> list[tuple[str, int]]:
-    """What must be powers of two."""
-    if isinstance(config, TvmConfig):
-        return [("lanes", config.lanes)]
-    found = [("chunk", config.chunk)]
-    if isinstance(config, Config):
-        for tiles in (config.default, *(t for _, t in config.kernels)):
-            found += [("v_tile", tiles.v_tile), ("k_tile", tiles.k_tile), ("warps", tiles.warps)]
-    return found
 
 
 def merged(old: Artifact, new: Artifact) -> Artifact:

@@ -10,7 +10,7 @@ import numbers
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from .tokens import Serve, Token
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
+    from .recurrence import Recurrence
 
 States = Tensor | tuple[Tensor, ...]
 Given = Tensor | Sequence[Tensor | None] | None
@@ -106,10 +107,9 @@ def _as_they_lie(x: Tensor) -> bool:
 
 
 def _watched() -> bool:
-    """Whether somebody looks at what torch computes: a compiler, a transform, a mode."""
+    """Whether somebody looks at what torch computes: a transform, a mode."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
     )
@@ -130,22 +130,58 @@ def _bound(
     state: Given,
 ) -> _Bound:
     operands, params, static = arrange(declaration, args, named)
-    per_token = [x for x in declaration.operands if x.per is Per.TOKEN]
-    axes = {x.name: 3 + bool(x.kind.value) + x.micro for x in per_token}
-    has_time = all(operands[n].ndim == ndim for n, ndim in axes.items())
-    if not has_time:
-        operands = {n: x.unsqueeze(1) if n in axes else x for n, x in operands.items()}
+    operands, has_time = _with_time(declaration, operands)
     initial = initial_states(declaration, state)
-    traced = torch.compiler.is_compiling()
-    call = describe(declaration, operands, params, initial, None, static, symbolic=traced)
+    call = describe(declaration, operands, params, initial, None, static)
     if call.T != 1:
-        raise errors.BadShape(
-            per_token[0].name,
-            operands[per_token[0].name].shape,
-            "one token: T = 1, or no T axis",
-            help="call the recurrence itself for several tokens (output_final_state=True)",
-        )
+        _refuse_several(declaration, operands)
     return _Bound(call, has_time)
+
+
+def _with_time(
+    declaration: Declaration, operands: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], bool]:
+    """The operands with a time axis, and whether they came with one."""
+    axes = {
+        x.name: 3 + bool(x.kind.value) + x.micro for x in declaration.operands if x.per is Per.TOKEN
+    }
+    if all(operands[n].ndim == ndim for n, ndim in axes.items()):
+        return operands, True
+    return {n: x.unsqueeze(1) if n in axes else x for n, x in operands.items()}, False
+
+
+def _refuse_several(declaration: Declaration, operands: dict[str, Tensor]) -> NoReturn:
+    first = next(x.name for x in declaration.operands if x.per is Per.TOKEN)
+    raise errors.BadShape(
+        first,
+        operands[first].shape,
+        "one token: T = 1, or no T axis",
+        help="call the recurrence itself for several tokens (output_final_state=True)",
+    )
+
+
+def traced_step(
+    rule: Recurrence,
+    args: Sequence[object],
+    named: Mapping[str, object],
+    state: Given,
+    engine: EngineName | str | None,
+) -> tuple[Tensor, States]:
+    """What `step` returns, under torch.compile: a call of one token, so that it is one node."""
+    declaration = rule.declaration
+    operands, params, static = arrange(declaration, args, named)
+    operands, has_time = _with_time(declaration, operands)
+    if any(operands[x.name].shape[1] != 1 for x in declaration.operands if x.per is Per.TOKEN):
+        _refuse_several(declaration, operands)
+    arguments: dict[str, Any] = {**operands, **params, **dict(static)}
+    o, new = rule(
+        **arguments,
+        initial_state=state,
+        output_final_state=True,
+        engine=engine or EngineName.REFERENCE,
+    )
+    assert new is not None
+    return (o if has_time else o[:, 0]), new
 
 
 def _in_torch(bound: _Bound, engine: EngineName | str | None) -> tuple[Tensor, States]:
@@ -155,8 +191,7 @@ def _in_torch(bound: _Bound, engine: EngineName | str | None) -> tuple[Tensor, S
         raise errors.EngineUnavailable(
             choose(call.device.type, engine).value,
             "its kernels take tensors as they lie in memory: they have no gradient of a single "
-            "step, torch.compile and torch.func do not see them, and nothing is negated when it is "
-            "read",
+            "step, torch.func does not see them, and nothing is negated when it is read",
             help="call step under torch.no_grad() (with x.resolve_neg() where x.is_neg()), or name "
             "no engine: torch then does it",
         )

@@ -39,6 +39,8 @@ _FUNCTIONS = {
     Op.ABS: "torch.abs",
     Op.MAXIMUM: "torch.maximum",
     Op.MINIMUM: "torch.minimum",
+    Op.AT_LEAST: "torch.clamp_min",
+    Op.AT_MOST: "torch.clamp_max",
 }
 _INFIX = {Op.ADD: (" + ", 1), Op.SUB: (" - ", 1), Op.MUL: (" * ", 2), Op.DIV: (" / ", 2)}
 _ARITHMETIC = (*_INFIX, Op.NEG, Op.WITHIN, Op.CONST, Op.PARAM)  # of numbers: Python's, no tensors

@@ -151,12 +151,13 @@ def launch(kernel: Any, grid: int, stages: int, /, **arguments: Any) -> None:
     """Launch `grid` programs of `kernel`, its loop pipelined in `stages`.
 
     In fewer, where the GPU's shared memory is smaller than that of the one they were chosen for.
+    Fused multiply-adds are asked for, because their default changes with Triton 3.10.
     """
     while True:
         if "STAGES" in kernel.arg_names:  # a scan
             arguments["STAGES"] = stages
         try:
-            kernel[(grid,)](**arguments, num_stages=stages)
+            kernel[(grid,)](**arguments, num_stages=stages, enable_fp_fusion=True)
         except OutOfResources:
             if stages == 1:
                 raise

@@ -6,14 +6,45 @@ bound of the gate) is an argument here, so that every variant is traced once.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
 
 from ..dsl.functions import dot, exp, l2norm, outer, within
 from ..dsl.kinds import HeadKey, HeadScalar, Key, KeyState, Scalar, State, Value
 from .recurrence import Recurrence, recurrence
 
+_P = ParamSpec("_P")
 
-@cache
+
+class _Variants:
+    """The recurrences declared here so far, each an attribute: torch.compile finds them by name."""
+
+
+_VARIANTS = _Variants()
+
+
+def _once(declare: Callable[_P, Recurrence]) -> Callable[_P, Recurrence]:
+    """Have each variant declared once; torch.compile does that as it traces, and traces no more."""
+
+    def name_of(*args: _P.args, **kwargs: _P.kwargs) -> str:
+        name = f"{declare.__name__}{args}{sorted(kwargs.items())}"
+        if not hasattr(_VARIANTS, name):
+            setattr(_VARIANTS, name, declare(*args, **kwargs))
+        return name
+
+    # the mark is torch.compiler.assume_constant_result's, whose call would import the compiler
+    name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    @wraps(declare)
+    def variant(*args: _P.args, **kwargs: _P.kwargs) -> Recurrence:
+        found: Recurrence = getattr(_VARIANTS, name_of(*args, **kwargs))
+        return found
+
+    return variant
+
+
+@_once
 def linear() -> Recurrence:
     """No decay."""
 
@@ -24,7 +55,7 @@ def linear() -> Recurrence:
     return recurrence(fla_linear)
 
 
-@cache
+@_once
 def linear_normalised() -> Recurrence:
     """No decay; the output divided by what q recalls of the sum of keys."""
 
@@ -37,7 +68,7 @@ def linear_normalised() -> Recurrence:
     return recurrence(fla_linear_normalised)
 
 
-@cache
+@_once
 def head_decay() -> Recurrence:
     """A fixed log-decay per head (retention, lightning attention, `g_gamma`)."""
 
@@ -50,7 +81,7 @@ def head_decay() -> Recurrence:
     return recurrence(fla_head_decay)
 
 
-@cache
+@_once
 def scalar_decay() -> Recurrence:
     """A log-decay per token and head."""
 
@@ -63,7 +94,7 @@ def scalar_decay() -> Recurrence:
     return recurrence(fla_scalar_decay)
 
 
-@cache
+@_once
 def key_decay() -> Recurrence:
     """A log-decay per token and key channel."""
 
@@ -76,7 +107,7 @@ def key_decay() -> Recurrence:
     return recurrence(fla_key_decay)
 
 
-@cache
+@_once
 def value_decay() -> Recurrence:
     """A log-decay per token and value channel."""
 
@@ -89,7 +120,7 @@ def value_decay() -> Recurrence:
     return recurrence(fla_value_decay)
 
 
-@cache
+@_once
 def bonus() -> Recurrence:
     """The read before the update, with a bonus for the current token (RWKV-6)."""
 
@@ -103,7 +134,7 @@ def bonus() -> Recurrence:
     return recurrence(fla_bonus)
 
 
-@cache
+@_once
 def delta(normalised: bool) -> Recurrence:
     """The delta rule."""
 
@@ -118,7 +149,7 @@ def delta(normalised: bool) -> Recurrence:
     return recurrence(fla_delta)
 
 
-@cache
+@_once
 def scalar_gated_delta(normalised: bool) -> Recurrence:
     """Decay by a scalar, then the delta rule."""
 
@@ -134,7 +165,7 @@ def scalar_gated_delta(normalised: bool) -> Recurrence:
     return recurrence(fla_scalar_gated_delta)
 
 
-@cache
+@_once
 def key_gated_delta(normalised: bool, bound: float | None) -> Recurrence:
     """Decay per key channel, then the delta rule. `bound`: what the caller promises of the gate."""
 
@@ -150,7 +181,7 @@ def key_gated_delta(normalised: bool, bound: float | None) -> Recurrence:
     return recurrence(fla_key_gated_delta)
 
 
-@cache
+@_once
 def value_gated_delta(normalised: bool) -> Recurrence:
     """Decay per value channel, then the delta rule."""
 
@@ -166,7 +197,7 @@ def value_gated_delta(normalised: bool) -> Recurrence:
     return recurrence(fla_value_gated_delta)
 
 
-@cache
+@_once
 def comba(normalised: bool) -> Recurrence:
     """The erasure reads the state before its decay, along p."""
 
@@ -181,7 +212,7 @@ def comba(normalised: bool) -> Recurrence:
     return recurrence(fla_comba)
 
 
-@cache
+@_once
 def low_rank(bound: float | None) -> Recurrence:
     """Diagonal plus low rank: `a` reads the undecayed state, `b` writes what was read."""
 
@@ -195,7 +226,7 @@ def low_rank(bound: float | None) -> Recurrence:
     return recurrence(fla_low_rank)
 
 
-@cache
+@_once
 def erase_write(normalised: bool, bound: float | None) -> Recurrence:
     """Decay per key channel, erasure along b∘k, write of w∘v (GDN-2)."""
 
@@ -211,7 +242,7 @@ def erase_write(normalised: bool, bound: float | None) -> Recurrence:
     return recurrence(fla_erase_write)
 
 
-@cache
+@_once
 def gated_product(normalised: bool, gated: bool) -> Recurrence:
     """Several delta steps per token, behind at most one decay."""
 

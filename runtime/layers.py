@@ -114,7 +114,7 @@ class LayerState:
 
 def _strip(node: Node) -> Node:
     """Below promises and floors: `max(within(f), tiny)` is f."""
-    while node.op in (Op.WITHIN, Op.MAXIMUM):
+    while node.op in (Op.WITHIN, Op.MAXIMUM, Op.AT_LEAST):
         node = next((a for a in node.args if a.op is not Op.CONST), node.args[0])
     return node
 

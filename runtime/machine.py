@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 import torch
+
+from ..codegen.limits import Form, Within
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +28,10 @@ class Machine:
         threads: that torch computes with, on a CPU; else 0.
     """
 
-    kind: str
+    kind: Annotated[str, Form("cuda|hip|cpu", "one of cuda, hip, cpu")]
     arch: str
     model: str
-    threads: int = 0
+    threads: Annotated[int, Within(0, 1 << 16)] = 0
 
     @property
     def label(self) -> str:

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from ..dsl import errors
+from ..dsl.ir import Per
+from . import reference
 from .call import Call, Static, describe, on_one_device
 from .check import check_contents
 from .engines import Engine, EngineName, load
+from .transforms import Along, Derivative, register_batches, register_derivative
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
@@ -129,7 +132,8 @@ def _register(
     backward_name = f"{name}_backward"
     library.define(name + signature.forward)
     library.define(backward_name + signature.backward)
-    backward_op = getattr(getattr(torch.ops, NAMESPACE), backward_name).default
+    ops = getattr(torch.ops, NAMESPACE)
+    forward_op, backward_op = getattr(ops, name).default, getattr(ops, backward_name).default
 
     def forward(*args: Any) -> tuple[Tensor, ...]:
         *inputs, check = args
@@ -173,7 +177,7 @@ def _register(
         present = [x for x in inputs[: n + states] if x is not None]
         return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in present]
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def save(ctx: Any, inputs: Sequence[Any]) -> None:
         ctx.save_for_backward(*inputs[: n + states + 1])
         ctx.params = inputs[n + states + 1 : -1]
         ctx.set_materialize_grads(False)
@@ -185,11 +189,23 @@ def _register(
         # cu_seqlens, the parameters and `check`
         return (*differentiable, *(None for _ in range(2 + len(ctx.params))))
 
-    def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    def save_nothing(ctx: Any, inputs: Sequence[Any]) -> None:
         pass
 
-    def refuse(ctx: Any, *cotangents: Any) -> None:
+    def refuse(ctx: Any, *cotangents: Any) -> tuple[Tensor | None, ...]:
         raise errors.DoubleBackward(declaration.name)
+
+    def forward_in_torch(*args: Any) -> tuple[Tensor, ...]:
+        call = signature.call(args[:-1])
+        check_contents(call, args[-1])
+        o, finals = reference.forward(on_one_device(call))
+        return (o, *finals)
+
+    def backward_in_torch(*args: Any) -> list[Tensor]:
+        do, *dfinals = args[: 1 + states]
+        call = on_one_device(signature.call(args[1 + states :]))
+        of_operands, of_initial = reference.differentiate(call, do, tuple(dfinals))
+        return [*of_operands.values(), *(g for g in of_initial if g is not None)]
 
     for own, run, shapes in (
         (name, forward, forward_shapes),
@@ -197,11 +213,35 @@ def _register(
     ):
         library.impl(own, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{own}", shapes, lib=library)
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", differentiate, setup_context=save, lib=library
+    by_reference = engine is EngineName.REFERENCE
+    register_derivative(
+        library,
+        forward_op,
+        Derivative(
+            declaration.name, save, differentiate, forward_in_torch if by_reference else None
+        ),
     )
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{backward_name}", refuse, setup_context=save_nothing, lib=library
+    register_derivative(
+        library,
+        backward_op,
+        Derivative(
+            declaration.name,
+            save_nothing,
+            refuse,
+            backward_in_torch if by_reference else None,
+            records_itself=by_reference,
+        ),
+    )
+    per_token = [
+        Along.SEQUENCES if x.per is Per.TOKEN else Along.NOTHING for x in declaration.operands
+    ]
+    inputs = [*per_token, *[Along.SEQUENCES] * states]
+    inputs += [Along.NOTHING] * (1 + len(declaration.params))
+    register_batches(library, forward_op, [*inputs, Along.NOTHING], fold=True)
+    cotangents = [Along.SEQUENCES] * (1 + states)
+    # an operand per head has one gradient for all sequences
+    register_batches(
+        library, backward_op, [*cotangents, *inputs], fold=Along.NOTHING not in per_token
     )
 
 

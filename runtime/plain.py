@@ -1,23 +1,26 @@
 """Frozen dataclasses as readable JSON and back: every value checked against its annotation.
 
 Flags and enums are written by name, pairs of a name and a value as one object. What lies in a file
-is never trusted: a value that does not fit is refused, and the message says where it stands.
+is never trusted: a value that does not fit, or that is out of the limits in its annotation
+(`codegen.limits`), is refused, and the message says where it stands.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import reprlib
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum, Flag
 from functools import lru_cache
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 T = TypeVar("T")
 _WIDTH = 100
+_LONGEST = 10_000  # characters of a text
 
 
 def to_plain(value: object) -> Plain:
@@ -46,6 +49,43 @@ def from_plain(kind: type[T], value: Plain, at: str = "") -> T:
         ValueError: it says something else: where, what was got and what was expected.
     """
     return cast(T, _read(kind, value, at))
+
+
+def parse(text: str) -> Plain:
+    """The JSON in `text`.
+
+    Raises:
+        ValueError: there is none, or what readers take differently: a name twice in an object, NaN,
+            numbers of very many digits; or what is nested too deeply.
+    """
+    try:
+        return cast(
+            Plain,
+            json.loads(
+                text, object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer
+            ),
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Plain]]) -> dict[str, Plain]:
+    made: dict[str, Plain] = {}
+    for name, value in pairs:
+        if name in made:
+            raise ValueError(f"it says {_short(name)} twice")
+        made[name] = value
+    return made
+
+
+def _constant(name: str) -> Plain:
+    raise ValueError(f"{name} is not a finite number")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
 
 
 def render(value: Plain) -> str:
@@ -82,7 +122,7 @@ def _field_to_plain(owner: object, name: str) -> Plain:
 
 @lru_cache(maxsize=256)
 def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+    return get_type_hints(kind, include_extras=True)
 
 
 def _members(kind: type[Flag]) -> list[Flag]:
@@ -100,6 +140,13 @@ def _is_named(hint: object) -> bool:
 
 
 def _read(hint: Any, value: Plain, at: str) -> object:
+    if get_origin(hint) is Annotated:
+        kind, *limits = get_args(hint)
+        read = _read(kind, value, at)
+        for limit in limits:
+            if not limit.admits(read):
+                raise ValueError(f"{_place(at)} is {_short(value)}, expected {limit}")
+        return read
     if get_origin(hint) in (Union, types.UnionType):
         return _read_union(get_args(hint), value, at)
     if _is_named(hint):
@@ -123,6 +170,8 @@ def _read(hint: Any, value: Plain, at: str) -> object:
         if not math.isfinite(number):
             raise ValueError(f"{_place(at)} is not a finite number")
         return number
+    if hint is str and isinstance(value, str) and len(value) > _LONGEST:
+        raise ValueError(f"{_place(at)} has {len(value)} characters, expected at most {_LONGEST}")
     return _expect(hint, value, at)
 
 
@@ -155,7 +204,8 @@ def _read_dataclass(kind: Any, value: Plain, at: str) -> object:
     known = {f.name: f for f in fields(kind)}
     for name in given:
         if name not in known:
-            raise ValueError(f"{_place(at)} has {name!r}, expected only {', '.join(known)}")
+            what = f"has {_short(name)}, expected only {', '.join(known)}"
+            raise ValueError(f"{_place(at)} {what}")
     for name, field in known.items():
         if name not in given and field.default is MISSING:
             raise ValueError(f"{_place(at)} lacks {name!r}")
@@ -165,15 +215,21 @@ def _read_dataclass(kind: Any, value: Plain, at: str) -> object:
 
 def _named(members: Mapping[str, T], name: Plain, at: str) -> T:
     if not isinstance(name, str) or name not in members:
-        raise ValueError(f"{_place(at)} is {name!r}, expected one of {', '.join(members)}")
+        raise ValueError(f"{_place(at)} is {_short(name)}, expected one of {', '.join(members)}")
     return members[name]
 
 
 def _expect(kind: type[T], value: Plain, at: str) -> T:
     # a bool is an int to isinstance, and is not one here
     if type(value) is not kind:
-        raise ValueError(f"{_place(at)} is {value!r}, expected {_SAYS.get(kind, kind.__name__)}")
+        what = _SAYS.get(kind, kind.__name__)
+        raise ValueError(f"{_place(at)} is {_short(value)}, expected {what}")
     return value
+
+
+def _short(value: Plain) -> str:
+    """`value` for a message, however long or deep it is."""
+    return reprlib.repr(value)
 
 
 def _place(at: str) -> str:

@@ -48,7 +48,9 @@ class Recurrence:
 
     and returns `(o, final_state)`: o `[B,T,HV,V]` in the dtype of the first Value operand, the
     final state in float32 (a tuple for several states), or None where it was not asked for.
-    Everything is differentiable once: each operand, the initial state, through the final state.
+    Everything is differentiable once, in reverse mode: each operand, the initial state, through the
+    final state; also under torch.func and vmap. engine="reference" has derivatives of every order
+    and forward mode too; other engines raise NoTransform and DoubleBackward for those.
     Under autocast the operands are used in the dtype they come in.
 
     Raises: the classes of `chunkwise.errors`, each naming operand, what it got, what it expected.
@@ -116,7 +118,8 @@ class Recurrence:
         """One token, for decoding: `(o, new_state)`.
 
         A kernel computes it (of any declaration, on a CPU with TVM and on a GPU), or torch where
-        gradients are recorded, under torch.compile and torch.func, and in float64.
+        gradients are recorded, under torch.func, and in float64. Under torch.compile it is a call
+        of one token, on the named engine or else the reference.
 
         Args:
             *args, **named: the operands of a call without their T axis (`[B,H,K]`, `[B,HV,V]`,
@@ -127,6 +130,8 @@ class Recurrence:
         Returns:
             o `[B,HV,V]` (`[B,1,HV,V]` where the operands have T) and the float32 state.
         """
+        if torch.compiler.is_compiling():
+            return decode.traced_step(self, args, named, state, engine)
         return decode.step(self.declaration, args, named, state, engine, self._engine)
 
     def explain(self) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
 
 from ..dsl import oracle
 
@@ -38,7 +39,25 @@ def backward(
     call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
 ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
     """Gradients by autograd through a second run of the token loop."""
-    return _with_autograd(lambda: _differentiate(call, do, dfinals))
+    return _with_autograd(
+        lambda: _pulled_back(call, lambda x: x.detach().requires_grad_(), do, dfinals, again=False)
+    )
+
+
+def differentiate(
+    call: Call, do: Tensor | None, dfinals: tuple[Tensor | None, ...]
+) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+    """What `backward` returns, itself differentiable, in any mode and at any level of torch.func.
+
+    Operands may be computed from one another, hence a view of each: its gradient is its own.
+    """
+    with enable_inplace_requires_grad(True):  # of views that are ours
+        return _pulled_back(call, _own_view, do, dfinals, again=True)
+
+
+def _own_view(x: Tensor) -> Tensor:
+    y = x.view_as(x)
+    return y if y.requires_grad else y.requires_grad_()
 
 
 def _run(
@@ -49,12 +68,17 @@ def _run(
     )
 
 
-def _differentiate(
-    call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
+def _pulled_back(
+    call: Call,
+    leaf: Callable[[Tensor], Tensor],
+    do: Tensor | None,
+    dfinals: tuple[Tensor | None, ...],
+    *,
+    again: bool,
 ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
-    operands = {n: x.detach().requires_grad_() for n, x in call.operands.items()}
-    initial = tuple(None if s is None else s.detach().requires_grad_() for s in call.initial)
     with torch.enable_grad():
+        operands = {n: leaf(x) for n, x in call.operands.items()}
+        initial = tuple(None if s is None else leaf(s) for s in call.initial)
         o, finals = _run(call, operands, initial)
     outputs, cotangents = [], []
     for y, dy in ((o, do), *zip(finals, dfinals, strict=True)):
@@ -64,7 +88,12 @@ def _differentiate(
     leaves = [*operands.values(), *(s for s in initial if s is not None)]
     if outputs:
         grads = torch.autograd.grad(
-            outputs, leaves, cotangents, allow_unused=True, materialize_grads=True
+            outputs,
+            leaves,
+            cotangents,
+            create_graph=again,
+            allow_unused=True,
+            materialize_grads=True,
         )
     else:  # T = 0 and nothing asked of the final state
         grads = tuple(torch.zeros_like(x) for x in leaves)

@@ -50,11 +50,10 @@ class Bound:
         Raises:
             CannotRun: one stage is too much as well, or Triton does not compile the kernel.
         """
-        warps = self.kernel.config.warps
         while True:
             self._set_stages(arguments)
             try:
-                return self.function[grid](*arguments, num_warps=warps, num_stages=self.stages)
+                return self.function[grid](*arguments, **self.kernel.config.options(self.stages))
             except OutOfResources as lack:
                 if self.stages == 1:
                     name = self.kernel.name
@@ -70,9 +69,9 @@ class Bound:
         Triton keeps what it hashes meanwhile, whole or not.
         """
         self._set_stages(arguments)
-        warps = self.kernel.config.warps
+        options = self.kernel.config.options(self.stages)
         with contextlib.suppress(Exception):
-            self.function.warmup(*arguments, grid=grid, num_warps=warps, num_stages=self.stages)
+            self.function.warmup(*arguments, grid=grid, **options)
 
     def identify(self) -> str:
         """Triton's hash of the kernel and of all that it calls, taken once."""

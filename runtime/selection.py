@@ -22,8 +22,8 @@ import torch
 from ..codegen.config import Dims
 from ..dsl import errors
 from ..dsl.normal_form import NormalForm
-from .artifact import Artifact, Bucket, Configuration, Key, Tuned, from_text, merged
-from .cache import cache_folder
+from .artifact import LARGEST, Artifact, Bucket, Configuration, Key, Tuned, from_text, merged
+from .cache import cache_folder, danger, do_without, read_file
 from .engines import EngineName
 from .machine import Machine, machine_of
 
@@ -166,7 +166,7 @@ def find(key: Key, where: tuple[Path, ...]) -> Found:
     """
     read: list[tuple[Path, Artifact]] = []
     for folder in where:
-        for path in sorted((folder / key.form).glob("*.json")):
+        for path in _files(folder, key.form):
             artifact = _trusted(path)
             if artifact is not None:
                 read.append((path, artifact))
@@ -211,10 +211,22 @@ def differences(have: Key, want: Key) -> list[str]:
     return [f"{what} {x}, not {y}" for what, x, y in pairs if x != y]
 
 
+def _files(folder: Path, forms: str) -> list[Path]:
+    """The files of artifacts below `folder`, without those that others may write, who are told."""
+    try:
+        found = sorted(folder.glob(f"{forms}/*.json"))
+        faults = {} if folder == SHIPPED else {p: danger(folder) or danger(p.parent) for p in found}
+    except OSError:  # nothing that can be read
+        return []
+    for fault in filter(None, faults.values()):
+        do_without(errors.BadCache(str(folder), fault))
+    return [p for p in found if not faults.get(p)]
+
+
 def scan(where: tuple[Path, ...]) -> Iterator[tuple[Path, Artifact | errors.BadArtifact]]:
     """Every artifact below `where`, or why it is refused."""
     for folder in where:
-        for path in sorted(folder.glob("*/*.json")):
+        for path in _files(folder, "*"):
             try:
                 yield path, read(path)
             except errors.BadArtifact as why:
@@ -229,7 +241,7 @@ def read(path: Path) -> Artifact:
             another key (a copy for another GPU, say).
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, LARGEST).decode()
     except (OSError, UnicodeDecodeError) as why:
         raise errors.BadArtifact(str(path), f"it cannot be read: {why}") from None
     artifact = from_text(text, str(path))

@@ -1,7 +1,8 @@
 """Printed TIR to machine code: compiled in parallel, linked, and kept on disk for later processes.
 
 A library is named by what it was made from. Beside it lies its checksum: one that does not match
-is rebuilt. Where there is no linker, code is compiled into memory in every process.
+is rebuilt. Where there is no linker, or no library can be written, code is compiled into memory in
+every process.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from typing import TypeAlias
 
 import tvm
 import tvm_ffi
-from filelock import FileLock
 from tvm import tirx
 from tvm.tirx import PrimFunc
 
 from ..codegen.print_tir import TirKernel
-from .cache import cache_folder, write_atomically
+from ..dsl import errors
+from .cache import do_without, keep, own_folder, read_file
 
 Function = Callable[..., None]
 # functions called from outside, and functions called by those or by their address
@@ -43,6 +44,8 @@ _REST = (
     tirx.transform.LowerTVMBuiltin(),
 )
 _OPTIMISE = 2  # level 3 takes twice as long, mostly over loops that it unrolls
+_ROOM = 4 << 20  # bytes: more than any object file
+_LARGEST = 1 << 28  # bytes of a library
 
 
 @lru_cache(maxsize=1)
@@ -76,25 +79,45 @@ def write_library(
     `parts`: functions that those call, and nobody else.
 
     Raises:
-        FileNotFoundError: this machine has no linker.
+        FileNotFoundError: this machine has no linker. LinkerFailed: it has one that fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / "library.o"
-        _compiled(functions, parts, cpu, checked=True).write_to_file(str(compiled), "o")
+        _write_object(_compiled(functions, parts, cpu, checked=True), compiled)
         if not link([compiled], path):
             raise FileNotFoundError(f"no linker found; looked for {', '.join(_LINKERS)}")
 
 
 def link(objects: Sequence[Path], library: Path) -> bool:
-    """A shared library of object files; False where this machine has no linker."""
+    """A shared library of object files; False where this machine has no linker.
+
+    Raises:
+        LinkerFailed: with what it printed.
+    """
     linker = next(filter(None, map(shutil.which, _LINKERS)), None)
     if linker is None:
         return False
     command = [linker, "-shared", "-s"]
     if sys.platform == "linux":  # of equal names in two libraries each calls its own
         command.append("-Bsymbolic" if Path(linker).name == "ld" else "-Wl,-Bsymbolic")
-    subprocess.run([*command, "-o", library, *objects], check=True, capture_output=True)
+    command += map(str, ("-o", library, *objects))
+    done = subprocess.run(command, check=False, capture_output=True)
+    if done.returncode:
+        printed = (done.stderr or done.stdout).decode(errors="replace")
+        raise errors.LinkerFailed(" ".join(command), done.returncode, printed)
     return True
+
+
+def _write_object(module: tvm.runtime.Module, path: Path) -> None:
+    """The object file of machine code.
+
+    LLVM ends the process where a write fails. So the room is taken before, by a write that raises.
+
+    Raises:
+        OSError: there is no room.
+    """
+    path.write_bytes(bytes(_ROOM))
+    module.write_to_file(str(path), "o")
 
 
 def _compiled(
@@ -120,25 +143,34 @@ def _compiled(
 def symbol(function: PrimFunc, cpu: str) -> int | None:
     """The address of a compiled C function; None where it cannot be linked or loaded."""
     name = str(function.attrs["global_symbol"])
-    path = _path(name, [function], cpu)
     try:
         with ThreadPoolExecutor(1) as workers:
-            if not _written(path, [((), (function,))], cpu, workers):
-                return None
+            path = _library(name, [((), (function,))], cpu, workers)
+        if path is None:
+            return None
         return ctypes.cast(getattr(ctypes.CDLL(str(path)), name), ctypes.c_void_p).value
-    except (OSError, AttributeError, subprocess.CalledProcessError) as why:
+    except (OSError, AttributeError, errors.LinkerFailed) as why:
         # what it calls is nowhere to be found, or this linker asks for it
-        _LOG.info("%s: %s", path, why)
+        _LOG.info("%s: %s", name, why)
         return None
 
 
 def _function(kernel: TirKernel, cpu: str, workers: Executor) -> Function:
-    path = _path(kernel.name, [kernel.function, *kernel.parts], cpu)
     units: list[_Unit] = [((kernel.function,), ()), *(((), (part,)) for part in kernel.parts)]
-    if not _written(path, units, cpu, workers):
-        module = _compiled([kernel.function], kernel.parts, cpu)
-        return _named(module, kernel)
-    return _named(tvm_ffi.load_module(str(path)), kernel)
+    try:
+        path = _library(kernel.name, units, cpu, workers)
+        if path is not None:
+            return _named(_loaded(path), kernel)
+    except (OSError, errors.LinkerFailed) as why:
+        do_without(why)
+    return _named(_compiled([kernel.function], kernel.parts, cpu), kernel)
+
+
+def _loaded(library: Path) -> tvm.runtime.Module:
+    try:
+        return tvm_ffi.load_module(str(library))
+    except RuntimeError as why:  # the loader's verdict: a file system that runs nothing, say
+        raise errors.BadCache(str(library.parent), str(why)) from None
 
 
 def _named(module: tvm.runtime.Module, kernel: TirKernel) -> Function:
@@ -146,50 +178,43 @@ def _named(module: tvm.runtime.Module, kernel: TirKernel) -> Function:
     return function
 
 
-def _path(name: str, functions: Sequence[PrimFunc], cpu: str) -> Path:
-    """Where the library made from `functions` lies."""
-    hashes = [tvm_ffi.structural_hash(f) for f in functions]
+def _library(name: str, units: Sequence[_Unit], cpu: str, workers: Executor) -> Path | None:
+    """The library of the units on disk, compiled now if it was not there; None: no linker is.
+
+    Raises:
+        OSError: it cannot be written. LinkerFailed: as its name says.
+    """
+    hashes = [tvm_ffi.structural_hash(f) for unit in units for some in unit for f in some]
     text = repr((*hashes, cpu, _OPTIMISE, tvm.__version__, tvm_ffi.__version__))
     digest = hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
-    return cache_folder() / "tvm" / f"{name}_{digest}.so"
+    path = own_folder("tvm") / f"{name}_{digest}.so"
+    if not any(map(shutil.which, _LINKERS)):
+        return path if _sound(path) else None
 
+    def make(folder: Path) -> list[Path]:
+        library, checksum = folder / path.name, folder / path.with_suffix(".sum").name
+        objects = [folder / f"{number}.o" for number in range(len(units))]
 
-def _written(path: Path, units: Sequence[_Unit], cpu: str, workers: Executor) -> bool:
-    """Whether the library `path` is there, compiled now if it was not; False: without a linker."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if _sound(path):
-            return True
-        if not any(map(shutil.which, _LINKERS)):
-            return False
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            linked = Path(folder) / "kernel.so"
-            objects = [Path(folder) / f"{number}.o" for number in range(len(units))]
+        def compile_(unit: _Unit, path: Path) -> None:
+            _write_object(_compiled(*unit, cpu), path)
 
-            def compile_(unit: _Unit, path: Path) -> None:
-                _compiled(*unit, cpu).write_to_file(str(path), "o")
+        list(workers.map(compile_, units, objects))
+        link(objects, library)
+        checksum.write_text(_checksum(library), encoding="utf-8")
+        return [checksum, library]
 
-            list(workers.map(compile_, units, objects))
-            link(objects, linked)
-            write_atomically(_checksum_file(path), _checksum(linked))
-            linked.replace(path)
-        return True
+    keep(path, lambda: _sound(path), make)
+    return path
 
 
 def _sound(path: Path) -> bool:
     """Whether the library is there, whole."""
-    if not path.exists():
+    try:
+        recorded = read_file(path.with_suffix(".sum"), 64)
+        return recorded == _checksum(path).encode()
+    except OSError:
         return False
-    recorded = _checksum_file(path)
-    if recorded.exists() and recorded.read_text(encoding="utf-8") == _checksum(path):
-        return True
-    _LOG.warning("%s is damaged: it is compiled again", path)
-    return False
-
-
-def _checksum_file(path: Path) -> Path:
-    return path.with_suffix(".sum")
 
 
 def _checksum(path: Path) -> str:
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(read_file(path, _LARGEST), digest_size=16).hexdigest()

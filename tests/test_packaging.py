@@ -1,9 +1,13 @@
 """The list of packages against the tree (an omission is silent), and that the import is light."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_PACKAGES = {"tests", "benchmarks", "examples", "docs", "build", "dist", "out"}
@@ -79,3 +83,40 @@ def test_a_folder_is_not_importable_by_itself() -> None:
     )
     assert done.returncode != 0
     assert "import chunkwise.dsl" in done.stderr
+
+
+def test_the_oldest_stack_is_the_least_that_is_allowed() -> None:
+    listed = re.search(r"^dependencies = \[(.*?)^\]", _section("project"), re.M | re.S)
+    assert listed is not None
+    least = dict(re.findall(r'"([\w-]+)>=([\d.]+)', listed[1]))
+    pins = (ROOT / "requirements" / "oldest.txt").read_text()
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)", pins, re.M))
+    assert pinned.keys() == least.keys()
+    for name, version in least.items():
+        assert f"{pinned[name]}.".startswith(f"{version}."), name
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("failing", ["cpu", "interpreter", "neither"])
+def test_make_runs_both_halves_and_says_whether_one_failed(failing: str, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "python").touch()
+    (tools / "pytest").write_text(
+        "#!/bin/sh\n"
+        "test $TRITON_INTERPRET = 1 && half=interpreter || half=cpu\n"
+        f"echo $half >> {tmp_path}/halves\n"
+        f"test $half != {failing}\n"
+    )
+    (tools / "pytest").chmod(0o755)
+    (tmp_path / ".ready").touch()
+    outside = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(
+        ["make", "test", f"VENV={tmp_path}"],
+        cwd=ROOT,
+        env={**outside, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        check=False,
+    )
+    assert (tmp_path / "halves").read_text().split() == ["cpu", "interpreter"]
+    assert (done.returncode == 0) == (failing == "neither")

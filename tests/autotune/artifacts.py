@@ -73,7 +73,7 @@ CPU = Machine("cpu", "x86-64-v3", "Some CPU @ 2 GHz", 2)
 TVM = Artifact(
     "gated_delta_rule",
     Key("0123456789ab", EngineName.TVM, "float32", Dims(64, 64), CPU),
-    (tuned(8, 2048, TvmConfig(48, PLAN, Plan(Hoist.NOTHING), 16, 8, 2)),),
+    (tuned(8, 2048, TvmConfig(64, PLAN, Plan(Hoist.NOTHING), 16, 8, 2)),),
 )
 EAGER = Artifact(
     "gated_delta_rule",

@@ -17,9 +17,11 @@ from chunkwise.autotune.search import Budget, Findings, search
 from chunkwise.autotune.space import Axis, Point, points
 from chunkwise.autotune.storage import open_storage
 from chunkwise.autotune.tunable import Alternative, Built, Job, Part, Run
-from chunkwise.codegen.config import EagerConfig
+from chunkwise.codegen.config import Config, EagerConfig, KernelConfig
+from chunkwise.codegen.plan import Hoist, Plan
 from chunkwise.runtime.artifact import Certificate, Configuration
 
+GENEROUS = 4000.0  # seconds: more than any search of a test takes, however busy the machine
 AXES = (Axis("chunk", (16, 32, 64, 128)), Axis("warps", (1, 2, 4)))
 TOO_MUCH = ("chunk", 128), ("warps", 4)  # the one point that is not legal
 
@@ -32,6 +34,12 @@ def microseconds(part: str, point: Point) -> float:
 
 
 DEFAULT = EagerConfig(16)
+
+
+def made(chunk: int, warps: int) -> Config:
+    """The configuration of a point."""
+    plan = Plan(Hoist.NOTHING)
+    return Config(chunk, plan, plan, KernelConfig(warps=warps))
 
 
 @dataclass
@@ -78,17 +86,16 @@ class Fake:
     ) -> Configuration:
         (forward,) = chosen["forward"].parts
         warps = dict(points[forward])["warps"]
-        return EagerConfig(dict(points[forward])["chunk"] * 1000 + warps)
+        return made(dict(points[forward])["chunk"], warps)
 
     def whole_jobs(self, config: Configuration) -> tuple[Job, ...]:
         return self.jobs_of
 
     def whole(self, config: Configuration) -> Run:
-        assert isinstance(config, EagerConfig)
         if config == self.default:
             return Timed(700.0)
-        chunk, warps = divmod(config.chunk, 1000)
-        point = (("chunk", chunk), ("warps", warps))
+        assert isinstance(config, Config)
+        point = (("chunk", config.chunk), ("warps", config.default.warps))
         return Timed(3 * microseconds("fast/a", point))
 
     def certify_jobs(self, config: Configuration) -> tuple[Job, ...]:
@@ -118,6 +125,21 @@ class Clock:
         return [[run.us * x for x in noise] for run in runs if isinstance(run, Timed)]
 
 
+@dataclass
+class StoodStill:
+    """In place of a module's `time`: seconds that pass when a test says so."""
+
+    now: float = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 def fails() -> Built:
     """A compilation that finds an error."""
     return Built(error="no such instruction")
@@ -130,7 +152,7 @@ def legal() -> set[Point]:
 
 def worker(journal: Path, spend: float) -> Findings:
     """Search all of the space, and note what this process measured."""
-    budget = Budget(60.0, exhaustive=True)
+    budget = Budget(GENEROUS, exhaustive=True)
     with journal.with_suffix(".measured").open("a", encoding="utf-8") as notes:
 
         def note(part: str, point: Point) -> None:

@@ -125,7 +125,7 @@ def test_a_damaged_file_is_set_aside(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match=r"set aside as .*\.damaged"):
         store.save(ARTIFACT, tmp_path)
     assert selection.read(path) == ARTIFACT
-    assert path.with_suffix(".damaged").read_text() == TEXT[:99]
+    assert path.with_suffix(".json.damaged").read_text() == TEXT[:99]
 
 
 def test_merged_buckets() -> None:

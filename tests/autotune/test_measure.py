@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 from chunkwise.autotune.measure import CpuDevice, race, timing
 from chunkwise.autotune.tunable import Run
+
+from tests.autotune.fake import StoodStill
 
 
 def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
@@ -57,6 +60,10 @@ def test_slow_runs_have_few_samples() -> None:
     assert [t.samples for t in timings] == [3, 3]
 
 
-def test_the_clock_of_the_host_tells_a_long_run_from_a_short_one() -> None:
-    short, long = CpuDevice().rounds([lambda: None, lambda: sum(range(20000))], 5)
-    assert min(long) > max(short[1:])
+def test_each_run_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = StoodStill()
+    monkeypatch.setattr("chunkwise.autotune.measure.time", clock)
+    runs = [partial(clock.sleep, seconds) for seconds in (1.0, 3.0)]
+    untimed = [partial(clock.sleep, 0.5)] * 2
+    assert CpuDevice().rounds(runs, 5) == [[1e6] * 5, [3e6] * 5]
+    assert CpuDevice().rounds(runs, 2, untimed) == [[1e6] * 2, [3e6] * 2]

@@ -21,16 +21,33 @@ from chunkwise.autotune.tunable import Built, Part
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from tests.autotune.fake import AXES, TOO_MUCH, Clock, Fake, fails, legal, microseconds
+from tests.autotune.fake import (
+    AXES,
+    GENEROUS,
+    TOO_MUCH,
+    Clock,
+    Fake,
+    StoodStill,
+    fails,
+    legal,
+    microseconds,
+)
 
 BEST: Point = (("chunk", 32), ("warps", 2))
 PARTS = ("fast/a", "fast/b", "slow/a", "slow/b")
-SECONDS = 20.0  # more than any of these takes
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> StoodStill:
+    """The search's: a search of this process ends when a test has moved it, or nothing is left."""
+    stood_still = StoodStill()
+    monkeypatch.setattr("chunkwise.autotune.search.time", stood_still)
+    return stood_still
 
 
 def found(tunable: Fake, **budget: object) -> Findings:
     storage = InMemoryStorage()
-    return search(tunable, Clock(), storage, "test", Budget(SECONDS, seed=1, **budget))  # type: ignore[arg-type]  # two fields by name
+    return search(tunable, Clock(), storage, "test", Budget(GENEROUS, seed=1, **budget))  # type: ignore[arg-type]  # two fields by name
 
 
 def test_finds_the_best_point_of_every_part() -> None:
@@ -54,21 +71,25 @@ def test_tries_nothing_twice_and_nothing_illegal() -> None:
     assert {p for _, p in measured} == legal()
 
 
-def test_begins_with_what_is_known_and_ends_in_time() -> None:
+def test_begins_with_what_is_known_and_ends_in_time(clock: StoodStill) -> None:
     order: list[Point] = []
     first: Point = (("chunk", 128), ("warps", 1))
-    tunable = Fake(note=lambda part, point: order.append(point), first=(first,), spend=0.05)
-    storage = InMemoryStorage()
-    started = time.monotonic()
-    findings = search(tunable, Clock(), storage, "test", Budget(0.5, seed=1))
+
+    def note(part: str, point: Point) -> None:
+        order.append(point)
+        clock.sleep(1)
+
+    findings = search(
+        Fake(note=note, first=(first,)), Clock(), InMemoryStorage(), "test", Budget(10, seed=1)
+    )
     assert order[0] == first
-    assert time.monotonic() - started < 2
-    assert 0 < findings.trials < 4 * len(legal())
+    ahead = 3  # what was ordered before the time was up is measured too
+    assert 10 <= findings.trials == findings.seconds < 10 + ahead < 4 * len(legal())
 
 
 def test_the_model_proposes_and_learns_where_legality_ends() -> None:
     storage = InMemoryStorage()
-    search(Fake(), Clock(), storage, "test", Budget(SECONDS, seed=2))
+    search(Fake(), Clock(), storage, "test", Budget(GENEROUS, seed=2))
     studies = [
         optuna.load_study(study_name=s.study_name, storage=storage)
         for s in optuna.get_all_study_summaries(storage=storage)
@@ -126,7 +147,7 @@ def test_ctrl_c_keeps_the_best_so_far() -> None:
             raise KeyboardInterrupt
 
     storage = InMemoryStorage()
-    findings = search(Fake(note=note), Clock(), storage, "test", Budget(SECONDS, seed=1))
+    findings = search(Fake(note=note), Clock(), storage, "test", Budget(GENEROUS, seed=1))
     assert findings.interrupted
     assert findings.combinations
     for s in optuna.get_all_study_summaries(storage=storage):
@@ -134,11 +155,11 @@ def test_ctrl_c_keeps_the_best_so_far() -> None:
         assert all(t.state is not TrialState.RUNNING for t in study.trials)
 
 
-def test_resumes_where_it_ended(tmp_path: Path) -> None:
+def test_resumes_where_it_ended(tmp_path: Path, clock: StoodStill) -> None:
     journal = str(tmp_path / "study.journal")
-    tunable = Fake(spend=0.02)
-    first = search(tunable, Clock(), open_storage(journal), "test", Budget(0.5, seed=1))
-    again = search(Fake(), Clock(), open_storage(f"journal://{journal}"), "test", Budget(SECONDS))
+    tunable = Fake(note=lambda part, point: clock.sleep(1))
+    first = search(tunable, Clock(), open_storage(journal), "test", Budget(10, seed=1))
+    again = search(Fake(), Clock(), open_storage(f"journal://{journal}"), "test", Budget(GENEROUS))
     assert 0 < first.trials < again.trials == 4 * len(legal())
     assert again.mine == again.trials - first.trials
 
@@ -172,7 +193,7 @@ def finished(journal: Path) -> dict[str, int]:
 def test_two_processes_divide_the_work(tmp_path: Path) -> None:
     journal = tmp_path / "study.journal"
     workers = [start(journal, 0.01) for _ in range(2)]
-    assert [w.wait(timeout=60) for w in workers] == [0, 0]
+    assert [w.wait(timeout=GENEROUS) for w in workers] == [0, 0]
     lines = measured(journal)
     assert sorted(lines) == sorted(f"{k} {p}" for k in PARTS for p in legal())
     assert finished(journal) == {f"fake/{k}": len(legal()) for k in PARTS}

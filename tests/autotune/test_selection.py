@@ -35,7 +35,7 @@ some = st.lists(sizes, min_size=1, max_size=8, unique=True)
 
 
 def _artifact(buckets: list[Bucket], key: Key = KEY) -> Artifact:
-    entries = tuple(tuned(b.rows, b.tokens, config(16 + n)) for n, b in enumerate(buckets))
+    entries = tuple(tuned(b.rows, b.tokens, config(1 << n)) for n, b in enumerate(buckets))
     return Artifact("name", key, entries)
 
 

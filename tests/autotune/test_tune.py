@@ -23,14 +23,14 @@ from chunkwise.runtime.machine import Machine
 from optuna.storages import InMemoryStorage
 from torch import Tensor
 
-from tests.autotune.fake import DEFAULT, Clock, Fake, Timed
+from tests.autotune.fake import DEFAULT, GENEROUS, Clock, Fake, Timed, made
 
-FASTEST = EagerConfig(32002)  # chunk 32, two warps: see Fake.configuration
+FASTEST = made(32, 2)
 KEY = Key("f" * 12, EngineName.EAGER, "float32", Dims(8, 8), Machine("cpu", "x", "a CPU", 1))
 VERSIONS = Versions("0", "2")
 
 
-def tuned(tunable: Fake, seconds: float = 20.0) -> Tuning:
+def tuned(tunable: Fake, seconds: float = GENEROUS) -> Tuning:
     task = Task("fake", KEY, Bucket(2, 64), VERSIONS, InMemoryStorage(), "memory")
     return tune(tunable, (Clock(), Clock()), task, Budget(seconds, seed=1))
 
@@ -71,7 +71,7 @@ def test_what_is_wrong_is_rejected_and_the_next_wins() -> None:
 def test_what_was_rejected_before_is_not_tried_again() -> None:
     before = frozenset({FASTEST})
     task = Task("fake", KEY, Bucket(2, 64), VERSIONS, InMemoryStorage(), "memory", before)
-    tuning = tune(Fake(), (Clock(), Clock()), task, Budget(20.0, seed=1))
+    tuning = tune(Fake(), (Clock(), Clock()), task, Budget(GENEROUS, seed=1))
     assert FASTEST not in {f.config for f in tuning.finalists}
     assert tuning.winner is not None
     assert tuning.winner.config != DEFAULT
@@ -86,7 +86,7 @@ def test_nothing_wins_where_everything_is_wrong() -> None:
 
 
 def test_the_default_serves_where_nothing_could_be_measured() -> None:
-    tuning = tuned(Fake(), seconds=1e-3)
+    tuning = tuned(Fake(), seconds=0.0)
     assert [t.config for t in tuning.artifact.tuned] == [DEFAULT]
 
 
@@ -167,7 +167,7 @@ def test_a_real_engine_is_tuned_and_its_artifact_serves() -> None:
         chunks=(16, 64),
     )
     task = Task("delta_rule", about.key, about.bucket, VERSIONS, InMemoryStorage(), "memory")
-    tuning = tune(about.tunable, about.devices, task, Budget(3.0, seed=1))
+    tuning = tune(about.tunable, about.devices, task, Budget(GENEROUS, seed=1))
     (kept,) = tuning.artifact.tuned
     assert kept.bucket == Bucket(2, 128)
     assert kept.config in (EagerConfig(16), EagerConfig(64))

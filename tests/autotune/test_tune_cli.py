@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from chunkwise import cli_doctor
 from chunkwise.cli import main
 from chunkwise.runtime import selection
 from chunkwise.runtime.artifact import from_text
@@ -25,7 +27,7 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_tunes_prints_and_keeps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     picture = tmp_path / "study.svg"
-    assert main(["tune", "delta_rule", *SMALL, "--budget", "2s", "--plot", str(picture)]) == 0
+    assert main(["tune", "delta_rule", *SMALL, "--budget", "60s", "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out
     assert "configurations of 1 parts measured" in printed
     assert "winner:" in printed
@@ -35,7 +37,7 @@ def test_tunes_prints_and_keeps(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert picture.exists()
 
     # the study goes on where it ended: nothing is measured anew
-    assert main(["tune", "delta_rule", *SMALL, "--budget", "2", "--resume", "--json"]) == 0
+    assert main(["tune", "delta_rule", *SMALL, "--budget", "60", "--resume", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["file"] == str(file)
     assert document["artifact"]["tuned"][0]["study"]["trials"] == 2
@@ -44,8 +46,8 @@ def test_tunes_prints_and_keeps(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 def test_a_database_is_a_storage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
-    assert main(["tune", "linear_attention", *SMALL, "--budget", "2", "--storage", url]) == 0
-    assert main(["tune", "linear_attention", *SMALL, "--budget", "2", "--storage", url]) == 0
+    assert main(["tune", "linear_attention", *SMALL, "--budget", "60", "--storage", url]) == 0
+    assert main(["tune", "linear_attention", *SMALL, "--budget", "60", "--storage", url]) == 0
     assert "2 configurations of 1 parts measured (0 by this process)" in capsys.readouterr().out
 
 
@@ -85,3 +87,36 @@ def test_a_storage_that_is_not_there_says_so(capsys: pytest.CaptureFixture[str])
     message = capsys.readouterr().err
     assert "mysql+nothing://nowhere/studies" in message
     assert "secret" not in message
+
+
+@pytest.mark.parametrize("storage", [(), ("--storage", "sqlite://")])
+def test_a_cache_that_cannot_be_written(
+    storage: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is refused before anything is measured."""
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("CHUNKWISE_CACHE", str(file))
+    assert main(["tune", "delta_rule", *SMALL, "--budget", "600", *storage]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"BadCache: the cache folder {file} is not used" in printed.err
+    assert f"{file} is no folder" in printed.err
+
+
+def test_doctor_says_why_a_cache_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = ((b"file", "is no folder"), (b"x" * 300, "too long"), (b"\xff", "not UTF-8"))
+    for name, fault in (*faults, (b"new", None)):
+        path = os.fsencode(tmp_path) + b"/" + name
+        if name == b"file":
+            Path(os.fsdecode(path)).touch()
+        monkeypatch.setenv("CHUNKWISE_CACHE", os.fsdecode(path))
+        about = cli_doctor._cache()
+        about["folder"].encode()
+        assert about["bytes"] == 0
+        assert (about["fault"] is None) if fault is None else fault in str(about["fault"])

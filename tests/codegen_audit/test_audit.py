@@ -13,9 +13,11 @@ from chunkwise import library
 
 pytest.importorskip("triton")
 
+import triton
 from chunkwise.codegen.audit import (
     Search,
     Subject,
+    as_json,
     chunks_below,
     ladder,
     lowered_forms,
@@ -88,7 +90,9 @@ def test_what_never_fits_or_does_not_compile_is_reported() -> None:
             search.learn(name, Outcome(None, "no", 0.0) if broken else _outcome(job, 1024))
     assert search.errors == {"forward_scan": "no"}
     assert not search.passed
-    assert report([search]).endswith("1 audited, 1 with findings")
+    told = f"1 audited, 1 with findings (Triton {triton.__version__})"
+    assert report([search]).endswith(told)
+    assert as_json(search)["triton"] == triton.__version__
 
 
 def test_the_ladder_descends() -> None:

@@ -530,6 +530,15 @@ def test_errors_of_workers_survive_pickling() -> None:
         (errors.UnknownRecurrence("gdr", ["gla"]), ("'gdr'", "gla")),
         (errors.ReservedName("engine", ["check", "engine"], None), ("'engine'", "check, engine")),
         (errors.DoubleBackward("gla"), ("gla", "differentiate once")),
+        (
+            errors.BadConfiguration("EagerConfig.chunk", -1, "a power of two", "halved"),
+            ("EagerConfig.chunk is -1", "expected a power of two", "why:  halved"),
+        ),
+        (errors.BadCache("/c", "/c is no folder"), ("/c", "is no folder", "CHUNKWISE_CACHE")),
+        (
+            errors.LinkerFailed("cc -shared", 1, "cannot find -lc\n"),
+            ("status 1: cc -shared", "cannot find -lc", "C compiler"),
+        ),
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, Exception) else "",
 )
@@ -547,7 +556,7 @@ def test_every_class_of_the_catalogue_is_tested() -> None:
     tested = {error.__name__ for error, _, _ in CASES}
     call = {c.__name__ for c in errors.CallError.__subclasses__()}
     other = {"EngineUnavailable", "NotLowered", "UnknownRecurrence", "ReservedName"}
-    other |= {"BadArtifact"}  # tests of artifacts
+    other |= {"BadArtifact", "BadCache", "BadConfiguration", "LinkerFailed"}  # and in tests/cache
     catalogue = {
         n
         for n, c in vars(errors).items()

@@ -34,7 +34,10 @@ class Fits:
         self.launched: list[tuple[object, ...]] = []
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., str]:
-        def launch(*arguments: object, num_warps: int, num_stages: int) -> str:
+        def launch(
+            *arguments: object, num_warps: int, num_stages: int, enable_fp_fusion: bool
+        ) -> str:
+            assert enable_fp_fusion
             self.launched.append((grid, *arguments, num_warps, num_stages))
             if num_stages > self.fits:
                 raise OutOfResources(300_000, 232_448, "shared memory")

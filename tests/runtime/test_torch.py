@@ -170,6 +170,9 @@ def test_double_backward_is_refused(kit: Any, engine: str) -> None:
     x = kit.make_inputs(op, kit.Sizes(T=3)).operands
     o, _ = op(**x, engine=engine)
     (grad,) = torch.autograd.grad(o.square().sum(), x["q"], create_graph=True)
+    if engine == "reference":  # tests/runtime/test_transforms.py has its numbers
+        grad.sum().backward()
+        return
     with pytest.raises(cw.errors.DoubleBackward, match="gated_delta_rule"):
         grad.sum().backward()
 

@@ -132,7 +132,7 @@ def test_several_threads_in_a_child(method: str, set_threads: Threads) -> None:
     set_threads(2)
     want = _output()
     with multiprocessing.get_context(method).Pool(1) as pool:
-        assert torch.equal(pool.apply_async(_output_of_two_threads).get(timeout=120), want)
+        assert torch.equal(pool.apply_async(_output_of_two_threads).get(), want)
 
 
 @pytest.mark.parametrize("team", [True, False])

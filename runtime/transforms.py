@@ -1,0 +1,147 @@
+"""The ops under torch's transforms: reverse mode at any level of torch.func, vmap, no forward mode.
+
+torch.library's own registration of a gradient loses tangents without a word and refuses torch.func,
+so that the kernel of the Autograd key is written out here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
+from torch.autograd import forward_ad
+
+from ..dsl import errors
+
+Outputs = tuple[Tensor, ...] | list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Derivative:
+    """What torch has to know of an op to differentiate it.
+
+    Attributes:
+        title: the recurrence's name, for messages.
+        save: `(ctx, inputs)`, keeps what `pull_back` needs.
+        pull_back: `(ctx, *cotangents)`, a gradient or None for every input.
+        in_torch: the op as torch operations, where there is such a thing: it is what is recorded
+            for tangents, and for gradients too if `records_itself`.
+    """
+
+    title: str
+    save: Callable[[Any, Sequence[Any]], None]
+    pull_back: Callable[..., tuple[Tensor | None, ...]]
+    in_torch: Callable[..., Outputs] | None = None
+    records_itself: bool = False
+
+
+def register_derivative(
+    library: torch.library.Library, op: torch._ops.OpOverload, derivative: Derivative
+) -> None:
+    """Have torch differentiate `op` so, under torch.func too.
+
+    Raises, when the op is called: NoTransform, for forward mode where nothing computes tangents.
+    """
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
+            # a Function switches recording off: here, and not at the levels below of torch.func
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                outputs = tuple(_below(op, keyset, inputs))
+            derivative.save(ctx, inputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+            return (None, *derivative.pull_back(ctx, *cotangents))
+
+    returns_list = len(op._schema.returns) == 1  # Tensor[]
+
+    def kernel(keyset: Any, *inputs: Any) -> Outputs:
+        levels = torch._C._are_functorch_transforms_active()
+        # graphs of torch.compile enter levels of forward mode that Python's count does not know
+        if levels or forward_ad._current_level >= 0:
+            inputs = unwrap_dead_wrappers(inputs)  # what a level saved before it ended
+            if any(map(_has_tangent, inputs)):
+                if derivative.in_torch is None:
+                    raise errors.NoTransform(derivative.title, "forward-mode differentiation")
+                return derivative.in_torch(*inputs)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
+            return _below(op, keyset, inputs)
+        if derivative.records_itself:
+            assert derivative.in_torch is not None
+            return derivative.in_torch(*inputs)
+        if levels:  # one of which has been entered
+            with enable_single_level_autograd_function():
+                outputs = super(torch.autograd.Function, Recorded).apply(keyset, *inputs)  # type: ignore[no-untyped-call]
+        else:
+            outputs = Recorded.apply(keyset, *inputs)  # type: ignore[no-untyped-call]
+        return list(outputs) if returns_list else tuple(outputs)
+
+    def refuse_batches(*inputs: Any) -> None:
+        raise errors.NoTransform(derivative.title, "is_grads_batched (or vectorize) of autograd")
+
+    name = op._schema.name
+    library.impl(name, kernel, "Autograd", with_keyset=True)
+    library.impl(name, refuse_batches, "Batched")
+
+
+def _below(op: torch._ops.OpOverload, keyset: Any, inputs: Sequence[Any]) -> Outputs:
+    """The op as it is without autograd."""
+    with torch._C._AutoDispatchBelowAutograd():
+        made: Outputs = op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+    return made
+
+
+def _has_tangent(x: object) -> bool:
+    is_number = isinstance(x, Tensor) and x.is_floating_point()
+    return is_number and torch._VF._unpack_dual(x, level=0)[1] is not None  # type: ignore[arg-type]
+
+
+class Along(Enum):
+    """What of an op's argument a batch can be laid along."""
+
+    SEQUENCES = "its first axis counts sequences of the batch"
+    NOTHING = "it is shared by all sequences, or no tensor"
+
+
+def register_batches(
+    library: torch.library.Library, op: torch._ops.OpOverload, along: Sequence[Along], *, fold: bool
+) -> None:
+    """Have torch.vmap lay batches along the op's own, or call it once for each item.
+
+    Args:
+        along: for every argument.
+        fold: whether that may be: results are per sequence. (A packed batch never is.)
+    """
+    packing = next(n for n, a in enumerate(op._schema.arguments) if a.name == "cu_seqlens")
+
+    def rule(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        n = info.batch_size
+        shared = all(d is None for d, a in zip(dims, along, strict=True) if a is Along.NOTHING)
+        if not (fold and shared and inputs[packing] is None):
+            rows = [
+                op(*(x if d is None else x.select(d, i) for x, d in zip(inputs, dims, strict=True)))
+                for i in range(n)
+            ]
+            made = [torch.stack(items) for items in zip(*rows, strict=True)]
+        else:
+
+            def laid(x: Any, dim: int | None, a: Along) -> Any:
+                if x is None or a is Along.NOTHING:
+                    return x
+                x = x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
+                return x.flatten(0, 1)
+
+            outputs = op(*map(laid, inputs, dims, along))
+            made = [x.unflatten(0, (n, x.shape[0] // n)) for x in outputs]
+        returns_list = len(op._schema.returns) == 1
+        return (made if returns_list else tuple(made)), ([0] if returns_list else (0,)) * len(made)
+
+    torch.library.register_vmap(op, rule, lib=library)
