@@ -5,26 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from chunkwise.runtime import eager_engine, triton_engine
 
-from tests.interpreted import now_and_then_in_segments
 from tests.net import block
-from tests.random_draws import CALIBERS, Outcome, Verdict
+from tests.random_draws import Outcome, Verdict
 
 # of a block; a refusal is an error of the catalogue, and some steps are meant to be refused
 REFUSED, MOOT = 0.3, 0.15
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _short_chunks() -> Iterator[None]:
-    """A few tokens make several chunks; Triton's scans run in segments now and then."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eager_engine, "_LONGEST_CHUNK", CALIBERS["eager"].chunk)
-        patch.setattr(triton_engine, "_compiled_for", now_and_then_in_segments)
-        yield
+pytestmark = pytest.mark.usefixtures("short_chunks")
 
 
 def _holds(verdicts: list[Verdict]) -> None:
