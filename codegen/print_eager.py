@@ -89,7 +89,7 @@ class _Torch(Expressions):
             if is_number(unaliased(x.args[0])):
                 kept = self.kept(x, "rows", _INDEX)
                 kept = kept if kept.isidentifier() else f"({kept})"
-                return f"{kept}.to(dtype) * {self.text(x.args[0])}"
+                return f"{kept}.to(dtype) * {self._factor(x.args[0])}"
             return self.masked(x, "rows", _INDEX)
         if x.op is TileOp.SUM:
             return self._sum(x)
