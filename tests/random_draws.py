@@ -99,6 +99,8 @@ def examine(drawn: Draw, engine: str) -> Verdict:
         plan = replace(plan, K=max(plan.K, 2), V=max(plan.V, 2))
     op = Recurrence(declaration)
     params = {**drawn.rule.params, **statics}
+    if all(x.per is Per.HEAD for x in declaration.operands):
+        return _refuses(errors.MissingOperand, op, make(declaration, form, params, plan).inputs)
     step = declaration.step(micro, statics)
     for reset in dict.fromkeys((plan.reset, plan.reset and (-1e3, 1e-4), None)):
         plan = replace(plan, reset=reset)
@@ -116,7 +118,7 @@ def examine(drawn: Draw, engine: str) -> Verdict:
         return Verdict(Outcome.MOOT, "the truth is not finite, or large")
     try:
         if plan.probe is Probe.MIXED and len(made.inputs.operands) > 1:
-            return _refuses_devices(op, made.inputs, plan.seed)
+            return _refuses(errors.BadDevice, op, _on_two_devices(made.inputs, plan.seed))
         if plan.probe is Probe.META:
             return _shapes(op, made.inputs, truth, engine)
         if plan.probe is Probe.STEP and plan.lengths is None and plan.tokens:
@@ -149,8 +151,10 @@ def _by_form(form: NormalForm, made: Made, truth: dict[str, Tensor]) -> Verdict 
 
 
 def _refusal(error: errors.ChunkwiseError) -> Verdict:
-    first = error.args[0] if error.args else str(error)
-    return Verdict(Outcome.REFUSED, type(error).__name__, str(first))
+    reason = type(error).__name__
+    if isinstance(error, errors.NotLowered):  # what an engine says of itself, and then why
+        reason += ": " + (error.why or error.headline).partition("\n")[0].removeprefix("rule: ")
+    return Verdict(Outcome.REFUSED, reason, error.headline)
 
 
 def _crash(error: Exception) -> Verdict:
@@ -309,12 +313,17 @@ def _numbered(finals: Any) -> Iterator[tuple[str, Tensor]]:
         yield f"final {n}", x
 
 
-def _refuses_devices(op: Recurrence, inputs: Inputs, at: int) -> Verdict:
+def _on_two_devices(inputs: Inputs, at: int) -> Inputs:
     names = list(inputs.operands)
     other = names[at % len(names)]
-    mixed = replace(inputs, operands={**inputs.operands, other: inputs.operands[other].to("meta")})
+    moved = {**inputs.operands, other: inputs.operands[other].to("meta")}
+    return replace(inputs, operands=moved)
+
+
+def _refuses(expected: type[errors.CallError], op: Recurrence, inputs: Inputs) -> Verdict:
+    """A call that has no meaning is refused by name."""
     try:
-        op(**mixed.operands, **mixed.options)
-    except errors.BadDevice as refusal:
-        return Verdict(Outcome.AGREED, "devices refused", str(refusal))
-    return Verdict(Outcome.WRONG, "mixed devices are served")
+        op(**inputs.operands, **inputs.options)
+    except expected as refusal:
+        return Verdict(Outcome.AGREED, f"{type(refusal).__name__} is raised")
+    return Verdict(Outcome.WRONG, f"{expected.__name__} is not raised")
