@@ -338,3 +338,123 @@ def test_export() -> None:
 
 def test_version() -> None:
     assert cw.__version__.count(".") == 2
+
+
+def _agree_compiled(run: Any, *x: torch.Tensor) -> None:
+    """`run`, compiled whole, gives the same numbers and gradients."""
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    leaves = [t.detach().requires_grad_() for t in x]
+    results = []
+    for f in (run, compiled):
+        o, state = f(*leaves)
+        results.append([o, state, *torch.autograd.grad(o.sum() + state.sum(), leaves)])
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_gla", "chunk_retention"]
+)
+def test_names_of_fla_under_fullgraph(kit: Any, name: str) -> None:
+    """Each variant is declared once, be it while torch.compile traces; two of them in one graph."""
+    sizes = kit.Sizes(B=1, T=5, K=4, V=4, dtype=torch.float32)
+    x = kit.make_inputs(cw.library.kda, sizes).operands
+    q, k, v, g, beta = x.values()
+    operands = {
+        "chunk_gated_delta_rule": (q, k, v, g[..., 0], beta),
+        "chunk_kda": (q, k, v, g, beta),
+        "fused_recurrent_gla": (q, k, v, g),
+        "chunk_retention": (q, k, v),
+    }[name]
+
+    def run(*x: torch.Tensor) -> Any:
+        o, state = getattr(cw.fla, name)(*x, output_final_state=True)
+        again, _ = cw.fla.chunk_retention(x[0], x[1], o)
+        return o + again, state
+
+    _agree_compiled(run, *operands)
+
+
+@pytest.mark.parametrize("rule", ["gated_delta_rule", "rwkv6", "gated_delta_product", "oja"])
+@pytest.mark.parametrize("keep_time", [False, True])
+def test_steps_under_fullgraph(kit: Any, rule: str, keep_time: bool) -> None:
+    op = getattr(cw.library, rule)
+    inputs = kit.make_inputs(op, kit.Sizes(T=1, K=4, V=6, initial=True, dtype=torch.float32))
+    per_token = {o.name for o in op.declaration.operands if o.per.value == "token"}
+    x = [t[:, 0] if n in per_token and not keep_time else t for n, t in inputs.operands.items()]
+
+    def run(*leaves: torch.Tensor) -> Any:
+        *x, state = leaves
+        return op.step(*x, state=state)
+
+    _agree_compiled(run, *x, inputs.options["initial_state"])
+
+
+def test_a_compiled_step_of_several_tokens_is_refused(kit: Any) -> None:
+    op = cw.library.simple_gla
+    x = kit.make_inputs(op, kit.Sizes(T=2, dtype=torch.float32)).operands
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: op.step(*x)[0], backend="eager")
+    with pytest.raises(cw.errors.BadShape, match="one token"):
+        compiled(*x.values())
+
+
+# torch's own, where it is asked for processes
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_systems_sharded_tensors_are_refused(kit: Any, engine: str) -> None:
+    """Until there is a sharding rule, a DTensor is named, as operand and as state."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    op = cw.library.gated_delta_rule
+    inputs = kit.make_inputs(op, kit.Sizes(T=3, initial=True, dtype=torch.float32))
+    x = {n: t.detach() for n, t in inputs.operands.items()}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = {n: distribute_tensor(t.cpu(), mesh, [Replicate()]) for n, t in x.items()}
+        for run in (op, op.step):
+            with pytest.raises(cw.errors.BadLayout, match=r"'q' is a DTensor.*\n.*to_local"):
+                run(**sharded, engine=engine)
+        state = distribute_tensor(inputs.initial[0].detach().cpu(), mesh, [Replicate()])
+        with pytest.raises(cw.errors.BadLayout, match=r"initial_state \(S\).*DTensor"):
+            op(**x, initial_state=state, engine=engine)
+    finally:
+        dist.destroy_process_group()
+
+
+_LOAD = """
+import sys, torch, chunkwise as cw
+if len(sys.argv) > 2:
+    x = torch.empty(1, 1, 1, 2)
+    cw.library.simple_gla(x, x, x, x[..., 0], engine="eager")
+program = torch.export.load(sys.argv[1])
+torch.manual_seed(0)
+print(program.module()(torch.randn(2, 9, 2, 3)).sum().item())
+"""
+
+
+class _Decays(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return cw.library.simple_gla(x, x, x, -x[..., 0].abs(), engine="eager")[0]
+
+
+def test_house_saved_programs_load_after_a_call(tmp_path: Any) -> None:
+    """The first call registers an op: until imports do, a fresh process has to make one."""
+    layer, file = _Decays(), tmp_path / "program.pt2"
+    length = torch.export.Dim("length", min=2, max=64)
+    program = torch.export.export(
+        layer, (torch.randn(2, 6, 2, 3),), dynamic_shapes={"x": {1: length}}
+    )
+    torch.export.save(program, file)
+    load = [sys.executable, "-W", "ignore", "-c", _LOAD, str(file)]
+    alone = subprocess.run(load, capture_output=True, text=True, check=False)
+    assert alone.returncode != 0
+    assert "chunkwise" in alone.stderr
+    after = subprocess.run([*load, "call"], capture_output=True, text=True, check=False)
+    assert after.returncode == 0, after.stderr
+    torch.manual_seed(0)
+    want = layer(torch.randn(2, 9, 2, 3)).sum().item()
+    assert float(after.stdout) == pytest.approx(want, rel=1e-5)
