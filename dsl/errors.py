@@ -537,6 +537,19 @@ class NanOperand(CallError, ValueError):
         )
 
 
+class Overflow(CallError, ArithmeticError):
+    """A result that is not finite, of operands that are (looked for under CHUNKWISE_CHECK)."""
+
+    def __init__(self, op: str, result: str, got: str) -> None:
+        super().__init__(
+            f"the {result} of {op} holds {got}, though every operand is finite",
+            why="kernels on a GPU multiply states in the operands' dtype, and numbers of float16 "
+            "end at 65504; or the step itself divides by zero or grows beyond its dtype",
+            help="pass bfloat16 or float32 operands, or scale values and initial states down (and "
+            "losses up: gradients below 2**-24 vanish in float16)",
+        )
+
+
 class PositiveGate(CallError, ValueError):
     """A gate that breaks its bound: a log-decay above 0, a `within` out of range."""
 

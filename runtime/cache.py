@@ -57,8 +57,9 @@ def own_folder(*names: str) -> Path:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             below[-1].lstat()  # too long a name: nothing of it shall be made
         for path in (*reversed(top.parents), *below):
-            with contextlib.suppress(FileExistsError):
-                path.mkdir(mode=0o700)
+            if not os.path.lexists(path):
+                with contextlib.suppress(FileExistsError):  # another process did
+                    path.mkdir(mode=0o700)
             fault = danger(path) if path in below else _others_rename(path)
             if fault:
                 raise errors.BadCache(str(top), fault)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,14 +27,32 @@ def check_contents(call: Call, check: bool | None) -> None:
         BadCuSeqlens: the boundaries do not rise from 0 to T.
         NanOperand, PositiveGate: the first offender, where it is and what it holds.
     """
-    if check is None:
-        check = os.environ.get(CHECK_VARIABLE, "") not in ("", "0")
+    check = _asked(check)
     bounds = call.cu_seqlens
     if bounds is not None and (check or bounds.device.type == "cpu"):
         check_boundaries(bounds, call.T)
     if check:
         _check_finite(call)
         _check_promises(call)
+
+
+def check_results(call: Call, check: bool | None, o: Tensor, finals: Sequence[Tensor]) -> None:
+    """Look, if asked to, for results that are not finite though all operands are.
+
+    Raises:
+        Overflow: the first of them, where it is and what it holds.
+    """
+    if not _asked(check):
+        return
+    ends = zip((f"final state ({s.name})" for s in call.declaration.states), finals, strict=True)
+    for name, x in (("output", o), *ends):
+        if not bool(torch.isfinite(x).all()):
+            at, value = _first(~torch.isfinite(x), x)
+            raise errors.Overflow(call.declaration.name, name, f"{value} at {at}")
+
+
+def _asked(check: bool | None) -> bool:
+    return os.environ.get(CHECK_VARIABLE, "") not in ("", "0") if check is None else check
 
 
 def _check_finite(call: Call) -> None:

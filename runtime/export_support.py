@@ -6,11 +6,12 @@ Axes are written in letters: `B T H K` is a Key, whose heads H divide those of t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from triton.runtime.errors import OutOfResources
 
 
@@ -120,6 +121,26 @@ def check_state(
         )
     if state.device != device:
         raise ValueError(f"{op}: initial_state ({name}) is on {state.device}, expected {device}")
+
+
+def check_transforms(op: str, tensors: Iterable[Tensor | None]) -> None:
+    """That no transform of torch.func and no tangent is at work: the ops here would lose them.
+
+    Raises:
+        RuntimeError: one is.
+    """
+    if torch._C._are_functorch_transforms_active():
+        what = "torch.func (grad, vmap, jvp, ...)"
+    elif forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        what = "forward-mode differentiation"
+    else:
+        return
+    raise RuntimeError(
+        f"{op}: its kernels compute outputs, and gradients for torch.autograd, but cannot be "
+        f"called under {what}; reference.{op} of this package can"
+    )
 
 
 def check_device(op: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -21,7 +21,7 @@ from ..dsl import errors
 from ..dsl.ir import Per
 from . import reference
 from .call import Call, Static, describe, on_one_device
-from .check import check_contents
+from .check import check_contents, check_results
 from .engines import Engine, EngineName, load
 from .transforms import Along, Derivative, register_batches, register_derivative
 
@@ -145,6 +145,7 @@ def _register(
             return _empty_forward(call)
         with _without_autocast(call.device):
             o, finals = serving.forward(call)
+        check_results(call, check, o, finals)
         return (o, *finals)
 
     def forward_shapes(*args: Any) -> tuple[Tensor, ...]:

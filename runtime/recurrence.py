@@ -43,15 +43,17 @@ class Recurrence:
         cu_seqlens: int32 or int64 `[N+1]`, boundaries of N sequences packed along T, with B = 1.
         engine: "reference", "eager", "tvm" or "triton"; by default the device's own
             (CHUNKWISE_ENGINE).
-        check: look for NaN in operands and growth in gates first, which waits for the device;
-            by default as CHUNKWISE_CHECK says.
+        check: look for NaN in operands and growth in gates first, and for overflow in results,
+            which waits for the device; by default as CHUNKWISE_CHECK says.
 
     and returns `(o, final_state)`: o `[B,T,HV,V]` in the dtype of the first Value operand, the
     final state in float32 (a tuple for several states), or None where it was not asked for.
     Everything is differentiable once, in reverse mode: each operand, the initial state, through the
     final state; also under torch.func and vmap. engine="reference" has derivatives of every order
     and forward mode too; other engines raise NoTransform and DoubleBackward for those.
-    Under autocast the operands are used in the dtype they come in.
+    Under autocast the operands are used in the dtype they come in. Kernels on a GPU multiply states
+    and cotangents in the dtype of the operands: with float16, both have to lie in its range (2**-24
+    to 65504), as bfloat16's and float32's do not.
 
     Raises: the classes of `chunkwise.errors`, each naming operand, what it got, what it expected.
     """

@@ -189,7 +189,7 @@ def test_either_axis_may_be_read() -> None:
         (lambda f: 1 - sigmoid(f), "logsigmoid(-f)", Interval(-math.inf, 0.0)),
         (lambda f: exp(-5 * sigmoid(f)), "-5*sigmoid(f)", Interval(-5.0, 0.0)),
         (lambda f: exp(f) * sigmoid(f), "f + logsigmoid(f)", Interval()),
-        (lambda f: exp(clamp(f, -5, 0)), "minimum(maximum(f, -5), 0)", Interval(-5.0, 0.0)),
+        (lambda f: exp(clamp(f, -5, 0)), "at_most(at_least(f, -5), 0)", Interval(-5.0, 0.0)),
         (
             lambda f: 0.5 * exp(logsigmoid(f)),
             "-0.693147 + logsigmoid(f)",

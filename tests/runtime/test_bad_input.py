@@ -312,6 +312,35 @@ def test_check_names_the_first_nan(
     cw.library.gated_delta_rule(**x, engine=engine)
 
 
+# Triton's interpreter is numpy
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid:RuntimeWarning")
+def test_check_names_what_overflows(kit: Any, engine: str) -> None:
+    """States beyond float16, of float16 operands: right where they stay wide, named elsewhere."""
+    op = cw.library.simple_gla
+    x = {n: t.half() for n, t in _operands(kit).items() if n != "beta"}
+    x["q"] *= 1e-4
+    state = torch.full((2, 4, 3, 6), 262144.0, device=kit.engine.device)
+    options = {"initial_state": state, "engine": engine, "output_final_state": True}
+    if engine == "triton":
+        with pytest.raises(E.Overflow) as raised:
+            op(**x, **options, check=True)
+        _assert_names(raised.value, ("output of simple_gla", "65504", "bfloat16 or float32"))
+        x = {n: t.float() for n, t in x.items()}
+    o, end = op(**x, **options, check=True)
+    wide = {n: t.double() for n, t in x.items()}
+    want, final = op(**wide, **{**options, "engine": "reference"})
+    torch.testing.assert_close(o.double(), want, rtol=5e-3, atol=1e-2)
+    torch.testing.assert_close(end.double(), final, rtol=1e-3, atol=1e-2)
+    # what the last token writes is read by none: only the final state shows it
+    late = {n: x[n].float() for n in ("q", "k", "v")}
+    late["k"][:, -1] = late["v"][:, -1] = 1e30
+    late["q"][:, -1] = 0.0
+    late |= {"w": torch.zeros_like(late["k"]), "u": torch.zeros_like(late["k"][0, 0, :1])}
+    late["u"] = late["u"].expand(4, -1)
+    with pytest.raises(E.Overflow, match=r"final state \(S\).*inf at"):
+        cw.library.rwkv6(**late, engine=engine, output_final_state=True, check=True)
+
+
 def test_check_looks_at_the_initial_state(kit: Any) -> None:
     state = torch.zeros(2, 4, 3, 6)
     state[1, 0, 0, 0] = float("nan")

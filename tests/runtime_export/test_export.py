@@ -264,6 +264,34 @@ def test_layouts_and_places_are_named(package: ModuleType) -> None:
         package.gated_delta_rule(**x, cu_seqlens=elsewhere)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_transforms_are_refused(package: ModuleType) -> None:
+    """No tangent is lost without a word; the package's reference has it."""
+    reference = importlib.import_module("gated_delta_rule.reference")
+    x = operands()
+
+    def loss(k: torch.Tensor, run: Any = package.gated_delta_rule) -> torch.Tensor:
+        return run(**{**x, "k": k})[0].square().sum()
+
+    ones = torch.ones_like(x["k"])
+    for transform in (
+        lambda f: torch.func.jvp(f, (x["k"],), (ones,))[1],
+        lambda f: torch.func.grad(f)(x["k"]).sum(),
+        lambda f: torch.func.vmap(torch.func.grad(f))(x["k"][None]).sum(),
+    ):
+        with pytest.raises(RuntimeError, match=r"torch\.func.*reference\.gated_delta_rule"):
+            transform(loss)
+        slow = functools.partial(loss, run=reference.gated_delta_rule)
+        plain = x["k"].clone().requires_grad_()
+        (want,) = torch.autograd.grad(slow(plain), plain)
+        torch.testing.assert_close(transform(slow).to(want), want.sum())
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match="forward-mode"),
+    ):
+        loss(torch.autograd.forward_ad.make_dual(x["k"], ones))
+
+
 @pytest.mark.interpreter
 def test_tensors_as_they_lie(package: ModuleType) -> None:
     """Boundaries in a column of a table, a turned state, negated Keys, expanded cotangents."""
