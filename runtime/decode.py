@@ -54,10 +54,10 @@ def step(
     values = [*args, *named.values()]
     if state is None:
         values += [None] * len(declaration.states)
-    elif isinstance(state, Tensor):
-        values.append(state)
-    else:
+    elif isinstance(state, (list, tuple)):
         values += state
+    else:
+        values.append(state)
     usual = usual or os.environ.get(ENGINE_VARIABLE)
     key = _key(values)
     if key is None:

@@ -209,6 +209,14 @@ def test_bad_step(kit: Any, case: str) -> None:
         cw.library.gated_delta_rule.step(**x)
 
 
+@pytest.mark.parametrize("state", [0.0, {}, (0.0,), "S"], ids=repr)
+@torch.no_grad()
+def test_bad_state_of_a_step(kit: Any, state: Any) -> None:
+    x = {n: t[:, 0] for n, t in _operands(kit).items()}
+    with pytest.raises(E.BadDtype, match="initial_state"):
+        cw.library.gated_delta_rule.step(**x, state=state)
+
+
 def test_boundaries_elsewhere(kit: Any, engine: str) -> None:
     """They may come from the host, but not from another device, nor without numbers."""
     x = {n: t.to(kit.engine.device) for n, t in _operands(kit, B=1).items()}
