@@ -71,8 +71,16 @@ _OF_ONE = (
     ),
 )
 _OF_TWO = (
-    *("({} + {})", "({} - {})", "{} * {}", "{} / (1 + abs({}))", "maximum({}, {})"),
-    *("minimum({}, {})", "{} / (0.5 + {} ** 2)", "{} * sigmoid({})"),
+    *("({0} + {1})", "({0} - {1})", "{0} * {1}", "{0} / (1 + abs({1}))", "maximum({0}, {1})"),
+    *("minimum({0}, {1})", "{0} / (0.5 + {1} ** 2)", "{0} * sigmoid({1})", "({0} - -({1}))"),
+    # what a printer must keep in parentheses
+    *("({0} - ({1} - {0})) * 0.5", "{0} / ((1 + abs({1})) * (2 + abs({0})))", "-({0} - {1})"),
+    *(
+        "{0} / (2 / (1 + sigmoid({1})))",
+        "({0} + {1}) * ({0} - {1})",
+        "({0} * (1 / (1 + {1} ** 2)))",
+    ),
+    *("({0} / 3 / (1 + softplus({1})))", "(1 - ({0} - {1}) / 2)", "({1} - {0} * ({1} + {0}))"),
 )
 _OUTPUTS = (
     *("o", "tanh(o)", "o * sigmoid({v})", "o / (1 + abs(o))", "o + {s} * {v}", "silu(o)"),
@@ -288,6 +296,11 @@ class _Writer:
     # ------------------------------------------------------------ states
     def update(self, S: str) -> list[str]:
         """Statements that bring the matrix `S` a token further; `S`0 and `S`1 are its moments."""
+        lines = self._update(S)
+        late = self.decay() if self.often(7) else ""  # of what was just written, too
+        return [*lines, f"{S} = {late} * {S}"] if late else lines
+
+    def _update(self, S: str) -> list[str]:
         lines = [f"{S}0 = {S}"]
         decay = self.decay()
         if decay:
@@ -296,7 +309,7 @@ class _Writer:
             )
         lines.append(f"{S}1 = {S}")
         what = self.pick(
-            ("add", "delta", "apart", "ratio", "undecayed", "general", "twice", "split")
+            ("add", "delta", "apart", "ratio", "undecayed", "general", "twice", "split", "scaled")
         )
         write = f"outer({self.vector('Key')}, {self.vector('Value')})"
         if what == "add":
@@ -327,6 +340,9 @@ class _Writer:
             )
             return lines
         read = self.pick((self.unit(), f"{key} * sigmoid({self.vector('Key', 0)})"))
+        if what == "scaled":  # factors on every side of what is recalled
+            recalled = f"{self.step()} * (({read}) @ {S}1) / (1 + abs({self.scalar(0)}))"
+            return [*lines, f"{S} = {S} - 0.7 * outer({step} * {key}, {recalled}) + {write}"]
         if what == "apart":
             return [
                 *lines,
@@ -362,9 +378,15 @@ class _Writer:
         lines = [f"{S}0 = {S}", *([f"{S} = {decay} * {S}"] if decay else []), f"{S}1 = {S}"]
         self.inner = {"Key": "k_i", "Value": "v_i", "Scalar": "b_i"}
         head = len(lines)
-        what = self.pick(("delta", "add", "decayed", "ratio"))
+        what = self.pick(("delta", "add", "decayed", "ratio", "general"))
         value = self.pick(("v_i", self.vector("Value", 1)))
-        if what == "add":
+        if what == "general":
+            read, key = self.pick(("l2norm(k_i)", "l2norm(p)")), self.pick(("l2norm(k_i)", "k_i"))
+            lines.append(
+                f"    {S} = {S} - {self.step()} * outer({read}, {read} @ {S})"
+                f" + outer({key}, {value})"
+            )
+        elif what == "add":
             lines.append(
                 f"    {S} = {S} + {self.pick(('b_i', self.scalar(1)))} * outer(k_i, {value})"
             )
@@ -394,6 +416,7 @@ class _Writer:
             seen = [S] if last_only else [S, S, f"{S}1", f"{S}0"]
             if not last_only:
                 seen.append(f"({S}0 + outer({self.leaf('Key')}, {self.leaf('Value')}))")
+                seen += [f"({S} - {S}0)", f"({self.scalar(0)} * {S} + {S}1)"]
             read = f"({self.pick((query, self.vector('Key')))}) @ {self.pick(seen)}"
             lines.append(f"o = o + {read}" if n else f"o = {read}")
         if not matrices:
