@@ -40,6 +40,8 @@ def _agree(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("op", "value", "rows"), CASES)
 def test_resets(op: cw.Recurrence, value: float, rows: tuple[int, ...], dtype: torch.dtype) -> None:
+    if dtype is torch.float16 and op.__name__ == "mamba2":
+        value = max(value, -1e3)  # a step size beyond, and the gradient of x, are none of float16
     _agree(op, PACKED if rows is EIGHT else GPU, value, rows, dtype)
 
 
