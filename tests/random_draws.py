@@ -152,7 +152,7 @@ def _by_form(form: NormalForm, made: Made, truth: dict[str, Tensor]) -> Verdict 
 
 def _refusal(error: errors.ChunkwiseError) -> Verdict:
     reason = type(error).__name__
-    if isinstance(error, errors.NotLowered):  # what an engine says of itself, and then why
+    if isinstance(error, (errors.NotLowered, errors.EngineUnavailable)):  # why it does not
         reason += ": " + (error.why or error.headline).partition("\n")[0].removeprefix("rule: ")
     return Verdict(Outcome.REFUSED, reason, error.headline)
 
