@@ -130,8 +130,7 @@ def _public(package: Package) -> Iterator[str]:
         yield "        )"
     starts = "*starts" if several else "initial_state"
     tensors = ", ".join([*package.operands, starts])
-    yield "    if not torch.compiler.is_compiling():"
-    yield from wrapped(f'support.check_transforms("{package.name}", [', [tensors], "])", "        ")
+    yield from wrapped(f'support.check_transforms("{package.name}", [', [tensors], "])", "    ")
     arguments = [*package.operands, starts, "cu_seqlens", *(f"float({p})" for p in package.params)]
     finals = "*finals" if several else "final"
     yield from wrapped(f"    o, {finals} = OPS.forward(", arguments, ")")

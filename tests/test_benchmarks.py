@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import chunkwise as cw
@@ -143,7 +144,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "processor:" in printed
     content = json.loads(path.read_text())
     assert [r["recurrence"] for r in content["rows"]] == ["delta_rule"] * 2 + ["gla"] * 2
-    assert content["machine"]["versions"]["torch"] == torch.__version__
+    assert content["machine"]["versions"]["torch"] == metadata.version("torch")
 
 
 def test_the_command_names_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:

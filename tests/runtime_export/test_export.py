@@ -281,10 +281,14 @@ def test_transforms_are_refused(package: ModuleType) -> None:
     ):
         with pytest.raises(RuntimeError, match=r"torch\.func.*reference\.gated_delta_rule"):
             transform(loss)
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=r"Observed exception|cannot be called under"):
+            torch.compile(transform, fullgraph=True, backend="eager")(loss)
         slow = functools.partial(loss, run=reference.gated_delta_rule)
         plain = x["k"].clone().requires_grad_()
         (want,) = torch.autograd.grad(slow(plain), plain)
         torch.testing.assert_close(transform(slow).to(want), want.sum())
+    torch._dynamo.reset()
     with (
         torch.autograd.forward_ad.dual_level(),
         pytest.raises(RuntimeError, match="forward-mode"),
