@@ -73,6 +73,7 @@ def shrunk(engine: str, choices: list[int], same: Callable[[Draw], bool], second
             for tried in (
                 [*choices[:at], *choices[at + width :]],
                 [*choices[:at], *[0] * width, *choices[at + width :]],
+                [*choices[:at], 0, *choices[at + 1 + width :]],  # what hung on it goes, too
             ):
                 if time.monotonic() > deadline:
                     return best

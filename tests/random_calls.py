@@ -136,12 +136,12 @@ def plan(
     edges = (1, 2, 3, 5, 9, chunk - 1, chunk, chunk + 1, 2 * chunk, 2 * chunk + 1, 0)
     lengths = tuple(n for n in edges if n <= longest)
     channels = (2, 3, 4, 5, 2, 3, 4, 5, 1, 8, 16, wide)
-    packed = pick((0, 0, 0, 1, 2, 3))
+    packed = tuple(pick(lengths) for _ in range(pick((0, 0, 0, 1, 2, 3)))) or None
     layouts = (Layout.PLAIN,) if pick((True, False)) else tuple(Layout)
     made = Plan(
         B=pick((1, 2)),
         T=pick(lengths),
-        lengths=tuple(pick(lengths) for _ in range(packed)) or None,
+        lengths=packed,
         H=pick((1, 2)),
         group=pick((1, 1, 2)),
         K=pick(channels),

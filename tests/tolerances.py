@@ -33,8 +33,8 @@ def assert_agree(
 ) -> None:
     """Each tensor of `got` against that of `want`; a gradient of operand x is called dx.
 
-    `near`: what the oracle gives for operands that differ by less than their dtype can tell; as
-    much again, times `ROUNDINGS`, is then allowed where it is more than the tolerance.
+    `near`: what the oracle gives for operands that differ by less than their dtype can tell (or in
+    that dtype); as much again, times `ROUNDINGS`, is allowed where it is more than the tolerance.
     """
     if isinstance(tolerance, torch.dtype):
         tolerance = BY_DTYPE[tolerance]
