@@ -117,7 +117,8 @@ def layouts(names: Sequence[str], *, segments: bool) -> int:
                 try:
                     check(op, replace(sizes, device=device), turn, "triton", limit)
                 except AssertionError as difference:
-                    complaints.append(f"{check.__name__}, turn {turn}: {difference}")
+                    said = str(difference).replace("\n", ", ")
+                    complaints.append(f"{check.__name__}, turn {turn}: {said}")
         said = "; ".join(complaints) or f"{len(calls)} calls and {2 * len(steps)} steps are right"
         print(f"{name}: {said}", flush=True)
         wrong += len(complaints)
