@@ -31,7 +31,7 @@ from chunkwise.dsl import (
 )
 from chunkwise.dsl import prove as forms
 from chunkwise.dsl.ir import ELEMENTWISE, Op
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 
 from tests.random_rules import Rule as RandomRule
 from tests.random_rules import rules
@@ -108,7 +108,12 @@ def test_random_rules() -> None:
     @settings(max_examples=16, suppress_health_check=list(HealthCheck))
     @given(rule=rules())
     def check(rule: RandomRule) -> None:
-        prove.prove_tiles(rule.declare(), chunk=2)
+        try:
+            declared = rule.declare()
+            chunk.derive(declared.normal_form(2 if declared.has_micro else 1))
+        except errors.ChunkwiseError:
+            reject()  # what is refused has no tiles
+        prove.prove_tiles(declared, chunk=2)
 
     check()
 
