@@ -218,6 +218,7 @@ class _Builder:
         self._passages = passages
         self.kernels: list[Kernel] = []
         self._stored: dict[Tile, str] = {}
+        self._names: set[str] = set()
 
     def kernel(
         self,
@@ -236,7 +237,12 @@ class _Builder:
             self._ends(name, loop, carried, before, self._passages)
             own = Segments(Start.ENDS, self._passages)
         self.kernels.append(Kernel(name, loop, stores, carried, before, own))
-        self._stored.update({t: n for n, t in stores})
+        for n, t in stores:
+            self._names.add(n)
+            while t.op is TileOp.RENAME:  # the same numbers, which printers know by what they are
+                (t,) = t.args
+            if t.op is not TileOp.EXPAND:
+                self._stored.setdefault(t, n)
 
     def _ends(
         self,
@@ -261,7 +267,7 @@ class _Builder:
         names: list[tuple[str, Tile]] = []
         for t in tiles:
             stem = t.hint or "x"
-            used = {*self._stored.values(), *(n for n, _ in names)}
+            used = {*self._names, *(n for n, _ in names)}
             name, count = f"{stem}_chunk", 1
             while name in used:
                 count += 1

@@ -321,9 +321,10 @@ class _KernelPrinter(TritonMemory):
         value = unaliased(end)
         if value.op is TileOp.CONST:
             return f"tl.full({self._shape(end)}, {value.value}, dtype=tl.float32)"
-        if value in self.known:
-            return self.known[value]
-        return self.assign(value) if assign else self.text(value)
+        text = self.known.get(value) or (self.assign(value) if assign else self.text(value))
+        for axis in value.axes:  # carries have zeros beyond the last channel, like what is loaded
+            text = self._clean(value, axis, text)
+        return text
 
     def _run(self, tiles: list[Tile]) -> list[str]:
         for t in tiles:
