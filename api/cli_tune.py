@@ -37,7 +37,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     from .autotune.compilers import start_early
     from .autotune.report import report
     from .autotune.search import Budget
-    from .autotune.storage import NoStorage, open_storage, without_secrets
+    from .autotune.storage import NoStorage, close_storage, open_storage, without_secrets
     from .autotune.store import save
     from .autotune.subject import Size, rejected, subject
     from .autotune.tune import Task, tune
@@ -82,8 +82,11 @@ def _tune(arguments: argparse.Namespace) -> int:
     )
     left = arguments.budget - (time.monotonic() - started)
     budget = Budget(max(left, 1.0), arguments.jobs, arguments.exhaustive, arguments.seed)
-    with _Bar(budget.seconds, arguments.json) as bar:
-        tuning = tune(about.tunable, about.devices, task, budget, bar.update)
+    try:
+        with _Bar(budget.seconds, arguments.json) as bar:
+            tuning = tune(about.tunable, about.devices, task, budget, bar.update)
+    finally:
+        close_storage(storage)
     path = save(tuning.artifact)
     if arguments.plot:
         from .autotune.plot import plot

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -63,7 +63,7 @@ def open_storage(url: str) -> BaseStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if "://" in url and not url.startswith(JOURNAL):
         try:
-            return optuna.storages.get_storage(url)
+            return RDBStorage(url)
         except ImportError as missing:
             driver = missing.__cause__ or missing
             what = f"{_place(url)} needs a driver that is not installed: {driver}"
@@ -78,6 +78,13 @@ def open_storage(url: str) -> BaseStorage:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))
     except OSError as why:
         raise NoStorage(f"{_place(url)} cannot be written: {why}") from None
+
+
+def close_storage(storage: BaseStorage) -> None:
+    """Close the connections to a database; a journal has none."""
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def _place(url: str) -> str:

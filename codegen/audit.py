@@ -275,11 +275,12 @@ def report(searches: Sequence[Search]) -> str:
             verdict = f"DOES NOT FIT: {s.failed} under no configuration tried"
         else:
             shared = max(o.resources.shared for o in s.found.values() if o.resources)
-            registers = [o.resources.registers or 0 for o in s.found.values() if o.resources]
+            registers = [o.resources.registers for o in s.found.values() if o.resources]
+            most = max((r for r in registers if r is not None), default="unknown")
             spills = [o.resources.spills or 0 for o in s.found.values() if o.resources]
             limit = s.subject.target.shared_limit
             verdict = f"{shared / 1024:5.1f} of {limit // 1024} KiB, "
-            verdict += f"registers {max(registers)}, spills {max(spills)} B"
+            verdict += f"registers {most}, spills {max(spills)} B"
             if s.changes:
                 verdict += f"   TOO MUCH AS CHOSEN, fits with {'; '.join(s.changes)}"
         lines.append(f"{s.subject.label:<{width}}  {verdict}")
