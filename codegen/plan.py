@@ -210,6 +210,9 @@ def plan_backward(body: Body, adjoint: Adjoint, plan: Plan, *, segments: bool = 
     return Program(tuple(build.kernels), tuple(name for name, _ in adjoint.outputs))
 
 
+_ALIASES = (TileOp.RENAME, TileOp.EXPAND)
+
+
 class _Builder:
     """Kernels as they accumulate, with everything stored so far."""
 
@@ -236,7 +239,8 @@ class _Builder:
             self._ends(name, loop, carried, before, self._passages)
             own = Segments(Start.ENDS, self._passages)
         self.kernels.append(Kernel(name, loop, stores, carried, before, own))
-        self._stored.update({t: n for n, t in stores})
+        # what only renames or expands another tile is read as that: printers look through it
+        self._stored.update({t: n for n, t in stores if t.op not in _ALIASES})
 
     def _ends(
         self,
@@ -312,7 +316,7 @@ class _Builder:
 
         def visit(x: Tile) -> None:
             """Hoist `x`, or what is worth hoisting below it."""
-            x = x.args[0] if x.op in (TileOp.RENAME, TileOp.EXPAND) else x
+            x = x.args[0] if x.op in _ALIASES else x
             if x in seen:
                 return
             seen.add(x)

@@ -87,6 +87,20 @@ FOUND = {
         _matrix("S = 0.75 * exp(-scale) * S + tanh(0.3) * outer(k, v)", "o = k @ S"),
         PLAN,
     ),
+    # channels beyond the last were summed, of a carry that was taken for zero there
+    "neither factor is 0 in the padding": (
+        _matrix("S = S + outer(k - 0.1 * sum(k), v)", "o = (dot(z, v) + q) @ S"),
+        replace(PLAN, K=3),
+    ),
+    # dv is what another kernel stores, by another name
+    "a value that is written as it is": (
+        _matrix(
+            "S = exp(g) * S",
+            "S = S - 0.5 * outer(l2norm(k), l2norm(k) @ S) + outer(l2norm(k), v)",
+            "o = q @ S",
+        ),
+        PLAN,
+    ),
     "one micro-step": (
         _matrix(
             "S = exp(g) * S",
