@@ -101,7 +101,7 @@ def _smaller(x: Decimal, y: Decimal) -> Decimal:
 
 
 def _step(x: Decimal) -> Decimal:
-    return Decimal(1) if x > 0 else Decimal(1) / 2 if x == 0 else Decimal(0)
+    return Decimal(1) if x > 0 else Decimal(0)
 
 
 _FUNCTIONS: dict[Op, Callable[..., Decimal]] = {
@@ -111,6 +111,8 @@ _FUNCTIONS: dict[Op, Callable[..., Decimal]] = {
     Op.DIV: lambda x, y: x / y,
     Op.MAXIMUM: _larger,
     Op.MINIMUM: _smaller,
+    Op.AT_LEAST: _larger,
+    Op.AT_MOST: _smaller,
     Op.NEG: lambda x: -x,
     Op.EXP: Decimal.exp,
     Op.LOG: Decimal.ln,

@@ -74,6 +74,6 @@ def lower_expression(node: Node, args: list[Tile]) -> Tile:
         return tile.reduce(x, _AXES[node.args[0].kind])
     assert node.op in ELEMENTWISE, f"{node.op.name} is not lowered as an expression"
     if all(a.op is tile.TileOp.CONST for a in args):  # its value: kernels compute with fewer digits
-        values = [torch.tensor(a.value, dtype=torch.float64) for a in args]
+        values = [torch.tensor(a.value, dtype=torch.float64, device="cpu") for a in args]
         return tile.const(float(oracle.apply(node, values)))
     return tile.fmap(node.op, *args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -191,17 +192,25 @@ def wobbled(inputs: Inputs) -> Inputs:
     return replace(inputs, operands=operands, initial=initial)
 
 
+Laid = Callable[[Tensor], Tensor]
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
 def results(
     o: Tensor,
     finals: tuple[Tensor, ...],
     inputs: Inputs,
     seed: int = 1,
     dtype: torch.dtype | None = None,
+    laid: Laid = _as_it_is,
 ) -> dict[str, Tensor]:
     """The output, the final states, and the gradients of a random loss of both.
 
     `dtype`: that of the output whose gradient is compared with this one, if not o's own: the
-    gradient of o is given in it, to both.
+    gradient of o is given in it, to both. `laid`: lays cotangents out in memory.
     """
     random = torch.Generator().manual_seed(seed)
     outputs = {"o": o, **{f"final {i}": s for i, s in enumerate(finals)}}
@@ -216,7 +225,7 @@ def results(
         taken = torch.autograd.grad(
             reached,
             list(inputs.leaves.values()),
-            [weights[n].to(y) for n, y in outputs.items() if y.requires_grad],
+            [laid(weights[n].to(y)) for n, y in outputs.items() if y.requires_grad],
             allow_unused=True,
         )
         grads = dict(zip(inputs.leaves, taken, strict=True))
@@ -225,7 +234,7 @@ def results(
     return {n: y.detach().cpu() for n, y in {**outputs, **named}.items()}
 
 
-def oracle_results(op: cw.Recurrence, inputs: Inputs) -> dict[str, Tensor]:
+def oracle_results(op: cw.Recurrence, inputs: Inputs, laid: Laid = _as_it_is) -> dict[str, Tensor]:
     """The same of the float64 token loop on the CPU, from the same numbers."""
     values = (x.name for x in op.declaration.operands if x.kind is Kind.VALUE)
     lead = next((inputs.operands[n].dtype for n in values), None)
@@ -238,10 +247,13 @@ def oracle_results(op: cw.Recurrence, inputs: Inputs) -> dict[str, Tensor]:
         inputs.initial,
         inputs.cu_seqlens,
     )
-    return results(o, finals, inputs, dtype=lead)
+    return results(o, finals, inputs, dtype=lead, laid=laid)
 
 
-def engine_results(op: cw.Recurrence, inputs: Inputs, engine: str) -> dict[str, Tensor]:
+def engine_results(
+    op: cw.Recurrence, inputs: Inputs, engine: str, laid: Laid = _as_it_is
+) -> dict[str, Tensor]:
     """The same of a call."""
     o, finals = op(**inputs.operands, **inputs.options, engine=engine, output_final_state=True)
-    return results(o, finals if isinstance(finals, tuple) else (finals,), inputs)
+    states = finals if isinstance(finals, tuple) else (finals,)
+    return results(o, states, inputs, laid=laid)

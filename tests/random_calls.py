@@ -227,7 +227,7 @@ def make(declaration: Declaration, form: NormalForm, params: dict[str, float], p
         initial = tuple(
             s if plan.initial[n % len(plan.initial)] else None for n, s in enumerate(states)
         )
-    bounds = None if plan.lengths is None else _boundaries(plan.lengths, plan.boundaries)
+    bounds = None if plan.lengths is None else boundaries(plan.lengths, plan.boundaries)
     return Made(Inputs(operands, initial, bounds, params), small)
 
 
@@ -268,8 +268,9 @@ def laid_out(x: Tensor, layout: Layout, tokens: bool = True) -> Tensor:
     return x.detach().requires_grad_()
 
 
-def _boundaries(lengths: tuple[int, ...], how: Boundaries) -> Tensor:
-    bounds = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+def boundaries(lengths: tuple[int, ...], how: Boundaries, device: str = "cpu") -> Tensor:
+    """`cu_seqlens` of sequences of those lengths, laid out so."""
+    bounds = torch.tensor([0, *lengths], dtype=torch.int64, device=device).cumsum(0)
     if how not in (Boundaries.LONG, Boundaries.LONG_COLUMN):
         bounds = bounds.to(torch.int32)
     if how in (Boundaries.COLUMN, Boundaries.LONG_COLUMN):

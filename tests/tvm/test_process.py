@@ -333,7 +333,7 @@ def test_what_is_new_in_any_case_comes_in_large_pages() -> None:
 def test_results_are_made_there(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[int, ...]] = []
 
-    def watched(*shape: int, dtype: torch.dtype) -> Tensor:
+    def watched(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         made.append(shape)
         return pages.empty(*shape, dtype=dtype)
 
