@@ -131,6 +131,7 @@ def test_tvm(name: str) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what padding holds
 @pytest.mark.parametrize("name", FOUND)
 def test_triton(name: str) -> None:
     _agrees(name, "triton", FOUND[name][1])
