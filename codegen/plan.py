@@ -210,9 +210,6 @@ def plan_backward(body: Body, adjoint: Adjoint, plan: Plan, *, segments: bool = 
     return Program(tuple(build.kernels), tuple(name for name, _ in adjoint.outputs))
 
 
-_ALIASES = (TileOp.RENAME, TileOp.EXPAND)
-
-
 class _Builder:
     """Kernels as they accumulate, with everything stored so far."""
 
@@ -221,6 +218,7 @@ class _Builder:
         self._passages = passages
         self.kernels: list[Kernel] = []
         self._stored: dict[Tile, str] = {}
+        self._names: set[str] = set()
 
     def kernel(
         self,
@@ -239,8 +237,12 @@ class _Builder:
             self._ends(name, loop, carried, before, self._passages)
             own = Segments(Start.ENDS, self._passages)
         self.kernels.append(Kernel(name, loop, stores, carried, before, own))
-        # what only renames or expands another tile is read as that: printers look through it
-        self._stored.update({t: n for n, t in stores if t.op not in _ALIASES})
+        for n, t in stores:
+            self._names.add(n)
+            while t.op is TileOp.RENAME:  # the same numbers, which printers know by what they are
+                (t,) = t.args
+            if t.op is not TileOp.EXPAND:
+                self._stored.setdefault(t, n)
 
     def _ends(
         self,
@@ -265,7 +267,7 @@ class _Builder:
         names: list[tuple[str, Tile]] = []
         for t in tiles:
             stem = t.hint or "x"
-            used = {*self._stored.values(), *(n for n, _ in names)}
+            used = {*self._names, *(n for n, _ in names)}
             name, count = f"{stem}_chunk", 1
             while name in used:
                 count += 1
@@ -316,7 +318,7 @@ class _Builder:
 
         def visit(x: Tile) -> None:
             """Hoist `x`, or what is worth hoisting below it."""
-            x = x.args[0] if x.op in _ALIASES else x
+            x = x.args[0] if x.op in (TileOp.RENAME, TileOp.EXPAND) else x
             if x in seen:
                 return
             seen.add(x)

@@ -321,11 +321,9 @@ class _KernelPrinter(TritonMemory):
         value = unaliased(end)
         if value.op is TileOp.CONST:
             return f"tl.full({self._shape(end)}, {value.value}, dtype=tl.float32)"
-        if assign and value not in self.known:
-            self.assign(value)
-        text = self.known.get(value) or self.text(value)
-        for axis in end.axes:  # where it begins, a carry is zero in the padding (`padding`)
-            text = self._clean(end, axis, text)
+        text = self.known.get(value) or (self.assign(value) if assign else self.text(value))
+        for axis in value.axes:  # carries have zeros beyond the last channel, like what is loaded
+            text = self._clean(value, axis, text)
         return text
 
     def _run(self, tiles: list[Tile]) -> list[str]:
