@@ -101,6 +101,13 @@ FOUND = {
         ),
         PLAN,
     ),
+    "a branch that leaves operands unused": (
+        _matrix(
+            "S = exp(g) * S + outer(k, (c * scale * v * sum(p) if flag else 0.5 * v) + h)",
+            "o = k @ S",
+        ),
+        replace(PLAN, statics=True),
+    ),
     "one micro-step": (
         _matrix(
             "S = exp(g) * S",
