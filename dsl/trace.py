@@ -127,7 +127,9 @@ def trace(
         output,
         micro if any(o.micro for o in signature.operands) else 1,
     )
-    _check_use(step, function)
+    given = static or {}
+    usual = all(given.get(name, default) == default for name, default in signature.statics)
+    _check_use(step, function, every=usual)
     return step
 
 
@@ -183,10 +185,13 @@ def _describe(x: object) -> str:
     return f"a {type(x).__name__}"
 
 
-def _check_use(step: Step, function: Callable[..., object]) -> None:
+def _check_use(step: Step, function: Callable[..., object], *, every: bool) -> None:
+    """States change; with `every`, all else is used (a branch of a static keyword may not)."""
     for state, node in zip(step.states, step.next_states, strict=True):
         if node == step_ir.state_leaf(state):
             raise errors.StateUnchanged(state.name, _return_line(function))
+    if not every:
+        return
     leaves = {n.attrs[0] for n in topological(*step.roots) if n.op in (Op.OPERAND, Op.PARAM)}
     for name in [o.name for o in step.operands] + [p.name for p in step.params]:
         if name not in leaves:

@@ -29,12 +29,13 @@ def test_eager(first: int) -> None:
     _holds(block("eager", first, 40))
 
 
-@pytest.mark.parametrize("first", range(0, 100, 20))
+@pytest.mark.parametrize("first", range(0, 100, 25))
 def test_tvm(first: int) -> None:
-    _holds(block("tvm", first, 20))
+    _holds(block("tvm", first, 25))
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("first", range(0, 30, 10))
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what padding holds
+@pytest.mark.parametrize("first", range(0, 40, 20))
 def test_triton(first: int) -> None:
-    _holds(block("triton", first, 10))
+    _holds(block("triton", first, 20))
