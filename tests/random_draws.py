@@ -244,19 +244,20 @@ def _nearby(
     dtype: torch.dtype,
     truth: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """What the token loop gives of wobbled operands, or in `dtype`: whichever is farther off.
+    """What the token loop gives of wobbled operands, or in `dtype`: what is farthest off.
 
     Of a gradient that vanishes (of the length of what is normalised) no arithmetic in `dtype`
     keeps more than rounding leaves.
     """
-    moved = _truth(step, wobbled(inputs), cotangents)
-    rounded = _truth(step, inputs, cotangents, dtype)
+    several = [wobbled(inputs, seed) for seed in range(4)]
+    found = [_truth(step, x, cotangents) for x in several]
+    found += [_truth(step, x, cotangents, dtype) for x in several]
 
     def off(x: Tensor, name: str) -> float:
         error = relative_errors(x, truth[name])[0]
         return error if math.isfinite(error) else 0.0
 
-    return {n: max(moved[n], rounded[n], key=lambda x, n=n: off(x, n)) for n in truth}
+    return {n: max((x[n] for x in found), key=lambda x, n=n: off(x, n)) for n in truth}
 
 
 def _truth(
