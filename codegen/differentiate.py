@@ -210,6 +210,13 @@ def _sign(x: Tile) -> Tile:
     return tile.sub(tile.step(x), tile.step(tile.neg(x)))
 
 
+def _sech2(x: Tile) -> Tile:
+    """1 - tanh(x)^2, as 4 sigmoid(2x) sigmoid(-2x): in all digits where tanh is almost 1."""
+    twice = tile.add(x, x)
+    halves = tile.fmap(Op.SIGMOID, twice), tile.fmap(Op.SIGMOID, tile.neg(twice))
+    return tile.mul(tile.const(4.0), tile.mul(*halves))
+
+
 def _selected(second: Callable[[Tile, Tile], Tile]) -> Rule:
     """The gradient goes to the argument that was taken; `second`: how much of it to y."""
 
@@ -250,10 +257,11 @@ _MAPS: dict[Op, Rule] = {
     Op.LOG: lambda z, g: [(z.args[0], tile.div(g, z.args[0]))],
     Op.EXPM1: _unary(lambda x, z: tile.add(z, _ONE)),
     Op.LOG1P: lambda z, g: [(z.args[0], tile.div(g, tile.add(z.args[0], _ONE)))],
-    Op.SIGMOID: _unary(lambda x, z: tile.mul(z, tile.sub(_ONE, z))),
+    # not of 1 - z, which has few digits left where z is almost 1
+    Op.SIGMOID: _unary(lambda x, z: tile.mul(z, tile.fmap(Op.SIGMOID, tile.neg(x)))),
     Op.LOGSIGMOID: _unary(lambda x, z: tile.fmap(Op.SIGMOID, tile.neg(x))),
     Op.SOFTPLUS: _unary(lambda x, z: tile.fmap(Op.SIGMOID, x)),
-    Op.TANH: _unary(lambda x, z: tile.sub(_ONE, tile.mul(z, z))),
+    Op.TANH: _unary(lambda x, z: _sech2(x)),
     Op.SQRT: lambda z, g: [(z.args[0], tile.div(tile.mul(g, _HALF), z))],
     Op.RSQRT: lambda z, g: [
         (z.args[0], tile.neg(tile.mul(tile.mul(g, _HALF), tile.mul(z, tile.mul(z, z)))))

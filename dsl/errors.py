@@ -550,14 +550,22 @@ class Overflow(CallError, ArithmeticError):
         )
 
 
+AT_MOST_ZERO = "at most 0"
+
+
 class PositiveGate(CallError, ValueError):
     """A gate that breaks its bound: a log-decay above 0, a `within` out of range."""
 
     def __init__(self, operand: str, got: str, expected: str) -> None:
+        promised = expected != AT_MOST_ZERO
         super().__init__(
             f"{operand} reaches {got}, expected {expected}",
-            why="gates are natural-log decays ≤ 0; above 0 the state grows and a chunk overflows",
-            help="is a sign forgotten? pass -softplus(x) or logsigmoid(x)",
+            why="the compiler relies on the bounds that the declaration promises with `within`"
+            if promised
+            else "gates are natural-log decays ≤ 0; above 0 the state grows and a chunk overflows",
+            help="promise wider bounds, or use `clamp`, which applies them"
+            if promised
+            else "is a sign forgotten? pass -softplus(x) or logsigmoid(x)",
         )
 
 

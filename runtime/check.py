@@ -98,7 +98,8 @@ def _check_range(what: str, x: Tensor, lo: float, hi: float) -> None:
     outside = ~((x >= lo) & (x <= hi))  # so that a NaN is outside
     if bool(outside.any()):
         at, value = _first(outside, x)
-        expected = "at most 0" if (lo, hi) == (float("-inf"), 0.0) else f"numbers in [{lo}, {hi}]"
+        log_decay = (lo, hi) == (float("-inf"), 0.0)
+        expected = errors.AT_MOST_ZERO if log_decay else f"numbers in [{lo}, {hi}]"
         raise errors.PositiveGate(what, f"{value} at {at}", expected)
 
 

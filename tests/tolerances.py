@@ -30,6 +30,7 @@ def assert_agree(
     *,
     gates: frozenset[str] = GATES,
     near: Mapping[str, Tensor] | None = None,
+    roundings: float = ROUNDINGS,
 ) -> None:
     """Each tensor of `got` against that of `want`; a gradient of operand x is called dx.
 
@@ -47,7 +48,7 @@ def assert_agree(
         if name.startswith("d"):
             allowed = tolerance.gates if name[1:] in gates else tolerance.gradients
         if near is not None:
-            allowed = max(allowed, ROUNDINGS * relative_errors(near[name], y)[0])
+            allowed = max(allowed, roundings * relative_errors(near[name], y)[0])
         rms, worst = relative_errors(x, y)
         if not within(rms, worst, allowed):
             wrong.append(
