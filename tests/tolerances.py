@@ -35,7 +35,7 @@ def assert_agree(
     """Each tensor of `got` against that of `want`; a gradient of operand x is called dx.
 
     `near`: what the oracle gives for operands that differ by less than their dtype can tell (or in
-    that dtype); as much again, times `ROUNDINGS`, is allowed where it is more than the tolerance.
+    that dtype); as much again, times `roundings`, is allowed where it is more than the tolerance.
     """
     if isinstance(tolerance, torch.dtype):
         tolerance = BY_DTYPE[tolerance]
