@@ -141,12 +141,25 @@ def _inverse(z: Tile, g: Tile) -> Cotangents:
 
 
 def _decayed_dot(z: Tile, g: Tile) -> Cotangents:
-    """No diagonal (the op is strict), and no gradient to prefix sums: the gate has its own."""
-    x, y, _, _, log_decay = z.args
+    """No diagonal: the op is strict. The gate's gradient is what crosses each token.
+
+    That of an operand which is the log-decay itself is what the sums of x dx - y dy differ by:
+    their rounding is small beside the gradient of tokens that the state survives, and nothing
+    multiplies it, as the derivative of an expression might (1/f, for a factor f).
+    """
+    x, y, p, q, log_decay = z.args
     gate = tile.gate_of(z)
     dx = tile.decayed_apply(g, y, gate, Axis.I)
     dy = tile.decayed_apply(g, x, gate, Axis.J)
+    if _is_operand(log_decay):
+        return [(x, dx), (y, dy), (p, tile.mul(x, dx)), (q, tile.neg(tile.mul(y, dy)))]
     return [(x, dx), (y, dy), (log_decay, tile.decayed_crossing(g, x, y, dx, dy, gate))]
+
+
+def _is_operand(log_decay: Tile) -> bool:
+    while log_decay.op in (TileOp.FLOOR, TileOp.ROWS, TileOp.EXPAND):
+        (log_decay,) = log_decay.args
+    return log_decay.op in (TileOp.TOKEN, TileOp.HEAD)
 
 
 def _solve_rule(z: Tile, g: Tile) -> Cotangents | None:
