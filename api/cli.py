@@ -15,6 +15,7 @@ from .cli_inspect import EXPLAIN, LIST, PROVE
 from .cli_tune import TUNE
 from .cli_verify import VERIFY
 from .dsl.errors import ChunkwiseError
+from .runtime.machine import version
 
 # a new command joins here
 COMMANDS: tuple[Command, ...] = (
@@ -50,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    installed = version("chunkwise") or "(not installed)"
+    top.add_argument("--version", action="version", version=f"chunkwise {installed}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         own = commands.add_parser(
@@ -65,7 +68,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: 0 done, 1 it failed (the reason on stderr), 2 it was not understood."""
+    """Run one command.
+
+    Returns 0: done; 1: it failed (the reason on stderr); 2: it was not understood; 130: it was
+    interrupted.
+    """
     arguments = parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
@@ -75,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ChunkwiseError as error:
         print(error.render(), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("chunkwise: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `chunkwise list | head`: whoever read has seen enough
         sys.stderr.close()
         return 0

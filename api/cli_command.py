@@ -6,12 +6,15 @@ import argparse
 import importlib.util
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import library
 from .dsl.declaration import Declaration
+from .dsl.errors import BadFile, ChunkwiseError
+from .dsl.ir import Loc
 from .runtime.recurrence import Recurrence
 
 
@@ -56,6 +59,7 @@ def find(target: str) -> Recurrence:
     Raises:
         UsageError: there is no such file or name.
         DeclarationError: the file declares something that has a mistake.
+        BadFile: the file is no Python, or raises something.
     """
     file, colon, name = target.rpartition(":")
     if not colon and target.endswith(".py"):
@@ -89,7 +93,12 @@ def _recurrences_of(file: Path) -> dict[str, Recurrence]:
     # annotations written as strings are resolved through the module's entry
     sys.modules[spec.name] = module
     sys.path.insert(0, str(file.parent.resolve()))  # as `python FILE.py` would
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ChunkwiseError:
+        raise
+    except (Exception, SystemExit) as raised:  # whatever the user's own code raises
+        raise BadFile(file.name, raised, _line_of(raised, file)) from raised
     found: dict[str, Recurrence] = {}
     for name, value in vars(module).items():
         if isinstance(value, Recurrence):
@@ -97,3 +106,12 @@ def _recurrences_of(file: Path) -> dict[str, Recurrence]:
         elif isinstance(value, Declaration):
             found[name] = Recurrence(value)
     return found
+
+
+def _line_of(raised: BaseException, file: Path) -> Loc | None:
+    """The last line of the user's file on the way to what was raised."""
+    path = str(file)
+    if isinstance(raised, SyntaxError) and raised.filename == path and raised.lineno:
+        return Loc(path, raised.lineno, file.name)
+    frames = [f for f in traceback.extract_tb(raised.__traceback__) if f.filename == path]
+    return Loc(path, frames[-1].lineno or 1, frames[-1].name) if frames else None

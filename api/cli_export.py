@@ -63,7 +63,10 @@ def _export(arguments: argparse.Namespace) -> int:
         if type(why) is not ValueError:  # errors of the catalogue are shown as they are
             raise
         raise UsageError(str(why)) from None
-    write(arguments.output, files)
+    try:
+        write(arguments.output, files)
+    except OSError as why:  # a file where the folder should be, no room, no permission
+        raise UsageError(f"{arguments.output} cannot be written: {why.strerror or why}") from None
     for name in sorted(files):
         print(arguments.output / name)
     return 0

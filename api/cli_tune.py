@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 import time
@@ -165,8 +166,8 @@ def _seconds(text: str) -> float:
         seconds = float(text.removesuffix("s"))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds") from None
-    if seconds <= 0:
-        raise argparse.ArgumentTypeError("a budget is more than 0 seconds")
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError("a budget is a number of seconds above 0")
     return seconds
 
 

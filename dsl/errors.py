@@ -655,3 +655,14 @@ class NoTransform(CallError, RuntimeError):
             help="use reverse mode (torch.func.grad, vjp, jacrev; vmap of those); "
             'engine="reference" has forward mode too',
         )
+
+
+class BadFile(ChunkwiseError, ImportError):
+    """A user's file that cannot be run: its syntax, an import, or what it raises."""
+
+    def __init__(self, file: str, raised: BaseException, loc: Loc | None) -> None:
+        super().__init__(
+            f"{file} cannot be run: {type(raised).__name__}: {raised}",
+            loc=loc,
+            help="it is run as `python FILE.py` would, from its own folder: mend it there first",
+        )

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from keyword import iskeyword
 from pathlib import Path
 
 import torch
@@ -85,7 +86,7 @@ def export(declaration: Declaration, request: Request) -> dict[str, str]:
         ValueError: the name, or that of an operand, cannot be used in a package.
     """
     package = _package(declaration, request)
-    if not package.name.isidentifier() or package.name in _MODULES:
+    if not package.name.isidentifier() or iskeyword(package.name) or package.name in _MODULES:
         raise ValueError(f"{package.name!r} cannot name the function: choose another (--name)")
     for operand in (*package.operands, *package.params):
         if operand in _USED:

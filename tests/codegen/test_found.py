@@ -51,7 +51,31 @@ def _vector(*lines: str) -> Rule:
     return Rule(("z_: KeyState",), (*lines, "return z_, o"))
 
 
+# what divides is 0 where a sequence ends within a chunk
+NORMS = replace(PLAN, T=37)
+
 FOUND = {
+    # the inverse applied to a vector had the gradient of one applied to a tile
+    "a KeyState recalls, undecayed": (
+        _vector("z_ = z_ + b * outer(k, s - k @ z_)", "o = dot(q, z_) * v"),
+        PLAN,
+    ),
+    "a normaliser recalls under a decay": (
+        _vector("z_ = exp(w) * z_", "z_ = z_ + b * outer(k, 1 - k @ z_)", "o = dot(q, z_) * v"),
+        PLAN,
+    ),
+    "a scale divides by a norm": (
+        _matrix("S = S + sigmoid(b) / dot(k, k) * outer(k, v - k @ S)", "o = q @ S"),
+        NORMS,
+    ),
+    "an output divides by a norm": (
+        _matrix("S = exp(g) * S + outer(k, v)", "o = (q @ S) / dot(q, q)"),
+        NORMS,
+    ),
+    "a gate divides by a norm": (
+        _matrix("S = sigmoid(b / dot(k, k)) * S + outer(k * rsqrt(dot(k, k)), v)", "o = q @ S"),
+        NORMS,
+    ),
     # `c / (h * s)` was printed `c / h * s`
     "a product divides": (
         _matrix("S = S + outer(k, c / (d * (1 + softplus(s))) * v)", "o = k @ S"),

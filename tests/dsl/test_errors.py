@@ -524,7 +524,11 @@ def test_errors_of_workers_survive_pickling() -> None:
         (errors.MissingOperand("beta", "Scalar", "[B,T,HV]"), ("'beta'", "Scalar", "[B,T,HV]")),
         (errors.UnknownOperand("gate", ["q", "k"]), ("'gate'", "q, k")),
         (errors.NanOperand("v", "3 NaNs"), ("'v'", "3 NaNs", "finite")),
-        (errors.PositiveGate("g", "0.25", "at most 0"), ("g reaches 0.25", "at most 0")),
+        (errors.PositiveGate("g", "0.25", "at most 0"), ("g reaches 0.25", "a sign forgotten")),
+        (
+            errors.PositiveGate("within(…) of 'y'", "3.0", "numbers in [0.0, 1.0]"),
+            ("reaches 3.0", "promises with `within`", "use `clamp`"),
+        ),
         (errors.EngineUnavailable("triton", "no GPU"), ("'triton'", "no GPU")),
         (errors.NotLowered("coupled states", "not derived", "use eager"), ("use eager",)),
         (errors.UnknownRecurrence("gdr", ["gla"]), ("'gdr'", "gla")),
@@ -557,6 +561,7 @@ def test_every_class_of_the_catalogue_is_tested() -> None:
     call = {c.__name__ for c in errors.CallError.__subclasses__()}
     other = {"EngineUnavailable", "NotLowered", "UnknownRecurrence", "ReservedName"}
     other |= {"BadArtifact", "BadCache", "BadConfiguration", "LinkerFailed"}  # and in tests/cache
+    other |= {"BadFile"}  # of the command line
     catalogue = {
         n
         for n, c in vars(errors).items()

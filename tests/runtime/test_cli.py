@@ -100,6 +100,63 @@ def test_a_mistake_in_the_users_file(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "S + outer(k, v + cw.tanh(k @ S))" in err
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import chunkwise\nthis is no Python\n", ("SyntaxError", "2 | this is no Python")),
+        ("import no_such_package\n", ("ModuleNotFoundError", "1 | import no_such_package")),
+        ("x = {}\nx['rule']\n", ("KeyError: 'rule'", "2 | x['rule']")),
+        ("import sys\nsys.exit(3)\n", ("SystemExit: 3", "2 | sys.exit(3)")),
+        ("def half(x):\n    return 1 / 0\nhalf(1)\n", ("ZeroDivisionError", "return 1 / 0")),
+    ],
+)
+def test_a_file_that_cannot_be_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, said: tuple[str, ...]
+) -> None:
+    """The catalogue's error with the user's own line, and no traceback of ours."""
+    file = tmp_path / "cannot_be_run.py"
+    file.write_text(text)
+    assert cli.main(["explain", f"{file}:rule"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("BadFile: cannot_be_run.py cannot be run: ")
+    assert "Traceback" not in err
+    for part in said:
+        assert part in err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith("chunkwise ")
+
+
+@pytest.mark.parametrize("budget", ["nan", "inf", "0", "-3", "soon"])
+def test_budgets_are_seconds(capsys: pytest.CaptureFixture[str], budget: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["tune", "kda", f"--budget={budget}"])
+    assert stopped.value.code == 2
+    assert "seconds" in capsys.readouterr().err
+
+
+def test_packages_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert cli.main(["export", "simple_gla", "-o", str(tmp_path / "file")]) == 2
+    assert "file cannot be written: " in capsys.readouterr().err
+    command = ["export", "simple_gla", "-o", str(tmp_path / "package"), "--name", "class"]
+    assert cli.main(command) == 2
+    assert "'class' cannot name the function" in capsys.readouterr().err
+
+
+def test_interrupted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(target: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("chunkwise.cli_inspect.find", interrupt)
+    assert cli.main(["explain", "kda"]) == 130
+    assert capsys.readouterr().err == "chunkwise: interrupted\n"
+
+
 @pytest.mark.parametrize("arguments", [[], ["tune"], ["explain"], ["prove", "kda", "--chunk", "9"]])
 def test_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
