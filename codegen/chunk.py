@@ -27,11 +27,14 @@ from . import tile
 from .lower import kind_axes, lower
 from .tile import Axis, Tile, TileOp, Which
 
-# e^-100 is 0 in float32. A log-decay below is as good as this one, and sums of it stay finite.
-LEAST_LOG_DECAY = -100.0
+# e^-110 is 0 in float32. A log-decay below is as good as this one, and sums of it stay finite.
+LEAST_LOG_DECAY = -110.0
 # A factor of the state below is as good as 0 next to what it multiplies, in float64 too. It is so
 # large that products with it are normal numbers in float32: the factor's gradient divides by it.
 LEAST_FACTOR = 2.0**-63
+# Decays by factors are 0 below, but where the factor's gradient divides by them: what a factor of 0
+# forgets is forgotten exactly.
+LEAST_DECAY = 1.5 * LEAST_FACTOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,22 @@ class _Gate:
     exclusive: Tile | None
     following: Tile | None
     whole: Tile | None
+
+    @property
+    def is_factor(self) -> bool:
+        """Whether it is the log of a factor, which may be 0."""
+        g = self.log_decay
+        return g is not None and any(
+            t.op is TileOp.MAP and t.attrs == (Op.LOG,) for t in tile.topological(g)
+        )
+
+    def decay(self, x: Tile) -> Tile:
+        """`x`, which is a decay; 0 where that of a factor is as good as 0."""
+        return tile.flush(x, LEAST_DECAY) if self.is_factor else x
+
+    def exp(self, total: Tile) -> Tile:
+        """The decay of a sum of log-decays."""
+        return self.decay(tile.exp(total).named("e_" + total.hint))
 
     def prefix(self, *, exclusive: bool) -> Tile | None:
         """The sum from the chunk's start."""
@@ -225,10 +244,12 @@ class _StateChunk:
         if Axis.K not in g.axes:
             products = tile.contract(x, tile.rename(key, Axis.J), Axis.K)
             if not exclusive:  # one D, with its diagonal, for all scores of the chunk
-                decay = tile.decay(g, Which.LOWER).named("D")
+                decay = self._gate.decay(tile.decay(g, Which.LOWER).named("D"))
                 return tile.mask(tile.mul(products, decay), which)
-            return tile.mul(products, tile.decay(g, which, exclusive=True).named("D_before"))
-        strict = tile.decayed_dot(x, key, tile.Gate(g, to, inclusive, exclusive))
+            decay = self._gate.decay(tile.decay(g, which, exclusive=True).named("D_before"))
+            return tile.mul(products, decay)
+        gate = tile.Gate(g, to, inclusive, exclusive, self._gate.is_factor)
+        strict = tile.decayed_dot(x, key, gate)
         if which is Which.STRICT:
             return strict
         diagonal = tile.contract(x, key, Axis.K)  # e^0, whatever the gate: never formed (math.md)
@@ -237,7 +258,7 @@ class _StateChunk:
     def _recall(self, x: Tile, *, exclusive: bool) -> Tile:
         """x decayed to the chunk's start: what multiplies S_0."""
         prefix = self._gate.prefix(exclusive=exclusive)
-        return x if prefix is None else tile.mul(x, _exp(prefix))
+        return x if prefix is None else tile.mul(x, self._gate.exp(prefix))
 
     def _gather(self, scores: Tile, values: Tile) -> Tile:
         return tile.contract(scores, tile.rename(values, Axis.J), Axis.J)
@@ -281,9 +302,9 @@ class _StateChunk:
 
     def _next(self) -> Tile:
         whole, following = self._gate.whole, self._gate.following
-        parts = [self._start if whole is None else tile.mul(_exp(whole), self._start)]
+        parts = [self._start if whole is None else tile.mul(self._gate.exp(whole), self._start)]
         for key, written in zip(self._keys, self._written, strict=True):
-            decayed = key if following is None else tile.mul(key, _exp(following))
+            decayed = key if following is None else tile.mul(key, self._gate.exp(following))
             parts.append(tile.contract(decayed, written, Axis.I))
         return tile.total(parts).named(str(self._start.attrs[0]) + "_next")
 
@@ -299,15 +320,11 @@ class _StateChunk:
         return tile.total(parts)
 
 
-def _exp(prefix: Tile) -> Tile:
-    return tile.exp(prefix).named("e_" + prefix.hint)
-
-
 def _bounded(log_decay: Tile) -> Tile:
     """A log-decay whose sums are finite: a decay of 0 becomes one that no dtype can tell from it.
 
-    The gradient passes: that of a log-decay so low is 0 anyway, and a factor f of the state gets
-    df = dg / f with the f that was used, which is right where f is 0.
+    That of a log-decay so low has no gradient. A factor f of the state gets df = dg / f with the f
+    that was used, which is right where f is 0.
     """
     below = tile.topological(log_decay)
     if not any(t.op in (TileOp.TOKEN, TileOp.HEAD) for t in below):

@@ -116,6 +116,19 @@ def _cumsum(z: Tile, g: Tile) -> Cotangents:
     return [(z.args[0], tile.cumsum(g, reverse=not reverse, exclusive=bool(exclusive)))]
 
 
+def _floor(z: Tile, g: Tile) -> Cotangents:
+    """A factor's passes; that of a log-decay too low is 0, however large what multiplies it next.
+
+    Where it is an operand nothing does, and the gradient of a decay of 0 is 0 as it is.
+    """
+    (x,), (least,) = z.args, z.attrs
+    assert isinstance(least, float)
+    if least > 0.0 or _is_operand(x):
+        return [(x, g)]
+    below = tile.step(tile.sub(tile.const(least), x))
+    return [(x, tile.mul(g, tile.sub(_ONE, below)))]
+
+
 def _mask(z: Tile, g: Tile) -> Cotangents:
     (which,) = z.attrs
     assert isinstance(which, Which)
@@ -199,7 +212,8 @@ _RULES: dict[TileOp, Rule] = {
         (z.args[0], tile.rename(g, Axis.I if z.attrs == (Axis.J,) else Axis.J))
     ],
     TileOp.ROWS: lambda z, g: [(z.args[0], tile.rows(g))],
-    TileOp.FLOOR: lambda z, g: [(z.args[0], g)],
+    TileOp.FLOOR: _floor,
+    TileOp.FLUSH: lambda z, g: [(z.args[0], g)],
     TileOp.PHASE: lambda z, g: [(z.args[0], tile.phase(g, *_phase_of(z)))],
     TileOp.MASK: _mask,
     TileOp.SUM: lambda z, g: [(z.args[0], tile.expand(g, z.args[0].axes))],

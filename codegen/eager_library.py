@@ -50,7 +50,12 @@ def decay(g: Tensor, *, exclusive: bool) -> Tensor:
     return torch.exp(sums.masked_fill(~(own if exclusive else own.mT.logical_not()), -torch.inf))
 
 
-def _levels(g: Tensor, exclusive: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
+def flush(x: Tensor, least: float) -> Tensor:
+    """`x`, but 0 where it is smaller than `least`; NaN stays."""
+    return x.masked_fill(x < least, 0.0)
+
+
+def _levels(g: Tensor, exclusive: bool, least: float = 0.0) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(half, decays to late rows, decays from early ones), both [..., blocks, half, K].
 
     Both are of the last row of the earlier half, a: of what lies from it to a late row (itself left
@@ -60,7 +65,8 @@ def _levels(g: Tensor, exclusive: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
     while half < g.shape[-2]:
         early, late = _halves(g, half)
         since = prefix_sum(late, -2, exclusive=exclusive)
-        yield half, torch.exp(since), torch.exp(suffix_sum(early, -2, exclusive=True))
+        after = suffix_sum(early, -2, exclusive=True)
+        yield half, flush(torch.exp(since), least), flush(torch.exp(after), least)
         half *= 2
 
 
@@ -77,38 +83,38 @@ def _below_diagonal(a: Tensor, half: int) -> Tensor:
 
 
 def decayed_dot(
-    x: Tensor, y: Tensor, p: Tensor, q: Tensor, g: Tensor, *, exclusive: bool
+    x: Tensor, y: Tensor, p: Tensor, q: Tensor, g: Tensor, *, exclusive: bool, least: float
 ) -> Tensor:
     """A_ij = sum_k x_ik y_jk e^(P_ik - Q_jk) for i > j, else 0: [..., C, C]."""
     del p, q  # sums of g
     c = x.shape[-2]
     shape = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     a = x.new_zeros(*shape, c, c)
-    for half, e_late, e_early in _levels(g, exclusive):
+    for half, e_late, e_early in _levels(g, exclusive, least):
         block = (_halves(x, half)[1] * e_late) @ (_halves(y, half)[0] * e_early).mT
         _below_diagonal(a, half).copy_(block.movedim(-3, -1))
     return a
 
 
 def decayed_apply(
-    a: Tensor, y: Tensor, p: Tensor, q: Tensor, g: Tensor, *, exclusive: bool
+    a: Tensor, y: Tensor, p: Tensor, q: Tensor, g: Tensor, *, exclusive: bool, least: float
 ) -> Tensor:
     """z_ik = sum_{j<i} A_ij y_jk e^(P_ik - Q_jk): [..., C, K]."""
     del p, q
     z = torch.zeros_like(g * y)
-    for half, e_late, e_early in _levels(g, exclusive):
+    for half, e_late, e_early in _levels(g, exclusive, least):
         block = _below_diagonal(a, half).movedim(-1, -3)
         _halves_view(z, half)[..., 1, :, :] += e_late * (block @ (_halves(y, half)[0] * e_early))
     return z
 
 
 def decayed_apply_transposed(
-    a: Tensor, x: Tensor, p: Tensor, q: Tensor, g: Tensor, *, exclusive: bool
+    a: Tensor, x: Tensor, p: Tensor, q: Tensor, g: Tensor, *, exclusive: bool, least: float
 ) -> Tensor:
     """z_jk = sum_{i>j} A_ij x_ik e^(P_ik - Q_jk): [..., C, K]."""
     del p, q
     z = torch.zeros_like(g * x)
-    for half, e_late, e_early in _levels(g, exclusive):
+    for half, e_late, e_early in _levels(g, exclusive, least):
         block = _below_diagonal(a, half).movedim(-1, -3)
         update = e_early * (block.mT @ (_halves(x, half)[1] * e_late))
         _halves_view(z, half)[..., 0, :, :] += update

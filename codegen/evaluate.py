@@ -224,6 +224,7 @@ _TILES: dict[TileOp, Callable[[Tile, Sequence[Numbers], Sizes], Numbers]] = {
     TileOp.CUMSUM: lambda t, xs, c: _sums(
         xs[0], reverse=bool(t.attrs[0]), exclusive=bool(t.attrs[1])
     ),
+    TileOp.FLUSH: lambda t, xs, c: _where(xs[0] >= Decimal(_attr(t)), xs[0]),
     TileOp.FLOOR: lambda t, xs, c: _ELEMENTWISE[Op.MAXIMUM](xs[0], Decimal(_attr(t))),
     TileOp.DECAY: lambda t, xs, c: _decay(t, xs[0], c),
     TileOp.INVERSE: lambda t, xs, c: _inverse(xs[0]),

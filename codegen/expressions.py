@@ -19,7 +19,15 @@ from .tile import Axes, Axis, Tile, TileOp, Which
 _INFIX = {Op.ADD: "+", Op.SUB: "-", Op.MUL: "*", Op.DIV: "/"}
 _LONGEST = 60  # an inlined expression longer than this is hard to read
 _ALIASES = (TileOp.RENAME, TileOp.EXPAND)
-_INLINE = (TileOp.MAP, TileOp.FLOOR, TileOp.STEP, TileOp.ROWS, TileOp.PHASE, TileOp.MASK)
+_INLINE = (
+    TileOp.MAP,
+    TileOp.FLOOR,
+    TileOp.FLUSH,
+    TileOp.STEP,
+    TileOp.ROWS,
+    TileOp.PHASE,
+    TileOp.MASK,
+)
 
 
 def unaliased(x: Tile) -> Tile:

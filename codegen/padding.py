@@ -44,6 +44,8 @@ def padding(x: Tile, axis: Axis) -> Padding:
         return _of_map(x, axis)
     if x.op is TileOp.STEP:
         return Padding.FINITE
+    if x.op is TileOp.FLUSH:
+        return padding(x.args[0], axis)
     if x.op is TileOp.FLOOR:
         (least,) = x.attrs
         assert isinstance(least, float)

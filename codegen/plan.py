@@ -374,6 +374,7 @@ def _is_norm(x: Tile) -> bool:
 _ELEMENTWISE = (
     TileOp.MAP,
     TileOp.FLOOR,
+    TileOp.FLUSH,
     TileOp.STEP,
     TileOp.ROWS,
     TileOp.PHASE,
@@ -398,7 +399,7 @@ def _scales_by_prefix(x: Tile) -> bool:
     if x.op is TileOp.CUMSUM or sums_over(x, Axis.I):
         return True
     same = [a for a in x.args if a.axes == x.axes or x.op in (TileOp.ROWS, TileOp.MASK)]
-    return x.op is TileOp.MAP and any(_scales_by_prefix(a) for a in same)
+    return x.op in (TileOp.MAP, TileOp.FLUSH) and any(_scales_by_prefix(a) for a in same)
 
 
 def sums_over(t: Tile, axis: Axis) -> bool:

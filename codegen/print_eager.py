@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..dsl.ir import Op
 from . import tile
+from .chunk import LEAST_DECAY
 from .expressions import Expressions, Names, is_number, unaliased
 from .plan import Kernel
 from .tile import Axes, Axis, Tile, TileOp, Which
@@ -106,6 +107,7 @@ class _Torch(Expressions):
         if x.op is TileOp.INVERSE:
             return f"unit_lower_inverse({args})"
         name = {
+            TileOp.FLUSH: "flush",
             TileOp.DECAY: "decay",
             TileOp.DECAYED_DOT: "decayed_dot",
             TileOp.DECAYED_APPLY: "decayed_apply",
@@ -113,7 +115,12 @@ class _Torch(Expressions):
         }[x.op]
         if x.op is TileOp.DECAYED_APPLY and x.attrs[0] is Axis.J:
             name = "decayed_apply_transposed"
-        decay = f"{name}({args}, exclusive={x.attrs[-1]})"
+        if x.op is TileOp.FLUSH:
+            return f"{name}({args}, {x.attrs[0]})"
+        options = f"exclusive={x.attrs[-1]}"
+        if x.op in (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY):
+            options += f", least={LEAST_DECAY if x.attrs[-2] else 0.0}"
+        decay = f"{name}({args}, {options})"
         if x.op is TileOp.DECAY and x.attrs[0] is Which.STRICT and not x.attrs[-1]:
             return f"torch.tril({decay}, -1)"
         return decay

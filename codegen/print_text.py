@@ -3,13 +3,13 @@
 `x[i,j] = Σ_k q[i,k]·k[j,k]` is a product; i and j run over the n tokens of a chunk, k and v over
 the channels; `[i > j]` is 1 where it holds and 0 elsewhere. Marks say what planning goes by:
 [s] depends on what the scan carries, [n] is needed by what it carries next. Floors of log-decays
-are not shown: they change no number that float32 can hold.
+and what is flushed to 0 are not shown: they change no number that float32 can hold.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..dsl.ir import Op
@@ -23,7 +23,7 @@ from .tile import Axes, Axis, Tile, TileOp, Which
 _INFIX = {Op.ADD: " + ", Op.SUB: " − ", Op.MUL: "·", Op.DIV: "/"}
 _COMPARISON = {Which.LOWER: "≥", Which.STRICT: ">", Which.DIAGONAL: "="}
 _LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM, TileOp.CARRY)
-_ALIASES = (TileOp.RENAME, TileOp.EXPAND, TileOp.FLOOR)
+_ALIASES = (TileOp.RENAME, TileOp.EXPAND, TileOp.FLOOR, TileOp.FLUSH)
 _ELEMENTWISE = (TileOp.MAP, TileOp.STEP, TileOp.ROWS, TileOp.PHASE, TileOp.MASK)
 _SUMS = (TileOp.DOT, TileOp.SUM)
 _NEVER_ASSIGNED = (*_ALIASES, TileOp.CONST, TileOp.EXTENT)
@@ -80,8 +80,9 @@ class _Printer:
         for t in self._order:
             if t not in self.known and t.op not in _ALIASES:
                 for a in t.args:
-                    self._uses[_shown(a)] += 1
-                    self._users.setdefault(_shown(a), []).append((t, _renames(a)))
+                    shown = _shown(a, self.known)
+                    self._uses[shown] += 1
+                    self._users.setdefault(shown, []).append((t, _renames(a)))
 
     def leaf(self, t: Tile) -> str:
         """A leaf with its axes."""
@@ -101,7 +102,7 @@ class _Printer:
 
     def name(self, t: Tile) -> str:
         """A root: the name it was given, or the number it is."""
-        t = _shown(t)
+        t = _shown(t, self.known)
         return self.known[t] if t in self.known else self._text(t, _LETTERS)[0]
 
     def _inlined(self, t: Tile) -> bool:
@@ -131,7 +132,7 @@ class _Printer:
     # ---- expressions -----------------------------------------------------------------------------
 
     def _text(self, x: Tile, letters: _Letters) -> _Text:
-        while x.op in _ALIASES:
+        while x.op in _ALIASES and x not in self.known:
             if x.op is TileOp.RENAME:
                 (to,) = x.attrs
                 source = Axis.I if to is Axis.J else Axis.J
@@ -230,9 +231,9 @@ class _Printer:
         return f"Σ_{{{bound}}} {inner}", _BIG_SUM
 
 
-def _shown(x: Tile) -> Tile:
-    """The tile whose numbers are those of `x`, for a reader."""
-    while x.op in _ALIASES:
+def _shown(x: Tile, known: Container[Tile] = ()) -> Tile:
+    """The tile whose numbers are those of `x`, for a reader; what is `known` has a name."""
+    while x.op in _ALIASES and x not in known:
         (x,) = x.args
     return x
 

@@ -95,6 +95,7 @@ def _logarithms(linear: Tile, start: Tile) -> list[Tile] | None:
         if linear.op is not TileOp.MAP or linear.attrs != (Op.MUL,):
             return None
         x, y = linear.args
+        x, y = (t.args[0] if t.op is TileOp.FLUSH else t for t in (x, y))
         factor, linear = (x, y) if x.op is TileOp.MAP and x.attrs == (Op.EXP,) else (y, x)
         if factor.op is not TileOp.MAP or factor.attrs != (Op.EXP,):
             return None

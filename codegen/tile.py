@@ -62,11 +62,13 @@ class TileOp(Enum):
     SUM = "sum over axes; attrs (axes,)"
     DOT = "sum over one axis of a product of two tiles; attrs (axis,)"
     CUMSUM = "prefix sum over I; attrs (reverse, exclusive)"
-    FLOOR = "the larger of x and a number; below it the gradient passes too; attrs (number,)"
+    FLOOR = "the larger of x and a number; below one above 0 the gradient passes; attrs (number,)"
+    FLUSH = "x, but 0 where it is smaller than a number, where the gradient passes; attrs (number,)"
     DECAY = "e^(g_j+1 + ... + g_i) in the mask, else zero; attrs (Which, whether i is left out)"
     INVERSE = "(1 + L)^-1 of a strictly lower C x C tile"
     # under a vector gate g, P and Q its prefix sums: e^(P_ik - Q_jk) stands for the decay from j to
-    # i, which g alone gives in all digits; args end (.., P, Q, g), attrs with whether i is left out
+    # i, which g alone gives in all digits; args end (.., P, Q, g), attrs with whether decays are
+    # flushed (not for what crosses a token) and whether i is left out
     DECAYED_DOT = "sum_k x_ik y_jk e^(P_ik - Q_jk), i > j; args (x, y, ..)"
     DECAYED_APPLY = "sum_j A_ij y_jk e^(..), i > j, attrs (I, ..), or sum_i A_ij x_ik .., (J, ..)"
     DECAYED_CROSSING = "sum A_ij x_ik y_jk e^(..) over decays that cross t; (A, x, y, dx, dy, ..)"
@@ -322,8 +324,13 @@ def _zero_beyond_end(x: Tile) -> bool:
     return (
         _is_product(x)
         and any(_zero_beyond_end(a) for a in x.args)
-        and all(finite_at_zero(a) for a in x.args)
+        and all(finite_at_zero(a) and not _of_heads(a) for a in x.args)
     )
+
+
+def _of_heads(x: Tile) -> bool:
+    """Whether `x` takes a number per head, which may be so large that zero times it is NaN."""
+    return any(t.op is TileOp.HEAD for t in topological(x))
 
 
 def _is_floor_below_zero(x: Tile) -> bool:
@@ -362,7 +369,7 @@ def _within(x: Tile, which: Which) -> bool:
         return True
     if x.op in (TileOp.MASK, TileOp.DECAY):
         return x.attrs[0] in (which, Which.STRICT)
-    if _is_neg(x):
+    if _is_neg(x) or x.op is TileOp.FLUSH:
         return _within(x.args[0], which)
     return _is_product(x) and any(_within(a, which) for a in x.args)
 
@@ -405,8 +412,13 @@ def cumsum(x: Tile, *, reverse: bool = False, exclusive: bool = False) -> Tile:
 
 
 def floor(x: Tile, least: float) -> Tile:
-    """The larger of `x` and `least`, NaN kept; the gradient passes as if it were `x`."""
+    """The larger of `x` and `least`, NaN kept; the gradient passes below a `least` above 0."""
     return Tile(TileOp.FLOOR, (x,), (least,), x.axes, x.hint)
+
+
+def flush(x: Tile, least: float) -> Tile:
+    """`x`, but 0 where it is smaller than `least`, NaN kept; the gradient passes as of `x`."""
+    return Tile(TileOp.FLUSH, (x,), (least,), x.axes, x.hint)
 
 
 def decay(g: Tile, which: Which, *, exclusive: bool = False) -> Tile:
@@ -439,13 +451,15 @@ def inverse(lower: Tile) -> Tile:
 class Gate:
     """A vector gate [I, K] as reads see it: log-decays, and their prefix sums to i and to j.
 
-    `exclusive`: the decay of token i itself is left out.
+    `exclusive`: the decay of token i itself is left out. `factor`: it is the log of a factor that
+    may be 0, whose decays are flushed.
     """
 
     log_decay: Tile
     to: Tile
     since: Tile
     exclusive: bool
+    factor: bool
 
     @property
     def args(self) -> tuple[Tile, Tile, Tile]:
@@ -456,13 +470,15 @@ class Gate:
 def decayed_dot(x: Tile, y: Tile, gate: Gate) -> Tile:
     """Scores under a vector gate, strictly lower; x and y are [I, K], y is renamed here."""
     args = (x, rename(y, Axis.J), *gate.args)
-    return Tile(TileOp.DECAYED_DOT, args, (gate.exclusive,), (Axis.I, Axis.J))
+    attrs = (gate.factor, gate.exclusive)
+    return Tile(TileOp.DECAYED_DOT, args, attrs, (Axis.I, Axis.J))
 
 
 def decayed_apply(a: Tile, y: Tile, gate: Gate, side: Axis) -> Tile:
     """The adjoint of `decayed_dot`: `a` applied to y (side I), or transposed to x (side J)."""
     args = (a, y, *gate.args)
-    return Tile(TileOp.DECAYED_APPLY, args, (side, gate.exclusive), axes_of(side, Axis.K))
+    attrs = (side, gate.factor, gate.exclusive)
+    return Tile(TileOp.DECAYED_APPLY, args, attrs, axes_of(side, Axis.K))
 
 
 def decayed_crossing(a: Tile, x: Tile, y: Tile, dx: Tile, dy: Tile, gate: Gate) -> Tile:
@@ -472,20 +488,16 @@ def decayed_crossing(a: Tile, x: Tile, y: Tile, dx: Tile, dy: Tile, gate: Gate) 
     rounding counts where it is multiplied: by 1/f if the gate is log f, by about |g| elsewhere. So
     where a decay is stronger than e^(the attribute), sums of what crosses t are taken instead.
     """
-    limit = -2.0 if _is_factor(gate.log_decay) else -30.0
+    limit = -2.0 if gate.factor else -30.0
     args = (a, x, y, dx, dy, *gate.args)
     attrs = (limit, gate.exclusive)
     return Tile(TileOp.DECAYED_CROSSING, args, attrs, (Axis.I, Axis.K))
 
 
-def _is_factor(log_decay: Tile) -> bool:
-    """Whether a decay's gradient is divided by what may be 0."""
-    return any(t.op is TileOp.MAP and t.attrs == (Op.LOG,) for t in topological(log_decay))
-
-
 def gate_of(t: Tile) -> Gate:
-    """The gate of a DECAYED op."""
+    """The gate of a DECAYED_DOT or DECAYED_APPLY."""
     to, since, log_decay = t.args[-3:]
-    exclusive = t.attrs[-1]
+    factor, exclusive = t.attrs[-2:]
+    assert isinstance(factor, bool)
     assert isinstance(exclusive, bool)
-    return Gate(log_decay, to, rename(since, Axis.I), exclusive)
+    return Gate(log_decay, to, rename(since, Axis.I), exclusive, factor)

@@ -13,7 +13,8 @@ from tvm import tirx
 from tvm.tirx import Expr
 
 from . import tile
-from .tile import Axis, Tile
+from .chunk import LEAST_DECAY
+from .tile import Axis, Tile, TileOp
 from .tir_code import Index, broadcast, int32, multiply_add, number, ramp
 from .tir_frame import Frame, Shapes
 from .tir_products import block_product, column_blocks, horizontal_sum, transpose
@@ -67,6 +68,7 @@ class _Decayed:
 
     def __init__(self, frame: Frame, t: Tile) -> None:
         self._g, self._exclusive = t.args[-1], t.attrs[-1]
+        self._flush = t.op is not TileOp.DECAYED_CROSSING and t.attrs[-2]
         self.frame = frame
         self.least = _least(frame.shapes)
         # of a block of a product: what divides every half
@@ -83,12 +85,17 @@ class _Decayed:
 
     def between(self, late: Index, early: Index, first: Expr, column: Index) -> Expr:
         """e^(P_late - Q_early), of rows of the block that begins with `first`."""
-        return self.frame.read(self._pairs, self._pair(late, early, first, column), self._lanes)
+        pair = self._pair(late, early, first, column)
+        return self._flushed(self.frame.read(self._pairs, pair, self._lanes))
 
     def anchored(self, size: Index, row: Index, column: Index) -> Expr:
         """e^(Q_anchor - Q_row) of a row of an earlier half, e^(P_row - Q_anchor) of a later one."""
         point = self._anchored_at(size, row, column)
-        return self.frame.read(self._anchored, point, self._lanes)
+        return self._flushed(self.frame.read(self._anchored, point, self._lanes))
+
+    def _flushed(self, decay: Expr) -> Expr:
+        """Decays by factors that are as good as 0 are 0, but for what crosses a token."""
+        return self._values.flushed(decay, LEAST_DECAY) if self._flush else decay
 
     @property
     def _lanes(self) -> int:

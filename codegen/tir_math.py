@@ -92,10 +92,11 @@ class Math:
         return (small * p + p) * q
 
     def decayed(self, x: Expr) -> Expr:
-        """e^x for x <= 0; the least normal number below the range."""
+        """e^x for x <= 0; 0 below the range of normal numbers."""
         small, n = self._reduced(self._bind("y", self.most(x, _LEAST_NORMAL)))
         power = self._power(n)
-        return small * power + power
+        below = x < self._c(_LEAST_NORMAL)
+        return tirx.Select(below, self._c(0.0), small * power + power)
 
     def most(self, x: Expr, least: float) -> Expr:
         """The larger of x and a number; NaN stays."""

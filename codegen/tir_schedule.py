@@ -18,7 +18,15 @@ from .expressions import unaliased
 from .plan import Kernel
 from .tile import Axes, Axis, Tile, TileOp
 
-POINTWISE = (TileOp.MAP, TileOp.FLOOR, TileOp.STEP, TileOp.ROWS, TileOp.PHASE, TileOp.MASK)
+POINTWISE = (
+    TileOp.MAP,
+    TileOp.FLOOR,
+    TileOp.FLUSH,
+    TileOp.STEP,
+    TileOp.ROWS,
+    TileOp.PHASE,
+    TileOp.MASK,
+)
 DECAYED = (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY, TileOp.DECAYED_CROSSING)
 NUMBERS = (TileOp.CONST, TileOp.EXTENT, TileOp.PARAM)
 _LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.CARRY)
@@ -119,7 +127,7 @@ def zero_above(t: Tile) -> bool:
         if fn is Op.MUL:
             return any(square)
         return fn in (Op.ADD, Op.SUB, Op.NEG) and len(square) == len(t.args) and all(square)
-    return t.op in (TileOp.ROWS, TileOp.PHASE) and zero_above(t.args[0])
+    return t.op in (TileOp.ROWS, TileOp.PHASE, TileOp.FLUSH) and zero_above(t.args[0])
 
 
 def sides(product: Tile) -> tuple[Tile, Tile]:

@@ -95,6 +95,10 @@ class Values:
             (least,) = t.attrs
             assert isinstance(least, float)
             return self._math.most(self._frame.code.bind("x", x), least)
+        if t.op is TileOp.FLUSH:
+            (least,) = t.attrs
+            assert isinstance(least, float)
+            return self.flushed(x, least)
         if t.op is TileOp.STEP:
             return tirx.Select(x > zero, number(1.0, self._lanes), zero)
         if t.op is TileOp.MASK:
@@ -115,6 +119,12 @@ class Values:
         if which is Which.DIAGONAL:
             return tirx.EQ(i, j)
         return i > j if which is Which.STRICT else i >= j
+
+    def flushed(self, x: Expr, least: float) -> Expr:
+        """`x`, but 0 where it is smaller than `least`; NaN stays."""
+        x = self._frame.code.bind("x", x)
+        small = x < number(least, self._lanes)
+        return tirx.Select(small, number(0.0, self._lanes), x)
 
     def exponential(self, x: Expr) -> Expr:
         """e^x for x <= 0."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ..dsl.ir import Op
 from . import tile, triton_library
+from .chunk import LEAST_DECAY
 from .config import Precision
 from .expressions import Expressions, Names, unaliased
 from .padding import Padding, padding
@@ -144,6 +145,9 @@ class TritonExpressions(Expressions):
         if x.op is TileOp.FLOOR:
             inner = self.text(x.args[0])
             return f"tl.maximum({inner}, {x.attrs[0]}, propagate_nan=tl.PropagateNan.ALL)"
+        if x.op is TileOp.FLUSH:
+            self._used_functions.add("flush")
+            return f"flush({self.text(x.args[0])}, {x.attrs[0]})"
         if x.op is TileOp.DECAY:
             which, exclusive = x.attrs
             self._used_functions.add("decay_between")
@@ -190,6 +194,8 @@ class TritonExpressions(Expressions):
         options = [self._precision, str(x.attrs[-1])]
         if x.op is TileOp.DECAYED_CROSSING:
             options.insert(1, str(x.attrs[0]))
+        else:  # split decays are products of what is no longer known to be 0: none is so strong
+            options[1:1] = [str(LEAST_DECAY), "43.0"] if x.attrs[-2] else ["0.0", "60.0"]
         return f"{name}({', '.join(texts)}, {sizes}, {', '.join(options)})"
 
     def _cumsum(self, x: Tile) -> str:

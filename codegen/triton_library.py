@@ -1,7 +1,7 @@
 """Triton device functions that printed kernels call, as source: each file carries those it uses.
 
 Decayed products split e^(P - Q) between their factors. Where no channel has decayed by more than
-e^-60 since the start of the chunk, as e^P and e^-Q: one product. Elsewhere blocks are halved (as
+e^-MILD since the start of the chunk, as e^P and e^-Q: one product. Elsewhere blocks are halved (as
 eager_library does): at each level, rows in the later half of a block meet columns in its earlier
 half, both decayed to the last row of the earlier half; so every exponent is <= 0 whatever the gate,
 and a sum of what lies between two rows, not a difference of prefix sums, in which a reset of -100
@@ -62,6 +62,13 @@ def decay_between(
     return tl.exp(tl.where(keep, between, float("-inf")))
 '''
 
+FLUSH = '''
+@triton.jit
+def flush(x, LEAST: tl.constexpr):
+    """`x`, but 0 where it is smaller than LEAST; NaN stays."""
+    return tl.where(x < LEAST, 0.0, x)
+'''
+
 DOUBLED = '''
 @triton.jit
 def doubled(since, after, level, C: tl.constexpr, BK: tl.constexpr):
@@ -79,7 +86,7 @@ DECAYED_DOT = '''
 def decayed_dot(
     x, y, P, Q, g,
     C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr,
-    PRECISION: tl.constexpr, EXCLUSIVE: tl.constexpr,
+    PRECISION: tl.constexpr, LEAST: tl.constexpr, MILD: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):
     """A_ij = sum_k x_ik y_jk e^(P_ik - Q_jk) for i > j, else 0. P, Q are prefix sums of g."""
     i = tl.arange(0, C)
@@ -88,19 +95,21 @@ def decayed_dot(
     y_early = (y * tl.exp(tl.minimum(-Q, 64.0))).to(DT)
     A = tl.dot(x_late, tl.trans(y_early), input_precision=PRECISION)
     A = tl.where(i[:, None] > i[None, :], A, 0.0)
-    if tl.max(decay, 0) >= 60.0:
+    if tl.max(decay, 0) >= MILD:
         halved = tl.zeros((C, C), dtype=tl.float32)
         since, after = g, tl.zeros_like(g)
         for level in range(LEVELS):
             late = ((i >> level) & 1 == 1)[:, None]
             e = tl.exp(tl.where(late, since - g if EXCLUSIVE else since, after))
+            if LEAST > 0.0:
+                e = tl.where(e < LEAST, 0.0, e)
             x_late = tl.where(late, x * e, 0.0).to(DT)
             y_early = tl.where(late, 0.0, y * e).to(DT)
             block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
             B = tl.dot(x_late, tl.trans(y_early), input_precision=PRECISION)
             halved += tl.where(block, B, 0.0)
             since, after = doubled(since, after, level, C, BK)
-        A = tl.where((decay < 60.0)[:, None], A, halved)
+        A = tl.where((decay < MILD)[:, None], A, halved)
     return A
 '''
 
@@ -108,12 +117,12 @@ DECAYED_APPLY = '''
 @triton.jit
 def decayed_apply(
     A, y, P, Q, g, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr, EXCLUSIVE: tl.constexpr,
+    PRECISION: tl.constexpr, LEAST: tl.constexpr, MILD: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):
     """z_ik = sum_j A_ij y_jk e^(P_ik - Q_jk) over j < i."""
     i = tl.arange(0, C)
     z = tl.zeros((C, BK), dtype=tl.float32)
-    if tl.max(tl.max(-Q, 1), 0) < 60.0:
+    if tl.max(tl.max(-Q, 1), 0) < MILD:
         B = tl.where(i[:, None] > i[None, :], A, 0.0)
         z = tl.exp(P) * tl.dot(B, y * tl.exp(-Q), input_precision=PRECISION)
     else:
@@ -121,6 +130,8 @@ def decayed_apply(
         for level in range(LEVELS):
             late = ((i >> level) & 1 == 1)[:, None]
             e = tl.exp(tl.where(late, since - g if EXCLUSIVE else since, after))
+            if LEAST > 0.0:
+                e = tl.where(e < LEAST, 0.0, e)
             block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
             B = tl.where(block & late, A, 0.0)
             y_early = tl.where(late, 0.0, y * e)
@@ -133,12 +144,12 @@ DECAYED_APPLY_TRANSPOSED = '''
 @triton.jit
 def decayed_apply_transposed(
     A, x, P, Q, g, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr, EXCLUSIVE: tl.constexpr,
+    PRECISION: tl.constexpr, LEAST: tl.constexpr, MILD: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):
     """z_jk = sum_i A_ij x_ik e^(P_ik - Q_jk) over i > j."""
     i = tl.arange(0, C)
     z = tl.zeros((C, BK), dtype=tl.float32)
-    if tl.max(tl.max(-Q, 1), 0) < 60.0:
+    if tl.max(tl.max(-Q, 1), 0) < MILD:
         B = tl.trans(tl.where(i[:, None] > i[None, :], A, 0.0))
         z = tl.exp(-Q) * tl.dot(B, x * tl.exp(P), input_precision=PRECISION)
     else:
@@ -146,6 +157,8 @@ def decayed_apply_transposed(
         for level in range(LEVELS):
             late = ((i >> level) & 1 == 1)[:, None]
             e = tl.exp(tl.where(late, since - g if EXCLUSIVE else since, after))
+            if LEAST > 0.0:
+                e = tl.where(e < LEAST, 0.0, e)
             block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
             B = tl.trans(tl.where(block & late, A, 0.0))
             x_late = tl.where(late, x * e, 0.0)
@@ -249,6 +262,7 @@ def tanh(x):
 FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "unit_lower_inverse": (INVERSE, ()),
     "decay_between": (DECAY, ()),
+    "flush": (FLUSH, ()),
     "doubled": (DOUBLED, ()),
     "decayed_dot": (DECAYED_DOT, ("doubled",)),
     "decayed_apply": (DECAYED_APPLY, ("doubled",)),

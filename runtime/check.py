@@ -56,7 +56,7 @@ def _asked(check: bool | None) -> bool:
 
 
 def _check_finite(call: Call) -> None:
-    """Numbers are finite, but for gates: there -inf is a reset, the log of a decay of 0."""
+    """Numbers are finite, but for what gates are made of: a log-decay of -inf is a reset."""
     states = zip((s.name for s in call.declaration.states), call.initial, strict=True)
     named = [*call.operands.items(), *((f"initial_state ({n})", x) for n, x in states)]
     decays = (node for _, node in _log_decays(call))
@@ -66,7 +66,7 @@ def _check_finite(call: Call) -> None:
             continue
         bad = ~torch.isfinite(x)
         if name in gates:
-            bad &= x != float("-inf")
+            bad &= ~torch.isinf(x)  # the gate itself is looked at next
         if bool(bad.any()):
             at, value = _first(bad, x)
             raise errors.NanOperand(name, f"{value} at {at}")
@@ -105,7 +105,7 @@ def _check_range(what: str, x: Tensor, lo: float, hi: float) -> None:
 
 def _first(where: Tensor, x: Tensor) -> tuple[list[int], float]:
     at = [int(i) for i in where.nonzero()[0]]
-    return at, float(x[tuple(at)])
+    return at, float(x.detach()[tuple(at)])
 
 
 def _reads_a_state(node: Node) -> bool:

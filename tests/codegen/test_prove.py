@@ -377,7 +377,7 @@ def test_a_value_without_its_axes_is_refused() -> None:
 
 def test_prefix_sums_of_another_gate_are_refused() -> None:
     g, x = tile.token("g", (Axis.K,)), tile.token("x", (Axis.K,))
-    before = tile.Gate(g, tile.cumsum(g), tile.cumsum(g), exclusive=True)
+    before = tile.Gate(g, tile.cumsum(g), tile.cumsum(g), exclusive=True, factor=False)
     with pytest.raises(errors.InvalidIR, match="prefix sums that are not"):
         evaluate.evaluate(
             [tile.decayed_dot(x, x, before)],

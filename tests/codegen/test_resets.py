@@ -12,6 +12,8 @@ import chunkwise as cw
 import pytest
 import torch
 from chunkwise.codegen.config import Config
+from chunkwise.dsl import HeadScalar, Key, Scalar, State, Value, exp, outer
+from chunkwise.dsl.ir import Kind
 from chunkwise.runtime import launch, triton_engine
 
 from tests.harness import Inputs, Sizes, engine_results, make_inputs, oracle_results
@@ -63,6 +65,42 @@ def test_resets_in_float64(op: cw.Recurrence, value: float, rows: tuple[int, ...
     _agree(op, "eager", with_resets(op, sizes, value, rows), torch.float64)
 
 
+@cw.recurrence
+def rates(S: State, q: Key, k: Key, v: Value, dt: Scalar, A_log: HeadScalar):  # type: ignore[no-untyped-def]
+    """A decay whose rate is the exponential of a number per head."""
+    return exp(-exp(A_log) * dt) * S + outer(k, v), q @ S
+
+
+# operands per head that forget at once in every token, and what they are
+OF_HEADS = (
+    (cw.library.retention, "g", -torch.inf),
+    (cw.library.lightning_attention, "slope", torch.inf),
+    (cw.library.mamba2, "A_log", 60.0),
+    (cw.library.mamba2, "A_log", 86.0),
+    (rates, "A_log", 80.0),
+    (rates, "A_log", 86.0),
+)
+
+
+@pytest.mark.parametrize("engine", ["eager", "tvm"])
+@pytest.mark.parametrize("T", [64, 37])
+@pytest.mark.parametrize(
+    ("op", "name", "value"), OF_HEADS, ids=[f"{x.__name__}-{v:g}" for x, _, v in OF_HEADS]
+)
+def test_heads_that_forget_at_once(
+    op: cw.Recurrence, name: str, value: float, T: int, engine: str
+) -> None:
+    """One of two heads; what multiplies its gate's gradient is as large as the rate."""
+    inputs = make_inputs(op, replace(DENSE, T=T))
+    inputs.operands[name].data[0] = value
+    if "dt" in inputs.operands:
+        inputs.operands["dt"].data.abs_().add_(0.5)
+    got, want = engine_results(op, inputs, engine), oracle_results(op, inputs)
+    finite = {n for n, x in want.items() if x.isfinite().all()}  # d exp(x) at infinity is not
+    assert finite >= want.keys() - {f"d{name}", "ddt", "ddt_bias"}
+    assert_agree({n: got[n] for n in finite}, {n: want[n] for n in finite}, BY_DTYPE[torch.float32])
+
+
 INTERPRETED = [
     (op, values_of(op)[at])
     for op, at in [(x, -1) for x in LIBRARY if x.__name__ not in ("hgrn2", "mlstm")]
@@ -104,6 +142,32 @@ def test_a_gate_can_part_documents(name: str, engine: str) -> None:
         grads = torch.autograd.grad(o, list(inputs.operands.values()), weights)
         results.append({"o": o.detach(), **dict(zip(inputs.operands, grads, strict=True))})
     assert_agree(results[1], results[0], torch.float32)
+
+
+def _after_a_reset(op: cw.Recurrence, engine: str, past: float) -> list[torch.Tensor]:
+    """Output and final state from a reset of the second token on, and gradients from there on."""
+    value = values_of(op)[0] if values_of(op)[0] == 0.0 else -torch.inf
+    inputs = with_resets(op, replace(DENSE, HV=1), value, (1,))
+    for x in op.declaration.operands:
+        if x.kind is Kind.VALUE:
+            inputs.operands[x.name].data[:, 0] *= past
+    assert inputs.initial is not None
+    inputs.initial[0].data.mul_(past)
+    o, final = op(**inputs.operands, **inputs.options, engine=engine, output_final_state=True)
+    v = inputs.operands["v"]
+    (dv,) = torch.autograd.grad(o[:, 1:].square().sum() + final.sum(), v)
+    return [o[:, 1:].detach(), final.detach(), dv[:, 1:], dv[:, :1]]
+
+
+@pytest.mark.parametrize("engine", ["eager", "tvm"])
+@pytest.mark.parametrize("name", ["simple_gla", "gla", "hgrn2", "scalar_factor"])
+def test_what_is_forgotten_is_forgotten_exactly(name: str, engine: str) -> None:
+    """Bit for bit the same, whatever was before; and no gradient goes back."""
+    op = {x.__name__: x for x in (*LIBRARY, *SPELLINGS)}[name]
+    one, other = (_after_a_reset(op, engine, past) for past in (1.0, 1e6))
+    for x, y in zip(one, other, strict=True):
+        assert torch.equal(x, y)
+    assert not one[-1].any()
 
 
 @pytest.mark.parametrize("engine", ["eager", "tvm"])
