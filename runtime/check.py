@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..dsl import errors, oracle
 from ..dsl.ir import Kind, Node, Op, Per, topological
+from ..dsl.normal_form import expressions
 from ..dsl.step import operand_leaf, param_leaf
 from .call import Call, check_boundaries
 
@@ -59,17 +60,28 @@ def _check_finite(call: Call) -> None:
     """Numbers are finite, but for what gates are made of: a log-decay of -inf is a reset."""
     states = zip((s.name for s in call.declaration.states), call.initial, strict=True)
     named = [*call.operands.items(), *((f"initial_state ({n})", x) for n, x in states)]
-    decays = (node for _, node in _log_decays(call))
-    gates = {n.attrs[0] for n in topological(*decays) if n.op is Op.OPERAND}
+    decays = [node for _, node in _log_decays(call)]
+    others = [] if not decays else [n for n in _expressions(call) if n not in decays]
+    gates, elsewhere = _names_of(decays), _names_of(others)
     for name, x in named:
         if x is None:
             continue
         bad = ~torch.isfinite(x)
         if name in gates:
-            bad &= ~torch.isinf(x)  # the gate itself is looked at next
+            # the gate itself is looked at next; what else takes +inf makes it a number
+            bad &= x != float("-inf") if name in elsewhere else ~torch.isinf(x)
         if bool(bad.any()):
             at, value = _first(bad, x)
             raise errors.NanOperand(name, f"{value} at {at}")
+
+
+def _expressions(call: Call) -> list[Node]:
+    return [*expressions(call.form), call.form.output]
+
+
+def _names_of(nodes: Sequence[Node]) -> set[object]:
+    """The operands of expressions."""
+    return {n.attrs[0] for n in topological(*nodes) if n.op is Op.OPERAND}
 
 
 def _log_decays(call: Call) -> list[tuple[str, Node]]:

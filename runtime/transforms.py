@@ -48,14 +48,16 @@ def register_derivative(
     Raises, when the op is called: NoTransform, for forward mode where nothing computes tangents.
     """
 
-    class Recorded(torch.autograd.Function):
+    class Recorded(torch.autograd.function._SingleLevelFunction):
         @staticmethod
-        def forward(ctx: Any, keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        def forward(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
             # a Function switches recording off: here, and not at the levels below of torch.func
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                outputs = tuple(_below(op, keyset, inputs))
-            derivative.save(ctx, inputs)
-            return outputs
+                return tuple(_below(op, keyset, inputs))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            derivative.save(ctx, inputs[1:])
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -79,9 +81,9 @@ def register_derivative(
             return derivative.in_torch(*inputs)
         if levels:  # one of which has been entered
             with enable_single_level_autograd_function():
-                outputs = super(torch.autograd.Function, Recorded).apply(keyset, *inputs)  # type: ignore[no-untyped-call]
+                outputs = Recorded.apply(keyset, *inputs)  # type: ignore[attr-defined]
         else:
-            outputs = Recorded.apply(keyset, *inputs)  # type: ignore[no-untyped-call]
+            outputs = Recorded.apply(keyset, *inputs)  # type: ignore[attr-defined]
         return list(outputs) if returns_list else tuple(outputs)
 
     def refuse_batches(*inputs: Any) -> None:

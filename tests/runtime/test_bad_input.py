@@ -392,9 +392,24 @@ def test_a_reset_is_no_nan(kit: Any, engine: str, name: str) -> None:
     x = {n: t.detach() for n, t in kit.make_inputs(op, kit.Sizes()).operands.items()}
     x[gate][:, 3] = float("-inf")
     op(**x, engine=engine, check=True)
-    for other, value in ((gate, "nan"), (gate, "inf"), (next(iter(x)), "-inf")):
+    # a gate alone may hold inf, for all that is known of it: it is a decay that grows
+    grows = E.NanOperand if name == "mamba2" else E.PositiveGate
+    cases = (
+        (gate, "nan", E.NanOperand),
+        (gate, "inf", grows),
+        (next(iter(x)), "-inf", E.NanOperand),
+    )
+    for other, value, error in cases:
         y = {**x, other: x[other].clone()}
         y[other][0, 2] = float(value)
-        with pytest.raises(E.NanOperand) as raised:
+        with pytest.raises(error) as raised:
             op(**y, engine=engine, check=True)
         _assert_names(raised.value, (repr(other), value))
+
+
+def test_a_rate_may_be_infinite(kit: Any, engine: str) -> None:
+    """The log-decay is then -inf, and nothing else takes the operand."""
+    op = cw.library.lightning_attention
+    x = {n: t.detach() for n, t in kit.make_inputs(op, kit.Sizes()).operands.items()}
+    x["slope"][0] = float("inf")
+    op(**x, engine=engine, check=True)
