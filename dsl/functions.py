@@ -95,7 +95,7 @@ def minimum(x: Traced | float, y: Traced | float) -> Traced:
 def clamp(x: Traced | float, lo: float | None = None, hi: float | None = None) -> Traced:
     """x moved into [lo, hi]; the bound is applied, and known to the compiler.
 
-    The derivative is 1 at the bounds too, as torch.clamp's.
+    The derivative is 1 at the bounds too, as torch.clamp's in torch 2.13 (in 2.15 it is 0 there).
 
     Raises BadBounds unless lo and hi are Python numbers (or None) with lo <= hi.
     """

@@ -59,8 +59,9 @@ _BINARY: dict[Op, Callable[[Tensor, Tensor], Tensor]] = {
     Op.DIV: torch.div,
     Op.MAXIMUM: torch.maximum,
     Op.MINIMUM: torch.minimum,
-    Op.AT_LEAST: torch.clamp_min,
-    Op.AT_MOST: torch.clamp_max,
+    # not torch.clamp_min and clamp_max: their derivative at the bound is 1 in torch 2.13, 0 in 2.15
+    Op.AT_LEAST: lambda x, y: torch.where(x < y, y, x),
+    Op.AT_MOST: lambda x, y: torch.where(x > y, y, x),
 }
 _RANK = {Kind.SCALAR: 0, Kind.KEY: 1, Kind.VALUE: 1, Kind.STATE: 2, Kind.KEY_STATE: 1}
 

@@ -259,7 +259,8 @@ def describe(
     for name, number in () if symbolic else params.items():
         if not math.isfinite(number):
             raise errors.BadNumber(name, number)
-    sizes = (measure if symbolic else measured)(
+    # torch.compile does not trace through a cache
+    sizes = (measure if symbolic or torch.compiler.is_compiling() else measured)(
         declaration,
         tuple(map(Form.of, operands.values())),
         tuple(None if x is None else Form.of(x) for x in initial),

@@ -39,9 +39,9 @@ _FUNCTIONS = {
     Op.ABS: "torch.abs",
     Op.MAXIMUM: "torch.maximum",
     Op.MINIMUM: "torch.minimum",
-    Op.AT_LEAST: "torch.clamp_min",
-    Op.AT_MOST: "torch.clamp_max",
 }
+# not torch.clamp_min and clamp_max: their derivative at the bound is 1 in torch 2.13, 0 in 2.15
+_BOUNDS = {Op.AT_LEAST: "<", Op.AT_MOST: ">"}
 _INFIX = {Op.ADD: (" + ", 1), Op.SUB: (" - ", 1), Op.MUL: (" * ", 2), Op.DIV: (" / ", 2)}
 _ARITHMETIC = (*_INFIX, Op.NEG, Op.WITHIN, Op.CONST, Op.PARAM)  # of numbers: Python's, no tensors
 _READS = {Op.READ: "...k,...kv->...v", Op.READ_VALUE: "...kv,...v->...k"}
@@ -152,6 +152,9 @@ class _StepPrinter:
             x = self._tensor(args[0])
             return f"torch.logaddexp({x}, torch.zeros_like({x}))", _ATOM
         parts = [self._tensor(a, node.kind) for a in args]
+        if op in _BOUNDS:
+            x, bound = parts
+            return f"torch.where({x} {_BOUNDS[op]} {bound}, {bound}, {x})", _ATOM
         return f"{_FUNCTIONS[op]}({', '.join(parts)})", _ATOM
 
     def _at(self, node: Node, level: int) -> str:
