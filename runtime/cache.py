@@ -164,7 +164,7 @@ def locked(path: Path) -> Iterator[None]:
     held = lock_of(path)
     try:
         held.acquire()
-    except NotImplementedError as why:  # a file system without locks
+    except NotImplementedError as why:  # filelock's word for a file system without locks
         raise OSError(errno.ENOLCK, str(why), str(path)) from None
     try:
         for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a process that was killed

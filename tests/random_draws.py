@@ -89,18 +89,21 @@ def draw(pick: Pick, engine: str) -> Draw:
 
 
 def examine(drawn: Draw, engine: str) -> Verdict:
-    """What an engine makes of a draw."""
+    """What an engine makes of a draw; an exception that is no refusal is what the net looks for."""
+    try:
+        return _examined(drawn, engine)
+    except Exception as fault:
+        return _crash(fault)
+
+
+def _examined(drawn: Draw, engine: str) -> Verdict:
     try:
         declaration = drawn.rule.declare()
         micro = drawn.plan.micro if declaration.has_micro else 1
         statics = {n: x for n, x in drawn.plan.given_statics.items() if n in declaration.statics}
         form = declaration.normal_form(micro, statics)
-    except errors.InvalidIR as fault:
-        return _crash(fault)
     except errors.DeclarationError as refusal:
         return _refusal(refusal)
-    except Exception as fault:
-        return _crash(fault)
     plan = drawn.plan
     op = Recurrence(declaration)
     params = {**drawn.rule.params, **statics}
@@ -131,14 +134,12 @@ def examine(drawn: Draw, engine: str) -> Verdict:
             truth = {n: truth[n] for n in got}
         else:
             got = _results(op, made.inputs, plan, cotangents, engine)
-    except errors.InvalidIR as fault:
-        return _crash(fault)
     except (errors.NotLowered, errors.EngineUnavailable) as refusal:
         return _by_form(form, made, truth) or _refusal(refusal)
     except errors.PositiveGate as refusal:  # a promise that is broken is for `check` to say
-        return _refusal(refusal) if plan.check else _crash(refusal)
-    except Exception as fault:  # whatever else a legal call raises is a fault of ours
-        return _crash(fault)
+        if not plan.check:
+            raise
+        return _refusal(refusal)
     return _compared(step, made, plan, cotangents, got, truth)
 
 

@@ -1,0 +1,384 @@
+"""Mistakes in a declaration: kinds, signatures, and steps that have no chunkwise form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .diagnostic import ChunkwiseError
+from .ir import Loc
+
+
+class DeclarationError(ChunkwiseError):
+    """A recurrence that cannot be declared as written."""
+
+
+# ---------------------------------------------------------------- operators used on wrong kinds
+
+
+class WrongSide(DeclarationError, TypeError):
+    """`S @ q` or `v @ S`: the vector stands on the wrong side of the state."""
+
+    def __init__(self, left: str, right: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"{left} @ {right} does not contract: a Key stands left of the state, a Value right",
+            loc=loc,
+            why="the state is K×V: k @ S sums over K and gives a Value, S @ v sums over V",
+            help="write `q @ S`" if left.endswith("State") else "write `S @ v`",
+        )
+
+
+class KeyTimesValue(DeclarationError, TypeError):
+    """`k * v`: an elementwise product over two different axes."""
+
+    def __init__(self, left: str, right: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"{left} * {right} has no elementwise meaning: a Key has K channels, a Value V",
+            loc=loc,
+            why="operands are told apart by kind, never by shape, so this is wrong even when K = V",
+            help="the matrix k vᵀ is `outer(k, v)`",
+        )
+
+
+class KindMismatch(DeclarationError, TypeError):
+    """Two values whose kinds do not go together under an operator or function."""
+
+    def __init__(self, what: str, got: str, expected: str, help: str, loc: Loc | None) -> None:
+        super().__init__(f"{what} got {got}, expected {expected}", loc=loc, help=help)
+
+
+class MatmulOfVectors(DeclarationError, TypeError):
+    """`k @ q`, or `k @ exp(g) * S` which Python reads as `(k @ exp(g)) * S`."""
+
+    def __init__(self, left: str, right: str, loc: Loc | None) -> None:
+        both = left == right
+        super().__init__(
+            f"{left} @ {right}: `@` reads a state, and neither side is one",
+            loc=loc,
+            why="" if both else "Python reads `k @ exp(g) * S` as `(k @ exp(g)) * S`",
+            help="the inner product of two vectors is `dot(x, y)`"
+            if both
+            else "write `k @ (exp(g) * S)`, or name the decayed state first",
+        )
+
+
+class OuterOrder(DeclarationError, TypeError):
+    """`outer(v, k)`: the Key comes first."""
+
+    def __init__(self, left: str, right: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"outer({left}, {right}): the Key comes first, then the Value",
+            loc=loc,
+            why="the state is K×V, so its rank-one updates are k vᵀ",
+            help="write `outer(k, v)`; for a KeyState, `outer(k, scalar)` or just `z + k`",
+        )
+
+
+class StatePlusNumber(DeclarationError, TypeError):
+    """`S + 1e-6`: a number added to a whole state."""
+
+    def __init__(self, what: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"{what} is added to a state: only states add to states",
+            loc=loc,
+            why="adding a number to every entry is a rank-one write that no kernel would expect",
+            help="add a small constant to what is read (`dot(q, z) + eps`), or write it as "
+            "`outer(k, v)`",
+        )
+
+
+class StateAsVector(DeclarationError, TypeError):
+    """A state used where a Key, Value or Scalar is expected."""
+
+    def __init__(self, what: str, got: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"{what} got a {got}: a state is only scaled, added to a state, or read",
+            loc=loc,
+            help="read it: `q @ S` (a Value), `S @ v` (a Key), `q @ z` or `dot(q, z)` for a "
+            "KeyState",
+        )
+
+
+class ForeignFunction(DeclarationError, TypeError):
+    """`torch.exp(g)`, `np.exp(g)`, `math.exp(g)` on a traced value."""
+
+    def __init__(self, name: str, loc: Loc | None) -> None:
+        bare = name.rpartition(".")[2]
+        super().__init__(
+            f"{name} was called on a traced value",
+            loc=loc,
+            why="the step is traced once with symbols that hold no numbers",
+            help=f"use chunkwise's own function: `from chunkwise import {bare}`"
+            if bare in FUNCTION_NAMES
+            else "use chunkwise's own functions: " + ", ".join(sorted(FUNCTION_NAMES)),
+        )
+
+
+FUNCTION_NAMES = frozenset(
+    {
+        "exp",
+        "log",
+        "log2",
+        "sigmoid",
+        "logsigmoid",
+        "softplus",
+        "silu",
+        "tanh",
+        "relu",
+        "sqrt",
+        "rsqrt",
+        "abs",
+        "maximum",
+        "minimum",
+        "clamp",
+        "within",
+        "expm1",
+        "log1p",
+        "sum",
+        "dot",
+        "l2norm",
+        "outer",
+    }
+)
+
+
+class TracedBranch(DeclarationError, TypeError):
+    """`if g > 0`, `max(a, b)`: a decision on a value that is not known yet."""
+
+    def __init__(self, what: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"{what} on a traced value: it holds no number that Python could compare",
+            loc=loc,
+            why="the step is traced once, for all tokens; it cannot branch on data",
+            help="use `maximum`, `minimum` or `clamp`; branch on a keyword-only int or bool",
+        )
+
+
+class TracedIteration(DeclarationError, TypeError):
+    """`sum(k * k)`, `k[0]`, `len(k)`: taking a traced value apart."""
+
+    def __init__(self, what: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"{what} on a traced value: its channels cannot be taken apart",
+            loc=loc,
+            help="use `chunkwise.sum` or `dot` to add up channels; declare `tuple[Key, ...]` for "
+            "several keys per token",
+        )
+
+
+class NoAttribute(DeclarationError, AttributeError):
+    """`k.T`, `k.exp()`: a traced value has operators, not tensor methods."""
+
+    def __init__(self, name: str, loc: Loc | None) -> None:
+        if name == "T":
+            help = (
+                "there is nothing to transpose: write `k @ S`, `S @ v`, `outer(k, v)`, `dot(x, y)`"
+            )
+        elif name in FUNCTION_NAMES:
+            help = f"write `{name}(x)` with `from chunkwise import {name}`"
+        else:
+            help = "see the operators and functions of the language"
+        super().__init__(f"a traced value has no attribute {name!r}", loc=loc, help=help)
+
+
+class CapturedTensor(DeclarationError, TypeError):
+    """A tensor or array from outside, used inside the step."""
+
+    def __init__(self, what: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"a {what} from outside the step meets a traced value",
+            loc=loc,
+            why="tensors are not captured by closure: they would get no gradient and no layout",
+            help="declare it as an operand: HeadScalar, HeadKey or HeadValue if it belongs to the "
+            "head, Scalar, Key or Value if it changes with the token",
+        )
+
+
+class BadPower(DeclarationError, ValueError):
+    """`x ** p` for a power that is not one of the few that mean multiplication or a root."""
+
+    def __init__(self, got: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"x ** {got}: expected 2, 3, 4, -1, -2, 0.5 or -0.5",
+            loc=loc,
+            help="write `exp(p * log(x))` if x is positive",
+        )
+
+
+class BadBounds(DeclarationError, ValueError):
+    """`within` or `clamp` with bounds that are not two ordered numbers."""
+
+    def __init__(self, what: str, lo: object, hi: object, loc: Loc | None) -> None:
+        super().__init__(
+            f"{what} got the bounds [{lo}, {hi}], expected two Python numbers, the lower first",
+            loc=loc,
+        )
+
+
+# ---------------------------------------------------------------- signatures and returns
+
+
+class MissingAnnotation(DeclarationError, TypeError):
+    """A parameter without a kind."""
+
+    def __init__(self, name: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"the parameter {name!r} has no annotation",
+            loc=loc,
+            help="say what it is: State, KeyState, Key, Value, Scalar, HeadScalar, HeadKey or "
+            "HeadValue; a keyword-only number is a float, int or bool",
+        )
+
+
+class BadAnnotation(DeclarationError, TypeError):
+    """A parameter whose annotation is not a kind."""
+
+    def __init__(self, name: str, got: str, why: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"the parameter {name!r} is annotated {got}, expected a kind",
+            loc=loc,
+            why=why,
+            help="kinds are State, KeyState, Key, Value, Scalar, HeadScalar, HeadKey, HeadValue, "
+            "tuple[Key, ...] for micro-steps, and keyword-only float, int or bool",
+        )
+
+
+class NoState(DeclarationError, TypeError):
+    """A step without a state."""
+
+    def __init__(self, name: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"{name} declares no state",
+            loc=loc,
+            help="annotate one parameter `S: State` (K×V) or `z: KeyState` (K)",
+        )
+
+
+class NothingReturned(DeclarationError, ValueError):
+    """A step that returns None."""
+
+    def __init__(self, name: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"{name} returns nothing, expected the new state and the output",
+            loc=loc,
+            help="end with `return S, o`; with several states `return (S, M), o`",
+        )
+
+
+class BadReturn(DeclarationError, TypeError):
+    """A step that returns something other than `state, output`."""
+
+    def __init__(self, got: str, expected: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"the step returns {got}, expected {expected}",
+            loc=loc,
+            help="end with `return S, o`; with several states `return (S, M), o`, in the order of "
+            "the signature",
+        )
+
+
+class ReturnOrder(DeclarationError, TypeError):
+    """`return o, S`: the order is swapped."""
+
+    def __init__(self, loc: Loc | None) -> None:
+        super().__init__(
+            "the step returns the output first and the state second: is the order swapped?",
+            loc=loc,
+            help="write `return S, o`: the new state, then the output",
+        )
+
+
+class StateUnchanged(DeclarationError, ValueError):
+    """A state that is returned as it came."""
+
+    def __init__(self, name: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"the state {name!r} is returned unchanged",
+            loc=loc,
+            why="a state that no token writes to is a constant",
+            help=f"return the updated {name}; if it is constant, declare it as a Head… operand",
+        )
+
+
+class UnusedOperand(DeclarationError, ValueError):
+    """An operand or parameter that reaches neither the state nor the output."""
+
+    def __init__(self, name: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"{name!r} is declared but reaches neither a returned state nor the output",
+            loc=loc,
+            help="use it or remove it from the signature",
+        )
+
+
+# ---------------------------------------------------------------- what has no chunkwise form
+
+
+class NotAffine(DeclarationError, ValueError):
+    """A step that is not affine in its state."""
+
+    def __init__(self, how: str, culprit: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"{how}, so the step is not affine in the state",
+            loc=loc,
+            why="chunkwise kernels exist for S_t = A_t S_{t-1} + B_t, where A_t and B_t do not "
+            "depend on S",
+            help=f"apply {culprit} to k, v or the output; or run it token by token with "
+            'engine="reference"',
+        )
+
+
+class NoChunkForm(DeclarationError, ValueError):
+    """An affine step that is still outside the family that chunks."""
+
+    def __init__(self, what: str, why: str, help: str, loc: Loc | None) -> None:
+        super().__init__(what, loc=loc, why=why, help=help)
+
+
+class StateGrows(DeclarationError, ValueError):
+    """A multiplier of the state that exceeds 1 (usually a forgotten sign)."""
+
+    def __init__(self, what: str, lo: float, hi: float, loc: Loc | None) -> None:
+        super().__init__(
+            f"the state grows: its multiplier {what} lies in [{lo:.4g}, {hi:.4g}]",
+            loc=loc,
+            why="a decay must lie in (0, 1]; products of larger ones overflow within a chunk",
+            help="is a sign forgotten? write `exp(-exp(A_log) * softplus(x)) * S`; or scale v",
+        )
+
+
+class UnboundedDecay(DeclarationError, ValueError):
+    """`f * S` where nothing says that f lies in (0, 1]."""
+
+    def __init__(self, what: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"the state is multiplied by {what}, and nothing bounds it to (0, 1]",
+            loc=loc,
+            why="decays live in log space, so the multiplier must be positive and at most 1",
+            help="write `within(f, 0, 1) * S` to promise it, `clamp(f, 0, 1)` to enforce it, "
+            "`sigmoid(f) * S`, or `exp(g) * S` with g ≤ 0",
+        )
+
+
+class DecayNotPositive(DeclarationError, ValueError):
+    """A multiplier of the state that can be zero or negative."""
+
+    def __init__(self, what: str, lo: float, hi: float, loc: Loc | None) -> None:
+        super().__init__(
+            f"the state is multiplied by {what}, which lies in [{lo:.4g}, {hi:.4g}]",
+            loc=loc,
+            why="decays live in log space, so the multiplier must be positive",
+            help="use `exp(g)`, `sigmoid(x)` or `clamp(f, 0, 1)` for the decay; subtract with a "
+            "write, `S - outer(k, k @ S)`",
+        )
+
+
+class ReservedName(DeclarationError, ValueError):
+    """An operand named like something that every op has: an option, its output, a gradient."""
+
+    def __init__(self, name: str, reserved: Sequence[str], loc: Loc | None) -> None:
+        super().__init__(
+            f"{name!r} is a name that every op uses; it cannot name an operand or parameter",
+            loc=loc,
+            help=f"choose another name; reserved are {', '.join(reserved)}, "
+            "and d_x and x_chunk for every operand or state x",
+        )
