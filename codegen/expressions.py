@@ -19,7 +19,7 @@ from .tile import Axes, Axis, Tile, TileOp, Which
 _INFIX = {Op.ADD: "+", Op.SUB: "-", Op.MUL: "*", Op.DIV: "/"}
 _LONGEST = 60  # an inlined expression longer than this is hard to read
 _ALIASES = (TileOp.RENAME, TileOp.EXPAND)
-_INLINE = (
+INLINE = (
     TileOp.MAP,
     TileOp.FLOOR,
     TileOp.FLUSH,
@@ -99,7 +99,7 @@ class Expressions(ABC):
 
     def inlined(self, x: Tile) -> bool:
         """Whether `x` is printed where it is used rather than assigned to a name."""
-        return x.op in _INLINE and self.uses[x] <= 1
+        return x.op in INLINE and self.uses[x] <= 1
 
     def define(self, x: Tile) -> None:
         """Assign `x` to a name, unless it is a leaf that has one, an alias, or is inlined."""

@@ -14,19 +14,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..dsl.ir import Op
-from .expressions import unaliased
+from .expressions import INLINE, unaliased
 from .plan import Kernel
 from .tile import Axes, Axis, Tile, TileOp
 
-POINTWISE = (
-    TileOp.MAP,
-    TileOp.FLOOR,
-    TileOp.FLUSH,
-    TileOp.STEP,
-    TileOp.ROWS,
-    TileOp.PHASE,
-    TileOp.MASK,
-)
+POINTWISE = INLINE
 DECAYED = (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY, TileOp.DECAYED_CROSSING)
 NUMBERS = (TileOp.CONST, TileOp.EXTENT, TileOp.PARAM)
 _LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.CARRY)

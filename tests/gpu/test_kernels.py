@@ -5,7 +5,6 @@ Run by `make test-gpu`; kernels compile for minutes, so give pytest as many work
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -131,19 +130,6 @@ def test_every_plan(name: str, plans: tuple[Plan, Plan], monkeypatch: pytest.Mon
 
     monkeypatch.setattr(triton_engine, "_compiled_for", compiled_for)
     _twice(name, CASES_BY_NAME["float16, K < V"], BY_DTYPE[torch.float16])
-
-
-@pytest.fixture
-def in_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Has scans run on segments of 64 tokens where they can, however short the call."""
-
-    def short(form: NormalForm, dims: Dims, *sizes: Any) -> int:
-        return 64 if passing(form, dims) else 0
-
-    monkeypatch.setattr(triton_engine, "segment_of", short)
-    triton_engine._compile.cache_clear()
-    yield
-    triton_engine._compile.cache_clear()
 
 
 @pytest.mark.parametrize("case", CASES_BY_NAME)

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import chunkwise as cw
 import pytest
 import torch
-from chunkwise.codegen.config import Dims
-from chunkwise.codegen.emit import passing
-from chunkwise.dsl.normal_form import NormalForm
-from chunkwise.runtime import triton_engine
 
 from tests.codegen.test_resets import CASES, LIBRARY
 from tests.harness import Sizes, engine_results, oracle_results, wobbled
@@ -43,19 +37,6 @@ def test_resets(op: cw.Recurrence, value: float, rows: tuple[int, ...], dtype: t
     if dtype is torch.float16 and op.__name__ == "mamba2":
         value = max(value, -1e3)  # a step size beyond, and the gradient of x, are none of float16
     _agree(op, PACKED if rows is EIGHT else GPU, value, rows, dtype)
-
-
-@pytest.fixture
-def in_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Has scans run on segments of 64 tokens where they can, however short the call."""
-
-    def short(form: NormalForm, dims: Dims, *sizes: Any) -> int:
-        return 64 if passing(form, dims) else 0
-
-    monkeypatch.setattr(triton_engine, "segment_of", short)
-    triton_engine._compile.cache_clear()
-    yield
-    triton_engine._compile.cache_clear()
 
 
 @pytest.mark.parametrize("at", [0, -1])
