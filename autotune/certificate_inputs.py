@@ -47,8 +47,8 @@ class Range:
     def of(self, normal: Tensor, *, hard: bool) -> Tensor:
         """`normal` moved into the range; `hard`: a third near each end, channel by channel."""
         low, high = self.low, self.high
-        if math.isinf(low) and math.isinf(high):
-            value, ends = normal, (-4.0, 4.0)
+        if low <= -4.0 and high >= 4.0:  # no entry of usual size is outside
+            value, ends = normal.clamp(low, high), (-4.0, 4.0)
         elif math.isinf(low):
             value, ends = high - softplus(normal), (high - 20.0, high - 1e-4)
         elif math.isinf(high):

@@ -201,7 +201,10 @@ def make(declaration: Declaration, form: NormalForm, params: dict[str, float], p
         front = per_token if x.per is Per.TOKEN else ()
         value = normal(*front, own, *tails[x.kind])
         within = gates.get(x.name)
-        value = 0.7 * value if within in (None, ANY) else within.of(value, hard=False)
+        if within in (None, ANY):
+            value = _no_shorter(0.7 * value, 0.3) if tails[x.kind] else 0.7 * value
+        else:
+            value = within.of(value, hard=False)
         if x.per is Per.TOKEN and T:
             at = torch.randint(T, (plan.resets,), generator=random)
             if plan.reset is not None and within is not None:
@@ -229,6 +232,14 @@ def make(declaration: Declaration, form: NormalForm, params: dict[str, float], p
         )
     bounds = None if plan.lengths is None else boundaries(plan.lengths, plan.boundaries)
     return Made(Inputs(operands, initial, bounds, params), small)
+
+
+def _no_shorter(vectors: Tensor, least: float) -> Tensor:
+    """Vectors, those shorter than `least` made that long: what is divided by a norm cancels then.
+
+    Vectors of zeros, whose norm is no number to divide by, are drawn by themselves.
+    """
+    return vectors * (least / vectors.norm(dim=-1, keepdim=True)).clamp(min=1.0)
 
 
 def _gates(form: NormalForm, params: dict[str, float]) -> tuple[dict[str, Range], frozenset[str]]:
