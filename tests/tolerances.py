@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from chunkwise.autotune.tolerance import (
@@ -23,7 +23,6 @@ __all__ = [
     "OF_A_CHUNK",
     "Tolerance",
     "assert_agree",
-    "moves_the_loss_by_rounding",
 ]
 
 # what float64 keeps of gradients that are random: ill-conditioned draws included
@@ -68,28 +67,3 @@ def assert_agree(
                 f"{name}: relative RMS error {rms:.1e}, maximum {worst:.1e}, not {allowed}"
             )
     assert not wrong, "\n".join(wrong)
-
-
-def moves_the_loss_by_rounding(
-    got: Mapping[str, Tensor],
-    want: Mapping[str, Tensor],
-    operands: Mapping[str, Tensor],
-    names: Collection[str],
-) -> bool:
-    """Whether those gradients are off by no more than a last bit of the largest operand moves.
-
-    A gradient is a difference of sums of terms; what it is rounded by is small beside the terms,
-    not beside the gradient. What an operand x does to the loss is |x dx|, for a relative change,
-    and nothing can be told apart that moves the loss by less than the dtype's epsilon times the
-    largest of these. (A gate of 0 is not without effect: it counts as 1.)
-    """
-    gradients = {n: want[f"d{n}"] for n in operands}
-    largest = max(float((x.double() * gradients[n]).norm()) for n, x in operands.items())
-    for name in names:
-        if not name.startswith("d"):
-            return False
-        x = operands[name[1:]]
-        error = (got[name].double() - want[name]) * x.double().abs().clamp(min=1.0)
-        if not float(error.norm()) <= torch.finfo(x.dtype).eps * largest:
-            return False
-    return True
