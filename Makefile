@@ -67,7 +67,7 @@ lint: $(READY) links
 .PHONY: links
 links:
 	@rm -rf .links && mkdir -p $(LINKS)
-	@cd $(LINKS) && ln -s ../../api/*.py . && \
+	@cd $(LINKS) && ln -s ../../api/*.py ../../api/py.typed . && \
 	    for d in dsl codegen autotune runtime; do ln -s ../../$$d $$d; done
 
 format: $(READY)
@@ -84,7 +84,7 @@ docs: $(READY)
 
 # Compiles every emitted kernel for every target, without a GPU.
 audit: $(READY)
-	$(BIN)/python -m chunkwise.codegen.audit
+	$(BIN)/python -m chunkwise.audit
 
 clean:
 	rm -rf $(VENV) .links out build dist *.egg-info

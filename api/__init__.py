@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import fla, library
+from . import fla, library, nn
 from .dsl import errors
 from .dsl.functions import (
     abs,
@@ -58,6 +58,7 @@ __all__ = [
     "logsigmoid",
     "maximum",
     "minimum",
+    "nn",
     "outer",
     "recurrence",
     "relu",

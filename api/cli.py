@@ -15,7 +15,7 @@ from .cli_inspect import EXPLAIN, LIST, PROVE
 from .cli_tune import TUNE
 from .cli_verify import VERIFY
 from .dsl.errors import ChunkwiseError
-from .runtime.machine import version
+from .runtime.tuned.machine import version
 
 # a new command joins here
 COMMANDS: tuple[Command, ...] = (

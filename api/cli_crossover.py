@@ -12,13 +12,13 @@ from .autotune.subject import Size, subject
 from .cli_command import Command, add_json, add_target, find, print_json
 from .cli_emit import dims
 from .codegen.config import Dims
-from .codegen.tir_config import TvmConfig, spread
-from .codegen.triton_types import Dtype
+from .codegen.interface import Dtype
+from .codegen.tir.config import TvmConfig, spread
 from .dsl import errors
-from .runtime.artifact import CONFIGURATIONS, Artifact, Configuration, Crossover
 from .runtime.engines import EngineName, choose
-from .runtime.plain import to_plain
-from .runtime.selection import serving
+from .runtime.tuned.artifact import CONFIGURATIONS, Artifact, Configuration, Crossover
+from .runtime.tuned.json import to_plain
+from .runtime.tuned.selection import serving
 
 
 def _crossover(arguments: argparse.Namespace) -> int:

@@ -12,18 +12,18 @@ from typing import TypedDict
 import torch
 
 from . import library
-from .autotune.artifact import versions_here
+from .autotune.store import versions_here
 from .cli_command import Command, add_json, find, print_json
 from .cli_emit import dims
 from .codegen.config import Dims
-from .codegen.triton_types import Dtype
+from .codegen.interface import Dtype
 from .dsl import errors, oracle
 from .runtime.cache import CACHE_VARIABLE, cache_folder, own_folder
 from .runtime.check import CHECK_VARIABLE
 from .runtime.engines import ENGINE_VARIABLE, EngineName, available, choose
-from .runtime.machine import assembler, driver, known_bad, machine_of, version
-from .runtime.selection import find as look_up
-from .runtime.selection import folders, key_here, scan
+from .runtime.tuned.machine import assembler, driver, known_bad, machine_of, version
+from .runtime.tuned.selection import find as look_up
+from .runtime.tuned.selection import folders, key_here, scan
 
 _PACKAGES = ("chunkwise", "torch", "triton", "sympy", "optuna", "matplotlib", "apache-tvm")
 _VARIABLES = (ENGINE_VARIABLE, CHECK_VARIABLE, CACHE_VARIABLE)

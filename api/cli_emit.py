@@ -11,8 +11,13 @@ from pathlib import Path
 
 from .cli_command import Command, UsageError, add_target, find
 from .codegen.config import Config, Dims, Precision
-from .codegen.defaults import default_config
-from .codegen.emit import (
+from .codegen.eager.kernel import print_eager
+from .codegen.interface import Dtype, Signature
+from .codegen.plan import Plan, Program
+from .codegen.text.mathematics import print_adjoint, print_body, print_program
+from .codegen.token import token_body
+from .codegen.triton.defaults import default_config
+from .codegen.triton.emit import (
     backward_program,
     chunk_adjoint,
     chunk_body,
@@ -21,13 +26,8 @@ from .codegen.emit import (
     forward_program,
     passing,
 )
-from .codegen.fit import H100_SHARED, fit
-from .codegen.plan import Plan, Program
-from .codegen.print_eager import print_eager
-from .codegen.print_text import print_adjoint, print_body, print_program
-from .codegen.print_triton import print_triton
-from .codegen.token import token_body
-from .codegen.triton_types import Dtype, Signature
+from .codegen.triton.fit import H100_SHARED, fit
+from .codegen.triton.kernel import print_triton
 from .dsl.explain import print_form, print_step
 from .dsl.normal_form import NormalForm
 from .dsl.step import Step
@@ -108,8 +108,8 @@ def _tir(request: _Request) -> str:
     """TVM's functions for a CPU with AVX2: what a kernel calls for parts of a chunk, and itself."""
     if importlib.util.find_spec("tvm") is None:
         raise UsageError('stage tir is printed by TVM: pip install "chunkwise[tvm]"')
-    from .codegen.print_tir import print_tir
-    from .codegen.tir_config import default_config as default_tvm
+    from .codegen.tir.config import default_config as default_tvm
+    from .codegen.tir.kernel import print_tir
 
     config = default_tvm(lanes=8)
     signature = Signature(request.dims, request.dtype, (), Precision.IEEE)
@@ -187,9 +187,9 @@ def _resources(request: _Request, arguments: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UsageError("TRITON_INTERPRET=1 replaces the compiler: unset it for --resources")
     try:
-        from .codegen import offline
-        from .codegen.audit import Subject
-        from .codegen.resources import Target
+        from .audit import Subject
+        from .codegen.triton import offline
+        from .codegen.triton.resources import Target
     except ModuleNotFoundError as missing:
         raise UsageError(f"--resources needs {missing.name}, which is not installed") from missing
     known = {t.name.lower(): t for t in Target}

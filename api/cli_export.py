@@ -9,8 +9,8 @@ from pathlib import Path
 from .cli_command import Command, UsageError, add_target, find
 from .cli_emit import dims
 from .codegen.config import Dims
-from .codegen.triton_types import Dtype
-from .runtime.export import Layout, Request, export, write
+from .codegen.interface import Dtype
+from .runtime.export.package import Layout, Request, export, write
 
 _SHORT = {"bf16": Dtype.BFLOAT16, "fp16": Dtype.FLOAT16, "fp32": Dtype.FLOAT32}
 
@@ -35,7 +35,7 @@ def _library(arguments: argparse.Namespace) -> int:
         raise UsageError("--name and --layout are for packages; a library has neither")
     if importlib.util.find_spec("tvm") is None:
         raise UsageError('--target llvm needs TVM: pip install "chunkwise[tvm]"')
-    from .runtime.tvm_export import export_library
+    from .runtime.tvm.export import export_library
 
     micro = arguments.micro or (2 if declaration.has_micro else 1)
     form = declaration.normal_form(micro)

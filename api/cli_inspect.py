@@ -9,9 +9,10 @@ from . import library
 from .cli_command import Command, UsageError, add_json, add_target, find, print_json
 from .cli_emit import dims
 from .codegen.config import Dims
-from .codegen.triton_types import Dtype
+from .codegen.interface import Dtype
 from .dsl.classify import classify
 from .dsl.declaration import Declaration
+from .dsl.explain import explain
 from .runtime.explanation import sections
 
 _SECTIONS = ("explanation", "chunk", "costs", "engines")
@@ -41,7 +42,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         if arguments.cost:
             pages.append({"name": op.__name__, "cost": _cost(declared, arguments)})
             continue
-        page = {"name": op.__name__, "explanation": declared.explain()}
+        page = {"name": op.__name__, "explanation": explain(declared)}
         pages.append(page | sections(declared))
     if arguments.json:
         print_json(pages)
@@ -56,7 +57,7 @@ def _cost(declared: Declaration, arguments: argparse.Namespace) -> str:
     """The cost model's account. Triton's printer and SymPy are imported only for it."""
     from .autotune.explain_cost import explain_cost
     from .autotune.gpu import GPUS
-    from .runtime.artifact import Bucket
+    from .runtime.tuned.artifact import Bucket
 
     if arguments.cost not in GPUS:
         raise UsageError(f"no GPU {arguments.cost!r}; there are {', '.join(GPUS)}")

@@ -34,15 +34,14 @@ _ON_GPU, _ON_CPU = (4, 4096, 16), (1, 1024, 4)
 def _tune(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     # Optuna is imported only by those who tune
-    from .autotune.artifact import versions_here
     from .autotune.compilers import start_early
     from .autotune.report import report
     from .autotune.search import Budget
     from .autotune.storage import NoStorage, close_storage, open_storage, without_secrets
-    from .autotune.store import save
+    from .autotune.store import save, versions_here
     from .autotune.subject import Size, rejected, subject
     from .autotune.tune import Task, tune
-    from .runtime.plain import to_plain
+    from .runtime.tuned.json import to_plain
 
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         raise UsageError('--plot needs matplotlib: pip install "chunkwise[plot]"')

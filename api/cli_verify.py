@@ -13,15 +13,14 @@ import torch
 from tqdm import tqdm
 
 from . import library
-from .autotune.artifact import versions_here
-from .autotune.certificate import Exam, Under, certify, prepare
-from .autotune.store import save
+from .autotune.store import save, versions_here
+from .autotune.validation import Exam, Under, certify, prepare
 from .cli_command import Command, UsageError, add_json, find, print_json
 from .dsl.declaration import Declaration
-from .runtime.artifact import Artifact, Certificate, Configuration, Error, Rejected
 from .runtime.engines import CannotRun
-from .runtime.machine import Machine, machine_of
-from .runtime.selection import folders, read, scan
+from .runtime.tuned.artifact import Artifact, Certificate, Configuration, Error, Rejected
+from .runtime.tuned.machine import Machine, machine_of
+from .runtime.tuned.selection import folders, read, scan
 
 
 @dataclass(frozen=True, slots=True)

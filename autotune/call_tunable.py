@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..runtime.artifact import Certificate, Configuration
 from ..runtime.call import Call
 from ..runtime.engines import EngineName
-from .certificate import Exam, Under, certify
+from ..runtime.tuned.artifact import Certificate, Configuration
 from .space import Axis, Point, Rule, broken
 from .tunable import Alternative, Chosen, Job, Part, Run
+from .validation import Exam, Under, certify
 
 _KEY = "call"
 

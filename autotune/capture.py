@@ -22,9 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..codegen.modules import import_file
-from ..codegen.offline import VERDICTS
-from ..codegen.resources import usage
-from ..runtime.artifact import KernelReport
+from ..codegen.triton.offline import VERDICTS
+from ..codegen.triton.resources import usage
+from ..runtime.tuned.artifact import KernelReport
 from .tunable import Built, Run
 
 

@@ -9,10 +9,10 @@ import torch
 
 from ..codegen.config import Dims, EagerConfig
 from ..codegen.plan import Hoist, Plan
-from ..codegen.tir_config import NARROWEST, WIDEST, TvmConfig
+from ..codegen.tir.config import NARROWEST, WIDEST, TvmConfig
 from ..dsl.normal_form import NormalForm
-from ..runtime.artifact import Configuration
 from ..runtime.call import Call
+from ..runtime.tuned.artifact import Configuration
 from .call_tunable import Space
 from .space import Axis, Point, Rule
 from .tunable import Built, Job
@@ -95,7 +95,7 @@ class TvmJob:
     def __call__(self) -> Built:
         """Compile it."""
         # TVM is imported only where it compiles
-        from ..runtime.tvm_engine import compiled
+        from ..runtime.tvm.engine import compiled
 
         started = time.monotonic()
         try:

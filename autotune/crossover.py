@@ -24,11 +24,11 @@ from torch import Tensor
 
 from ..codegen.config import Dims
 from ..dsl.declaration import Declaration
-from ..runtime.artifact import Configuration
 from ..runtime.call import Call
 from ..runtime.engines import EngineName, load
-from .certificate import Under
-from .certificate_inputs import Family, draw
+from ..runtime.tuned.artifact import Configuration
+from .inputs import Family, draw
+from .validation import Under
 
 # probabilities within 1/2 +- MARGIN count as even: either answer is right there
 MARGIN = 0.25

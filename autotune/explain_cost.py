@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..codegen.config import Config, Dims
-from ..codegen.defaults import default_config
-from ..codegen.emit import backward_program, chunk_body, forward_program
-from ..codegen.fit import fit
-from ..codegen.offline import signature_for
+from ..codegen.interface import Dtype, Signature
 from ..codegen.plan import Plan, Program, backward_plans, forward_plans
-from ..codegen.resources import Target
-from ..codegen.triton_types import Dtype, Signature
+from ..codegen.triton.defaults import default_config
+from ..codegen.triton.emit import backward_program, chunk_body, forward_program
+from ..codegen.triton.fit import fit
+from ..codegen.triton.offline import signature_for
+from ..codegen.triton.resources import Target
 from ..dsl.normal_form import NormalForm
-from ..runtime.artifact import Bucket
-from ..runtime.segments import in_parts
+from ..runtime.triton.segments import in_parts
+from ..runtime.tuned.artifact import Bucket
 from .gpu import Gpu
 from .kernel_space import ITEMSIZE, RULES, Choice, traits
 from .predict import Prediction, predict

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..codegen.triton_types import Dtype
+from ..codegen.interface import Dtype
 
 _KIB = 1024
 

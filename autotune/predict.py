@@ -13,10 +13,10 @@ from functools import lru_cache
 
 from ..codegen import cost
 from ..codegen.config import padded
+from ..codegen.interface import Dtype
 from ..codegen.plan import Kernel, Loop
 from ..codegen.tile import Tile, TileOp
-from ..codegen.triton_types import Dtype
-from ..runtime.artifact import Bucket
+from ..runtime.tuned.artifact import Bucket
 from .kernel_space import SURELY_SHARED, Choice, Traits
 
 # of the data sheet's rates, what such kernels reach (docs/measured.md: kernels on an H100)

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from ..codegen.config import Config, KernelConfig
 from ..codegen.plan import Plan
-from ..runtime.artifact import Configuration
+from ..runtime.tuned.artifact import Configuration
 from .space import text
 from .trials import Measured
 from .tune import Finalist, Tuning

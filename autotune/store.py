@@ -1,14 +1,23 @@
-"""Writing artifacts: whole or not at all, one writer at a time, nobody's buckets lost."""
+"""Writing artifacts: whole or not at all, one writer at a time, nobody's buckets lost.
+
+The schema: `runtime.tuned.artifact`.
+"""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
 
+import torch
+
 from ..dsl import errors
-from ..runtime.artifact import Artifact, merged, to_text
 from ..runtime.cache import locked, own_folder, set_aside, write_atomically
-from ..runtime.selection import read
+from ..runtime.engines import EngineName
+from ..runtime.tuned.artifact import Artifact, Versions, merged, to_text
+from ..runtime.tuned.machine import assembler, driver, version
+from ..runtime.tuned.selection import read
+
+_BACKENDS = {EngineName.TRITON: "triton", EngineName.TVM: "apache-tvm"}
 
 
 def save(artifact: Artifact, folder: Path | None = None) -> Path:
@@ -43,3 +52,16 @@ def _known(path: Path) -> Artifact | None:
         aside = set_aside(path)
         warnings.warn(f"{why.render()}\nset aside as {aside}", RuntimeWarning, stacklevel=3)
         return None
+
+
+def versions_here(engine: EngineName) -> Versions:
+    """What compiles and runs the kernels of `engine` on this machine."""
+    package = _BACKENDS.get(engine)
+    on_gpu = engine is EngineName.TRITON
+    return Versions(
+        chunkwise=version("chunkwise") or "not installed",
+        torch=torch.__version__,
+        backend=None if package is None else f"{package} {version(package)}",
+        assembler=assembler() if on_gpu else None,
+        driver=driver() if on_gpu else None,
+    )

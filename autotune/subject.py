@@ -14,16 +14,16 @@ from ..dsl import errors
 from ..dsl.declaration import Declaration
 from ..dsl.ir import Kind, Per
 from ..dsl.normal_form import Operand
-from ..runtime.artifact import Bucket, Configuration, Key, Versions
 from ..runtime.call import Call, describe
 from ..runtime.engines import EngineName, load
-from ..runtime.selection import bucket_of, find, folders, key_here
+from ..runtime.tuned.artifact import Bucket, Configuration, Key, Versions
+from ..runtime.tuned.selection import bucket_of, find, folders, key_here
 from .call_tunable import CallTunable
-from .certificate import Exam, one_thread, prepare
-from .certificate_inputs import Family, draw
 from .cpu_spaces import eager_space, tvm_space
+from .inputs import Family, draw
 from .measure import CpuDevice, CudaDevice, Device
 from .tunable import Tunable
+from .validation import Exam, one_thread, prepare
 
 _DRAWN = 64  # tokens that are drawn; longer calls repeat them: times do not depend on values
 _AHEAD = 32  # overwrites of the cache ahead of a whole call, which the host queues more slowly
@@ -122,7 +122,7 @@ def _tunable(
 ) -> Tunable:
     if engine is EngineName.TRITON:
         # what an engine is built on is imported only where it is tuned
-        from ..runtime.triton_engine import shared_memory
+        from ..runtime.triton.engine import shared_memory
         from .gpu import GPUS, gpu_of
         from .triton_tunable import CHUNKS, TritonTunable
 
@@ -136,7 +136,7 @@ def _tunable(
     if engine is EngineName.EAGER:
         return CallTunable(call, engine, eager_space(chunks), exam)
     if engine is EngineName.TVM:
-        from ..runtime.tvm_engine import configuration, fitted
+        from ..runtime.tvm.engine import configuration, fitted
 
         default = fitted(configuration(), call)
         return CallTunable(call, engine, tvm_space(call, default, chunks), exam)

@@ -14,40 +14,31 @@ import torch
 import triton
 from torch import Tensor
 
-from ..codegen import offline
 from ..codegen.config import Config, Dims, KernelConfig, dims_of
 from ..codegen.differentiate import GRADIENT
-from ..codegen.emit import backward_program, chunk_body, forward_program
+from ..codegen.interface import Buffer, Role, buffer_dtype
 from ..codegen.plan import Kernel, Plan, Program, backward_plans, forward_plans
-from ..codegen.triton_memory import ends_before
-from ..codegen.triton_types import Buffer, Role, buffer_dtype
-from ..runtime import triton_engine
-from ..runtime.artifact import Certificate, Configuration
+from ..codegen.triton import offline
+from ..codegen.triton.emit import backward_program, chunk_body, forward_program
+from ..codegen.triton.memory import ends_before
 from ..runtime.cache import import_source
 from ..runtime.call import Call
 from ..runtime.engines import EngineName
-from ..runtime.launch import Launch
+from ..runtime.micro_steps import refined
 from ..runtime.printed import dtypes_of
-from ..runtime.refine import refined
-from ..runtime.schedule import Bound, New
-from ..runtime.segments import in_parts
-from ..runtime.selection import bucket_of
+from ..runtime.triton import engine as triton_engine
+from ..runtime.triton.launch import Launch
+from ..runtime.triton.launch_plan import Bound, New
+from ..runtime.triton.segments import in_parts
+from ..runtime.tuned.artifact import Certificate, Configuration
+from ..runtime.tuned.selection import bucket_of
 from .capture import specialisations
-from .certificate import Exam, Under, asked, certify
 from .gpu import Gpu
-from .kernel_space import (
-    RULES,
-    Choice,
-    Traits,
-    axes,
-    point_of,
-    printed,
-    tiles_of,
-    traits,
-)
+from .kernel_space import RULES, Choice, Traits, axes, point_of, printed, tiles_of, traits
 from .predict import bound_us, predict
 from .space import Point, broken
 from .tunable import Alternative, Chosen, Job, Part, Run
+from .validation import Exam, Under, asked, certify
 
 CHUNKS = (32, 64, 128)
 _FORWARD, _BACKWARD = "forward", "backward"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..runtime.artifact import Certificate, Configuration, KernelReport
+from ..runtime.tuned.artifact import Certificate, Configuration, KernelReport
 from .space import Axis, Point
 
 Run = Callable[[], object]

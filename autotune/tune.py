@@ -13,7 +13,7 @@ from functools import partial
 
 from optuna.storages import BaseStorage
 
-from ..runtime.artifact import (
+from ..runtime.tuned.artifact import (
     Artifact,
     Bucket,
     Certificate,

@@ -21,8 +21,12 @@ from pathlib import Path
 import chunkwise.runtime
 from chunkwise import library
 from chunkwise.codegen.config import Config, Dims, Precision
-from chunkwise.codegen.defaults import default_config
-from chunkwise.codegen.emit import (
+from chunkwise.codegen.interface import Dtype, Signature
+from chunkwise.codegen.tir.config import TvmConfig
+from chunkwise.codegen.tir.config import default_config as tvm_default
+from chunkwise.codegen.tir.kernel import print_tir
+from chunkwise.codegen.triton.defaults import default_config
+from chunkwise.codegen.triton.emit import (
     backward_program,
     chunk_body,
     emit,
@@ -30,14 +34,10 @@ from chunkwise.codegen.emit import (
     forward_program,
     passing,
 )
-from chunkwise.codegen.fit import H100_SHARED, fit
-from chunkwise.codegen.print_tir import print_tir
-from chunkwise.codegen.tir_config import TvmConfig
-from chunkwise.codegen.tir_config import default_config as tvm_default
-from chunkwise.codegen.triton_types import Dtype, Signature
+from chunkwise.codegen.triton.fit import H100_SHARED, fit
 from chunkwise.dsl import errors
 from chunkwise.dsl.normal_form import NormalForm
-from chunkwise.runtime import selection
+from chunkwise.runtime.tuned import selection
 
 SIZES = (Dims(64, 64), Dims(128, 72))
 

@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 
 import torch
-from chunkwise.runtime.machine import assembler, driver, output, processor, version
+from chunkwise.runtime.tuned.machine import assembler, driver, output, processor, version
 
 PACKAGES = ("chunkwise", "torch", "triton", "fla-core", "flash-linear-attention", "flash-qla")
 

@@ -24,11 +24,11 @@ from dataclasses import replace
 import chunkwise as cw
 import torch
 import triton
-from chunkwise.autotune.certificate_inputs import Family, draw
+from chunkwise.autotune.inputs import Family, draw
 from chunkwise.codegen.config import Dims
-from chunkwise.codegen.emit import passing
+from chunkwise.codegen.triton.emit import passing
 from chunkwise.dsl.normal_form import NormalForm
-from chunkwise.runtime import triton_engine
+from chunkwise.runtime.triton import engine as triton_engine
 
 from tests import classes, net
 from tests.harness import Sizes

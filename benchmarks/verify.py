@@ -11,13 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from chunkwise.autotune.tolerance import (
-    BY_DTYPE,
-    FLOAT32_HARD,
-    Tolerance,
-    relative_errors,
-    within,
-)
+from chunkwise.autotune.tolerance import BY_DTYPE, FLOAT32_HARD, Tolerance, relative_errors, within
 from chunkwise.dsl import oracle as step_oracle
 from torch import Tensor
 

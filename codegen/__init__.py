@@ -1,1 +1,1 @@
-"""placeholder"""
+"""The compiler: from a normal form to kernels, and from kernels to source."""

@@ -18,9 +18,9 @@ from . import tile
 from .chunk import Body
 from .config import Dims
 from .differentiate import Adjoint
+from .interface import Dtype, buffer_dtype
 from .plan import Kernel, Program
 from .tile import Axes, Axis, Tile, TileOp
-from .triton_types import Dtype, buffer_dtype
 
 Expr: TypeAlias = Any  # SymPy carries no types
 C, K, V, LEVELS = sympy.symbols("C K V ℓ", positive=True)

@@ -1,7 +1,7 @@
 """Which values a field may hold, written beside it as data: ranges of numbers, forms of text.
 
 A configuration checks itself when it is made, so that none out of range reaches a printer; what is
-read from a file is checked against the same annotations (`runtime.plain`).
+read from a file is checked against the same annotations (`runtime.tuned.json`).
 """
 
 from __future__ import annotations

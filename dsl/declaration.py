@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
-from .explain import explain
 from .ir import Loc
 from .normal_form import NormalForm, Operand, Param, StateDecl
 from .normalise import normalise
@@ -70,10 +69,6 @@ class Declaration:
     ) -> NormalForm:
         """The normal form of that step. Raises NotAffine, NoChunkForm and the decay errors."""
         return self._normalise(micro, _ordered(static))
-
-    def explain(self) -> str:
-        """What was understood: operands, step, normal form, class, gates, notes."""
-        return explain(self)
 
     def _trace_once(self, micro: int, static: tuple[tuple[str, int | bool], ...]) -> Step:
         return trace(self.function, micro, dict(static))

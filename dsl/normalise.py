@@ -16,17 +16,7 @@ from .affine import Moment, MomentRead, StateForm, Term, Walker
 from .decay import log_decay
 from .intervals import Interval
 from .ir import ELEMENTWISE, Kind, Loc, Node, Op
-from .normal_form import (
-    Feedback,
-    MicroStep,
-    Mix,
-    NormalForm,
-    Phase,
-    Read,
-    StateDecl,
-    Update,
-    Write,
-)
+from .normal_form import Feedback, MicroStep, Mix, NormalForm, Phase, Read, StateDecl, Update, Write
 from .step import Step, state_leaf
 
 _READS = (Op.READ, Op.READ_VALUE)

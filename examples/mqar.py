@@ -28,9 +28,8 @@ import torch
 import torch.nn.functional as F
 from chunkwise import Key, Scalar, State, Value, outer
 from chunkwise.cli import main as chunkwise_command
+from chunkwise.nn import LanguageModel, RecurrentLayer
 from chunkwise.runtime.engines import choose
-from chunkwise.runtime.layers import RecurrentLayer
-from chunkwise.runtime.model import LanguageModel
 from torch import Tensor
 from tqdm import tqdm
 

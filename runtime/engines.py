@@ -53,9 +53,9 @@ class Engine(Protocol):
 # the table that a new engine joins: its module, and the devices that choose it by themselves
 _MODULES = {
     EngineName.REFERENCE: "reference",
-    EngineName.EAGER: "eager_engine",
-    EngineName.TRITON: "triton_engine",
-    EngineName.TVM: "tvm_engine",
+    EngineName.EAGER: "eager",
+    EngineName.TRITON: "triton.engine",
+    EngineName.TVM: "tvm.engine",
 }
 # "meta" tensors have shapes only, and shapes do not depend on the engine
 _BY_DEVICE = {"cpu": EngineName.TVM, "meta": EngineName.EAGER, "cuda": EngineName.TRITON}

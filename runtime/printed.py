@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..codegen.triton_types import Dtype
+from ..codegen.interface import Dtype
 from .call import Call
 
 TORCH = {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..dsl import errors
 from ..dsl.declaration import Declaration
+from ..dsl.explain import explain
 from ..dsl.trace import where
 from . import decode
 from .call import Static, arrange, boundaries, initial_states
@@ -139,7 +140,7 @@ class Recurrence:
     def explain(self) -> str:
         """What was understood and what will run: class, equations, gates' bounds, costs."""
         made = sections(self.declaration)
-        return "\n\n".join([self.declaration.explain(), *made.values()])
+        return "\n\n".join([explain(self.declaration), *made.values()])
 
     def prove(self, chunk: int = 3) -> str:
         """Prove, on chunks of 2 to `chunk` tokens, that forward and gradient equal the step's.

@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _untuned(request: pytest.FixtureRequest) -> Iterator[None]:
     """What somebody tuned, here or for the package, must not change what the tests run."""
-    from chunkwise.runtime import selection
+    from chunkwise.runtime.tuned import selection
 
     with pytest.MonkeyPatch.context() as patch:
         if request.path.parent.name in ("autotune", "runtime_export"):  # have folders of their own

@@ -23,11 +23,13 @@ from enum import Enum
 
 import chunkwise as cw
 import torch
-from chunkwise.codegen.print_tir import TirKernel
-from chunkwise.codegen.triton_types import Role
-from chunkwise.runtime import selection, tvm_engine, tvm_threads
-from chunkwise.runtime.tvm_build import Function
-from chunkwise.runtime.tvm_threads import Work
+from chunkwise.codegen.interface import Role
+from chunkwise.codegen.tir.kernel import TirKernel
+from chunkwise.runtime.tuned import selection
+from chunkwise.runtime.tvm import engine as tvm_engine
+from chunkwise.runtime.tvm import threads as tvm_threads
+from chunkwise.runtime.tvm.build import Function
+from chunkwise.runtime.tvm.threads import Work
 from torch import Tensor
 
 from tests.harness import Sizes

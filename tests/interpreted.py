@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from chunkwise.codegen.config import Config, Dims, KernelConfig
-from chunkwise.codegen.defaults import default_config
-from chunkwise.codegen.emit import chunk_body
+from chunkwise.codegen.triton.defaults import default_config
+from chunkwise.codegen.triton.emit import chunk_body
 from chunkwise.dsl.normal_form import NormalForm
-from chunkwise.runtime import triton_engine
 from chunkwise.runtime.call import Call
+from chunkwise.runtime.triton import engine as triton_engine
 
 CHUNK = 16  # the least that a matrix product takes: a few tokens make several chunks
 TILES = KernelConfig(v_tile=16, warps=4, stages=1, k_tile=16)  # 17 channels loop over two tiles

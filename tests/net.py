@@ -103,13 +103,14 @@ def _fails_like(verdict: Verdict, engine: str) -> Callable[[Draw], bool]:
 
 def prepare(engine: str) -> None:
     """This process as tests have it: nothing tuned, short chunks, one thread."""
-    from chunkwise.runtime import eager_engine, selection
+    from chunkwise.runtime import eager as eager_engine
+    from chunkwise.runtime.tuned import selection
 
     torch.set_num_threads(1)
     vars(selection)["folders"] = lambda: ()
     vars(eager_engine)["_LONGEST_CHUNK"] = CALIBERS["eager"].chunk
     if engine == "triton":
-        from chunkwise.runtime import triton_engine
+        from chunkwise.runtime.triton import engine as triton_engine
 
         from tests.interpreted import hasten, now_and_then_in_segments
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
-from chunkwise.autotune.certificate_inputs import ANY, UNIT, Range, ranges
+from chunkwise.autotune.inputs import ANY, UNIT, Range, ranges
 from chunkwise.dsl.declaration import Declaration
 from chunkwise.dsl.ir import Kind, Op, Per, topological
 from chunkwise.dsl.normal_form import NormalForm, expressions

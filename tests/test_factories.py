@@ -12,8 +12,8 @@ from pathlib import Path
 import chunkwise as cw
 import pytest
 from chunkwise.codegen.config import Dims
-from chunkwise.codegen.triton_types import Dtype
-from chunkwise.runtime.export import Request, export
+from chunkwise.codegen.interface import Dtype
+from chunkwise.runtime.export.package import Request, export
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("api", "autotune", "codegen", "dsl", "runtime")

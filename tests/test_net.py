@@ -11,7 +11,7 @@ import pytest
 import torch
 from chunkwise import dsl
 from chunkwise.dsl import errors
-from chunkwise.runtime import eager_engine
+from chunkwise.runtime import eager as eager_engine
 
 from tests import net
 from tests.random_calls import RESETS, Boundaries, Layout, Loss, Probe

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from chunkwise.codegen.config import Config, Dims, EagerConfig, KernelConfig
 from chunkwise.codegen.plan import Hoist, Plan
-from chunkwise.codegen.tir_config import TvmConfig
-from chunkwise.runtime.artifact import (
+from chunkwise.codegen.tir.config import TvmConfig
+from chunkwise.runtime.engines import EngineName
+from chunkwise.runtime.tuned.artifact import (
     Artifact,
     Bucket,
     Certificate,
@@ -19,8 +20,7 @@ from chunkwise.runtime.artifact import (
     Tuned,
     Versions,
 )
-from chunkwise.runtime.engines import EngineName
-from chunkwise.runtime.machine import Machine
+from chunkwise.runtime.tuned.machine import Machine
 
 H200 = Machine("cuda", "sm_90", "NVIDIA H200")
 H100 = Machine("cuda", "sm_90", "NVIDIA H100 80GB HBM3")

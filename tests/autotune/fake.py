@@ -19,7 +19,7 @@ from chunkwise.autotune.storage import open_storage
 from chunkwise.autotune.tunable import Alternative, Built, Job, Part, Run
 from chunkwise.codegen.config import Config, EagerConfig, KernelConfig
 from chunkwise.codegen.plan import Hoist, Plan
-from chunkwise.runtime.artifact import Certificate, Configuration
+from chunkwise.runtime.tuned.artifact import Certificate, Configuration
 
 GENEROUS = 4000.0  # seconds: more than any search of a test takes, however busy the machine
 AXES = (Axis("chunk", (16, 32, 64, 128)), Axis("warps", (1, 2, 4)))

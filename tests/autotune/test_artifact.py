@@ -14,12 +14,12 @@ import pytest
 import torch
 from chunkwise import library
 from chunkwise.autotune import store
-from chunkwise.autotune.artifact import versions_here
+from chunkwise.autotune.store import versions_here
 from chunkwise.codegen.config import Dims
 from chunkwise.dsl import errors
-from chunkwise.runtime import selection
-from chunkwise.runtime.artifact import Artifact, Rejected, Tuned, from_text, merged, to_text
 from chunkwise.runtime.engines import EngineName
+from chunkwise.runtime.tuned import selection
+from chunkwise.runtime.tuned.artifact import Artifact, Rejected, Tuned, from_text, merged, to_text
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -7,19 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from chunkwise.autotune.certificate import Exam, Under, certify, examine, prepare
-from chunkwise.autotune.certificate_inputs import (
-    ANY,
-    NEGATIVE,
-    POSITIVE,
-    UNIT,
-    Family,
-    Range,
-    draw,
-    ranges,
-)
+from chunkwise.autotune.inputs import ANY, NEGATIVE, POSITIVE, UNIT, Family, Range, draw, ranges
+from chunkwise.autotune.validation import Exam, Under, certify, examine, prepare
 from chunkwise.codegen.config import Dims, EagerConfig
-from chunkwise.codegen.tir_config import TvmConfig
+from chunkwise.codegen.tir.config import TvmConfig
 from chunkwise.dsl import Key, Scalar, State, Value, errors, exp, l2norm, outer, within
 from chunkwise.dsl.declaration import declaration
 from chunkwise.dsl.library import all_declarations, by_name
@@ -76,7 +67,7 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", LOWERED)
 def test_defaults_on_a_gpu(name: str, dtype: torch.dtype) -> None:
-    from chunkwise.runtime import triton_engine
+    from chunkwise.runtime.triton import engine as triton_engine
 
     dims, gpu = Dims(128, 128), torch.device("cuda")
     form = by_name(name).normal_form(2 if by_name(name).has_micro else 1)
@@ -217,7 +208,7 @@ def test_states_that_grow_are_refused() -> None:
 
 def test_what_is_wrong_only_for_calls_of_few_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU those are cut along the value axis: the examination asks that way, too."""
-    from chunkwise.runtime import tvm_engine
+    from chunkwise.runtime.tvm import engine as tvm_engine
 
     config = tvm_engine.configuration()
     exam = prepare(by_name("delta_rule"), Dims(8, 32), torch.float32, CPU, tokens=20)

@@ -14,10 +14,11 @@ from chunkwise.autotune import store
 from chunkwise.cli_command import find
 from chunkwise.codegen.config import Dims, EagerConfig
 from chunkwise.dsl.library import by_name
-from chunkwise.runtime import eager_engine, machine, selection
-from chunkwise.runtime.artifact import Artifact, Key, Rejected
+from chunkwise.runtime import eager as eager_engine
 from chunkwise.runtime.call import Call
 from chunkwise.runtime.engines import EngineName
+from chunkwise.runtime.tuned import machine, selection
+from chunkwise.runtime.tuned.artifact import Artifact, Key, Rejected
 from torch import Tensor
 
 from tests.autotune.artifacts import ARTIFACT, VERSIONS, tuned

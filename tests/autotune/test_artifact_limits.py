@@ -17,10 +17,10 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import pytest
 from chunkwise.autotune import store
 from chunkwise.codegen.config import Config, EagerConfig, KernelConfig
-from chunkwise.codegen.tir_config import TvmConfig, default_config
+from chunkwise.codegen.tir.config import TvmConfig, default_config
 from chunkwise.dsl import errors
-from chunkwise.runtime import selection
-from chunkwise.runtime.artifact import LARGEST, Artifact, to_text
+from chunkwise.runtime.tuned import selection
+from chunkwise.runtime.tuned.artifact import LARGEST, Artifact, to_text
 
 from tests.autotune.artifacts import ARTIFACT, EAGER, KEY, PLAN, TVM, tuned
 

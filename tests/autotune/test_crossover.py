@@ -16,10 +16,11 @@ from chunkwise import cli, library
 from chunkwise.autotune import store
 from chunkwise.autotune.crossover import MARGIN, Bracket, geometric, search, sweep
 from chunkwise.codegen.config import Dims
-from chunkwise.runtime import reference, selection
-from chunkwise.runtime.artifact import Artifact, Bucket, Crossover
+from chunkwise.runtime import reference
 from chunkwise.runtime.engines import EngineName
-from chunkwise.runtime.selection import key_here, token_loop_wins
+from chunkwise.runtime.tuned import selection
+from chunkwise.runtime.tuned.artifact import Artifact, Bucket, Crossover
+from chunkwise.runtime.tuned.selection import key_here, token_loop_wins
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode

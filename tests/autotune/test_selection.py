@@ -11,10 +11,10 @@ import pytest
 from chunkwise.autotune import store
 from chunkwise.codegen.config import Config, Dims
 from chunkwise.dsl import errors
-from chunkwise.runtime.artifact import Artifact, Bucket, Crossover, Key
 from chunkwise.runtime.engines import EngineName
-from chunkwise.runtime.machine import Machine
-from chunkwise.runtime.selection import Nearness, _trusted, find, nearest, serving
+from chunkwise.runtime.tuned.artifact import Artifact, Bucket, Crossover, Key
+from chunkwise.runtime.tuned.machine import Machine
+from chunkwise.runtime.tuned.selection import Nearness, _trusted, find, nearest, serving
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -13,10 +13,11 @@ from chunkwise import library
 from chunkwise.autotune import store
 from chunkwise.codegen.config import Config, Dims, EagerConfig, KernelConfig
 from chunkwise.dsl.normal_form import NormalForm
-from chunkwise.runtime import eager_engine, selection
-from chunkwise.runtime.artifact import Artifact, Key, from_text, to_text
+from chunkwise.runtime import eager as eager_engine
 from chunkwise.runtime.call import Call
 from chunkwise.runtime.engines import EngineName
+from chunkwise.runtime.tuned import selection
+from chunkwise.runtime.tuned.artifact import Artifact, Key, from_text, to_text
 from torch import Tensor
 
 from tests.autotune.artifacts import A100, tuned

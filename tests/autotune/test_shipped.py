@@ -8,8 +8,8 @@ from pathlib import Path
 import chunkwise.runtime
 import pytest
 from chunkwise import library
-from chunkwise.runtime import selection
-from chunkwise.runtime.artifact import Artifact
+from chunkwise.runtime.tuned import selection
+from chunkwise.runtime.tuned.artifact import Artifact
 
 FOLDER = Path(chunkwise.runtime.__file__).parent / "artifacts"
 FOUND = dict(selection.scan((FOLDER,)))

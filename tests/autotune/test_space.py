@@ -7,26 +7,18 @@ from dataclasses import replace
 import pytest
 from chunkwise.autotune.explain_cost import explain_cost
 from chunkwise.autotune.gpu import GPUS
-from chunkwise.autotune.kernel_space import (
-    RULES,
-    Choice,
-    axes,
-    point_of,
-    printed,
-    tiles_of,
-    traits,
-)
+from chunkwise.autotune.kernel_space import RULES, Choice, axes, point_of, printed, tiles_of, traits
 from chunkwise.autotune.predict import bound_us, predict
 from chunkwise.autotune.space import Axis, broken, points, text
 from chunkwise.codegen.config import Dims, KernelConfig
-from chunkwise.codegen.defaults import default_config
-from chunkwise.codegen.emit import backward_program, chunk_body, forward_program
-from chunkwise.codegen.offline import signature_for
+from chunkwise.codegen.interface import Dtype
 from chunkwise.codegen.plan import Kernel
-from chunkwise.codegen.resources import Target
-from chunkwise.codegen.triton_types import Dtype
+from chunkwise.codegen.triton.defaults import default_config
+from chunkwise.codegen.triton.emit import backward_program, chunk_body, forward_program
+from chunkwise.codegen.triton.offline import signature_for
+from chunkwise.codegen.triton.resources import Target
 from chunkwise.dsl.library import by_name
-from chunkwise.runtime.artifact import Bucket
+from chunkwise.runtime.tuned.artifact import Bucket
 
 DIMS, SIZE = Dims(128, 128), Bucket(64, 4096)
 TILES = KernelConfig(64, 4, 2, 128)

@@ -11,15 +11,15 @@ import pytest
 import torch
 import triton
 from chunkwise.autotune.capture import TritonJob
-from chunkwise.autotune.certificate import prepare
 from chunkwise.autotune.gpu import GPUS
 from chunkwise.autotune.space import points
 from chunkwise.autotune.subject import Size, example
 from chunkwise.autotune.triton_tunable import TritonTunable
 from chunkwise.autotune.tunable import Alternative
+from chunkwise.autotune.validation import prepare
 from chunkwise.codegen.config import Config, Dims
 from chunkwise.dsl.library import by_name
-from chunkwise.runtime import triton_engine
+from chunkwise.runtime.triton import engine as triton_engine
 from triton.backends.compiler import GPUTarget
 
 CPU = torch.device("cpu")

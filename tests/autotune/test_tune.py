@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import chunkwise.runtime.eager_engine as eager_engine
+import chunkwise.runtime.eager as eager_engine
 import pytest
 import torch
-from chunkwise.autotune.certificate import certify, prepare
 from chunkwise.autotune.plot import plot
 from chunkwise.autotune.report import report
 from chunkwise.autotune.search import Budget
 from chunkwise.autotune.subject import Size, subject
 from chunkwise.autotune.tunable import Run
 from chunkwise.autotune.tune import Task, Tuning, tune
+from chunkwise.autotune.validation import certify, prepare
 from chunkwise.codegen.config import Dims, EagerConfig
 from chunkwise.dsl.library import by_name
-from chunkwise.runtime.artifact import Bucket, Certificate, Configuration, Key, Versions
 from chunkwise.runtime.call import Call
 from chunkwise.runtime.engines import EngineName
-from chunkwise.runtime.machine import Machine
+from chunkwise.runtime.tuned.artifact import Bucket, Certificate, Configuration, Key, Versions
+from chunkwise.runtime.tuned.machine import Machine
 from optuna.storages import InMemoryStorage
 from torch import Tensor
 

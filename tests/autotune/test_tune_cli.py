@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from chunkwise import cli_doctor
 from chunkwise.cli import main
-from chunkwise.runtime import selection
-from chunkwise.runtime.artifact import from_text
+from chunkwise.runtime.tuned import selection
+from chunkwise.runtime.tuned.artifact import from_text
 
 SMALL = (
     *("--dims", "K=8,V=8", "--shape", "1,64,1", "--engine", "eager"),

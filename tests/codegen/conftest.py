@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from chunkwise.runtime import eager_engine, triton_engine
+from chunkwise.runtime import eager as eager_engine
+from chunkwise.runtime.triton import engine as triton_engine
 
 from tests.interpreted import now_and_then_in_segments
 from tests.random_draws import CALIBERS

@@ -13,7 +13,8 @@ import torch
 from chunkwise.codegen.config import Config
 from chunkwise.codegen.plan import Plan
 from chunkwise.dsl.library import all_declarations, by_name
-from chunkwise.runtime import launch, triton_engine
+from chunkwise.runtime.triton import engine as triton_engine
+from chunkwise.runtime.triton import launch
 
 from tests.classes import CLASSES, lowered, plan_pairs
 from tests.harness import Gates, Layout, Sizes, engine_results, make_inputs, oracle_results

@@ -14,7 +14,8 @@ import torch
 from chunkwise.codegen.config import Config
 from chunkwise.dsl import HeadScalar, Key, Scalar, State, Value, exp, outer
 from chunkwise.dsl.ir import Kind
-from chunkwise.runtime import launch, triton_engine
+from chunkwise.runtime.triton import engine as triton_engine
+from chunkwise.runtime.triton import launch
 
 from tests.harness import Inputs, Sizes, engine_results, make_inputs, oracle_results
 from tests.interpreted import Poisoned, served_under, small

@@ -5,23 +5,23 @@ from __future__ import annotations
 import chunkwise as cw
 import pytest
 import torch
-from chunkwise.autotune.certificate import Under
 from chunkwise.autotune.subject import Size, example
+from chunkwise.autotune.validation import Under
 from chunkwise.codegen.config import Config, Dims, EagerConfig, KernelConfig, Precision
-from chunkwise.codegen.emit import Passing, backward_program, emit, forward_program, passing
+from chunkwise.codegen.interface import Dtype, Signature
 from chunkwise.codegen.plan import Hoist, Loop, Plan, Program
 from chunkwise.codegen.segments import Start
 from chunkwise.codegen.tile import TileOp
-from chunkwise.codegen.triton_memory import ends_before, ends_stored
-from chunkwise.codegen.triton_types import Dtype, Signature
+from chunkwise.codegen.triton.emit import Passing, backward_program, emit, forward_program, passing
+from chunkwise.codegen.triton.memory import ends_before, ends_stored
 from chunkwise.dsl import Key, KeyState, Scalar, State, Value
 from chunkwise.dsl.classify import LowRank, classify
 from chunkwise.dsl.library import all_declarations, by_name
 from chunkwise.dsl.normal_form import NormalForm
-from chunkwise.runtime.artifact import Bucket
 from chunkwise.runtime.engines import EngineName
-from chunkwise.runtime.launch import Launch
-from chunkwise.runtime.segments import in_parts, segment_of
+from chunkwise.runtime.triton.launch import Launch
+from chunkwise.runtime.triton.segments import in_parts, segment_of
+from chunkwise.runtime.tuned.artifact import Bucket
 
 from tests.classes import CLASSES, lowered, plan_pairs
 

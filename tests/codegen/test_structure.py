@@ -15,18 +15,18 @@ import torch
 from chunkwise.codegen import tile
 from chunkwise.codegen.chunk import Carried
 from chunkwise.codegen.config import Config, Dims, KernelConfig, Precision
-from chunkwise.codegen.emit import (
+from chunkwise.codegen.interface import Dtype, Signature
+from chunkwise.codegen.plan import Hoist, Loop, Plan, Program
+from chunkwise.codegen.tile import Axis, Tile, TileOp
+from chunkwise.codegen.triton.emit import (
     backward_program,
     chunk_adjoint,
     chunk_body,
     emit,
     forward_program,
 )
-from chunkwise.codegen.plan import Hoist, Loop, Plan, Program
-from chunkwise.codegen.tile import Axis, Tile, TileOp
-from chunkwise.codegen.triton_types import Dtype, Signature
 from chunkwise.dsl.library import all_declarations, by_name
-from chunkwise.runtime import triton_engine
+from chunkwise.runtime.triton import engine as triton_engine
 
 from tests.classes import CLASSES, lowered, plan_pairs
 from tests.harness import Sizes, engine_results, make_inputs, oracle_results

@@ -11,12 +11,14 @@ from typing import Any
 import chunkwise as cw
 import pytest
 import torch
-from chunkwise.codegen.print_text import print_body
+from chunkwise.codegen.text.mathematics import print_body
 from chunkwise.codegen.tile import Axis, TileOp, topological
 from chunkwise.codegen.token import token_body
 from chunkwise.dsl.library import all_declarations
-from chunkwise.runtime import launch, triton_engine, tvm_engine
 from chunkwise.runtime.call import bind
+from chunkwise.runtime.triton import engine as triton_engine
+from chunkwise.runtime.triton import launch
+from chunkwise.runtime.tvm import engine as tvm_engine
 
 from tests import harness
 from tests.harness import Gates, Inputs, Sizes, make_inputs, oracle_results

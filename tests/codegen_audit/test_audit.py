@@ -14,7 +14,7 @@ from chunkwise import library
 pytest.importorskip("triton")
 
 import triton
-from chunkwise.codegen.audit import (
+from chunkwise.audit import (
     Search,
     Subject,
     as_json,
@@ -26,9 +26,9 @@ from chunkwise.codegen.audit import (
     report,
 )
 from chunkwise.codegen.config import Dims, KernelConfig
-from chunkwise.codegen.offline import Job, Outcome, compile_job
-from chunkwise.codegen.resources import Resources, Target
-from chunkwise.codegen.triton_types import Dtype
+from chunkwise.codegen.interface import Dtype
+from chunkwise.codegen.triton.offline import Job, Outcome, compile_job
+from chunkwise.codegen.triton.resources import Resources, Target
 
 _FORM = library.gated_delta_rule.declaration.normal_form()
 _SUBJECT = Subject(_FORM, Dims(64, 64), Dtype.BFLOAT16, Target.SM120, packed=False)
@@ -131,7 +131,7 @@ def test_quick_audit(tmp_path: Path) -> None:
     """In a process of its own: Triton's cache in a folder of the test, no interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    command = [sys.executable, "-m", "chunkwise.codegen.audit", "--quick", "--jobs", "2"]
+    command = [sys.executable, "-m", "chunkwise.audit", "--quick", "--jobs", "2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f" audited, 0 with findings (Triton {triton.__version__})\n" in done.stdout

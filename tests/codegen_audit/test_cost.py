@@ -5,13 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from chunkwise import library
-from chunkwise.codegen import cost, eager_library
+from chunkwise.codegen import cost
 from chunkwise.codegen.config import Dims
-from chunkwise.codegen.emit import backward_program, chunk_adjoint, chunk_body, forward_program
+from chunkwise.codegen.eager import library as eager_library
+from chunkwise.codegen.eager.kernel import print_eager
+from chunkwise.codegen.interface import Dtype
 from chunkwise.codegen.plan import Hoist, Plan
-from chunkwise.codegen.print_eager import print_eager
 from chunkwise.codegen.tile import Axis
-from chunkwise.codegen.triton_types import Dtype
+from chunkwise.codegen.triton.emit import (
+    backward_program,
+    chunk_adjoint,
+    chunk_body,
+    forward_program,
+)
 from chunkwise.dsl.normal_form import NormalForm
 from torch.utils.flop_counter import FlopCounterMode
 

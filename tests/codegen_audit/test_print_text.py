@@ -8,9 +8,14 @@ import pytest
 import torch
 from chunkwise import library
 from chunkwise.codegen.config import Dims
-from chunkwise.codegen.defaults import default_config
-from chunkwise.codegen.emit import backward_program, chunk_adjoint, chunk_body, forward_program
-from chunkwise.codegen.print_text import print_adjoint, print_body, print_program
+from chunkwise.codegen.text.mathematics import print_adjoint, print_body, print_program
+from chunkwise.codegen.triton.defaults import default_config
+from chunkwise.codegen.triton.emit import (
+    backward_program,
+    chunk_adjoint,
+    chunk_body,
+    forward_program,
+)
 from chunkwise.dsl import oracle
 from chunkwise.dsl.ir import Per
 from chunkwise.dsl.library import all_declarations

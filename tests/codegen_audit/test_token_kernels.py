@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from chunkwise import library
 from chunkwise.codegen.config import Dims
-from chunkwise.codegen.emit import emit_token
-from chunkwise.codegen.offline import Job, compile_job, signature_for
-from chunkwise.codegen.resources import Target
-from chunkwise.codegen.triton_types import Dtype
+from chunkwise.codegen.interface import Dtype
+from chunkwise.codegen.triton.emit import emit_token
+from chunkwise.codegen.triton.offline import Job, compile_job, signature_for
+from chunkwise.codegen.triton.resources import Target
 
 # a scalar and a vector gate, sums over the value axis, two states, micro-steps
 NAMES = ["gated_delta_rule", "rwkv7", "oja", "momentum_delta", "gated_delta_product"]

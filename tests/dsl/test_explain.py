@@ -49,14 +49,14 @@ def test_form() -> None:
     ],
 )
 def test_pages(name: str, says: list[str]) -> None:
-    page = library.by_name(name).explain()
+    page = explain.explain(library.by_name(name))
     for text in says:
         assert text in page
 
 
 def test_every_page_prints_and_fits() -> None:
     for d in library.all_declarations():
-        page = d.explain()
+        page = explain.explain(d)
         form = d.normal_form(2 if d.has_micro else 1)
         assert print_form(form) in page
         assert explain.explain(form).startswith(d.name)
@@ -66,4 +66,4 @@ def test_reference_only() -> None:
     def rule(S: State, q: Key, k: Key, v: Value, g: Scalar):
         return S + outer(k, tanh(k @ S) + g * v), q @ S
 
-    assert "token by token" in Declaration(rule, any_step=True).explain()
+    assert "token by token" in explain.explain(Declaration(rule, any_step=True))

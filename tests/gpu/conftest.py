@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from chunkwise.codegen.config import Dims
-from chunkwise.codegen.emit import passing
+from chunkwise.codegen.triton.emit import passing
 from chunkwise.dsl.normal_form import NormalForm
-from chunkwise.runtime import triton_engine
+from chunkwise.runtime.triton import engine as triton_engine
 
 
 @pytest.fixture

@@ -11,16 +11,16 @@ from typing import Any
 import chunkwise as cw
 import pytest
 import torch
-from chunkwise.autotune import certificate_inputs
-from chunkwise.autotune.certificate_inputs import Family
+from chunkwise.autotune import inputs as certificate_inputs
+from chunkwise.autotune.inputs import Family
 from chunkwise.codegen.config import Config, Dims
-from chunkwise.codegen.emit import passing
 from chunkwise.codegen.plan import Plan
+from chunkwise.codegen.triton.emit import passing
 from chunkwise.dsl import oracle
 from chunkwise.dsl.library import all_declarations, by_name
 from chunkwise.dsl.normal_form import NormalForm
-from chunkwise.runtime import triton_engine
 from chunkwise.runtime.call import Call
+from chunkwise.runtime.triton import engine as triton_engine
 
 from benchmarks import verify
 from benchmarks.registry import CASES, SHAPES, cu_seqlens, draw

@@ -63,7 +63,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes seconds for a chunk of 64; codegen/test_interpreter.py has those."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from chunkwise.runtime import triton_engine
+        from chunkwise.runtime.triton import engine as triton_engine
 
         from tests.interpreted import served_under, small
 

@@ -15,7 +15,8 @@ import chunkwise as cw
 import pytest
 import torch
 from chunkwise.dsl import errors
-from chunkwise.runtime import cache, triton_engine
+from chunkwise.runtime import cache
+from chunkwise.runtime.triton import engine as triton_engine
 
 CAN_WRITE = "def answer():\n    return 42\n"
 

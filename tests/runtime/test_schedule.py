@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 from chunkwise.codegen.config import KernelConfig
+from chunkwise.codegen.interface import STAGES, TritonKernel
 from chunkwise.codegen.plan import Loop
-from chunkwise.codegen.triton_types import STAGES, TritonKernel
-from chunkwise.runtime.schedule import Bound
+from chunkwise.runtime.triton.launch_plan import Bound
 from triton.runtime.errors import OutOfResources
 
 SCAN = TritonKernel(

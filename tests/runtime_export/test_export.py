@@ -33,13 +33,13 @@ from chunkwise import (
 from chunkwise.autotune.store import save
 from chunkwise.cli_command import find
 from chunkwise.codegen.config import Dims
-from chunkwise.codegen.triton_types import Dtype
+from chunkwise.codegen.interface import Dtype
 from chunkwise.dsl import errors, oracle
 from chunkwise.dsl.declaration import Declaration
-from chunkwise.runtime.artifact import Artifact
-from chunkwise.runtime.artifact import Key as ArtifactKey
 from chunkwise.runtime.engines import EngineName
-from chunkwise.runtime.export import Layout, Request, export, write
+from chunkwise.runtime.export.package import Layout, Request, export, write
+from chunkwise.runtime.tuned.artifact import Artifact
+from chunkwise.runtime.tuned.artifact import Key as ArtifactKey
 
 from tests.autotune.artifacts import H100, tuned
 from tests.interpreted import small

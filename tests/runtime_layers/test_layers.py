@@ -6,9 +6,9 @@ import pytest
 import torch
 from chunkwise.dsl import library
 from chunkwise.dsl.declaration import Declaration
-from chunkwise.runtime.attention import GlobalAttention, SlidingWindowAttention
-from chunkwise.runtime.layers import RecurrentLayer, RMSNorm, Role, ShortConvolution, l2norm
-from chunkwise.runtime.model import LanguageModel
+from chunkwise.runtime.nn.attention import GlobalAttention, SlidingWindowAttention
+from chunkwise.runtime.nn.layers import RecurrentLayer, RMSNorm, Role, ShortConvolution, l2norm
+from chunkwise.runtime.nn.model import LanguageModel
 from chunkwise.runtime.recurrence import Recurrence
 from torch import Tensor, nn
 

@@ -9,9 +9,9 @@ import chunkwise as cw
 import pytest
 import torch
 from chunkwise.autotune.cpu_spaces import PLANS
-from chunkwise.codegen.tir_config import spread
+from chunkwise.codegen.tir.config import spread
 from chunkwise.dsl.library import all_declarations
-from chunkwise.runtime import tvm_engine
+from chunkwise.runtime.tvm import engine as tvm_engine
 
 from tests.classes import lowered
 from tests.harness import Gates, Layout, Sizes, engine_results, make_inputs, oracle_results

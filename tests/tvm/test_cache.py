@@ -19,12 +19,14 @@ import torch
 from chunkwise.autotune import store
 from chunkwise.codegen.config import Dims
 from chunkwise.codegen.plan import Hoist, Plan
-from chunkwise.codegen.tir_config import TvmConfig
+from chunkwise.codegen.tir.config import TvmConfig
 from chunkwise.dsl import errors
-from chunkwise.runtime import selection, tvm_build, tvm_engine
-from chunkwise.runtime.artifact import Artifact
 from chunkwise.runtime.engines import EngineName
-from chunkwise.runtime.tvm_export import export_library
+from chunkwise.runtime.tuned import selection
+from chunkwise.runtime.tuned.artifact import Artifact
+from chunkwise.runtime.tvm import build as tvm_build
+from chunkwise.runtime.tvm import engine as tvm_engine
+from chunkwise.runtime.tvm.export import export_library
 from torch import Tensor
 
 from tests.autotune.artifacts import tuned

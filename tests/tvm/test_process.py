@@ -16,10 +16,13 @@ import pytest
 import torch
 import tvm_ffi
 from chunkwise.codegen.config import Dims, Precision
-from chunkwise.codegen.emit import forward_program
-from chunkwise.codegen.print_tir import print_tir
-from chunkwise.codegen.triton_types import Dtype, Signature
-from chunkwise.runtime import pages, tvm_build, tvm_engine, tvm_threads
+from chunkwise.codegen.interface import Dtype, Signature
+from chunkwise.codegen.tir.kernel import print_tir
+from chunkwise.codegen.triton.emit import forward_program
+from chunkwise.runtime.tvm import allocator as pages
+from chunkwise.runtime.tvm import build as tvm_build
+from chunkwise.runtime.tvm import engine as tvm_engine
+from chunkwise.runtime.tvm import threads as tvm_threads
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pytest
-from chunkwise.codegen import print_tir
 from chunkwise.codegen.config import Dims, Precision
-from chunkwise.codegen.emit import backward_program, forward_program
+from chunkwise.codegen.interface import Dtype, Signature
 from chunkwise.codegen.tile import Tile
-from chunkwise.codegen.tir_config import default_config
-from chunkwise.codegen.tir_frame import Place, Shapes, allocate
-from chunkwise.codegen.tir_schedule import Region, Schedule
-from chunkwise.codegen.triton_types import Dtype, Signature
+from chunkwise.codegen.tir import kernel as print_tir
+from chunkwise.codegen.tir.config import default_config
+from chunkwise.codegen.tir.frame import Place, Shapes, allocate
+from chunkwise.codegen.tir.schedule import Region, Schedule
+from chunkwise.codegen.triton.emit import backward_program, forward_program
 from chunkwise.dsl.library import by_name
 
 

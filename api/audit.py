@@ -1,0 +1,372 @@
+"""Compiles every emitted kernel for every target, offline, and checks that it fits (`make audit`).
+
+Compiling proves nothing about launching: a kernel may ask for more shared memory than a target has.
+So for each declaration, dtype and target this compiles what the runtime would choose there (`fit`
+goes by a bound, without a compiler), and where that is too much, a short ladder of smaller tiles,
+to say what would do. A kernel that does not compile, or does not fit as chosen, is a finding, and
+the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import triton
+
+from .codegen.config import Config, Dims, KernelConfig
+from .codegen.interface import Dtype
+from .codegen.triton.defaults import default_config
+from .codegen.triton.emit import Emitted, Passing, chunk_body, emit, passing
+from .codegen.triton.fit import fit
+from .codegen.triton.offline import Job, Outcome, run_jobs, signature_for
+from .codegen.triton.resources import Target
+from .dsl import library
+from .dsl.classify import DecayClass, LowRank, classify
+from .dsl.errors import NotLowered
+from .dsl.normal_form import NormalForm
+
+_CHUNKS = (64, 32, 16)
+
+# ---- what is compiled ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A normal form with what it is compiled for. `segments`: its scans are of segments."""
+
+    form: NormalForm
+    dims: Dims
+    dtype: Dtype
+    target: Target
+    packed: bool
+    directions: tuple[str, ...] = ("forward", "backward")
+    segments: bool = False
+
+    @property
+    def label(self) -> str:
+        sizes = f"K={self.dims.K},V={self.dims.V}"
+        tail = " packed" * self.packed + " in segments" * self.segments
+        return f"{self.form.name} {sizes} {self.dtype.value} {self.target.name.lower()}{tail}"
+
+    @property
+    def default(self) -> Config:
+        """What the runtime chooses on this target where nothing was tuned."""
+        wide = self.dtype is Dtype.FLOAT32
+        config = default_config(chunk_body(self.form), self.dims, wide_dtype=wide)
+        itemsize = 4 if wide else 2
+        return fit(self.form, config, self.dims, itemsize, self.target.shared_limit)
+
+    def emitted(self, config: Config) -> Emitted:
+        signature = signature_for(self.form, self.dims, self.dtype, self.target)
+        return emit(self.form, signature, config, segments=self.segments)
+
+    def job(self, kernel: str, config: Config) -> Job:
+        """The compilation of the kernel of that name under `config`."""
+        emitted = self.emitted(config)
+        found = next(k for k in (*emitted.forward, *emitted.backward) if k.name == kernel)
+        buffers = tuple(emitted.buffers(found).items())
+        signature = signature_for(self.form, self.dims, self.dtype, self.target)
+        return Job(found, buffers, signature, self.target, self.packed)
+
+    def kernels(self, config: Config) -> list[str]:
+        emitted = self.emitted(config)
+        chosen = [emitted.forward] if "forward" in self.directions else []
+        chosen += [emitted.backward] if "backward" in self.directions else []
+        return [k.name for program in chosen for k in program]
+
+
+def ladder(config: KernelConfig) -> tuple[KernelConfig, ...]:
+    """The tiles tried for one kernel, from the given ones down: stages first, then widths."""
+    rungs = [config, replace(config, stages=1)]
+    for size in (32, 16):
+        v_tile, k_tile = min(size, config.v_tile), min(size, config.k_tile)
+        rungs += [
+            replace(config, stages=1, v_tile=v_tile),
+            replace(config, stages=1, v_tile=v_tile, k_tile=k_tile),
+        ]
+    return tuple(dict.fromkeys(rungs))
+
+
+def chunks_below(chunk: int) -> tuple[int, ...]:
+    """The chunk lengths tried, the given one first."""
+    return (chunk, *(c for c in _CHUNKS if c < chunk))
+
+
+@dataclass(slots=True, eq=False)
+class Search:
+    """The way down the ladder of one subject: per chunk length, a rung per kernel."""
+
+    subject: Subject
+    attempt: int = 0
+    rungs: dict[str, int] = field(default_factory=dict)
+    found: dict[str, Outcome] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    first: dict[str, Outcome] = field(default_factory=dict)
+    failed: str = ""
+
+    def __post_init__(self) -> None:
+        self.rungs = dict.fromkeys(self.subject.kernels(self.subject.default), 0)
+
+    @property
+    def config(self) -> Config:
+        """The configuration being tried."""
+        default = self.subject.default
+        chunk = chunks_below(default.chunk)[self.attempt]
+        kernels = tuple((n, ladder(default.of(n))[rung]) for n, rung in self.rungs.items())
+        return replace(default, chunk=chunk, kernels=kernels)
+
+    def pending(self) -> Iterator[tuple[str, Job]]:
+        """What has to be compiled before the next decision."""
+        if self.failed:
+            return
+        for name in self.rungs:
+            if name not in self.found:
+                yield name, self.subject.job(name, self.config)
+
+    def learn(self, name: str, outcome: Outcome) -> None:
+        """Take the outcome of a pending kernel, and go down a rung if it did not fit."""
+        if self.failed:
+            return
+        if name not in self.first:
+            self.first[name] = outcome
+            if outcome.error:  # it must compile, whether it fits or not
+                self.errors[name] = outcome.error
+        if outcome.fits:
+            self.found[name] = outcome
+            return
+        default = self.subject.default
+        if self.rungs[name] + 1 < len(ladder(default.of(name))):
+            self.rungs[name] += 1
+            return
+        if self.attempt + 1 < len(chunks_below(default.chunk)):
+            self.attempt += 1
+            self.rungs = dict.fromkeys(self.rungs, 0)
+            self.found = {}
+            return
+        self.failed = name
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything compiles, and fits as the runtime chooses it."""
+        return not (self.failed or self.errors or self.changes)
+
+    @property
+    def changes(self) -> list[str]:
+        """How the configuration that fits differs from the default; empty where it does not."""
+        default, config = self.subject.default, self.config
+        changes = [] if config.chunk == default.chunk else [f"chunk={config.chunk}"]
+        for name in self.rungs:
+            old, new = default.of(name), config.of(name)
+            if old != new:
+                tiles = f"BV={new.v_tile} stages={new.stages}"
+                tiles += f" BK={new.k_tile}" if new.k_tile != old.k_tile else ""
+                changes.append(f"{name}: {tiles}")
+        return changes
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def audit(subjects: Iterable[Subject], workers: int) -> list[Search]:
+    """Compile until every subject has a configuration that fits, or none is left to try."""
+    searches = [Search(s) for s in subjects]
+    known: dict[str, Outcome] = {}
+    while True:
+        wanted = [(s, name, job) for s in searches for name, job in s.pending()]
+        if not wanted:
+            return searches
+        fresh = {job.key: job for _, _, job in wanted if job.key not in known}
+        known |= run_jobs(fresh, workers)
+        for search, name, job in wanted:
+            search.learn(name, known[job.key])
+
+
+# ---- which subjects ------------------------------------------------------------------------------
+
+
+def lowered_forms() -> list[NormalForm]:
+    """The library's normal forms that have a chunk form."""
+    forms = []
+    for declared in library.all_declarations():
+        form = declared.normal_form(2 if declared.has_micro else 1)
+        try:
+            chunk_body(form)
+        except NotLowered:
+            continue
+        forms.append(form)
+    return forms
+
+
+def one_per_class(forms: Iterable[NormalForm]) -> list[NormalForm]:
+    """The first form of each (decay class, low-rank class)."""
+    found: dict[tuple[tuple[DecayClass, LowRank], ...], NormalForm] = {}
+    for form in forms:
+        classes = tuple((s.decay, s.low_rank) for s in classify(form).states)
+        if len(classes) == 1:
+            found.setdefault(classes, form)
+    return list(found.values())
+
+
+def is_vector_gated(form: NormalForm) -> bool:
+    return any(s.decay is DecayClass.KEY for s in classify(form).states)
+
+
+def quick_subjects() -> list[Subject]:
+    """One form per class in bfloat16, K = V = 128 (64 under a vector gate), to take minutes.
+
+    Forward kernels for every target; backward ones, which are most of the work, for Hopper and for
+    the target with the least shared memory and another back end. In segments, the forward of one
+    form whose state fades and of one whose state a matrix multiplies.
+    """
+    subjects = []
+    in_segments: list[Passing] = []
+    for form in one_per_class(lowered_forms()):
+        dims = Dims(64, 64) if is_vector_gated(form) else Dims(128, 128)
+        for target in Target:
+            both = target in (Target.SM90, Target.GFX942)
+            directions = ("forward", "backward") if both else ("forward",)
+            subjects.append(Subject(form, dims, Dtype.BFLOAT16, target, False, directions))
+        how = passing(form, dims)
+        if how is not None and how not in in_segments:
+            in_segments.append(how)
+            subjects += [
+                Subject(form, dims, Dtype.BFLOAT16, target, False, ("forward",), segments=True)
+                for target in Target
+            ]
+    return subjects
+
+
+def all_subjects(
+    names: Sequence[str], dims: Sequence[Dims], dtypes: Sequence[Dtype], targets: Sequence[Target]
+) -> list[Subject]:
+    """Every form of those names (all, if none) for each size, dtype and target.
+
+    Each packed and not, and in segments where it can be.
+    """
+    forms = [f for f in lowered_forms() if not names or f.name in names]
+    return [
+        Subject(form, d, dtype, target, packed, segments=segments)
+        for form in forms
+        for d in dims
+        for dtype in dtypes
+        for target in targets
+        for packed in (False, True)
+        for segments in (False, True)
+        if not segments or passing(form, d)
+    ]
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def report(searches: Sequence[Search]) -> str:
+    """One line per subject, then what was found."""
+    lines = []
+    width = max((len(s.subject.label) for s in searches), default=0)
+    for s in searches:
+        if s.failed:
+            verdict = f"DOES NOT FIT: {s.failed} under no configuration tried"
+        else:
+            shared = max(o.resources.shared for o in s.found.values() if o.resources)
+            registers = [o.resources.registers for o in s.found.values() if o.resources]
+            most = max((r for r in registers if r is not None), default="unknown")
+            spills = [o.resources.spills or 0 for o in s.found.values() if o.resources]
+            limit = s.subject.target.shared_limit
+            verdict = f"{shared / 1024:5.1f} of {limit // 1024} KiB, "
+            verdict += f"registers {most}, spills {max(spills)} B"
+            if s.changes:
+                verdict += f"   TOO MUCH AS CHOSEN, fits with {'; '.join(s.changes)}"
+        lines.append(f"{s.subject.label:<{width}}  {verdict}")
+    for s in searches:
+        lines += [f"ERROR {s.subject.label} {n}: {e}" for n, e in s.errors.items()]
+    good = [s for s in searches if s.passed]
+    found = f"{len(searches)} audited, {len(searches) - len(good)} with findings"
+    lines.append(f"{found} (Triton {triton.__version__})")
+    return "\n".join(lines)
+
+
+def as_json(search: Search) -> dict[str, object]:
+    """A search as data: what each kernel takes, under which configuration."""
+    config = search.config
+    kernels = {}
+    for name, outcome in search.first.items():
+        last = search.found.get(name, outcome)
+        r = last.resources
+        tiles = config.of(name)
+        kernels[name] = {
+            "v_tile": tiles.v_tile,
+            "k_tile": tiles.k_tile,
+            "warps": tiles.warps,
+            "stages": tiles.stages,
+            "shared": r.shared if r else None,
+            "shared_by_default": outcome.resources.shared if outcome.resources else None,
+            "registers": r.registers if r else None,
+            "spills": r.spills if r else None,
+            "seconds": round(outcome.seconds, 2),
+            "error": outcome.error,
+        }
+    return {
+        "subject": search.subject.label,
+        "triton": triton.__version__,
+        "passed": search.passed,
+        "changes": search.changes,
+        "chunk": config.chunk,
+        "kernels": kernels,
+    }
+
+
+def _dims(text: str) -> Dims:
+    try:
+        sizes = dict(part.split("=") for part in text.split(","))
+        return Dims(int(sizes["K"]), int(sizes["V"]))
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like K=128,V=128") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: all compiles and fits as chosen; 1: there are findings; 2: it could not be tried."""
+    parser = argparse.ArgumentParser(
+        prog="python -m chunkwise.audit",
+        description="Compile every emitted kernel for every target, without a GPU.",
+    )
+    parser.add_argument("names", nargs="*", help="declarations of the library (default: all)")
+    parser.add_argument("--quick", action="store_true", help="one declaration per class, bf16")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--dims", type=_dims, action="append", help="K=128,V=128 (repeatable)")
+    parser.add_argument("--dtype", choices=[d.value for d in Dtype], action="append")
+    parser.add_argument("--target", choices=[t.name.lower() for t in Target], action="append")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers here")
+    arguments = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("TRITON_INTERPRET=1 replaces the compiler: unset it", file=sys.stderr)
+        return 2
+    if arguments.quick:
+        subjects = quick_subjects()
+        if arguments.names:
+            subjects = [s for s in subjects if s.form.name in arguments.names]
+    else:
+        subjects = all_subjects(
+            arguments.names,
+            arguments.dims or [Dims(128, 128)],
+            [Dtype(d) for d in arguments.dtype or ("bfloat16", "float32")],
+            [Target[t.upper()] for t in arguments.target or [t.name for t in Target]],
+        )
+    started = time.perf_counter()
+    searches = audit(subjects, arguments.jobs)
+    print(report(searches))
+    print(f"in {time.perf_counter() - started:.0f} s")
+    if arguments.json:
+        text = json.dumps([as_json(s) for s in searches], indent=1)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    return 0 if all(s.passed for s in searches) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

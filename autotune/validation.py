@@ -1,0 +1,325 @@
+"""The examination that a configuration must pass before it may serve, and its certificate.
+
+Output, final states and all gradients against the float64 token loop, on usual and on hard inputs;
+every buffer full of NaN before it is written, then of another number: both runs must agree bit for
+bit. Whatever runs calls can be examined: an engine, or one that a test has broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..codegen.config import Dims
+from ..codegen.tir.config import TvmConfig, spread
+from ..codegen.triton.emit import passing
+from ..dsl import oracle
+from ..dsl.declaration import Declaration
+from ..runtime.call import Call
+from ..runtime.engines import EngineName, load
+from ..runtime.tuned.artifact import Certificate, Configuration, Error
+from .inputs import Family, draw, ranges
+from .tolerance import (
+    BY_DTYPE,
+    FLOAT32_HARD,
+    ROUNDINGS,
+    Tolerance,
+    relative_errors,
+    within,
+    wobbled,
+)
+
+# several chunks of 64 or 128 with a rest of 16: divisible as large calls are, so that Triton
+# compiles the same machine code for both
+TOKENS = 272
+_SEGMENT = 128  # tokens of a segment: three, of several chunks or one
+_HARD_HALF = 4.0  # of a half-precision tolerance: what is left of products of hard gates
+# bytes that make a NaN, and a number above 1, of every float type
+_NAN, _NUMBER = 0xFF, 0x45
+
+
+class Runs(Protocol):
+    """What is examined: `forward` and `backward` as an engine's module has them."""
+
+    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output and the final states."""
+
+    def backward(
+        self, call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
+    ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+        """Gradients of every operand and initial state."""
+
+
+class _Configured(Protocol):
+    """An engine with something to tune."""
+
+    def forward(
+        self, call: Call, config: Configuration | None, **cut: int
+    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+
+    def backward(
+        self,
+        call: Call,
+        do: Tensor,
+        dfinals: tuple[Tensor | None, ...],
+        config: Configuration | None,
+        **cut: int,
+    ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Under:
+    """An engine under one configuration, whatever would serve.
+
+    `segment`: of the Triton engine, tokens of a segment that scans are cut into, however short.
+    `how`: the way in which it serves, in words, if that is not the plain one.
+    """
+
+    engine: EngineName
+    config: Configuration
+    segment: int | None = None
+    how: str = ""
+
+    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As the engine's."""
+        return self._module.forward(call, self.config, **self._cut)
+
+    def backward(
+        self, call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
+    ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+        """As the engine's."""
+        return self._module.backward(call, do, dfinals, self.config, **self._cut)
+
+    def ways(self, call: Call) -> tuple[Under, ...]:
+        """As it is, and as calls of few rows of such a form are served."""
+        if isinstance(self.config, TvmConfig):
+            cut = spread(self.config, rows=1, V=call.V, threads=call.V)
+            if cut == self.config:
+                return (self,)
+            return self, replace(self, config=cut, how="in parts")
+        if self.engine is not EngineName.TRITON or not passing(call.form, Dims(call.K, call.V)):
+            return (self,)
+        return self, replace(self, segment=_SEGMENT, how="in segments")
+
+    @property
+    def _cut(self) -> dict[str, int]:
+        return {} if self.segment is None else {"segment": self.segment}
+
+    @property
+    def _module(self) -> _Configured:
+        return cast(_Configured, load(self.engine))
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One call, its cotangents, what the token loop answers, and the relative error allowed."""
+
+    family: Family
+    call: Call
+    do: Tensor
+    dfinals: tuple[Tensor | None, ...]
+    expected: Mapping[str, Tensor]
+    allowed: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """Questions on one recurrence, made once for all its configurations."""
+
+    questions: tuple[Question, ...]
+
+
+def prepare(
+    declaration: Declaration,
+    dims: Dims,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    tokens: int = TOKENS,
+    families: Sequence[Family] = tuple(Family),
+) -> Exam:
+    """The questions for calls of these dimensions (no token axis is shorter than 4).
+
+    Raises:
+        NotLowered: no inputs are known to be legal.
+    """
+    micro = 2 if declaration.has_micro else 1
+    form = declaration.normal_form(micro)
+    params = {p.name: 1.0 if p.default is None else p.default for p in form.params}
+    small = ranges(form, params).small
+    questions = []
+    with one_thread():
+        for family in families:
+            call = draw(declaration, form, family, dims, dtype, device, tokens=tokens, micro=micro)
+            questions.append(_question(family, call, small))
+    return Exam(tuple(questions))
+
+
+def _question(family: Family, call: Call, small: frozenset[str]) -> Question:
+    random = torch.Generator().manual_seed(3)
+
+    def normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        drawn = torch.randn(shape, generator=random, dtype=torch.float32, device="cpu")
+        return drawn.to(call.device, dtype)
+
+    do = normal(call.output_shape, call.dtype)
+    dfinals = tuple(normal(call.state_shape(s), call.state_dtype) for s in call.form.states)
+    expected = _expected(call, do, dfinals)
+    allowed = {name: _limit(name, family, call.dtype, small) for name in expected}
+    if call.dtype.itemsize == 2:
+        near = _expected(
+            replace(call, operands={n: wobbled(x, random) for n, x in call.operands.items()}),
+            do,
+            dfinals,
+        )
+        for name, want in expected.items():
+            change, _ = relative_errors(near[name], want)
+            allowed[name] = max(allowed[name], ROUNDINGS * change)
+    return Question(family, call, do, dfinals, expected, allowed)
+
+
+def asked(exam: Exam, runs: Runs) -> Iterator[tuple[Question, Runs]]:
+    """Every question, and every way in which it is to be answered."""
+    for question in exam.questions:
+        ways = runs.ways(question.call) if isinstance(runs, Under) else (runs,)
+        for way in ways:
+            yield question, way
+
+
+def certify(exam: Exam, runs: Runs) -> Certificate:
+    """What came of it. Raises whatever `runs` does where it cannot run at all."""
+    worst: dict[str, Error] = {}
+    faults = []
+    for question, way in asked(exam, runs):
+        with _Filled(_NAN):
+            first = _answers(question, way)
+        with _Filled(_NUMBER):
+            second = _answers(question, way)
+        where = question.family.name.lower()
+        if isinstance(way, Under) and way.how:
+            where += f", {way.how}"
+        for name, want in question.expected.items():
+            limit = question.allowed[name]
+            rms, maximum = relative_errors(first[name], want)
+            if not bool(first[name].isfinite().all()):
+                faults.append(f"{name} ({where}) is not finite: is a buffer read before written?")
+            elif not within(rms, maximum, limit):
+                what = f"relative RMS error {rms:.1e}, maximum {maximum:.1e}, allowed {limit:.1e}"
+                faults.append(f"{name} ({where}): {what}")
+            if not _same_bits(first[name], second[name]):
+                faults.append(f"{name} ({where}): two runs differ")
+            known = worst.get(name)
+            if known is None or not rms / limit <= known.rms / known.limit:
+                worst[name] = Error(rms, maximum, limit)
+    families = tuple(q.family.name.lower() for q in exam.questions)
+    return Certificate(tuple(worst.items()), families, tuple(faults))
+
+
+def examine(
+    declaration: Declaration,
+    engine: EngineName,
+    config: Configuration,
+    dims: Dims,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Certificate:
+    """The certificate of one configuration of an engine."""
+    return certify(prepare(declaration, dims, dtype, device), Under(engine, config))
+
+
+def _answers(question: Question, runs: Runs) -> dict[str, Tensor]:
+    call = question.call
+    o, finals = runs.forward(call)
+    grads, dinitials = runs.backward(call, question.do, question.dfinals)
+    return _named(call, o, finals, grads, dinitials)
+
+
+def _named(
+    call: Call,
+    o: Tensor,
+    finals: Sequence[Tensor],
+    grads: Mapping[str, Tensor],
+    dinitials: Sequence[Tensor | None],
+) -> dict[str, Tensor]:
+    """By name; what is in the call's own dtypes and shapes, on the CPU."""
+    names = [s.name for s in call.form.states]
+    named: dict[str, Tensor | None] = {"o": o}
+    named |= {f"final {n}": x for n, x in zip(names, finals, strict=True)}
+    named |= {f"d {n}": x for n, x in grads.items()}
+    named |= {f"d initial {n}": x for n, x in zip(names, dinitials, strict=True)}
+    return {n: x.detach().cpu() for n, x in named.items() if x is not None}
+
+
+def _expected(call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+    def leaf(x: Tensor) -> Tensor:
+        return x.detach().cpu().double().requires_grad_()
+
+    operands = {n: leaf(x) for n, x in call.operands.items()}
+    initial = tuple(None if x is None else leaf(x) for x in call.initial)
+    cu = None if call.cu_seqlens is None else call.cu_seqlens.cpu()
+    o, finals = oracle.run(call.step, operands, call.params, initial, cu)
+    leaves = [*operands.values(), *(x for x in initial if x is not None)]
+    cotangents = [x.cpu().double() for x in (do, *dfinals) if x is not None]
+    taken = torch.autograd.grad([o, *finals], leaves, cotangents, materialize_grads=True)
+    grads = dict(zip(operands, taken, strict=False))
+    rest = iter(taken[len(operands) :])
+    dinitials = [None if x is None else next(rest) for x in initial]
+    return _named(call, o, finals, grads, dinitials)
+
+
+def _limit(name: str, family: Family, dtype: torch.dtype, small: frozenset[str]) -> float:
+    tolerance = FLOAT32_HARD if dtype is torch.float32 else BY_DTYPE[dtype]
+    allowed = _allowed(name, tolerance, small)
+    return allowed * _HARD_HALF if family is Family.HARD and dtype.itemsize == 2 else allowed
+
+
+def _allowed(name: str, tolerance: Tolerance, small: frozenset[str]) -> float:
+    if not name.startswith("d "):
+        return tolerance.outputs
+    return tolerance.gates if name.removeprefix("d ") in small else tolerance.gradients
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+class _Filled(TorchDispatchMode):
+    """New tensors of floats are full of one byte, not of what memory happens to hold."""
+
+    def __init__(self, byte: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
+        self._byte = byte
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _NEW and out.is_floating_point():
+            out.untyped_storage().fill_(self._byte)
+        return out
+
+
+_NEW = frozenset(
+    (
+        torch.ops.aten.empty.memory_format,
+        torch.ops.aten.empty_strided.default,
+        torch.ops.aten.empty_like.default,
+        torch.ops.aten.new_empty.default,
+        torch.ops.aten.new_empty_strided.default,
+    )
+)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The token loop runs on small tensors: more threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,1 @@
+"""Kernels as torch operations, for any device and float dtype."""

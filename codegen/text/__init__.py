@@ -1,0 +1,1 @@
+"""Chunks, kernels and their costs as text."""

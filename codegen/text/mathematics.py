@@ -1,0 +1,399 @@
+"""TileIR as mathematics: one assignment a line, axes as indices, for `explain` and for debugging.
+
+`x[i,j] = Σ_k q[i,k]·k[j,k]` is a product; i and j run over the n tokens of a chunk, k and v over
+the channels; `[i > j]` is 1 where it holds and 0 elsewhere. Marks say what planning goes by:
+[s] depends on what the scan carries, [n] is needed by what it carries next. Floors of log-decays
+and what is flushed to 0 are not shown: they change no number that float32 can hold.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+
+from ...dsl.ir import Op
+from .. import tile
+from ..chunk import Body, Carried
+from ..differentiate import GRADIENT, Adjoint
+from ..expressions import Names, identifier
+from ..plan import Kernel, Loop, Program
+from ..tile import Axes, Axis, Tile, TileOp, Which
+
+_INFIX = {Op.ADD: " + ", Op.SUB: " − ", Op.MUL: "·", Op.DIV: "/"}
+_COMPARISON = {Which.LOWER: "≥", Which.STRICT: ">", Which.DIAGONAL: "="}
+_LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM, TileOp.CARRY)
+_ALIASES = (TileOp.RENAME, TileOp.EXPAND, TileOp.FLOOR, TileOp.FLUSH)
+_ELEMENTWISE = (TileOp.MAP, TileOp.STEP, TileOp.ROWS, TileOp.PHASE, TileOp.MASK)
+_SUMS = (TileOp.DOT, TileOp.SUM)
+_NEVER_ASSIGNED = (*_ALIASES, TileOp.CONST, TileOp.EXTENT)
+_LONGEST = 58  # an inlined expression longer than this is hard to read
+_WRAP = 96
+_LETTERS = {axis: axis.value for axis in Axis}
+
+# how tightly an expression binds: sums, sums over an axis, products, everything else
+_SUM, _BIG_SUM, _PRODUCT, _ATOM = range(4)
+_Text = tuple[str, int]
+_Letters = Mapping[Axis, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """An assignment: `value` is None where the left side names a leaf (a value stored as it is)."""
+
+    tile: Tile
+    left: str
+    right: str
+
+
+class _Printer:
+    """Names the tiles below `roots`, inlines what is used once, and prints the rest as lines.
+
+    `named` are leaves besides the operands: what an earlier kernel stored, by its buffer's name.
+    Outputs keep their names; the ends of carries are called like them, with `_next`.
+    """
+
+    def __init__(
+        self,
+        outputs: Iterable[tuple[str, Tile]],
+        carried: Iterable[Carried],
+        named: Mapping[Tile, str],
+    ) -> None:
+        ends = [(f"{c.name}_next", c.end) for c in carried]
+        wanted = {_shown(t): n.removesuffix("_chunk") for n, t in (*outputs, *ends)}
+        self._roots = list(wanted)
+        self._order = tile.topological(*self._roots, stop=frozenset(named))
+        self._names = Names(())
+        self.known: dict[Tile, str] = {}
+        for t in self._order:
+            if t in named:
+                self.known[t] = self._names.fresh(named[t].removesuffix("_chunk"))
+            elif t.op in _LEAVES:
+                self.known[t] = self._names.fresh(identifier(_leaf_name(t)))
+        self._wanted = {
+            t: self._names.fresh(name) for t, name in wanted.items() if t not in self.known
+        }
+        # operands, carries and stored tiles, in order of use
+        self.leaves = [t for t in self.known if t.op is not TileOp.PARAM]
+        self._uses: Counter[Tile] = Counter(self._roots)
+        self._users: dict[Tile, list[tuple[Tile, bool]]] = {}
+        for t in self._order:
+            if t not in self.known and t.op not in _ALIASES:
+                for a in t.args:
+                    shown = _shown(a, self.known)
+                    self._uses[shown] += 1
+                    self._users.setdefault(shown, []).append((t, _renames(a)))
+
+    def leaf(self, t: Tile) -> str:
+        """A leaf with its axes."""
+        return self._reference(self.known[t], t.axes, _LETTERS)
+
+    def lines(self) -> list[_Line]:
+        """The assignments, each before its uses."""
+        leaves = dict(self.known)
+        lines = []
+        for t in self._order:
+            if t in leaves or t.op in _NEVER_ASSIGNED or self._inlined(t):
+                continue
+            right, _ = self._expression(t, _LETTERS)
+            self.known[t] = self._wanted.get(t) or self._names.fresh(t.hint or "x")
+            lines.append(_Line(t, self.leaf(t), right))
+        return lines
+
+    def name(self, t: Tile) -> str:
+        """A root: the name it was given, or the number it is."""
+        t = _shown(t, self.known)
+        return self.known[t] if t in self.known else self._text(t, _LETTERS)[0]
+
+    def _inlined(self, t: Tile) -> bool:
+        if self._uses[t] > 1 or t in self._roots:
+            return False
+        ((user, _),) = self._users[t]
+        if user.op is TileOp.INVERSE:  # of a matrix with a name
+            return False
+        if t.op in _SUMS and self._clashes(t):
+            return False
+        if t.op not in (*_ELEMENTWISE, *_SUMS):
+            return False
+        return len(self._expression(t, _LETTERS)[0]) <= _LONGEST
+
+    def _clashes(self, t: Tile) -> bool:
+        """Whether the index that `t` sums over might meet itself in the expression around it."""
+        bound = set(_bound(t))
+        while self._uses[t] == 1 and t not in self._roots:
+            ((user, renamed),) = self._users[t]
+            if user.op not in _ELEMENTWISE:
+                return True
+            if renamed or bound & set(user.axes):
+                return True
+            t = user
+        return False
+
+    # ---- expressions -----------------------------------------------------------------------------
+
+    def _text(self, x: Tile, letters: _Letters) -> _Text:
+        while x.op in _ALIASES and x not in self.known:
+            if x.op is TileOp.RENAME:
+                (to,) = x.attrs
+                source = Axis.I if to is Axis.J else Axis.J
+                assert isinstance(to, Axis)
+                letters = {**letters, source: letters[to]}
+            (x,) = x.args
+        if x in self.known:
+            return self._reference(self.known[x], x.axes, letters), _ATOM
+        if x.op is TileOp.CONST:
+            text = f"{x.value:g}"
+            return (text, _ATOM) if x.value >= 0 else (f"−{text[1:]}", _SUM)
+        if x.op is TileOp.EXTENT:
+            (axis,) = x.attrs
+            assert isinstance(axis, Axis)
+            return axis.value.upper(), _ATOM
+        return self._expression(x, letters)
+
+    def _reference(self, name: str, axes: Axes, letters: _Letters) -> str:
+        return f"{name}[{','.join(letters[a] for a in axes)}]" if axes else name
+
+    def _expression(self, x: Tile, letters: _Letters) -> _Text:
+        if x.op is TileOp.MAP:
+            return self._map(x, letters)
+        if x.op is TileOp.STEP:
+            return f"step({self._text(x.args[0], letters)[0]})", _ATOM
+        if x.op is TileOp.ROWS:
+            return self._where(f"{letters[Axis.I]} < n", x.args[0], letters)
+        if x.op is TileOp.PHASE:
+            micro_step, count = x.attrs
+            condition = f"{letters[Axis.I]} mod {count} = {micro_step}"
+            return self._where(condition, x.args[0], letters)
+        if x.op is TileOp.MASK:
+            return self._where(_condition(x), x.args[0], letters)
+        if x.op is TileOp.CUMSUM:
+            return self._cumsum(x, letters)
+        if x.op is TileOp.DECAY:
+            (g,) = x.args
+            inner = self._wrapped(g, _PRODUCT, {**letters, Axis.I: "t"})
+            last = "<" if x.attrs[-1] else "≤"
+            span = f"{letters[Axis.J]}<t{last}{letters[Axis.I]}"
+            return f"exp(Σ_{{{span}}} {inner}) [{_condition(x)}]", _PRODUCT
+        if x.op is TileOp.DECAYED_CROSSING:
+            late = {**letters, Axis.I: "t"}
+            factors = "·".join(self._wrapped(a, _PRODUCT, late) for a in x.args[:3])
+            p, q = (self._text(a, late)[0] for a in x.args[-3:-1])
+            last = ">" if x.attrs[-1] else "≥"
+            span = f"t{last}{letters[Axis.I]}>j"
+            return f"Σ_{{{span}}} {factors}·exp({p} − {q})", _BIG_SUM
+        if x.op is TileOp.INVERSE:
+            (lower,) = x.args
+            return f"(1 + {self.name(lower)})⁻¹[{letters[Axis.I]},{letters[Axis.J]}]", _ATOM
+        over = ",".join(letters[a] for a in _bound(x))
+        over = f"{{{over}}}" if "," in over else over
+        return f"Σ_{over} {self._summand(x, letters)}", _BIG_SUM
+
+    def _summand(self, x: Tile, letters: _Letters) -> str:
+        if x.op in (TileOp.SUM, TileOp.DOT):
+            return "·".join(self._wrapped(a, _PRODUCT, letters) for a in x.args)
+        assert x.op in (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY), f"no text for {x.op.name}"
+        first, second = (self._wrapped(a, _PRODUCT, letters) for a in x.args[:2])
+        p, q = (self._text(a, letters)[0] for a in x.args[2:4])
+        return f"{first}·{second}·exp({p} − {q}) [i > j]"
+
+    def _map(self, x: Tile, letters: _Letters) -> _Text:
+        (fn,) = x.attrs
+        assert isinstance(fn, Op)
+        if fn in (Op.ADD, Op.SUB):
+            left = self._text(x.args[0], letters)[0]
+            right, level = self._text(x.args[1], letters)
+            if fn is Op.ADD and right.startswith("−"):
+                return f"{left} − {right[1:]}", _SUM
+            if level is _SUM and (fn is Op.SUB or right.startswith("−")):
+                right = f"({right})"
+            return f"{left}{_INFIX[fn]}{right}", _SUM
+        if fn in (Op.MUL, Op.DIV):
+            left = self._wrapped(x.args[0], _PRODUCT, letters)
+            right = self._wrapped(x.args[1], _ATOM if fn is Op.DIV else _PRODUCT, letters)
+            return f"{left}{_INFIX[fn]}{right}", _PRODUCT
+        if fn is Op.NEG:
+            return f"−{self._wrapped(x.args[0], _PRODUCT, letters)}", _SUM
+        args = ", ".join(self._text(a, letters)[0] for a in x.args)
+        return f"{fn.name.lower()}({args})", _ATOM
+
+    def _wrapped(self, x: Tile, least: int, letters: _Letters) -> str:
+        text, level = self._text(x, letters)
+        return text if level >= least else f"({text})"
+
+    def _where(self, condition: str, x: Tile, letters: _Letters) -> _Text:
+        return f"{self._wrapped(x, _PRODUCT, letters)} [{condition}]", _PRODUCT
+
+    def _cumsum(self, x: Tile, letters: _Letters) -> _Text:
+        reverse, exclusive = x.attrs
+        sign = {(False, False): "≤", (False, True): "<", (True, False): "≥", (True, True): ">"}
+        bound = f"t{sign[bool(reverse), bool(exclusive)]}{letters[Axis.I]}"
+        inner = self._wrapped(x.args[0], _PRODUCT, {**letters, Axis.I: "t"})
+        return f"Σ_{{{bound}}} {inner}", _BIG_SUM
+
+
+def _shown(x: Tile, known: Container[Tile] = ()) -> Tile:
+    """The tile whose numbers are those of `x`, for a reader; what is `known` has a name."""
+    while x.op in _ALIASES and x not in known:
+        (x,) = x.args
+    return x
+
+
+def _bound(x: Tile) -> Axes:
+    """The axes that `x` sums over."""
+    if x.op is TileOp.SUM:
+        (axes,) = x.attrs
+        assert isinstance(axes, tuple)
+        return axes
+    if x.op is TileOp.DOT:
+        (axis,) = x.attrs
+        assert isinstance(axis, Axis)
+        return (axis,)
+    if x.op is TileOp.DECAYED_APPLY:
+        return (Axis.J,) if x.attrs[0] is Axis.I else (Axis.I,)
+    return (Axis.K,)
+
+
+def _condition(x: Tile) -> str:
+    which = x.attrs[0]
+    assert isinstance(which, Which)
+    return f"i {_COMPARISON[which]} j"
+
+
+def _renames(x: Tile) -> bool:
+    while x.op in _ALIASES:
+        if x.op is TileOp.RENAME:
+            return True
+        (x,) = x.args
+    return False
+
+
+def _leaf_name(t: Tile) -> str:
+    name, *micro = t.attrs
+    return str(name) if not micro or micro[0] is None else f"{name}_{micro[0]}"
+
+
+# ---- pages ---------------------------------------------------------------------------------------
+
+
+def print_body(body: Body) -> str:
+    """The chunk of a recurrence: its assignments in order, with their marks."""
+    printer = _Printer(body.outputs, body.carried, {})
+    lines = printer.lines()
+    starts = frozenset(c.start for c in body.carried)
+    head = [
+        f"carries  {', '.join(printer.leaf(c.start) for c in body.carried)}",
+        f"reads    {_operands(printer, starts)}",
+    ]
+    marked = _marked(lines, starts, body.carried)
+    notes = _ends(printer, body.outputs, body.carried)
+    return "\n".join(head + _aligned(lines, marked, notes))
+
+
+def print_adjoint(adjoint: Adjoint) -> str:
+    """The chunk of the reversed scan: what is recomputed first, then what carries a gradient."""
+    printer = _Printer(adjoint.outputs, adjoint.carried, {})
+    lines = printer.lines()
+    starts = frozenset(c.start for c in adjoint.carried)
+    saved = frozenset(adjoint.saved)
+    incoming = starts | {t for t in printer.leaves if _is_gradient(t)}
+    dependent = _dependent([x.tile for x in lines], incoming)
+    again = [x for x in lines if x.tile not in dependent]
+    rest = [x for x in lines if x.tile in dependent]
+    carries = ", ".join(printer.leaf(c.start) for c in adjoint.carried)
+    head = [
+        f"carries  {carries}, from the last chunk to the first",
+        f"reads    {_operands(printer, starts | saved)}",
+        f"saved    {', '.join(printer.leaf(t) for t in printer.leaves if t in saved)}",
+    ]
+    marked = _marked(lines, starts, adjoint.carried)
+    notes = _ends(printer, adjoint.outputs, adjoint.carried)
+    pages = ["recomputed", *_aligned(again, marked, {})] if again else []
+    pages += ["gradients", *_aligned(rest, marked, notes)]
+    return "\n".join(head + pages)
+
+
+def print_program(program: Program) -> str:
+    """The kernels of a plan: what each reads, computes and stores."""
+    return "\n\n".join(print_kernel(k) for k in program.kernels)
+
+
+def print_kernel(kernel: Kernel) -> str:
+    """One kernel: what it reads, computes and stores."""
+    printer = _Printer(kernel.stores, kernel.carried, kernel.buffers)
+    lines = printer.lines()
+    starts = frozenset(c.start for c in kernel.carried)
+    buffers = kernel.buffers
+    head = [f"{kernel.name}: {kernel.loop.value}{' of a segment' if kernel.segments else ''}"]
+    if kernel.loop is not Loop.PARALLEL:
+        head.append(f"  carries  {', '.join(printer.leaf(c.start) for c in kernel.carried)}")
+    operands = [t for t in printer.leaves if t not in starts and t not in buffers]
+    head.append(f"  reads    {' '.join(printer.leaf(t) for t in operands)}")
+    if kernel.segments is not None:
+        head.append(f"  starts   {kernel.segments.start.value}")
+    if buffers:
+        loads = (printer.leaf(t) for t in printer.leaves if t in buffers)
+        head.append(f"  loads    {' '.join(loads)}")
+    notes = _ends(printer, kernel.stores, kernel.carried, "stored")
+    stored = [name for name, t in kernel.stores if _shown(t) in (*starts, *buffers)]
+    head += [f"  stores   {name.removesuffix('_chunk')}, as each chunk begins" for name in stored]
+    if kernel.segments is not None and kernel.segments.ends:
+        head.append(f"  stores   {', '.join(c.name for c in kernel.carried)}, as the segment ends")
+    return "\n".join(head + _aligned(lines, {}, notes))
+
+
+def _operands(printer: _Printer, starts: frozenset[Tile]) -> str:
+    return " ".join(printer.leaf(t) for t in printer.leaves if t not in starts)
+
+
+def _is_gradient(t: Tile) -> bool:
+    return t.op in (TileOp.TOKEN, TileOp.CARRY) and str(t.attrs[0]).startswith(GRADIENT)
+
+
+def _ends(
+    printer: _Printer,
+    outputs: Iterable[tuple[str, Tile]],
+    carried: Iterable[Carried],
+    verb: str = "output",
+) -> dict[Tile, str]:
+    """Where a value goes, by tile: out, or into the next carry."""
+    notes: dict[Tile, str] = {}
+    for name, t in outputs:
+        shown = name.removesuffix("_chunk")
+        given = "" if shown == printer.name(t) else f" {shown}"
+        notes[_shown(t)] = f"→ {verb}{given}"
+    for c in carried:
+        before = notes.get(_shown(c.end), "")
+        notes[_shown(c.end)] = f"{before} → next {c.name}".strip()
+    return notes
+
+
+def _marked(
+    lines: list[_Line], starts: frozenset[Tile], carried: tuple[Carried, ...]
+) -> dict[Tile, str]:
+    dependent = _dependent([x.tile for x in lines], starts)
+    needed = set(tile.topological(*(c.end for c in carried)))
+    return {
+        x.tile: ("[s]" if x.tile in dependent else "   ") + ("[n]" if x.tile in needed else "   ")
+        for x in lines
+    }
+
+
+def _dependent(tiles: list[Tile], on: frozenset[Tile]) -> set[Tile]:
+    found = set(on)
+    for t in tile.topological(*tiles):
+        if any(a in found for a in t.args):
+            found.add(t)
+    return found
+
+
+def _aligned(lines: list[_Line], marks: Mapping[Tile, str], notes: Mapping[Tile, str]) -> list[str]:
+    left = max((len(x.left) for x in lines), default=0)
+    right = min(max((len(x.right) for x in lines), default=0), 60)
+    printed = []
+    for x in lines:
+        tail = f"{marks.get(x.tile, '')} {notes.get(x.tile, '')}".rstrip()
+        text = f"  {x.left:<{left}} = {x.right:<{right}}"
+        if tail and len(text) + len(tail) + 2 > _WRAP:
+            text = text.rstrip()
+        printed.append(f"{text}  {tail}".rstrip() if tail else text.rstrip())
+    return printed

@@ -1,0 +1,71 @@
+"""What was compiled of a recurrence, as text: its chunk form, its kernels, what they cost."""
+
+from __future__ import annotations
+
+from ...dsl.normal_form import NormalForm
+from ..config import Dims
+from ..interface import Dtype
+from ..plan import Plan, Program
+from ..triton.defaults import default_config
+from ..triton.emit import backward_program, chunk_adjoint, chunk_body, forward_program
+from .mathematics import print_body
+
+_DIMS = Dims(128, 128)
+
+
+def chunk_form(form: NormalForm) -> str:
+    """The chunk as mathematics. Raises NotLowered for a form that has no chunk form yet."""
+    text = print_body(chunk_body(form))
+    return "\n".join(["chunkwise form", *(f"  {line}" for line in text.splitlines())])
+
+
+def costs(form: NormalForm, dims: Dims = _DIMS, dtype: Dtype = Dtype.BFLOAT16) -> str:
+    """The kernels of the default plans with FLOPs and bytes per token and value head."""
+    from .. import cost  # SymPy takes half a second to import
+
+    config = default_config(chunk_body(form), dims, wide_dtype=dtype is Dtype.FLOAT32)
+    rows = [("", "FLOPs of products", "", "bytes moved", "")]
+
+    def number(expression: cost.Expr) -> str:
+        return f"{cost.evaluate(expression, config.chunk, dims):,.0f}"
+
+    def row(label: str, products: cost.Expr, moved: cost.Expr) -> None:
+        flops = ("", "") if products is None else (cost.readable(products), number(products))
+        rows.append((label, *flops, cost.readable(moved), number(moved)))
+
+    def direction(name: str, plan: Plan, program: Program, floor: cost.Expr) -> None:
+        rows.append((f"{name} ({plan.label})", "", "", "", ""))
+        for kernel in program.kernels:
+            spent = cost.kernel_cost(kernel, dtype)
+            row(f"  {kernel.name.removeprefix(f'{name}_')}", spent.products, spent.moved)
+        whole = cost.program_cost(program, dtype)
+        row("  together", whole.products, whole.moved)
+        row("  compulsory", None, floor)
+
+    forward, backward = config.forward, config.backward
+    direction(
+        "forward",
+        forward,
+        forward_program(form, forward),
+        cost.compulsory_bytes(chunk_body(form), dtype),
+    )
+    direction(
+        "backward",
+        backward,
+        backward_program(form, backward),
+        cost.compulsory_bytes(chunk_adjoint(form), dtype),
+    )
+    title = (
+        f"kernels by default, per token and value head; numbers for K={dims.K}, V={dims.V}, "
+        f"C={config.chunk}, ℓ=log2 C={config.chunk.bit_length() - 1}, {dtype.value}"
+    )
+    return "\n".join([title, *_table(rows)])
+
+
+def _table(rows: list[tuple[str, str, str, str, str]]) -> list[str]:
+    widths = [max(len(r[n]) for r in rows if r[1] or r[3]) for n in range(5)]
+    lines = []
+    for label, flops, f, moved, b in rows:
+        text = f"  {label:<{widths[0]}}  {flops:<{widths[1]}} {f:>{widths[2]}}"
+        lines.append(f"{text}   {moved:<{widths[3]}} {b:>{widths[4]}}".rstrip())
+    return lines

@@ -1,0 +1,1 @@
+"""Kernels as TVM's TIR, for CPUs."""

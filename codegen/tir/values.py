@@ -1,0 +1,131 @@
+"""Elementwise TileIR as TIR expressions: the value of a tile at a point, or in a vector from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tvm import tirx
+from tvm.tirx import Expr
+
+from ...dsl.ir import Op
+from ..tile import Axis, Tile, TileOp, Which
+from .code import Index, broadcast, int32, number, ramp
+from .frame import Frame
+from .math import Math
+from .schedule import Region
+
+Point = Mapping[Axis, Index]
+_OTHER = {Axis.I: Axis.J, Axis.J: Axis.I}
+
+
+class Values:
+    """Values at points. `along`: the axis of vectors, None for single numbers.
+
+    `known`: values of products at the point, where a statement computes them itself.
+    """
+
+    def __init__(
+        self, frame: Frame, along: Axis | None, known: Mapping[Tile, Expr] | None = None
+    ) -> None:
+        self._frame = frame
+        self._along = along
+        self._lanes = 1 if along is None else frame.lanes
+        self._known = known or {}
+        self._math = Math(self._lanes, frame.code.bind)
+
+    def at(self, t: Tile, point: Point) -> Expr:
+        """`t` at `point`."""
+        if t in self._known:
+            return self._known[t]
+        if t.op is TileOp.EXPAND:
+            return self.at(t.args[0], point)
+        if t.op is TileOp.RENAME:
+            return self._renamed(t, point)
+        if t in self._frame.schedule.regions:
+            return self.region(Region(t), point)
+        return self.computed(t, point)
+
+    def computed(self, t: Tile, point: Point) -> Expr:
+        """`t` at `point` from what it is made of, though it may have a region."""
+        if t in self._known:
+            return self._known[t]
+        if t.op is TileOp.CONST:
+            return number(t.value, self._lanes)
+        if t.op is TileOp.EXTENT:
+            (axis,) = t.attrs
+            assert isinstance(axis, Axis)
+            return number(self._frame.shapes.extent(axis), self._lanes)
+        if t.op is TileOp.PARAM:
+            return broadcast(self._frame.params[str(t.attrs[0])], self._lanes)
+        if t.op is TileOp.MAP:
+            (fn,) = t.attrs
+            assert isinstance(fn, Op)
+            return self._math.apply(fn, [self.at(a, point) for a in t.args])
+        return self._selected(t, point)
+
+    def region(self, region: Region, point: Point) -> Expr:
+        """What lies in scratch at `point`: a vector, or one number in every lane."""
+        axes = self._frame.places[region].axes
+        if self._along in axes:
+            assert axes[-1] is self._along, "vectors lie along the last axis of a region"
+            return self._frame.read(region, point, self._lanes)
+        return broadcast(self._frame.read(region, point, 1), self._lanes)
+
+    def _renamed(self, t: Tile, point: Point) -> Expr:
+        (to,) = t.attrs
+        assert isinstance(to, Axis)
+        source = _OTHER[to]
+        point = {**point, source: point[to]}
+        if self._along is source:  # one number of `t` for all lanes
+            single = Values(self._frame, None, self._known).at(t.args[0], point)
+            return broadcast(single, self._lanes)
+        inner = Values(self._frame, source if self._along is to else self._along, self._known)
+        return inner.at(t.args[0], point)
+
+    def _index(self, axis: Axis, point: Point) -> Expr:
+        """The place along `axis`, for each lane."""
+        if axis is self._along:
+            return ramp(point[axis], self._lanes)
+        return broadcast(int32(point[axis]), self._lanes)
+
+    def _selected(self, t: Tile, point: Point) -> Expr:
+        zero = number(0.0, self._lanes)
+        x = self.at(t.args[0], point)
+        if t.op is TileOp.FLOOR:
+            (least,) = t.attrs
+            assert isinstance(least, float)
+            return self._math.most(self._frame.code.bind("x", x), least)
+        if t.op is TileOp.FLUSH:
+            (least,) = t.attrs
+            assert isinstance(least, float)
+            return self.flushed(x, least)
+        if t.op is TileOp.STEP:
+            return tirx.Select(x > zero, number(1.0, self._lanes), zero)
+        if t.op is TileOp.MASK:
+            return tirx.Select(self._within(t, point), x, zero)
+        row = self._index(Axis.I, point)
+        if t.op is TileOp.ROWS:
+            return tirx.Select(row < broadcast(self._frame.valid, self._lanes), x, zero)
+        assert t.op is TileOp.PHASE, f"no expression for {t.op.name}"
+        micro_step, count = t.attrs
+        place = row + broadcast(self._frame.first, self._lanes)
+        place = tirx.truncmod(place, number(int(str(count)), self._lanes, "int32"))
+        wanted = number(int(str(micro_step)), self._lanes, "int32")
+        return tirx.Select(tirx.EQ(place, wanted), x, zero)
+
+    def _within(self, t: Tile, point: Point) -> Expr:
+        (which,) = t.attrs
+        i, j = self._index(Axis.I, point), self._index(Axis.J, point)
+        if which is Which.DIAGONAL:
+            return tirx.EQ(i, j)
+        return i > j if which is Which.STRICT else i >= j
+
+    def flushed(self, x: Expr, least: float) -> Expr:
+        """`x`, but 0 where it is smaller than `least`; NaN stays."""
+        x = self._frame.code.bind("x", x)
+        small = x < number(least, self._lanes)
+        return tirx.Select(small, number(0.0, self._lanes), x)
+
+    def exponential(self, x: Expr) -> Expr:
+        """e^x for x <= 0."""
+        return self._math.decayed(self._frame.code.bind("d", x))

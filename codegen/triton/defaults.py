@@ -1,0 +1,111 @@
+"""The configuration used where nothing was tuned: rules over the graph, dimensions and dtype.
+
+The rules come from sweeps on an H100 (docs/measured.md); a tuner replaces them by measurement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .. import tile
+from ..chunk import Body
+from ..config import Config, Dims, KernelConfig, padded
+from ..plan import Hoist, Kernel, Plan, sums_over
+from ..tile import Axis, TileOp
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What of a chunk decides its kernels' shapes."""
+
+    gated: bool
+    vector_gated: bool
+    solves: bool
+
+
+def features(body: Body) -> Features:
+    """Read the features off the graph of `body`."""
+    tiles = tile.topological(*(c.end for c in body.carried), *(t for _, t in body.outputs))
+    ops = {t.op for t in tiles}
+    return Features(
+        gated=TileOp.CUMSUM in ops,
+        vector_gated=TileOp.DECAYED_DOT in ops,
+        solves=TileOp.INVERSE in ops,
+    )
+
+
+def default_config(body: Body, dims: Dims, *, wide_dtype: bool) -> Config:
+    """A configuration that is right everywhere and good on an H100.
+
+    `wide_dtype`: products of float32.
+    """
+    f = features(body)
+    hoist = Hoist.ALL if f.gated or f.solves else Hoist.NOTHING
+    widest = max(padded(dims.K), padded(dims.V))
+    # what holds too many float32 tiles at once is cut where it can be (docs/decisions.md, 12)
+    apart = f.vector_gated or wide_dtype or (f.solves and widest > 128)
+    forward = Plan(hoist, outputs_in_scan=True, norms_apart=apart)
+    backward = Plan(hoist, values_apart=apart, sums_apart=apart, norms_apart=apart)
+    if wide_dtype or widest > 128:
+        # with 32 rows, wide kernels of half precision took up to twelve times as long as with 64
+        short = widest > 64 if wide_dtype else f.vector_gated
+        return _cautious(forward, backward, widest, 32 if short else 64)
+    if f.vector_gated:
+        return _vector_gated(forward, backward)
+    # a delta step does more in sequence: more and smaller programs hide more of it
+    narrow = widest <= 64
+    scan = KernelConfig(32, 4, 3 if narrow else 2) if f.solves else KernelConfig(64, 4, 3)
+    if narrow:
+        gradients = KernelConfig(16 if f.solves else 32, 4, 4)
+    elif f.solves or f.gated:
+        gradients = KernelConfig(64, 8, 3)
+    else:
+        gradients = KernelConfig(32, 4, 2)
+    kernels = [
+        ("forward_prep", KernelConfig(64, 4, 1)),
+        ("backward_prep", KernelConfig(64, 4, 1)),
+        ("backward_gradients", gradients),
+    ]
+    if f.solves and not narrow:
+        kernels.append(("backward_reverse", KernelConfig(64, 8, 3)))
+    return Config(64, forward, backward, scan, tuple(kernels))
+
+
+def token_config(kernel: Kernel, dims: Dims) -> Config:
+    """For a kernel that takes one token at a time: many programs, each with few columns of a state.
+
+    A warp then holds 32 numbers a thread; where sums over the value axis need all of its columns,
+    eight warps do.
+    """
+    whole = any(sums_over(t, Axis.V) for t in kernel.order)
+    tile = max(8, min(padded(dims.V), 512 // padded(dims.K)))
+    nothing = Plan(Hoist.NOTHING, outputs_in_scan=True)
+    return Config(1, nothing, nothing, KernelConfig(tile, 8 if whole else 1, 3))
+
+
+def _vector_gated(forward: Plan, backward: Plan) -> Config:
+    """Decayed products may take log2(C) passes over tiles: short chunks, few keys at a time."""
+    products = KernelConfig(64, 2, 1, k_tile=32)
+    kernels = (
+        ("forward_prep", products),
+        ("backward_prep", products),
+        ("backward_values", KernelConfig(64, 4, 2)),
+        ("backward_sums", KernelConfig(128, 8, 2)),
+        ("backward_gradients", KernelConfig(64, 4, 1, k_tile=32)),
+    )
+    return Config(32, forward, backward, KernelConfig(64, 4, 3), kernels)
+
+
+def _cautious(forward: Plan, backward: Plan, widest: int, chunk: int) -> Config:
+    """Small tiles, for states or dtypes that fill registers and shared memory quickly."""
+    v_tile = 32 if widest <= 128 else 16
+    prep = KernelConfig(64, 4, 1, k_tile=32)
+    parallel = KernelConfig(v_tile, 8, 1, k_tile=32)
+    kernels = (
+        ("forward_prep", prep),
+        ("backward_prep", prep),
+        ("backward_values", parallel),
+        ("backward_sums", parallel),
+        ("backward_gradients", parallel),
+    )
+    return Config(chunk, forward, backward, KernelConfig(v_tile, 4, 1), kernels)

@@ -1,0 +1,159 @@
+"""From a normal form to one readable file of Triton kernels, for given dimensions and plans."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+
+from ...dsl.normal_form import NormalForm
+from ...dsl.step import Step
+from ..chunk import Body, derive
+from ..config import Config, Dims
+from ..differentiate import Adjoint, differentiate
+from ..factor import factor_adjoint, factor_body
+from ..interface import Dtype, Signature, TritonKernel
+from ..plan import Plan, Program, plan_backward, plan_forward
+from ..segments import passages
+from ..token import token_kernel
+from . import library as triton_library
+from .defaults import token_config
+from .kernel import print_triton
+
+_WIDEST = 128  # channels of keys: a K x K matrix in float32 has to fit shared memory
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """The source of a module and the kernels in it, in the order in which they are launched."""
+
+    source: str
+    forward: tuple[TritonKernel, ...]
+    backward: tuple[TritonKernel, ...]
+
+    def buffers(self, kernel: TritonKernel) -> dict[str, Dtype]:
+        """The dtype of every buffer of the program that `kernel` belongs to."""
+        program = self.forward if kernel in self.forward else self.backward
+        return {b.name: b.dtype for k in program for b in k.stores}
+
+
+@lru_cache(maxsize=512)
+def chunk_body(form: NormalForm, *, reassociate: bool = False) -> Body:
+    """The chunk of `form`, derived; NotLowered outside the lowered classes."""
+    return derive(form, hoist_products=reassociate)
+
+
+@lru_cache(maxsize=512)
+def chunk_adjoint(form: NormalForm, *, reassociate: bool = False) -> Adjoint:
+    """The adjoint of the chunk of `form`."""
+    return differentiate(chunk_body(form, reassociate=reassociate))
+
+
+@lru_cache(maxsize=512)
+def forward_program(form: NormalForm, plan: Plan, *, segments: bool = False) -> Program:
+    """The kernels of the forward under `plan`; `segments`: of scans where `passing` allows it."""
+    body = factor_body(chunk_body(form, reassociate=plan.reassociate))
+    return plan_forward(body, plan, segments=segments)
+
+
+@lru_cache(maxsize=512)
+def backward_program(form: NormalForm, plan: Plan, *, segments: bool = False) -> Program:
+    """The kernels of the backward under `plan`; `segments`: of scans where `passing` allows it."""
+    body = factor_body(chunk_body(form, reassociate=plan.reassociate))
+    adjoint = factor_adjoint(chunk_adjoint(form, reassociate=plan.reassociate))
+    return plan_backward(body, adjoint, plan, segments=segments)
+
+
+class Passing(Enum):
+    """How states pass a segment of a sequence, where scans can run on segments."""
+
+    FADING = "scaled"
+    MATRIX = "multiplied by a matrix"
+
+
+@lru_cache(maxsize=512)
+def passing(form: NormalForm, dims: Dims) -> Passing | None:
+    """What it takes to run the scans of `form` on segments at once; None if they cannot."""
+    found = passages(factor_body(chunk_body(form)).carried)
+    if found is None:
+        return None
+    if not any(p is not None and p.matrix for p in found):
+        return Passing.FADING
+    return Passing.MATRIX if dims.K <= _WIDEST else None
+
+
+@lru_cache(maxsize=512)
+def emit(
+    form: NormalForm, signature: Signature, config: Config, *, segments: bool = False
+) -> Emitted:
+    """The Triton module of `form`; byte-identical for identical arguments.
+
+    `segments`: its scans run on segments of a sequence at once, which `passing` must allow.
+    """
+    forward, backward = (
+        tuple(print_triton(k, signature, config) for k in program.kernels)
+        for program in (
+            forward_program(form, config.forward, segments=segments),
+            backward_program(form, config.backward, segments=segments),
+        )
+    )
+    used: set[str] = set()
+    for kernel in (*forward, *backward):
+        used |= kernel.functions
+    parts = [_header(form, signature, config, segments=segments), triton_library.sources(used)]
+    parts += [k.source for k in (*forward, *backward)]
+    source = "\n\n".join(p.strip("\n") for p in parts if p) + "\n"
+    ast.parse(source)
+    return Emitted(source, forward, backward)
+
+
+@lru_cache(maxsize=512)
+def emit_token(step: Step, signature: Signature) -> Emitted:
+    """The Triton module of `step` one token at a time: a forward alone."""
+    form = token_kernel(step)
+    kernel = print_triton(form, signature, token_config(form, signature.dims))
+    dims, tiles = signature.dims, kernel.config
+    lines = [
+        f'"""{step.name}: one token at a time, generated. Step {step.digest}.',
+        "",
+        f"dimensions  K={dims.K} V={dims.V}, values in {signature.dtype.value}",
+        f"kernel      BV={tiles.v_tile} warps={tiles.warps} stages={tiles.stages}",
+        f"regenerate  chunkwise emit {step.name} --stage token {_options(signature)}",
+        '"""',
+        "",
+        "import triton",
+        "import triton.language as tl",
+    ]
+    parts = ["\n".join(lines), triton_library.sources(set(kernel.functions)), kernel.source]
+    source = "\n\n".join(p.strip("\n") for p in parts if p) + "\n"
+    ast.parse(source)
+    return Emitted(source, (kernel,), ())
+
+
+def _options(signature: Signature) -> str:
+    dims = signature.dims
+    return f"--dims K={dims.K},V={dims.V} --dtype {signature.dtype.value}"
+
+
+def _header(form: NormalForm, signature: Signature, config: Config, *, segments: bool) -> str:
+    dims = signature.dims
+    kernels = ", ".join(
+        f"{name}: BV={k.v_tile} warps={k.warps} stages={k.stages}" for name, k in config.kernels
+    )
+    k = config.default
+    lines = [
+        f'"""{form.name}: chunkwise kernels, generated. Normal form {form.digest}.',
+        "",
+        f"dimensions  K={dims.K} V={dims.V}, products in {signature.dtype.value}",
+        f"chunk       {config.chunk} tokens",
+        f"forward     {config.forward.label}",
+        f"backward    {config.backward.label}",
+        f"kernels     BV={k.v_tile} warps={k.warps} stages={k.stages}; {kernels}".rstrip("; "),
+        f"regenerate  chunkwise emit {form.name} {_options(signature)}{' --segments' * segments}",
+        '"""',
+        "",
+        "import triton",
+        "import triton.language as tl",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,157 @@
+"""What is exported, as data that every printer of the package reads; and how text is laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ...codegen.config import Config, Dims
+from ...codegen.interface import Dtype
+from ...codegen.triton.emit import Emitted
+from ...dsl.declaration import Declaration
+from ...dsl.ir import Kind, Per
+from ...dsl.normal_form import NormalForm, Operand, StateDecl
+from ..tuned.artifact import Certificate
+
+WIDTH = 92  # lines that are indented twice more stay within 100
+# what the printed modules call their own things
+RESERVED = (
+    *("batch", "chunk_offsets", "chunk_table", "chunks", "cu_seqlens", "device", "heads"),
+    *("kernels", "sequences", "shared", "support", "tokens", "torch", "C", "K", "V"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Kernels for one dtype and one pair of dimensions, and where their configuration is from."""
+
+    dtype: Dtype
+    dims: Dims
+    config: Config
+    source: str
+    emitted: Emitted
+    certificate: Certificate | None
+
+    @property
+    def suffix(self) -> str:
+        """Ends the names of its modules."""
+        return f"{self.dtype.value}_k{self.dims.K}_v{self.dims.V}"
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A recurrence with all kernels that are exported for it.
+
+    Attributes:
+        name: of the function that users call.
+        micro: how many micro-steps a token has.
+        command: what regenerates the package.
+        narrow: the operands that come in the dtype of products; the others are widened to float32.
+    """
+
+    name: str
+    declaration: Declaration
+    micro: int
+    command: str
+    narrow: frozenset[str]
+    served: tuple[Served, ...]
+
+    @property
+    def form(self) -> NormalForm:
+        return self.declaration.normal_form(self.micro)
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        return tuple(o.name for o in self.form.operands)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return tuple(s.name for s in self.form.states)
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return tuple(p.name for p in self.form.params)
+
+    @property
+    def keywords(self) -> list[str]:
+        """The run-time floats as keyword arguments, with their defaults."""
+        return [
+            p.name if p.default is None else f"{p.name}={p.default!r}" for p in self.form.params
+        ]
+
+    @property
+    def rows_per_token(self) -> int:
+        """How many rows of a kernel's tiles a token takes."""
+        return len(self.form.micro_steps)
+
+    @property
+    def lead(self) -> str:
+        """The operand whose dtype is that of the output: the first Value per token."""
+        values = [o for o in self.form.operands if o.kind is Kind.VALUE and o.per is Per.TOKEN]
+        return (values or list(self.form.operands))[0].name
+
+    def size(self, letter: str, variables: Mapping[str, str]) -> str:
+        """An expression for the size of an axis; `variables` by operand."""
+        for o in self.form.operands:
+            letters = axes(o)
+            if letter in letters:
+                return f"{variables[o.name]}.shape[{letters.index(letter)}]"
+        assert letter == "HV", "no operand has this axis"
+        heads = [f"{variables[o.name]}.shape[{axes(o).index('H')}]" for o in self.form.operands]
+        return f"max({', '.join(heads)})"
+
+    def header(self, what: str) -> list[str]:
+        """A module's docstring: what it is for, where it comes from, and how to print it anew."""
+        return [
+            f'"""{what}',
+            "",
+            f"Generated from the recurrence {self.form.name}, normal form {self.form.digest}.",
+            f"regenerate  {self.command}",
+            '"""',
+        ]
+
+
+def axes(o: Operand, micro_steps: int = 1) -> tuple[str, ...]:
+    """An operand's axes in letters; H stands for heads of Keys, which may divide the others."""
+    channels = {Kind.SCALAR: (), Kind.KEY: ("K",), Kind.VALUE: ("V",)}[o.kind]
+    if o.per is Per.HEAD:
+        return ("HV", *channels)
+    micro = (str(micro_steps),) if o.micro else ()
+    return ("B", "T", *micro, "H" if o.kind is Kind.KEY else "HV", *channels)
+
+
+def state_letters(state: StateDecl) -> tuple[str, ...]:
+    """A state's axes: `N HV K V`, or `N HV K`."""
+    return ("N", "HV", "K", "V") if state.kind is Kind.STATE else ("N", "HV", "K")
+
+
+def filled(parts: Iterable[str], indent: str = "", width: int = WIDTH) -> Iterator[str]:
+    """`parts` with commas, as many to a line as it holds."""
+    line = indent
+    for part in parts:
+        if line != indent and len(line) + len(part) + 1 > width:
+            yield line.rstrip()
+            line = indent
+        line += part + ", "
+    yield line.rstrip()
+
+
+def wrapped(start: str, parts: Sequence[str], end: str, indent: str = "") -> Iterator[str]:
+    """`start` + parts with commas + `end`: on one line, or on as many as they need."""
+    flat = indent + start + ", ".join(parts) + end
+    if len(flat) <= WIDTH:
+        yield flat
+        return
+    yield indent + start
+    yield from filled(parts, indent + "    ")
+    yield indent + end
+
+
+def module(*blocks: Iterable[str]) -> str:
+    """A Python module: its blocks, two blank lines apart."""
+    return "\n\n\n".join("\n".join(block).strip("\n") for block in blocks) + "\n"
+
+
+def indented(lines: Iterable[str], by: str = "    ") -> list[str]:
+    """`lines`, one level further in."""
+    return [f"{by}{line}" if line else "" for line in lines]

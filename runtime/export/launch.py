@@ -1,0 +1,313 @@
+"""Prints the launchers of an exported package: buffers, grids and arguments of one recurrence.
+
+What `schedule` works out for a call is written out here for all calls, sizes by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from ...codegen.differentiate import GRADIENT
+from ...codegen.expressions import Names
+from ...codegen.interface import Buffer, Dtype, Role, TritonKernel
+from ...codegen.plan import Loop
+from ...codegen.tile import Axis
+from ...dsl.ir import Kind, Per
+from ...dsl.normal_form import Operand
+from .contents import RESERVED, WIDTH, Package, Served, filled, indented, module, wrapped
+
+_CHUNKS = '''
+def _chunks(batch, tokens, heads, cu_seqlens):
+    """How many sequences and chunks there are, and the arguments that all kernels share."""
+    packed = cu_seqlens is not None
+    chunk_offsets = chunk_table = None
+    sequences, chunks = batch, batch * -(-tokens // C)
+    if packed:
+        chunk_offsets, chunk_table = support.chunk_table(cu_seqlens, tokens, C)
+        sequences, chunks = cu_seqlens.shape[0] - 1, chunk_table.shape[0]
+    shared = {
+        "cu_seqlens": cu_seqlens,
+        "chunk_offsets": chunk_offsets,
+        "chunk_table": chunk_table,
+        "TOKENS": tokens,
+        "chunks": -(-tokens // C),  # of a sequence that is not packed
+        "HV": heads,
+        "K": K,
+        "V": V,
+        "C": C,
+        "PACKED": packed,
+    }
+    return sequences, chunks, shared
+'''
+_STRIDES = {Role.STRIDE_BATCH: 0, Role.STRIDE_TOKEN: 1, Role.STRIDE_HEAD: 2}
+
+
+def print_launchers(package: Package, served: Served) -> str:
+    """The module that launches the kernels of `served`: `forward` and `backward`."""
+    dims = served.dims
+    what = (
+        f"Launches the kernels for K={dims.K}, V={dims.V}, {served.dtype.value}: "
+        f"chunks of {served.config.chunk} tokens."
+    )
+    imports = [
+        *package.header(what),
+        "",
+        "from __future__ import annotations",
+        "",
+        "import torch",
+        "",
+        f"from . import kernels_{served.suffix} as kernels",
+        "from . import support",
+    ]
+    constants = [f"K, V = {dims.K}, {dims.V}  # channels", f"C = {served.config.chunk}  # tokens"]
+    return module(
+        [*imports, "", *constants],
+        [_CHUNKS],
+        _Direction(package, served, backward=False).lines(),
+        _Direction(package, served, backward=True).lines(),
+    )
+
+
+class _Direction:
+    """One function, `forward` or `backward`, as lines."""
+
+    def __init__(self, package: Package, served: Served, *, backward: bool) -> None:
+        self._package, self._served, self._backward = package, served, backward
+        self._kernels = served.emitted.backward if backward else served.emitted.forward
+        self._operands = {o.name: o for o in package.form.operands}
+        self._names = Names(RESERVED)
+        self._known = {
+            name: self._names.fresh(name)
+            for name in (*package.operands, *package.states, *package.params)
+        }
+        self._cotangents = {
+            GRADIENT + name: self._names.fresh(GRADIENT + name)
+            for name in ("o", *package.states)
+            if backward
+        }
+        self._buffers: dict[str, str] = {}
+        self._finals: dict[str, str] = {}
+
+    def lines(self) -> list[str]:
+        """The function."""
+        launches = [line for kernel in self._kernels for line in self._launch(kernel)]
+        body = [
+            *self._prepared(),
+            "sequences, chunks, shared = _chunks(batch, tokens, heads, cu_seqlens)",
+            f"device = {self._lead}.device",
+            "",
+            f"with torch.cuda.device_of({self._lead}):",
+            *indented(launches),
+            *self._returned(),
+        ]
+        name = "backward" if self._backward else "forward"
+        states = [self._known[s] for s in self._package.states]
+        given = [self._known[o] for o in self._operands]
+        params = [self._known[p] for p in self._package.params]
+        arguments = [*given, *states, "cu_seqlens", *params, *self._cotangents.values()]
+        return [
+            *wrapped(f"def {name}(", arguments, "):"),
+            *indented([self._docstring(), *body]),
+        ]
+
+    @property
+    def _lead(self) -> str:
+        return self._known[self._package.lead]
+
+    def _docstring(self) -> str:
+        if self._backward:
+            return '"""Gradients of the operands, then of the initial states (None without one)."""'
+        return '"""The output `[B,T,HV,V]`, then the final states, float32."""'
+
+    # ---- what comes before the launches ---------------------------------------------------------
+
+    def _prepared(self) -> Iterator[str]:
+        """Operands as kernels take them: float32 but for the narrow ones, channels side by side."""
+        for name, o in self._operands.items():
+            x = self._known[name]
+            wide = "" if name in self._package.narrow else ".float()"
+            if o.per is Per.HEAD:
+                yield f"{x} = {x}{wide}.contiguous()"
+            elif o.kind is not Kind.SCALAR:
+                yield f"{x} = support.rows({x}{wide})"
+            elif wide:
+                yield f"{x} = {x}{wide}"
+        for state in self._package.states:
+            s = self._known[state]
+            yield f"{s} = None if {s} is None else {s}.contiguous()"
+        sizes = ", ".join(self._package.size(letter, self._known) for letter in ("B", "T", "HV"))
+        yield f"batch, tokens, heads = {sizes}"
+        n = self._package.rows_per_token
+        if n > 1 or any(o.micro for o in self._operands.values()):
+            yield from self._refined(n)
+
+    def _refined(self, n: int) -> Iterator[str]:
+        yield f"# kernels see rows: a token has {n}, one per micro-step"
+        for name, o in self._operands.items():
+            x = self._known[name]
+            if o.micro:
+                yield f"{x} = {self._entries(x, o, self._package.micro, n)}.flatten(1, 2)"
+            elif n > 1 and o.per is Per.TOKEN:
+                yield f"{x} = {x}.repeat_interleave({n}, dim=1)"
+        if n == 1:
+            return
+        yield f"tokens = {n} * tokens"
+        yield f"cu_seqlens = None if cu_seqlens is None else {n} * cu_seqlens"
+        if self._backward:
+            d_o = self._cotangents[GRADIENT + "o"]
+            yield f"{d_o} = torch.nn.functional.pad({d_o}.unsqueeze(2), (0, 0, 0, 0, {n - 1}, 0))"
+            yield f"{d_o} = {d_o}.flatten(1, 2)  # a token's output is that of its last row"
+
+    @staticmethod
+    def _entries(x: str, o: Operand, have: int, want: int) -> str:
+        """`x [B,T,have,...]` as `[B,T,want,...]`: no row reads the entries that differ."""
+        if have == want:
+            return x
+        channels = "0, 0, " * (1 if o.kind is Kind.SCALAR else 2)
+        return f"torch.nn.functional.pad({x}, ({channels}0, {want - have}))"
+
+    # ---- launches -------------------------------------------------------------------------------
+
+    def _launch(self, kernel: TritonKernel) -> Iterator[str]:
+        yield f"# {kernel.loop.value}"
+        for buffer in kernel.stores:
+            if buffer.name not in self._buffers:
+                yield self._allocate(buffer)
+        for p in kernel.parameters:
+            if p.role is Role.FINAL and p.of not in self._finals:
+                yield from self._final(p.of)
+        programs = "chunks" if kernel.loop is Loop.PARALLEL else "sequences"
+        tiles = f" * {kernel.v_programs}" if kernel.v_programs > 1 else ""
+        yield "support.launch("
+        yield f"    kernels.{kernel.name}, {programs} * heads{tiles}, {kernel.config.stages},"
+        for group in self._arguments(kernel):
+            yield from indented(filled(group, width=WIDTH - 4))
+        yield ")"
+        yield ""
+
+    def _allocate(self, buffer: Buffer) -> str:
+        carries = (*self._package.states, *(GRADIENT + s for s in self._package.states))
+        name = f"{buffer.name}_chunk" if buffer.name in carries else buffer.name
+        variable = self._buffers[buffer.name] = self._names.fresh(name)
+        operand = self._gradient_of(buffer)
+        if operand is not None and operand.kind is Kind.KEY and operand.per is Per.TOKEN:
+            return f"{variable} = support.key_gradient({self._known[operand.name]}, heads)"
+        shape, dtype, zeroed = self._layout(buffer, operand)
+        make = "zeros" if zeroed else "empty"
+        return (
+            f"{variable} = torch.{make}(({', '.join(shape)}), dtype=torch.{dtype.value}, "
+            "device=device)"
+        )
+
+    def _gradient_of(self, buffer: Buffer) -> Operand | None:
+        """The operand whose gradient a buffer is."""
+        if not buffer.name.startswith(GRADIENT):
+            return None
+        return self._operands.get(buffer.name.removeprefix(GRADIENT))
+
+    def _layout(self, buffer: Buffer, operand: Operand | None) -> tuple[list[str], Dtype, bool]:
+        """Shape, dtype, and whether programs leave parts of it unwritten."""
+        size = {Axis.K: "K", Axis.V: "V", Axis.I: "C", Axis.J: "C"}
+        times = [a for a in buffer.axes if a in (Axis.I, Axis.J)]
+        channels = [size[a] for a in buffer.axes if a not in times[:1]]
+        per_token, per_chunk = ["batch", "tokens", "heads"], ["chunks", "heads"]
+        if buffer.name == "o":
+            return [*per_token, *channels], self._served.dtype, False
+        if operand is not None and not times:  # partial sums, to be added up in order
+            return [*per_chunk, *channels], Dtype.FLOAT32, True
+        if operand is not None:
+            narrow = operand.name in self._package.narrow
+            dtype = self._served.dtype if narrow else Dtype.FLOAT32
+            return [*per_token, *channels], dtype, False
+        if times:
+            return [*per_token, *channels], buffer.dtype, False
+        return [*per_chunk, *reversed(channels)], buffer.dtype, False
+
+    def _final(self, carry: str) -> Iterator[str]:
+        """Where a scan leaves its last value; None where nobody asks for it."""
+        state = carry.removeprefix(GRADIENT) if carry not in self._package.states else carry
+        if self._backward and carry in self._package.states:
+            self._finals[carry] = "None"  # the states again, on the way to the gradients
+            return
+        variable = self._names.fresh(f"{carry}_first" if self._backward else f"{carry}_last")
+        self._finals[carry] = variable
+        kinds = {s.name: s.kind for s in self._package.form.states}
+        channels = "K, V" if kinds[state] is Kind.STATE else "K"
+        shape = f"(sequences, heads, {channels})"
+        make = f"torch.empty({shape}, dtype=torch.float32, device=device)"
+        if self._backward:
+            yield f"{variable} = None"
+            yield f"if {self._known[state]} is not None:"
+            yield f"    {variable} = {make}"
+        else:
+            yield f"{variable} = {make}"
+
+    def _arguments(self, kernel: TritonKernel) -> Iterator[list[str]]:
+        """Keyword arguments, those of one operand on a line of their own."""
+        of_operands: dict[str, list[str]] = {}
+        others: list[str] = []
+        for p in kernel.parameters:
+            if p.role in _STRIDES or p.role in (Role.OPERAND, Role.GROUP):
+                x = self._cotangents.get(p.of) or self._known[p.of]
+                text = x
+                if p.role in _STRIDES:
+                    text = f"{x}.stride({_STRIDES[p.role]})"
+                elif p.role is Role.GROUP:
+                    text = self._group(p.of, x)
+                of_operands.setdefault(p.of, []).append(f"{p.name}={text}")
+            else:
+                others.append(f"{p.name}={self._argument(p.role, p.of)}")
+        yield from of_operands.values()
+        if others:
+            yield others
+        tiles = dict(kernel.constants)
+        launch = [f"{name}={tiles[name]}" for name in ("BK", "BV", "NV")]
+        yield [*launch, f"num_warps={kernel.config.warps}", "**shared"]
+
+    def _group(self, name: str, x: str) -> str:
+        operand = self._operands.get(name)
+        grouped = operand is not None and operand.kind is Kind.KEY
+        return f"heads // {x}.shape[2]" if grouped else "1"
+
+    def _argument(self, role: Role, of: str) -> str:
+        if role is Role.BUFFER:
+            return self._buffers[of]
+        if role is Role.FINAL:
+            return self._finals[of]
+        if role is Role.INITIAL:
+            return self._cotangents.get(of) or self._known[of]
+        assert role is Role.PARAM
+        return self._known[of]
+
+    # ---- results --------------------------------------------------------------------------------
+
+    def _returned(self) -> Iterable[str]:
+        if self._backward:
+            return self._gradients()
+        n = self._package.rows_per_token
+        o = self._buffers["o"]
+        text = o if n == 1 else f"{o}[:, {n - 1}::{n}].contiguous()"
+        finals = [self._finals[s] for s in self._package.states]
+        return wrapped("return (", [text, *finals], ")")
+
+    def _gradients(self) -> Iterator[str]:
+        gradients = [self._gradient(o) for o in self._operands.values()]
+        finals = [self._finals.get(GRADIENT + s, "None") for s in self._package.states]
+        yield from wrapped("return [", [*gradients, *finals], "]")
+
+    def _gradient(self, o: Operand) -> str:
+        x = self._known[o.name]
+        buffer = self._buffers.get(GRADIENT + o.name)
+        n = self._package.rows_per_token
+        if buffer is None:
+            text = f"torch.zeros_like({x})"
+        elif o.per is Per.HEAD:
+            return f"{buffer}.sum(0)"
+        elif o.kind is Kind.KEY:
+            text = f"support.over_groups({buffer}, {x}.shape[2])"
+        else:
+            text = buffer
+        if o.micro:
+            return self._entries(f"{text}.unflatten(1, (-1, {n}))", o, n, self._package.micro)
+        shared = n > 1 and o.per is Per.TOKEN
+        return f"{text}.unflatten(1, (-1, {n})).sum(2)" if shared else text

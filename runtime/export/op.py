@@ -1,0 +1,143 @@
+"""Prints the op of an exported package: the function that users call, checks, autograd, a layer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+from ...dsl.normal_form import Operand
+from .contents import Package, axes, module, state_letters, wrapped
+from .custom_ops import Ops
+
+_OPTIONS = ("initial_state", "output_final_state", "cu_seqlens")
+
+
+def print_op(package: Package, sources: Mapping[str, str]) -> str:
+    """The module `op.py`. `sources`: the others, whose digest makes the ops' namespace unique."""
+    modules = [*(f"launch_{s.suffix}" for s in package.served), "support"]
+    return module(
+        [
+            *package.header(f"{package.name} as a differentiable torch op over the kernels here."),
+            "",
+            "import re",
+            "",
+            "import torch",
+            "",
+            *wrapped("from . import (", modules, ")"),
+            "",
+            *_tables(package, sources),
+        ],
+        _public(package),
+        Ops(package).lines(),
+    )
+
+
+def class_name(package: Package) -> str:
+    """The layer's name: `GatedDeltaRule`."""
+    return "".join(part[:1].upper() + part[1:] for part in package.name.split("_"))
+
+
+def print_layer(package: Package) -> str:
+    """The module `layers.py`: the op as a module without parameters, buffers or a constructor."""
+    arguments = _signature(package)
+    names = [*package.operands, *(f"{n}={n}" for n in (*package.params, *_OPTIONS))]
+    return module(
+        [
+            *package.header(f"{package.name} as a layer without state of its own."),
+            "",
+            "from torch import nn",
+            "",
+            f"from .op import {package.name}",
+        ],
+        [
+            f"class {class_name(package)}(nn.Module):",
+            f'    """`forward` is `{package.name}`: the same arguments and results."""',
+            "",
+            "    has_backward = True",
+            "    can_torch_compile = True",
+            "",
+            *wrapped("def forward(", ["self", *arguments], "):", "    "),
+            *wrapped(f"return {package.name}(", names, ")", "        "),
+        ],
+    )
+
+
+def _tables(package: Package, sources: Mapping[str, str]) -> Iterator[str]:
+    yield f"COMMAND = {package.command!r}"
+    digest = hashlib.blake2b(digest_size=6)
+    for name in sorted(sources):
+        digest.update(f"{name}\n{sources[name]}".encode())
+    yield "# of this version and this import alone: several can be loaded side by side"
+    version = f"{package.name}_{digest.hexdigest()}_"
+    yield f'NAMESPACE = "{version}" + re.sub(r"\\W", "_", __name__)'
+    yield "# axes by operand; H, the heads of a Key, divides HV, those of the Values"
+    yield "AXES = {"
+    for o in package.form.operands:
+        yield f'    "{o.name}": "{" ".join(axes(o, package.micro))}",'
+    yield "}"
+    narrow = [f'"{o}"' for o in package.operands if o in package.narrow]
+    yield "# in the dtype of the products; the other operands are widened to float32"
+    yield from wrapped("NARROW = (", [*narrow, ""] if len(narrow) == 1 else narrow, ")")
+    yield "KERNELS = {"
+    for s in package.served:
+        key = f"(torch.{s.dtype.value}, {s.dims.K}, {s.dims.V})"
+        yield f"    {key}: launch_{s.suffix},"
+    yield "}"
+
+
+def _kind(o: Operand) -> str:
+    name = o.kind.name.title()
+    return f"{name} of every micro-step" if o.micro else f"{name}, per {o.per.value}"
+
+
+def _signature(package: Package) -> list[str]:
+    """The public function's arguments as in the declaration, then the options of every op."""
+    options = ["initial_state=None", "output_final_state=False", "cu_seqlens=None"]
+    return [*package.operands, "*", *package.keywords, *options]
+
+
+def _public(package: Package) -> Iterator[str]:
+    several = len(package.states) > 1
+    yield from wrapped(f"def {package.name}(", _signature(package), "):")
+    yield f'    """{_summary(package)}'
+    yield ""
+    yield "    Args:"
+    for o in package.form.operands:
+        yield f"        {o.name}: `[{','.join(axes(o, package.micro))}]` ({_kind(o)})."
+    for p in package.form.params:
+        yield f"        {p.name}: a Python number."
+    for n, s in enumerate(package.form.states):
+        name = "initial_state" + (f"[{n}]" if several else "")
+        yield f"        {name}: `[{','.join(state_letters(s))}]`; zero where absent."
+    yield "        output_final_state: return the state after the last token too."
+    yield "        cu_seqlens: int32 or int64 `[N+1]`, N sequences packed along T, with B = 1."
+    yield ""
+    yield "    Returns:"
+    yield "        The output `[B,T,HV,V]`, and the final state in float32 or None."
+    yield ""
+    yield "    Raises:"
+    yield "        ValueError, TypeError: they name the operand, what it is and what was expected."
+    yield "        RuntimeError: no kernel of this package can serve the call; says why."
+    yield '    """'
+    count = len(package.states)
+    if several:
+        names = ", ".join(package.states)
+        yield f"    starts = (None,) * {count} if initial_state is None else tuple(initial_state)"
+        yield f"    if len(starts) != {count}:"
+        yield "        raise ValueError("
+        yield f'            f"{package.name}: initial_state has {{len(starts)}} entries, "'
+        yield f'            "expected {count}: {names}"'
+        yield "        )"
+    starts = "*starts" if several else "initial_state"
+    tensors = ", ".join([*package.operands, starts])
+    yield from wrapped(f'support.check_transforms("{package.name}", [', [tensors], "])", "    ")
+    arguments = [*package.operands, starts, "cu_seqlens", *(f"float({p})" for p in package.params)]
+    finals = "*finals" if several else "final"
+    yield from wrapped(f"    o, {finals} = OPS.forward(", arguments, ")")
+    returned = "tuple(finals)" if several else "final"
+    yield f"    return o, ({returned} if output_final_state else None)"
+
+
+def _summary(package: Package) -> str:
+    first = package.declaration.doc.partition("\n")[0] or f"The recurrence {package.form.name}."
+    return first.replace("\\", "\\\\").replace('"""', "'''")

@@ -1,0 +1,224 @@
+"""Exports a recurrence: a Python package of kernels and an op that needs torch and triton only.
+
+Everything is text, and a pure function of the declaration, the request and the artifacts found:
+exporting again gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from keyword import iskeyword
+from pathlib import Path
+
+import torch
+
+from ...codegen.config import Config, Dims, Precision
+from ...codegen.interface import Dtype, Signature
+from ...codegen.triton.defaults import default_config
+from ...codegen.triton.emit import chunk_body, emit
+from ...codegen.triton.fit import H100_SHARED, fit
+from ...dsl.declaration import Declaration
+from ...dsl.ir import Kind, Op, Per, topological
+from ...dsl.normal_form import NormalForm
+from .. import packing
+from ..cache import write_atomically
+from ..engines import EngineName
+from ..tuned.artifact import Bucket, Certificate, Key
+from ..tuned.machine import Machine, machine_of
+from ..tuned.selection import find, folders, nearest, serving
+from .contents import Package, Served
+from .launch import print_launchers
+from .op import print_layer, print_op
+from .readme import (
+    LICENSE,
+    hub_name,
+    print_build,
+    print_configs,
+    print_init,
+    print_metadata,
+    print_readme,
+)
+from .reference import print_reference
+from .test import print_test
+
+# of several tuned configurations, that for about this size of call: training
+TRAINING = Bucket(rows=64, tokens=4096)
+_H100 = Machine("cuda", "sm_90", "NVIDIA H100 80GB HBM3")
+
+
+class Layout(Enum):
+    """Where the files go."""
+
+    PACKAGE = "package"  # a Python package
+    HUB = "hub"  # a repository that Hugging Face's `kernels` loads
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to export.
+
+    Attributes:
+        target: as it is written in the command that regenerates the package.
+        name: of the function; by default that of the recurrence.
+        micro: micro-steps per token, where operands are tuples.
+        config: instead of the tuned or default ones.
+    """
+
+    target: str
+    dims: Sequence[Dims] = (Dims(128, 128),)
+    dtypes: Sequence[Dtype] = (Dtype.BFLOAT16,)
+    name: str | None = None
+    micro: int = 1
+    layout: Layout = Layout.PACKAGE
+    config: Config | None = None
+
+
+def export(declaration: Declaration, request: Request) -> dict[str, str]:
+    """The files of the package by path, text by text.
+
+    Raises:
+        NotLowered: no kernels can be derived for the recurrence.
+        EngineUnavailable: the default configuration was found wrong on this machine.
+        ValueError: the name, or that of an operand, cannot be used in a package.
+    """
+    package = _package(declaration, request)
+    if not package.name.isidentifier() or iskeyword(package.name) or package.name in _MODULES:
+        raise ValueError(f"{package.name!r} cannot name the function: choose another (--name)")
+    for operand in (*package.operands, *package.params):
+        if operand in _USED:
+            raise ValueError(f"{operand!r} cannot name an operand of an exported op: rename it")
+    files = _sources(package)
+    hub = request.layout is Layout.HUB
+    placed = _hub(package, files) if hub else files
+    return {**placed, "README.md": print_readme(package, hub=hub), "LICENSE": LICENSE}
+
+
+def write(folder: Path, files: Mapping[str, str]) -> None:
+    """Write the files below `folder`; what else lies there stays."""
+    for name, text in files.items():
+        write_atomically(folder / name, text)
+
+
+def _package(declaration: Declaration, request: Request) -> Package:
+    form = declaration.normal_form(request.micro)
+    narrow = _narrow(form)
+    served = [
+        _served(form, narrow, dtype, dims, request.config)
+        for dtype in request.dtypes
+        for dims in request.dims
+    ]
+    name = request.name or form.name
+    command = _command(request, has_micro=declaration.has_micro)
+    return Package(name, declaration, request.micro, command, narrow, tuple(served))
+
+
+def _narrow(form: NormalForm) -> frozenset[str]:
+    """Keys and Values per token, but for gates: what products take in the dtype of the call."""
+    gates = {
+        str(leaf.attrs[0])
+        for micro_step in form.micro_steps
+        for update in micro_step.updates
+        if update.log_decay is not None
+        for leaf in topological(update.log_decay)
+        if leaf.op is Op.OPERAND
+    }
+    return frozenset(
+        o.name
+        for o in form.operands
+        if o.per is Per.TOKEN and o.kind is not Kind.SCALAR and o.name not in gates
+    )
+
+
+def _served(
+    form: NormalForm, narrow: frozenset[str], dtype: Dtype, dims: Dims, config: Config | None
+) -> Served:
+    source, certificate = "the caller's own", None
+    if config is None:
+        config, source, certificate = _configuration(form, dtype, dims)
+    wide = tuple((o.name, Dtype.FLOAT32) for o in form.operands if o.name not in narrow)
+    emitted = emit(form, Signature(dims, dtype, wide, Precision.TF32X3), config)
+    return Served(dtype, dims, config, source, emitted, certificate)
+
+
+def _configuration(
+    form: NormalForm, dtype: Dtype, dims: Dims
+) -> tuple[Config, str, Certificate | None]:
+    """The configuration that serves training on this GPU (without one: on an H100); its origin."""
+    machine, shared = _H100, H100_SHARED
+    if torch.cuda.is_available() and not torch.version.hip:
+        machine = machine_of(torch.device("cuda"))
+        about = torch.cuda.get_device_properties("cuda")
+        shared = about.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in stubs
+    key = Key(form.digest, EngineName.TRITON, dtype.value, dims, machine)
+
+    def default() -> Config:
+        wide = dtype is Dtype.FLOAT32
+        plain = default_config(chunk_body(form), dims, wide_dtype=wide)
+        return fit(form, plain, dims, 4 if wide else 2, shared)
+
+    config = serving(Config, key, TRAINING, default)
+    artifact = find(key, folders()).artifact
+    tuned = None if artifact is None else nearest(artifact, TRAINING)
+    if artifact is None or tuned is None:
+        return config, f"default for {machine.arch}, nothing was tuned", None
+    bucket = tuned.bucket
+    source = f"tuned on {artifact.key.machine} for {bucket.rows} rows of {bucket.tokens} tokens"
+    return config, source, tuned.certificate
+
+
+def _command(request: Request, *, has_micro: bool) -> str:
+    """What regenerates the package; a file is named without its folder."""
+    file, colon, name = request.target.rpartition(":")
+    target = f"{Path(file).name}:{name}" if colon else Path(request.target).name
+    words = ["chunkwise", "export", target, "-o", "FOLDER"]
+    for d in request.dims:
+        words += ["--dims", f"K={d.K},V={d.V}"]
+    words += ["--dtype", ",".join(d.value for d in request.dtypes)]
+    if request.name is not None:
+        words += ["--name", request.name]
+    if has_micro:
+        words += ["--micro", str(request.micro)]
+    if request.layout is not Layout.PACKAGE:
+        words += ["--layout", request.layout.value]
+    return " ".join(words)
+
+
+_MODULES = ("layers", "op", "reference", "support")
+# what the printed functions that have operands as arguments use
+_USED = ("OPS", "ValueError", "float", "len", "range", "self", "step", "torch", "tuple", "zip")
+
+
+def _sources(package: Package) -> dict[str, str]:
+    """The modules of the package, and its configurations."""
+    files = {f"kernels_{s.suffix}.py": s.emitted.source for s in package.served}
+    files |= {f"launch_{s.suffix}.py": print_launchers(package, s) for s in package.served}
+    files["support.py"] = _support()
+    files["op.py"] = print_op(package, files)
+    files["__init__.py"] = print_init(package)
+    files["layers.py"] = print_layer(package)
+    files["reference.py"] = print_reference(package)
+    files[f"test_{package.name}.py"] = print_test(package)
+    files["configs.json"] = print_configs(package)
+    return files
+
+
+def _support() -> str:
+    """`support` as it stands (it is not imported: it needs triton), and chunk tables."""
+    parts = [Path(__file__).with_name("support.py").read_text(encoding="utf-8")]
+    parts += [inspect.getsource(f) for f in (packing.chunk_bound, packing.chunk_table)]
+    return "\n\n\n".join(p.strip("\n") for p in parts) + "\n"
+
+
+def _hub(package: Package, files: Mapping[str, str]) -> dict[str, str]:
+    """A hub repository: sources for its builder, and the one variant of a kernel without C++."""
+    digest = hashlib.blake2b(files["op.py"].encode(), digest_size=6).hexdigest()
+    folder = hub_name(package).replace("-", "_")
+    placed = {f"torch-ext/{folder}/{name}": text for name, text in files.items()}
+    variant = {n: text for n, text in files.items() if not n.startswith("test_")}
+    variant["metadata.json"] = print_metadata(package, digest)
+    placed |= {f"build/torch-cuda/{name}": text for name, text in variant.items()}
+    return {"build.toml": print_build(package), **placed}

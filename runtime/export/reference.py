@@ -1,0 +1,262 @@
+"""Prints the reference of an exported package: the declared step in torch, token by token."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from ...codegen.expressions import Names
+from ...dsl.ir import Kind, Node, Op, Per, topological
+from ...dsl.step import Step
+from .contents import Package, indented, module, wrapped
+
+_OWN = (
+    *(
+        "batch",
+        "cu_seqlens",
+        "dtype",
+        "ends",
+        "heads",
+        "index",
+        "initial_state",
+        "o",
+        "outputs",
+        "run",
+    ),
+    *("starts", "states", "t", "tokens", "torch", "bounds", "first", "last", "step", "zeros"),
+    *("count", "outputs", "own", "K", "V"),
+)
+_FUNCTIONS = {
+    Op.EXP: "torch.exp",
+    Op.LOG: "torch.log",
+    Op.EXPM1: "torch.expm1",
+    Op.LOG1P: "torch.log1p",
+    Op.SIGMOID: "torch.sigmoid",
+    Op.LOGSIGMOID: "torch.nn.functional.logsigmoid",
+    Op.TANH: "torch.tanh",
+    Op.SQRT: "torch.sqrt",
+    Op.RSQRT: "torch.rsqrt",
+    Op.ABS: "torch.abs",
+    Op.MAXIMUM: "torch.maximum",
+    Op.MINIMUM: "torch.minimum",
+}
+# not torch.clamp_min and clamp_max: their derivative at the bound is 1 in torch 2.13, 0 in 2.15
+_BOUNDS = {Op.AT_LEAST: "<", Op.AT_MOST: ">"}
+_INFIX = {Op.ADD: (" + ", 1), Op.SUB: (" - ", 1), Op.MUL: (" * ", 2), Op.DIV: (" / ", 2)}
+_ARITHMETIC = (*_INFIX, Op.NEG, Op.WITHIN, Op.CONST, Op.PARAM)  # of numbers: Python's, no tensors
+_READS = {Op.READ: "...k,...kv->...v", Op.READ_VALUE: "...kv,...v->...k"}
+_RANK = {Kind.SCALAR: 0, Kind.KEY: 1, Kind.VALUE: 1, Kind.KEY_STATE: 1, Kind.STATE: 2}
+_AXES = {Kind.SCALAR: "", Kind.KEY: "K", Kind.VALUE: "V", Kind.KEY_STATE: "K", Kind.STATE: "K,V"}
+_ATOM = 9
+_LONG = 36  # an expression longer than this gets a name of its own
+
+
+def print_reference(package: Package) -> str:
+    """The module `reference.py`: `step`, one token, and the recurrence over whole sequences."""
+    printer = _StepPrinter(package.declaration.step(package.micro))
+    return module(
+        [
+            *package.header(f"{package.name}, token by token in plain torch: slow, on any device."),
+            "",
+            "import torch",
+        ],
+        printer.lines(),
+        _loop(package, printer),
+    )
+
+
+class _StepPrinter:
+    """The step as a function of torch tensors whose last axes are a head's."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        names = Names(_OWN)
+        own = [*(s.name for s in step.states), *(o.name for o in step.operands)]
+        self.known = {name: names.fresh(name) for name in (*own, *(p.name for p in step.params))}
+        self._names = names
+        self._texts: dict[Node, tuple[str, int]] = {}
+        order = topological(*step.roots)
+        self._uses = Counter(a for n in order for a in n.args)
+        self._uses.update(step.roots)
+
+    def lines(self) -> Iterator[str]:
+        step = self._step
+        yield from wrapped("def step(", [*self.known.values()], "):")
+        yield f'    """One token of every head: the new state{_plural(step)}, and the output.'
+        yield ""
+        for s in step.states:
+            yield f"    {self.known[s.name]}: `[…,{_AXES[s.kind]}]`."
+        for o in step.operands:
+            axes = ",".join(part for part in ("…", _AXES[o.kind]) if part)
+            micro = "; a tuple, one of each micro-step" if o.micro else ""
+            yield f"    {self.known[o.name]}: `[{axes}]`{micro}."
+        yield '    """'
+        for node in topological(*step.roots):
+            self._texts[node] = self._print(node)
+            text, _ = self._texts[node]
+            if self._named(node, text):
+                name = self._names.fresh(self._stem(node))
+                yield f"    {name} = {text}"
+                self._texts[node] = (name, _ATOM)
+        yield from wrapped("return (", [self._texts[n][0] for n in step.roots], ")", "    ")
+
+    def _stem(self, node: Node) -> str:
+        """States are called like the state that they become, whatever else is x."""
+        for state, end in zip(self._step.states, self._step.next_states, strict=True):
+            if node == end or (node.kind is state.kind and node.kind.is_state):
+                return self.known[state.name]
+        return "x"
+
+    def _named(self, node: Node, text: str) -> bool:
+        shared = self._uses[node] > 1 or len(text) > _LONG
+        plain = not node.args or node.op is Op.WITHIN or node == self._step.output
+        return shared and not plain
+
+    def _print(self, node: Node) -> tuple[str, int]:
+        """An expression, and how tightly it binds."""
+        op, args = node.op, node.args
+        if op is Op.CONST:
+            (value,) = node.attrs
+            assert isinstance(value, float)
+            return repr(value), _ATOM if value >= 0 else 2
+        if op in (Op.STATE, Op.PARAM):
+            return self.known[str(node.attrs[0])], _ATOM
+        if op is Op.OPERAND:
+            name, index = node.attrs
+            text = self.known[str(name)]
+            return (text if index is None else f"{text}[{index}]"), _ATOM
+        if op is Op.WITHIN:
+            return self._texts[args[0]]
+        if op in _INFIX:
+            symbol, level = _INFIX[op]
+            left = self._lifted(args[0], node.kind, level)
+            right = self._lifted(args[1], node.kind, level + (op in (Op.SUB, Op.DIV)))
+            return f"{left}{symbol}{right}", level
+        if op is Op.NEG:
+            return f"-{self._at(args[0], 2)}", 2
+        if op is Op.SCALE:
+            return f"{self._lifted(args[1], node.kind, 2)} * {self._at(args[0], 2)}", 2
+        if op is Op.SUM:
+            return f"{self._at(args[0], _ATOM)}.sum(-1)", _ATOM
+        if op is Op.OUTER:
+            if node.kind is Kind.KEY_STATE:
+                return f"{self._at(args[0], 2)} * {self._lifted(args[1], node.kind, 3)}", 2
+            key, value = (self._at(a, _ATOM) for a in args)
+            return f"{key}[..., None] * {value}[..., None, :]", 2
+        if op is Op.READ and node.kind is Kind.SCALAR:
+            return f"({self._at(args[0], 2)} * {self._at(args[1], 2)}).sum(-1)", _ATOM
+        if op in _READS:
+            both = ", ".join(self._texts[a][0] for a in args)
+            return f'torch.einsum("{_READS[op]}", {both})', _ATOM
+        if op is Op.SOFTPLUS:
+            x = self._tensor(args[0])
+            return f"torch.logaddexp({x}, torch.zeros_like({x}))", _ATOM
+        parts = [self._tensor(a, node.kind) for a in args]
+        if op in _BOUNDS:
+            x, bound = parts
+            return f"torch.where({x} {_BOUNDS[op]} {bound}, {bound}, {x})", _ATOM
+        return f"{_FUNCTIONS[op]}({', '.join(parts)})", _ATOM
+
+    def _at(self, node: Node, level: int) -> str:
+        text, own = self._texts[node]
+        return f"({text})" if own < level else text
+
+    def _lifted(self, node: Node, kind: Kind, level: int) -> str:
+        """An argument that broadcasts against what has `kind`."""
+        missing = _RANK[kind] - _RANK[node.kind]
+        if missing == 0 or _is_number(node):
+            return self._at(node, level)
+        if node.kind is Kind.VALUE:
+            return f"{self._at(node, _ATOM)}[..., None, :]"
+        return f"{self._at(node, _ATOM)}[{', '.join(['...', *['None'] * missing])}]"
+
+    def _tensor(self, node: Node, kind: Kind | None = None) -> str:
+        """An argument of a function that takes tensors only."""
+        if not all(n.op in _ARITHMETIC for n in topological(node)):
+            return self._lifted(node, kind or node.kind, 0)
+        like = next(iter(self.known.values()))
+        return f"{like}.new_tensor({self._texts[node][0]})"
+
+
+def _is_number(node: Node) -> bool:
+    """Whether `node` is a Python number, or a tensor without axes, which broadcasts like one."""
+    return not any(n.op in (Op.OPERAND, Op.STATE) for n in topological(node))
+
+
+def _plural(step: Step) -> str:
+    return "" if len(step.states) == 1 else "s"
+
+
+def _loop(package: Package, printer: _StepPrinter) -> Iterator[str]:
+    """The function over whole sequences, packed or not."""
+    known, form = printer.known, package.form
+    several = len(form.states) > 1
+    options = ["initial_state=None", "cu_seqlens=None", "dtype=torch.float64"]
+    arguments = [*package.operands, "*", *package.keywords, *options]
+    yield from wrapped(f"def {package.name}(", arguments, "):")
+    yield '    """The output `[B,T,HV,V]` and the final state of the recurrence, in `dtype`.'
+    yield ""
+    yield f"    Arguments as those of `op.{package.name}`; differentiable as often as you like."
+    yield '    """'
+    sizes = ", ".join(package.size(letter, known) for letter in ("B", "HV", "K", "V"))
+    lead = known[package.lead]
+    # an operand that is called like a variable below makes room for it
+    given = (*package.operands, *package.params)
+    body = [f"{known[name]} = {name}" for name in given if known[name] != name]
+    body.append(f"batch, heads, K, V = {sizes}")
+    for o in form.operands:
+        x = known[o.name]
+        text = f"{x}.to(dtype)"
+        if o.per is Per.TOKEN and o.kind is Kind.KEY:
+            axis = 3 if o.micro else 2
+            text += f".repeat_interleave(heads // {x}.shape[{axis}], dim={axis})"
+        body.append(f"{x} = {text}")
+    body += [
+        "bounds = None if cu_seqlens is None else cu_seqlens.tolist()",
+        "count = batch if bounds is None else len(bounds) - 1",
+    ]
+    initial = "starts" if several else "[initial_state]"
+    if several:
+        body.append(f"starts = initial_state or (None,) * {len(form.states)}")
+    made = []
+    for s in form.states:
+        channels = "K, V" if s.kind is Kind.STATE else "K"
+        made.append(f"{lead}.new_zeros(count, heads, {channels})")
+    body += [
+        *wrapped("zeros = [", made, "]"),
+        f"states = [z if s is None else s.to(dtype) for s, z in zip({initial}, zeros)]",
+        "",
+        "def run(first, last, states):",
+        "    outputs = []",
+        "    for t in range(first, last):",
+        *_call(package, known, indent="        "),
+        "        outputs.append(o.expand(*o.shape[:-2], heads, V))",
+        "    return outputs, states",
+        "",
+        "if bounds is None:",
+        f"    outputs, states = run(0, {package.size('T', known)}, states)",
+        "else:",
+        "    outputs, ends = [], []",
+        "    for index in range(count):",
+        "        own = [s[index : index + 1] for s in states]",
+        "        own, last = run(bounds[index], bounds[index + 1], own)",
+        "        outputs += own",
+        "        ends.append(last)",
+        "    states = [torch.cat(s) for s in zip(*ends)]",
+        f"o = torch.stack(outputs, 1) if outputs else {lead}.new_zeros(batch, 0, heads, V)",
+        "return o, " + ("tuple(states)" if several else "states[0]"),
+    ]
+    yield from indented(body)
+
+
+def _call(package: Package, known: dict[str, str], indent: str) -> Iterator[str]:
+    arguments = ["*states"]
+    for o in package.form.operands:
+        x = known[o.name]
+        if o.micro:
+            x = f"{x}[:, t].unbind(1)"
+        elif o.per is Per.TOKEN:
+            x = f"{x}[:, t]"
+        arguments.append(x)
+    arguments += [known[p] for p in package.params]
+    yield from wrapped("*states, o = step(", arguments, ")", indent)

@@ -1,0 +1,392 @@
+"""Torch modules around a declared recurrence: what a model needs beside the op itself.
+
+`RecurrentLayer` reads the declaration: which operands there are, of which kind, and which of them
+are decays decide its projections, so a new recurrence is a new layer without new code here.
+Every mixer has three forms with one meaning: `forward` over whole sequences (packed or not),
+`prefill`, which also returns the state after them, and `step`, one token at a time.
+
+Parameters are made in torch's default dtype and on its default device, like those of `nn.Linear`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...dsl.ir import Kind, Node, Op, Per
+from ...dsl.normal_form import NormalForm, Operand
+
+if TYPE_CHECKING:
+    from ..recurrence import Recurrence, States
+
+
+class Role(Enum):
+    """How a layer makes an operand out of the hidden vector."""
+
+    FEATURE = "projection, short convolution, silu: what is written, compared, read"
+    LOG_DECAY = "projection to a log-decay <= 0"
+    UNIT = "sigmoid of a projection: a step size, or a decay factor, in (0, 1)"
+    RAW = "projection only: the declaration applies its own activation"
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 where it is that already: norms and gates are not rounded."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * weight` over the last axis, in float32; returns x's dtype."""
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=None, device=None))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = wide(x)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * wide(self.weight)).to(x.dtype)
+
+
+def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """`x * rsqrt(sum(x**2) + eps)` over the last axis, in float32; returns x's dtype."""
+    y = wide(x)
+    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Sequence number and position within it of every packed token, both `[T]`, without a sync."""
+    t = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    sequence = torch.bucketize(t, cu_seqlens[1:].contiguous(), right=True)
+    return sequence, t - cu_seqlens[:-1][sequence]
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution over time: each channel sees its last `size` tokens.
+
+    Shapes: `[B, T, D] -> [B, T, D]`. With `cu_seqlens`, taps never reach into the sequence before.
+    """
+
+    def __init__(self, channels: int, size: int = 4) -> None:
+        super().__init__()
+        self.size = size
+        self.weight = nn.Parameter(torch.empty(size, channels, dtype=None, device=None))
+        nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        tokens = x.shape[1]
+        padded = F.pad(x, (0, 0, self.size - 1, 0))
+        weight = self.weight.to(x.dtype)
+        position = None if cu_seqlens is None else positions(cu_seqlens, tokens)[1]
+        y = x * weight[0]
+        for back in range(1, self.size):
+            start = self.size - 1 - back
+            tap = padded[:, start : start + tokens] * weight[back]
+            if position is not None:
+                tap = tap.masked_fill((position < back)[:, None], 0.0)
+            y = y + tap
+        return y
+
+    def last(self, x: Tensor) -> Tensor:
+        """The cache after the tokens `x`: their last `size - 1` inputs, `[B, size - 1, D]`."""
+        return F.pad(x, (0, 0, self.size - 1, 0))[:, x.shape[1] :]
+
+    def step(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+        """One token `[B, D]` given the cache; returns its output and the new cache."""
+        window = torch.cat([cache, x[:, None]], 1)
+        return (window * self.weight.to(x.dtype).flip(0)).sum(1), window[:, 1:]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """What a `RecurrentLayer` carries from token to token."""
+
+    convolution: Tensor
+    recurrent: States | None
+
+
+def _strip(node: Node) -> Node:
+    """Below promises and floors: `max(within(f), tiny)` is f."""
+    while node.op in (Op.WITHIN, Op.MAXIMUM, Op.AT_LEAST):
+        node = next((a for a in node.args if a.op is not Op.CONST), node.args[0])
+    return node
+
+
+def _decay_roles(log_decay: Node) -> dict[str, Role]:
+    """The role of every operand in a log-decay: `g`, or `log f`, sums of them; otherwise RAW."""
+    node = _strip(log_decay)
+    if node.op is Op.OPERAND:
+        return {str(node.attrs[0]): Role.LOG_DECAY}
+    if node.op is Op.ADD:
+        return _decay_roles(node.args[0]) | _decay_roles(node.args[1])
+    if node.op is Op.LOG and _strip(node.args[0]).op is Op.OPERAND:
+        return {str(_strip(node.args[0]).attrs[0]): Role.UNIT}
+    roles: dict[str, Role] = {}
+    stack = [node]
+    while stack:
+        below = stack.pop()
+        stack.extend(below.args)
+        if below.op is Op.OPERAND:
+            roles[str(below.attrs[0])] = Role.RAW
+    return roles
+
+
+def default_roles(form: NormalForm) -> dict[str, Role]:
+    """A role for every per-token operand, from what the declaration does with it."""
+    roles = {
+        x.name: Role.UNIT if x.kind is Kind.SCALAR else Role.FEATURE
+        for x in form.operands
+        if x.per is Per.TOKEN
+    }
+    for micro_step in form.micro_steps:
+        for update in micro_step.updates:
+            if update.log_decay is not None:
+                decays = _decay_roles(update.log_decay)
+                roles |= {name: role for name, role in decays.items() if name in roles}
+    return roles
+
+
+def log_decay_floors(form: NormalForm) -> dict[str, float]:
+    """The lower bound that the declaration knows of each operand that is itself a log-decay."""
+    floors: dict[str, float] = {}
+    for micro_step in form.micro_steps:
+        for update in micro_step.updates:
+            node = update.log_decay
+            if (
+                node is not None
+                and _strip(node).op is Op.OPERAND
+                and math.isfinite(update.bound.lo)
+            ):
+                floors[str(_strip(node).attrs[0])] = float(update.bound.lo)
+    return floors
+
+
+class _LogDecay(nn.Module):
+    """A projection made into a log-decay: `-e^A softplus(x + b)`, or `floor sigmoid(x)` if bounded.
+
+    Initialised as in Mamba-2: decays per token between about e^-0.001 and e^-1.6.
+    """
+
+    def __init__(self, heads: int, channels: int, floor: float | None) -> None:
+        super().__init__()
+        self.floor = floor
+        self.log_rate = nn.Parameter(
+            torch.empty(heads, 1, dtype=None, device=None).uniform_(1.0, 16.0).log_()
+        )
+        dt = (
+            torch.empty(heads, channels, dtype=None, device=None)
+            .uniform_(math.log(1e-3), math.log(1e-1))
+            .exp()
+        )
+        self.bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.floor is not None:
+            return self.floor * torch.sigmoid(wide(x) + self.bias)
+        return -self.log_rate.exp() * F.softplus(wide(x) + self.bias)
+
+
+class RecurrentLayer(nn.Module):
+    """A sequence mixer around a declared recurrence.
+
+    `[B, T, hidden] -> [B, T, hidden]`: projections for every operand by its kind, short
+    convolutions and silu on features, decays and step sizes by their roles, the recurrence, an
+    RMS norm per value head, optionally gated, and the output projection.
+
+    Args:
+        op: the recurrence (`@cw.recurrence`, or one of `cw.library`).
+        hidden: size of the token vectors.
+        heads: key heads H; `value_heads` HV, a multiple of H, defaults to H.
+        key_dim, value_dim: sizes K and V of one head.
+        conv_size: taps of the short convolution over feature operands; 0 for none.
+        normalise: names of Key operands made unit vectors (for a declaration without `l2norm`).
+        roles: roles by operand name, where the default (`default_roles`) is not wanted.
+        gated: multiply the normalised output by `silu` of a projection.
+        micro_steps: n of operands declared as tuples.
+        params: the declaration's keyword-only floats, where they have no default.
+        engine: passed to the op; None lets the device choose.
+
+    Raises:
+        ValueError: a name in `normalise` or `roles` that is no operand of the declaration.
+    """
+
+    def __init__(
+        self,
+        op: Recurrence,
+        hidden: int,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+        *,
+        value_heads: int | None = None,
+        conv_size: int = 4,
+        normalise: tuple[str, ...] = (),
+        roles: Mapping[str, Role] | None = None,
+        gated: bool = False,
+        micro_steps: int = 1,
+        params: Mapping[str, float] | None = None,
+        engine: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.op, self.engine, self.normalise = op, engine, normalise
+        self.heads, self.value_heads = heads, value_heads or heads
+        self.params: dict[str, Any] = dict(params or {})
+        self.key_dim, self.value_dim, self.micro_steps = key_dim, value_dim, micro_steps
+        form = op.declaration.normal_form(micro_steps)
+        self.operands = form.operands
+        self.roles = default_roles(form) | dict(roles or {})
+        names = [x.name for x in self.operands]
+        for name in (*normalise, *(roles or {})):
+            if name not in names:
+                raise ValueError(f"{form.name} has no operand {name!r}; it has {', '.join(names)}")
+
+        tokens = [x for x in self.operands if x.per is Per.TOKEN]
+        floors = log_decay_floors(form)
+        self.features = [x for x in tokens if self.roles[x.name] is Role.FEATURE]
+        self.others = [x for x in tokens if self.roles[x.name] is not Role.FEATURE]
+        self.feature_sizes = [math.prod(self._shape(x)) for x in self.features]
+        self.other_sizes = [math.prod(self._shape(x)) for x in self.others]
+        self.project = nn.Linear(hidden, sum(self.feature_sizes), bias=False)
+        self.control = nn.Linear(hidden, sum(self.other_sizes), bias=False) if self.others else None
+        self.convolve = (
+            ShortConvolution(sum(self.feature_sizes), conv_size) if conv_size > 1 else None
+        )
+        self.decays = nn.ModuleDict(
+            {
+                x.name: _LogDecay(*self._head_shape(x), floor=floors.get(x.name))
+                for x in self.others
+                if self.roles[x.name] is Role.LOG_DECAY
+            }
+        )
+        self.per_head = nn.ParameterDict(
+            {x.name: self._per_head(x, form) for x in self.operands if x.per is Per.HEAD}
+        )
+        self.norm = RMSNorm(value_dim)
+        width = self.value_heads * value_dim
+        self.gate = nn.Linear(hidden, width, bias=False) if gated else None
+        self.output = nn.Linear(width, hidden, bias=False)
+
+    def _is_feature(self, x: Operand) -> bool:
+        return self.roles[x.name] is Role.FEATURE
+
+    def _head_shape(self, x: Operand) -> tuple[int, int]:
+        """Heads and channels of an operand; only feature Keys belong to the key heads."""
+        if x.kind is Kind.KEY:
+            return (self.heads if self._is_feature(x) else self.value_heads), self.key_dim
+        return self.value_heads, self.value_dim if x.kind is Kind.VALUE else 1
+
+    def _shape(self, x: Operand) -> tuple[int, ...]:
+        """The operand's axes after [B, T]."""
+        heads, channels = self._head_shape(x)
+        micro = (self.micro_steps,) if x.micro else ()
+        return (*micro, heads) if x.kind is Kind.SCALAR else (*micro, heads, channels)
+
+    def _per_head(self, x: Operand, form: NormalForm) -> nn.Parameter:
+        """Starts decays at 1 - 2^(-5-h), RetNet's; everything else at zero."""
+        shape = {
+            Kind.SCALAR: (self.value_heads,),
+            Kind.KEY: (self.value_heads, self.key_dim),
+            Kind.VALUE: (self.value_heads, self.value_dim),
+        }[x.kind]
+        factor = 1 - 2.0 ** (-5 - torch.arange(self.value_heads, dtype=torch.float32, device=None))
+        factor = factor.reshape(-1, *([1] * (len(shape) - 1))).expand(shape)
+        role = Role.RAW
+        for micro_step in form.micro_steps:
+            for update in micro_step.updates:
+                if update.log_decay is not None:
+                    role = _decay_roles(update.log_decay).get(x.name, role)
+        self.roles[x.name] = role
+        if role is Role.LOG_DECAY:
+            return nn.Parameter(torch.log(torch.expm1(-factor.log())))  # -softplus(p) = log factor
+        return nn.Parameter(
+            torch.logit(factor)
+            if role is Role.UNIT
+            else torch.zeros(shape, dtype=None, device=None)
+        )
+
+    def _apply_per_head(self, name: str) -> Tensor:
+        p: Tensor = self.per_head[name]
+        role = self.roles[name]
+        if role is Role.LOG_DECAY:
+            return -F.softplus(p)
+        return torch.sigmoid(p) if role is Role.UNIT else p
+
+    def _operands(self, features: Tensor, hidden: Tensor) -> list[Tensor]:
+        """The call's operands, in declared order, from convolved features and hidden vectors."""
+        lead = features.shape[:-1]
+        made: dict[str, Tensor] = {}
+        for x, part in zip(self.features, features.split(self.feature_sizes, -1), strict=True):
+            y = part.reshape(*lead, *self._shape(x))
+            made[x.name] = l2norm(y) if x.name in self.normalise else y
+        if self.control is not None:
+            parts = self.control(hidden).split(self.other_sizes, -1)
+            for x, part in zip(self.others, parts, strict=True):
+                made[x.name] = self._activate(x, part.reshape(*lead, *self._shape(x)))
+        for name in self.per_head:
+            made[name] = self._apply_per_head(name)
+        return [made[x.name] for x in self.operands]
+
+    def _activate(self, x: Operand, y: Tensor) -> Tensor:
+        role = self.roles[x.name]
+        if role is Role.LOG_DECAY:
+            if x.kind is Kind.SCALAR:
+                y = y[..., None]
+            decay: Tensor = self.decays[x.name](y)
+            return decay[..., 0] if x.kind is Kind.SCALAR else decay
+        return torch.sigmoid(wide(y)) if role is Role.UNIT else y
+
+    def _finish(self, o: Tensor, hidden: Tensor) -> Tensor:
+        y = self.norm(o).flatten(-2)
+        if self.gate is not None:
+            y = y * F.silu(self.gate(hidden))
+        out: Tensor = self.output(y)
+        return out
+
+    def _run(
+        self, x: Tensor, cu_seqlens: Tensor | None, final: bool
+    ) -> tuple[Tensor, Tensor, States | None]:
+        projected = self.project(x)
+        features = projected if self.convolve is None else self.convolve(projected, cu_seqlens)
+        o, state = self.op(
+            *self._operands(F.silu(features), x),
+            output_final_state=final,
+            cu_seqlens=cu_seqlens,
+            engine=self.engine,
+            **self.params,
+        )
+        return self._finish(o, x), projected, state
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """`x [B, T, hidden]`; with `cu_seqlens [N + 1]`, B = 1 and sequences are independent."""
+        return self._run(x, cu_seqlens, final=False)[0]
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, LayerState]:
+        """`forward`, and the state from which `step` continues."""
+        y, projected, state = self._run(x, None, final=True)
+        return y, LayerState(self._cache(projected), state)
+
+    def _cache(self, projected: Tensor) -> Tensor:
+        if self.convolve is None:
+            return projected[:, :0]
+        return self.convolve.last(projected)
+
+    def initial_state(self, batch: int) -> LayerState:
+        """The state before the first token of `batch` sequences."""
+        weight = self.project.weight
+        return LayerState(self._cache(weight.new_zeros(batch, 0, weight.shape[0])), None)
+
+    def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        """One token: `x [B, hidden]` and the state before it, to its output and the state after."""
+        features, cache = self.project(x), state.convolution
+        if self.convolve is not None:
+            features, cache = self.convolve.step(features, cache)
+        operands = self._operands(F.silu(features), x)
+        o, recurrent = self.op.step(*operands, state=state.recurrent, **self.params)
+        return self._finish(o, x), LayerState(cache, recurrent)

@@ -1,0 +1,47 @@
+"""When a GPU's scans run on segments of sequences: too few programs would leave most of it idle.
+
+A scan has one program per sequence, value head and part of the value axis. Of a long sequence with
+few heads that is a fraction of the multiprocessors, each of which could hold two such programs.
+"""
+
+from __future__ import annotations
+
+from ...codegen.config import Dims, padded
+from ...codegen.triton.emit import Passing, passing
+from ...dsl.normal_form import NormalForm
+from ..tuned.artifact import Bucket
+
+_V_TILE = 64  # channels of the value axis that a scan's program is taken to have
+_TOKENS = 1024  # of a segment, at least: its program has to bring its state from the others' ends
+# segments, at least: states that fade are scanned twice, others three times (docs/measured.md)
+_LEAST = {Passing.FADING: 2, Passing.MATRIX: 4}
+
+
+def segment_of(form: NormalForm, dims: Dims, size: Bucket, multiprocessors: int) -> int:
+    """Tokens of a segment for calls of `size` (launches round up to whole chunks); 0: no segments.
+
+    As many segments as there are multiprocessors for. A pure function of the call's sizes and the
+    kind of GPU: all ranks of a job choose alike.
+    """
+    programs = size.rows * -(-padded(dims.V) // _V_TILE)
+    tokens = size.tokens * len(form.micro_steps)
+    segments = min(multiprocessors // max(programs, 1), tokens // _TOKENS)
+    if segments < min(_LEAST.values()):
+        return 0
+    how = passing(form, dims)
+    if how is None or segments < _LEAST[how]:
+        return 0
+    return -(-tokens // segments)
+
+
+def in_parts(
+    form: NormalForm, dims: Dims, size: Bucket, multiprocessors: int
+) -> tuple[int, Bucket]:
+    """Tokens of a segment (0: none), and what scans of such calls take: how many, and how long.
+
+    Tokens of several micro-steps count as so many.
+    """
+    segment = segment_of(form, dims, size, multiprocessors)
+    tokens = size.tokens * len(form.micro_steps)
+    parts = -(-tokens // segment) if segment else 1
+    return segment, Bucket(size.rows * parts, -(-tokens // parts))

@@ -1,0 +1,1 @@
+"""Tuned configurations: their files, the machines they are for, and which one serves a call."""

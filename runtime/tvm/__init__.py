@@ -1,0 +1,1 @@
+"""The engine of CPUs: TVM kernels, compiled and run on threads."""
