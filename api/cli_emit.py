@@ -35,7 +35,7 @@ from .dsl.step import Step
 _EAGER_HEAD = """\
 import torch
 import torch.nn.functional as F
-from chunkwise.codegen.eager_library import *  # decayed_dot, prefix_sum, unit_lower_inverse, ...
+from chunkwise.codegen.eager.library import *  # decayed_dot, prefix_sum, unit_lower_inverse, ...
 """
 
 

@@ -217,9 +217,9 @@ def test_a_scan_stores_no_more_than_its_state() -> None:
 _EMIT = """
 import hashlib
 from chunkwise.codegen.config import Config, Dims, KernelConfig, Precision
-from chunkwise.codegen.emit import emit
+from chunkwise.codegen.triton.emit import emit
 from chunkwise.codegen.plan import Hoist, Plan
-from chunkwise.codegen.triton_types import Dtype, Signature
+from chunkwise.codegen.interface import Dtype, Signature
 from chunkwise.dsl.library import by_name
 config = Config(64, Plan(Hoist.ALL), Plan(Hoist.ALL), KernelConfig())
 digest = hashlib.sha256()

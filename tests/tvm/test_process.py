@@ -19,7 +19,7 @@ from chunkwise.codegen.config import Dims, Precision
 from chunkwise.codegen.interface import Dtype, Signature
 from chunkwise.codegen.tir.kernel import print_tir
 from chunkwise.codegen.triton.emit import forward_program
-from chunkwise.runtime.tvm import allocator as pages
+from chunkwise.runtime.tvm import allocator
 from chunkwise.runtime.tvm import build as tvm_build
 from chunkwise.runtime.tvm import engine as tvm_engine
 from chunkwise.runtime.tvm import threads as tvm_threads
@@ -289,12 +289,12 @@ def test_no_triton_is_needed() -> None:
 _TOUCHED = """
 import resource
 import torch
-from chunkwise.runtime import pages
+from chunkwise.runtime.tvm import allocator
 
-pages.keep_freed_memory()
+allocator.keep_freed_memory()
 for n in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [pages.empty({numbers}).fill_(1) for _ in range({count})]
+    blocks = [allocator.empty({numbers}).fill_(1) for _ in range({count})]
     del blocks
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -338,9 +338,9 @@ def test_results_are_made_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def watched(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         made.append(shape)
-        return pages.empty(*shape, dtype=dtype)
+        return allocator.empty(*shape, dtype=dtype)
 
     monkeypatch.setattr(tvm_engine, "empty", watched)
     o = _output()
     assert (o.shape[0] * o.shape[1], *o.shape[2:]) in made
-    assert pages.keep_freed_memory.cache_info().currsize == 1
+    assert allocator.keep_freed_memory.cache_info().currsize == 1
