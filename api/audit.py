@@ -22,8 +22,9 @@ import triton
 
 from .codegen.config import Config, Dims, KernelConfig
 from .codegen.interface import Dtype
+from .codegen.programs import Passing, chunk_body, passing
 from .codegen.triton.defaults import default_config
-from .codegen.triton.emit import Emitted, Passing, chunk_body, emit, passing
+from .codegen.triton.emit import Emitted, emit
 from .codegen.triton.fit import fit
 from .codegen.triton.offline import Job, Outcome, run_jobs, signature_for
 from .codegen.triton.resources import Target

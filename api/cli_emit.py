@@ -14,18 +14,11 @@ from .codegen.config import Config, Dims, Precision
 from .codegen.eager.kernel import print_eager
 from .codegen.interface import Dtype, Signature
 from .codegen.plan import Plan, Program
+from .codegen.programs import backward_program, chunk_adjoint, chunk_body, forward_program, passing
 from .codegen.text.mathematics import print_adjoint, print_body, print_program
 from .codegen.token import token_body
 from .codegen.triton.defaults import default_config
-from .codegen.triton.emit import (
-    backward_program,
-    chunk_adjoint,
-    chunk_body,
-    emit,
-    emit_token,
-    forward_program,
-    passing,
-)
+from .codegen.triton.emit import emit, emit_token
 from .codegen.triton.fit import H100_SHARED, fit
 from .codegen.triton.kernel import print_triton
 from .dsl.explain import print_form, print_step

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from ..codegen.config import Config, Dims
 from ..codegen.interface import Dtype, Signature
 from ..codegen.plan import Plan, Program, backward_plans, forward_plans
+from ..codegen.programs import backward_program, chunk_body, forward_program
 from ..codegen.triton.defaults import default_config
-from ..codegen.triton.emit import backward_program, chunk_body, forward_program
 from ..codegen.triton.fit import fit
 from ..codegen.triton.offline import signature_for
 from ..codegen.triton.resources import Target

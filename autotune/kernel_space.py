@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..codegen.config import Config, Dims, KernelConfig, dims_of, padded
-from ..codegen.interface import Dtype, Signature, TritonKernel
+from ..codegen.interface import Dtype, Signature
 from ..codegen.plan import Hoist, Kernel, Plan
 from ..codegen.tile import Axis as TileAxis
 from ..codegen.triton.fit import shared_bound
-from ..codegen.triton.kernel import print_triton
+from ..codegen.triton.kernel import TritonKernel, print_triton
 from .gpu import Gpu
 from .space import Axis, Point, Rule
 

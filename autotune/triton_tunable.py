@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..codegen.config import Config, Dims, KernelConfig, dims_of
 from ..codegen.differentiate import GRADIENT
-from ..codegen.interface import Buffer, Role, buffer_dtype
+from ..codegen.interface import Role, loaded
 from ..codegen.plan import Kernel, Plan, Program, backward_plans, forward_plans
+from ..codegen.programs import backward_program, chunk_body, forward_program
 from ..codegen.triton import offline
-from ..codegen.triton.emit import backward_program, chunk_body, forward_program
-from ..codegen.triton.memory import ends_before
+from ..codegen.triton.kernel import STORAGE
 from ..runtime.cache import import_source
 from ..runtime.call import Call
 from ..runtime.engines import EngineName
@@ -160,14 +160,10 @@ class TritonTunable:
         kernel = printed(choice.kernel, choice.tiles, choice.chunk, self._signature)
         unit = import_source(offline.unit(kernel))
         bound = Bound(kernel, vars(unit)[offline.UNIT])
-        low = self._signature.dtype
-        given = tuple(
-            Buffer(name, t.axes, buffer_dtype(t, low)) for t, name in choice.kernel.buffers.items()
-        )
-        given += ends_before(choice.kernel)
+        given = loaded(choice.kernel, self._signature, STORAGE)
         launch = Launch(self._rows, choice.chunk, {GRADIENT + "o": self._do}, self._segment)
-        starts = {p.of: None for p in kernel.parameters if p.role is Role.INITIAL}
-        starts |= {p.of: None for p in kernel.parameters if p.role is Role.FINAL}
+        ends = (Role.INITIAL, Role.FINAL)
+        starts = {str(p.of): None for role in ends for p in kernel.parameters if p.role is role}
         planned, tensors = launch.prepare((bound,), starts, given)
         (launched,) = planned.launches
         tensors += self._arena.take(launched.new)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..codegen.config import Dims
+from ..codegen.programs import passing
 from ..codegen.tir.config import TvmConfig, spread
-from ..codegen.triton.emit import passing
 from ..dsl import oracle
 from ..dsl.declaration import Declaration
 from ..runtime.call import Call

@@ -22,18 +22,12 @@ import chunkwise.runtime
 from chunkwise import library
 from chunkwise.codegen.config import Config, Dims, Precision
 from chunkwise.codegen.interface import Dtype, Signature
+from chunkwise.codegen.programs import backward_program, chunk_body, forward_program, passing
 from chunkwise.codegen.tir.config import TvmConfig
 from chunkwise.codegen.tir.config import default_config as tvm_default
 from chunkwise.codegen.tir.kernel import print_tir
 from chunkwise.codegen.triton.defaults import default_config
-from chunkwise.codegen.triton.emit import (
-    backward_program,
-    chunk_body,
-    emit,
-    emit_token,
-    forward_program,
-    passing,
-)
+from chunkwise.codegen.triton.emit import emit, emit_token
 from chunkwise.codegen.triton.fit import H100_SHARED, fit
 from chunkwise.dsl import errors
 from chunkwise.dsl.normal_form import NormalForm

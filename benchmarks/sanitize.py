@@ -26,7 +26,7 @@ import torch
 import triton
 from chunkwise.autotune.inputs import Family, draw
 from chunkwise.codegen.config import Dims
-from chunkwise.codegen.triton.emit import passing
+from chunkwise.codegen.programs import passing
 from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime.triton import engine as triton_engine
 

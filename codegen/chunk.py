@@ -24,6 +24,7 @@ from ..dsl.errors import NotLowered
 from ..dsl.ir import Kind, Node, Op, topological
 from ..dsl.normal_form import Feedback, NormalForm, Phase, Read, Update, Write
 from . import tile
+from .buffers import OUTPUT, BufferId
 from .lower import kind_axes, lower
 from .tile import Axis, Tile, TileOp, Which
 
@@ -49,11 +50,14 @@ class Carried:
         return str(self.start.attrs[0])
 
 
+Named = tuple[tuple[BufferId, Tile], ...]  # tiles under the names of buffers that hold them
+
+
 @dataclass(frozen=True, slots=True)
 class Body:
     """One chunk: what it outputs and carries, as functions of the operands' tiles and the carry."""
 
-    outputs: tuple[tuple[str, Tile], ...]
+    outputs: Named
     carried: tuple[Carried, ...]
 
 
@@ -103,7 +107,7 @@ def derive(form: NormalForm, *, hoist_products: bool = False) -> Body:
         (output,) = lower(form, [form.output], masked)
     output = tile.expand(output, tile.axes_of(Axis.I, Axis.V)).named("o")
     carried = tuple(chunks[s.name].carried for s in form.states)
-    return Body((("o", output),), carried)
+    return Body(((OUTPUT, output),), carried)
 
 
 def _check(form: NormalForm) -> None:

@@ -18,7 +18,7 @@ from . import tile
 from .chunk import Body
 from .config import Dims
 from .differentiate import Adjoint
-from .interface import Dtype, buffer_dtype
+from .interface import Dtype, intermediate_dtype
 from .plan import Kernel, Program
 from .tile import Axes, Axis, Tile, TileOp
 
@@ -60,7 +60,7 @@ def kernel_cost(kernel: Kernel, dtype: Dtype) -> Cost:
     products = elementwise = read = sympy.Integer(0)
     for t in kernel.order:
         if t in stored:
-            read += _size(t.axes) * _BYTES[buffer_dtype(t, dtype)]
+            read += _size(t.axes) * _BYTES[intermediate_dtype(t, dtype)]
         elif t.op in _OPERANDS:
             read += _size(t.axes) * _operand_bytes(t, dtype)
         elif t.op is TileOp.CARRY:
@@ -113,7 +113,7 @@ def _operand_bytes(t: Tile, dtype: Dtype) -> int:
 
 
 def _stored_bytes(t: Tile, dtype: Dtype) -> Expr:
-    return _size(t.axes) * _BYTES[buffer_dtype(t, dtype)]
+    return _size(t.axes) * _BYTES[intermediate_dtype(t, dtype)]
 
 
 def _products(t: Tile) -> Expr:

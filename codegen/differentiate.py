@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from ..dsl.ir import Op
 from . import tile
-from .chunk import Body, Carried
+from .buffers import gradient
+from .chunk import Body, Carried, Named
 from .tile import Axis, Tile, TileOp, Which
 
 GRADIENT = "d_"  # the gradient of x is called d_x; of an output, it is an operand of that name
@@ -25,7 +26,7 @@ class Adjoint:
     `saved`: the forward scan's carries, which the gradients read as each chunk began.
     """
 
-    outputs: tuple[tuple[str, Tile], ...]
+    outputs: Named
     carried: tuple[Carried, ...]
     saved: tuple[Tile, ...]
 
@@ -39,7 +40,7 @@ def differentiate(body: Body) -> Adjoint:
     incoming: dict[Tile, list[Tile]] = {}
     roots = []
     for name, output in body.outputs:
-        incoming.setdefault(output, []).append(tile.token(GRADIENT + name, output.axes[1:]))
+        incoming.setdefault(output, []).append(tile.token(GRADIENT + name.of, output.axes[1:]))
         roots.append(output)
     for c in body.carried:
         incoming.setdefault(c.end, []).append(tile.carry(GRADIENT + c.name, c.start.axes))
@@ -59,11 +60,11 @@ def differentiate(body: Body) -> Adjoint:
             incoming.setdefault(argument, []).append(part)
 
     starts = {c.start: c for c in body.carried}
-    outputs = tuple(
-        (GRADIENT + str(node.attrs[0]), tile.expand(g, node.axes))
+    outputs = [
+        (gradient(str(node.attrs[0])), tile.expand(g, node.axes))
         for node, g in gradients.items()
         if node.op in (TileOp.TOKEN, TileOp.HEAD)
-    )
+    ]
     carried = tuple(
         Carried(
             tile.carry(GRADIENT + c.name, s.axes),
@@ -71,7 +72,8 @@ def differentiate(body: Body) -> Adjoint:
         )
         for s, c in starts.items()
     )
-    return Adjoint(tuple(sorted(outputs)), carried, tuple(starts))
+    outputs.sort(key=lambda output: output[0].of)
+    return Adjoint(tuple(outputs), carried, tuple(starts))
 
 
 def _propagate(node: Tile, g: Tile) -> Cotangents:

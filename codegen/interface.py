@@ -1,4 +1,4 @@
-"""What a printed Triton kernel is, as data: its parameters, what it was printed for, its source."""
+"""What a kernel and its launcher agree on: dtypes, parameters, and the buffers between kernels."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from .config import Dims, KernelConfig, Precision
-from .plan import Loop
-from .tile import Axes, Tile, TileOp
-
-STAGES = "STAGES"  # the parameter of scans that says how deep their loop is pipelined
+from .buffers import BufferId, BufferKind
+from .chunk import Carried
+from .config import Dims, Precision
+from .plan import Kernel
+from .segments import Start
+from .tile import Axes, Axis, Tile, TileOp
 
 
 class Dtype(Enum):
-    """Element types by their Triton names."""
+    """Element types by the names that torch, Triton and TVM give them."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -37,29 +38,19 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of a printed kernel: `of` names the operand, buffer, carry or float."""
+    """A parameter of a printed kernel: `of` is a buffer, or names an operand, carry or float."""
 
     name: str
     role: Role
-    of: str
-
-
-class Buffer(NamedTuple):
-    """An intermediate or result of a kernel: its axes, and what it is stored in.
-
-    `per_segment`: one for each segment of a sequence, as users see states; else for each chunk or
-    token.
-    """
-
-    name: str
-    axes: Axes
-    dtype: Dtype
-    per_segment: bool = False
+    of: BufferId | str
 
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a kernel is printed for: dimensions, and the dtype of each operand."""
+    """What a kernel is printed for: dimensions, and the dtype of each operand.
+
+    `dtype`: of products, of Keys and Values, and of the output.
+    """
 
     dims: Dims
     dtype: Dtype
@@ -70,28 +61,105 @@ class Signature:
         return dict(self.dtypes).get(operand, self.dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class TritonKernel:
-    """A printed kernel.
+class Storage(NamedTuple):
+    """How the kernels of a target keep intermediates.
 
-    `v_programs`: programs along the value axis; `segments`: whether it is a scan of segments.
+    `wide`: in float32, gradients too, whatever the dtype of products. `transposed`: states as
+    [V, K] in memory.
     """
 
-    name: str
-    loop: Loop
-    source: str
-    parameters: tuple[Parameter, ...]
-    v_programs: int
-    constants: tuple[tuple[str, int], ...]
-    config: KernelConfig
-    stores: tuple[Buffer, ...]
-    functions: frozenset[str]
-    segments: bool = False
+    wide: bool
+    transposed: bool
 
 
-def buffer_dtype(t: Tile, low: Dtype) -> Dtype:
+class Buffer(NamedTuple):
+    """A buffer and what it is stored in; `axes` in the order in which they lie."""
+
+    name: BufferId
+    axes: Axes
+    dtype: Dtype
+
+    @property
+    def shape(self) -> tuple[str, ...]:
+        """Its sizes by letter: a row per token (B, T), chunk or segment; HV; channels, or C.
+
+        `chunks` and `segments` count those of all sequences.
+        """
+        times = [a for a in self.axes if a in (Axis.I, Axis.J)][:1]
+        size = {Axis.I: "C", Axis.J: "C", Axis.K: "K", Axis.V: "V"}
+        rows: tuple[str, ...] = ("B", "T") if times else ("chunks",)
+        if self.name.kind is BufferKind.SEGMENT_END:
+            rows = ("segments",)
+        return (*rows, "HV", *(size[a] for a in self.axes if a not in times))
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether it is a gradient in parts per chunk: programs beyond the last write none."""
+        return self.name.kind is BufferKind.GRADIENT and "T" not in self.shape
+
+    @property
+    def is_result(self) -> bool:
+        """Whether it is for the caller, not for later kernels alone."""
+        return self.name.kind in (BufferKind.OUTPUT, BufferKind.GRADIENT)
+
+
+def buffer(name: BufferId, t: Tile, signature: Signature, storage: Storage) -> Buffer:
+    """The buffer that holds `t` under that name.
+
+    A gradient is in its operand's dtype where every value head has a head of it; where groups
+    share one, launchers take float32 instead, and add up.
+    """
+    axes = t.axes[::-1] if storage.transposed and t.axes == (Axis.K, Axis.V) else t.axes
+    if name.kind is BufferKind.OUTPUT:
+        dtype = signature.dtype
+    elif storage.wide:
+        dtype = Dtype.FLOAT32
+    elif name.kind is BufferKind.INTERMEDIATE:
+        dtype = intermediate_dtype(t, signature.dtype)
+    else:
+        has_rows = Axis.I in t.axes or Axis.J in t.axes
+        dtype = signature.of(name.of) if has_rows else Dtype.FLOAT32
+    return Buffer(name, axes, dtype)
+
+
+def intermediate_dtype(t: Tile, low: Dtype) -> Dtype:
     """Tiles of two axes are stored in the dtype of products; vectors and numbers in float32.
 
     So are prefix sums of gates: they are exponents, whose absolute error is a relative one.
     """
     return low if len(t.axes) == 2 and t.op is not TileOp.CUMSUM else Dtype.FLOAT32
+
+
+def segment_end(carried: Carried, *, matrix: bool = False) -> Buffer:
+    """The buffer of what a carry is as each segment ends; `matrix`: of one that is K x K."""
+    axes = (Axis.K, Axis.K) if matrix else carried.start.axes
+    return Buffer(BufferId(BufferKind.SEGMENT_END, carried.name), axes, Dtype.FLOAT32)
+
+
+def ends_stored(kernel: Kernel) -> tuple[Buffer, ...]:
+    """What a scan for the ends of segments stores."""
+    if kernel.segments is None or not kernel.segments.ends:
+        return ()
+    matrix = kernel.segments.start is Start.IDENTITY
+    return tuple(segment_end(c, matrix=matrix) for c in kernel.carried)
+
+
+def ends_before(kernel: Kernel) -> tuple[Buffer, ...]:
+    """The ends of segments that a scan of segments starts from."""
+    if kernel.segments is None or kernel.segments.ends:
+        return ()
+    passages = dict.fromkeys(p for p in kernel.segments.passages if p is not None)
+    ends = [segment_end(p.carried, matrix=p.matrix) for p in passages]
+    return (*map(segment_end, kernel.carried), *ends)
+
+
+def stored(kernel: Kernel, signature: Signature, storage: Storage) -> tuple[Buffer, ...]:
+    """The buffers that a kernel stores."""
+    own = (buffer(n, t, signature, storage) for n, t in kernel.stores)
+    return (*own, *ends_stored(kernel))
+
+
+def loaded(kernel: Kernel, signature: Signature, storage: Storage) -> tuple[Buffer, ...]:
+    """The buffers that a kernel finds stored by others, and loads."""
+    found = (buffer(n, t, signature, storage) for t, n in kernel.buffers.items())
+    return (*found, *ends_before(kernel))

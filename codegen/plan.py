@@ -19,7 +19,8 @@ from functools import lru_cache
 
 from ..dsl.ir import Op
 from . import tile
-from .chunk import Body, Carried
+from .buffers import BufferId, BufferKind
+from .chunk import Body, Carried, Named
 from .differentiate import Adjoint
 from .segments import Passage, Segments, Start, passages
 from .tile import Axis, Tile, TileOp
@@ -85,9 +86,9 @@ class Kernel:
 
     name: str
     loop: Loop
-    stores: tuple[tuple[str, Tile], ...]
+    stores: Named
     carried: tuple[Carried, ...]
-    stored: tuple[tuple[str, Tile], ...]
+    stored: Named
     segments: Segments | None = None
 
     @property
@@ -97,7 +98,7 @@ class Kernel:
         return tile.topological(*roots, stop=frozenset(t for _, t in self.stored))
 
     @property
-    def buffers(self) -> dict[Tile, str]:
+    def buffers(self) -> dict[Tile, BufferId]:
         """The stored tiles that this kernel reads."""
         used = set(self.order)
         return {t: name for name, t in self.stored if t in used}
@@ -105,10 +106,10 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The kernels of one direction, in order, and the names of the buffers that are its results."""
+    """The kernels of one direction, in order, and the buffers that are its results."""
 
     kernels: tuple[Kernel, ...]
-    results: tuple[str, ...]
+    results: tuple[BufferId, ...]
 
     @property
     def stages(self) -> tuple[tuple[Kernel, ...], ...]:
@@ -125,7 +126,7 @@ class Program:
                 stages.append((kernel,))
         return tuple(stages)
 
-    def passed(self, stage: tuple[Kernel, ...]) -> frozenset[str]:
+    def passed(self, stage: tuple[Kernel, ...]) -> frozenset[BufferId]:
         """The buffers that the kernels of `stage` pass to one another, and to no other."""
         stored = {name for kernel in stage for name, _ in kernel.stores}
         others = (k for k in self.kernels if k not in stage)
@@ -170,7 +171,7 @@ def plan_forward(body: Body, plan: Plan, *, segments: bool = False) -> Program:
     if plan.norms_apart:
         build.norms([*roots, *(t for _, t in body.outputs)])
     build.prepare(plan, roots, carries)
-    kept = _kept(body.outputs, carries) if not plan.outputs_in_scan else ()
+    kept = () if plan.outputs_in_scan else _kept([t for _, t in body.outputs], carries)
     build.kernel("scan", Loop.FORWARD, (*in_scan, *build.fresh(kept)), body.carried)
     if not plan.outputs_in_scan:
         build.kernel("post", Loop.PARALLEL, body.outputs)
@@ -187,7 +188,7 @@ def plan_backward(body: Body, adjoint: Adjoint, plan: Plan, *, segments: bool = 
     if plan.norms_apart:
         build.norms([*ends, *outputs])
     build.prepare(plan, ends, saved | reverse, outputs)
-    kept = _kept((*adjoint.outputs, *((c.name, c.end) for c in adjoint.carried)), saved | reverse)
+    kept = _kept([*outputs, *(c.end for c in adjoint.carried)], saved | reverse)
     of_states = tuple(t for t in kept if not _depends(t, reverse))
     build.kernel("states", Loop.FORWARD, build.fresh(of_states), body.carried)
     if plan.outputs_in_scan:
@@ -217,14 +218,14 @@ class _Builder:
         self._direction = direction
         self._passages = passages
         self.kernels: list[Kernel] = []
-        self._stored: dict[Tile, str] = {}
-        self._names: set[str] = set()
+        self._stored: dict[Tile, BufferId] = {}
+        self._names: set[BufferId] = set()
 
     def kernel(
         self,
         name: str,
         loop: Loop,
-        stores: tuple[tuple[str, Tile], ...],
+        stores: Named,
         carried: tuple[Carried, ...] = (),
     ) -> None:
         before = tuple((n, t) for t, n in self._stored.items())
@@ -249,7 +250,7 @@ class _Builder:
         name: str,
         loop: Loop,
         carried: tuple[Carried, ...],
-        before: tuple[tuple[str, Tile], ...],
+        before: Named,
         passages: tuple[Passage | None, ...],
     ) -> None:
         """The scans for what segments end with; the first scan's passages serve those after it."""
@@ -262,16 +263,16 @@ class _Builder:
         if matrices:
             self.kernels.append(Kernel(name + MATRICES, loop, (), matrices, before, identity))
 
-    def fresh(self, tiles: Iterable[Tile]) -> tuple[tuple[str, Tile], ...]:
+    def fresh(self, tiles: Iterable[Tile]) -> Named:
         """Buffer names for `tiles`, in order, none of them used yet."""
-        names: list[tuple[str, Tile]] = []
+        names: list[tuple[BufferId, Tile]] = []
         for t in tiles:
             stem = t.hint or "x"
             used = {*self._names, *(n for n, _ in names)}
-            name, count = f"{stem}_chunk", 1
+            name, count = BufferId(BufferKind.INTERMEDIATE, stem), 1
             while name in used:
                 count += 1
-                name = f"{stem}{count}_chunk"
+                name = BufferId(BufferKind.INTERMEDIATE, f"{stem}{count}")
             names.append((name, t))
         return tuple(names)
 
@@ -281,7 +282,7 @@ class _Builder:
         if wanted:
             self.kernel("norms", Loop.PARALLEL, self.fresh(wanted))
 
-    def late_norms(self, outputs: tuple[tuple[str, Tile], ...]) -> tuple[Tile, ...]:
+    def late_norms(self, outputs: Named) -> tuple[Tile, ...]:
         """Sums over K of gradients that something along K needs, and the gradients they sum."""
         needed = tile.topological(*(t for _, t in outputs), stop=frozenset(self._stored))
         fresh = [t for t in needed if t not in self._stored]
@@ -297,7 +298,7 @@ class _Builder:
                 wanted |= {x: None for x in parts if _depends(x, along)}
         return tuple(wanted)
 
-    def sums_over_values(self, outputs: tuple[tuple[str, Tile], ...]) -> tuple[Tile, ...]:
+    def sums_over_values(self, outputs: Named) -> tuple[Tile, ...]:
         """The sums over the value axis that `outputs` need and nobody stored yet."""
         needed = tile.topological(*(t for _, t in outputs), stop=frozenset(self._stored))
         return tuple(t for t in needed if t not in self._stored and sums_over(t, Axis.V))
@@ -417,9 +418,8 @@ def _depends(x: Tile, carries: frozenset[Tile]) -> bool:
     return x in carries or any(_depends(a, carries) for a in x.args)
 
 
-def _kept(outputs: Iterable[tuple[str, Tile]], carries: frozenset[Tile]) -> tuple[Tile, ...]:
-    """What a scan stores for later kernels: its carry, and solves that depend on it."""
-    roots = [t for _, t in outputs]
+def _kept(roots: list[Tile], carries: frozenset[Tile]) -> tuple[Tile, ...]:
+    """What a scan stores for `roots` in later kernels: its carry, and solves that depend on it."""
     solves = frozenset(
         t
         for t in tile.topological(*roots)
@@ -429,5 +429,5 @@ def _kept(outputs: Iterable[tuple[str, Tile]], carries: frozenset[Tile]) -> tupl
     return tuple(t for t in needed if t in carries or t in solves)
 
 
-def _tiles(carried: tuple[Carried, ...], outputs: tuple[tuple[str, Tile], ...]) -> list[Tile]:
+def _tiles(carried: tuple[Carried, ...], outputs: Named) -> list[Tile]:
     return tile.topological(*(c.end for c in carried), *(t for _, t in outputs))

@@ -24,6 +24,7 @@ from ..dsl.errors import NotLowered, ProofFailed
 from ..dsl.ir import Kind, Node, Op, Per, topological
 from ..dsl.normal_form import NormalForm, Operand
 from ..dsl.step import Step, operand_leaf, param_leaf, state_leaf
+from . import buffers
 from .chunk import Body, derive
 from .differentiate import GRADIENT, Adjoint, differentiate
 from .evaluate import ZERO, Numbers, Sizes, evaluate, evaluate_step, many_digits
@@ -384,7 +385,7 @@ class _Chunks:
         names = [c.name for c in adjoint.carried]
         roots = [*(t for _, t in adjoint.outputs), *(c.end for c in adjoint.carried)]
         carries = {GRADIENT + s.name: self._point.cotangents[s.name] for s in step.states}
-        parts: dict[str, list[Numbers]] = {n: [] for n, _ in adjoint.outputs}
+        parts: dict[buffers.BufferId, list[Numbers]] = {n: [] for n, _ in adjoint.outputs}
         for sizes, starts in zip(reversed(self._sizes), reversed(self._starts), strict=True):
             found = self._evaluate(roots, {**starts, **carries}, sizes)
             for own, x in zip(parts.values(), found, strict=False):
@@ -392,7 +393,7 @@ class _Chunks:
             carries = dict(zip(names, found[len(parts) :], strict=True))
         result = {s.name: carries[GRADIENT + s.name] for s in step.states}
         for o in step.operands:
-            result[o.name] = self._collected(o, parts.get(GRADIENT + o.name))
+            result[o.name] = self._collected(o, parts.get(buffers.gradient(o.name)))
         return result
 
     def _collected(self, o: Operand, parts: list[Numbers] | None) -> Numbers:

@@ -12,6 +12,7 @@ from ..dsl.ir import Kind, Node, Op, Per, topological
 from ..dsl.normal_form import Operand
 from ..dsl.step import Step
 from . import tile
+from .buffers import OUTPUT
 from .chunk import Body, Carried
 from .expressions import unaliased
 from .lower import kind_axes, lower_expression
@@ -42,7 +43,7 @@ def token_body(step: Step) -> Body:
         Carried(tile.carry(s.name, kind_axes(s.kind)), done[n].named(f"{s.name}_next"))
         for s, n in zip(step.states, step.next_states, strict=True)
     )
-    return Body((("o", output),), carried)
+    return Body(((OUTPUT, output),), carried)
 
 
 def token_kernel(step: Step) -> Kernel:

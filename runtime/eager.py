@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..codegen.chunk import Body, derive
+from ..codegen.buffers import OUTPUT, BufferId, gradient
 from ..codegen.config import Dims, EagerConfig, padded
-from ..codegen.differentiate import GRADIENT, differentiate
+from ..codegen.differentiate import GRADIENT
 from ..codegen.eager import library as eager_library
 from ..codegen.eager.kernel import EagerKernel, print_eager
-from ..codegen.factor import factor_adjoint, factor_body
-from ..codegen.plan import Hoist, Loop, Plan, Program, plan_backward, plan_forward
+from ..codegen.plan import Hoist, Loop, Plan, Program
+from ..codegen.programs import backward_program, chunk_body, forward_program
 from ..codegen.tile import Axes, Axis, Tile, TileOp
 from ..dsl.errors import NotLowered
 from ..dsl.ir import Per
@@ -42,14 +42,13 @@ class _Compiled:
     printed: EagerKernel
     loop: Loop
     run: Callable[..., tuple[Tensor | float, ...]]
-    stores: int  # of its results, so many are stored, the others carried
-    buffers: Mapping[Tile, str]
+    buffers: Mapping[Tile, BufferId]
 
 
 def supports(call: Call) -> str | None:
     """Why this engine cannot serve the call; None if it can."""
     try:
-        _body(call.form)
+        chunk_body(call.form)
     except NotLowered as refusal:
         return str(refusal)
     return None
@@ -66,7 +65,7 @@ def forward(call: Call, config: EagerConfig | None = None) -> tuple[Tensor, tupl
     rows = refined(call)
     run = _Run(rows, (config or _serving(call, rows.T)).chunk)
     finals = run.execute(_forward_kernels(call.form), run.initial())
-    o = coarse(call, run.tokens_back(run.buffers["o"], call.HV, (call.V,)))
+    o = coarse(call, run.tokens_back(run.buffers[OUTPUT], call.HV, (call.V,)))
     return o.to(call.dtype), tuple(finals[s.name] for s in call.form.states)
 
 
@@ -112,20 +111,13 @@ def _key(call: Call) -> Key:
 
 
 @lru_cache(maxsize=256)
-def _body(form: NormalForm) -> Body:
-    return derive(form)
-
-
-@lru_cache(maxsize=256)
 def _forward_kernels(form: NormalForm) -> tuple[_Compiled, ...]:
-    return _compile(plan_forward(factor_body(_body(form)), Plan(Hoist.ALL, outputs_in_scan=False)))
+    return _compile(forward_program(form, Plan(Hoist.ALL)))
 
 
 @lru_cache(maxsize=256)
 def _backward_kernels(form: NormalForm) -> tuple[_Compiled, ...]:
-    body = _body(form)
-    adjoint = factor_adjoint(differentiate(body))
-    return _compile(plan_backward(factor_body(body), adjoint, Plan(Hoist.ALL)))
+    return _compile(backward_program(form, Plan(Hoist.ALL)))
 
 
 def _compile(program: Program) -> tuple[_Compiled, ...]:
@@ -141,8 +133,7 @@ def _compile(program: Program) -> tuple[_Compiled, ...]:
         exec(compile(printed.source, f"<chunkwise eager {kernel.name}>", "exec"), namespace)
         run = namespace[kernel.name]
         assert callable(run)
-        count = len(kernel.stores)
-        compiled.append(_Compiled(printed, kernel.loop, run, count, kernel.buffers))
+        compiled.append(_Compiled(printed, kernel.loop, run, kernel.buffers))
     return tuple(compiled)
 
 
@@ -159,7 +150,7 @@ class _Run:
         }
         self._heads: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
-        self.buffers: dict[str, Tensor] = {}
+        self.buffers: dict[BufferId, Tensor] = {}
         self._index, self._rows = self._layout()
         per = {o.name: o.per for o in call.form.operands}
         for name, x in call.operands.items():
@@ -238,7 +229,7 @@ class _Run:
                     *(self._argument(kernel, t, None, {}) for t in _tiles(kernel)),
                     *self._context(None),
                 )
-                for (name, t), x in zip(kernel.printed.results, results, strict=True):
+                for (name, t), x in zip(kernel.printed.stores, results, strict=True):
                     self.buffers[name] = self._filled(x, t.axes, self._chunks)
             else:
                 ends |= self._scan(kernel, starts)
@@ -246,8 +237,8 @@ class _Run:
         return {n: x.reshape(call.N, call.HV, *x.shape[1:]) for n, x in ends.items()}
 
     def _scan(self, kernel: _Compiled, starts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        labels = kernel.printed.results
-        stored, carried = labels[: kernel.stores], labels[kernel.stores :]
+        stored, carried = kernel.printed.stores, kernel.printed.ends
+        tiles = [t for _, t in (*stored, *carried)]
         carry = {n: starts[n] for n, _ in carried}
         series: list[list[Tensor]] = [[] for _ in stored]
         steps = range(self._chunks)
@@ -255,10 +246,10 @@ class _Run:
             results = kernel.run(
                 *(self._argument(kernel, t, n, carry) for t in _tiles(kernel)), *self._context(n)
             )
-            full = [self._filled(x, t.axes) for (_, t), x in zip(labels, results, strict=True)]
-            for own, x in zip(series, full[: kernel.stores], strict=True):
+            full = [self._filled(x, t.axes) for t, x in zip(tiles, results, strict=True)]
+            for own, x in zip(series, full[: len(stored)], strict=True):
                 own.append(x)
-            carry = {n: x for (n, _), x in zip(carried, full[kernel.stores :], strict=True)}
+            carry = {n: x for (n, _), x in zip(carried, full[len(stored) :], strict=True)}
         for (name, t), own in zip(stored, series, strict=True):
             ordered = own if kernel.loop is Loop.FORWARD else own[::-1]
             # of no chunks there is nothing to stack
@@ -301,7 +292,7 @@ class _Run:
     def gradient(self, name: str) -> Tensor:
         """The gradient of an operand in its own shape, summed over what shares it."""
         call, x = self._call, self._call.operands[name]
-        g = self.buffers.get(GRADIENT + name)
+        g = self.buffers.get(gradient(name))
         if g is None:
             return torch.zeros_like(x)
         if name in self._heads:

@@ -9,8 +9,8 @@ from .engines import EngineName
 
 def sections(declaration: Declaration) -> dict[str, str]:
     """The sections by name, in order; a step that is not lowered has only its engines."""
+    from ..codegen.programs import chunk_body
     from ..codegen.text.summary import chunk_form, costs
-    from ..codegen.triton.emit import chunk_body
 
     if declaration.any_step:
         return {"engines": _only_reference("it was declared for it")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chunkwise.codegen.plan import Plan, backward_plans, forward_plans
-from chunkwise.codegen.triton.emit import chunk_body
+from chunkwise.codegen.programs import chunk_body
 from chunkwise.dsl.declaration import Declaration
 from chunkwise.dsl.errors import NotLowered
 from chunkwise.dsl.library import by_name

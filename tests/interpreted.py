@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from chunkwise.codegen.config import Config, Dims, KernelConfig
+from chunkwise.codegen.programs import chunk_body
 from chunkwise.codegen.triton.defaults import default_config
-from chunkwise.codegen.triton.emit import chunk_body
 from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime.call import Call
 from chunkwise.runtime.triton import engine as triton_engine

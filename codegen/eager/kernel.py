@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ...dsl.ir import Op
 from .. import tile
-from ..chunk import LEAST_DECAY
+from ..chunk import LEAST_DECAY, Named
 from ..expressions import Expressions, Names, is_number, unaliased
 from ..plan import Kernel
 from ..tile import Axes, Axis, Tile, TileOp, Which
@@ -45,14 +45,16 @@ _INDEX = {Axis.I: "at[..., :, None]", Axis.J: "at[..., None, :]"}
 class EagerKernel:
     """Source of `def <name>(<arguments>, *CONTEXT)`, and what its arguments and results are.
 
-    Parameters are tensors without axes. A result has every axis of its tile, of length 1 where it
+    Parameters are tensors without axes. Results are what the kernel stores, then what it carries,
+    by name. A result has every axis of its tile, of length 1 where it
     is constant; or it is a number, or a tensor without axes made from parameters.
     """
 
     name: str
     source: str
     arguments: tuple[tuple[str, Tile], ...]
-    results: tuple[tuple[str, Tile], ...]
+    stores: Named
+    ends: tuple[tuple[str, Tile], ...]
 
 
 class _Torch(Expressions):
@@ -171,17 +173,17 @@ def print_eager(kernel: Kernel) -> EagerKernel:
     arguments: list[tuple[str, Tile]] = []
     for t in order:
         if t in buffers or t.op in LEAVES:
-            name = printer.names.fresh(buffers.get(t, t.hint).removesuffix("_chunk"))
+            name = printer.names.fresh(buffers[t].label if t in buffers else t.hint)
             arguments.append((name, t))
             printer.known[t] = name
     # an end may lack axes of its start: a state that is forgotten is one number
-    ends = ((c.name, tile.expand(c.end, c.start.axes)) for c in kernel.carried)
-    results = (*kernel.stores, *ends)
-    printer.count((t for t in order if t not in printer.known), (t for _, t in results))
+    ends = tuple((c.name, tile.expand(c.end, c.start.axes)) for c in kernel.carried)
+    results = [t for _, t in (*kernel.stores, *ends)]
+    printer.count((t for t in order if t not in printer.known), results)
     for t in order:
         printer.define(t)
-    returned = ", ".join(printer.result(t) for _, t in results)
+    returned = ", ".join(printer.result(t) for t in results)
     names = ", ".join([*(n for n, _ in arguments), *CONTEXT])
     body = "\n".join(f"    {line}" for line in printer.lines)
     source = f"def {kernel.name}({names}):\n{body}\n    return {returned},\n"
-    return EagerKernel(kernel.name, source, tuple(arguments), results)
+    return EagerKernel(kernel.name, source, tuple(arguments), kernel.stores, ends)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from ...dsl.ir import Op
 from .. import tile
-from ..chunk import Body, Carried
+from ..buffers import BufferId
+from ..chunk import Body, Carried, Named
 from ..differentiate import GRADIENT, Adjoint
 from ..expressions import Names, identifier
 from ..plan import Kernel, Loop, Program
@@ -55,19 +56,19 @@ class _Printer:
 
     def __init__(
         self,
-        outputs: Iterable[tuple[str, Tile]],
+        outputs: Named,
         carried: Iterable[Carried],
-        named: Mapping[Tile, str],
+        named: Mapping[Tile, BufferId],
     ) -> None:
-        ends = [(f"{c.name}_next", c.end) for c in carried]
-        wanted = {_shown(t): n.removesuffix("_chunk") for n, t in (*outputs, *ends)}
+        wanted = {_shown(t): n.label for n, t in outputs}
+        wanted |= {_shown(c.end): f"{c.name}_next" for c in carried}
         self._roots = list(wanted)
         self._order = tile.topological(*self._roots, stop=frozenset(named))
         self._names = Names(())
         self.known: dict[Tile, str] = {}
         for t in self._order:
             if t in named:
-                self.known[t] = self._names.fresh(named[t].removesuffix("_chunk"))
+                self.known[t] = self._names.fresh(named[t].label)
             elif t.op in _LEAVES:
                 self.known[t] = self._names.fresh(identifier(_leaf_name(t)))
         self._wanted = {
@@ -335,7 +336,7 @@ def print_kernel(kernel: Kernel) -> str:
         head.append(f"  loads    {' '.join(loads)}")
     notes = _ends(printer, kernel.stores, kernel.carried, "stored")
     stored = [name for name, t in kernel.stores if _shown(t) in (*starts, *buffers)]
-    head += [f"  stores   {name.removesuffix('_chunk')}, as each chunk begins" for name in stored]
+    head += [f"  stores   {name.label}, as each chunk begins" for name in stored]
     if kernel.segments is not None and kernel.segments.ends:
         head.append(f"  stores   {', '.join(c.name for c in kernel.carried)}, as the segment ends")
     return "\n".join(head + _aligned(lines, {}, notes))
@@ -351,15 +352,14 @@ def _is_gradient(t: Tile) -> bool:
 
 def _ends(
     printer: _Printer,
-    outputs: Iterable[tuple[str, Tile]],
+    outputs: Named,
     carried: Iterable[Carried],
     verb: str = "output",
 ) -> dict[Tile, str]:
     """Where a value goes, by tile: out, or into the next carry."""
     notes: dict[Tile, str] = {}
     for name, t in outputs:
-        shown = name.removesuffix("_chunk")
-        given = "" if shown == printer.name(t) else f" {shown}"
+        given = "" if name.label == printer.name(t) else f" {name.label}"
         notes[_shown(t)] = f"→ {verb}{given}"
     for c in carried:
         before = notes.get(_shown(c.end), "")

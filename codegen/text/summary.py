@@ -6,8 +6,8 @@ from ...dsl.normal_form import NormalForm
 from ..config import Dims
 from ..interface import Dtype
 from ..plan import Plan, Program
+from ..programs import backward_program, chunk_adjoint, chunk_body, forward_program
 from ..triton.defaults import default_config
-from ..triton.emit import backward_program, chunk_adjoint, chunk_body, forward_program
 from .mathematics import print_body
 
 _DIMS = Dims(128, 128)

@@ -15,12 +15,14 @@ from tvm import tirx
 from tvm.ir import PrimType
 from tvm.tirx import Buffer, Expr, PrimFunc, Var
 
+from ..buffers import BufferId
 from ..chunk import Carried
 from ..config import Dims
 from ..expressions import unaliased
-from ..interface import Parameter, Role, Signature
+from ..interface import Buffer as Stored
+from ..interface import Parameter, Role, Signature, stored
 from ..plan import Kernel, Loop, sums_over
-from ..tile import Axes, Axis, Tile, TileOp
+from ..tile import Axis, Tile, TileOp
 from .code import Code, Index, int32, int64
 from .config import TvmConfig
 from .decayed import rooms
@@ -28,7 +30,7 @@ from .frame import LINE, Ahead, Frame, Rows, Shapes, allocate, placed
 from .products import transpose
 from .schedule import Action, Region, Step, schedule
 from .steps import compute
-from .transfer import Transfers, Work
+from .transfer import STORAGE, Transfers, Work
 from .values import Values
 
 # what of a call the tables of work hold, a row per sequence and per chunk, in int64
@@ -56,15 +58,15 @@ class TirKernel:
     v_programs: int
     chunk: int
     scratch: int
-    stores: tuple[tuple[str, Axes], ...]
-    private: frozenset[str]
+    stores: tuple[Stored, ...]
+    private: frozenset[BufferId]
 
 
 def print_tir(
     kernel: Kernel,
     signature: Signature,
     config: TvmConfig,
-    private: frozenset[str] = frozenset(),
+    private: frozenset[BufferId] = frozenset(),
     *,
     one_token: bool = False,
 ) -> TirKernel:
@@ -90,7 +92,7 @@ class _Printer:
         kernel: Kernel,
         signature: Signature,
         config: TvmConfig,
-        private: frozenset[str],
+        private: frozenset[BufferId],
         one_token: bool,
     ) -> None:
         self._kernel = kernel
@@ -152,7 +154,7 @@ class _Printer:
             v_programs=self._signature.dims.V // self._v_tile,
             chunk=self._shapes.chunk,
             scratch=self._size,
-            stores=tuple((name, t.axes) for name, t in kernel.stores),
+            stores=stored(kernel, self._signature, STORAGE),
             private=self._private,
         )
 
@@ -240,13 +242,13 @@ class _Printer:
         for step in self._schedule.steps:
             t, asking, name = step.tile, done, step.name
             if step.action is Action.LOAD:
-                name = self._kernel.buffers.get(t, "")
-                rows = self._transfers.source(t, work, name or None)
+                name = self._kernel.buffers.get(t)
+                rows = self._transfers.source(t, work, name)
                 rows = replace(
                     rows, first=rows.first + rows.stride * (further * self._shapes.chunk)
                 )
                 asking = list(ahead)
-            elif step.action is Action.STORE:
+            elif name is not None:
                 rows = self._transfers.buffer(name, t, work)
             else:
                 done += [t] if t in ahead else []
@@ -280,7 +282,7 @@ class _Printer:
     def _step(self, frame: Frame, step: Step, work: Work) -> None:
         if step.action is Action.LOAD:
             self._transfers.load(frame, step.tile, work, self._kernel.buffers.get(step.tile))
-        elif step.action is Action.STORE:
+        elif step.name is not None:
             self._transfers.store(frame, step.tile, work, step.name)
         elif step.action is Action.TRANSPOSE:
             transpose(frame, step.tile)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ...dsl.ir import Op
+from ..buffers import BufferId
 from ..expressions import INLINE, unaliased
 from ..plan import Kernel
 from ..tile import Axes, Axis, Tile, TileOp
@@ -49,12 +50,12 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One action; `reads`: the regions that it needs."""
+    """One action; `reads`: the regions that it needs; `name`: the buffer of a store."""
 
     action: Action
     tile: Tile
     reads: frozenset[Region]
-    name: str = ""
+    name: BufferId | None = None
 
     @property
     def writes(self) -> Region | None:

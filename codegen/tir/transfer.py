@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.tirx import Buffer, Expr, Var
 
-from ..interface import Parameter, Role, Signature
+from ..buffers import BufferId
+from ..interface import Parameter, Role, Signature, Storage
+from ..interface import buffer as buffer_of
 from ..tile import Axis, Tile, TileOp
 from .code import Code, Index, int32, int64, load, number
 from .frame import Frame, Rows
 from .schedule import Region
 from .values import Values
 
+STORAGE = Storage(wide=True, transposed=False)
 _TIMES = (Axis.I, Axis.J)
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # callers align tensors to no more
 _PREFIX = {Role.INITIAL: "first_", Role.FINAL: "last_"}
@@ -73,7 +76,7 @@ class Transfers:
         chunk: int,
         entry: Code,
         heads: Expr,
-        private: frozenset[str],
+        private: frozenset[BufferId],
         *,
         has_time: bool,
     ) -> None:
@@ -88,7 +91,7 @@ class Transfers:
     def tensor(
         self,
         role: Role,
-        of: str,
+        of: BufferId | str,
         shape: tuple[Expr | int | None, ...],
         *,
         dtype: str = "float32",
@@ -117,11 +120,11 @@ class Transfers:
 
     # ---- leaves and results --------------------------------------------------------------------
 
-    def load(self, frame: Frame, t: Tile, work: Work, buffer: str | None) -> None:
+    def load(self, frame: Frame, t: Tile, work: Work, buffer: BufferId | None) -> None:
         """Bring a leaf into scratch; rows beyond the sequence's end become zero."""
         _copy_in(frame, t, self.source(t, work, buffer))
 
-    def store(self, frame: Frame, t: Tile, work: Work, buffer: str) -> None:
+    def store(self, frame: Frame, t: Tile, work: Work, buffer: BufferId) -> None:
         """Write a tile to its buffer; rows beyond the sequence's end are left alone."""
         rows = self.buffer(buffer, t, work)
         if work.split and Axis.V not in t.axes:
@@ -149,7 +152,7 @@ class Transfers:
 
     # ---- where they lie ------------------------------------------------------------------------
 
-    def source(self, t: Tile, work: Work, buffer: str | None) -> Rows:
+    def source(self, t: Tile, work: Work, buffer: BufferId | None) -> Rows:
         """Rows of a leaf: of a buffer, or of an operand."""
         if buffer is not None:
             return self.buffer(buffer, t, work)
@@ -179,13 +182,12 @@ class Transfers:
         x = self.tensor(Role.OPERAND, name, shape, dtype=dtype, strided=len(shape))
         return Rows(x.flat, work.head * x.strides[0] + _value_offset(t, work), int64(0))
 
-    def buffer(self, name: str, t: Tile, work: Work) -> Rows:
+    def buffer(self, name: BufferId, t: Tile, work: Work) -> Rows:
         """Rows of a buffer."""
-        times = [a for a in t.axes if a in _TIMES]
-        sizes = self._channels(t)
-        if len(times) == 2:
-            sizes = (self._chunk,)
-        dtype = self._signature.dtype.value if name == "o" else "float32"
+        own = buffer_of(name, t, self._signature, STORAGE)
+        times, dtype = "T" in own.shape, own.dtype.value
+        size_of = {"C": self._chunk, "K": self._signature.dims.K, "V": self._signature.dims.V}
+        sizes = tuple(size_of[n] for n in own.shape[own.shape.index("HV") + 1 :])
         size = math.prod(sizes)
         if name in self._private:
             x = self.tensor(Role.BUFFER, name, (None, *sizes), dtype=dtype)

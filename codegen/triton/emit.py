@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
-from enum import Enum
 from functools import lru_cache
 
 from ...dsl.normal_form import NormalForm
 from ...dsl.step import Step
-from ..chunk import Body, derive
-from ..config import Config, Dims
-from ..differentiate import Adjoint, differentiate
-from ..factor import factor_adjoint, factor_body
-from ..interface import Dtype, Signature, TritonKernel
-from ..plan import Plan, Program, plan_backward, plan_forward
-from ..segments import passages
+from ..buffers import BufferId
+from ..config import Config
+from ..interface import Dtype, Signature
+from ..programs import backward_program, forward_program
 from ..token import token_kernel
 from . import library as triton_library
 from .defaults import token_config
-from .kernel import print_triton
-
-_WIDEST = 128  # channels of keys: a K x K matrix in float32 has to fit shared memory
+from .kernel import TritonKernel, print_triton
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,55 +26,10 @@ class Emitted:
     forward: tuple[TritonKernel, ...]
     backward: tuple[TritonKernel, ...]
 
-    def buffers(self, kernel: TritonKernel) -> dict[str, Dtype]:
+    def buffers(self, kernel: TritonKernel) -> dict[BufferId, Dtype]:
         """The dtype of every buffer of the program that `kernel` belongs to."""
         program = self.forward if kernel in self.forward else self.backward
         return {b.name: b.dtype for k in program for b in k.stores}
-
-
-@lru_cache(maxsize=512)
-def chunk_body(form: NormalForm, *, reassociate: bool = False) -> Body:
-    """The chunk of `form`, derived; NotLowered outside the lowered classes."""
-    return derive(form, hoist_products=reassociate)
-
-
-@lru_cache(maxsize=512)
-def chunk_adjoint(form: NormalForm, *, reassociate: bool = False) -> Adjoint:
-    """The adjoint of the chunk of `form`."""
-    return differentiate(chunk_body(form, reassociate=reassociate))
-
-
-@lru_cache(maxsize=512)
-def forward_program(form: NormalForm, plan: Plan, *, segments: bool = False) -> Program:
-    """The kernels of the forward under `plan`; `segments`: of scans where `passing` allows it."""
-    body = factor_body(chunk_body(form, reassociate=plan.reassociate))
-    return plan_forward(body, plan, segments=segments)
-
-
-@lru_cache(maxsize=512)
-def backward_program(form: NormalForm, plan: Plan, *, segments: bool = False) -> Program:
-    """The kernels of the backward under `plan`; `segments`: of scans where `passing` allows it."""
-    body = factor_body(chunk_body(form, reassociate=plan.reassociate))
-    adjoint = factor_adjoint(chunk_adjoint(form, reassociate=plan.reassociate))
-    return plan_backward(body, adjoint, plan, segments=segments)
-
-
-class Passing(Enum):
-    """How states pass a segment of a sequence, where scans can run on segments."""
-
-    FADING = "scaled"
-    MATRIX = "multiplied by a matrix"
-
-
-@lru_cache(maxsize=512)
-def passing(form: NormalForm, dims: Dims) -> Passing | None:
-    """What it takes to run the scans of `form` on segments at once; None if they cannot."""
-    found = passages(factor_body(chunk_body(form)).carried)
-    if found is None:
-        return None
-    if not any(p is not None and p.matrix for p in found):
-        return Passing.FADING
-    return Passing.MATRIX if dims.K <= _WIDEST else None
 
 
 @lru_cache(maxsize=512)

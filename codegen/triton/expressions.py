@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ...dsl.ir import Op
 from .. import tile
+from ..buffers import BufferId
 from ..chunk import LEAST_DECAY
 from ..config import Precision
 from ..expressions import Expressions, Names, unaliased
@@ -60,7 +61,7 @@ class TritonExpressions(Expressions):
         self._chunk = chunk
         self._BK = self._BV = 0
         self._loop: Axis | None = None
-        self._buffers: Mapping[Tile, str] = {}
+        self._buffers: Mapping[Tile, BufferId] = {}
         self._raw: dict[Tile, Dtype] = {}  # values not yet in float32
         self._cleaned: set[Tile] = set()
         self._inline_dots: set[Tile] = set()

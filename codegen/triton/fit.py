@@ -13,8 +13,8 @@ from dataclasses import replace
 from ...dsl.normal_form import NormalForm
 from ..config import Config, Dims, KernelConfig, padded
 from ..plan import Kernel, Loop
+from ..programs import backward_program, forward_program
 from ..tile import Axis, TileOp
-from .emit import backward_program, forward_program
 
 _BESIDE_LOADS = 16 * 1024  # layout conversions, scans and reductions
 H100_SHARED = 227 * 1024

@@ -10,15 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from .. import tile
-from ..config import Config, dims_of, padded
+from ..config import Config, KernelConfig, dims_of, padded
 from ..expressions import Names, identifier, unaliased
-from ..interface import Buffer, Role, Signature, TritonKernel, buffer_dtype
+from ..interface import Buffer, Parameter, Role, Signature, Storage, stored
 from ..plan import Kernel, Loop, sums_over
 from ..segments import Segments
 from ..tile import Axis, Tile, TileOp
 from . import library as triton_library
-from .memory import RANGE, TritonMemory, ends_stored
+from .memory import RANGE, TritonMemory
 
+STORAGE = Storage(wide=False, transposed=True)
+STAGES = "STAGES"  # the parameter of scans that says how deep their loop is pipelined
 _SCAN_ORDER = (Axis.V, Axis.I, Axis.J, Axis.K)
 _PARALLEL_ORDER = (Axis.I, Axis.J, Axis.V, Axis.K)
 _LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.CARRY, TileOp.PARAM)
@@ -28,6 +30,25 @@ _RESERVED = frozenset(triton_library.FUNCTIONS).union(
     ("HV", "NV", "TOKENS", "PACKED", "cu_seqlens", "chunk_offsets", "chunk_table"),
     ("part", "segment", "segments", "segment_table", "SEGMENT", "begin", "end", "before"),
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TritonKernel:
+    """A printed kernel.
+
+    `v_programs`: programs along the value axis; `segments`: whether it is a scan of segments.
+    """
+
+    name: str
+    loop: Loop
+    source: str
+    parameters: tuple[Parameter, ...]
+    v_programs: int
+    constants: tuple[tuple[str, int], ...]
+    config: KernelConfig
+    stores: tuple[Buffer, ...]
+    functions: frozenset[str]
+    segments: bool = False
 
 
 def print_triton(kernel: Kernel, signature: Signature, config: Config) -> TritonKernel:
@@ -88,8 +109,8 @@ class _KernelPrinter(TritonMemory):
         order = kernel.order
         for t in order:  # operands get their names first
             if t.op in _LEAVES or t in self._buffers:
-                name = self._buffers.get(t, str(t.attrs[0]) if t.attrs else t.hint)
-                self.known[t] = self.names.fresh(identifier(name.removesuffix("_chunk")))
+                name = self._buffers[t].label if t in self._buffers else str(t.attrs[0])
+                self.known[t] = self.names.fresh(identifier(name))
         roots = [t for _, t in kernel.stores] + [c.end for c in kernel.carried]
         computed = [t for t in order if t not in self.known]
         self.count(computed, roots)
@@ -116,15 +137,10 @@ class _KernelPrinter(TritonMemory):
             v_programs=self._v_programs,
             constants=tuple(constants.items()),
             config=self._config,
-            stores=self._buffers_stored(),
+            stores=stored(kernel, self._signature, STORAGE),
             segments=kernel.segments is not None,
             functions=frozenset(self._used_functions),
         )
-
-    def _buffers_stored(self) -> tuple[Buffer, ...]:
-        low = self._signature.dtype
-        stored = (Buffer(n, t.axes, buffer_dtype(t, low)) for n, t in self._kernel.stores)
-        return (*stored, *ends_stored(self._kernel))
 
     def _header(self, body: list[str]) -> str:
         segments = self._kernel.segments
@@ -133,7 +149,7 @@ class _KernelPrinter(TritonMemory):
             tables, sizes, lengths = " segment_table,", " SEGMENT,", ', "SEGMENT"'
         names = ", ".join(p.name for p in self._parameters.values())
         text = "\n".join(f"    {line}" if line else "" for line in body)
-        stores = ", ".join(n for n, _ in self._kernel.stores) or "nothing"
+        stores = ", ".join(str(n) for n, _ in self._kernel.stores) or "nothing"
         if segments is not None and segments.ends:
             stores = f"what a segment ends with: {', '.join(c.name for c in self._kernel.carried)}"
         stages = "" if self._kernel.loop is Loop.PARALLEL else " STAGES: tl.constexpr,"

@@ -8,38 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..chunk import Carried
+from ..buffers import BufferId
+from ..chunk import Carried, Named
 from ..expressions import Names, identifier, unaliased
-from ..interface import Buffer, Dtype, Parameter, Role, Signature, buffer_dtype
-from ..plan import Kernel, Loop
+from ..interface import Parameter, Role, Signature, intermediate_dtype, segment_end
+from ..plan import Loop
 from ..segments import Segments, Start
 from ..tile import Axis, Tile, TileOp
 from .expressions import TritonExpressions
 
 RANGE = {Axis.I: "oi", Axis.J: "oj", Axis.V: "ov", Axis.K: "ok"}
-
-
-def end_buffer(carried: Carried, *, matrix: bool = False) -> Buffer:
-    """The buffer of what a carry is as each segment ends; `matrix`: of one that is K x K."""
-    axes = (Axis.K, Axis.K) if matrix else carried.start.axes
-    return Buffer(f"{carried.name}.end", axes, Dtype.FLOAT32, per_segment=True)
-
-
-def ends_stored(kernel: Kernel) -> tuple[Buffer, ...]:
-    """What a scan for the ends of segments stores."""
-    if kernel.segments is None or not kernel.segments.ends:
-        return ()
-    matrix = kernel.segments.start is Start.IDENTITY
-    return tuple(end_buffer(c, matrix=matrix) for c in kernel.carried)
-
-
-def ends_before(kernel: Kernel) -> tuple[Buffer, ...]:
-    """The ends of segments that a scan of segments starts from."""
-    if kernel.segments is None or kernel.segments.ends:
-        return ()
-    passages = dict.fromkeys(p for p in kernel.segments.passages if p is not None)
-    ends = [end_buffer(p.carried, matrix=p.matrix) for p in passages]
-    return (*map(end_buffer, kernel.carried), *ends)
 
 
 class TritonMemory(TritonExpressions):
@@ -52,10 +30,10 @@ class TritonMemory(TritonExpressions):
         self._loop_kind = Loop.PARALLEL
         self._v_programs = 1
         self._segments: Segments | None = None
-        self._to_store: tuple[tuple[str, Tile], ...] = ()
-        self._parameters: dict[tuple[Role, str], Parameter] = {}
+        self._to_store: Named = ()
+        self._parameters: dict[tuple[Role, BufferId | str], Parameter] = {}
 
-    def _parameter(self, name: str, role: Role, of: str) -> str:
+    def _parameter(self, name: str, role: Role, of: BufferId | str) -> str:
         """The name of a parameter: `name`, where nothing else is called so."""
         if (role, of) not in self._parameters:
             free = name if role is Role.PARAM else self.names.fresh(name)
@@ -147,7 +125,7 @@ class TritonMemory(TritonExpressions):
         rows = Axis.I in t.axes or Axis.J in t.axes
         mask = self._mask_argument(t, rows=rows, other=True)
         self.lines.append(f"{name} = tl.load({self._buffer_address(pointer, t)}{mask})")
-        self._raw[t] = buffer_dtype(t, self._signature.dtype)
+        self._raw[t] = intermediate_dtype(t, self._signature.dtype)
 
     def _first_carry(self, start: Tile) -> list[str]:
         name = self.known[start]
@@ -165,8 +143,8 @@ class TritonMemory(TritonExpressions):
 
     def _end(self, carried: Carried) -> str:
         """The parameter with what a carry is as each segment ends."""
-        of = end_buffer(carried).name
-        return self._parameter(f"{identifier(of)}_ptr", Role.BUFFER, of)
+        of = segment_end(carried).name
+        return self._parameter(f"{identifier(str(of))}_ptr", Role.BUFFER, of)
 
     def _load_end(self, carried: Carried) -> str:
         """What a carry was as the segment at `at` ended."""
@@ -221,7 +199,7 @@ class TritonMemory(TritonExpressions):
                 self._store(name, t)
         return self.flush()
 
-    def _store(self, name: str, t: Tile) -> None:
+    def _store(self, name: BufferId, t: Tile) -> None:
         pointer = self._parameter(f"{name}_ptr", Role.BUFFER, name)
         layout = self.layout(t)
         shown = t

@@ -24,9 +24,11 @@ from triton.errors import TritonError
 
 from ...dsl.ir import Kind, Per
 from ...dsl.normal_form import NormalForm
+from ..buffers import BufferId
 from ..config import Dims, Precision
-from ..interface import Dtype, Signature, TritonKernel
+from ..interface import Dtype, Signature
 from ..modules import import_file
+from ..triton.kernel import TritonKernel
 from . import library as triton_library
 from .resources import Resources, Target, compile_kernel
 
@@ -69,7 +71,7 @@ class Job:
     """One compilation; jobs of equal `key` are one."""
 
     kernel: TritonKernel
-    buffers: tuple[tuple[str, Dtype], ...]
+    buffers: tuple[tuple[BufferId, Dtype], ...]
     signature: Signature
     target: Target
     packed: bool
@@ -78,8 +80,8 @@ class Job:
     def key(self) -> str:
         k = self.kernel
         used = {p.of for p in k.parameters}
-        dtypes = [(p.of, self.signature.of(p.of)) for p in k.parameters]
-        buffers = sorted((n, d.value) for n, d in self.buffers if n in used)
+        dtypes = [(str(p.of), self.signature.of(str(p.of))) for p in k.parameters]
+        buffers = sorted((str(n), d.value) for n, d in self.buffers if n in used)
         signature = (self.signature.dtype, dtypes, buffers)
         text = repr((unit(k), k.constants, k.config.warps, k.config.stages, signature))
         text += f"{self.target} {self.packed}"

@@ -16,7 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..interface import STAGES, Dtype, Role, Signature, TritonKernel
+from ..buffers import BufferId
+from ..interface import Dtype, Role, Signature
+from .kernel import STAGES, TritonKernel
 
 _POINTER = {Dtype.FLOAT32: "*fp32", Dtype.BFLOAT16: "*bf16", Dtype.FLOAT16: "*fp16"}
 
@@ -59,7 +61,7 @@ class Resources:
 def compile_kernel(
     module: ModuleType,
     kernel: TritonKernel,
-    buffers: Mapping[str, Dtype],
+    buffers: Mapping[BufferId, Dtype],
     signature: Signature,
     target: Target,
     *,
@@ -97,14 +99,14 @@ def compile_kernel(
 
 
 def _arguments(
-    kernel: TritonKernel, buffers: Mapping[str, Dtype], signature: Signature, packed: bool
+    kernel: TritonKernel, buffers: Mapping[BufferId, Dtype], signature: Signature, packed: bool
 ) -> tuple[dict[str, str], dict[str, object]]:
     types: dict[str, str] = {}
     constants: dict[str, object] = {**dict(kernel.constants), "PACKED": packed}
     for p in kernel.parameters:
         if p.role is Role.OPERAND:
-            types[p.name] = _POINTER[signature.of(p.of)]
-        elif p.role is Role.BUFFER:
+            types[p.name] = _POINTER[signature.of(str(p.of))]
+        elif isinstance(p.of, BufferId):
             types[p.name] = _POINTER[buffers[p.of]]
         elif p.role in (Role.INITIAL, Role.FINAL):
             types[p.name] = "*fp32"

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from ...codegen.buffers import OUTPUT, BufferId, BufferKind, gradient
 from ...codegen.differentiate import GRADIENT
 from ...codegen.expressions import Names
-from ...codegen.interface import Buffer, Dtype, Role, TritonKernel
+from ...codegen.interface import Buffer, Dtype, Role
 from ...codegen.plan import Loop
-from ...codegen.tile import Axis
+from ...codegen.triton.kernel import TritonKernel
 from ...dsl.ir import Kind, Per
 from ...dsl.normal_form import Operand
 from .contents import RESERVED, WIDTH, Package, Served, filled, indented, module, wrapped
@@ -85,7 +86,7 @@ class _Direction:
             for name in ("o", *package.states)
             if backward
         }
-        self._buffers: dict[str, str] = {}
+        self._buffers: dict[BufferId, str] = {}
         self._finals: dict[str, str] = {}
 
     def lines(self) -> list[str]:
@@ -175,7 +176,7 @@ class _Direction:
                 yield self._allocate(buffer)
         for p in kernel.parameters:
             if p.role is Role.FINAL and p.of not in self._finals:
-                yield from self._final(p.of)
+                yield from self._final(str(p.of))
         programs = "chunks" if kernel.loop is Loop.PARALLEL else "sequences"
         tiles = f" * {kernel.v_programs}" if kernel.v_programs > 1 else ""
         yield "support.launch("
@@ -186,9 +187,7 @@ class _Direction:
         yield ""
 
     def _allocate(self, buffer: Buffer) -> str:
-        carries = (*self._package.states, *(GRADIENT + s for s in self._package.states))
-        name = f"{buffer.name}_chunk" if buffer.name in carries else buffer.name
-        variable = self._buffers[buffer.name] = self._names.fresh(name)
+        variable = self._buffers[buffer.name] = self._names.fresh(str(buffer.name))
         operand = self._gradient_of(buffer)
         if operand is not None and operand.kind is Kind.KEY and operand.per is Per.TOKEN:
             return f"{variable} = support.key_gradient({self._known[operand.name]}, heads)"
@@ -201,27 +200,18 @@ class _Direction:
 
     def _gradient_of(self, buffer: Buffer) -> Operand | None:
         """The operand whose gradient a buffer is."""
-        if not buffer.name.startswith(GRADIENT):
+        if buffer.name.kind is not BufferKind.GRADIENT:
             return None
-        return self._operands.get(buffer.name.removeprefix(GRADIENT))
+        return self._operands[buffer.name.of]
 
     def _layout(self, buffer: Buffer, operand: Operand | None) -> tuple[list[str], Dtype, bool]:
         """Shape, dtype, and whether programs leave parts of it unwritten."""
-        size = {Axis.K: "K", Axis.V: "V", Axis.I: "C", Axis.J: "C"}
-        times = [a for a in buffer.axes if a in (Axis.I, Axis.J)]
-        channels = [size[a] for a in buffer.axes if a not in times[:1]]
-        per_token, per_chunk = ["batch", "tokens", "heads"], ["chunks", "heads"]
-        if buffer.name == "o":
-            return [*per_token, *channels], self._served.dtype, False
-        if operand is not None and not times:  # partial sums, to be added up in order
-            return [*per_chunk, *channels], Dtype.FLOAT32, True
-        if operand is not None:
+        size = {"B": "batch", "T": "tokens", "HV": "heads"}
+        shape, dtype = [size.get(n, n) for n in buffer.shape], buffer.dtype
+        if operand is not None and not buffer.is_partial:
             narrow = operand.name in self._package.narrow
             dtype = self._served.dtype if narrow else Dtype.FLOAT32
-            return [*per_token, *channels], dtype, False
-        if times:
-            return [*per_token, *channels], buffer.dtype, False
-        return [*per_chunk, *reversed(channels)], buffer.dtype, False
+        return shape, dtype, buffer.is_partial
 
     def _final(self, carry: str) -> Iterator[str]:
         """Where a scan leaves its last value; None where nobody asks for it."""
@@ -248,13 +238,14 @@ class _Direction:
         others: list[str] = []
         for p in kernel.parameters:
             if p.role in _STRIDES or p.role in (Role.OPERAND, Role.GROUP):
-                x = self._cotangents.get(p.of) or self._known[p.of]
+                of = str(p.of)
+                x = self._cotangents.get(of) or self._known[of]
                 text = x
                 if p.role in _STRIDES:
                     text = f"{x}.stride({_STRIDES[p.role]})"
                 elif p.role is Role.GROUP:
-                    text = self._group(p.of, x)
-                of_operands.setdefault(p.of, []).append(f"{p.name}={text}")
+                    text = self._group(of, x)
+                of_operands.setdefault(of, []).append(f"{p.name}={text}")
             else:
                 others.append(f"{p.name}={self._argument(p.role, p.of)}")
         yield from of_operands.values()
@@ -269,8 +260,8 @@ class _Direction:
         grouped = operand is not None and operand.kind is Kind.KEY
         return f"heads // {x}.shape[2]" if grouped else "1"
 
-    def _argument(self, role: Role, of: str) -> str:
-        if role is Role.BUFFER:
+    def _argument(self, role: Role, of: BufferId | str) -> str:
+        if isinstance(of, BufferId):
             return self._buffers[of]
         if role is Role.FINAL:
             return self._finals[of]
@@ -285,7 +276,7 @@ class _Direction:
         if self._backward:
             return self._gradients()
         n = self._package.rows_per_token
-        o = self._buffers["o"]
+        o = self._buffers[OUTPUT]
         text = o if n == 1 else f"{o}[:, {n - 1}::{n}].contiguous()"
         finals = [self._finals[s] for s in self._package.states]
         return wrapped("return (", [text, *finals], ")")
@@ -297,7 +288,7 @@ class _Direction:
 
     def _gradient(self, o: Operand) -> str:
         x = self._known[o.name]
-        buffer = self._buffers.get(GRADIENT + o.name)
+        buffer = self._buffers.get(gradient(o.name))
         n = self._package.rows_per_token
         if buffer is None:
             text = f"torch.zeros_like({x})"

@@ -18,8 +18,9 @@ import torch
 
 from ...codegen.config import Config, Dims, Precision
 from ...codegen.interface import Dtype, Signature
+from ...codegen.programs import chunk_body
 from ...codegen.triton.defaults import default_config
-from ...codegen.triton.emit import chunk_body, emit
+from ...codegen.triton.emit import emit
 from ...codegen.triton.fit import H100_SHARED, fit
 from ...dsl.declaration import Declaration
 from ...dsl.ir import Kind, Op, Per, topological

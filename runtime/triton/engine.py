@@ -13,11 +13,13 @@ import torch
 import triton
 from torch import Tensor
 
+from ...codegen.buffers import OUTPUT
 from ...codegen.config import Config, Dims, Precision
 from ...codegen.differentiate import GRADIENT
 from ...codegen.interface import Signature
+from ...codegen.programs import chunk_body
 from ...codegen.triton.defaults import default_config
-from ...codegen.triton.emit import Emitted, chunk_body, emit, emit_token
+from ...codegen.triton.emit import Emitted, emit, emit_token
 from ...codegen.triton.fit import H100_SHARED, fit
 from ...dsl.errors import NotLowered
 from ...dsl.normal_form import NormalForm
@@ -97,7 +99,7 @@ def forward(
     launch = Launch(refined(call), compiled.chunk, {}, compiled.segment)
     states = [s.name for s in call.form.states]
     finals = launch.run(compiled.forward, dict(zip(states, call.initial, strict=True)))
-    return coarse(call, launch.buffers["o"]), tuple(finals[name] for name in states)
+    return coarse(call, launch.buffers[OUTPUT]), tuple(finals[name] for name in states)
 
 
 def forward_by_token(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -107,7 +109,7 @@ def forward_by_token(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
     launch = Launch(rows, compiled.chunk, {})
     states = [s.name for s in call.step.states]
     finals = launch.run(compiled.forward, dict(zip(states, call.initial, strict=True)))
-    return launch.buffers["o"], tuple(finals[name] for name in states)
+    return launch.buffers[OUTPUT], tuple(finals[name] for name in states)
 
 
 def prepare_step(token: Token) -> Serve | str:

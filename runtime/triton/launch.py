@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...codegen.buffers import BufferId, gradient
 from ...codegen.differentiate import GRADIENT
 from ...codegen.interface import Buffer
 from ...dsl.ir import Per
@@ -39,7 +40,7 @@ class Launch:
             name: x.contiguous() if name in self._per_head or x.stride(-1) != 1 else x
             for name, x in {**call.operands, **extra}.items()
         }
-        self.buffers: dict[str, Tensor] = {}
+        self.buffers: dict[BufferId, Tensor] = {}
         self._chunk = chunk
         self._tables: tuple[Tensor | None, ...] = (None, None, None, None)
         self._chunks = call.N * -(-call.T // chunk)
@@ -150,7 +151,7 @@ class Launch:
     def gradient(self, name: str) -> Tensor:
         """The gradient of an operand in its own shape and dtype."""
         call = self._call
-        g = self.buffers.get(GRADIENT + name)
+        g = self.buffers.get(gradient(name))
         return own_gradient(g, call.operands[name], call.HV, per_head=name in self._per_head)
 
 

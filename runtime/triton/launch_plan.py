@@ -17,10 +17,10 @@ from torch import Tensor
 from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
-from ...codegen.differentiate import GRADIENT
-from ...codegen.interface import STAGES, Buffer, Role, TritonKernel
+from ...codegen.buffers import BufferId, BufferKind
+from ...codegen.interface import Buffer, Role
 from ...codegen.plan import Loop
-from ...codegen.tile import Axis
+from ...codegen.triton.kernel import STAGES, TritonKernel
 from ..engines import CannotRun
 from ..printed import TORCH
 
@@ -125,7 +125,7 @@ class New(NamedTuple):
     `scratch`: only kernels of the same direction read it.
     """
 
-    name: str
+    name: BufferId | str
     shape: tuple[int, ...]
     dtype: torch.dtype
     zeroed: bool = False
@@ -182,7 +182,7 @@ class Schedule:
     """
 
     launches: tuple[Launched, ...]
-    buffers: tuple[tuple[str, int], ...]
+    buffers: tuple[tuple[BufferId, int], ...]
     ends: tuple[tuple[str, int], ...]
     scratch: int
 
@@ -201,7 +201,7 @@ def schedule(
     `given`: buffers that none of them stores (those of kernels left out): the first one's new.
     """
     operands = {o.name: o for o in layout.operands}
-    number: dict[tuple[Role | None, str], int] = {}
+    number: dict[tuple[Role | None, BufferId | str], int] = {}
     for role, names in (
         (Role.OPERAND, [o.name for o in layout.operands]),
         (Role.INITIAL, [name for name, _, _ in layout.carries]),
@@ -222,7 +222,7 @@ def schedule(
         for p in kernel.parameters:
             if p.role is Role.FINAL:
                 number[Role.FINAL, p.of] = len(number)
-                new.append(New(p.of, shapes[p.of], torch.float32))
+                new.append(New(p.of, shapes[str(p.of)], torch.float32))
         launches.append(_launched(bound, layout, operands, number, tuple(new)))
     made = [b for x in launches for b in x.new]
     return Schedule(
@@ -230,9 +230,9 @@ def schedule(
         tuple(
             (b.name, number[Role.BUFFER, b.name])
             for b in made
-            if not b.scratch and (Role.BUFFER, b.name) in number
+            if not b.scratch and isinstance(b.name, BufferId)
         ),
-        tuple((name, i) for (role, name), i in number.items() if role is Role.FINAL),
+        tuple((str(name), i) for (role, name), i in number.items() if role is Role.FINAL),
         sum(b.bytes for b in made if b.scratch),
     )
 
@@ -241,7 +241,7 @@ def _launched(
     bound: Bound,
     layout: Layout,
     operands: dict[str, OperandLayout],
-    number: dict[tuple[Role | None, str], int],
+    number: dict[tuple[Role | None, BufferId | str], int],
     new: tuple[New, ...],
 ) -> Launched:
     kernel = bound.kernel
@@ -256,9 +256,9 @@ def _launched(
     tensors = {name: number[None, name] for name in TABLES}
     for p in kernel.parameters:
         if p.role in _STRIDES:
-            fixed[p.name] = operands[p.of].strides[_STRIDES[p.role]]
+            fixed[p.name] = operands[str(p.of)].strides[_STRIDES[p.role]]
         elif p.role is Role.GROUP:
-            fixed[p.name] = layout.HV // operands[p.of].heads
+            fixed[p.name] = layout.HV // operands[str(p.of)].heads
         else:
             tensors[p.name] = number[p.role, p.of]
     names = list(bound.function.arg_names)
@@ -277,25 +277,13 @@ _STRIDES = {Role.STRIDE_BATCH: 0, Role.STRIDE_TOKEN: 1, Role.STRIDE_HEAD: 2}
 
 
 def _buffer(buffer: Buffer, layout: Layout, operands: dict[str, OperandLayout]) -> New:
-    """Per token `[B,T,HV,…]`, per chunk `[chunks,HV,…]`, per segment `[segments,HV,…]`."""
-    name, axes = buffer.name, buffer.axes
-    size = {Axis.K: layout.K, Axis.V: layout.V, Axis.I: layout.chunk, Axis.J: layout.chunk}
-    times = [a for a in axes if a in (Axis.I, Axis.J)]
-    channels = tuple(size[a] for a in axes if a not in times[:1])
-    per_token = (layout.B, layout.T, layout.HV)
-    operand = operands.get(name.removeprefix(GRADIENT)) if name.startswith(GRADIENT) else None
-    if name == "o":
-        return New(name, (*per_token, *channels), layout.dtype)
-    if operand is not None:
-        if not times:  # partial sums: programs beyond the last chunk write none
-            return New(name, (layout.chunks, layout.HV, *channels), torch.float32, zeroed=True)
-        # per value head: float32 where more is summed over groups of heads
-        dtype = operand.dtype if operand.heads == layout.HV else torch.float32
-        return New(name, (*per_token, *channels), dtype)
-    dtype = TORCH[buffer.dtype]
-    if buffer.per_segment:
-        return New(name, (layout.segments, layout.HV, *channels), dtype, scratch=True)
-    if times:
-        return New(name, (*per_token, *channels), dtype, scratch=True)
-    shape = (layout.chunks, layout.HV, *reversed(channels))
-    return New(name, shape, dtype, scratch=True)
+    size = {
+        **{"B": layout.B, "T": layout.T, "HV": layout.HV, "K": layout.K, "V": layout.V},
+        **{"C": layout.chunk, "chunks": layout.chunks, "segments": layout.segments},
+    }
+    shape, dtype = tuple(size[n] for n in buffer.shape), TORCH[buffer.dtype]
+    if buffer.name.kind is BufferKind.GRADIENT and not buffer.is_partial:
+        grouped = operands[buffer.name.of].heads != layout.HV
+        dtype = torch.float32 if grouped else dtype
+    scratch = not buffer.is_result
+    return New(buffer.name, shape, dtype, zeroed=buffer.is_partial, scratch=scratch)

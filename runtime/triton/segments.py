@@ -7,7 +7,7 @@ few heads that is a fraction of the multiprocessors, each of which could hold tw
 from __future__ import annotations
 
 from ...codegen.config import Dims, padded
-from ...codegen.triton.emit import Passing, passing
+from ...codegen.programs import Passing, passing
 from ...dsl.normal_form import NormalForm
 from ..tuned.artifact import Bucket
 

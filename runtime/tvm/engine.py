@@ -13,15 +13,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ...codegen.buffers import OUTPUT, BufferId, gradient
 from ...codegen.config import Dims, Precision
 from ...codegen.differentiate import GRADIENT
-from ...codegen.interface import Parameter, Role, Signature
+from ...codegen.interface import Buffer, Parameter, Role, Signature
 from ...codegen.plan import Loop, Program
-from ...codegen.tile import Axis
+from ...codegen.programs import backward_program, chunk_body, forward_program
 from ...codegen.tir.config import TvmConfig, default_config, spread, token_config
 from ...codegen.tir.kernel import TirKernel, print_tir
 from ...codegen.token import token_kernel
-from ...codegen.triton.emit import backward_program, chunk_body, forward_program
 from ...dsl.errors import NotLowered
 from ...dsl.ir import Per
 from ...dsl.normal_form import NormalForm
@@ -29,7 +29,7 @@ from ...dsl.step import Step
 from ..call import Call
 from ..engines import EngineName
 from ..micro_steps import coarse, coarse_gradients, refined, refined_cotangent
-from ..printed import PRINTED, Dtypes, dtypes_of, own_gradient, unprinted
+from ..printed import PRINTED, TORCH, Dtypes, dtypes_of, own_gradient, unprinted
 from ..tokens import Convert, Serve, Token, of_tokens
 from ..tuned.artifact import Key
 from ..tuned.selection import bucket_of, key_here, serving, token_loop_wins
@@ -73,7 +73,7 @@ def forward(call: Call, config: TvmConfig | None = None) -> tuple[Tensor, tuple[
     run = _Run(rows, _compiled(call, config, backward=False), {})
     states = [s.name for s in call.form.states]
     ends = run.execute(dict(zip(states, call.initial, strict=True)))
-    o = run.buffers["o"].view(rows.B, rows.T, rows.HV, rows.V)
+    o = run.buffers[OUTPUT].view(rows.B, rows.T, rows.HV, rows.V)
     return coarse(call, o), tuple(ends[name] for name in states)
 
 
@@ -84,7 +84,7 @@ def forward_by_token(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
     run = _Run(rows, compiled, {})
     states = [s.name for s in call.step.states]
     ends = run.execute(dict(zip(states, call.initial, strict=True)))
-    return run.buffers["o"].view(call.output_shape), tuple(ends[name] for name in states)
+    return run.buffers[OUTPUT].view(call.output_shape), tuple(ends[name] for name in states)
 
 
 def prepare_step(token: Token) -> Serve | str:
@@ -103,12 +103,14 @@ def prepare_step(token: Token) -> Serve | str:
     names = [s.name for s in call.step.states]
     results = token.first_state + len(names)  # o, then the new states, follow the values
 
-    def slot(role: Role, of: str) -> tuple[int, Convert | None]:
+    def slot(role: Role, of: BufferId | str) -> tuple[int, Convert | None]:
+        if isinstance(of, BufferId):
+            return results, None
         if role is Role.OPERAND:
             return token.source(of)
         if role is Role.INITIAL:
             return token.state(names.index(of))
-        return results + (0 if role is Role.BUFFER else 1 + names.index(of)), None
+        return results + 1 + names.index(of), None
 
     slots = [slot(p.role, p.of) for p in kernel.parameters]
     B, _, *channels = call.output_shape
@@ -257,7 +259,7 @@ class _Run:
             name: x if x.stride(-1) == 1 or x.ndim == 3 else x.contiguous()
             for name, x in {**call.operands, **extra}.items()
         }
-        self.buffers: dict[str, Tensor] = {}
+        self.buffers: dict[BufferId, Tensor] = {}
         bounds = None if call.cu_seqlens is None else tuple(call.cu_seqlens.tolist())
         self._sequences, self._chunks = _tables(call.B, call.T, bounds, self._chunk)
         self._longest = max(self._sequences[:, 2].tolist(), default=0)
@@ -274,13 +276,13 @@ class _Run:
     ) -> None:
         """Kernels of one stage: all of them for one sequence and head, then for the next."""
         threads, heads = torch.get_num_threads(), self._call.HV
-        passed: dict[str, Tensor] = {}
+        passed: dict[BufferId | str, Tensor] = {}
         for kernel, _ in stage:
-            for name, axes in kernel.stores:
-                if name in kernel.private:
-                    passed[name] = self._new(name, axes, threads)
-                elif name not in self.buffers:
-                    self.buffers[name] = self._new(name, axes)
+            for buffer in kernel.stores:
+                if buffer.name in kernel.private:
+                    passed[buffer.name] = self._new(buffer, threads)
+                elif buffer.name not in self.buffers:
+                    self.buffers[buffer.name] = self._new(buffer)
         scratch = empty(threads, max(kernel.scratch for kernel, _ in stage))
         parts = min(kernel.v_programs for kernel, _ in stage)
         works = []
@@ -294,16 +296,15 @@ class _Run:
         table = self._chunks if stage[0][0].loop is Loop.PARALLEL else self._sequences
         run(works, len(table) * heads * parts, threads)
 
-    def _new(self, name: str, axes: tuple[Axis, ...], threads: int | None = None) -> Tensor:
+    def _new(self, buffer: Buffer, threads: int | None = None) -> Tensor:
         """Room for a buffer: [tokens, HV, ...] or [chunks, HV, ...].
 
         With `threads`, one of a sequence and head for each: [threads, tokens or chunks, ...].
         """
-        call = self._call
-        size = {Axis.K: call.K, Axis.V: call.V, Axis.I: self._chunk, Axis.J: self._chunk}
-        times = [a for a in axes if a in (Axis.I, Axis.J)]
-        channels = tuple(size[a] for a in axes if a not in times[:1])
-        dtype = call.dtype if name == "o" else torch.float32
+        call, dtype = self._call, TORCH[buffer.dtype]
+        size = {"K": call.K, "V": call.V, "C": self._chunk}
+        times = "T" in buffer.shape
+        channels = tuple(size[n] for n in buffer.shape[buffer.shape.index("HV") + 1 :])
         if threads is not None:
             longest = self._longest if times else -(-self._longest // self._chunk)
             return empty(threads, longest, *channels, dtype=dtype)
@@ -315,10 +316,10 @@ class _Run:
     ) -> Tensor | None:
         """The tensor of a parameter; None for a buffer of which each thread has its own."""
         role, of = parameter.role, parameter.of
+        if isinstance(of, BufferId):
+            return self.buffers.get(of)
         if role is Role.OPERAND:
             return self._operands[of]
-        if role is Role.BUFFER:
-            return self.buffers.get(of)
         call = self._call
         (state,) = (s for s in call.step.states if s.name == of.removeprefix(GRADIENT))
         shape = call.state_shape(state)
@@ -331,7 +332,7 @@ class _Run:
     def gradient(self, name: str) -> Tensor:
         """The gradient of an operand in its own shape and dtype."""
         call = self._call
-        g = self.buffers.get(GRADIENT + name)
+        g = self.buffers.get(gradient(name))
         return own_gradient(g, call.operands[name], call.HV, per_head=name in self._per_head)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ...codegen.config import Dims, Precision
 from ...codegen.interface import Dtype, Role, Signature
+from ...codegen.programs import backward_program, forward_program
 from ...codegen.tir.config import TvmConfig, default_config
 from ...codegen.tir.kernel import CHUNK, SEQUENCE, TirKernel, print_number, print_tir
-from ...codegen.triton.emit import backward_program, forward_program
 from ...dsl.normal_form import NormalForm
 from .build import host_cpu, lanes_of, write_library
 

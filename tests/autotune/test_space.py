@@ -13,8 +13,8 @@ from chunkwise.autotune.space import Axis, broken, points, text
 from chunkwise.codegen.config import Dims, KernelConfig
 from chunkwise.codegen.interface import Dtype
 from chunkwise.codegen.plan import Kernel
+from chunkwise.codegen.programs import backward_program, chunk_body, forward_program
 from chunkwise.codegen.triton.defaults import default_config
-from chunkwise.codegen.triton.emit import backward_program, chunk_body, forward_program
 from chunkwise.codegen.triton.offline import signature_for
 from chunkwise.codegen.triton.resources import Target
 from chunkwise.dsl.library import by_name

@@ -8,7 +8,7 @@ import chunkwise as cw
 import pytest
 import torch
 from chunkwise.codegen.plan import Plan
-from chunkwise.codegen.triton.emit import backward_program, chunk_body, forward_program
+from chunkwise.codegen.programs import backward_program, chunk_body, forward_program
 from chunkwise.dsl.library import all_declarations
 from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime import eager as eager_engine

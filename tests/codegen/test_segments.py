@@ -8,12 +8,12 @@ import torch
 from chunkwise.autotune.subject import Size, example
 from chunkwise.autotune.validation import Under
 from chunkwise.codegen.config import Config, Dims, EagerConfig, KernelConfig, Precision
-from chunkwise.codegen.interface import Dtype, Signature
+from chunkwise.codegen.interface import Dtype, Signature, ends_before, ends_stored
 from chunkwise.codegen.plan import Hoist, Loop, Plan, Program
+from chunkwise.codegen.programs import Passing, backward_program, forward_program, passing
 from chunkwise.codegen.segments import Start
 from chunkwise.codegen.tile import TileOp
-from chunkwise.codegen.triton.emit import Passing, backward_program, emit, forward_program, passing
-from chunkwise.codegen.triton.memory import ends_before, ends_stored
+from chunkwise.codegen.triton.emit import emit
 from chunkwise.dsl import Key, KeyState, Scalar, State, Value
 from chunkwise.dsl.classify import LowRank, classify
 from chunkwise.dsl.library import all_declarations, by_name

@@ -17,14 +17,9 @@ from chunkwise.codegen.chunk import Carried
 from chunkwise.codegen.config import Config, Dims, KernelConfig, Precision
 from chunkwise.codegen.interface import Dtype, Signature
 from chunkwise.codegen.plan import Hoist, Loop, Plan, Program
+from chunkwise.codegen.programs import backward_program, chunk_adjoint, chunk_body, forward_program
 from chunkwise.codegen.tile import Axis, Tile, TileOp
-from chunkwise.codegen.triton.emit import (
-    backward_program,
-    chunk_adjoint,
-    chunk_body,
-    emit,
-    forward_program,
-)
+from chunkwise.codegen.triton.emit import emit
 from chunkwise.dsl.library import all_declarations, by_name
 from chunkwise.runtime.triton import engine as triton_engine
 

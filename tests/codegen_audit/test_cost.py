@@ -11,13 +11,8 @@ from chunkwise.codegen.eager import library as eager_library
 from chunkwise.codegen.eager.kernel import print_eager
 from chunkwise.codegen.interface import Dtype
 from chunkwise.codegen.plan import Hoist, Plan
+from chunkwise.codegen.programs import backward_program, chunk_adjoint, chunk_body, forward_program
 from chunkwise.codegen.tile import Axis
-from chunkwise.codegen.triton.emit import (
-    backward_program,
-    chunk_adjoint,
-    chunk_body,
-    forward_program,
-)
 from chunkwise.dsl.normal_form import NormalForm
 from torch.utils.flop_counter import FlopCounterMode
 

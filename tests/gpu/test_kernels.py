@@ -15,7 +15,7 @@ from chunkwise.autotune import inputs as certificate_inputs
 from chunkwise.autotune.inputs import Family
 from chunkwise.codegen.config import Config, Dims
 from chunkwise.codegen.plan import Plan
-from chunkwise.codegen.triton.emit import passing
+from chunkwise.codegen.programs import passing
 from chunkwise.dsl import oracle
 from chunkwise.dsl.library import all_declarations, by_name
 from chunkwise.dsl.normal_form import NormalForm

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 from chunkwise.codegen.config import KernelConfig
-from chunkwise.codegen.interface import STAGES, TritonKernel
 from chunkwise.codegen.plan import Loop
+from chunkwise.codegen.triton.kernel import STAGES, TritonKernel
 from chunkwise.runtime.triton.launch_plan import Bound
 from triton.runtime.errors import OutOfResources
 

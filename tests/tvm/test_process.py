@@ -17,8 +17,8 @@ import torch
 import tvm_ffi
 from chunkwise.codegen.config import Dims, Precision
 from chunkwise.codegen.interface import Dtype, Signature
+from chunkwise.codegen.programs import forward_program
 from chunkwise.codegen.tir.kernel import print_tir
-from chunkwise.codegen.triton.emit import forward_program
 from chunkwise.runtime.tvm import allocator
 from chunkwise.runtime.tvm import build as tvm_build
 from chunkwise.runtime.tvm import engine as tvm_engine

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 import pytest
 from chunkwise.codegen.config import Dims, Precision
 from chunkwise.codegen.interface import Dtype, Signature
+from chunkwise.codegen.programs import backward_program, forward_program
 from chunkwise.codegen.tile import Tile
 from chunkwise.codegen.tir import kernel as print_tir
 from chunkwise.codegen.tir.config import default_config
 from chunkwise.codegen.tir.frame import Place, Shapes, allocate
 from chunkwise.codegen.tir.schedule import Region, Schedule
-from chunkwise.codegen.triton.emit import backward_program, forward_program
 from chunkwise.dsl.library import by_name
 
 

@@ -1,0 +1,39 @@
+"""The names of buffers: what kernels store, for one another and as results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class BufferKind(Enum):
+    """What a buffer holds, and how its text name is made."""
+
+    OUTPUT = "{}"  # an output of the recurrence, per token
+    GRADIENT = "d_{}"  # the gradient of an operand: per token, or of one per head a part per chunk
+    INTERMEDIATE = "{}_chunk"  # a tile for later kernels, per token or chunk
+    SEGMENT_END = "{}.end"  # a carry as each segment of a sequence ends
+
+
+@dataclass(frozen=True, slots=True)
+class BufferId:
+    """A buffer: `of` names the output, operand, tile or carry."""
+
+    kind: BufferKind
+    of: str
+
+    def __str__(self) -> str:
+        return self.kind.value.format(self.of)
+
+    @property
+    def label(self) -> str:
+        """Its name where nothing else is called so: an intermediate's is that of its tile."""
+        return self.of if self.kind is BufferKind.INTERMEDIATE else str(self)
+
+
+def gradient(operand: str) -> BufferId:
+    """The gradient of an operand."""
+    return BufferId(BufferKind.GRADIENT, operand)
+
+
+OUTPUT = BufferId(BufferKind.OUTPUT, "o")  # a recurrence has one output

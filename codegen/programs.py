@@ -1,0 +1,61 @@
+"""The middle end: from a normal form to its chunk, adjoint and kernels, for every target."""
+
+from __future__ import annotations
+
+from enum import Enum
+from functools import lru_cache
+
+from ..dsl.normal_form import NormalForm
+from .chunk import Body, derive
+from .config import Dims
+from .differentiate import Adjoint, differentiate
+from .factor import factor_adjoint, factor_body
+from .plan import Plan, Program, plan_backward, plan_forward
+from .segments import passages
+
+_WIDEST = 128  # channels of keys: a K x K matrix in float32 has to fit shared memory
+
+
+@lru_cache(maxsize=512)
+def chunk_body(form: NormalForm, *, reassociate: bool = False) -> Body:
+    """The chunk of `form`, derived; NotLowered outside the lowered classes."""
+    return derive(form, hoist_products=reassociate)
+
+
+@lru_cache(maxsize=512)
+def chunk_adjoint(form: NormalForm, *, reassociate: bool = False) -> Adjoint:
+    """The adjoint of the chunk of `form`."""
+    return differentiate(chunk_body(form, reassociate=reassociate))
+
+
+@lru_cache(maxsize=512)
+def forward_program(form: NormalForm, plan: Plan, *, segments: bool = False) -> Program:
+    """The kernels of the forward under `plan`; `segments`: of scans where `passing` allows it."""
+    body = factor_body(chunk_body(form, reassociate=plan.reassociate))
+    return plan_forward(body, plan, segments=segments)
+
+
+@lru_cache(maxsize=512)
+def backward_program(form: NormalForm, plan: Plan, *, segments: bool = False) -> Program:
+    """The kernels of the backward under `plan`; `segments`: of scans where `passing` allows it."""
+    body = factor_body(chunk_body(form, reassociate=plan.reassociate))
+    adjoint = factor_adjoint(chunk_adjoint(form, reassociate=plan.reassociate))
+    return plan_backward(body, adjoint, plan, segments=segments)
+
+
+class Passing(Enum):
+    """How states pass a segment of a sequence, where scans can run on segments."""
+
+    FADING = "scaled"
+    MATRIX = "multiplied by a matrix"
+
+
+@lru_cache(maxsize=512)
+def passing(form: NormalForm, dims: Dims) -> Passing | None:
+    """What it takes to run the scans of `form` on segments at once; None if they cannot."""
+    found = passages(factor_body(chunk_body(form)).carried)
+    if found is None:
+        return None
+    if not any(p is not None and p.matrix for p in found):
+        return Passing.FADING
+    return Passing.MATRIX if dims.K <= _WIDEST else None
