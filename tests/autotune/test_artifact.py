@@ -191,6 +191,7 @@ def test_killed_writers_leave_whole_files(tmp_path: Path) -> None:
         writer = context.Process(target=_write_for_ever, args=(tmp_path,))
         writer.start()
         while not path.exists():
+            assert writer.is_alive(), "it ended by itself"
             time.sleep(0.001)
         time.sleep(0.002 * (n % 7))
         writer.kill()
