@@ -4,30 +4,8 @@ from __future__ import annotations
 
 from . import fla, library, nn
 from .dsl import errors
-from .dsl.functions import (
-    abs,
-    clamp,
-    dot,
-    exp,
-    expm1,
-    l2norm,
-    log,
-    log1p,
-    log2,
-    logsigmoid,
-    maximum,
-    minimum,
-    outer,
-    relu,
-    rsqrt,
-    sigmoid,
-    silu,
-    softplus,
-    sqrt,
-    sum,
-    tanh,
-    within,
-)
+from .dsl import functions as _functions
+from .dsl.functions import *  # noqa: F403
 from .dsl.kinds import HeadKey, HeadScalar, HeadValue, Key, KeyState, Scalar, State, Value
 from .runtime.engines import EngineName
 from .runtime.recurrence import Recurrence, recurrence
@@ -43,34 +21,13 @@ __all__ = [
     "Scalar",
     "State",
     "Value",
-    "abs",
-    "clamp",
-    "dot",
     "errors",
-    "exp",
-    "expm1",
     "fla",
-    "l2norm",
     "library",
-    "log",
-    "log1p",
-    "log2",
-    "logsigmoid",
-    "maximum",
-    "minimum",
     "nn",
-    "outer",
     "recurrence",
-    "relu",
-    "rsqrt",
-    "sigmoid",
-    "silu",
-    "softplus",
-    "sqrt",
-    "sum",
-    "tanh",
-    "within",
 ]
+__all__ += _functions.__all__
 
 
 def __getattr__(name: str) -> str:

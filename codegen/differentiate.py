@@ -7,13 +7,13 @@ a table by op; the one rule for a pattern is the solve, where (1+L)^-1 meets wha
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..dsl.ir import Op
 from . import tile
 from .buffers import gradient
 from .chunk import Body, Carried, Named
+from .elementwise import FUNCTIONS, Cotangents, Rule
 from .tile import Axis, Tile, TileOp, Which
 
 GRADIENT = "d_"  # the gradient of x is called d_x; of an output, it is an operand of that name
@@ -29,10 +29,6 @@ class Adjoint:
     outputs: Named
     carried: tuple[Carried, ...]
     saved: tuple[Tile, ...]
-
-
-Cotangents = list[tuple[Tile, Tile]]
-Rule = Callable[[Tile, Tile], Cotangents]
 
 
 def differentiate(body: Body) -> Adjoint:
@@ -83,7 +79,7 @@ def _propagate(node: Tile, g: Tile) -> Cotangents:
     if node.op is TileOp.MAP:
         fn = node.attrs[0]
         assert isinstance(fn, Op)
-        parts = _MAPS[fn](node, g)
+        parts = FUNCTIONS[fn].gradient(node, g)
     else:
         parts = _RULES[node.op](node, g)
     return [(x, _to_axes(part, x)) for x, part in parts]
@@ -128,7 +124,7 @@ def _floor(z: Tile, g: Tile) -> Cotangents:
     if least > 0.0 or _is_operand(x):
         return [(x, g)]
     below = tile.step(tile.sub(tile.const(least), x))
-    return [(x, tile.mul(g, tile.sub(_ONE, below)))]
+    return [(x, tile.mul(g, tile.sub(tile.const(1.0), below)))]
 
 
 def _mask(z: Tile, g: Tile) -> Cotangents:
@@ -224,76 +220,4 @@ _RULES: dict[TileOp, Rule] = {
     TileOp.DECAY: _decay,
     TileOp.INVERSE: _inverse,
     TileOp.DECAYED_DOT: _decayed_dot,
-}
-
-_HALF, _ONE = tile.const(0.5), tile.const(1.0)
-
-
-def _unary(derivative: Callable[[Tile, Tile], Tile]) -> Rule:
-    """A rule from d(x, z): the derivative given the argument and the value."""
-    return lambda z, g: [(z.args[0], tile.mul(g, derivative(z.args[0], z)))]
-
-
-def _sign(x: Tile) -> Tile:
-    """1, 0 or -1."""
-    return tile.sub(tile.step(x), tile.step(tile.neg(x)))
-
-
-def _sech2(x: Tile) -> Tile:
-    """1 - tanh(x)^2, as 4 sigmoid(2x) sigmoid(-2x): in all digits where tanh is almost 1."""
-    twice = tile.add(x, x)
-    halves = tile.fmap(Op.SIGMOID, twice), tile.fmap(Op.SIGMOID, tile.neg(twice))
-    return tile.mul(tile.const(4.0), tile.mul(*halves))
-
-
-def _selected(second: Callable[[Tile, Tile], Tile]) -> Rule:
-    """The gradient goes to the argument that was taken; `second`: how much of it to y."""
-
-    def rule(z: Tile, g: Tile) -> Cotangents:
-        x, y = z.args
-        taken = second(x, y)
-        return [(x, tile.mul(g, tile.sub(_ONE, taken))), (y, tile.mul(g, taken))]
-
-    return rule
-
-
-def _more(x: Tile, y: Tile) -> Tile:
-    return tile.step(tile.sub(x, y))
-
-
-def _half_more(x: Tile, y: Tile) -> Tile:
-    """`_more`, but 1/2 where they are equal."""
-    return tile.mul(_HALF, tile.add(_ONE, _sign(tile.sub(x, y))))
-
-
-_MAPS: dict[Op, Rule] = {
-    Op.ADD: lambda z, g: [(z.args[0], g), (z.args[1], g)],
-    Op.SUB: lambda z, g: [(z.args[0], g), (z.args[1], tile.neg(g))],
-    Op.MUL: lambda z, g: [
-        (z.args[0], tile.mul(g, z.args[1])),
-        (z.args[1], tile.mul(g, z.args[0])),
-    ],
-    Op.DIV: lambda z, g: [
-        (z.args[0], tile.div(g, z.args[1])),
-        (z.args[1], tile.neg(tile.div(tile.mul(g, z), z.args[1]))),
-    ],
-    Op.MAXIMUM: _selected(lambda x, y: _half_more(y, x)),
-    Op.MINIMUM: _selected(_half_more),
-    Op.AT_LEAST: _selected(lambda x, y: _more(y, x)),
-    Op.AT_MOST: _selected(_more),
-    Op.NEG: lambda z, g: [(z.args[0], tile.neg(g))],
-    Op.EXP: _unary(lambda x, z: z),
-    Op.LOG: lambda z, g: [(z.args[0], tile.div(g, z.args[0]))],
-    Op.EXPM1: _unary(lambda x, z: tile.add(z, _ONE)),
-    Op.LOG1P: lambda z, g: [(z.args[0], tile.div(g, tile.add(z.args[0], _ONE)))],
-    # not of 1 - z, which has few digits left where z is almost 1
-    Op.SIGMOID: _unary(lambda x, z: tile.mul(z, tile.fmap(Op.SIGMOID, tile.neg(x)))),
-    Op.LOGSIGMOID: _unary(lambda x, z: tile.fmap(Op.SIGMOID, tile.neg(x))),
-    Op.SOFTPLUS: _unary(lambda x, z: tile.fmap(Op.SIGMOID, x)),
-    Op.TANH: _unary(lambda x, z: _sech2(x)),
-    Op.SQRT: lambda z, g: [(z.args[0], tile.div(tile.mul(g, _HALF), z))],
-    Op.RSQRT: lambda z, g: [
-        (z.args[0], tile.neg(tile.mul(tile.mul(g, _HALF), tile.mul(z, tile.mul(z, z)))))
-    ],
-    Op.ABS: _unary(lambda x, z: _sign(x)),
 }

@@ -2,22 +2,19 @@
 
 A value is an array of Decimals with one axis for each of TileIR's, in their order; an axis that the
 value does not have has length 1. So elementwise ops and products broadcast by name here too.
-Decimals follow IEEE where a number does not exist (0/0 is NaN, log 0 is -Infinity), if the context
-says so: `many_digits`.
 """
 
 from __future__ import annotations
 
-import decimal
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from ..dsl.elementwise import ELEMENTWISE
 from ..dsl.errors import InvalidIR
 from ..dsl.ir import Node, Op
 from ..dsl.ir import topological as step_order
@@ -26,17 +23,9 @@ from .lower import kind_axes
 from .tile import Axes, Axis, Tile, TileOp, Which
 
 Numbers: TypeAlias = Any  # an array of four axes, of Decimals: numpy does not type what it holds
-DIGITS = 50
 _NOTHING = Decimal("1e-30")  # what rounding may leave
 ZERO: Numbers = np.array(Decimal(0), dtype=object)
 _AT = {axis: n for n, axis in enumerate(Axis)}
-
-
-@contextmanager
-def many_digits() -> Iterator[None]:
-    """Arithmetic of DIGITS digits that never raises, in this thread."""
-    with decimal.localcontext(decimal.Context(prec=DIGITS, traps=[])):
-        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,50 +73,11 @@ def total(x: Numbers, *axes: Axis) -> Numbers:
 # ---------------------------------------------------------------- elementwise functions
 
 
-def _sigmoid(x: Decimal) -> Decimal:
-    return 1 / (1 + (-x).exp())
-
-
-def _tanh(x: Decimal) -> Decimal:
-    return 2 * _sigmoid(2 * x) - 1
-
-
-def _larger(x: Decimal, y: Decimal) -> Decimal:
-    return x if x >= y or x.is_nan() else y
-
-
-def _smaller(x: Decimal, y: Decimal) -> Decimal:
-    return x if x <= y or x.is_nan() else y
-
-
 def _step(x: Decimal) -> Decimal:
     return Decimal(1) if x > 0 else Decimal(0)
 
 
-_FUNCTIONS: dict[Op, Callable[..., Decimal]] = {
-    Op.ADD: lambda x, y: x + y,
-    Op.SUB: lambda x, y: x - y,
-    Op.MUL: lambda x, y: x * y,
-    Op.DIV: lambda x, y: x / y,
-    Op.MAXIMUM: _larger,
-    Op.MINIMUM: _smaller,
-    Op.AT_LEAST: _larger,
-    Op.AT_MOST: _smaller,
-    Op.NEG: lambda x: -x,
-    Op.EXP: Decimal.exp,
-    Op.LOG: Decimal.ln,
-    Op.EXPM1: lambda x: x.exp() - 1,
-    Op.LOG1P: lambda x: (1 + x).ln(),
-    Op.SIGMOID: _sigmoid,
-    Op.LOGSIGMOID: lambda x: _sigmoid(x).ln(),
-    Op.SOFTPLUS: lambda x: (1 + x.exp()).ln(),
-    Op.TANH: _tanh,
-    Op.SQRT: Decimal.sqrt,
-    Op.RSQRT: lambda x: 1 / x.sqrt(),
-    Op.ABS: abs,
-    Op.WITHIN: lambda x: x,
-}
-_ELEMENTWISE = {op: np.frompyfunc(f, op.arity, 1) for op, f in _FUNCTIONS.items()}
+_ELEMENTWISE = {op: np.frompyfunc(f.value, op.arity, 1) for op, f in ELEMENTWISE.items()}
 _EXP = _ELEMENTWISE[Op.EXP]
 _STEP = np.frompyfunc(_step, 1, 1)
 

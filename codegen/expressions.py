@@ -1,7 +1,7 @@
 """What every printer shares: names, which values become statements, and how axes are laid out.
 
-A printer gives an order of axes (a tile's physical layout is its axes sorted by that order), a
-table of functions and one method per structural op. Values used once are printed inside the
+A printer gives an order of axes (a tile's physical layout is its axes sorted by that order), the
+names of functions and one method per structural op. Values used once are printed inside the
 expression that uses them; the others become assignments under the names of math.md.
 """
 
@@ -61,7 +61,6 @@ class Names:
 class Expressions(ABC):
     """Prints the tiles of one kernel as assignments and expressions."""
 
-    functions: Mapping[Op, str]
     where: str  # name of the select function
     scalar_tiles: bool  # a tile without axes still has (batch) dimensions: it needs an index
     index_prefix = ""
@@ -168,7 +167,11 @@ class Expressions(ABC):
             return f"{left} {_INFIX[fn]} {right}"
         if fn is Op.NEG:
             return f"-{_factor(args[0])}"
-        return f"{self.functions[fn]}({', '.join(args)})"
+        return f"{self.function(fn)}({', '.join(args)})"
+
+    @abstractmethod
+    def function(self, fn: Op) -> str:
+        """The name of an elementwise function."""
 
     @abstractmethod
     def structural(self, x: Tile) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from ..dsl import oracle
-from ..dsl.ir import ELEMENTWISE, Kind, Node, Op, Per
+from ..dsl.elementwise import ELEMENTWISE
+from ..dsl.ir import Kind, Node, Op, Per
 from ..dsl.ir import topological as step_order
 from ..dsl.normal_form import NormalForm
 from . import tile

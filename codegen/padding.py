@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+from ..dsl.elementwise import at_zeros
 from ..dsl.ir import Op
 from .tile import Axis, Tile, TileOp
 
@@ -18,20 +19,6 @@ class Padding(Enum):
     ZERO = 0
     FINITE = 1
     UNSAFE = 2
-
-
-_KEEPS_ZERO = (
-    Op.NEG,
-    Op.EXPM1,
-    Op.LOG1P,
-    Op.TANH,
-    Op.SQRT,
-    Op.ABS,
-    Op.MAXIMUM,
-    Op.MINIMUM,
-    Op.AT_LEAST,
-    Op.AT_MOST,
-)
 
 
 def padding(x: Tile, axis: Axis) -> Padding:
@@ -61,15 +48,14 @@ def padding(x: Tile, axis: Axis) -> Padding:
 
 def _of_map(x: Tile, axis: Axis) -> Padding:
     (fn,) = x.attrs
+    assert isinstance(fn, Op)
     parts = [padding(a, axis) for a in x.args]
-    if fn in (Op.LOG, Op.RSQRT) or Padding.UNSAFE in parts:
+    if Padding.UNSAFE in parts:
         return Padding.UNSAFE
     if fn is Op.DIV:
-        if axis in x.args[1].axes:
-            return Padding.UNSAFE
-        return parts[0]
-    if fn is Op.MUL:
-        return Padding.ZERO if Padding.ZERO in parts else Padding.FINITE
-    if fn in (Op.ADD, Op.SUB) or fn in _KEEPS_ZERO:
-        return Padding.ZERO if all(p is Padding.ZERO for p in parts) else Padding.FINITE
-    return Padding.FINITE
+        return Padding.UNSAFE if axis in x.args[1].axes else parts[0]
+    if fn is Op.MUL and Padding.ZERO in parts:
+        return Padding.ZERO
+    if not at_zeros(fn).is_finite():
+        return Padding.UNSAFE
+    return Padding.ZERO if at_zeros(fn) == 0 and set(parts) == {Padding.ZERO} else Padding.FINITE

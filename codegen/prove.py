@@ -20,6 +20,7 @@ import numpy as np
 
 from ..dsl import prove as forms
 from ..dsl.declaration import Declaration
+from ..dsl.elementwise import many_digits
 from ..dsl.errors import NotLowered, ProofFailed
 from ..dsl.ir import Kind, Node, Op, Per, topological
 from ..dsl.normal_form import NormalForm, Operand
@@ -27,7 +28,7 @@ from ..dsl.step import Step, operand_leaf, param_leaf, state_leaf
 from . import buffers
 from .chunk import Body, derive
 from .differentiate import GRADIENT, Adjoint, differentiate
-from .evaluate import ZERO, Numbers, Sizes, evaluate, evaluate_step, many_digits
+from .evaluate import ZERO, Numbers, Sizes, evaluate, evaluate_step
 from .factor import factor_adjoint, factor_body
 from .lower import kind_axes
 from .tile import Axis, Tile, TileOp

@@ -12,6 +12,7 @@ import hashlib
 from dataclasses import dataclass, field
 from enum import Enum
 
+from ..dsl.elementwise import at_zeros
 from ..dsl.ir import Op
 
 
@@ -341,18 +342,14 @@ def _is_floor_below_zero(x: Tile) -> bool:
     return least <= 0.0
 
 
-_INFINITE_AT_ZERO = (Op.LOG, Op.RSQRT, Op.DIV)
-
-
 def finite_at_zero(x: Tile, stop: frozenset[Tile] = frozenset()) -> bool:
     """Whether `x` is finite for sure where the operands are zero: zero times it is then zero.
 
     `stop`: tiles that are, whatever they are made of.
     """
     below = topological(x, stop=stop)
-    return not any(
-        t.op is TileOp.MAP and t.attrs[0] in _INFINITE_AT_ZERO for t in below if t not in stop
-    )
+    functions = (t.attrs[0] for t in below if t.op is TileOp.MAP and t not in stop)
+    return all(at_zeros(fn).is_finite() for fn in functions if isinstance(fn, Op))
 
 
 def mask(x: Tile, which: Which) -> Tile:

@@ -3,31 +3,9 @@
 if __name__ == "dsl":  # a second copy of every class would make `isinstance` lie
     raise ImportError("import chunkwise.dsl, not dsl: the top folders are parts of one package")
 
+from . import functions
 from .declaration import Declaration, declaration
-from .functions import (
-    abs,
-    clamp,
-    dot,
-    exp,
-    expm1,
-    l2norm,
-    log,
-    log1p,
-    log2,
-    logsigmoid,
-    maximum,
-    minimum,
-    outer,
-    relu,
-    rsqrt,
-    sigmoid,
-    silu,
-    softplus,
-    sqrt,
-    sum,
-    tanh,
-    within,
-)
+from .functions import *  # noqa: F403
 from .kinds import HeadKey, HeadScalar, HeadValue, Key, KeyState, Scalar, State, Value
 from .normalise import normalise
 from .step import Step
@@ -44,29 +22,8 @@ __all__ = [
     "State",
     "Step",
     "Value",
-    "abs",
-    "clamp",
     "declaration",
-    "dot",
-    "exp",
-    "expm1",
-    "l2norm",
-    "log",
-    "log1p",
-    "log2",
-    "logsigmoid",
-    "maximum",
-    "minimum",
     "normalise",
-    "outer",
-    "relu",
-    "rsqrt",
-    "sigmoid",
-    "silu",
-    "softplus",
-    "sqrt",
-    "sum",
-    "tanh",
     "trace",
-    "within",
 ]
+__all__ += functions.__all__

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from . import algebra, errors
-from .intervals import Interval, interval
+from .bounds import interval
+from .intervals import Interval
 from .ir import Loc, Node, Op, constant
 from .printing import infix
 

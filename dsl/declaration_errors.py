@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from .diagnostic import ChunkwiseError
 from .ir import Loc
 
+FUNCTION_NAMES: set[str] = set()  # of the language, for hints: `functions` fills it
+
 
 class DeclarationError(ChunkwiseError):
     """A recurrence that cannot be declared as written."""
@@ -111,34 +113,6 @@ class ForeignFunction(DeclarationError, TypeError):
             if bare in FUNCTION_NAMES
             else "use chunkwise's own functions: " + ", ".join(sorted(FUNCTION_NAMES)),
         )
-
-
-FUNCTION_NAMES = frozenset(
-    {
-        "exp",
-        "log",
-        "log2",
-        "sigmoid",
-        "logsigmoid",
-        "softplus",
-        "silu",
-        "tanh",
-        "relu",
-        "sqrt",
-        "rsqrt",
-        "abs",
-        "maximum",
-        "minimum",
-        "clamp",
-        "within",
-        "expm1",
-        "log1p",
-        "sum",
-        "dot",
-        "l2norm",
-        "outer",
-    }
-)
 
 
 class TracedBranch(DeclarationError, TypeError):

@@ -10,6 +10,32 @@ from .ir import Kind, Op
 from .source import here
 from .traced import Traced, binary, build, lift, name_of, unary
 
+__all__ = [
+    "abs",
+    "clamp",
+    "dot",
+    "exp",
+    "expm1",
+    "l2norm",
+    "log",
+    "log1p",
+    "log2",
+    "logsigmoid",
+    "maximum",
+    "minimum",
+    "outer",
+    "relu",
+    "rsqrt",
+    "sigmoid",
+    "silu",
+    "softplus",
+    "sqrt",
+    "sum",
+    "tanh",
+    "within",
+]
+errors.FUNCTION_NAMES.update(__all__)
+
 
 def exp(x: Traced | float) -> Traced:
     """e**x, elementwise."""

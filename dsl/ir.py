@@ -82,9 +82,6 @@ class Op(Enum):
         return str(self.value[1])
 
 
-_NOT_ELEMENTWISE = (Op.SUM, Op.SCALE, Op.OUTER, Op.READ, Op.READ_VALUE)
-ELEMENTWISE = frozenset(op for op in Op if op.arity and op not in _NOT_ELEMENTWISE)
-
 Attr = str | int | float | None
 
 

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from . import algebra, errors
 from .affine import Moment, MomentRead, StateForm, Term, Walker
 from .decay import log_decay
+from .elementwise import ELEMENTWISE
 from .intervals import Interval
-from .ir import ELEMENTWISE, Kind, Loc, Node, Op
+from .ir import Kind, Loc, Node, Op
 from .normal_form import Feedback, MicroStep, Mix, NormalForm, Phase, Read, StateDecl, Update, Write
 from .step import Step, state_leaf
 

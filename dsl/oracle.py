@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import errors
+from .elementwise import ELEMENTWISE
 from .ir import Kind, Node, Op, Per, topological
 from .normal_form import Feedback, NormalForm, Operand, Phase, StateDecl, expressions, result_leaf
 from .step import Step, operand_leaf, param_leaf, state_leaf
@@ -37,31 +38,9 @@ class Dims:
 
 # ---------------------------------------------------------------- ops on tensors
 
-_UNARY: dict[Op, Callable[[Tensor], Tensor]] = {
-    Op.NEG: torch.neg,
-    Op.EXP: torch.exp,
-    Op.LOG: torch.log,
-    Op.EXPM1: torch.expm1,
-    Op.LOG1P: torch.log1p,
-    Op.SIGMOID: torch.sigmoid,
-    Op.LOGSIGMOID: torch.nn.functional.logsigmoid,
-    Op.SOFTPLUS: lambda x: torch.logaddexp(x, torch.zeros_like(x)),
-    Op.TANH: torch.tanh,
-    Op.SQRT: torch.sqrt,
-    Op.RSQRT: torch.rsqrt,
-    Op.ABS: torch.abs,
-    Op.WITHIN: lambda x: x,
-}
-_BINARY: dict[Op, Callable[[Tensor, Tensor], Tensor]] = {
-    Op.ADD: torch.add,
-    Op.SUB: torch.sub,
-    Op.MUL: torch.mul,
-    Op.DIV: torch.div,
-    Op.MAXIMUM: torch.maximum,
-    Op.MINIMUM: torch.minimum,
-    # not torch.clamp_min and clamp_max: their derivative at the bound is 1 in torch 2.13, 0 in 2.15
-    Op.AT_LEAST: lambda x, y: torch.where(x < y, y, x),
-    Op.AT_MOST: lambda x, y: torch.where(x > y, y, x),
+_FUNCTIONS: dict[Op, Callable[..., Tensor]] = {
+    op: eval(f"lambda x, y=None: {row.torch.format(x='x', y='y')}", {"torch": torch})
+    for op, row in ELEMENTWISE.items()
 }
 _RANK = {Kind.SCALAR: 0, Kind.KEY: 1, Kind.VALUE: 1, Kind.STATE: 2, Kind.KEY_STATE: 1}
 
@@ -78,11 +57,9 @@ def _lifted(x: Tensor, have: Kind, want: Kind) -> Tensor:
 def apply(node: Node, args: Sequence[Tensor]) -> Tensor:
     """One op of StepIR on tensors whose leading axes agree (or broadcast)."""
     op = node.op
-    if op in _UNARY:
-        return _UNARY[op](args[0])
-    if op in _BINARY:
-        x, y = (_lifted(t, a.kind, node.kind) for t, a in zip(args, node.args, strict=True))
-        return _BINARY[op](x, y)
+    if op in _FUNCTIONS:
+        lifted = (_lifted(t, a.kind, node.kind) for t, a in zip(args, node.args, strict=True))
+        return _FUNCTIONS[op](*lifted)
     if op is Op.SUM:
         return args[0].sum(-1)
     if op is Op.SCALE:

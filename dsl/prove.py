@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -23,6 +23,7 @@ from . import algebra, errors
 from .classify import is_coupled
 from .decay import SMALLEST
 from .declaration import Declaration
+from .elementwise import ELEMENTWISE
 from .ir import Kind, Node, Op, Per, topological
 from .normal_form import NormalForm, Phase, Read, StateDecl, Update, result_leaf
 from .step import Step, state_leaf
@@ -148,16 +149,13 @@ class _Symbols:
             return _read(args[1], _transposed(args[0], self.key))
         if op is Op.SCALE:
             return _scaled(args[0], args[1], node.args[1].kind)
-        if op is Op.WITHIN:
-            return args[0]
         size = max(len(a) for a in args)
         wide = [a * size if len(a) == 1 else a for a in args]
         return tuple(self._elementwise(op, xs) for xs in zip(*wide, strict=True))
 
     def _elementwise(self, op: Op, xs: Sequence[_Expr]) -> _Expr:
-        rule = _POLYNOMIAL.get(op)
-        if rule is not None:
-            return rule(*xs)
+        if op in _POLYNOMIAL:
+            return ELEMENTWISE[op].value(*xs)
         if op is Op.DIV:
             return xs[0] * self.reciprocal(xs[1])
         return self.opaque(op.name.lower(), *xs)
@@ -200,12 +198,7 @@ def _rational(value: float | None) -> _Expr:
     return sympy.Rational(fraction.numerator, fraction.denominator)
 
 
-_POLYNOMIAL: dict[Op, Callable[..., _Expr]] = {
-    Op.ADD: lambda x, y: x + y,
-    Op.SUB: lambda x, y: x - y,
-    Op.MUL: lambda x, y: x * y,
-    Op.NEG: lambda x: -x,
-}
+_POLYNOMIAL = (Op.ADD, Op.SUB, Op.MUL, Op.NEG, Op.WITHIN)
 
 
 def _read(key: _Array, state: _Array) -> _Array:

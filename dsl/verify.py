@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .elementwise import ELEMENTWISE
 from .errors import InvalidIR
-from .ir import ELEMENTWISE, Kind, Node, Op, topological
+from .ir import Kind, Node, Op, topological
 from .normal_form import NormalForm, Phase, Read, Update, result_leaf
 from .printing import infix
 from .step import Step

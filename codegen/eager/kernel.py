@@ -12,27 +12,11 @@ from dataclasses import dataclass
 from ...dsl.ir import Op
 from .. import tile
 from ..chunk import LEAST_DECAY, Named
+from ..elementwise import FUNCTIONS
 from ..expressions import Expressions, Names, is_number, unaliased
 from ..plan import Kernel
 from ..tile import Axes, Axis, Tile, TileOp, Which
 
-_FUNCTIONS = {
-    Op.MAXIMUM: "torch.maximum",
-    Op.MINIMUM: "torch.minimum",
-    Op.AT_LEAST: "torch.clamp_min",
-    Op.AT_MOST: "torch.clamp_max",
-    Op.EXP: "torch.exp",
-    Op.LOG: "torch.log",
-    Op.EXPM1: "torch.expm1",
-    Op.LOG1P: "torch.log1p",
-    Op.SIGMOID: "torch.sigmoid",
-    Op.LOGSIGMOID: "F.logsigmoid",
-    Op.SOFTPLUS: "F.softplus",
-    Op.TANH: "torch.tanh",
-    Op.SQRT: "torch.sqrt",
-    Op.RSQRT: "torch.rsqrt",
-    Op.ABS: "torch.abs",
-}
 # with a number, which torch's functions of two tensors do not take
 _BOUNDS = {Op.MAXIMUM: "min", Op.AT_LEAST: "min", Op.MINIMUM: "max", Op.AT_MOST: "max"}
 # what every kernel is given after its tiles: which rows exist, their numbers, sizes and dtype
@@ -58,11 +42,13 @@ class EagerKernel:
 
 
 class _Torch(Expressions):
-    functions = _FUNCTIONS
     where = "torch.where"
     scalar_tiles = True
     index_prefix = "..., "
     row = "at"
+
+    def function(self, fn: Op) -> str:
+        return FUNCTIONS[fn].torch
 
     def extent(self, axis: Axis) -> str:
         return f"extent_{axis.value}"

@@ -9,6 +9,7 @@ from .. import tile
 from ..buffers import BufferId
 from ..chunk import LEAST_DECAY
 from ..config import Precision
+from ..elementwise import FUNCTIONS
 from ..expressions import Expressions, Names, unaliased
 from ..interface import Dtype, Signature
 from ..padding import Padding, padding
@@ -16,23 +17,6 @@ from ..plan import sums_over
 from ..tile import Axis, Tile, TileOp, Which
 from . import library as triton_library
 
-_FUNCTIONS = {
-    Op.MAXIMUM: "tl.maximum",
-    Op.MINIMUM: "tl.minimum",
-    Op.AT_LEAST: "tl.maximum",
-    Op.AT_MOST: "tl.minimum",
-    Op.EXP: "tl.exp",
-    Op.LOG: "tl.log",
-    Op.EXPM1: "expm1",
-    Op.LOG1P: "log1p",
-    Op.SIGMOID: "tl.sigmoid",
-    Op.LOGSIGMOID: "logsigmoid",
-    Op.SOFTPLUS: "softplus",
-    Op.TANH: "tanh",
-    Op.SQRT: "tl.sqrt",
-    Op.RSQRT: "tl.rsqrt",
-    Op.ABS: "tl.abs",
-}
 _DECAYED = {
     TileOp.DECAYED_DOT: "decayed_dot",
     TileOp.DECAYED_APPLY: "decayed_apply",
@@ -48,7 +32,6 @@ class TritonExpressions(Expressions):
     `_BK`, `_BV`: tiles of the channel axes; `_loop`: the one that the kernel takes tile by tile.
     """
 
-    functions = _FUNCTIONS
     where = "tl.where"
     row = "(chunk * C + oi)"
     scalar_tiles = False
@@ -131,9 +114,13 @@ class TritonExpressions(Expressions):
             if dot is not None and dot in self._inline_dots:
                 other = x.args[0] if x.args[1] == dot else x.args[1]
                 return self._dot(dot, self.within(other, self.layout(x)))
-        if _FUNCTIONS.get(fn, "") in triton_library.FUNCTIONS:
-            self._used_functions.add(_FUNCTIONS[fn])
         return super()._map(x)
+
+    def function(self, fn: Op) -> str:
+        name = FUNCTIONS[fn].triton
+        if name in triton_library.FUNCTIONS:
+            self._used_functions.add(name)
+        return name
 
     def structural(self, x: Tile) -> str:
         if x.op in (TileOp.ROWS, TileOp.PHASE, TileOp.MASK, TileOp.STEP):

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ...codegen.expressions import Names
+from ...dsl.elementwise import ELEMENTWISE
 from ...dsl.ir import Kind, Node, Op, Per, topological
 from ...dsl.step import Step
 from .contents import Package, indented, module, wrapped
@@ -26,22 +27,6 @@ _OWN = (
     *("starts", "states", "t", "tokens", "torch", "bounds", "first", "last", "step", "zeros"),
     *("count", "outputs", "own", "K", "V"),
 )
-_FUNCTIONS = {
-    Op.EXP: "torch.exp",
-    Op.LOG: "torch.log",
-    Op.EXPM1: "torch.expm1",
-    Op.LOG1P: "torch.log1p",
-    Op.SIGMOID: "torch.sigmoid",
-    Op.LOGSIGMOID: "torch.nn.functional.logsigmoid",
-    Op.TANH: "torch.tanh",
-    Op.SQRT: "torch.sqrt",
-    Op.RSQRT: "torch.rsqrt",
-    Op.ABS: "torch.abs",
-    Op.MAXIMUM: "torch.maximum",
-    Op.MINIMUM: "torch.minimum",
-}
-# not torch.clamp_min and clamp_max: their derivative at the bound is 1 in torch 2.13, 0 in 2.15
-_BOUNDS = {Op.AT_LEAST: "<", Op.AT_MOST: ">"}
 _INFIX = {Op.ADD: (" + ", 1), Op.SUB: (" - ", 1), Op.MUL: (" * ", 2), Op.DIV: (" / ", 2)}
 _ARITHMETIC = (*_INFIX, Op.NEG, Op.WITHIN, Op.CONST, Op.PARAM)  # of numbers: Python's, no tensors
 _READS = {Op.READ: "...k,...kv->...v", Op.READ_VALUE: "...kv,...v->...k"}
@@ -148,14 +133,8 @@ class _StepPrinter:
         if op in _READS:
             both = ", ".join(self._texts[a][0] for a in args)
             return f'torch.einsum("{_READS[op]}", {both})', _ATOM
-        if op is Op.SOFTPLUS:
-            x = self._tensor(args[0])
-            return f"torch.logaddexp({x}, torch.zeros_like({x}))", _ATOM
         parts = [self._tensor(a, node.kind) for a in args]
-        if op in _BOUNDS:
-            x, bound = parts
-            return f"torch.where({x} {_BOUNDS[op]} {bound}, {bound}, {x})", _ATOM
-        return f"{_FUNCTIONS[op]}({', '.join(parts)})", _ATOM
+        return ELEMENTWISE[op].torch.format(**dict(zip("xy", parts, strict=False))), _ATOM
 
     def _at(self, node: Node, level: int) -> str:
         text, own = self._texts[node]
@@ -170,10 +149,10 @@ class _StepPrinter:
             return f"{self._at(node, _ATOM)}[..., None, :]"
         return f"{self._at(node, _ATOM)}[{', '.join(['...', *['None'] * missing])}]"
 
-    def _tensor(self, node: Node, kind: Kind | None = None) -> str:
+    def _tensor(self, node: Node, kind: Kind) -> str:
         """An argument of a function that takes tensors only."""
         if not all(n.op in _ARITHMETIC for n in topological(node)):
-            return self._lifted(node, kind or node.kind, 0)
+            return self._lifted(node, kind, 0)
         like = next(iter(self.known.values()))
         return f"{like}.new_tensor({self._texts[node][0]})"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from chunkwise import cli, dsl
 from chunkwise.codegen import chunk, differentiate, evaluate, factor, prove, tile
-from chunkwise.codegen.differentiate import Cotangents, Rule
+from chunkwise.codegen.elementwise import FUNCTIONS, Cotangents, Function, Rule
 from chunkwise.codegen.tile import Axis, Tile, TileOp
 from chunkwise.dsl import (
     Declaration,
@@ -30,7 +30,7 @@ from chunkwise.dsl import (
     within,
 )
 from chunkwise.dsl import prove as forms
-from chunkwise.dsl.ir import ELEMENTWISE, Op
+from chunkwise.dsl.ir import Op
 from hypothesis import HealthCheck, given, reject, settings
 
 from tests.random_rules import Rule as RandomRule
@@ -99,7 +99,7 @@ def test_without_tiles_the_form_is_proved_and_it_says_so() -> None:
 def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["prove", "simple_gla", "--chunk", "2"]) == 0
     assert "equal its gradient: q, k, v, g, the initial S" in capsys.readouterr().out
-    monkeypatch.setitem(differentiate._MAPS, Op.EXP, unscaled)
+    monkeypatch.setitem(FUNCTIONS, Op.EXP, Function(unscaled))
     assert cli.main(["prove", "simple_gla", "--chunk", "2"]) == 1
     assert "ProofFailed: simple_gla: the gradient of g of tiles" in capsys.readouterr().err
 
@@ -240,7 +240,8 @@ def swapped(rule: Rule) -> Rule:
 def wrong_maps() -> list[object]:
     """Every rule of a function, wrong in each way that is one."""
     found = []
-    for op, rule in differentiate._MAPS.items():
+    for op, function in FUNCTIONS.items():
+        rule = function.gradient
         bounded = op in (Op.AT_LEAST, Op.AT_MOST)  # by a number, which has no gradient
         ways = {} if bounded else {"negated": negated(rule)}
         if op is not Op.ADD:
@@ -259,7 +260,7 @@ def refused(d: Declaration, message: str = "the gradient of") -> None:
 @pytest.mark.parametrize(("op", "wrong"), wrong_maps())
 def test_wrong_functions(op: Op, wrong: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
     prove.prove_tiles(USES[op], chunk=2)
-    monkeypatch.setitem(differentiate._MAPS, op, wrong)
+    monkeypatch.setitem(FUNCTIONS, op, Function(wrong))
     refused(USES[op])
 
 
@@ -365,7 +366,6 @@ def test_a_wrong_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_op_has_a_meaning() -> None:
     leaves = {TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM, TileOp.CARRY}
     assert set(evaluate._TILES) | leaves == set(TileOp)
-    assert set(evaluate._FUNCTIONS) == ELEMENTWISE
 
 
 def test_a_value_without_its_axes_is_refused() -> None:

@@ -27,7 +27,8 @@ from chunkwise.dsl import (
     tanh,
     within,
 )
-from chunkwise.dsl.intervals import Interval, interval
+from chunkwise.dsl.bounds import interval
+from chunkwise.dsl.intervals import Interval
 from chunkwise.dsl.ir import Kind, Node, Op
 from chunkwise.dsl.traced import Traced
 from hypothesis import given
