@@ -40,10 +40,10 @@ class Math:
 
     def apply(self, fn: Op, args: list[Expr]) -> Expr:
         """`fn` of its arguments."""
-        if fn in _BINARY:
-            return _BINARY[fn](*args)
+        if fn.arity == 2:
+            return FUNCTIONS[fn](self, *args)
         (x,) = args
-        return self._bind(fn.name.lower(), _UNARY[fn](self, self._bind("x", x)))
+        return self._bind(fn.name.lower(), FUNCTIONS[fn](self, self._bind("x", x)))
 
     def _c(self, value: float) -> Expr:
         return number(value, self._lanes)
@@ -173,17 +173,16 @@ class Math:
         return self._c(1.0) / self.sqrt(x)
 
 
-_BINARY: dict[Op, Callable[..., Expr]] = {
-    Op.ADD: tirx.Add,
-    Op.SUB: tirx.Sub,
-    Op.MUL: tirx.Mul,
-    Op.DIV: tirx.Div,
-    Op.MAXIMUM: lambda x, y: tirx.Select(x < y, y, x),
-    Op.MINIMUM: lambda x, y: tirx.Select(x > y, y, x),
-    Op.AT_LEAST: lambda x, y: tirx.Select(x < y, y, x),
-    Op.AT_MOST: lambda x, y: tirx.Select(x > y, y, x),
-}
-_UNARY: dict[Op, Callable[[Math, Expr], Expr]] = {
+# a row of each function: of vectors of float32
+FUNCTIONS: dict[Op, Callable[..., Expr]] = {
+    Op.ADD: lambda _, x, y: tirx.Add(x, y),
+    Op.SUB: lambda _, x, y: tirx.Sub(x, y),
+    Op.MUL: lambda _, x, y: tirx.Mul(x, y),
+    Op.DIV: lambda _, x, y: tirx.Div(x, y),
+    Op.MAXIMUM: lambda _, x, y: tirx.Select(x < y, y, x),
+    Op.MINIMUM: lambda _, x, y: tirx.Select(x > y, y, x),
+    Op.AT_LEAST: lambda _, x, y: tirx.Select(x < y, y, x),
+    Op.AT_MOST: lambda _, x, y: tirx.Select(x > y, y, x),
     Op.NEG: lambda _, x: -x,
     Op.ABS: Math.abs,
     Op.EXP: Math.exp,
