@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from ..dsl.ir import Op
+from ..dsl.notation import PYTHON, Level, read
 from .tile import Axes, Axis, Tile, TileOp, Which
 
-_INFIX = {Op.ADD: "+", Op.SUB: "-", Op.MUL: "*", Op.DIV: "/"}
 _LONGEST = 60  # an inlined expression longer than this is hard to read
 _ALIASES = (TileOp.RENAME, TileOp.EXPAND)
 INLINE = (
@@ -84,7 +84,7 @@ class Expressions(ABC):
         if set(axes) == set(target) or not target or not (axes or self.scalar_tiles):
             return text
         index = ", ".join(":" if a in axes else "None" for a in target)
-        return f"{_atom(text)}[{self.index_prefix}{index}]"
+        return f"{read(text).at(Level.ATOM)}[{self.index_prefix}{index}]"
 
     # ---- statements ----------------------------------------------------------------------------
 
@@ -155,18 +155,10 @@ class Expressions(ABC):
         assert isinstance(fn, Op)
         target = self.layout(x)
         args = [self.within(a, target) for a in x.args]
-        if fn in _INFIX:
-            left, right = args
-            weak = fn in (Op.ADD, Op.SUB)
-            left = left if weak else _factor(left)
-            right = _factor(right) if fn is not Op.ADD else right
-            if fn is Op.ADD and right.startswith("-"):
-                right = _factor(right)
-            if fn is Op.DIV or (fn is Op.MUL and "/" in right):  # a / b * c is (a / b) * c
-                right = _atom(right)
-            return f"{left} {_INFIX[fn]} {right}"
+        if fn in PYTHON.signs:
+            return PYTHON.binary(fn, *(read(a) for a in args)).text
         if fn is Op.NEG:
-            return f"-{_factor(args[0])}"
+            return PYTHON.negative(read(args[0])).text
         return f"{self.function(fn)}({', '.join(args)})"
 
     @abstractmethod
@@ -215,33 +207,3 @@ def is_number(x: Tile) -> bool:
     return x.op in (TileOp.CONST, TileOp.PARAM, TileOp.EXTENT) or (
         x.op is TileOp.MAP and all(is_number(a) for a in x.args)
     )
-
-
-def _balanced_call(text: str) -> bool:
-    """Whether `text` is one name, number, call or indexed call: binds tighter than any operator."""
-    depth = 0
-    for c in text:
-        if c in "([":
-            depth += 1
-        elif c in ")]":
-            depth -= 1
-        elif depth == 0 and not (c.isalnum() or c in "_."):
-            return False
-    return True
-
-
-def _atom(text: str) -> str:
-    return text if _balanced_call(text) else f"({text})"
-
-
-def _factor(text: str) -> str:
-    """`text` as a factor: parenthesised if it is a sum or begins with a minus."""
-    depth = 0
-    for n, c in enumerate(text):
-        if c in "([":
-            depth += 1
-        elif c in ")]":
-            depth -= 1
-        elif depth == 0 and (c == "+" or (c == "-" and (n == 0 or text[n - 1] == " "))):
-            return f"({text})"
-    return text

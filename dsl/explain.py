@@ -10,7 +10,8 @@ from .classify import DecayClass, classify, decay_class
 from .decay import SMALLEST
 from .ir import Kind, Node, Op, Per, topological
 from .normal_form import Feedback, NormalForm, Operand, Phase, Update, Write, expressions
-from .printing import infix
+from .notation import Level
+from .printing import infix, printed
 from .step import Step
 
 if TYPE_CHECKING:
@@ -111,8 +112,7 @@ def _update_lines(form: NormalForm, update: Update) -> list[str]:
 
 
 def _write(update: Update, write: Write, transposed: bool) -> str:
-    key = infix(write.key)
-    key = f"({key})" if write.key.op in (Op.ADD, Op.SUB, Op.NEG) else key
+    key = printed(write.key, {}).after(Level.QUOTIENT)
     value = _written(update, write)
     return f"{value} ⊗ {key}" if transposed else f"{key} ⊗ {value}"
 
@@ -141,8 +141,7 @@ def _factor(scale: Node) -> str:
         return ""
     if value == -1.0:
         return "−"
-    text = infix(scale)
-    return f"({text})·" if scale.op in (Op.ADD, Op.SUB) else f"{text}·"
+    return f"{printed(scale, {}).at(Level.QUOTIENT)}·"
 
 
 def _recall(update: Update, feedback: Feedback, kind: Kind) -> str:

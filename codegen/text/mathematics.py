@@ -13,6 +13,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from ...dsl.ir import Op
+from ...dsl.notation import Level, Notation, Text
 from .. import tile
 from ..buffers import BufferId
 from ..chunk import Body, Carried, Named
@@ -21,7 +22,7 @@ from ..expressions import Names, identifier
 from ..plan import Kernel, Loop, Program
 from ..tile import Axes, Axis, Tile, TileOp, Which
 
-_INFIX = {Op.ADD: " + ", Op.SUB: " − ", Op.MUL: "·", Op.DIV: "/"}
+_NOTATION = Notation({Op.ADD: " + ", Op.SUB: " − ", Op.MUL: "·", Op.DIV: "/"}, "−")
 _COMPARISON = {Which.LOWER: "≥", Which.STRICT: ">", Which.DIAGONAL: "="}
 _LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM, TileOp.CARRY)
 _ALIASES = (TileOp.RENAME, TileOp.EXPAND, TileOp.FLOOR, TileOp.FLUSH)
@@ -32,9 +33,6 @@ _LONGEST = 58  # an inlined expression longer than this is hard to read
 _WRAP = 96
 _LETTERS = {axis: axis.value for axis in Axis}
 
-# how tightly an expression binds: sums, sums over an axis, products, everything else
-_SUM, _BIG_SUM, _PRODUCT, _ATOM = range(4)
-_Text = tuple[str, int]
 _Letters = Mapping[Axis, str]
 
 
@@ -96,7 +94,7 @@ class _Printer:
         for t in self._order:
             if t in leaves or t.op in _NEVER_ASSIGNED or self._inlined(t):
                 continue
-            right, _ = self._expression(t, _LETTERS)
+            right = self._expression(t, _LETTERS).text
             self.known[t] = self._wanted.get(t) or self._names.fresh(t.hint or "x")
             lines.append(_Line(t, self.leaf(t), right))
         return lines
@@ -104,7 +102,7 @@ class _Printer:
     def name(self, t: Tile) -> str:
         """A root: the name it was given, or the number it is."""
         t = _shown(t, self.known)
-        return self.known[t] if t in self.known else self._text(t, _LETTERS)[0]
+        return self.known[t] if t in self.known else self._text(t, _LETTERS).text
 
     def _inlined(self, t: Tile) -> bool:
         if self._uses[t] > 1 or t in self._roots:
@@ -116,7 +114,7 @@ class _Printer:
             return False
         if t.op not in (*_ELEMENTWISE, *_SUMS):
             return False
-        return len(self._expression(t, _LETTERS)[0]) <= _LONGEST
+        return len(self._expression(t, _LETTERS).text) <= _LONGEST
 
     def _clashes(self, t: Tile) -> bool:
         """Whether the index that `t` sums over might meet itself in the expression around it."""
@@ -132,7 +130,7 @@ class _Printer:
 
     # ---- expressions -----------------------------------------------------------------------------
 
-    def _text(self, x: Tile, letters: _Letters) -> _Text:
+    def _text(self, x: Tile, letters: _Letters) -> Text:
         while x.op in _ALIASES and x not in self.known:
             if x.op is TileOp.RENAME:
                 (to,) = x.attrs
@@ -141,24 +139,24 @@ class _Printer:
                 letters = {**letters, source: letters[to]}
             (x,) = x.args
         if x in self.known:
-            return self._reference(self.known[x], x.axes, letters), _ATOM
+            return Text(self._reference(self.known[x], x.axes, letters))
         if x.op is TileOp.CONST:
             text = f"{x.value:g}"
-            return (text, _ATOM) if x.value >= 0 else (f"−{text[1:]}", _SUM)
+            return Text(text) if x.value >= 0 else _NOTATION.negative(Text(text[1:]))
         if x.op is TileOp.EXTENT:
             (axis,) = x.attrs
             assert isinstance(axis, Axis)
-            return axis.value.upper(), _ATOM
+            return Text(axis.value.upper())
         return self._expression(x, letters)
 
     def _reference(self, name: str, axes: Axes, letters: _Letters) -> str:
         return f"{name}[{','.join(letters[a] for a in axes)}]" if axes else name
 
-    def _expression(self, x: Tile, letters: _Letters) -> _Text:
+    def _expression(self, x: Tile, letters: _Letters) -> Text:
         if x.op is TileOp.MAP:
             return self._map(x, letters)
         if x.op is TileOp.STEP:
-            return f"step({self._text(x.args[0], letters)[0]})", _ATOM
+            return Text(f"step({self._text(x.args[0], letters).text})")
         if x.op is TileOp.ROWS:
             return self._where(f"{letters[Axis.I]} < n", x.args[0], letters)
         if x.op is TileOp.PHASE:
@@ -171,65 +169,56 @@ class _Printer:
             return self._cumsum(x, letters)
         if x.op is TileOp.DECAY:
             (g,) = x.args
-            inner = self._wrapped(g, _PRODUCT, {**letters, Axis.I: "t"})
+            inner = self._factor(g, {**letters, Axis.I: "t"})
             last = "<" if x.attrs[-1] else "≤"
             span = f"{letters[Axis.J]}<t{last}{letters[Axis.I]}"
-            return f"exp(Σ_{{{span}}} {inner}) [{_condition(x)}]", _PRODUCT
+            return Text(f"exp(Σ_{{{span}}} {inner}) [{_condition(x)}]", Level.PRODUCT)
         if x.op is TileOp.DECAYED_CROSSING:
             late = {**letters, Axis.I: "t"}
-            factors = "·".join(self._wrapped(a, _PRODUCT, late) for a in x.args[:3])
-            p, q = (self._text(a, late)[0] for a in x.args[-3:-1])
+            factors = "·".join(self._factor(a, late) for a in x.args[:3])
+            p, q = (self._text(a, late).text for a in x.args[-3:-1])
             last = ">" if x.attrs[-1] else "≥"
             span = f"t{last}{letters[Axis.I]}>j"
-            return f"Σ_{{{span}}} {factors}·exp({p} − {q})", _BIG_SUM
+            return Text(f"Σ_{{{span}}} {factors}·exp({p} − {q})", Level.SERIES)
         if x.op is TileOp.INVERSE:
             (lower,) = x.args
-            return f"(1 + {self.name(lower)})⁻¹[{letters[Axis.I]},{letters[Axis.J]}]", _ATOM
+            return Text(f"(1 + {self.name(lower)})⁻¹[{letters[Axis.I]},{letters[Axis.J]}]")
         over = ",".join(letters[a] for a in _bound(x))
         over = f"{{{over}}}" if "," in over else over
-        return f"Σ_{over} {self._summand(x, letters)}", _BIG_SUM
+        return Text(f"Σ_{over} {self._summand(x, letters)}", Level.SERIES)
 
     def _summand(self, x: Tile, letters: _Letters) -> str:
         if x.op in (TileOp.SUM, TileOp.DOT):
-            return "·".join(self._wrapped(a, _PRODUCT, letters) for a in x.args)
+            return "·".join(self._factor(a, letters) for a in x.args)
         assert x.op in (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY), f"no text for {x.op.name}"
-        first, second = (self._wrapped(a, _PRODUCT, letters) for a in x.args[:2])
-        p, q = (self._text(a, letters)[0] for a in x.args[2:4])
+        first, second = (self._factor(a, letters) for a in x.args[:2])
+        p, q = (self._text(a, letters).text for a in x.args[2:4])
         return f"{first}·{second}·exp({p} − {q}) [i > j]"
 
-    def _map(self, x: Tile, letters: _Letters) -> _Text:
+    def _map(self, x: Tile, letters: _Letters) -> Text:
         (fn,) = x.attrs
         assert isinstance(fn, Op)
-        if fn in (Op.ADD, Op.SUB):
-            left = self._text(x.args[0], letters)[0]
-            right, level = self._text(x.args[1], letters)
-            if fn is Op.ADD and right.startswith("−"):
-                return f"{left} − {right[1:]}", _SUM
-            if level is _SUM and (fn is Op.SUB or right.startswith("−")):
-                right = f"({right})"
-            return f"{left}{_INFIX[fn]}{right}", _SUM
-        if fn in (Op.MUL, Op.DIV):
-            left = self._wrapped(x.args[0], _PRODUCT, letters)
-            right = self._wrapped(x.args[1], _ATOM if fn is Op.DIV else _PRODUCT, letters)
-            return f"{left}{_INFIX[fn]}{right}", _PRODUCT
+        args = [self._text(a, letters) for a in x.args]
+        if fn is Op.ADD and args[1].text.startswith("−"):  # and what follows the sign, as it is
+            return Text(f"{args[0].text} − {args[1].text[1:]}", Level.SUM)
+        if fn in _NOTATION.signs:
+            return _NOTATION.binary(fn, *args)
         if fn is Op.NEG:
-            return f"−{self._wrapped(x.args[0], _PRODUCT, letters)}", _SUM
-        args = ", ".join(self._text(a, letters)[0] for a in x.args)
-        return f"{fn.name.lower()}({args})", _ATOM
+            return _NOTATION.negative(*args)
+        return Text(f"{fn.name.lower()}({', '.join(a.text for a in args)})")
 
-    def _wrapped(self, x: Tile, least: int, letters: _Letters) -> str:
-        text, level = self._text(x, letters)
-        return text if level >= least else f"({text})"
+    def _factor(self, x: Tile, letters: _Letters) -> str:
+        return self._text(x, letters).at(Level.QUOTIENT)
 
-    def _where(self, condition: str, x: Tile, letters: _Letters) -> _Text:
-        return f"{self._wrapped(x, _PRODUCT, letters)} [{condition}]", _PRODUCT
+    def _where(self, condition: str, x: Tile, letters: _Letters) -> Text:
+        return Text(f"{self._factor(x, letters)} [{condition}]", Level.PRODUCT)
 
-    def _cumsum(self, x: Tile, letters: _Letters) -> _Text:
+    def _cumsum(self, x: Tile, letters: _Letters) -> Text:
         reverse, exclusive = x.attrs
         sign = {(False, False): "≤", (False, True): "<", (True, False): "≥", (True, True): ">"}
         bound = f"t{sign[bool(reverse), bool(exclusive)]}{letters[Axis.I]}"
-        inner = self._wrapped(x.args[0], _PRODUCT, {**letters, Axis.I: "t"})
-        return f"Σ_{{{bound}}} {inner}", _BIG_SUM
+        inner = self._factor(x.args[0], {**letters, Axis.I: "t"})
+        return Text(f"Σ_{{{bound}}} {inner}", Level.SERIES)
 
 
 def _shown(x: Tile, known: Container[Tile] = ()) -> Tile:

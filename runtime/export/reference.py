@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from ...codegen.expressions import Names
 from ...dsl.elementwise import ELEMENTWISE
 from ...dsl.ir import Kind, Node, Op, Per, topological
+from ...dsl.notation import PYTHON, Level, Text, read
 from ...dsl.step import Step
 from .contents import Package, indented, module, wrapped
 
@@ -27,12 +28,11 @@ _OWN = (
     *("starts", "states", "t", "tokens", "torch", "bounds", "first", "last", "step", "zeros"),
     *("count", "outputs", "own", "K", "V"),
 )
-_INFIX = {Op.ADD: (" + ", 1), Op.SUB: (" - ", 1), Op.MUL: (" * ", 2), Op.DIV: (" / ", 2)}
-_ARITHMETIC = (*_INFIX, Op.NEG, Op.WITHIN, Op.CONST, Op.PARAM)  # of numbers: Python's, no tensors
+# of numbers: Python computes it, without tensors
+_ARITHMETIC = (*PYTHON.signs, Op.NEG, Op.WITHIN, Op.CONST, Op.PARAM)
 _READS = {Op.READ: "...k,...kv->...v", Op.READ_VALUE: "...kv,...v->...k"}
 _RANK = {Kind.SCALAR: 0, Kind.KEY: 1, Kind.VALUE: 1, Kind.KEY_STATE: 1, Kind.STATE: 2}
 _AXES = {Kind.SCALAR: "", Kind.KEY: "K", Kind.VALUE: "V", Kind.KEY_STATE: "K", Kind.STATE: "K,V"}
-_ATOM = 9
 _LONG = 36  # an expression longer than this gets a name of its own
 
 
@@ -59,7 +59,7 @@ class _StepPrinter:
         own = [*(s.name for s in step.states), *(o.name for o in step.operands)]
         self.known = {name: names.fresh(name) for name in (*own, *(p.name for p in step.params))}
         self._names = names
-        self._texts: dict[Node, tuple[str, int]] = {}
+        self._texts: dict[Node, Text] = {}
         order = topological(*step.roots)
         self._uses = Counter(a for n in order for a in n.args)
         self._uses.update(step.roots)
@@ -78,12 +78,12 @@ class _StepPrinter:
         yield '    """'
         for node in topological(*step.roots):
             self._texts[node] = self._print(node)
-            text, _ = self._texts[node]
+            text = self._texts[node].text
             if self._named(node, text):
                 name = self._names.fresh(self._stem(node))
                 yield f"    {name} = {text}"
-                self._texts[node] = (name, _ATOM)
-        yield from wrapped("return (", [self._texts[n][0] for n in step.roots], ")", "    ")
+                self._texts[node] = Text(name)
+        yield from wrapped("return (", [self._texts[n].text for n in step.roots], ")", "    ")
 
     def _stem(self, node: Node) -> str:
         """States are called like the state that they become, whatever else is x."""
@@ -97,64 +97,61 @@ class _StepPrinter:
         plain = not node.args or node.op is Op.WITHIN or node == self._step.output
         return shared and not plain
 
-    def _print(self, node: Node) -> tuple[str, int]:
-        """An expression, and how tightly it binds."""
+    def _print(self, node: Node) -> Text:
         op, args = node.op, node.args
         if op is Op.CONST:
             (value,) = node.attrs
-            assert isinstance(value, float)
-            return repr(value), _ATOM if value >= 0 else 2
+            return read(repr(value))
         if op in (Op.STATE, Op.PARAM):
-            return self.known[str(node.attrs[0])], _ATOM
+            return Text(self.known[str(node.attrs[0])])
         if op is Op.OPERAND:
             name, index = node.attrs
             text = self.known[str(name)]
-            return (text if index is None else f"{text}[{index}]"), _ATOM
+            return Text(text if index is None else f"{text}[{index}]")
         if op is Op.WITHIN:
             return self._texts[args[0]]
-        if op in _INFIX:
-            symbol, level = _INFIX[op]
-            left = self._lifted(args[0], node.kind, level)
-            right = self._lifted(args[1], node.kind, level + (op in (Op.SUB, Op.DIV)))
-            return f"{left}{symbol}{right}", level
+        if op in PYTHON.signs:
+            return PYTHON.binary(op, *(self._lifted(a, node.kind) for a in args))
         if op is Op.NEG:
-            return f"-{self._at(args[0], 2)}", 2
+            return PYTHON.negative(self._texts[args[0]])
         if op is Op.SCALE:
-            return f"{self._lifted(args[1], node.kind, 2)} * {self._at(args[0], 2)}", 2
+            return self._product(self._lifted(args[1], node.kind), self._texts[args[0]])
         if op is Op.SUM:
-            return f"{self._at(args[0], _ATOM)}.sum(-1)", _ATOM
+            return Text(f"{self._atom(args[0])}.sum(-1)")
         if op is Op.OUTER:
             if node.kind is Kind.KEY_STATE:
-                return f"{self._at(args[0], 2)} * {self._lifted(args[1], node.kind, 3)}", 2
-            key, value = (self._at(a, _ATOM) for a in args)
-            return f"{key}[..., None] * {value}[..., None, :]", 2
+                return self._product(self._texts[args[0]], self._lifted(args[1], node.kind))
+            key, value = (self._atom(a) for a in args)
+            return self._product(Text(f"{key}[..., None]"), Text(f"{value}[..., None, :]"))
         if op is Op.READ and node.kind is Kind.SCALAR:
-            return f"({self._at(args[0], 2)} * {self._at(args[1], 2)}).sum(-1)", _ATOM
+            return Text(f"({self._product(*(self._texts[a] for a in args)).text}).sum(-1)")
         if op in _READS:
-            both = ", ".join(self._texts[a][0] for a in args)
-            return f'torch.einsum("{_READS[op]}", {both})', _ATOM
+            both = ", ".join(self._texts[a].text for a in args)
+            return Text(f'torch.einsum("{_READS[op]}", {both})')
         parts = [self._tensor(a, node.kind) for a in args]
-        return ELEMENTWISE[op].torch.format(**dict(zip("xy", parts, strict=False))), _ATOM
+        return Text(ELEMENTWISE[op].torch.format(**dict(zip("xy", parts, strict=False))))
 
-    def _at(self, node: Node, level: int) -> str:
-        text, own = self._texts[node]
-        return f"({text})" if own < level else text
+    def _product(self, x: Text, y: Text) -> Text:
+        return PYTHON.binary(Op.MUL, x, y)
 
-    def _lifted(self, node: Node, kind: Kind, level: int) -> str:
+    def _atom(self, node: Node) -> str:
+        return self._texts[node].at(Level.ATOM)
+
+    def _lifted(self, node: Node, kind: Kind) -> Text:
         """An argument that broadcasts against what has `kind`."""
         missing = _RANK[kind] - _RANK[node.kind]
         if missing == 0 or _is_number(node):
-            return self._at(node, level)
+            return self._texts[node]
         if node.kind is Kind.VALUE:
-            return f"{self._at(node, _ATOM)}[..., None, :]"
-        return f"{self._at(node, _ATOM)}[{', '.join(['...', *['None'] * missing])}]"
+            return Text(f"{self._atom(node)}[..., None, :]")
+        return Text(f"{self._atom(node)}[{', '.join(['...', *['None'] * missing])}]")
 
     def _tensor(self, node: Node, kind: Kind) -> str:
         """An argument of a function that takes tensors only."""
         if not all(n.op in _ARITHMETIC for n in topological(node)):
-            return self._lifted(node, kind, 0)
+            return self._lifted(node, kind).text
         like = next(iter(self.known.values()))
-        return f"{like}.new_tensor({self._texts[node][0]})"
+        return f"{like}.new_tensor({self._texts[node].text})"
 
 
 def _is_number(node: Node) -> bool:
