@@ -6,6 +6,7 @@ itself and the block before, so memory grows with `T * window` and not with `T *
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,8 @@ class Attention(nn.Module):
     Raises:
         ValueError: a head dimension that is odd or not a whole number, or `window < 1`.
     """
+
+    __call__: Callable[..., Tensor]  # of forward; torch's own type says Any
 
     def __init__(self, hidden: int, heads: int, window: int | None = None) -> None:
         super().__init__()

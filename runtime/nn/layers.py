@@ -11,7 +11,7 @@ Parameters are made in torch's default dtype and on its default device, like tho
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -216,6 +216,8 @@ class RecurrentLayer(nn.Module):
     Raises:
         ValueError: a name in `normalise` or `roles` that is no operand of the declaration.
     """
+
+    __call__: Callable[..., Tensor]  # of forward; torch's own type says Any
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch.nn.functional as F
@@ -76,6 +76,8 @@ class LanguageModel(nn.Module):
     `tokens [B, T]` (int64) to `logits [B, T, vocabulary]`; with `cu_seqlens [N + 1]`, B = 1.
     `width` is the MLPs' (4 * hidden when None; 0 for none); `tied` shares embedding and output.
     """
+
+    __call__: Callable[..., Tensor]  # of forward; torch's own type says Any
 
     def __init__(
         self,
