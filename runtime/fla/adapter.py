@@ -151,7 +151,8 @@ def _log_decay(name: str, given: Given) -> Tensor:
     if A_log is not None:
         rate = A_log.float().exp().reshape(heads[0], *(1 for _ in heads[1:]))
     if lower_bound is not None:
-        return torch.sigmoid(g if rate is None else rate * g) * lower_bound
+        bounded: Tensor = lower_bound * torch.sigmoid(g if rate is None else rate * g)
+        return bounded
     if rate is None:
         raise errors.MissingOperand("A_log", "HeadScalar", "[HV]", op="use_gate_in_kernel=True")
     decay: Tensor = -rate * F.softplus(g)
