@@ -23,8 +23,9 @@ from ..dsl import oracle
 from ..dsl.declaration import Declaration
 from ..runtime.call import Call
 from ..runtime.engines import EngineName, load
+from ..runtime.inputs import ranges, usual_params
 from ..runtime.tuned.artifact import Certificate, Configuration, Error
-from .inputs import Family, draw, ranges
+from .inputs import Family, draw
 from .tolerance import (
     BY_DTYPE,
     FLOAT32_HARD,
@@ -151,8 +152,7 @@ def prepare(
     """
     micro = 2 if declaration.has_micro else 1
     form = declaration.normal_form(micro)
-    params = {p.name: 1.0 if p.default is None else p.default for p in form.params}
-    small = ranges(form, params).small
+    small = ranges(form, usual_params(form)).small
     questions = []
     with one_thread():
         for family in families:

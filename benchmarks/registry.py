@@ -2,57 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
+from chunkwise.dsl.ir import Kind, Op, Per
+from chunkwise.dsl.library import by_name
+from chunkwise.dsl.normal_form import NormalForm, Operand
+from chunkwise.runtime.inputs import ranges, usual_params
+from chunkwise.runtime.sizes import letters
 from torch import Tensor
 
 from . import peers
 
 
-class Fill(Enum):
-    """How an operand is drawn: random, never zeros, in the range that models feed it."""
-
-    NORMAL = "standard normal"
-    QUERY = "normal / sqrt(K): the peers' scale, put into q"
-    UNIT_KEY = "normal, then normalised over the channels"
-    LOG_DECAY = "log sigmoid(normal) / 2"
-    STEP_SIZE = "sigmoid(normal)"
-    RETENTION = "log(1 - 2^(-5 - h)), RetNet's decay of head h"
-
-
-class Axes(Enum):
-    """The shape of an operand, by its kind."""
-
-    KEY = "B T H K"
-    VALUE = "B T H V"
-    SCALAR = "B T H"
-    HEAD = "H"
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """One operand. `float32` whatever the run's dtype: gates and step sizes per token are small."""
-
-    name: str
-    axes: Axes
-    fill: Fill
-    float32: bool = False
-    gradient: bool = True
-
-
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One recurrence of the library and, where there is one, the peer's call of the same thing."""
+    """One recurrence of the library and, where there is one, the peer's call of the same thing.
+
+    `fixed`: operands that the peer knows by itself, and gives no gradient: drawn so, by heads.
+    """
 
     name: str
-    inputs: tuple[Input, ...]
     peer: Callable[..., Tensor] | None
+    fixed: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     # fla refuses this backward on Triton 3.4.0 to 3.7.0 on Hopper: its results are wrong there
     peer_backward_refused: bool = False
+
+    @property
+    def form(self) -> NormalForm:
+        return by_name(self.name).normal_form()
+
+    @property
+    def differentiated(self) -> tuple[Operand, ...]:
+        """The operands that get a gradient."""
+        return tuple(o for o in self.form.operands if o.name not in self.fixed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,62 +77,60 @@ SHAPES = {
     )
 }
 
-_Q = Input("q", Axes.KEY, Fill.QUERY)
-_K = Input("k", Axes.KEY, Fill.UNIT_KEY)
-_V = Input("v", Axes.VALUE, Fill.NORMAL)
-_G = Input("g", Axes.SCALAR, Fill.LOG_DECAY, float32=True)
-_G_KEY = Input("g", Axes.KEY, Fill.LOG_DECAY)
-_WRITTEN = Input("a", Axes.KEY, Fill.UNIT_KEY)
-_READ = Input("b", Axes.KEY, Fill.UNIT_KEY)
-_BETA = Input("beta", Axes.SCALAR, Fill.STEP_SIZE, float32=True)
-# the peer computes this decay itself and gives it no gradient
-_RETENTION = Input("g", Axes.HEAD, Fill.RETENTION, float32=True, gradient=False)
+
+def _retention(heads: Tensor) -> Tensor:
+    """RetNet's log-decay of head h."""
+    return torch.log1p(-(2.0 ** (-5 - heads)))
+
 
 CASES = {
     c.name: c
     for c in (
-        Case("linear_attention", (_Q, _K, _V), peers.linear_attention),
-        Case("retention", (_Q, _K, _V, _RETENTION), peers.retention),
-        Case("simple_gla", (_Q, _K, _V, _G), peers.simple_gla, peer_backward_refused=True),
-        Case("delta_rule", (_Q, _K, _V, _BETA), peers.delta_rule),
-        Case(
-            "gated_delta_rule",
-            (_Q, _K, _V, _G, _BETA),
-            peers.gated_delta_rule,
-            peer_backward_refused=True,
-        ),
-        Case("gla", (_Q, _K, _V, _G_KEY), peers.gla),
-        Case("kda", (_Q, _K, _V, _G_KEY, _BETA), peers.kda),
-        Case("dplr", (_Q, _K, _V, _WRITTEN, _READ, _G_KEY), None),
+        Case("linear_attention", peers.linear_attention),
+        Case("retention", peers.retention, {"g": _retention}),
+        Case("simple_gla", peers.simple_gla, peer_backward_refused=True),
+        Case("delta_rule", peers.delta_rule),
+        Case("gated_delta_rule", peers.gated_delta_rule, peer_backward_refused=True),
+        Case("gla", peers.gla),
+        Case("kda", peers.kda),
+        Case("dplr", None),
     )
 }
 
 
-def sizes(x: Input, s: Shape) -> tuple[int, ...]:
+def sizes(x: Operand, s: Shape) -> tuple[int, ...]:
     """The shape of operand `x` at `s`."""
-    letters = {"B": s.B, "T": s.T, "H": s.H, "K": s.D, "V": s.D}
-    return tuple(letters[a] for a in x.axes.value.split())
+    by_letter = {"B": s.B, "T": s.T, "H": s.H, "HV": s.H, "K": s.D, "V": s.D}
+    return tuple(by_letter[a] for a in letters(x))
+
+
+def dtype_of(x: Operand, dtype: torch.dtype) -> torch.dtype:
+    """Gates and step sizes of a head are small, and float32 whatever the dtype of a run."""
+    narrow = x.per is Per.TOKEN and x.kind is not Kind.SCALAR
+    return dtype if narrow else torch.float32
 
 
 def draw(
     case: Case, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> dict[str, Tensor]:
-    """The operands of a call, leaves that require gradients where the case says so."""
-    generator = torch.Generator(device=device).manual_seed(seed)
+    """The operands of a call, leaves that require gradients where the case says so.
+
+    In ranges that models feed them: log-decays are mild, and what reads the output is divided by
+    the square root of its channels, the peers' scale.
+    """
+    form, generator = case.form, torch.Generator(device=device).manual_seed(seed)
+    found = ranges(form, usual_params(form))
+    gates, read = dict(found.gates), {r.key.attrs[0] for r in form.reads if r.key.op is Op.OPERAND}
     made = {}
-    for x in case.inputs:
+    for x in form.operands:
         y = torch.randn(sizes(x, shape), generator=generator, device=device)
-        if x.fill is Fill.QUERY:
+        if x.name in case.fixed:
+            y = case.fixed[x.name](torch.arange(shape.H, device=device).float())
+        elif x.name in read:
             y = y * shape.D**-0.5
-        elif x.fill is Fill.UNIT_KEY:
-            y = F.normalize(y, dim=-1)
-        elif x.fill is Fill.LOG_DECAY:
-            y = F.logsigmoid(y) / 2
-        elif x.fill is Fill.STEP_SIZE:
-            y = torch.sigmoid(y)
-        elif x.fill is Fill.RETENTION:
-            y = torch.log1p(-(2.0 ** (-5 - torch.arange(shape.H, device=device).float())))
-        made[x.name] = y.to(torch.float32 if x.float32 else dtype).requires_grad_(x.gradient)
+        else:
+            y = found.entries(x, y) * (0.5 if x.name in gates else 1.0)
+        made[x.name] = y.to(dtype_of(x, dtype)).requires_grad_(x.name not in case.fixed)
     return made
 
 
@@ -164,13 +147,10 @@ def compulsory_bytes(case: Case, shape: Shape, dtype: torch.dtype) -> tuple[int,
     The backward reads the inputs and the output's gradient and writes one gradient per operand.
     """
 
-    def size(x: Input) -> int:
-        count = 1
-        for n in sizes(x, shape):
-            count *= n
-        return count * (4 if x.float32 else dtype.itemsize)
+    def size(x: Operand) -> int:
+        return math.prod(sizes(x, shape)) * dtype_of(x, dtype).itemsize
 
-    inputs = sum(size(x) for x in case.inputs)
-    gradients = sum(size(x) for x in case.inputs if x.gradient)
+    inputs = sum(map(size, case.form.operands))
+    gradients = sum(map(size, case.differentiated))
     output = shape.B * shape.T * shape.H * shape.D * dtype.itemsize
     return inputs + output, inputs + output + gradients

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from chunkwise.autotune.tolerance import BY_DTYPE, FLOAT32_HARD, Tolerance, relative_errors, within
 from chunkwise.dsl import oracle as step_oracle
+from chunkwise.dsl.ir import Per
+from chunkwise.dsl.normal_form import Operand
 from torch import Tensor
 
-from .registry import Axes, Case, Input, Shape
+from .registry import Case, Shape
 
 # products of float32 in three tf32 parts, sums of thousands of tokens
 TOLERANCE = {
@@ -51,9 +53,9 @@ def sample(shape: Shape) -> list[tuple[int, int]]:
     return [divmod(p, shape.H) for p in chosen]
 
 
-def cut(x: Tensor, axes: Axes, pairs: list[tuple[int, int]]) -> Tensor:
+def cut(x: Tensor, pairs: list[tuple[int, int]], per: Per = Per.TOKEN) -> Tensor:
     """The sampled heads of `x` as the heads of one batch entry, in float64."""
-    if axes is Axes.HEAD:
+    if per is Per.HEAD:
         return x[[h for _, h in pairs]].double()
     return torch.stack([x[b, :, h] for b, h in pairs], 1)[None].double()
 
@@ -68,14 +70,14 @@ def oracle(
 ) -> dict[str, Tensor]:
     """Output and gradients of the sampled heads in float64, by the declared step and autograd."""
     leaves = {
-        x.name: cut(operands[x.name].detach(), x.axes, pairs).requires_grad_(x.gradient)
-        for x in case.inputs
+        x.name: cut(operands[x.name].detach(), pairs, x.per).requires_grad_(
+            x in case.differentiated
+        )
+        for x in case.form.operands
     }
-    step = op.declaration.step()
-    named = {o.name: x for o, x in zip(step.operands, leaves.values(), strict=True)}
-    o, _ = step_oracle.run(step, named, cu_seqlens=cu_seqlens)
-    wanted = [x.name for x in case.inputs if x.gradient]
-    grads = torch.autograd.grad(o, [leaves[n] for n in wanted], cut(do, Axes.VALUE, pairs))
+    o, _ = step_oracle.run(op.declaration.step(), leaves, cu_seqlens=cu_seqlens)
+    wanted = [x.name for x in case.differentiated]
+    grads = torch.autograd.grad(o, [leaves[n] for n in wanted], cut(do, pairs))
     return {"o": o.detach(), **{f"d{n}": g for n, g in zip(wanted, grads, strict=True)}}
 
 
@@ -93,21 +95,20 @@ def compare(
     limits = TOLERANCE[do.dtype]
     with torch.no_grad():
         # may well be other kernels than those that save for a backward
-        inferred = _error("o alone", cut(call(), Axes.VALUE, pairs), expected["o"], limits.outputs)
+        inferred = _error("o alone", cut(call(), pairs), expected["o"], limits.outputs)
     o = call()
     o.backward(do)
     errors = [
         inferred,
-        _error("o", cut(o.detach(), Axes.VALUE, pairs), expected["o"], limits.outputs),
+        _error("o", cut(o.detach(), pairs), expected["o"], limits.outputs),
     ]
-    for x in case.inputs:
-        if x.gradient:
-            errors.append(_gradient_error(x, operands[x.name].grad, expected, limits, pairs))
+    for x in case.differentiated:
+        errors.append(_gradient_error(x, operands[x.name].grad, expected, limits, pairs))
     return errors
 
 
 def _gradient_error(
-    x: Input,
+    x: Operand,
     grad: Tensor | None,
     expected: Mapping[str, Tensor],
     limits: Tolerance,
@@ -116,7 +117,7 @@ def _gradient_error(
     limit = limits.gradients if x.name in ("q", "k", "v") else limits.gates
     if grad is None:
         return Error(f"d{x.name}", float("nan"), float("nan"), limit)
-    return _error(f"d{x.name}", cut(grad, x.axes, pairs), expected[f"d{x.name}"], limit)
+    return _error(f"d{x.name}", cut(grad, pairs, x.per), expected[f"d{x.name}"], limit)
 
 
 def _error(name: str, got: Tensor, expected: Tensor, limit: float) -> Error:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..dsl.ir import Per
@@ -36,13 +35,14 @@ def refined(call: Call) -> Call:
 
 def _as_rows(o: Operand, x: Tensor, n: int) -> Tensor:
     if o.micro:
-        return _entries(x, n).flatten(1, 2)
+        return entries(x, n).flatten(1, 2)
     return x if n == 1 or o.per is Per.HEAD else x.repeat_interleave(n, dim=1)
 
 
-def _entries(x: Tensor, n: int) -> Tensor:
+def entries(x: Tensor, n: int) -> Tensor:
     """`x [B,T,m,...]` as `[B,T,n,...]`: no row reads the entries cut off, or the zeros added."""
-    return x if x.shape[2] == n else F.pad(x, (*(0, 0) * (x.ndim - 3), 0, n - x.shape[2]))
+    padding = (*(0, 0) * (x.ndim - 3), 0, n - x.shape[2])
+    return x if x.shape[2] == n else torch.nn.functional.pad(x, padding)
 
 
 def coarse(call: Call, o: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def coarse_gradients(call: Call, gradients: dict[str, Tensor]) -> dict[str, Tens
     for o in call.form.operands:
         g = gradients[o.name]
         if o.micro:
-            g = _entries(g.unflatten(1, (call.T, n)), call.micro)
+            g = entries(g.unflatten(1, (call.T, n)), call.micro)
         elif n > 1 and o.per is Per.TOKEN:
             g = g.unflatten(1, (call.T, n)).sum(2)
         result[o.name] = g

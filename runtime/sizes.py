@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..dsl import errors
 from ..dsl.ir import Kind, Per
-from ..dsl.normal_form import Operand
+from ..dsl.normal_form import Operand, StateDecl
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
@@ -62,13 +62,22 @@ def kind_name(x: Operand) -> str:
     return f"Head{bare}" if x.per is Per.HEAD else bare
 
 
+def letters(x: Operand) -> tuple[str, ...]:
+    """An operand's axes; n counts micro-steps, H the heads of Keys, which may divide the others."""
+    if x.per is Per.HEAD:
+        return ("HV", *_TRAILING[x.kind])
+    micro = ("n",) if x.micro else ()
+    return ("B", "T", *micro, "H" if x.kind is Kind.KEY else "HV", *_TRAILING[x.kind])
+
+
+def state_letters(state: StateDecl) -> tuple[str, ...]:
+    """A state's axes: `N HV K V`, or `N HV K`."""
+    return ("N", "HV", "K", "V") if state.kind is Kind.STATE else ("N", "HV", "K")
+
+
 def pattern(x: Operand) -> str:
     """The shape an operand must have, in letters: `[B,T,H|HV,K]`."""
-    if x.per is Per.HEAD:
-        return "[" + ",".join(("HV", *_TRAILING[x.kind])) + "]"
-    heads = "H|HV" if x.kind is Kind.KEY else "HV"
-    micro = ("n",) if x.micro else ()
-    return "[" + ",".join(("B", "T", *micro, heads, *_TRAILING[x.kind])) + "]"
+    return "[" + ",".join("H|HV" if a == "H" else a for a in letters(x)) + "]"
 
 
 def measure(
@@ -105,10 +114,10 @@ def measure(
         if start is not None:
             what = f"initial_state ({state.name})"
             _check_placement(what, start, device)
-            expected = (N, HV, K, V) if state.kind is Kind.STATE else (N, HV, K)
-            if tuple(start.shape) != expected:
-                letters = "[N,HV,K,V]" if state.kind is Kind.STATE else "[N,HV,K]"
-                raise errors.BadShape(what, start.shape, f"{letters} = {list(expected)}")
+            axes = state_letters(state)
+            expected = [{"N": N, "HV": HV, "K": K, "V": V}[a] for a in axes]
+            if list(start.shape) != expected:
+                raise errors.BadShape(what, start.shape, f"[{','.join(axes)}] = {expected}")
     lead = next(
         (
             form
@@ -153,13 +162,11 @@ def _compare(
     x: Operand, shape: Sequence[int], sizes: dict[str, tuple[int, str]], key_heads: dict[str, int]
 ) -> None:
     """Compare one operand's shape with the sizes known so far; add those it is first to show."""
-    letters = pattern(x)[1:-1].split(",")
-    if len(shape) != len(letters):
-        raise errors.BadShape(
-            x.name, shape, f"{pattern(x)}, {len(letters)} axes", kind=kind_name(x)
-        )
-    for letter, size in zip(letters, shape, strict=True):
-        if letter == "H|HV":
+    axes = letters(x)
+    if len(shape) != len(axes):
+        raise errors.BadShape(x.name, shape, f"{pattern(x)}, {len(axes)} axes", kind=kind_name(x))
+    for letter, size in zip(axes, shape, strict=True):
+        if letter == "H":
             key_heads[x.name] = size
             continue
         known = sizes.setdefault(letter, (size, x.name))

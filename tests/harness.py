@@ -12,11 +12,16 @@ from chunkwise.autotune import tolerance
 from chunkwise.dsl import oracle
 from chunkwise.dsl.ir import Kind, Per
 from chunkwise.dsl.normal_form import Operand
+from chunkwise.runtime.inputs import (
+    Extremes,
+    draw,
+    draw_states,
+    ranges,
+    settled,
+    unexamined,
+    usual_params,
+)
 from torch import Tensor
-from torch.nn.functional import normalize, softplus
-
-LOG_DECAYS = frozenset({"g", "w", "log_alpha", "log_mu"})
-IN_UNIT_INTERVAL = frozenset({"beta", "eta", "f", "a"})
 
 
 class Gates(Enum):
@@ -57,6 +62,17 @@ class Sizes:
     @property
     def N(self) -> int:
         return self.B if self.lengths is None else len(self.lengths)
+
+    @property
+    def letters(self) -> dict[str, int]:
+        """By the letters of axes."""
+        of_call = {"B": self.B, "T": self.T, "n": self.micro, "N": self.N}
+        return {**of_call, "H": self.H, "HV": self.HV, "K": self.K, "V": self.V}
+
+    @property
+    def extremes(self) -> Extremes:
+        """What hard gates are: df is d(log f) / f, and d(log f) a difference of what is large."""
+        return Extremes(2.0, 2e-9 if self.dtype is torch.float64 else 0.01)
 
     def packed(self, *lengths: int) -> Sizes:
         return replace(self, B=1, T=sum(lengths), lengths=lengths)
@@ -100,70 +116,32 @@ class Inputs:
 
 
 def make_inputs(op: cw.Recurrence, sizes: Sizes, seed: int = 0) -> Inputs:
-    """Operands in their usual ranges: gates below 0, steps in (0, 1), keys about unit length."""
-    random = torch.Generator().manual_seed(seed)
-    normalised = any(s.kind is Kind.KEY_STATE for s in op.declaration.states)
-    drawn = {x.name: _draw(op, x, sizes, random, normalised) for x in op.declaration.operands}
-    if op.__name__ == "dplr":  # what is written erases what is read, as in RWKV-7: no growth
-        drawn["a"] = -drawn["a"] * drawn["b"]
-    operands = {
-        x.name: _laid_out(drawn[x.name].to(sizes.device, _dtype(x, sizes)), sizes.layout, x)
-        for x in op.declaration.operands
-    }
-    initial = None
-    if sizes.initial:
-        dtype = sizes.dtype if sizes.dtype is torch.float64 else torch.float32
-        shapes = [
-            (sizes.N, sizes.HV, sizes.K, *((sizes.V,) if s.kind is Kind.STATE else ()))
-            for s in op.declaration.states
-        ]
-        states = [torch.randn(s, generator=random, dtype=torch.float64) for s in shapes]
-        if normalised:  # denominators stay away from 0
-            states = [x.abs() for x in states]
-        initial = tuple(x.to(sizes.device, dtype).requires_grad_() for x in states)
+    """Operands in their usual ranges: gates below 0, steps in (0, 1), keys of unit length."""
+    random, d, hard = torch.Generator().manual_seed(seed), op.declaration, sizes.gates is Gates.HARD
+    micro = sizes.micro if d.has_micro else 1
+    # a step that only the reference engine runs has no normal form
+    form = None if d.any_step else d.normal_form(micro)
+    params = {} if form is None else usual_params(form)
+    found = unexamined(d) if form is None else ranges(form, params)
+    drawn = draw(d, found, sizes.letters, random, sizes.extremes if hard else None)
+    states = draw_states(d, found, sizes.letters, random) if sizes.initial else None
     cu_seqlens = None
     if sizes.lengths is not None:
         cu_seqlens = torch.tensor([0, *sizes.lengths]).cumsum(0).to(sizes.device, torch.int32)
+    if form is not None:
+        repeat, at = hard and sizes.T > 3, (sizes.letters, cu_seqlens)
+        drawn = settled(d.step(micro), form, found, drawn, params, *at, repeating=repeat)
+    gates = {name for name, _ in found.gates}
+    operands = {}
+    for x in op.declaration.operands:
+        gate = x.kind is Kind.SCALAR or x.per is Per.HEAD or x.name in gates
+        dtype = sizes.gate_dtype if gate and sizes.gate_dtype is not None else sizes.dtype
+        operands[x.name] = _laid_out(drawn[x.name].to(sizes.device, dtype), sizes.layout, x)
+    initial = None
+    if states is not None:
+        dtype = sizes.dtype if sizes.dtype is torch.float64 else torch.float32
+        initial = tuple(x.to(sizes.device, dtype).requires_grad_() for x in states)
     return Inputs(operands, initial, cu_seqlens)
-
-
-def _dtype(x: Operand, sizes: Sizes) -> torch.dtype:
-    gate = x.kind is Kind.SCALAR or x.per is Per.HEAD or x.name in LOG_DECAYS | {"f"}
-    return sizes.gate_dtype if gate and sizes.gate_dtype is not None else sizes.dtype
-
-
-def _draw(
-    op: cw.Recurrence, x: Operand, sizes: Sizes, random: torch.Generator, positive: bool
-) -> Tensor:
-    heads = sizes.H if x.kind is Kind.KEY and x.per is Per.TOKEN else sizes.HV
-    tail = {Kind.SCALAR: (), Kind.KEY: (sizes.K,), Kind.VALUE: (sizes.V,)}[x.kind]
-    micro = (sizes.micro,) if x.micro else ()
-    front = () if x.per is Per.HEAD else (sizes.B, sizes.T, *micro)
-    value = torch.randn(*front, heads, *tail, generator=random, dtype=torch.float64)
-    hard = sizes.gates is Gates.HARD
-    log_decay = x.name in LOG_DECAYS or (op.__name__ == "mlstm" and x.name == "f")
-    if log_decay and x.kind is not Kind.VALUE:
-        return _hard(value, -20.0, -1e-4) if hard else -softplus(value)
-    if x.name in IN_UNIT_INTERVAL:
-        if not hard:
-            return value.sigmoid()
-        low, high = (2e-9, 1 - 1e-4) if x.name in ("f", "a") else (0.0, 2.0)
-        if x.name == "f" and sizes.dtype is not torch.float64:
-            low = 0.01  # df is d(log f) / f, and d(log f) a difference: float32 keeps no more
-        return _hard(value.sigmoid(), low, high)
-    if x.name in ("slope", "dt"):
-        return _hard(value.abs(), 20.0, 1e-4) if hard else value.abs()
-    if x.kind is Kind.KEY and x.per is Per.TOKEN:
-        value = normalize(value, dim=-1)
-        if hard and x.name in ("k", "p") and sizes.T > 3:  # the second half repeats one key
-            value[:, sizes.T // 2 :] = value[:, :1]
-    return value.abs() if positive else value
-
-
-def _hard(value: Tensor, low: float, high: float) -> Tensor:
-    """A third of `value` at `low`, a third at `high`, in turns that differ between channels."""
-    place = torch.arange(value.numel()).reshape(value.shape) * 7 % 3
-    return torch.where(place == 0, low, torch.where(place == 1, high, value))
 
 
 def _laid_out(value: Tensor, layout: Layout, x: Operand) -> Tensor:

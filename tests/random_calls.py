@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
-from chunkwise.autotune.inputs import ANY, UNIT, Range, ranges
 from chunkwise.dsl.declaration import Declaration
 from chunkwise.dsl.ir import Kind, Op, Per, topological
 from chunkwise.dsl.normal_form import NormalForm, expressions
+from chunkwise.runtime.inputs import ANY, UNIT, Range, ranges
 from torch import Tensor
 
 from tests.harness import Inputs
@@ -204,7 +204,7 @@ def make(declaration: Declaration, form: NormalForm, params: dict[str, float], p
         if within in (None, ANY):
             value = _no_shorter(0.7 * value, 0.3) if tails[x.kind] else 0.7 * value
         else:
-            value = within.of(value, hard=False)
+            value = within.of(value)
         if x.per is Per.TOKEN and T:
             at = torch.randint(T, (plan.resets,), generator=random)
             if plan.reset is not None and within is not None:

@@ -82,10 +82,22 @@ def test_geometric_mean() -> None:
     assert report.geometric_mean([None]) is None
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_cases_match_the_declarations(name: str) -> None:
-    declared = [x.name for x in getattr(cw.library, name).declaration.operands]
-    assert [x.name for x in CASES[name].inputs] == declared
+def test_operands_are_drawn_as_models_have_them() -> None:
+    drawn = registry.draw(CASES["gated_delta_rule"], SHAPES["XS"], torch.bfloat16, CPU)
+    assert list(drawn) == ["q", "k", "v", "g", "beta"]
+    assert [y.dtype for y in drawn.values()] == [torch.bfloat16] * 3 + [torch.float32] * 2
+    q, k, _, g, beta = (y.detach().float() for y in drawn.values())
+    assert float(q.square().mean()) == pytest.approx(1 / SHAPES["XS"].D, rel=0.1)
+    torch.testing.assert_close(k.norm(dim=-1), torch.ones(2, 96, 2), atol=0.02, rtol=0)
+    assert g.max() <= 0
+    assert float(g.mean()) == pytest.approx(-0.4, abs=0.05)
+    assert 0 <= beta.min() <= beta.max() <= 1
+
+
+def test_what_a_peer_knows_by_itself_is_drawn_so() -> None:
+    decay = registry.draw(CASES["retention"], SMALL, torch.float32, CPU)["g"]
+    torch.testing.assert_close(decay, torch.tensor([1 - 2**-5, 1 - 2**-6]).log())
+    assert not decay.requires_grad
 
 
 def test_packed_shapes_are_checked_too() -> None:

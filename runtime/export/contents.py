@@ -10,7 +10,8 @@ from ...codegen.interface import Dtype
 from ...codegen.triton.emit import Emitted
 from ...dsl.declaration import Declaration
 from ...dsl.ir import Kind, Per
-from ...dsl.normal_form import NormalForm, Operand, StateDecl
+from ...dsl.normal_form import NormalForm, Operand
+from ..sizes import letters
 from ..tuned.artifact import Certificate
 
 WIDTH = 92  # lines that are indented twice more stay within 100
@@ -93,11 +94,10 @@ class Package:
     def size(self, letter: str, variables: Mapping[str, str]) -> str:
         """An expression for the size of an axis; `variables` by operand."""
         for o in self.form.operands:
-            letters = axes(o)
-            if letter in letters:
-                return f"{variables[o.name]}.shape[{letters.index(letter)}]"
+            if letter in letters(o):
+                return f"{variables[o.name]}.shape[{letters(o).index(letter)}]"
         assert letter == "HV", "no operand has this axis"
-        heads = [f"{variables[o.name]}.shape[{axes(o).index('H')}]" for o in self.form.operands]
+        heads = [f"{variables[o.name]}.shape[{letters(o).index('H')}]" for o in self.form.operands]
         return f"max({', '.join(heads)})"
 
     def header(self, what: str) -> list[str]:
@@ -112,17 +112,8 @@ class Package:
 
 
 def axes(o: Operand, micro_steps: int = 1) -> tuple[str, ...]:
-    """An operand's axes in letters; H stands for heads of Keys, which may divide the others."""
-    channels = {Kind.SCALAR: (), Kind.KEY: ("K",), Kind.VALUE: ("V",)}[o.kind]
-    if o.per is Per.HEAD:
-        return ("HV", *channels)
-    micro = (str(micro_steps),) if o.micro else ()
-    return ("B", "T", *micro, "H" if o.kind is Kind.KEY else "HV", *channels)
-
-
-def state_letters(state: StateDecl) -> tuple[str, ...]:
-    """A state's axes: `N HV K V`, or `N HV K`."""
-    return ("N", "HV", "K", "V") if state.kind is Kind.STATE else ("N", "HV", "K")
+    """An operand's axes in letters, the number of micro-steps written out."""
+    return tuple(str(micro_steps) if a == "n" else a for a in letters(o))
 
 
 def filled(parts: Iterable[str], indent: str = "", width: int = WIDTH) -> Iterator[str]:

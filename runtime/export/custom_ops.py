@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from string import Template
 
 from ...codegen.expressions import Names
-from .contents import Package, filled, indented, state_letters, wrapped
+from ..sizes import state_letters
+from .contents import Package, filled, indented, wrapped
 
 # what the printed ops call their own things
 _OWN = (

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from ...codegen.buffers import OUTPUT, BufferId, BufferKind, gradient
 from ...codegen.differentiate import GRADIENT
 from ...codegen.expressions import Names
-from ...codegen.interface import Buffer, Dtype, Role
+from ...codegen.interface import Buffer, Role
 from ...codegen.plan import Loop
 from ...codegen.triton.kernel import TritonKernel
 from ...dsl.ir import Kind, Per
@@ -147,7 +147,7 @@ class _Direction:
         for name, o in self._operands.items():
             x = self._known[name]
             if o.micro:
-                yield f"{x} = {self._entries(x, o, self._package.micro, n)}.flatten(1, 2)"
+                yield f"{x} = support.entries({x}, {n}).flatten(1, 2)"
             elif n > 1 and o.per is Per.TOKEN:
                 yield f"{x} = {x}.repeat_interleave({n}, dim=1)"
         if n == 1:
@@ -158,14 +158,6 @@ class _Direction:
             d_o = self._cotangents[GRADIENT + "o"]
             yield f"{d_o} = torch.nn.functional.pad({d_o}.unsqueeze(2), (0, 0, 0, 0, {n - 1}, 0))"
             yield f"{d_o} = {d_o}.flatten(1, 2)  # a token's output is that of its last row"
-
-    @staticmethod
-    def _entries(x: str, o: Operand, have: int, want: int) -> str:
-        """`x [B,T,have,...]` as `[B,T,want,...]`: no row reads the entries that differ."""
-        if have == want:
-            return x
-        channels = "0, 0, " * (1 if o.kind is Kind.SCALAR else 2)
-        return f"torch.nn.functional.pad({x}, ({channels}0, {want - have}))"
 
     # ---- launches -------------------------------------------------------------------------------
 
@@ -188,30 +180,15 @@ class _Direction:
 
     def _allocate(self, buffer: Buffer) -> str:
         variable = self._buffers[buffer.name] = self._names.fresh(str(buffer.name))
-        operand = self._gradient_of(buffer)
-        if operand is not None and operand.kind is Kind.KEY and operand.per is Per.TOKEN:
+        gradient = buffer.name.kind is BufferKind.GRADIENT and not buffer.is_partial
+        operand = self._operands[buffer.name.of] if gradient else None
+        if operand is not None and operand.kind is Kind.KEY:  # per value head, to be added up
             return f"{variable} = support.key_gradient({self._known[operand.name]}, heads)"
-        shape, dtype, zeroed = self._layout(buffer, operand)
-        make = "zeros" if zeroed else "empty"
-        return (
-            f"{variable} = torch.{make}(({', '.join(shape)}), dtype=torch.{dtype.value}, "
-            "device=device)"
-        )
-
-    def _gradient_of(self, buffer: Buffer) -> Operand | None:
-        """The operand whose gradient a buffer is."""
-        if buffer.name.kind is not BufferKind.GRADIENT:
-            return None
-        return self._operands[buffer.name.of]
-
-    def _layout(self, buffer: Buffer, operand: Operand | None) -> tuple[list[str], Dtype, bool]:
-        """Shape, dtype, and whether programs leave parts of it unwritten."""
+        make = "zeros" if buffer.is_partial else "empty"
         size = {"B": "batch", "T": "tokens", "HV": "heads"}
-        shape, dtype = [size.get(n, n) for n in buffer.shape], buffer.dtype
-        if operand is not None and not buffer.is_partial:
-            narrow = operand.name in self._package.narrow
-            dtype = self._served.dtype if narrow else Dtype.FLOAT32
-        return shape, dtype, buffer.is_partial
+        shape = ", ".join(size.get(n, n) for n in buffer.shape)
+        dtype = buffer.dtype.value
+        return f"{variable} = torch.{make}(({shape}), dtype=torch.{dtype}, device=device)"
 
     def _final(self, carry: str) -> Iterator[str]:
         """Where a scan leaves its last value; None where nobody asks for it."""
@@ -299,6 +276,6 @@ class _Direction:
         else:
             text = buffer
         if o.micro:
-            return self._entries(f"{text}.unflatten(1, (-1, {n}))", o, n, self._package.micro)
+            return f"support.entries({text}.unflatten(1, (-1, {n})), {self._package.micro})"
         shared = n > 1 and o.per is Per.TOKEN
         return f"{text}.unflatten(1, (-1, {n})).sum(2)" if shared else text

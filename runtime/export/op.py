@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Iterator, Mapping
 
 from ...dsl.normal_form import Operand
-from .contents import Package, axes, module, state_letters, wrapped
+from ..sizes import state_letters
+from .contents import Package, axes, module, wrapped
 from .custom_ops import Ops
 
 _OPTIONS = ("initial_state", "output_final_state", "cu_seqlens")

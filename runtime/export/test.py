@@ -2,107 +2,34 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-from enum import Enum
 from string import Template
 
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize, softplus
-
 from ...codegen.interface import Dtype
-from ...dsl import oracle
-from ...dsl.ir import Kind, Node, Op, Per, topological
-from ...dsl.normal_form import Operand
+from ...dsl import errors
+from ...dsl.ir import Kind
+from ...dsl.normal_form import NormalForm
+from ..inputs import Ranges, ranges, unexamined, usual_params
 from .contents import Package, axes, module, wrapped
 
 # relative RMS errors, gradients of gates included; float32 as tf32 in three parts
 _TOLERANCES = {Dtype.FLOAT32: 1e-4, Dtype.BFLOAT16: 2e-2, Dtype.FLOAT16: 1e-2}
-_SAMPLES, _CHANNELS = 256, 4
 
 
-class Draw(Enum):
-    """How an operand is made of normal samples: as text, and as what the text does."""
-
-    NORMAL = ("{}", lambda x: x)
-    UNIT = ("normalize({}, dim=-1)", lambda x: normalize(x, dim=-1))
-    POSITIVE_UNIT = ("normalize({}, dim=-1).abs()", lambda x: normalize(x, dim=-1).abs())
-    STEP = ("{}.sigmoid()", torch.sigmoid)
-    LOG_DECAY = ("-softplus({})", lambda x: -softplus(x))
-
-    def text(self, normal: str) -> str:
-        """The expression in the printed test."""
-        return str(self.value[0]).format(normal)
-
-    def of(self, normal: Tensor) -> Tensor:
-        """Its value."""
-        made: Tensor = self.value[1](normal)
-        return made
-
-
-def draws(package: Package) -> dict[str, Draw]:
-    """How to draw each operand so that log-decays are at most 0 and promises hold."""
-    form = package.form
-    # a KeyState is a denominator: it stays away from 0
-    unit = Draw.UNIT
-    if any(s.kind is Kind.KEY_STATE for s in form.states):
-        unit = Draw.POSITIVE_UNIT
-    chosen = {}
-    for o in form.operands:
-        usual = {Kind.KEY: unit, Kind.SCALAR: Draw.STEP, Kind.VALUE: Draw.NORMAL}[o.kind]
-        chosen[o.name] = usual if o.per is Per.TOKEN else Draw.NORMAL
-    updates = [u for m in form.micro_steps for u in m.updates]
-    conditions = [(u.log_decay, -math.inf, 0.0) for u in updates if u.log_decay is not None]
-    for node in topological(*package.declaration.step(package.micro).roots):
-        if node.op is Op.WITHIN and not any(n.op is Op.STATE for n in topological(node)):
-            low, high = (float(x) for x in node.attrs if isinstance(x, (int, float)))
-            conditions.append((node.args[0], low, high))
-    for node, low, high in conditions:
-        chosen |= _found(package, node, low, high, chosen)
-    return chosen
-
-
-def _found(
-    package: Package, node: Node, low: float, high: float, usual: dict[str, Draw]
-) -> dict[str, Draw]:
-    """The first draws of the operands below `node` under which samples of it lie in the range."""
-    leaves = [n for n in topological(node) if n.op is Op.OPERAND]
-    names = list(dict.fromkeys(str(n.attrs[0]) for n in leaves))
-    random = torch.Generator().manual_seed(0)
-    normal = {
-        n: torch.randn(
-            (_SAMPLES, *(() if n.kind is Kind.SCALAR else (_CHANNELS,))),
-            generator=random,
-            dtype=torch.float32,
-            device="cpu",
-        ).double()
-        for n in leaves
-    }
-    params = {n: _numbers(package)[str(n.attrs[0])] for n in topological(node) if n.op is Op.PARAM}
-    choices = [dict.fromkeys((usual[n], Draw.STEP, Draw.LOG_DECAY)) for n in names]
-    for choice in itertools.product(*choices):
-        draw = dict(zip(names, choice, strict=True))
-        env = {n: draw[str(n.attrs[0])].of(x) for n, x in normal.items()}
-        env |= {n: torch.tensor(x, dtype=torch.float64, device="cpu") for n, x in params.items()}
-        nothing = torch.zeros((), dtype=torch.float64, device="cpu")
-        (value,) = oracle.evaluate([node], env) if env else (nothing,)
-        if bool(((value >= low) & (value <= high)).all()):
-            return draw
-    return {}
-
-
-def _numbers(package: Package) -> dict[str, float]:
-    """The run-time floats of a call: their defaults, or 1."""
-    return {p.name: 1.0 if p.default is None else p.default for p in package.form.params}
+def _ranges(form: NormalForm) -> Ranges:
+    """What is known of the operands; of those without a known range, no more than their kinds."""
+    try:
+        return ranges(form, usual_params(form))
+    except errors.NotLowered:
+        return unexamined(form)
 
 
 def print_test(package: Package) -> str:
     """The module `test_<name>.py`: needs torch only, and pytest or nothing to run it."""
-    how = draws(package)
-    made = [
-        f'        "{o.name}": {_operand(package, o, how[o.name])},' for o in package.form.operands
-    ]
+    found = _ranges(package.form)
+    made = []
+    for o in package.form.operands:
+        normal = f"normal(random, {', '.join(axes(o, package.micro))})"
+        made.append(f'        "{o.name}": {found.text(o, normal)},')
     states = [_state(s.kind) for s in package.form.states]
     states_given = "tuple(states)" if len(package.states) > 1 else "states[0]"
     cases = [
@@ -110,7 +37,7 @@ def print_test(package: Package) -> str:
         f"{_TOLERANCES[s.dtype]}),"
         for s in package.served
     ]
-    numbers = [f'"{name}": {value!r}' for name, value in _numbers(package).items()]
+    numbers = [f'"{name}": {value!r}' for name, value in usual_params(package.form).items()]
     return module(
         [
             *package.header(f"{package.name}: kernels against reference.py in float64."),
@@ -122,6 +49,7 @@ def print_test(package: Package) -> str:
             "from torch.nn.functional import normalize, softplus  # noqa: F401",
             "",
             f"from . import {package.name}, reference",
+            "from .op import NARROW",
             "",
             'DEVICE = "cuda" if torch.cuda.is_available() else "cpu"',
             "# dtype, K, V, tokens of a chunk, allowed relative RMS error",
@@ -142,7 +70,8 @@ def print_test(package: Package) -> str:
             "    made = {",
             *made,
             "    }",
-            "    return {n: x.to(DEVICE).requires_grad_() for n, x in made.items()}",
+            "    narrow = {n: x.to(dtype) for n, x in made.items() if n in NARROW}",
+            "    return {n: x.to(DEVICE).requires_grad_() for n, x in {**made, **narrow}.items()}",
         ],
         [
             "def make_states(N, HV, K, V):",
@@ -153,13 +82,6 @@ def print_test(package: Package) -> str:
         ],
         [Template(_COMPARE).substitute(name=package.name, states=states_given).strip()],
     )
-
-
-def _operand(package: Package, o: Operand, draw: Draw) -> str:
-    text = draw.text(f"normal(random, {', '.join(axes(o, package.micro))})")
-    if o.name not in package.narrow:
-        return text
-    return f"({text}).to(dtype)" if text.startswith("-") else f"{text}.to(dtype)"
 
 
 def _state(kind: Kind) -> str:

@@ -10,41 +10,12 @@ K^-0.5, and the result is `(o, final_state)` with final_state None unless asked 
 
 from __future__ import annotations
 
-from .additive import (
-    chunk_gla,
-    chunk_lightning_attn,
-    chunk_linear_attn,
-    chunk_retention,
-    chunk_rwkv6,
-    chunk_simple_gla,
-    fused_chunk_linear_attn,
-    fused_chunk_retention,
-    fused_chunk_simple_gla,
-    fused_recurrent_gla,
-    fused_recurrent_lightning_attn,
-    fused_recurrent_linear_attn,
-    fused_recurrent_retention,
-    fused_recurrent_rwkv6,
-    fused_recurrent_simple_gla,
-)
-from .delta import (
-    chunk_comba,
-    chunk_delta_rule,
-    chunk_dplr_delta_rule,
-    chunk_gated_delta_product,
-    chunk_gated_delta_rule,
-    chunk_gdn,
-    chunk_gdn2,
-    chunk_kda,
-    chunk_rwkv7,
-    fused_recurrent_comba,
-    fused_recurrent_delta_rule,
-    fused_recurrent_dplr_delta_rule,
-    fused_recurrent_gated_delta_rule,
-    fused_recurrent_gdn,
-    fused_recurrent_kda,
-    fused_recurrent_rwkv7,
-)
+import torch
+from torch import Tensor
+
+from ...dsl import errors
+from .adapter import Given, adapter, run, scale_of, steps
+from .rules import rule
 
 __all__ = [
     "chunk_comba",
@@ -79,3 +50,260 @@ __all__ = [
     "fused_recurrent_rwkv7",
     "fused_recurrent_simple_gla",
 ]
+
+_RUN = "scale=None, initial_state=None, output_final_state=False"
+_L2 = "use_qk_l2norm_in_kernel=False"
+_BETA = "use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False"
+_CU = "cu_seqlens=None"
+_CU_CPU = f"{_CU}, cu_seqlens_cpu=None"
+_TRANSPOSED = "transpose_state_layout"  # what state_v_first was called before
+_GATE = "A_log dt_bias"
+
+
+def _linear(name: str, given: Given) -> tuple[Tensor, Tensor | tuple[Tensor | None, Tensor] | None]:
+    """Linear attention, by default of the chunked names with its normaliser."""
+    initial, operands = given["initial_state"], [given[n] for n in ("q", "k", "v")]
+    if not given["normalize"]:
+        if isinstance(initial, tuple):
+            raise errors.BadBatch("initial_state", 2, "one tensor where normalize=False")
+        return run("linear_attention", operands, given)
+    S, z = initial if isinstance(initial, tuple) else (initial, None)
+    o, final = rule("normalised")(
+        *operands,
+        scale=scale_of(given, given["q"]),
+        initial_state=(S, None if z is None else z.squeeze(1)),
+        output_final_state=True,
+        cu_seqlens=given["cu_seqlens"],
+    )
+    assert isinstance(final, tuple)
+    return o, (final[0] if given["output_final_state"] else None, final[1].unsqueeze(1))
+
+
+def _heads(q: Tensor) -> Tensor:
+    return torch.arange(q.shape[2], dtype=torch.float32, device=q.device)
+
+
+def _retention(given: Given) -> Given:
+    """The log-decay of head h: log(1 - 2^(-5-h))."""
+    return {"g": torch.log1p(-torch.exp2(-5.0 - _heads(given["q"])))}
+
+
+def _lightning(given: Given) -> Given:
+    """The log-decay of a head, by its number and that of the layer."""
+    heads = _heads(given["q"])
+    slope = 8 / len(heads) * (1 - given["layer_idx"] / given["num_layers"])
+    return {"g": -slope * heads}
+
+
+def _by_micro_steps(given: Given) -> Given:
+    """`[B,T*n,...]` as `[B,T,n,...]`."""
+    n = given["num_householder"]
+    return {name: given[name].unflatten(1, (-1, n)) for name in ("k", "v", "beta")}
+
+
+chunk_linear_attn = fused_chunk_linear_attn = adapter(
+    "chunk_linear_attn",
+    f"q, k, v, {_RUN}, normalize=True, {_CU}",
+    _linear,
+    "Linear attention; with `normalize`, the state is (S, z), z `[N,1,H,K]` the sum of keys.",
+)
+fused_recurrent_linear_attn = adapter(
+    "fused_recurrent_linear_attn",
+    f"q, k, v, {_RUN}, reverse=False, normalize=False, {_CU}",
+    _linear,
+    "As `chunk_linear_attn`, not normalised by default.",
+)
+
+_RETENTION = steps("retention: q k v g", first=_retention)
+chunk_retention = adapter(
+    "chunk_retention",
+    f"q, k, v, {_RUN}, {_CU}, **kwargs",
+    _RETENTION,
+    "Retention: head h decays by 1 - 2^(-5-h).",
+)
+fused_chunk_retention = adapter(
+    "fused_chunk_retention", f"q, k, v, {_RUN}, {_CU}", _RETENTION, "As `chunk_retention`."
+)
+fused_recurrent_retention = adapter(
+    "fused_recurrent_retention",
+    f"q, k, v, {_RUN}, reverse=False, state_v_first=False, {_CU}, **kwargs",
+    _RETENTION,
+    "As `chunk_retention`.",
+    _TRANSPOSED,
+)
+
+_LIGHTNING = steps("retention: q k v g", first=_lightning)
+chunk_lightning_attn = adapter(
+    "chunk_lightning_attn",
+    f"q, k, v, layer_idx, num_layers, {_RUN}, {_CU}, **kwargs",
+    _LIGHTNING,
+    "Lightning attention: a slope per head, flatter in later layers.",
+)
+fused_recurrent_lightning_attn = adapter(
+    "fused_recurrent_lightning_attn",
+    f"q, k, v, layer_idx, num_layers, {_RUN}, reverse=False, {_CU}",
+    _LIGHTNING,
+    "As `chunk_lightning_attn`.",
+)
+
+_SIMPLE_GLA = steps("simple_gla: q k v g", "retention: q k v g_gamma", "linear_attention: q k v")
+chunk_simple_gla = adapter(
+    "chunk_simple_gla",
+    f"q, k, v, g=None, g_gamma=None, {_RUN}, state_v_first=False, {_CU_CPU}, **kwargs",
+    _SIMPLE_GLA,
+    "A scalar gate `[B,T,H]`, a fixed decay per head `g_gamma` `[H]`, both, or neither.",
+    _TRANSPOSED,
+)
+fused_chunk_simple_gla = adapter(
+    "fused_chunk_simple_gla",
+    f"q, k, v, g=None, g_gamma=None, {_RUN}, {_CU}",
+    _SIMPLE_GLA,
+    "As `chunk_simple_gla`.",
+)
+fused_recurrent_simple_gla = adapter(
+    "fused_recurrent_simple_gla",
+    f"q, k, v, g=None, g_gamma=None, {_RUN}, reverse=False, state_v_first=False, {_CU}, **kwargs",
+    _SIMPLE_GLA,
+    "As `chunk_simple_gla`.",
+    _TRANSPOSED,
+)
+
+chunk_gla = adapter(
+    "chunk_gla",
+    f"q, k, v, g, {_RUN}, state_v_first=False, {_CU_CPU}",
+    steps("gla: q k v g"),
+    "Gated linear attention: a log-decay per key channel, `[B,T,H,K]`.",
+)
+fused_recurrent_gla = adapter(
+    "fused_recurrent_gla",
+    f"q, k, v, gk=None, gv=None, {_RUN}, reverse=False, state_v_first=False, {_CU}, **kwargs",
+    steps("gla: q k v gk", "value_gla: q k v gv", "linear_attention: q k v"),
+    "A log-decay per key channel `gk`, per value channel `gv`, or neither; not both.",
+    _TRANSPOSED,
+)
+
+_RWKV6 = steps("rwkv6: r k v w u")
+chunk_rwkv6 = adapter(
+    "chunk_rwkv6",
+    f"r, k, v, w, u, {_RUN}, {_CU_CPU}, **kwargs",
+    _RWKV6,
+    "RWKV-6: w `[B,T,H,K]` the log-decay, u `[H,K]` the bonus of the current token.",
+)
+fused_recurrent_rwkv6 = adapter(
+    "fused_recurrent_rwkv6",
+    f"r, k, v, w, u, {_RUN}, reverse=False, {_CU}",
+    _RWKV6,
+    "As `chunk_rwkv6`.",
+)
+
+_DELTA = steps("delta_rule: q k v beta")
+chunk_delta_rule = adapter(
+    "chunk_delta_rule",
+    f"q, k, v, beta, {_RUN}, {_L2}, {_CU_CPU}, **kwargs",
+    _DELTA,
+    "The delta rule; beta `[B,T,H]`.",
+)
+fused_recurrent_delta_rule = adapter(
+    "fused_recurrent_delta_rule",
+    f"q, k, v, beta=None, {_RUN}, {_L2}, {_CU}",
+    _DELTA,
+    "As `chunk_delta_rule`; beta = 1 where it is absent.",
+)
+
+chunk_gated_delta_rule = chunk_gdn = adapter(
+    "chunk_gated_delta_rule",
+    f"q, k, v, g, beta, {_RUN}, {_L2}, {_BETA}, state_v_first=False, {_CU_CPU}, "
+    "chunk_indices=None, cp_context=None, **kwargs",
+    steps("gated_delta_rule: q k v g beta"),
+    "Gated delta rule; g, beta `[B,T,HV]`; g is raw, with A_log, if `use_gate_in_kernel`.",
+    f"{_TRANSPOSED} {_GATE} use_gate_in_kernel",
+)
+fused_recurrent_gated_delta_rule = fused_recurrent_gdn = adapter(
+    "fused_recurrent_gated_delta_rule",
+    f"q, k, v, g=None, gk=None, gv=None, beta=None, {_RUN}, {_L2}, use_gate_in_kernel=False, "
+    f"A_log=None, dt_bias=None, {_BETA}, state_v_first=False, {_CU}, **kwargs",
+    steps("kda: q k v gk beta", "gated_delta_rule: q k v g beta", "delta_rule: q k v beta"),
+    "As `chunk_gated_delta_rule`, with a gate per key channel (`gk`) as well.",
+    _TRANSPOSED,
+)
+
+_KDA = steps("kda: q k v g beta")
+chunk_kda = adapter(
+    "chunk_kda",
+    f"q, k, v, g, beta, {_RUN}, {_L2}, use_gate_in_kernel=False, {_BETA}, safe_gate=False, "
+    "lower_bound=None, disable_recompute=False, return_intermediate_states=False, "
+    f"state_v_first=False, {_CU_CPU}, cp_context=None, use_graph=False, max_num_seqs=None, "
+    "**kwargs",
+    _KDA,
+    "Kimi delta attention; g `[B,T,HV,K]`, beta `[B,T,HV]`. `safe_gate` promises g >= -5.",
+    f"{_TRANSPOSED} {_GATE}",
+)
+fused_recurrent_kda = adapter(
+    "fused_recurrent_kda",
+    f"q, k, v, g, beta, A_log=None, dt_bias=None, {_RUN}, {_L2}, use_gate_in_kernel=False, "
+    f"{_BETA}, lower_bound=None, state_v_first=False, {_CU}, **kwargs",
+    _KDA,
+    "As `chunk_kda`.",
+    _TRANSPOSED,
+)
+
+_COMBA = steps("comba: q k v p g beta", "comba: q k v k g beta")
+chunk_comba = adapter(
+    "chunk_comba",
+    f"q, k, v, p, g, beta=None, {_RUN}, {_L2}, {_CU_CPU}",
+    _COMBA,
+    "Comba: p `[B,T,H,K]` reads what is erased. `fused_recurrent_comba` has p before v.",
+)
+fused_recurrent_comba = adapter(
+    "fused_recurrent_comba",
+    f"q, k, p, v, g, beta=None, {_RUN}, {_L2}, {_CU}",
+    _COMBA,
+    "As `chunk_comba`, but for the order of p and v.",
+)
+
+_DPLR = steps("dplr: q k v a b gk")
+chunk_dplr_delta_rule = adapter(
+    "chunk_dplr_delta_rule",
+    f"q, k, v, a, b, gk, {_RUN}, {_CU_CPU}, safe_gate=False, chunk_size=None, "
+    "disable_recompute=False, cp_context=None, lower_bound=None, **kwargs",
+    _DPLR,
+    "Diagonal plus low rank: `a` reads the undecayed state, `b` writes what was read.",
+)
+fused_recurrent_dplr_delta_rule = adapter(
+    "fused_recurrent_dplr_delta_rule",
+    f"q, k, v, a, b, gk, {_RUN}, reverse=False, {_CU}",
+    _DPLR,
+    "As `chunk_dplr_delta_rule`.",
+)
+
+_RWKV7 = steps("dplr: r k v a b w")
+chunk_rwkv7 = adapter(
+    "chunk_rwkv7",
+    "r, w, k, v, a, b, scale=1.0, initial_state=None, output_final_state=False, "
+    f"{_CU_CPU}, safe_gate=False, chunk_size=None, disable_recompute=False, cp_context=None, "
+    "lower_bound=None",
+    _RWKV7,
+    "RWKV-7: as `chunk_dplr_delta_rule` with r for q and w the log-decay; not scaled.",
+)
+fused_recurrent_rwkv7 = adapter(
+    "fused_recurrent_rwkv7",
+    f"r, w, k, v, a, b, scale=None, initial_state=None, output_final_state=True, {_CU}",
+    _RWKV7,
+    "As `chunk_rwkv7`, but scaled by K^-0.5 and with the final state unless told otherwise.",
+)
+
+chunk_gdn2 = adapter(
+    "chunk_gdn2",
+    f"q, k, v, g, b, w, {_RUN}, {_L2}, use_gate_in_kernel=False, {_CU_CPU}, safe_gate=False, "
+    "lower_bound=None, disable_recompute=False, return_intermediate_states=False, "
+    "state_v_first=False, cp_context=None, **kwargs",
+    steps("gdn2: q k v g b w"),
+    "Gated delta with an erase gate b per key channel and a write gate w per value channel.",
+    f"{_TRANSPOSED} {_GATE}",
+)
+chunk_gated_delta_product = adapter(
+    "chunk_gated_delta_product",
+    f"q, k, v, g, beta, num_householder, {_RUN}, {_L2}, {_CU_CPU}, cp_context=None",
+    steps("gated_delta_product: q k v g beta", "delta_product: q k v beta", first=_by_micro_steps),
+    "n delta steps per token: k, v, beta have length T*n; `cu_seqlens` counts tokens of q.",
+)

@@ -1,129 +1,204 @@
-"""What the adapters of the flash-linear-attention names share: refusals, scale, gates, layouts."""
+"""Makes a function of a flash-linear-attention signature: its arguments refused, or read, or run.
+
+An argument means the same in all the functions that have it, so that a function is its signature,
+and the steps that it may stand for with the arguments that are their operands.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...dsl import errors
-from ..recurrence import Recurrence
+from .rules import rule
 
-_SAFE_GATE = -5.0  # what `safe_gate=True` alone promises
+Given = dict[str, Any]  # the arguments of a call by name
 Result = tuple[Tensor, Tensor | None]
+R = TypeVar("R")
+
+_SAFE_GATE = -5.0  # the lower bound that `safe_gate=True` alone promises
+# by argument: what was passed, why it is not offered, what to do instead
+_REFUSED = {
+    "head_first": ("head_first=True", "layouts are [B,T,H,D]", "x.transpose(1, 2)"),
+    "reverse": (
+        "reverse=True",
+        "a recurrence runs forward in time",
+        "flip the operands and the output along T (per sequence, if packed)",
+    ),
+    "cp_context": (
+        "a cp_context",
+        "sequences are not split over devices",
+        "pass whole sequences; heads and batch may be sharded",
+    ),
+    "return_intermediate_states": (
+        "return_intermediate_states=True",
+        "which states are stored is the planner's choice",
+        "call with output_final_state=True on the prefixes of interest",
+    ),
+}
 
 
-def refuse(what: str, why: str, instead: str) -> None:
-    raise errors.NotLowered(what, why, instead)
+def adapter(
+    name: str, parameters: str, means: Callable[[str, Given], R], doc: str, extras: str = ""
+) -> Callable[..., R]:
+    """The function `name` with the peer's own `parameters`, as Python spells them.
+
+    `means` computes the result from the name and the arguments; `extras` are those that may come as
+    `**kwargs` beside `chunk_size`.
+    """
+    known = sorted({"chunk_size", *extras.split()})
+
+    def call(**given: Any) -> R:
+        kwargs = given.pop("kwargs", {})
+        for extra in kwargs:
+            if extra not in known and extra != "head_first":
+                raise errors.UnknownOperand(extra, known, op=name)
+        given |= kwargs
+        for argument, (what, why, instead) in _REFUSED.items():
+            if given.get(argument):
+                raise errors.NotLowered(f"{name} got {what}", why, instead)
+        return means(name, _read(name, given))
+
+    passed = [p.lstrip("*").partition("=")[0] for p in parameters.split(", ")]
+    arguments = ", ".join(f"{p}={p}" for p in passed)
+    # a signature that is text becomes a function whose calls Python itself checks
+    function: Callable[..., R] = eval(f"lambda {parameters}: call({arguments})", {"call": call})
+    function.__name__ = function.__qualname__ = name
+    function.__module__, function.__doc__ = __package__, doc
+    return function
 
 
-def no_extras(function: str, extras: dict[str, Any], taken: frozenset[str] = frozenset()) -> None:
-    """`**kwargs` of the original: hints pass, the rest is refused."""
-    for name in extras:
-        if name == "head_first":
-            refuse(f"{function} got head_first", "layouts are [B,T,H,D]", "x.transpose(1, 2)")
-        if name not in taken | {"chunk_size"}:
-            raise errors.UnknownOperand(name, sorted(taken | {"chunk_size"}), op=function)
+def steps(
+    *each: str, first: Callable[[Given], Given] | None = None
+) -> Callable[[str, Given], Result]:
+    """A call of the first of the steps ("gla: q k v gk") whose operands were given, or the last.
+
+    `first` makes operands of other arguments.
+    """
+    table = [(step, operands.split()) for step, _, operands in (s.partition(": ") for s in each)]
+
+    def means(name: str, given: Given) -> Result:
+        if first is not None:
+            given = {**given, **first(given)}
+        complete = (row for row in table if all(given[n] is not None for n in row[1]))
+        step, operands = next(complete, table[-1])
+        return run(step, [given[n] for n in operands], given)
+
+    return means
 
 
-def no_reverse(function: str, reverse: bool) -> None:
-    if reverse:
-        refuse(
-            f"{function} got reverse=True",
-            "a recurrence runs forward in time",
-            "flip the operands and the output along T (per sequence, if packed)",
-        )
-
-
-def no_context(function: str, cp_context: object) -> None:
-    if cp_context is not None:
-        refuse(
-            f"{function} got a cp_context",
-            "sequences are not split over devices",
-            "pass whole sequences; heads and batch may be sharded",
-        )
-
-
-def no_states(function: str, return_intermediate_states: bool) -> None:
-    if return_intermediate_states:
-        refuse(
-            f"{function} got return_intermediate_states=True",
-            "which states are stored is the planner's choice",
-            "call with output_final_state=True on the prefixes of interest",
-        )
-
-
-def run(
-    rule: Recurrence,
-    *operands: Tensor,
-    scale: float | None,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    state_v_first: bool = False,
-) -> Result:
-    """One state; `state_v_first` means that the caller stores it `[N,HV,V,K]`."""
-    if state_v_first and initial_state is not None:
-        initial_state = initial_state.transpose(-1, -2)
-    o, final = rule(
+def run(step: str, operands: list[Tensor], given: Given) -> Result:
+    """A call of a step with one state; where `state_v_first`, the caller has it as `[N,HV,V,K]`."""
+    state, v_first = given["initial_state"], given.get("state_v_first")
+    o, final = rule(step, bool(given.get("use_qk_l2norm_in_kernel")), promised_bound(given))(
         *operands,
-        scale=operands[0].shape[-1] ** -0.5 if scale is None else scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
+        scale=scale_of(given, operands[0]),
+        initial_state=state.transpose(-1, -2) if v_first and state is not None else state,
+        output_final_state=given["output_final_state"],
+        cu_seqlens=given["cu_seqlens"],
     )
     assert not isinstance(final, tuple)
-    if state_v_first and final is not None:
+    if v_first and final is not None:
         final = final.transpose(-1, -2).contiguous()
     return o, final
 
 
-def v_first(function: str, state_v_first: bool, extras: dict[str, Any]) -> bool:
-    """`state_v_first`, also under the name it had before."""
-    if "transpose_state_layout" not in extras:
-        return state_v_first
-    if state_v_first:
-        raise errors.UnknownOperand(
-            "transpose_state_layout", ["state_v_first, its newer name"], op=function
-        )
-    return bool(extras["transpose_state_layout"])
+def scale_of(given: Given, q: Tensor) -> float:
+    """The scale of the output: K^-0.5 unless told otherwise."""
+    scale: float | None = given["scale"]
+    return float(q.shape[-1] ** -0.5) if scale is None else scale
 
 
-def log_decay(
-    g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
-) -> Tensor:
+def promised_bound(given: Given) -> float | None:
+    """The lower bound of the log-decay, if the gate has one by construction or by promise."""
+    bound, safe = given.get("lower_bound"), given.get("safe_gate", False)
+    # without that option, `lower_bound` speaks of the gate as it is given
+    if bound is not None and (safe or given.get("use_gate_in_kernel", True)):
+        return float(bound)
+    return _SAFE_GATE if safe else None
+
+
+def _read(name: str, given: Given) -> Given:
+    """The arguments with gates and step sizes as the steps take them, layouts by one name."""
+    if "transpose_state_layout" in given:
+        if given["state_v_first"]:
+            raise errors.UnknownOperand(
+                "transpose_state_layout", ["state_v_first, its newer name"], op=name
+            )
+        given["state_v_first"] = bool(given["transpose_state_layout"])
+    if given.get("use_gate_in_kernel"):
+        given["g"] = _log_decay(name, given)
+    if "beta" in given:
+        given["beta"] = _step_size(name, given)
+    given |= _joined(name, given)
+    return given
+
+
+def _log_decay(name: str, given: Given) -> Tensor:
     """The gate of its raw input: `-exp(A_log) softplus(g + dt_bias)`, or the bounded form."""
-    g = g.float()
+    if given["g"] is None:
+        raise errors.MissingOperand("g", "Scalar", "[B,T,HV]", op=name)
+    g: Tensor = given["g"].float()
+    A_log, dt_bias, lower_bound = (given.get(n) for n in ("A_log", "dt_bias", "lower_bound"))
     heads = g.shape[2:]
     if dt_bias is not None:
         g = g + dt_bias.float().reshape(heads)
-    rate = None
+    rate: Tensor | None = None
     if A_log is not None:
         rate = A_log.float().exp().reshape(heads[0], *(1 for _ in heads[1:]))
     if lower_bound is not None:
-        return lower_bound * torch.sigmoid(g if rate is None else rate * g)
+        bounded: Tensor = lower_bound * torch.sigmoid(g if rate is None else rate * g)
+        return bounded
     if rate is None:
         raise errors.MissingOperand("A_log", "HeadScalar", "[HV]", op="use_gate_in_kernel=True")
-    return -rate * F.softplus(g)
+    decay: Tensor = -rate * F.softplus(g)
+    return decay
 
 
-def write_strength(beta: Tensor | None, v: Tensor, logits: bool, negative: bool) -> Tensor:
+def _step_size(name: str, given: Given) -> Tensor:
     """beta, as given or as the sigmoid of its logits; 1 where there is none."""
+    beta: Tensor | None = given["beta"]
+    logits, negative = (
+        given.get(n, False) for n in ("use_beta_sigmoid_in_kernel", "allow_neg_eigval")
+    )
     if beta is None:
+        v: Tensor = given["v"]
         return torch.ones(v.shape[:3], dtype=v.dtype, device=v.device)
     if negative and not logits:
         raise errors.UnknownOperand(
             "allow_neg_eigval", ["it together with use_beta_sigmoid_in_kernel=True"]
         )
-    if not logits:
-        return beta
-    return beta.float().sigmoid() * (2.0 if negative else 1.0)
+    if beta.ndim == 4:
+        raise errors.NotLowered(
+            f"{name} got a beta per value channel",
+            "every column of the state would have a triangular solve of its own",
+            "beta [B,T,H], one per head",
+        )
+    return beta.float().sigmoid() * (2.0 if negative else 1.0) if logits else beta
 
 
-def promised_bound(from_raw_gate: bool, safe_gate: bool, lower_bound: float | None) -> float | None:
-    """The lower bound of the log-decay, if the gate has one by construction or by promise."""
-    if lower_bound is not None and (from_raw_gate or safe_gate):
-        return float(lower_bound)
-    return _SAFE_GATE if safe_gate else None
+def _joined(name: str, given: Given) -> Given:
+    """Log-decays of a head, a token and its channels, added up; those of two axes are refused."""
+    g, gamma, gk, gv = (given.get(n) for n in ("g", "g_gamma", "gk", "gv"))
+    if gk is not None and gv is not None:
+        raise errors.NotLowered(
+            f"{name} got both gk and gv",
+            "a chunk factorises decays along one axis of the state",
+            "one of the two gates",
+        )
+    if gv is not None and "beta" in given:
+        raise errors.NotLowered(
+            f"{name} got gv",
+            "a delta rule acts on the rows of the state, such a gate on its columns",
+            "gk, a gate per key channel, or g",
+        )
+    if g is None:
+        return {}
+    return {
+        "g": g if gamma is None else g + gamma,
+        "gk": None if gk is None else gk + g.unsqueeze(-1),
+    }

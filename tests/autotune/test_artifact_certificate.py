@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from chunkwise.autotune.inputs import ANY, NEGATIVE, POSITIVE, UNIT, Family, Range, draw, ranges
+from chunkwise.autotune.inputs import Family, draw
 from chunkwise.autotune.validation import Exam, Under, certify, examine, prepare
 from chunkwise.codegen.config import Dims, EagerConfig
 from chunkwise.codegen.tir.config import TvmConfig
@@ -17,6 +17,7 @@ from chunkwise.dsl.library import all_declarations, by_name
 from chunkwise.runtime.call import Call
 from chunkwise.runtime.check import check_contents
 from chunkwise.runtime.engines import EngineName
+from chunkwise.runtime.inputs import ANY, NEGATIVE, POSITIVE, UNIT, Range, ranges
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor

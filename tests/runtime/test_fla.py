@@ -349,6 +349,8 @@ def test_packed(x: dict[str, Tensor]) -> None:
             "prefixes",
         ),
         ("fused_recurrent_gla", ("q", "k", "v", "gk", "gv"), {}, "one of the two"),
+        ("fused_recurrent_gdn", ("q", "k", "v", "g", "gk", "gv"), {}, "one of the two"),
+        ("fused_recurrent_gdn", ("q", "k", "v", "g", "none", "gv"), {}, "columns"),
         ("fused_recurrent_delta_rule", ("q", "k", "v", "v"), {}, "per head"),
         (
             "chunk_linear_attn",
@@ -363,4 +365,4 @@ def test_what_is_not_offered_is_refused(
     x: dict[str, Tensor], name: str, operands: Any, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(cw.errors.ChunkwiseError, match=message):
-        getattr(cw.fla, name)(*(x[n] for n in operands), **options)
+        getattr(cw.fla, name)(*(x.get(n) for n in operands), **options)
