@@ -18,7 +18,7 @@ from ..dsl.notation import PYTHON, Level, read
 from .tile import Axes, Axis, Tile, TileOp, Which
 
 _LONGEST = 60  # an inlined expression longer than this is hard to read
-_ALIASES = (TileOp.RENAME, TileOp.EXPAND)
+ALIASES = (TileOp.RENAME, TileOp.EXPAND)
 INLINE = (
     TileOp.MAP,
     TileOp.FLOOR,
@@ -32,7 +32,7 @@ INLINE = (
 
 def unaliased(x: Tile) -> Tile:
     """The tile that holds `x`'s numbers: renaming and expanding change no value."""
-    while x.op in _ALIASES:
+    while x.op in ALIASES:
         (x,) = x.args
     return x
 
@@ -77,7 +77,11 @@ class Expressions(ABC):
 
     def layout(self, x: Tile) -> tuple[Axis, ...]:
         """The axes of `x` in the order in which this printer lays them out."""
-        return tuple(sorted(x.axes, key=self._rank.__getitem__))
+        return self.laid(x.axes)
+
+    def laid(self, axes: Axes) -> tuple[Axis, ...]:
+        """`axes` in the order in which this printer lays them out."""
+        return tuple(sorted(axes, key=self._rank.__getitem__))
 
     def place(self, text: str, axes: Axes, target: tuple[Axis, ...]) -> str:
         """`text`, which prints a tile with `axes`, indexed so that it broadcasts over `target`."""
@@ -92,7 +96,7 @@ class Expressions(ABC):
         """Count the uses of each value among `tiles`, so that single uses can be inlined."""
         self.uses.clear()
         for t in tiles:
-            if t.op not in _ALIASES:
+            if t.op not in ALIASES:
                 self.uses.update(unaliased(a) for a in t.args)
         self.uses.update(unaliased(r) for r in roots)
 
@@ -102,7 +106,7 @@ class Expressions(ABC):
 
     def define(self, x: Tile) -> None:
         """Assign `x` to a name, unless it is a leaf that has one, an alias, or is inlined."""
-        if x in self.known or x.op in (*_ALIASES, TileOp.CONST, TileOp.EXTENT):
+        if x in self.known or x.op in (*ALIASES, TileOp.CONST, TileOp.EXTENT):
             return
         if self.inlined(x) and len(self.text(x)) <= _LONGEST:
             return

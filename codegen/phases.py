@@ -1,0 +1,100 @@
+"""How a kernel lies around its loop: extents of tiles, what is computed when, what is added up."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ..dsl.ir import Op
+from .config import Dims, KernelConfig, padded
+from .expressions import ALIASES, unaliased
+from .plan import Kernel, Loop, sums_over
+from .tile import Axis, Tile, TileOp, topological
+
+
+def extents(
+    kernel: Kernel, dims: Dims, chunk: int, config: KernelConfig
+) -> tuple[Axis | None, dict[Axis, int]]:
+    """The channel axis that is taken tile by tile in a loop, if any, and the extents of tiles."""
+    tiles, buffers = kernel.order, kernel.buffers
+    parallel = kernel.loop is Loop.PARALLEL
+    K, V = padded(dims.K), min(config.v_tile, padded(dims.V))
+    sums_v = any(t not in buffers and sums_over(t, Axis.V) for t in tiles)
+    if sums_v and (not parallel or _varies_after_sum(kernel, Axis.V)):
+        V = padded(dims.V)  # a sum over the value axis feeds what varies along it
+    channels = Axis.V if sums_v and dims.V > V else None
+    uses_v = any(Axis.V in t.axes for t in tiles)
+    if channels is None and parallel and not uses_v and not _varies_after_sum(kernel, Axis.K):
+        K = min(config.k_tile, K)
+        channels = Axis.K if dims.K > K else None
+    return channels, {Axis.I: chunk, Axis.J: chunk, Axis.K: K, Axis.V: V}
+
+
+def _varies_after_sum(kernel: Kernel, axis: Axis) -> bool:
+    """Whether something along `axis` needs a sum over `axis`: then it cannot be tiled."""
+    after: set[Tile] = set()
+    buffers = kernel.buffers
+    for t in kernel.order:
+        if t not in buffers and (sums_over(t, axis) or any(a in after for a in t.args)):
+            after.add(t)
+            if axis in t.axes:
+                return True
+    return False
+
+
+def phases(kernel: Kernel, channels: Axis | None) -> tuple[list[Tile], list[Tile], list[Tile]]:
+    """The tiles to compute before, in and after the loop over `channels`.
+
+    Each as late as possible, so that little stays in registers.
+    """
+    axis, buffers = channels or Axis.V, kernel.buffers
+
+    def inputs(t: Tile) -> tuple[Tile, ...]:
+        return () if t in buffers else t.args
+
+    def is_sum(t: Tile) -> bool:
+        return t not in buffers and sums_over(t, axis)
+
+    late: set[Tile] = set()
+    along: set[Tile] = set()
+    for t in kernel.order:
+        if any(a in late or is_sum(a) for a in inputs(t)):
+            late.add(t)
+        elif axis in t.axes or is_sum(t):
+            along.add(t)
+    stop = frozenset(buffers)
+    needed = {a for t in along for a in topological(*inputs(t), stop=stop)}
+    rest = [t for t in kernel.order if t not in along]
+    return (
+        [t for t in rest if t in needed],
+        [t for t in kernel.order if t in along],
+        [t for t in rest if t not in needed],
+    )
+
+
+def added_products(kernel: Kernel, channels: Axis | None) -> dict[Tile, Tile]:
+    """Sums, and the product in each that is used nowhere else: it is added to the other part.
+
+    `channels`: the axis that a loop runs over; a product that sums over it is added up there.
+    """
+    buffers = kernel.buffers
+    computed = [t for t in kernel.order if t not in buffers and t.args]
+    users: Counter[Tile] = Counter()
+    for t in computed:
+        if t.op not in ALIASES:
+            users.update(unaliased(a) for a in t.args)
+    users.update(unaliased(t) for _, t in kernel.stores)
+    users.update(unaliased(c.end) for c in kernel.carried)
+
+    def fits(x: Tile, other: Tile, t: Tile) -> bool:
+        if x.op is not TileOp.DOT or x in buffers or users[x] != 1 or unaliased(other) in buffers:
+            return False
+        looped = channels is not None and sums_over(x, channels)
+        return not looped and x.axes == t.axes == other.axes
+
+    found = {}
+    for t in computed:
+        if t.op is TileOp.MAP and t.attrs == (Op.ADD,):
+            for x, other in (t.args[::-1], t.args):
+                if t not in found and fits(x, other, t):
+                    found[t] = x
+    return found
