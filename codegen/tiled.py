@@ -219,6 +219,19 @@ class TiledKernel:
         """All of them, in order."""
         return (*self.before, *self.inside, *self.after)
 
+    @property
+    def chunk(self) -> int:
+        """Tokens in a chunk."""
+        return self.extents[Axis.I]
+
+    @property
+    def turns(self) -> int:
+        """Of the loop over channels; 0 without one."""
+        if self.channels is None:
+            return 0
+        channels = self.dims.K if self.channels is Axis.K else self.dims.V
+        return -(-channels // self.extents[self.channels])
+
     def is_padded(self, axis: Axis) -> bool:
         """Whether tiles reach beyond the last channel of `axis`."""
         return is_padded(self.dims, self.extents, axis)
