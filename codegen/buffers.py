@@ -1,4 +1,4 @@
-"""The names of buffers: what kernels store, for one another and as results."""
+"""The names of buffers, which kernels store for one another and as results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class BufferKind(Enum):
-    """What a buffer holds, and how its text name is made."""
+    """The contents of a buffer, and the form of its text name."""
 
     OUTPUT = "{}"  # an output of the recurrence, per token
     GRADIENT = "d_{}"  # the gradient of an operand: per token, or of one per head a part per chunk

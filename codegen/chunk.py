@@ -1,17 +1,19 @@
 """The chunkwise form of a normal form, for any of its classes: math.md equations (3) to (7).
 
-For each state, with G the inclusive prefix sum of the log-decay from the chunk's start, H the sum
-of what follows a token, and u_j what token j writes (its value plus what it recalls):
+For each state, G is the inclusive prefix sum of the log-decay from the chunk's start, H its sum
+over the tokens after one, and u_j the value that token j writes, corrected by its recall (the UT
+transform of the delta rule):
 
     u_i = value_i + s_i (b_i e^P_i)^T S_0 + s_i sum_{j<i} <b_i, w_j>_{P,G} u_j    solved by (1+L)^-1
     r_i = (c_i e^P_i)^T S_0 + sum_j <c_i, w_j>_{P,G} u_j                          reads
     S'  = e^{G_C} S_0 + sum_j (w_j e^{H_j}) u_j^T
 
-P is G for what reads the decayed state and the exclusive prefix for what reads before the decay.
+The first summand of a read is inter-chunk, the second intra-chunk. P is G where the decayed state
+is read, and the exclusive prefix where the state is read before its decay.
 
 Several micro-steps refine time: a row is one micro-step of a token, the state passes through all of
-them, and the output is read in the last row of each token. What a micro-step has and another has
-not (a decay, say) is zero in the other's rows.
+them, and the output is read in the last row of each token. A term that only some micro-steps have
+(a decay, say) is zero in the rows of the others.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ from .tile import Axis, Tile, TileOp, Which
 
 # e^-110 is 0 in float32. A log-decay below is as good as this one, and sums of it stay finite.
 LEAST_LOG_DECAY = -110.0
-# A factor of the state below is as good as 0 next to what it multiplies, in float64 too. It is so
-# large that products with it are normal numbers in float32: the factor's gradient divides by it.
+# A smaller factor of the state vanishes beside any state, in float64 too. Products with this one
+# are still normal numbers in float32: the factor's gradient divides by it.
 LEAST_FACTOR = 2.0**-63
-# Decays by factors are 0 below, but where the factor's gradient divides by them: what a factor of 0
-# forgets is forgotten exactly.
+# Smaller decays by factors become 0, except where the factor's gradient divides by them: a factor
+# of 0 forgets the state exactly.
 LEAST_DECAY = 1.5 * LEAST_FACTOR
 
 
@@ -55,7 +57,7 @@ Named = tuple[tuple[BufferId, Tile], ...]  # tiles under the names of buffers th
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """One chunk: what it outputs and carries, as functions of the operands' tiles and the carry."""
+    """One chunk: its outputs and carries as functions of the operands' tiles and the carry."""
 
     outputs: Named
     carried: tuple[Carried, ...]
@@ -63,7 +65,7 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class _Gate:
-    """A log-decay and its sums; None where there is no decay. What reads before it excludes i."""
+    """A log-decay and its sums; None without a decay. A read before the decay excludes token i."""
 
     log_decay: Tile | None
     inclusive: Tile | None
@@ -80,7 +82,7 @@ class _Gate:
         )
 
     def decay(self, x: Tile) -> Tile:
-        """`x`, which is a decay; 0 where that of a factor is as good as 0."""
+        """`x`, a decay; flushed to 0 below LEAST_DECAY where the gate is a factor."""
         return tile.flush(x, LEAST_DECAY) if self.is_factor else x
 
     def exp(self, total: Tile) -> Tile:
@@ -111,7 +113,7 @@ def derive(form: NormalForm, *, hoist_products: bool = False) -> Body:
 
 
 def _check(form: NormalForm) -> None:
-    """Refuse what the chunk derivation does not lower yet, naming what and what to do instead."""
+    """Refuse forms that the chunk derivation does not lower yet, with the reason and the remedy."""
     instead = 'call it with engine="reference", which runs it token by token'
 
     def refuse(what: str, why: str) -> None:
@@ -160,7 +162,7 @@ def _check(form: NormalForm) -> None:
 
 
 def _indices_are_rows(form: NormalForm) -> bool:
-    """Whether what a micro-step computes takes operands of micro-steps at its own index only."""
+    """Whether a micro-step's expressions take operands of micro-steps at its own index only."""
     last = len(form.micro_steps) - 1
     pairs: list[tuple[int, Node | None]] = [
         (last, form.output),
@@ -213,7 +215,7 @@ class _StateChunk:
     def _refined(
         self, nodes: Sequence[Node | None], bound: Callable[[Tile], Tile] = lambda x: x
     ) -> Tile:
-        """What the micro-steps have, one expression each (None: 0), as one tile of rows."""
+        """The expressions of the micro-steps, one each (None: 0), as one tile of rows."""
         tiles = [None if n is None else bound(self._lowered(n)) for n in nodes]
         known = [t for t in tiles if t is not None]
         if len(known) == len(tiles) and len(set(known)) == 1:
@@ -256,11 +258,11 @@ class _StateChunk:
         strict = tile.decayed_dot(x, key, gate)
         if which is Which.STRICT:
             return strict
-        diagonal = tile.contract(x, key, Axis.K)  # e^0, whatever the gate: never formed (math.md)
+        diagonal = tile.contract(x, key, Axis.K)  # e^0 for every gate: never formed (math.md)
         return tile.add(strict, tile.mask(diagonal, Which.DIAGONAL))
 
     def _recall(self, x: Tile, *, exclusive: bool) -> Tile:
-        """x decayed to the chunk's start: what multiplies S_0."""
+        """x decayed to the chunk's start: the factor of S_0."""
         prefix = self._gate.prefix(exclusive=exclusive)
         return x if prefix is None else tile.mul(x, self._gate.exp(prefix))
 
@@ -268,7 +270,7 @@ class _StateChunk:
         return tile.contract(scores, tile.rename(values, Axis.J), Axis.J)
 
     def _solve(self, writes: list[tuple[Write, ...]]) -> list[Tile]:
-        """What each write writes, [I, V]: its value, plus what it recalls, solved for the chunk."""
+        """The written values, [I, V]: each write's value and correction, solved for the chunk."""
         values = [self._values([w.value for w in ws]) for ws in writes]
         for n, ws in enumerate(writes):
             feedbacks = [w.feedback for w in ws if w.feedback]
@@ -327,7 +329,7 @@ class _StateChunk:
 def _bounded(log_decay: Tile) -> Tile:
     """A log-decay whose sums are finite: a decay of 0 becomes one that no dtype can tell from it.
 
-    That of a log-decay so low has no gradient. A factor f of the state gets df = dg / f with the f
+    A log-decay so low has no gradient. A factor f of the state gets df = dg / f with the f
     that was used, which is right where f is 0.
     """
     below = tile.topological(log_decay)
@@ -338,7 +340,7 @@ def _bounded(log_decay: Tile) -> Tile:
         args = tuple(done[a] for a in t.args)
         done[t] = t if args == t.args else _rebuilt(t, args)
         if t.op is TileOp.MAP and t.attrs == (Op.MAXIMUM,) and tile.const(SMALLEST) in t.args:
-            done[t] = tile.floor(args[0], LEAST_FACTOR)  # what `dsl.decay` made of a factor
+            done[t] = tile.floor(args[0], LEAST_FACTOR)  # the floor of `dsl.decay`
     return tile.floor(done[log_decay].named("g"), LEAST_LOG_DECAY)
 
 

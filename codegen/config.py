@@ -1,4 +1,4 @@
-"""What is free once a recurrence, its dimensions and dtypes are known: plans and tiles, as data."""
+"""The choices left once a recurrence, its dimensions and dtypes are known: plans and tiles."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class KernelConfig:
         check(self)
 
     def options(self, stages: int) -> dict[str, int | bool]:
-        """What Triton is told beside arguments, for a launch and for compiling alike.
+        """Triton's options, for a launch and for compiling alike.
 
         Fused multiply-adds, because that default changes: on to Triton 3.9, off from 3.10.
         """
@@ -72,7 +72,7 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class EagerConfig:
-    """What is free in the eager engine: tokens per chunk, a power of two."""
+    """The one choice of the eager engine: tokens per chunk, a power of two."""
 
     chunk: Chunk
 
@@ -90,13 +90,13 @@ class Dims:
 
 
 def dims_of(kernel: Kernel, dims: Dims) -> Dims:
-    """The dimensions of what `kernel` computes: a matrix A has the keys for columns too."""
+    """The dimensions of the state in `kernel`; a transition matrix is K x K."""
     identity = kernel.segments is not None and kernel.segments.start is Start.IDENTITY
     return Dims(dims.K, dims.K) if identity else dims
 
 
 def padded(channels: int, least: int = 16) -> int:
-    """The tile that holds `channels`: a power of two, at least what a tensor core takes."""
+    """The tile that holds `channels`: a power of two, and no smaller than a tensor core's."""
     size = least
     while size < channels:
         size *= 2

@@ -1,9 +1,9 @@
-"""What a program costs per token and value head: FLOPs and bytes as SymPy polynomials in C, K, V.
+"""The cost of a program per token and value head: FLOPs and bytes as polynomials in C, K, V.
 
 Counted from the graph: matrix products as the kernels run them (a masked product is a whole one;
 those under a vector gate, and the triangular inverse, take one or two per halving, ℓ = log2 C), one
-FLOP per element for the rest. Bytes: each kernel reads what it loads once and writes what it stores
-once (programs along V that read the same rows meet in the cache).
+FLOP per element for the rest. Bytes: each kernel reads each of its inputs once and writes each
+result once (programs along V that read the same rows meet in the cache).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Cost:
 
 
 def kernel_cost(kernel: Kernel, dtype: Dtype) -> Cost:
-    """One kernel's cost; `dtype` is that of Keys, Values and products."""
+    """One kernel's cost; Keys, Values and products have `dtype`."""
     stored = kernel.buffers
     starts = {c.start for c in kernel.carried}
     products = elementwise = read = sympy.Integer(0)

@@ -2,7 +2,7 @@
 
 Reverse the scan over chunks and its body becomes the VJP of the body (math.md, Adjoint): it carries
 R, the gradient of the state as the chunk ends, and needs S, the state as the chunk began. Rules are
-a table by op; the one rule for a pattern is the solve, where (1+L)^-1 meets what it is applied to.
+a table by op. One rule is for a pattern: the solve, a product of (1+L)^-1 and a right-hand side.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GRADIENT = "d_"  # the gradient of x is called d_x; of an output, it is an opera
 
 @dataclass(frozen=True, slots=True)
 class Adjoint:
-    """The chunk of the reversed scan: gradients of the leaves, and what the scan carries.
+    """The chunk of the reversed scan: gradients of the leaves, and the carried gradients.
 
     `saved`: the forward scan's carries, which the gradients read as each chunk began.
     """
@@ -52,7 +52,7 @@ def differentiate(body: Body) -> Adjoint:
             g = g.named(GRADIENT + node.hint)
         gradients[node] = g
         for argument, part in _propagate(node, g):
-            assert part.axes == argument.axes, "a gradient has the axes of what it is one of"
+            assert part.axes == argument.axes, "a gradient has the axes of its argument"
             incoming.setdefault(argument, []).append(part)
 
     starts = {c.start: c for c in body.carried}
@@ -115,9 +115,10 @@ def _cumsum(z: Tile, g: Tile) -> Cotangents:
 
 
 def _floor(z: Tile, g: Tile) -> Cotangents:
-    """A factor's passes; that of a log-decay too low is 0, however large what multiplies it next.
+    """The gradient of a factor passes; a log-decay below the floor has gradient 0.
 
-    Where it is an operand nothing does, and the gradient of a decay of 0 is 0 as it is.
+    The chain rule may multiply that gradient by a large number, so it has to be 0 exactly. It does
+    not for an operand, whose gradient is small of itself where the decay is 0.
     """
     (x,), (least,) = z.args, z.attrs
     assert isinstance(least, float)
@@ -141,7 +142,7 @@ def _phase_of(z: Tile) -> tuple[int, int]:
 
 
 def _decay(z: Tile, g: Tile) -> Cotangents:
-    """Whatever crosses a token is proportional to its decay. The diagonal is 1: none crosses."""
+    """Every entry that crosses a token is proportional to its decay; the diagonal crosses none."""
     _, exclusive = z.attrs
     crossing = tile.crossing(tile.mask(tile.mul(g, z), Which.STRICT), exclusive=bool(exclusive))
     return [(z.args[0], crossing)]
@@ -152,11 +153,11 @@ def _inverse(z: Tile, g: Tile) -> Cotangents:
 
 
 def _decayed_dot(z: Tile, g: Tile) -> Cotangents:
-    """No diagonal: the op is strict. The gate's gradient is what crosses each token.
+    """No diagonal: the op is strict. The gate's gradient sums the entries that cross each token.
 
-    That of an operand which is the log-decay itself is what the sums of x dx - y dy differ by:
-    their rounding is small beside the gradient of tokens that the state survives, and nothing
-    multiplies it, as the derivative of an expression might (1/f, for a factor f).
+    If the log-decay is an operand itself, a difference of sums of x dx and y dy will do: its
+    rounding is small beside the gradient of tokens that the state survives, and no derivative of
+    an expression (1/f, for a factor f) multiplies it.
     """
     x, y, p, q, log_decay = z.args
     gate = tile.gate_of(z)

@@ -21,7 +21,7 @@ class Function:
     """One function as the backward and the printers of text see it.
 
     `gradient`: from its value and the gradient of it, the gradient of each argument.
-    `triton`, `torch`: what kernels call; empty for operators, which are printed infix.
+    `triton`, `torch`: the function's names there; empty for operators, which are printed infix.
     """
 
     gradient: Rule

@@ -22,8 +22,8 @@ from . import tile
 from .lower import kind_axes
 from .tile import Axes, Axis, Tile, TileOp, Which
 
-Numbers: TypeAlias = Any  # an array of four axes, of Decimals: numpy does not type what it holds
-_NOTHING = Decimal("1e-30")  # what rounding may leave
+Numbers: TypeAlias = Any  # an array of Decimals with four axes: numpy does not type its entries
+_NOTHING = Decimal("1e-30")  # a bound of rounding errors
 ZERO: Numbers = np.array(Decimal(0), dtype=object)
 _AT = {axis: n for n, axis in enumerate(Axis)}
 
@@ -86,7 +86,7 @@ _STEP = np.frompyfunc(_step, 1, 1)
 
 
 def _attr(t: Tile) -> Any:
-    """The one attribute of a tile: what type it has goes with the op."""
+    """The one attribute of a tile, of a type that goes with the op."""
     (attr,) = t.attrs
     return attr
 
@@ -145,7 +145,7 @@ def _crossing(w: Numbers, exclusive: bool, c: Sizes) -> Numbers:
 
 
 def _decayed_crossing(t: Tile, xs: Sequence[Numbers], c: Sizes) -> Numbers:
-    """What crosses each token, by its definition.
+    """The sum over the decays that cross each token, by its definition.
 
     Raises InvalidIR where the difference of sums that stands for it is another.
     """
@@ -187,7 +187,7 @@ _TILES: dict[TileOp, Callable[[Tile, Sequence[Numbers], Sizes], Numbers]] = {
 
 
 def evaluate(roots: Sequence[Tile], leaf: Callable[[Tile], Numbers], sizes: Sizes) -> list[Numbers]:
-    """The values of tiles of one chunk; `leaf` has those of TOKEN, HEAD, PARAM and CARRY tiles.
+    """The values of tiles of one chunk; `leaf` gives the values of TOKEN, HEAD, PARAM and CARRY.
 
     Raises InvalidIR for a tile whose value does not have its axes.
     """
@@ -216,7 +216,7 @@ _STEPS: dict[Op, Callable[[Node, Sequence[Numbers]], Numbers]] = {
 def evaluate_step(roots: Sequence[Node], leaves: Mapping[Node, Numbers]) -> dict[Node, Numbers]:
     """The values of expressions of one token and of all below them.
 
-    `leaves` has those of operands, floats and states.
+    `leaves` has the values of operands, floats and states.
     """
     known = dict(leaves)
     for n in step_order(*roots):

@@ -2,10 +2,10 @@
 
 `(a_i x_ik) S_kv` is `a_i (x_ik S_kv)`: the factor follows the product, in float32. A factor along
 the summed axis cannot leave, but can change sides: `sum_i (a_i k_ik) u_iv` is `sum_i k_ik (a_i
-u_iv)`, which leaves k as it lies in memory and scales what is in registers anyway. Sums over the
-value axis of a product are taken from a product that is there already, where there is one. Run
-after differentiation: the gradient of the factored form would repeat products that the plain form
-shares.
+u_iv)`, which leaves k as it lies in memory and scales a tile that is in registers anyway. Sums
+over the value axis of a product are taken from a product that is there already, where there is one.
+Runs after differentiation: the gradient of the factored form would repeat products that the plain
+form shares.
 """
 
 from __future__ import annotations

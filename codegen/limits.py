@@ -1,7 +1,7 @@
-"""Which values a field may hold, written beside it as data: ranges of numbers, forms of text.
+"""The values that a field may hold, written beside it as data: ranges of numbers, forms of text.
 
-A configuration checks itself when it is made, so that none out of range reaches a printer; what is
-read from a file is checked against the same annotations (`runtime.tuned.json`).
+A configuration checks itself when it is made, so that none out of range reaches a printer; files
+are checked against the same annotations (`runtime.tuned.json`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..dsl import errors
 
 
 class Limit(Protocol):
-    """What an annotation says of a field's values; as text: what was expected."""
+    """An annotation of a field's values; as text it names the values expected."""
 
     why: str
 

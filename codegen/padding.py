@@ -1,4 +1,4 @@
-"""What a tile holds in the padding of its channel axes: only zeros may enter a sum over channels.
+"""The padding of a tile's channel axes: only zeros may enter a sum over channels.
 
 A power-of-two tile wider than the operand is loaded with zeros beyond the last channel. Arithmetic
 keeps them zero or not: `softplus(k)` is log 2 there, and `log(k)` is not even finite.
@@ -22,7 +22,7 @@ class Padding(Enum):
 
 
 def padding(x: Tile, axis: Axis) -> Padding:
-    """What `x` holds beyond the last channel of `axis`; FINITE for a tile without that axis."""
+    """The values of `x` beyond the last channel of `axis`; FINITE for a tile without that axis."""
     if axis not in x.axes:
         return Padding.FINITE
     if x.op in (TileOp.TOKEN, TileOp.HEAD, TileOp.CARRY):

@@ -1,13 +1,13 @@
-"""Planning as loop fission: which kernels compute a chunk, what each stores, what each recomputes.
+"""Planning as loop fission: the kernels that compute a chunk, and the tiles that each stores.
 
 A kernel is a set of tiles to store. It reads what earlier kernels stored and computes the rest
-itself; so any assignment is right, and a plan is only a choice of what is worth storing. Legality
-is reachability: what does not depend on the carry may be hoisted into a kernel parallel over chunks
-(prep); what the next carry needs stays in the scan; the rest may follow in a kernel parallel over
-chunks that re-reads the stored carry (post).
+itself; so any assignment is right, and a plan only chooses the tiles that are worth storing.
+Legality is reachability: tiles that do not depend on the carry may be hoisted into a kernel
+parallel over chunks (prep); tiles that the next carry needs stay in the scan; the rest may follow
+in a kernel parallel over chunks that re-reads the stored carry (post).
 
-Scans can also run on segments of a sequence at once (codegen/segments.py): others before them say
-what the segments end with.
+Scans can also run on all segments of a sequence at once (codegen/segments.py): scans before them
+compute the states in which the segments end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .differentiate import Adjoint
 from .segments import Passage, Segments, Start, passages
 from .tile import Axis, Tile, TileOp
 
-# of the names of scans for what segments end with, behind that of the scan itself
+# suffixes of the names of scans that compute the ends of segments
 ENDS, MATRICES = "_ends", "_matrices"
 
 
@@ -38,12 +38,12 @@ class Loop(Enum):
 
 
 class Hoist(Flag):
-    """What is computed ahead of the scan, in parallel over chunks; kinds add up."""
+    """The tiles computed ahead of the scan, in parallel over chunks; kinds add up."""
 
     NOTHING = 0
-    PREFIXES = auto()  # prefix sums of gates, and what they scale
-    SOLVES = auto()  # what needs the triangular inverse
-    PRODUCTS = auto()  # what takes any other matrix product
+    PREFIXES = auto()  # prefix sums of gates, and tiles scaled by them
+    SOLVES = auto()  # applications of the triangular inverse
+    PRODUCTS = auto()  # all other matrix products
     ALL = PREFIXES | SOLVES | PRODUCTS
 
 
@@ -53,9 +53,9 @@ class Plan:
 
     `reassociate`: T(x - bS) as Tx - (Tb)S (W stored, one product fewer in the serial chain).
     `sums_apart`: backward only: the sums over the value axis in a kernel of their own, which stores
-    them; what follows can then loop over the key axis.
+    them; the kernel after it can then loop over the key axis.
     `norms_apart`: sums over the key axis that something along it needs (norms) in kernels of their
-    own, before and after, so that what lies between can loop over the key axis.
+    own, before and after, so that the kernel between them can loop over the key axis.
     `values_apart`: backward only: gradients along the value axis in a kernel of their own, which
     needs no sum over it; the other kernel then holds fewer tiles at once.
     `outputs_in_scan`: outputs are computed while the state is at hand, and the state is not stored;
@@ -240,7 +240,7 @@ class _Builder:
         self.kernels.append(Kernel(name, loop, stores, carried, before, own))
         for n, t in stores:
             self._names.add(n)
-            while t.op is TileOp.RENAME:  # the same numbers, which printers know by what they are
+            while t.op is TileOp.RENAME:  # the same numbers, which printers know by their tile
                 (t,) = t.args
             if t.op is not TileOp.EXPAND:
                 self._stored.setdefault(t, n)
@@ -312,13 +312,14 @@ class _Builder:
     ) -> None:
         """The kernel ahead of the scans: the largest tiles below `roots` worth hoisting.
 
-        Of what only `outputs` need, scores under a vector gate: too dear to compute twice.
+        Of the tiles that only `outputs` need, it takes scores under a vector gate, which are too
+        dear to compute twice.
         """
         wanted: dict[Tile, None] = {}
         seen: set[Tile] = set()
 
         def visit(x: Tile) -> None:
-            """Hoist `x`, or what is worth hoisting below it."""
+            """Hoist `x`, or the tiles below it that are worth it."""
             x = x.args[0] if x.op in (TileOp.RENAME, TileOp.EXPAND) else x
             if x in seen:
                 return
@@ -348,7 +349,7 @@ def _worth_hoisting(x: Tile, hoist: Hoist, reassociate: bool) -> bool:
     if not x.args or (Axis.K in x.axes and Axis.V in x.axes):
         return False  # a K x V tile per chunk is the size of the state: never worth its bytes
     if Axis.V in x.axes and not reassociate:
-        return False  # a C x V tile costs more bytes than what it is made from
+        return False  # a C x V tile costs more bytes than its arguments
     if any(t.op is TileOp.INVERSE for t in below):
         return Hoist.SOLVES in hoist
     if any(t.op in _PRODUCTS for t in below):
@@ -419,7 +420,7 @@ def _depends(x: Tile, carries: frozenset[Tile]) -> bool:
 
 
 def _kept(roots: list[Tile], carries: frozenset[Tile]) -> tuple[Tile, ...]:
-    """What a scan stores for `roots` in later kernels: its carry, and solves that depend on it."""
+    """The tiles that a scan stores for `roots` in later kernels: its carry, solves that need it."""
     solves = frozenset(
         t
         for t in tile.topological(*roots)

@@ -52,7 +52,7 @@ class Passing(Enum):
 
 @lru_cache(maxsize=512)
 def passing(form: NormalForm, dims: Dims) -> Passing | None:
-    """What it takes to run the scans of `form` on segments at once; None if they cannot."""
+    """The transition of states over a segment; None if scans cannot run on segments at once."""
     found = passages(factor_body(chunk_body(form)).carried)
     if found is None:
         return None

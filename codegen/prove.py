@@ -1,7 +1,7 @@
 """Proof that the tiles of a chunk and of its adjoint mean the declared step and its gradient.
 
-`dsl.prove` shows with symbols that the chunk form equals the step. This shows that what is made of
-it does: TileIR as derived, its adjoint, and both as `factor` leaves them to the engines. Tiles are
+`dsl.prove` shows with symbols that the chunk form equals the step. This module shows the same of
+the tiles: TileIR as derived, its adjoint, and both as `factor` leaves them to the engines. They are
 evaluated over two chunks, the second one shorter where it can be, at random points, with 50 digits.
 Nothing of the chunk form or of differentiation is on the other side: the step runs token by token,
 and its gradient is a difference quotient. With so many digits that is exact but for the numbers
@@ -35,7 +35,7 @@ from .tile import Axis, Tile, TileOp
 
 _KEY, _VALUE = 2, 3
 _SCALES = (1, 4)  # of operands, one per point: maximum, abs and the like take either branch
-_TOLERANCE = Decimal("1e-12")  # relative to the larger of 1 and what is expected
+_TOLERANCE = Decimal("1e-12")  # relative to the larger of 1 and the expected number
 _CHANGE = Decimal("1e-20")  # of a difference quotient, whose relative error is its square
 _LARGEST = Decimal(10**6)  # of results: a state that grows takes the digits of a quotient
 _DRAWS = 48  # of a point, before it is given up
@@ -48,7 +48,7 @@ def prove(what: Declaration, chunk: int = 3) -> forms.Proof:
     """Prove the chunk form of a declaration, the tiles of its chunk, and those of its gradient.
 
     `chunk`: the longest chunk: of tokens in the form, of rows (a token's micro-steps) in tiles.
-    What has no tiles is proved as a form. Raises NotLowered for what neither proof covers;
+    A declaration without tiles is proved as a form. Raises NotLowered if neither proof covers it;
     ProofFailed, with the output, state or operand's gradient that differs.
     """
     proof = forms.prove(what, chunk)
@@ -61,7 +61,7 @@ def prove(what: Declaration, chunk: int = 3) -> forms.Proof:
 
 
 def prove_tiles(what: Declaration, chunk: int = 3) -> tuple[str, ...]:
-    """Prove the tiles of chunks of 2 to `chunk` rows, and of their gradient; what was shown.
+    """Prove the tiles of chunks of 2 to `chunk` rows, and of their gradient; returns the claims.
 
     Raises NotLowered where there are none, or no point to look at them; ProofFailed.
     """
@@ -110,8 +110,8 @@ def _variants(form: NormalForm) -> Iterator[_Variant]:
 class _Point:
     """A call, the cotangents of its results, and directions in which gradients are compared.
 
-    `values`, `directions`: of operands and initial states; what has tokens has them along I, a
-    micro operand the micro-steps of each. `cotangents`: of the output and final states.
+    `values`, `directions`: of operands and initial states; operands of tokens have these along I,
+    micro operands the micro-steps of each. `cotangents`: of the output and final states.
     """
 
     step: Step
@@ -160,7 +160,7 @@ def _point(step: Step, tokens: int, scale: int, resets: Mapping[str, Decimal]) -
 def _drawn(step: Step, tokens: int, scale: int, resets: Mapping[str, Decimal]) -> _Point | None:
     """A random point where the step stays small and keeps its promises; None if none is found.
 
-    `resets`: what operands are in the second of their rows.
+    `resets`: values of operands in the second of their rows.
     """
     draw = random.Random(scale)
 
@@ -232,7 +232,7 @@ def _within(
     free: Callable[[], Decimal],
     fraction: Callable[[], Decimal],
 ) -> Callable[[], Decimal]:
-    """What draws a number within `bounds`, no further than `width` where they leave it open."""
+    """A generator of numbers within `bounds`, no further than `width` where these are open."""
     low, high = (Decimal(x) for x in bounds or (-math.inf, math.inf))
     if low.is_finite():
         span = high - low if high.is_finite() else width
@@ -260,7 +260,7 @@ def _is_sound(point: _Point) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Token:
-    """What the step makes of one token: its output, the states after it, and all on the way."""
+    """The results of the step for one token: its output, the states after it, all other values."""
 
     output: Numbers
     states: _Values
@@ -292,7 +292,7 @@ def _results(point: _Point) -> _Values:
 
 
 def _product(x: _Values, y: _Values) -> Decimal:
-    """The inner product of what has the names of `x`."""
+    """The inner product of `x` with the values of the same names in `y`."""
     return sum((np.sum(a * y[n]) for n, a in x.items()), Decimal(0))
 
 
@@ -398,7 +398,7 @@ class _Chunks:
         return result
 
     def _collected(self, o: Operand, parts: list[Numbers] | None) -> Numbers:
-        """The gradient of an operand, from that of its rows in every chunk; 0 if there is none."""
+        """The gradient of an operand from those of its rows in every chunk; 0 if it has none."""
         like = self._point.values[o.name]
         if parts is None:
             return np.full_like(like, ZERO)

@@ -43,7 +43,7 @@ class Which(Enum):
 
 
 class TileOp(Enum):
-    """The ops of TileIR and what they mean."""
+    """The ops of TileIR and their meaning."""
 
     # leaves
     TOKEN = "rows of a per-token tensor of the call, or without I its one row; attrs (name,)"
@@ -69,7 +69,7 @@ class TileOp(Enum):
     INVERSE = "(1 + L)^-1 of a strictly lower C x C tile"
     # under a vector gate g, P and Q its prefix sums: e^(P_ik - Q_jk) stands for the decay from j to
     # i, which g alone gives in all digits; args end (.., P, Q, g), attrs with whether decays are
-    # flushed (not for what crosses a token) and whether i is left out
+    # flushed (not in DECAYED_CROSSING) and whether i is left out
     DECAYED_DOT = "sum_k x_ik y_jk e^(P_ik - Q_jk), i > j; args (x, y, ..)"
     DECAYED_APPLY = "sum_j A_ij y_jk e^(..), i > j, attrs (I, ..), or sum_i A_ij x_ik .., (J, ..)"
     DECAYED_CROSSING = "sum A_ij x_ik y_jk e^(..) over decays that cross t; (A, x, y, dx, dy, ..)"
@@ -100,7 +100,7 @@ class Tile:
         return hash(self.key)
 
     def named(self, hint: str) -> Tile:
-        """The same value, with a name for whoever reads it printed; a leaf keeps its own."""
+        """The same value with a name for readers of printed kernels; a leaf keeps its own."""
         if not self.args:
             return self
         return Tile(self.op, self.args, self.attrs, self.axes, hint)
@@ -130,7 +130,7 @@ def topological(*roots: Tile, stop: frozenset[Tile] = frozenset()) -> list[Tile]
     return list(order)
 
 
-# ---- constructors: each checks its axes and folds what is trivially foldable -------------------
+# ---- constructors: each checks its axes and folds trivial cases -------------------------------
 
 
 def const(value: float) -> Tile:
@@ -142,7 +142,7 @@ def token(name: str, axes: Axes) -> Tile:
 
 
 def row(name: str, axes: Axes) -> Tile:
-    """What a per-token tensor has for the one token at hand."""
+    """The one row of a per-token tensor, for a kernel of one token."""
     return Tile(TileOp.TOKEN, (), (name,), axes_of(*axes), name)
 
 
@@ -345,7 +345,7 @@ def _is_floor_below_zero(x: Tile) -> bool:
 def finite_at_zero(x: Tile, stop: frozenset[Tile] = frozenset()) -> bool:
     """Whether `x` is finite for sure where the operands are zero: zero times it is then zero.
 
-    `stop`: tiles that are, whatever they are made of.
+    `stop`: tiles that are finite for sure, and are not looked into.
     """
     below = topological(x, stop=stop)
     functions = (t.attrs[0] for t in below if t.op is TileOp.MAP and t not in stop)
@@ -481,9 +481,9 @@ def decayed_apply(a: Tile, y: Tile, gate: Gate, side: Axis) -> Tile:
 def decayed_crossing(a: Tile, x: Tile, y: Tile, dx: Tile, dy: Tile, gate: Gate) -> Tile:
     """The adjoint of `decayed_dot` for the log-decay itself, [I, K].
 
-    It is also what x dx from t on has in sum, less y dy from t on. That is a difference, whose
-    rounding counts where it is multiplied: by 1/f if the gate is log f, by about |g| elsewhere. So
-    where a decay is stronger than e^(the attribute), sums of what crosses t are taken instead.
+    It equals the sum of x dx from t on, less that of y dy from t on. The rounding of this
+    difference counts where it is multiplied: by 1/f if the gate is log f, by about |g| elsewhere.
+    So where a decay is stronger than e^(the attribute), the entries that cross t are summed.
     """
     limit = -2.0 if gate.factor else -30.0
     args = (a, x, y, dx, dy, *gate.args)

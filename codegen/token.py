@@ -1,7 +1,7 @@
 """The declared step as tiles without a time axis: one token at a time, no chunk.
 
 For decoding, and for sequences so short that chunks do not pay. Any legal step has this form. Sums
-over the state are taken of the state as the token finds it, and what the token itself adds is read
+over the state are taken of the state as the token finds it, and the token's own write is read
 apart: `q (a S + k u^T)` is `a (q S) + (q k) u`. So all reads see one state, and one write follows.
 """
 

@@ -1,4 +1,4 @@
-"""Constructors of elementwise expressions: what the passes build with, folding the obvious."""
+"""Constructors of elementwise expressions for the passes; they fold constants, signs and ones."""
 
 from __future__ import annotations
 

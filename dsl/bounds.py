@@ -1,4 +1,4 @@
-"""Interval analysis of the preamble: what is known of a gate before any data is seen."""
+"""Interval analysis of the preamble: bounds of a gate that hold for all operands."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _bounds(node: Node, args: list[Interval]) -> Interval:
 
 
 def interval(node: Node) -> Interval:
-    """An interval that holds every channel of `node`, whatever the operands; sound, not tight."""
+    """An interval that holds every channel of `node` for all operands; sound, not tight."""
     found: dict[Node, Interval] = {}
     for n in topological(node):
         found[n] = _bounds(n, [found[a] for a in n.args]).finite()

@@ -1,4 +1,4 @@
-"""Pass: which class a normal form falls in, and so which chunk form is the cheapest correct one."""
+"""Pass: the class of a normal form, which decides the cheapest correct chunk form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DecayClass(Enum):
 
 
 class LowRank(Enum):
-    """What the writes of a state recall of it."""
+    """The rank of the update: how much the writes of a state recall of it."""
 
     NONE = "no low rank"
     SYMMETRIC = "rank 1 (one write, symmetric)"
@@ -32,7 +32,7 @@ class LowRank(Enum):
 
 @dataclass(frozen=True, slots=True)
 class StateClass:
-    """One state's class. `bound`: what is known of its log-decay over all micro-steps."""
+    """One state's class. `bound`: an interval of its log-decay over all micro-steps."""
 
     state: str
     decay: DecayClass

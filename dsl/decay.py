@@ -14,7 +14,7 @@ SMALLEST = 2.0**-126  # the least normal float32: log of 0 would give -inf - (-i
 
 
 def log_decay(multiplier: Node, loc: Loc | None = None) -> tuple[Node | None, Interval]:
-    """The natural log of a state's multiplier, and what is known of it; None for a multiplier of 1.
+    """The natural log of a state's multiplier, and its bounds; None for a multiplier of 1.
 
     `exp(g)` with g unknown is accepted: gates are log-decays ≤ 0 by convention.
     Raises StateGrows, UnboundedDecay, DecayNotPositive.

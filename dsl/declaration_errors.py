@@ -284,7 +284,7 @@ class UnusedOperand(DeclarationError, ValueError):
         )
 
 
-# ---------------------------------------------------------------- what has no chunkwise form
+# ---------------------------------------------------------------- steps without a chunkwise form
 
 
 class NotAffine(DeclarationError, ValueError):

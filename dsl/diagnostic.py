@@ -1,4 +1,4 @@
-"""How a mistake is shown: one sentence, the user's own line, why, and what to do."""
+"""The message of a mistake: one sentence, the user's own line, the reason, and the remedy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The catalogue of mistakes: one class each, saying what was got, what was expected, what to do.
+"""The catalogue of mistakes: one class each, naming the value got, the one expected, the remedy.
 
-Those of declarations and of calls have files of their own; here are all the others.
+Mistakes in declarations and in calls have files of their own; here are all the others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .ir import Loc
 
 
 class NotLowered(ChunkwiseError, ValueError):
-    """What the front end accepts and a back end (or proof) does not serve."""
+    """A declaration that the front end accepts and a back end (or a proof) does not serve."""
 
     def __init__(self, what: str, why: str, instead: str, loc: Loc | None = None) -> None:
         super().__init__(what, loc=loc, why=why, help=instead)
@@ -102,7 +102,7 @@ class LinkerFailed(ChunkwiseError, RuntimeError):
 
 
 class BadFile(ChunkwiseError, ImportError):
-    """A user's file that cannot be run: its syntax, an import, or what it raises."""
+    """A user's file that cannot be run: bad syntax, a failed import, an exception of its own."""
 
     def __init__(self, file: str, raised: BaseException, loc: Loc | None) -> None:
         super().__init__(

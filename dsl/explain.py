@@ -1,4 +1,4 @@
-"""What was understood of a declaration, as text: StepIR, normal form, class, operands, gates."""
+"""A declaration as the compiler understood it, as text: StepIR, normal form, class, gates."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def _operands(form: NormalForm) -> str:
 
 
 def _notes(form: NormalForm) -> list[str]:
-    """What a reader would otherwise be surprised by."""
+    """Consequences of the declaration that would surprise a reader."""
     notes: list[str] = []
     for micro in form.micro_steps:
         for u in micro.updates:

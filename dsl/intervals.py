@@ -1,4 +1,4 @@
-"""Arithmetic of intervals: what is known of a result where bounds of the arguments are known."""
+"""Arithmetic of intervals: bounds of a result from bounds of the arguments."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Interval:
         return Interval(min(self.lo, other.lo), min(self.hi, other.hi))
 
     def meet(self, other: Interval) -> Interval:
-        """What lies in both; `other` where they do not meet (a promise overrides)."""
+        """The numbers in both; `other` where they do not meet (a promise overrides)."""
         lo, hi = max(self.lo, other.lo), min(self.hi, other.hi)
         return Interval(lo, hi) if lo <= hi else other
 

@@ -13,7 +13,7 @@ from enum import Enum
 
 
 class Kind(Enum):
-    """What a value is, per head and token; the value is the axes it has."""
+    """The kind of a value, per head and token; the enum's value is its axes."""
 
     SCALAR = ""
     KEY = "K"

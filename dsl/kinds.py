@@ -1,4 +1,4 @@
-"""The surface types: what a parameter of a step may be annotated with."""
+"""The surface types: the annotations that a parameter of a step may have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .traced import Traced
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What an annotation says: the kind of the value and how often it changes."""
+    """The meaning of an annotation: the kind of the value and how often it changes."""
 
     name: str
     kind: Kind

@@ -1,4 +1,4 @@
-"""The normal form: what every legal step is rewritten to, and all that the compiler knows of it.
+"""The normal form of a legal step: the only description of it that the compiler reads.
 
 Per head and token, a list of micro-steps; in each, for every state,
 
@@ -81,7 +81,7 @@ class Mix:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one micro-step does to one state. `log_decay` is natural-log; None means no decay."""
+    """The change of one state in one micro-step. `log_decay` is a natural log; None: no decay."""
 
     state: str
     log_decay: Node | None

@@ -26,7 +26,7 @@ _READS = (Op.READ, Op.READ_VALUE)
 def normalise(step: Step) -> NormalForm:
     """The normal form of a step.
 
-    Raises NotAffine, NoChunkForm, and what `log_decay` raises about multipliers.
+    Raises NotAffine, NoChunkForm, and the errors of `log_decay` about multipliers.
     """
     bases = _cut(step)
     forms: list[tuple[StateForm, ...]] = []
@@ -148,7 +148,7 @@ def _is_alone(step: Step, base: tuple[Node, ...], j: int) -> bool:
 def _own_coefs(
     states: Sequence[StateDecl], forms: Sequence[StateForm], index: int
 ) -> dict[Moment, Node]:
-    """What each state is multiplied by, within micro-step `index`, of its own incoming value."""
+    """The multiplier of each state's own incoming value within micro-step `index`."""
     moments = [Moment(s.name, index) for s in states]
     own = {m: dict(f.coefs).get(m) for m, f in zip(moments, forms, strict=True)}
     return {m: c for m, c in own.items() if c is not None}
@@ -220,7 +220,7 @@ def _micro_step(step: Step, index: int, forms: Sequence[StateForm], transposed: 
 
 
 def _writes(terms: Sequence[Term], own: Mapping[str, Node], transposed: bool) -> tuple[Write, ...]:
-    """Terms gathered by write key; what a key's value and feedback are."""
+    """Terms gathered by write key, and the value and correction of each key."""
     values: dict[Node, list[Node]] = {}
     feedbacks: dict[Node, list[Feedback]] = {}
     for term in terms:

@@ -14,7 +14,7 @@ class Level(IntEnum):
     """How tightly an expression binds, by its weakest operator."""
 
     SUM = 1
-    SERIES = 2  # Σ_k of what follows
+    SERIES = 2  # Σ_k and the product behind it
     QUOTIENT = 3
     PRODUCT = 4
     ATOM = 5
@@ -78,6 +78,6 @@ def read(text: str) -> Text:
         elif c in ")]":
             depth -= 1
         elif depth == 0 and not (c.isalnum() or c in "_."):
-            plus = c == "+" or (c == "-" and text[:n][-1:] in ("", " "))  # not that of 1e-5
+            plus = c == "+" or (c == "-" and text[:n][-1:] in ("", " "))  # not the sign in 1e-5
             level = min(level, Level.SUM if plus else Level.QUOTIENT if c == "/" else Level.PRODUCT)
     return Text(text, level)

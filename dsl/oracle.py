@@ -1,6 +1,6 @@
 """The meaning of a declaration: its step, token by token, in float64. Everything is judged by it.
 
-Also the same for a normal form, which is how the passes of this folder are tested.
+A normal form runs token by token too: the tests of this folder's passes compare the two.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def _run(
     dims = dims_of(form.operands, operands, form.states, initial)
     env = _leaves(form.operands, operands, params, form, dims, dtype)
     dependent = _state_dependent(roots)
-    # the preamble once for all tokens; only what depends on the state runs token by token
+    # the preamble runs once for all tokens; expressions of the state run token by token
     preamble = [n for n in topological(*roots) if n not in dependent]
     _extend(preamble, env)
     needed = {a for n in dependent for a in n.args if a not in dependent}

@@ -18,7 +18,7 @@ def infix(node: Node, names: Mapping[Node, str] | None = None) -> str:
 
 
 def printed(node: Node, names: Mapping[Node, str]) -> Text:
-    """The same, with what says whether it needs parentheses in a larger expression."""
+    """The same with its level, which says where it needs parentheses."""
     op = node.op
     if node in names:
         return Text(names[node])

@@ -37,7 +37,7 @@ _ROWS, _COLUMNS = 2, 1  # columns of the state do not mix, so one stands for all
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What was shown, for which sizes, and what was not, with the reason."""
+    """The claims that were shown, the sizes, and the claims left out, with the reason."""
 
     name: str
     chunks: tuple[int, ...]
@@ -59,8 +59,8 @@ def prove(what: Declaration, chunk: int = 3) -> Proof:
 
     Every output and the final state agree, from a symbolic state, for chunks of 2 to `chunk`
     tokens; `chunk` counts micro-steps, but 2 tokens at least are taken.
-    Raises NotLowered for coupled states, which this proof does not cover, and for what was declared
-    for the reference engine only; ProofFailed if an identity does not hold.
+    Raises NotLowered for coupled states, which this proof does not cover, and for declarations for
+    the reference engine only; ProofFailed if an identity does not hold.
     """
     if what.any_step:
         raise errors.NotLowered(
@@ -127,7 +127,7 @@ class _Symbols:
         return any(isinstance(a, sympy.Expr) and a.free_symbols & seen for a in arguments)
 
     def value(self, node: Node, token: int, env: dict[Node, _Array]) -> _Array:
-        """The value of an expression at a token; `env` holds what is known of it."""
+        """The value of an expression at a token; `env` holds known values and receives new ones."""
         for n in topological(node):
             if n not in env:
                 env[n] = self._compute(n, token, [env[a] for a in n.args])
@@ -343,7 +343,7 @@ class _Chunk:
         return _read(tuple(k * d for k, d in zip(key, decay, strict=True)), self._start)
 
     def _solve(self) -> list[tuple[int, _Array, _Array]]:
-        """U = (I + L)^-1 X: for every write its time, its key and what it writes."""
+        """U = (I + L)^-1 X: for every write its time, its key and its written value."""
         writes = [(time, w) for time in self._times for w in self._update(time).writes]
         keys = [self._at(w.key, time) for time, w in writes]
         lower = sympy.zeros(len(writes), len(writes))
@@ -370,7 +370,7 @@ class _Chunk:
         ]
 
     def read(self, read: Read, token: int) -> _Array:
-        """(5): the chunk's start, read with the prefix, plus the scores with what was written."""
+        """(5): the chunk's start, read with the prefix, plus scores times the written values."""
         time = token * self._n + read.micro_step
         until = time - 1 if read.phase is Phase.BEFORE else time
         last = time if read.phase is Phase.AFTER else time - 1

@@ -19,7 +19,7 @@ from .traced import KIND_NAMES, Traced
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a step's parameters declare. `statics`: int and bool keywords with their defaults."""
+    """The parameters of a step, by kind. `statics`: int and bool keywords with their defaults."""
 
     operands: tuple[Operand, ...]
     params: tuple[Param, ...]

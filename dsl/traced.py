@@ -23,7 +23,7 @@ class Traced:
     """A value of the step while it is traced: a node of StepIR, and nothing else.
 
     Scalars go with anything; a Key scales the rows of a state, a Value its columns; `k @ S` is a
-    Value, `S @ v` a Key. Anything that needs a number raises an error that says what to write.
+    Value, `S @ v` a Key. Code that needs a number raises an error that names the right expression.
     """
 
     __slots__ = ("node",)
@@ -167,7 +167,7 @@ def name_of(x: Traced) -> str:
 
 
 def build(op: Op, *args: Traced, attrs: tuple[Attr, ...] = (), kind: Kind | None = None) -> Traced:
-    """A node whose kind is that of its only non-Scalar argument, unless given."""
+    """A node; unless given, it has the kind of its only non-Scalar argument."""
     if kind is None:
         kind = next((a.kind for a in args if a.kind is not Kind.SCALAR), Kind.SCALAR)
     return Traced(Node(op, tuple(a.node for a in args), attrs, kind, here()))

@@ -27,7 +27,7 @@ def verify_step(step: Step) -> None:
 
 
 def verify_form(form: NormalForm) -> None:
-    """Raises InvalidIR unless the form obeys what `normal_form` says of it."""
+    """Raises InvalidIR unless the form obeys the rules in `normal_form`."""
     names = [s.name for s in form.states]
     kinds = {s.name: s.kind for s in form.states}
     if not form.micro_steps:

@@ -19,7 +19,7 @@ from ..tile import Axes, Axis, Tile, TileOp, Which
 
 # with a number, which torch's functions of two tensors do not take
 _BOUNDS = {Op.MAXIMUM: "min", Op.AT_LEAST: "min", Op.MINIMUM: "max", Op.AT_MOST: "max"}
-# what every kernel is given after its tiles: which rows exist, their numbers, sizes and dtype
+# arguments of every kernel after its tiles: which rows exist, their numbers, sizes and dtype
 CONTEXT = ("rows", "at", "extent_k", "extent_v", "dtype")
 LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM, TileOp.CARRY)
 _INDEX = {Axis.I: "at[..., :, None]", Axis.J: "at[..., None, :]"}
@@ -27,7 +27,7 @@ _INDEX = {Axis.I: "at[..., :, None]", Axis.J: "at[..., None, :]"}
 
 @dataclass(frozen=True, slots=True)
 class EagerKernel:
-    """Source of `def <name>(<arguments>, *CONTEXT)`, and what its arguments and results are.
+    """Source of `def <name>(<arguments>, *CONTEXT)`, and the tiles of its arguments and results.
 
     Parameters are tensors without axes. Results are what the kernel stores, then what it carries,
     by name. A result has every axis of its tile, of length 1 where it

@@ -1,10 +1,10 @@
 """The tile ops that torch has no single function for; printed eager kernels call these.
 
-Decays between two tokens are sums of what lies between them, never differences of prefix sums: one
-reset of -100 would leave its rounding in all differences after it (docs/decisions.md). Those under
+Decays between two tokens sum the log-decays between them, never differences of prefix sums: one
+reset of -100 would leave its rounding in all differences after it (docs/decisions.md). Ops under
 a vector gate halve blocks: at each level, rows in the later half of a block meet columns in its
-earlier half, both decayed to the last row of the earlier half. Every exponent is then <= 0 whatever
-the gate, and each level is one batched product.
+earlier half, both decayed to the last row of the earlier half. Every exponent is then <= 0 for any
+gate, and each level is one batched product.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def unit_lower_inverse(lower: Tensor) -> Tensor:
 
 
 def prefix_sum(x: Tensor, dim: int, *, exclusive: bool) -> Tensor:
-    """Sum over what comes before a token (and the token itself, unless exclusive)."""
+    """Sum over the tokens before each one (and the token itself, unless exclusive)."""
     if exclusive:  # shifted, not `cumsum - x`, which cancels
         x = torch.cat(
             [torch.zeros_like(x.narrow(dim, 0, 1)), x.narrow(dim, 0, x.shape[dim] - 1)], dim
@@ -34,7 +34,7 @@ def prefix_sum(x: Tensor, dim: int, *, exclusive: bool) -> Tensor:
 
 
 def suffix_sum(x: Tensor, dim: int, *, exclusive: bool) -> Tensor:
-    """Sum over what comes after a token (and the token itself, unless exclusive)."""
+    """Sum over the tokens after each one (and the token itself, unless exclusive)."""
     return prefix_sum(x.flip(dim), dim, exclusive=exclusive).flip(dim)
 
 
@@ -58,8 +58,8 @@ def flush(x: Tensor, least: float) -> Tensor:
 def _levels(g: Tensor, exclusive: bool, least: float = 0.0) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(half, decays to late rows, decays from early ones), both [..., blocks, half, K].
 
-    Both are of the last row of the earlier half, a: of what lies from it to a late row (itself left
-    out if `exclusive`), and of what follows an early row up to it.
+    Both refer to the last row of the earlier half, a: the decay from it to a late row (itself left
+    out if `exclusive`), and the decay from an early row to it.
     """
     half = 1
     while half < g.shape[-2]:
@@ -135,10 +135,10 @@ def decayed_crossing(
 ) -> Tensor:
     """z_tk = sum of A_ij x_ik y_jk e^(P_ik - Q_jk) over i >= t > j (i > t, if exclusive).
 
-    Of a pair of halves, a late t is crossed by what later rows get from the earlier half, an early
-    one by what earlier rows give to the later half.
+    In a pair of halves, a late t is crossed by the entries of later rows with the earlier half, an
+    early t by the entries of earlier rows with the later half.
     """
-    del dx, dy, p, q  # what could be a difference of sums is always a sum
+    del dx, dy, p, q  # this engine always sums, where others may take a difference of sums
     z = torch.zeros_like(g * x * y)
     for half, e_late, e_early in _levels(g, exclusive):
         block = _below_diagonal(a, half).movedim(-1, -3)

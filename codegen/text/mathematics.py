@@ -1,9 +1,9 @@
 """TileIR as mathematics: one assignment a line, axes as indices, for `explain` and for debugging.
 
 `x[i,j] = Σ_k q[i,k]·k[j,k]` is a product; i and j run over the n tokens of a chunk, k and v over
-the channels; `[i > j]` is 1 where it holds and 0 elsewhere. Marks say what planning goes by:
-[s] depends on what the scan carries, [n] is needed by what it carries next. Floors of log-decays
-and what is flushed to 0 are not shown: they change no number that float32 can hold.
+the channels; `[i > j]` is 1 where it holds and 0 elsewhere. Marks show the facts that
+planning goes by: [s] depends on the scan's carry, [n] is needed by its next carry. Floors of
+log-decays and flushes to 0 are not shown: they change no number that float32 can hold.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Line:
 class _Printer:
     """Names the tiles below `roots`, inlines what is used once, and prints the rest as lines.
 
-    `named` are leaves besides the operands: what an earlier kernel stored, by its buffer's name.
+    `named` are leaves besides the operands: tiles that an earlier kernel stored, by buffer name.
     Outputs keep their names; the ends of carries are called like them, with `_next`.
     """
 
@@ -199,7 +199,7 @@ class _Printer:
         (fn,) = x.attrs
         assert isinstance(fn, Op)
         args = [self._text(a, letters) for a in x.args]
-        if fn is Op.ADD and args[1].text.startswith("−"):  # and what follows the sign, as it is
+        if fn is Op.ADD and args[1].text.startswith("−"):  # a + −b + c is a − b + c
             return Text(f"{args[0].text} − {args[1].text[1:]}", Level.SUM)
         if fn in _NOTATION.signs:
             return _NOTATION.binary(fn, *args)
@@ -222,7 +222,7 @@ class _Printer:
 
 
 def _shown(x: Tile, known: Container[Tile] = ()) -> Tile:
-    """The tile whose numbers are those of `x`, for a reader; what is `known` has a name."""
+    """The tile that a reader sees for `x`: aliases are left out, except for `known` ones."""
     while x.op in _ALIASES and x not in known:
         (x,) = x.args
     return x
@@ -280,7 +280,7 @@ def print_body(body: Body) -> str:
 
 
 def print_adjoint(adjoint: Adjoint) -> str:
-    """The chunk of the reversed scan: what is recomputed first, then what carries a gradient."""
+    """The chunk of the reversed scan: recomputed tiles first, then those that carry a gradient."""
     printer = _Printer(adjoint.outputs, adjoint.carried, {})
     lines = printer.lines()
     starts = frozenset(c.start for c in adjoint.carried)
@@ -303,12 +303,12 @@ def print_adjoint(adjoint: Adjoint) -> str:
 
 
 def print_program(program: Program) -> str:
-    """The kernels of a plan: what each reads, computes and stores."""
+    """The kernels of a plan, each with its inputs, assignments and results."""
     return "\n\n".join(print_kernel(k) for k in program.kernels)
 
 
 def print_kernel(kernel: Kernel) -> str:
-    """One kernel: what it reads, computes and stores."""
+    """One kernel: its inputs, assignments and results."""
     printer = _Printer(kernel.stores, kernel.carried, kernel.buffers)
     lines = printer.lines()
     starts = frozenset(c.start for c in kernel.carried)

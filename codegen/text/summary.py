@@ -1,4 +1,4 @@
-"""What was compiled of a recurrence, as text: its chunk form, its kernels, what they cost."""
+"""A compiled recurrence as text: its chunk form, its kernels and their costs."""
 
 from __future__ import annotations
 

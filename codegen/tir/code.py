@@ -1,7 +1,7 @@
 """Statements of TVM's TIR as they accumulate: loops, vectors, accumulators, typed loads and stores.
 
 Everything is addressed flat and every vector is explicit, so that no pass of TVM has to vectorise,
-flatten or unroll: what is left of its lowering takes milliseconds.
+flatten or unroll: the rest of its lowering takes milliseconds.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ class Code:
 
     @contextmanager
     def part(self, name: str) -> Iterator[list[str]]:
-        """Statements in a function of their own, which takes what they refer to.
+        """Statements in a function of their own, which takes the values that they refer to.
 
-        Gives a list for what they do, in words, which readers find in the function's attributes.
+        Yields a list for a description in words, which readers find in the function's attributes.
         """
         self._open.append([])
         does: list[str] = []
@@ -123,8 +123,8 @@ class Code:
     def bind(self, name: str, value: Expr) -> Expr:
         """A variable with that value: of an index; of numbers a register.
 
-        What TVM knows of a variable it puts into the expressions of later ones, to simplify them:
-        of a polynomial in a polynomial it would make exponentially many terms.
+        TVM substitutes values that it knows into later expressions, to simplify them: a polynomial
+        in a polynomial would become exponentially many terms.
         """
         if str(value.ty.dtype) not in ("int32", "int64"):
             return self.accumulator(value).get()
@@ -196,7 +196,7 @@ class Code:
         return flat
 
     def store(self, buffer: Buffer, at: Expr, value: Expr, lanes: int) -> None:
-        """Numbers of float32 into memory, rounded to what the buffer holds."""
+        """Numbers of float32 into memory, rounded to the buffer's dtype."""
         index = at if lanes == 1 else tirx.Ramp(at, tirx.const(1, at.ty.dtype), lanes)
         self.emit(tirx.BufferStore(buffer, _narrow(value, buffer.dtype, lanes), [index]))
 

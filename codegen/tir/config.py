@@ -1,4 +1,4 @@
-"""What is free on a CPU once recurrence, dimensions and dtypes are known, and its defaults."""
+"""The choices left on a CPU once recurrence, dimensions and dtypes are known, and defaults."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Products under a vector gate: exponents are sums of what lies between two rows, none above 0.
+"""Products under a vector gate: exponents are sums of log-decays between two rows, none above 0.
 
-Blocks on the diagonal are summed pair by pair. What lies below is halved: rows of a block's later
+Blocks on the diagonal are summed pair by pair. The part below is halved: rows of a block's later
 half meet columns of its earlier half, both decayed to the last row of the earlier half, and each
 such pair of halves is one matrix product.
 """
@@ -26,7 +26,7 @@ EARLY, LATE = tile.token("early half", (Axis.K,)), tile.token("late half", (Axis
 
 
 def rooms(schedule: Schedule, shapes: Shapes) -> dict[Region, int]:
-    """What such statements need in scratch, in numbers: halves, and the decays of each gate."""
+    """The scratch that such statements need, in numbers: halves, and the decays of each gate."""
     decayed = _computed(schedule)
     found: dict[Region, int] = {}
     if decayed:
@@ -43,7 +43,7 @@ def rooms(schedule: Schedule, shapes: Shapes) -> dict[Region, int]:
 
 
 def _computed(schedule: Schedule) -> list[Tile]:
-    """The statements here, in order; what another kernel stored is loaded like any tile."""
+    """The statements of this module, in order; tiles of other kernels are loaded like any tile."""
     computed = (s.tile for s in schedule.steps if s.action is Action.COMPUTE)
     return [t for t in computed if t.op in DECAYED]
 
@@ -71,7 +71,7 @@ class _Decayed:
         self._flush = t.op is not TileOp.DECAYED_CROSSING and t.attrs[-2]
         self.frame = frame
         self.least = _least(frame.shapes)
-        # of a block of a product: what divides every half
+        # of a block of a product: it divides every half
         self.height = min(self.least, 1 << frame.shapes.config.rows.bit_length() - 1)
         self._values = Values(frame, Axis.K)
         self._pairs, self._anchored = _tables(t)
@@ -94,7 +94,7 @@ class _Decayed:
         return self._flushed(self.frame.read(self._anchored, point, self._lanes))
 
     def _flushed(self, decay: Expr) -> Expr:
-        """Decays by factors that are as good as 0 are 0, but for what crosses a token."""
+        """Decays by factors become 0 below LEAST_DECAY, except in sums over crossing entries."""
         return self._values.flushed(decay, LEAST_DECAY) if self._flush else decay
 
     @property
@@ -290,7 +290,7 @@ def decayed_crossing(frame: Frame, t: Tile) -> None:
 
 
 def _difference(d: _Decayed, t: Tile) -> None:
-    """The sums from each row on of what x gets, less what y gets."""
+    """The sums, from each row on, of x times its gradient less y times its own."""
     _, x, y, dx, dy = t.args[:5]
     exclusive = bool(t.attrs[-1])
     frame, code, lanes = d.frame, d.frame.code, d.frame.lanes
@@ -329,7 +329,7 @@ def _crossing(d: _Decayed, t: Tile) -> None:
         code.loop(0, frame.shapes.vectors(Axis.K), "c") as c,
     ):
         frame.write(Region(t), {Axis.I: r, Axis.K: int32(c) * lanes}, zero, lanes)
-    for row, first, _ in d.diagonal():  # what comes from before a row crosses the rows after that
+    for row, first, _ in d.diagonal():  # a score with an earlier row crosses the rows after it
         with code.loop(0, frame.shapes.vectors(Axis.K), "c") as c:
             column = int32(c) * lanes
             crossing = code.accumulator(zero)

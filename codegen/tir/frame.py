@@ -27,7 +27,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """Sizes of axes; `V` of `dims` is what one work item has of the value axis."""
+    """Sizes of axes; `V` of `dims` is one work item's part of the value axis."""
 
     chunk: int
     dims: Dims
@@ -149,7 +149,7 @@ class Rows:
 class Ahead:
     """Rows that a statement asks for while it computes as many of its own.
 
-    They lie a page apart: what the CPU foresees by itself ends with each row.
+    They lie a page apart: the CPU's own prefetching ends with each row.
     """
 
     rows: Rows
@@ -158,7 +158,7 @@ class Ahead:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
-    """What the statements of one chunk refer to.
+    """The values that the statements of one chunk refer to.
 
     Attributes:
         valid: how many of the chunk's rows the sequence has (int32).

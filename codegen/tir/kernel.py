@@ -33,7 +33,7 @@ from .steps import compute
 from .transfer import STORAGE, Transfers, Work
 from .values import Values
 
-# what of a call the tables of work hold, a row per sequence and per chunk, in int64
+# columns of the tables of work, a row per sequence and per chunk, in int64
 SEQUENCE = ("batch", "first token in it", "tokens", "first token of all", "first chunk of all")
 CHUNK = ("sequence", "chunk within it")
 _PART = 300  # statements in a function: LLVM takes time that grows with the square of them
@@ -72,15 +72,15 @@ def print_tir(
 ) -> TirKernel:
     """`kernel` as TIR for `signature`.
 
-    `private`: buffers that hold one sequence and head at a time; whoever calls the kernel runs what
-    reads them before the next. `one_token`: of a scan over tokens, the kernel for a single one: its
-    tensors have no time axis, and it must be given first states.
+    `private`: buffers that hold one sequence and head at a time; the caller runs the kernels that
+    read them before the next sequence or head. `one_token`: of a scan over tokens, the kernel for a
+    single one: its tensors have no time axis, and it must be given first states.
     """
     return _Printer(kernel, signature, config, private, one_token).print()
 
 
 def print_number(name: str, value: int) -> PrimFunc:
-    """A function that returns a number: what callers of a library need to know."""
+    """A function that returns a number, through which a library tells callers its constants."""
     returns = tirx.Return(tirx.IntImm("int64", value))
     function = PrimFunc([], returns, ret_type=PrimType("int64"))
     return function.with_attr("global_symbol", name)
@@ -232,7 +232,7 @@ class _Printer:
         )  # fmt: skip
 
     def _ahead(self, work: Work) -> dict[Tile, list[Ahead]]:
-        """What products ask for: operands of the next chunk, results of this one before they are.
+        """Rows that products prefetch: operands of the next chunk, and this chunk's results early.
 
         Products of a row per token share them evenly; a result's own or one before it asks for it.
         """

@@ -135,7 +135,7 @@ class Math:
         return tirx.Select(tirx.EQ(x, self._c(0.0)), self._c(float("-inf")), result)
 
     def log1p(self, x: Expr) -> Expr:
-        """log(1 + x) without cancellation near 0: what rounding 1 + x lost is added back."""
+        """log(1 + x) without cancellation near 0: the rounding error of 1 + x is added back."""
         u = self._bind("u", self._c(1.0) + x)
         lost = self._bind("lost", (x - (u - self._c(1.0))) / u)
         whole = self._bind("whole", self.log(u))

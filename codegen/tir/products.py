@@ -1,8 +1,8 @@
 """Matrix products, triangular solves and transposes on tiles in scratch, a register tile at a time.
 
 A product is computed by blocks of rows times vectors of columns: factors with the rows are single
-numbers in all lanes, factors with the columns are vectors. What scales it or is added to it is
-computed on the block while that is in registers.
+numbers in all lanes, factors with the columns are vectors. Scales and summands of the product are
+applied to the block while that is in registers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def compute_matrix(frame: Frame, t: Tile) -> None:
 
 
 def _ask(frame: Frame, ahead: Ahead, rows: list[Index], columns: list[Index]) -> None:
-    """Prefetch what of `ahead` lies where the block lies: for a whole tile, all of it once."""
+    """Prefetch the block's share of `ahead`: for a whole tile, all of it once."""
     for row in rows:
         first = ahead.rows.first + int64(row) * ahead.rows.stride
         for column in range(0, len(columns) * frame.lanes, LINE):
@@ -49,8 +49,8 @@ def _ask(frame: Frame, ahead: Ahead, rows: list[Index], columns: list[Index]) ->
 def _blocks(frame: Frame, t: Tile, *, plain: bool) -> Iterator[tuple[list[Index], list[Index]]]:
     """Rows, and first columns of vectors, of each block, within the loops that run over blocks.
 
-    Of a tile that nobody looks at above the diagonal, the vectors that begin no further right than
-    the last row of their block of rows: so far products read what they need a part of.
+    Of a tile that is not read above the diagonal, only vectors that begin no further right than the
+    last row of their block of rows: products read no further.
     """
     code, shapes = frame.code, frame.shapes
     row_axis, column_axis = t.axes
@@ -186,7 +186,7 @@ def solve(frame: Frame, t: Tile) -> None:
 
 
 def invert(frame: Frame, t: Tile) -> None:
-    """(1 + L)^-1 itself: what solves for the unit matrix."""
+    """(1 + L)^-1 itself: the solution for the unit matrix."""
     (lower,) = t.args
     lanes = frame.lanes
 
@@ -211,7 +211,7 @@ def _substitute(
     singles, vectors = Values(frame, None), Values(frame, column_axis)
 
     def factor(row: Index, solved: Index) -> Expr:
-        """What of a solved row is taken from a row."""
+        """The multiple of a solved row that is subtracted from another."""
         i, j = (row, solved) if forward else (solved, row)
         return broadcast(singles.at(lower, {Axis.I: i, Axis.J: j}), lanes)
 

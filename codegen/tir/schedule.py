@@ -1,9 +1,9 @@
-"""What a kernel computes per chunk, in order: which tiles it keeps, inlines, fuses or halves.
+"""The steps of a kernel per chunk, in order: tiles are kept, inlined, fused or halved.
 
 A tile is kept (it has a statement and a region of scratch) or inlined in the statement of the one
-tile that uses it. Products run fused with the elementwise statement that uses them. What applies an
-inverse is solved row by row, and the inverse is not formed. Of C x C tiles that are zero above the
-diagonal, or used only there, no vector beyond the diagonal is computed.
+tile that uses it. Products run fused with the elementwise statement that uses them. A product with
+an inverse is solved row by row, and the inverse is not formed. Of C x C tiles that are zero above
+the diagonal, or read only below it, no vector beyond the diagonal is computed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SQUARE: Axes = (Axis.I, Axis.J)
 
 
 class Action(Enum):
-    """What a step does with its tile."""
+    """The action of a step on its tile."""
 
     LOAD = "bring a leaf into scratch"
     COMPUTE = "compute it into scratch"
@@ -70,12 +70,12 @@ class Schedule:
     """The steps of one chunk.
 
     Attributes:
-        regions: leaves and kept tiles: what has a place in scratch.
+        regions: leaves and kept tiles, which have a place in scratch.
         fused: products computed within the statement that uses them.
         solved: applied inverses, and the strictly lower tile and the right-hand side of each.
         half: C x C tiles computed up to the diagonal only.
         ends: the tiles that carries end as.
-        in_place: those of them that overwrite their start, and that start.
+        in_place: ends that overwrite their start, and that start.
     """
 
     steps: tuple[Step, ...]
@@ -164,7 +164,7 @@ class _Scheduler:
         for t in reversed(self._order):
             square = t.axes == _SQUARE and t.op is not TileOp.INVERSE
             if t.op is TileOp.CUMSUM and not (t.attrs[0] or zero_above(t.args[0])):
-                square = False  # what lies above the diagonal counts
+                square = False  # entries above the diagonal count
             if square and t not in self._results and self._only_below(t, half):
                 half.add(t)
         return Schedule(
@@ -186,7 +186,7 @@ class _Scheduler:
         if self._leaf(t):
             return ()
         args = self._solved.get(t, t.args)
-        if t.op in DECAYED:  # decays are sums of what lies between rows: prefix sums are not needed
+        if t.op in DECAYED:  # decays are sums between rows: prefix sums are not needed
             args = (*args[:-3], args[-1])
         return tuple(dict.fromkeys(unaliased(a) for a in args))
 
@@ -262,7 +262,7 @@ class _Scheduler:
     # ---- steps -----------------------------------------------------------------------------------
 
     def _factors(self, t: Tile) -> set[Region]:
-        """What the products within the statement of `t` read."""
+        """The regions that the products within the statement of `t` read."""
         found: set[Region] = set()
         for x in (t, *self._fusing(t)):
             if x.op is TileOp.DOT and x not in self._solved:

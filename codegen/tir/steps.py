@@ -61,7 +61,7 @@ def _cumsum(frame: Frame, t: Tile) -> None:
     turns = 1 if along is None else frame.shapes.vectors(along)
     with code.loop(0, turns, "c") as c:
         total = code.accumulator(number(0.0, lanes))
-        # of what is looked at below the diagonal only, the vectors from there on
+        # of a tile that is read below the diagonal only, the vectors from there on
         begin = int32(c) * lanes if t in frame.schedule.half else int32(0)
         with code.loop(begin, int32(chunk), "r") as turn:
             row = int32(chunk - 1) - (turn - begin) if reverse else turn

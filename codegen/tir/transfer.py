@@ -1,9 +1,9 @@
-"""What a TIR kernel loads and stores: tensors of the call as they lie, rows in and out of scratch.
+"""Loads and stores of a TIR kernel: tensors of the call as they lie, rows in and out of scratch.
 
-Parameters are tensors with their strides (that of channels is 1), and every call checks shapes and
+Parameters are tensors with their strides (1 along channels), and every call checks shapes and
 dtypes. A buffer of tokens is [tokens, HV, channels], one of chunks [chunks, HV, channels], states
-are [N, HV, K, V], all without gaps; one that is private has room for one sequence and head, and no
-axis HV. In scratch numbers are float32, whatever they are in memory.
+are [N, HV, K, V], all without gaps; a private buffer has room for one sequence and head, and no
+axis HV. Scratch holds float32, for every dtype of the tensors.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _PREFIX = {Role.INITIAL: "first_", Role.FINAL: "last_"}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """Which part of a call an iteration works on: numbers in int64.
+    """The part of a call that an iteration works on: numbers in int64.
 
     Attributes:
         heads, head: value heads, and the one at work.
         batch: of the operands; `row`: the chunk's first token in it.
-        flat: the same among the tokens of all batches; `start`: among those of the sequence.
-        index: the chunk's number among all chunks; `chunk`: among those of the sequence.
+        flat: the same among the tokens of all batches; `start`: among the sequence's tokens.
+        index: the chunk's number among all chunks; `chunk`: among the sequence's chunks.
         value: the first channel along the value axis; `split`: whether there are several.
     """
 

@@ -46,7 +46,7 @@ class Values:
         return self.computed(t, point)
 
     def computed(self, t: Tile, point: Point) -> Expr:
-        """`t` at `point` from what it is made of, though it may have a region."""
+        """`t` at `point` computed from its arguments, though it may have a region."""
         if t in self._known:
             return self._known[t]
         if t.op is TileOp.CONST:
@@ -64,7 +64,7 @@ class Values:
         return self._selected(t, point)
 
     def region(self, region: Region, point: Point) -> Expr:
-        """What lies in scratch at `point`: a vector, or one number in every lane."""
+        """The numbers in scratch at `point`: a vector, or one number in every lane."""
         axes = self._frame.places[region].axes
         if self._along in axes:
             assert axes[-1] is self._along, "vectors lie along the last axis of a region"
