@@ -29,6 +29,7 @@ from . import tile
 from .buffers import OUTPUT, BufferId
 from .lower import kind_axes, lower
 from .tile import Axis, Tile, TileOp, Which
+from .vector_gate import Gate, decayed_dot
 
 # e^-110 is 0 in float32. A log-decay below is as good as this one, and sums of it stay finite.
 LEAST_LOG_DECAY = -110.0
@@ -254,8 +255,8 @@ class _StateChunk:
                 return tile.mask(tile.mul(products, decay), which)
             decay = self._gate.decay(tile.decay(g, which, exclusive=True).named("D_before"))
             return tile.mul(products, decay)
-        gate = tile.Gate(g, to, inclusive, exclusive, self._gate.is_factor)
-        strict = tile.decayed_dot(x, key, gate)
+        gate = Gate(g, to, inclusive, exclusive, self._gate.is_factor)
+        strict = decayed_dot(x, key, gate)
         if which is Which.STRICT:
             return strict
         diagonal = tile.contract(x, key, Axis.K)  # e^0 for every gate: never formed (math.md)

@@ -15,6 +15,7 @@ from .buffers import gradient
 from .chunk import Body, Carried, Named
 from .elementwise import FUNCTIONS, Cotangents, Rule
 from .tile import Axis, Tile, TileOp, Which
+from .vector_gate import decayed_apply, decayed_crossing, gate_of
 
 GRADIENT = "d_"  # the gradient of x is called d_x; of an output, it is an operand of that name
 
@@ -160,12 +161,12 @@ def _decayed_dot(z: Tile, g: Tile) -> Cotangents:
     an expression (1/f, for a factor f) multiplies it.
     """
     x, y, p, q, log_decay = z.args
-    gate = tile.gate_of(z)
-    dx = tile.decayed_apply(g, y, gate, Axis.I)
-    dy = tile.decayed_apply(g, x, gate, Axis.J)
+    gate = gate_of(z)
+    dx = decayed_apply(g, y, gate, Axis.I)
+    dy = decayed_apply(g, x, gate, Axis.J)
     if _is_operand(log_decay):
         return [(x, dx), (y, dy), (p, tile.mul(x, dx)), (q, tile.neg(tile.mul(y, dy)))]
-    return [(x, dx), (y, dy), (log_decay, tile.decayed_crossing(g, x, y, dx, dy, gate))]
+    return [(x, dx), (y, dy), (log_decay, decayed_crossing(g, x, y, dx, dy, gate))]
 
 
 def _is_operand(log_decay: Tile) -> bool:

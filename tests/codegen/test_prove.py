@@ -9,6 +9,7 @@ from chunkwise import cli, dsl
 from chunkwise.codegen import chunk, differentiate, evaluate, factor, prove, tile
 from chunkwise.codegen.elementwise import FUNCTIONS, Cotangents, Function, Rule
 from chunkwise.codegen.tile import Axis, Tile, TileOp
+from chunkwise.codegen.vector_gate import Gate, decayed_dot
 from chunkwise.dsl import (
     Declaration,
     Key,
@@ -377,10 +378,10 @@ def test_a_value_without_its_axes_is_refused() -> None:
 
 def test_prefix_sums_of_another_gate_are_refused() -> None:
     g, x = tile.token("g", (Axis.K,)), tile.token("x", (Axis.K,))
-    before = tile.Gate(g, tile.cumsum(g), tile.cumsum(g), exclusive=True, factor=False)
+    before = Gate(g, tile.cumsum(g), tile.cumsum(g), exclusive=True, factor=False)
     with pytest.raises(errors.InvalidIR, match="prefix sums that are not"):
         evaluate.evaluate(
-            [tile.decayed_dot(x, x, before)],
+            [decayed_dot(x, x, before)],
             lambda t: evaluate.number(0.5).repeat(2, axis=0).repeat(2, axis=2),
             evaluate.Sizes(2, 2, 3),
         )

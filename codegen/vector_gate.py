@@ -1,0 +1,63 @@
+"""TileIR's ops under a vector gate: scores between tokens whose channels decay one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .tile import Axis, Tile, TileOp, axes_of, rename
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A vector gate [I, K] as reads see it: log-decays, and their prefix sums to i and to j.
+
+    `exclusive`: the decay of token i itself is left out. `factor`: it is the log of a factor that
+    may be 0, whose decays are flushed.
+    """
+
+    log_decay: Tile
+    to: Tile
+    since: Tile
+    exclusive: bool
+    factor: bool
+
+    @property
+    def args(self) -> tuple[Tile, Tile, Tile]:
+        """The arguments of the ops below that stand for it."""
+        return self.to, rename(self.since, Axis.J), self.log_decay
+
+
+def decayed_dot(x: Tile, y: Tile, gate: Gate) -> Tile:
+    """Scores under a vector gate, strictly lower; x and y are [I, K], y is renamed here."""
+    args = (x, rename(y, Axis.J), *gate.args)
+    attrs = (gate.factor, gate.exclusive)
+    return Tile(TileOp.DECAYED_DOT, args, attrs, (Axis.I, Axis.J))
+
+
+def decayed_apply(a: Tile, y: Tile, gate: Gate, side: Axis) -> Tile:
+    """The adjoint of `decayed_dot`: `a` applied to y (side I), or transposed to x (side J)."""
+    args = (a, y, *gate.args)
+    attrs = (side, gate.factor, gate.exclusive)
+    return Tile(TileOp.DECAYED_APPLY, args, attrs, axes_of(side, Axis.K))
+
+
+def decayed_crossing(a: Tile, x: Tile, y: Tile, dx: Tile, dy: Tile, gate: Gate) -> Tile:
+    """The adjoint of `decayed_dot` for the log-decay itself, [I, K].
+
+    It equals the sum of x dx from t on, less that of y dy from t on. The rounding of this
+    difference counts where it is multiplied: by 1/f if the gate is log f, by about |g| elsewhere.
+    So where a decay is stronger than e^(the attribute), the entries that cross t are summed.
+    """
+    limit = -2.0 if gate.factor else -30.0
+    args = (a, x, y, dx, dy, *gate.args)
+    attrs = (limit, gate.exclusive)
+    return Tile(TileOp.DECAYED_CROSSING, args, attrs, (Axis.I, Axis.K))
+
+
+def gate_of(t: Tile) -> Gate:
+    """The gate of a DECAYED_DOT or DECAYED_APPLY."""
+    to, since, log_decay = t.args[-3:]
+    factor, exclusive = t.attrs[-2:]
+    assert isinstance(factor, bool)
+    assert isinstance(exclusive, bool)
+    return Gate(log_decay, to, rename(since, Axis.I), exclusive, factor)
