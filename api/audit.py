@@ -22,7 +22,7 @@ import triton
 
 from .codegen.config import Config, Dims, KernelConfig
 from .codegen.interface import Dtype
-from .codegen.programs import Passing, chunk_body, passing
+from .codegen.programs import Transition, chunk_body, transition_of
 from .codegen.triton.defaults import default_config
 from .codegen.triton.emit import Emitted, emit
 from .codegen.triton.fit import fit
@@ -227,14 +227,14 @@ def quick_subjects() -> list[Subject]:
     form whose state fades and of one whose state a matrix multiplies.
     """
     subjects = []
-    in_segments: list[Passing] = []
+    in_segments: list[Transition] = []
     for form in one_per_class(lowered_forms()):
         dims = Dims(64, 64) if is_vector_gated(form) else Dims(128, 128)
         for target in Target:
             both = target in (Target.SM90, Target.GFX942)
             directions = ("forward", "backward") if both else ("forward",)
             subjects.append(Subject(form, dims, Dtype.BFLOAT16, target, False, directions))
-        how = passing(form, dims)
+        how = transition_of(form, dims)
         if how is not None and how not in in_segments:
             in_segments.append(how)
             subjects += [
@@ -260,7 +260,7 @@ def all_subjects(
         for target in targets
         for packed in (False, True)
         for segments in (False, True)
-        if not segments or passing(form, d)
+        if not segments or transition_of(form, d)
     ]
 
 

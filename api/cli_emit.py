@@ -14,7 +14,13 @@ from .codegen.config import Config, Dims, Precision
 from .codegen.eager.kernel import print_eager
 from .codegen.interface import Dtype, Signature
 from .codegen.plan import Plan, Program
-from .codegen.programs import backward_program, chunk_adjoint, chunk_body, forward_program, passing
+from .codegen.programs import (
+    backward_program,
+    chunk_adjoint,
+    chunk_body,
+    forward_program,
+    transition_of,
+)
 from .codegen.text.mathematics import print_adjoint, print_body, print_program
 from .codegen.token import token_body
 from .codegen.triton.defaults import default_config
@@ -161,7 +167,7 @@ def _emit(arguments: argparse.Namespace) -> int:
     if request.segments:
         if arguments.stage not in (None, "plan", "triton"):
             raise UsageError("--segments is of plan, triton and --resources")
-        if passing(request.form, request.dims) is None:
+        if transition_of(request.form, request.dims) is None:
             raise UsageError(
                 f"{request.form.name} is not scanned in segments at K={request.dims.K}: its states "
                 "must fade, or be multiplied by matrices of at most 128 keys"

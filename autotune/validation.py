@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..codegen.config import Dims
-from ..codegen.programs import passing
+from ..codegen.programs import transition_of
 from ..codegen.tir.config import TvmConfig, spread
 from ..dsl import oracle
 from ..dsl.declaration import Declaration
@@ -104,7 +104,8 @@ class Under:
             if cut == self.config:
                 return (self,)
             return self, replace(self, config=cut, how="in parts")
-        if self.engine is not EngineName.TRITON or not passing(call.form, Dims(call.K, call.V)):
+        dims = Dims(call.K, call.V)
+        if self.engine is not EngineName.TRITON or not transition_of(call.form, dims):
             return (self,)
         return self, replace(self, segment=_SEGMENT, how="in segments")
 

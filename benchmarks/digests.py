@@ -22,7 +22,7 @@ import chunkwise.runtime
 from chunkwise import library
 from chunkwise.codegen.config import Config, Dims, Precision
 from chunkwise.codegen.interface import Dtype, Signature
-from chunkwise.codegen.programs import backward_program, chunk_body, forward_program, passing
+from chunkwise.codegen.programs import backward_program, chunk_body, forward_program, transition_of
 from chunkwise.codegen.tir.config import TvmConfig
 from chunkwise.codegen.tir.config import default_config as tvm_default
 from chunkwise.codegen.tir.kernel import print_tir
@@ -42,7 +42,7 @@ def _digest(text: str) -> str:
 
 def _triton(form: NormalForm, signature: Signature, config: Config) -> Iterator[tuple[str, str]]:
     yield "whole", emit(form, signature, config).source
-    if passing(form, signature.dims) is not None:
+    if transition_of(form, signature.dims) is not None:
         yield "segments", emit(form, signature, config, segments=True).source
 
 

@@ -26,7 +26,7 @@ import torch
 import triton
 from chunkwise.autotune.inputs import Family, draw
 from chunkwise.codegen.config import Dims
-from chunkwise.codegen.programs import passing
+from chunkwise.codegen.programs import transition_of
 from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime.triton import engine as triton_engine
 
@@ -86,7 +86,7 @@ def ragged(names: Sequence[str], *, segments: bool) -> None:
         if segments:  # calls as short as these are not scanned so by themselves
             dims = Dims(call.K, call.V)
             config = triton_engine.configuration(call.form, dims, call.dtype)
-            segment = 64 if passing(call.form, dims) else 0
+            segment = 64 if transition_of(call.form, dims) else 0
         o, finals = triton_engine.forward(call, config, segment=segment)
         dfinals = tuple(map(torch.randn_like, finals))
         triton_engine.backward(call, torch.randn_like(o), dfinals, config, segment=segment)
@@ -127,7 +127,7 @@ def layouts(names: Sequence[str], *, segments: bool) -> int:
 
 
 def _one_chunk(form: NormalForm, dims: Dims, *sizes: object) -> int:
-    return 64 if passing(form, dims) else 0
+    return 64 if transition_of(form, dims) else 0
 
 
 def memcheck(options: argparse.Namespace) -> int:

@@ -148,8 +148,8 @@ def ends_before(kernel: Kernel) -> tuple[Buffer, ...]:
     """The ends of segments that a scan of segments starts from."""
     if kernel.segments is None or kernel.segments.ends:
         return ()
-    passages = dict.fromkeys(p for p in kernel.segments.passages if p is not None)
-    ends = [segment_end(p.carried, matrix=p.matrix) for p in passages]
+    transitions = dict.fromkeys(p for p in kernel.segments.transitions if p is not None)
+    ends = [segment_end(p.carried, matrix=p.matrix) for p in transitions]
     return (*map(segment_end, kernel.carried), *ends)
 
 

@@ -22,7 +22,7 @@ from . import tile
 from .buffers import BufferId, BufferKind
 from .chunk import Body, Carried, Named
 from .differentiate import Adjoint
-from .segments import Passage, Segments, Start, passages
+from .segments import Segments, Start, Transitions, segment_transitions
 from .tile import Axis, Tile, TileOp
 
 # suffixes of the names of scans that compute the ends of segments
@@ -163,8 +163,8 @@ def backward_plans(body: Body) -> tuple[Plan, ...]:
 
 
 def plan_forward(body: Body, plan: Plan, *, segments: bool = False) -> Program:
-    """`body` cut into kernels by `plan`; `segments`: its scan too, where it has `passages`."""
-    build = _Builder("forward", passages(body.carried) if segments else None)
+    """`body` cut into kernels by `plan`; `segments`: its scan too, if it can."""
+    build = _Builder("forward", segment_transitions(body.carried) if segments else None)
     carries = frozenset(c.start for c in body.carried)
     in_scan = body.outputs if plan.outputs_in_scan else ()
     roots = [c.end for c in body.carried] + [t for _, t in in_scan]
@@ -180,7 +180,7 @@ def plan_forward(body: Body, plan: Plan, *, segments: bool = False) -> Program:
 
 def plan_backward(body: Body, adjoint: Adjoint, plan: Plan, *, segments: bool = False) -> Program:
     """The adjoint cut into kernels: prep, the states again, the reversed scan, all gradients."""
-    build = _Builder("backward", passages(body.carried) if segments else None)
+    build = _Builder("backward", segment_transitions(body.carried) if segments else None)
     saved = frozenset(adjoint.saved)
     reverse = frozenset(c.start for c in adjoint.carried)
     ends = [c.end for c in (*body.carried, *adjoint.carried)]
@@ -214,9 +214,9 @@ def plan_backward(body: Body, adjoint: Adjoint, plan: Plan, *, segments: bool = 
 class _Builder:
     """Kernels as they accumulate, with everything stored so far."""
 
-    def __init__(self, direction: str, passages: tuple[Passage | None, ...] | None) -> None:
+    def __init__(self, direction: str, transitions: Transitions | None) -> None:
         self._direction = direction
-        self._passages = passages
+        self._transitions = transitions
         self.kernels: list[Kernel] = []
         self._stored: dict[Tile, BufferId] = {}
         self._names: set[BufferId] = set()
@@ -234,9 +234,9 @@ class _Builder:
             before = tuple((n, t) for n, t in before if t not in starts)
         name = f"{self._direction}_{name}"
         own = None
-        if self._passages is not None and loop is not Loop.PARALLEL:
-            self._ends(name, loop, carried, before, self._passages)
-            own = Segments(Start.ENDS, self._passages)
+        if self._transitions is not None and loop is not Loop.PARALLEL:
+            self._ends(name, loop, carried, before, self._transitions)
+            own = Segments(Start.ENDS, self._transitions)
         self.kernels.append(Kernel(name, loop, stores, carried, before, own))
         for n, t in stores:
             self._names.add(n)
@@ -251,11 +251,11 @@ class _Builder:
         loop: Loop,
         carried: tuple[Carried, ...],
         before: Named,
-        passages: tuple[Passage | None, ...],
+        transitions: Transitions,
     ) -> None:
-        """The scans for what segments end with; the first scan's passages serve those after it."""
+        """Scans for the ends of segments; the first scan's transitions serve the scans after it."""
         known = any(k.segments is not None for k in self.kernels)
-        new = () if known else tuple(dict.fromkeys(p for p in passages if p is not None))
+        new = () if known else tuple(dict.fromkeys(p for p in transitions if p is not None))
         fades = tuple(p.carried for p in new if not p.matrix)
         matrices = tuple(p.carried for p in new if p.matrix)
         zero, identity = Segments(Start.ZERO, ()), Segments(Start.IDENTITY, ())

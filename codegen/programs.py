@@ -11,7 +11,7 @@ from .config import Dims
 from .differentiate import Adjoint, differentiate
 from .factor import factor_adjoint, factor_body
 from .plan import Plan, Program, plan_backward, plan_forward
-from .segments import passages
+from .segments import segment_transitions
 
 _WIDEST = 128  # channels of keys: a K x K matrix in float32 has to fit shared memory
 
@@ -30,32 +30,32 @@ def chunk_adjoint(form: NormalForm, *, reassociate: bool = False) -> Adjoint:
 
 @lru_cache(maxsize=512)
 def forward_program(form: NormalForm, plan: Plan, *, segments: bool = False) -> Program:
-    """The kernels of the forward under `plan`; `segments`: of scans where `passing` allows it."""
+    """The kernels of the forward under `plan`; `segments`: scans of segments (`transition_of`)."""
     body = factor_body(chunk_body(form, reassociate=plan.reassociate))
     return plan_forward(body, plan, segments=segments)
 
 
 @lru_cache(maxsize=512)
 def backward_program(form: NormalForm, plan: Plan, *, segments: bool = False) -> Program:
-    """The kernels of the backward under `plan`; `segments`: of scans where `passing` allows it."""
+    """The kernels of the backward under `plan`; `segments`: scans of segments (`transition_of`)."""
     body = factor_body(chunk_body(form, reassociate=plan.reassociate))
     adjoint = factor_adjoint(chunk_adjoint(form, reassociate=plan.reassociate))
     return plan_backward(body, adjoint, plan, segments=segments)
 
 
-class Passing(Enum):
-    """How states pass a segment of a sequence, where scans can run on segments."""
+class Transition(Enum):
+    """The A of `codegen.segments`, for all states of a recurrence."""
 
-    FADING = "scaled"
+    DIAGONAL = "scaled"
     MATRIX = "multiplied by a matrix"
 
 
 @lru_cache(maxsize=512)
-def passing(form: NormalForm, dims: Dims) -> Passing | None:
+def transition_of(form: NormalForm, dims: Dims) -> Transition | None:
     """The transition of states over a segment; None if scans cannot run on segments at once."""
-    found = passages(factor_body(chunk_body(form)).carried)
+    found = segment_transitions(factor_body(chunk_body(form)).carried)
     if found is None:
         return None
     if not any(p is not None and p.matrix for p in found):
-        return Passing.FADING
-    return Passing.MATRIX if dims.K <= _WIDEST else None
+        return Transition.DIAGONAL
+    return Transition.MATRIX if dims.K <= _WIDEST else None

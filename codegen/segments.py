@@ -1,10 +1,9 @@
-"""What becomes of a state that arrives at a segment of a sequence, apart from what is added to it.
+"""The transition of a state over a segment of a sequence, so that all segments are scanned at once.
 
-A scan's end is affine in its start: S' = A S + B, in a chunk and so in a segment of many. With A
-and B of every segment, all segments can be scanned at once, each from A S + B of those before it. B
-is the scan from zero. A of a state that only fades is e^(a sum of logarithms); else it is a K x K
-matrix, which the scan itself computes, without what is added: a state of K columns, at first the
-identity.
+A scan's end is affine in its start: S' = A S + B, in a chunk and so in a segment of many chunks. A
+is the transition, B the scan from zero; with both of every segment, each segment starts from the A
+and B of those before it. A of a state that only decays is diagonal, e^(a sum of log-decays). Else
+it is a K x K matrix: the scan itself computes it, from the identity, with all writes left out.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from . import tile
 from .chunk import Carried
 from .tile import Axis, Tile, TileOp
 
-FADE, MATRIX = ".fade", ".matrix"  # of the names of what carries A, behind its state's
+FADE, MATRIX = ".fade", ".matrix"  # suffixes of the carries of A, behind their state's name
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
-    """A of a state: what a scan of the segment carries for it.
+class SegmentTransition:
+    """A of a state, as a scan of the segment carries it.
 
     `matrix`: the matrix A itself, carried from the identity, its columns along the value axis;
     otherwise the logarithm of the factor (of each channel, or one of all), carried from zero.
@@ -30,6 +29,9 @@ class Passage:
 
     carried: Carried
     matrix: bool
+
+
+Transitions = tuple[SegmentTransition | None, ...]  # one per carry; None: A = 1
 
 
 class Start(Enum):
@@ -44,12 +46,11 @@ class Start(Enum):
 class Segments:
     """A scan of segments of sequences, all at once, not of whole sequences.
 
-    `passages`: by carry, of whatever is brought to a segment's start; None: it is only added to.
-    From zero or the identity it stores nothing but what it carries as the segment ends.
+    Scans from zero or the identity store nothing but their carries as the segment ends.
     """
 
     start: Start
-    passages: tuple[Passage | None, ...]
+    transitions: Transitions
 
     @property
     def ends(self) -> bool:
@@ -57,14 +58,14 @@ class Segments:
         return self.start is not Start.ENDS
 
 
-def passages(carried: tuple[Carried, ...]) -> tuple[Passage | None, ...] | None:
-    """The passage of each carry (None: A = 1); None if a carry has no A, or that of another.
+def segment_transitions(carried: tuple[Carried, ...]) -> Transitions | None:
+    """The transition of each carry; None if a carry has no A, or one that mixes carries.
 
-    Those of the reversed scan are their transposes: its body is the adjoint of this one.
+    The reversed scan has their transposes: its chunk is the adjoint of this one.
     """
     starts = frozenset(c.start for c in carried)
-    fades: dict[Tile, Passage] = {}  # one for all carries that fade alike
-    found: list[Passage | None] = []
+    fades: dict[Tile, SegmentTransition] = {}  # one for all carries that fade alike
+    found: list[SegmentTransition | None] = []
     for c in carried:
         linear = _linear(c.end, starts)
         if linear is None or _carries(linear, starts) != {c.start}:
@@ -74,7 +75,7 @@ def passages(carried: tuple[Carried, ...]) -> tuple[Passage | None, ...] | None:
             log = tile.total(logs)
             if log not in fades:
                 start = tile.carry(c.name + FADE, log.axes)
-                fades[log] = Passage(Carried(start, tile.add(start, log)), matrix=False)
+                fades[log] = SegmentTransition(Carried(start, tile.add(start, log)), matrix=False)
             found.append(fades[log])
         elif logs is not None:
             found.append(None)
@@ -82,14 +83,14 @@ def passages(carried: tuple[Carried, ...]) -> tuple[Passage | None, ...] | None:
             start = tile.carry(c.name + MATRIX, c.start.axes)
             end = _linear(c.end, starts, {c.start: start})
             assert end is not None
-            found.append(Passage(Carried(start, end), matrix=True))
+            found.append(SegmentTransition(Carried(start, end), matrix=True))
         else:
             return None
     return tuple(found)
 
 
 def _logarithms(linear: Tile, start: Tile) -> list[Tile] | None:
-    """Of the factors e^x that `linear` is the product of `start` with; None if it is another."""
+    """The x of all factors e^x if `linear` is their product with `start`, else None."""
     logs: list[Tile] = []
     while linear != start:
         if linear.op is not TileOp.MAP or linear.attrs != (Op.MUL,):
@@ -115,7 +116,7 @@ def _carries(x: Tile, starts: frozenset[Tile]) -> frozenset[Tile]:
 def _linear(
     root: Tile, starts: frozenset[Tile], instead: dict[Tile, Tile] | None = None
 ) -> Tile | None:
-    """`root` less what is added to the carries, these replaced; None if it is not affine."""
+    """The part of `root` linear in the carries, with carries replaced; None if it is not affine."""
     parts: dict[Tile, Tile | None] = {}  # None: it does not depend on a carry
     for t in tile.topological(root):
         if t in starts:
@@ -133,7 +134,7 @@ def _linear(
 
 
 def _kept(t: Tile, args: list[Tile | None]) -> Tile | None:
-    """What `t` makes of the linear parts of its arguments; None where that is not linear."""
+    """`t` of the linear parts of its arguments; None if it is not linear in them."""
     if t.op is TileOp.MAP:
         (fn,) = t.attrs
         assert isinstance(fn, Op)

@@ -125,7 +125,7 @@ class _Tiling:
 
     def _arrive(self, segments: Segments) -> Arrive:
         passed = []
-        for c, p in zip(self._kernel.carried, segments.passages, strict=True):
+        for c, p in zip(self._kernel.carried, segments.transitions, strict=True):
             by = Passed(c.start, segment_end(c).name, self._mask(c.start.axes))
             if p is not None:
                 factor, axes = segment_end(p.carried).name, p.carried.start.axes

@@ -38,7 +38,7 @@ def emit(
 ) -> Emitted:
     """The Triton module of `form`; byte-identical for identical arguments.
 
-    `segments`: its scans run on segments of a sequence at once, which `passing` must allow.
+    `segments`: its scans run on segments of a sequence at once, which `transition_of` must allow.
     """
     forward, backward = (
         tuple(print_triton(k, signature, config) for k in program.kernels)

@@ -57,7 +57,7 @@ def shared_bound(
                 outside += tile_bytes
             else:
                 inside += tile_bytes
-    if kernel.segments is not None and any(p and p.matrix for p in kernel.segments.passages):
+    if kernel.segments is not None and any(p and p.matrix for p in kernel.segments.transitions):
         outside = max(outside, 4 * size[Axis.K] * (size[Axis.K] + size[Axis.V]))
     # what is loaded outside the loop reuses the room that the loop's tiles leave
     return max(config.stages * inside, outside) + _BESIDE_LOADS

@@ -7,14 +7,14 @@ few heads that is a fraction of the multiprocessors, each of which could hold tw
 from __future__ import annotations
 
 from ...codegen.config import Dims, padded
-from ...codegen.programs import Passing, passing
+from ...codegen.programs import Transition, transition_of
 from ...dsl.normal_form import NormalForm
 from ..tuned.artifact import Bucket
 
 _V_TILE = 64  # channels of the value axis that a scan's program is taken to have
 _TOKENS = 1024  # of a segment, at least: its program has to bring its state from the others' ends
 # segments, at least: states that fade are scanned twice, others three times (docs/measured.md)
-_LEAST = {Passing.FADING: 2, Passing.MATRIX: 4}
+_LEAST = {Transition.DIAGONAL: 2, Transition.MATRIX: 4}
 
 
 def segment_of(form: NormalForm, dims: Dims, size: Bucket, multiprocessors: int) -> int:
@@ -28,7 +28,7 @@ def segment_of(form: NormalForm, dims: Dims, size: Bucket, multiprocessors: int)
     segments = min(multiprocessors // max(programs, 1), tokens // _TOKENS)
     if segments < min(_LEAST.values()):
         return 0
-    how = passing(form, dims)
+    how = transition_of(form, dims)
     if how is None or segments < _LEAST[how]:
         return 0
     return -(-tokens // segments)

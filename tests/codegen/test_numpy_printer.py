@@ -17,7 +17,7 @@ from chunkwise.codegen.config import Config, Dims, KernelConfig, Precision
 from chunkwise.codegen.differentiate import GRADIENT
 from chunkwise.codegen.interface import Dtype, Signature, Storage, stored
 from chunkwise.codegen.plan import Hoist, Kernel, Plan, backward_plans, forward_plans
-from chunkwise.codegen.programs import backward_program, chunk_body, forward_program, passing
+from chunkwise.codegen.programs import backward_program, chunk_body, forward_program, transition_of
 from chunkwise.codegen.tiling import tile
 from chunkwise.codegen.token import row_names, token_kernel
 from chunkwise.dsl.ir import Kind, Per
@@ -180,7 +180,7 @@ def test_dense(name: str) -> None:
 def test_scans_of_segments(name: str) -> None:
     declared = getattr(library, name).declaration
     form = declared.normal_form(2 if declared.has_micro else 1)
-    if passing(form, Dims(PACKED.K, PACKED.V)) is None:
+    if transition_of(form, Dims(PACKED.K, PACKED.V)) is None:
         pytest.skip("its scans run on whole sequences")
     _check(name, PACKED, 1, segments=True)
 

@@ -10,7 +10,7 @@ from chunkwise.autotune.validation import Under
 from chunkwise.codegen.config import Config, Dims, EagerConfig, KernelConfig, Precision
 from chunkwise.codegen.interface import Dtype, Signature, ends_before, ends_stored
 from chunkwise.codegen.plan import Hoist, Loop, Plan, Program
-from chunkwise.codegen.programs import Passing, backward_program, forward_program, passing
+from chunkwise.codegen.programs import Transition, backward_program, forward_program, transition_of
 from chunkwise.codegen.segments import Start
 from chunkwise.codegen.tile import TileOp
 from chunkwise.codegen.triton.emit import emit
@@ -55,15 +55,15 @@ def _forms() -> list[NormalForm]:
 def test_states_fade_unless_something_is_corrected() -> None:
     for form in _forms():
         plain = all(s.low_rank is LowRank.NONE for s in classify(form).states)
-        want = Passing.FADING if plain else Passing.MATRIX
-        assert passing(form, DIMS) is want, form.name
+        want = Transition.DIAGONAL if plain else Transition.MATRIX
+        assert transition_of(form, DIMS) is want, form.name
         # the matrix of 256 keys is too large for a program
-        assert passing(form, Dims(256, 64)) is (Passing.FADING if plain else None), form.name
+        assert transition_of(form, Dims(256, 64)) is (want if plain else None), form.name
 
 
-def test_a_corrected_vector_has_no_passage() -> None:
+def test_a_corrected_vector_has_no_transition() -> None:
     form = corrected_normaliser.declaration.normal_form()
-    assert passing(form, DIMS) is None
+    assert transition_of(form, DIMS) is None
     assert segment_of(form, DIMS, Bucket(1, 1 << 20), H100) == 0
 
 

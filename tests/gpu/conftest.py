@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from chunkwise.codegen.config import Dims
-from chunkwise.codegen.programs import passing
+from chunkwise.codegen.programs import transition_of
 from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime.triton import engine as triton_engine
 
@@ -17,7 +17,7 @@ def in_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Has scans run on segments of 64 tokens where they can, however short the call."""
 
     def short(form: NormalForm, dims: Dims, *sizes: Any) -> int:
-        return 64 if passing(form, dims) else 0
+        return 64 if transition_of(form, dims) else 0
 
     monkeypatch.setattr(triton_engine, "segment_of", short)
     triton_engine._compile.cache_clear()

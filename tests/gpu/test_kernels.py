@@ -15,7 +15,7 @@ from chunkwise.autotune import inputs as certificate_inputs
 from chunkwise.autotune.inputs import Family
 from chunkwise.codegen.config import Config, Dims
 from chunkwise.codegen.plan import Plan
-from chunkwise.codegen.programs import passing
+from chunkwise.codegen.programs import transition_of
 from chunkwise.dsl import oracle
 from chunkwise.dsl.library import all_declarations, by_name
 from chunkwise.dsl.normal_form import NormalForm
@@ -133,7 +133,7 @@ def test_every_plan(name: str, plans: tuple[Plan, Plan], monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("case", CASES_BY_NAME)
-@pytest.mark.parametrize("name", [name for name in NAMES if passing(_form(name), Dims(128, 128))])
+@pytest.mark.parametrize("name", [n for n in NAMES if transition_of(_form(n), Dims(128, 128))])
 @pytest.mark.usefixtures("in_segments")
 def test_segments(name: str, case: str) -> None:
     """Scans of segments of one chunk (two, of short chunks), where a sequence has four."""
