@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from ..dsl.decay import SMALLEST
 from ..dsl.errors import NotLowered
 from ..dsl.ir import Kind, Node, Op, topological
-from ..dsl.normal_form import Feedback, NormalForm, Phase, Read, Update, Write
+from ..dsl.normal_form import Correction, NormalForm, Phase, Read, Update, Write
 from . import tile
 from .buffers import OUTPUT, BufferId
 from .lower import kind_axes, lower
@@ -132,20 +132,20 @@ def _check(form: NormalForm) -> None:
     for updates in _by_state(form).values():
         if any(u.mixes for u in updates):
             refuse("coupled states", "the chunk form of coupled states is not derived yet")
-        shapes = {tuple(w.feedback and w.feedback.decayed for w in u.writes) for u in updates}
+        shapes = {tuple(w.correction and w.correction.decayed for w in u.writes) for u in updates}
         if len(shapes) > 1:
             refuse(
                 "micro-steps that write differently",
                 "micro-steps become rows of one form, so each must write as the others do",
             )
         for update in updates:
-            feedbacks = [w.feedback for w in update.writes if w.feedback]
-            if len(feedbacks) > 1:
+            corrections = [w.correction for w in update.writes if w.correction]
+            if len(corrections) > 1:
                 refuse(
-                    f"{len(feedbacks)} low-rank terms in one step",
+                    f"{len(corrections)} low-rank terms in one step",
                     "the chunk form solves for one low-rank term per token so far",
                 )
-            if any(f.state != update.state for f in feedbacks):
+            if any(f.state != update.state for f in corrections):
                 refuse("a write that recalls another state", "coupled states are not derived yet")
     if not _indices_are_rows(form):
         refuse(
@@ -174,8 +174,8 @@ def _indices_are_rows(form: NormalForm) -> bool:
             pairs.append((m, u.log_decay))
             for w in u.writes:
                 pairs += [(m, w.key), (m, w.value)]
-                if w.feedback is not None:
-                    pairs += [(m, w.feedback.key), (m, w.feedback.scale)]
+                if w.correction is not None:
+                    pairs += [(m, w.correction.key), (m, w.correction.scale)]
     return all(
         leaf.attrs[1] in (None, m)
         for m, node in pairs
@@ -274,20 +274,20 @@ class _StateChunk:
         """The written values, [I, V]: each write's value and correction, solved for the chunk."""
         values = [self._values([w.value for w in ws]) for ws in writes]
         for n, ws in enumerate(writes):
-            feedbacks = [w.feedback for w in ws if w.feedback]
-            if feedbacks:
-                values[n] = self._solved(feedbacks, values, n)
+            corrections = [w.correction for w in ws if w.correction]
+            if corrections:
+                values[n] = self._solved(corrections, values, n)
         written = []
         for value in values:
-            assert value is not None, "a write has a value or a feedback"
+            assert value is not None, "a write has a value or a correction"
             written.append(value)
         return written
 
-    def _solved(self, feedbacks: list[Feedback], values: list[Tile | None], at: int) -> Tile:
-        b = tile.rows(self._refined([f.key for f in feedbacks])).named("b")
+    def _solved(self, corrections: list[Correction], values: list[Tile | None], at: int) -> Tile:
+        b = tile.rows(self._refined([f.key for f in corrections])).named("b")
         # a scale that divides by a norm is NaN beyond the end of a sequence
-        scale = tile.rows(self._refined([f.scale for f in feedbacks]))
-        exclusive = not feedbacks[0].decayed
+        scale = tile.rows(self._refined([f.scale for f in corrections]))
+        exclusive = not corrections[0].decayed
         free = [] if values[at] is None else [values[at]]
         for n, (key, value) in enumerate(zip(self._keys, values, strict=True)):
             if n != at and value is not None:

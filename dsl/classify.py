@@ -86,7 +86,7 @@ def classify(form: NormalForm) -> Classes:
 def is_coupled(form: NormalForm) -> bool:
     """Whether a state's update sees another state."""
     return any(
-        u.mixes or any(w.feedback is not None and w.feedback.state != u.state for w in u.writes)
+        u.mixes or any(w.correction is not None and w.correction.state != u.state for w in u.writes)
         for m in form.micro_steps
         for u in m.updates
     )
@@ -109,13 +109,13 @@ def decay_class(form: NormalForm, log_decay: Node | None) -> DecayClass:
 def _low_rank(state: str, updates: Sequence[Update]) -> LowRank:
     found = LowRank.NONE
     for u in updates:
-        recalling = [w for w in u.writes if w.feedback is not None]
+        recalling = [w for w in u.writes if w.correction is not None]
         if not recalling:
             continue
-        feedback = recalling[0].feedback
-        if len(u.writes) > 1 or feedback is None or feedback.state != state:
+        correction = recalling[0].correction
+        if len(u.writes) > 1 or correction is None or correction.state != state:
             return LowRank.GENERAL
-        symmetric = feedback.key == recalling[0].key and feedback.decayed
+        symmetric = correction.key == recalling[0].key and correction.decayed
         if not symmetric:
             found = LowRank.ONE_WRITE
         elif found is LowRank.NONE:

@@ -9,7 +9,7 @@ from . import algebra
 from .classify import DecayClass, classify, decay_class
 from .decay import SMALLEST
 from .ir import Kind, Node, Op, Per, topological
-from .normal_form import Feedback, NormalForm, Operand, Phase, Update, Write, expressions
+from .normal_form import Correction, NormalForm, Operand, Phase, Update, Write, expressions
 from .notation import Level
 from .printing import infix, printed
 from .step import Step
@@ -118,10 +118,10 @@ def _write(update: Update, write: Write, transposed: bool) -> str:
 
 
 def _written(update: Update, write: Write) -> str:
-    if write.feedback is None:
+    if write.correction is None:
         return infix(write.value) if write.value is not None else "0"
-    recall = _recall(update, write.feedback, write.key.kind)
-    scale = write.feedback.scale
+    recall = _recall(update, write.correction, write.key.kind)
+    scale = write.correction.scale
     if write.value is None:
         factor = _factor(scale)
         return f"{factor}({recall})"
@@ -144,21 +144,21 @@ def _factor(scale: Node) -> str:
     return f"{printed(scale, {}).at(Level.QUOTIENT)}·"
 
 
-def _recall(update: Update, feedback: Feedback, kind: Kind) -> str:
-    decayed = feedback.decayed and update.log_decay is not None
-    state = feedback.state + ("'" if decayed else "")
-    key = infix(feedback.key)
-    key = f"({key})" if feedback.key.args else key
+def _recall(update: Update, correction: Correction, kind: Kind) -> str:
+    decayed = correction.decayed and update.log_decay is not None
+    state = correction.state + ("'" if decayed else "")
+    key = infix(correction.key)
+    key = f"({key})" if correction.key.args else key
     return f"{state}{key}" if kind is Kind.VALUE else f"{key}ᵀ{state}"
 
 
 def _write_note(update: Update, write: Write, many: bool) -> str:
     to = f"to {update.state}" if many else ""
-    feedback = write.feedback
-    if feedback is None:
+    correction = write.correction
+    if correction is None:
         return to
-    same = feedback.key == write.key and feedback.decayed and feedback.state == update.state
-    reads = "decayed" if feedback.decayed else "undecayed"
+    same = correction.key == write.key and correction.decayed and correction.state == update.state
+    reads = "decayed" if correction.decayed else "undecayed"
     parts = [to] if to else []
     parts += ["symmetric"] if same else []
     parts += [f"reads the {reads} state"] if update.log_decay is not None else []

@@ -5,10 +5,10 @@ Per head and token, a list of micro-steps; in each, for every state,
     S <- decay . S + sum_other mix * S_other + sum_w  key_w (value_w + scale_w * (b_w^T S_read))^T
 
 with reads of the state at stated moments and an output that is an elementwise function of them
-(math.md equations (1), (2); the low-rank term a (b^T S) is a write whose value is a feedback).
+(math.md equations (1), (2); the low-rank term a (b^T S) is a write whose value is a correction).
 All vectors, gates and the output are StepIR expressions over the operands: the preamble and the
 postamble. When `transposed`, the roles of the Key and Value axes are exchanged: `Write.key`,
-`Feedback.key` are Values and `Write.value` is a Key.
+`Correction.key` are Values and `Write.value` is a Key.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class StateDecl:
 
 
 @dataclass(frozen=True, slots=True)
-class Feedback:
-    """`scale * (key^T S)`: what a write recalls of `state` as it stands when the micro-step begins.
+class Correction:
+    """`scale * (key^T S)`, added to a write: it recalls `state` as the micro-step begins.
 
     `decayed`: the reading sees `decay . S` (this micro-step's decay), not `S`. The decay is then
     not multiplied into `key`: the chunk form reads with the inclusive prefix instead (math.md,
@@ -64,11 +64,11 @@ class Feedback:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """`key (value + feedback)^T`, added to the state; one of the two may be absent."""
+    """`key (value + correction)^T`, added to the state; one of the two may be absent."""
 
     key: Node
     value: Node | None
-    feedback: Feedback | None
+    correction: Correction | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +169,8 @@ def expressions(form: NormalForm) -> list[Node]:
             found += [u.log_decay, *(m.factor for m in u.mixes)]
             for w in u.writes:
                 found += [w.key, w.value]
-                if w.feedback is not None:
-                    found += [w.feedback.key, w.feedback.scale]
+                if w.correction is not None:
+                    found += [w.correction.key, w.correction.scale]
     found += [r.key for r in form.reads]
     return [n for n in found if n is not None]
 
@@ -185,5 +185,7 @@ def _text(x: object) -> str:
         return x.name
     slots = getattr(type(x), "__slots__", None)
     if slots:
-        return type(x).__name__ + "(" + ",".join(_text(getattr(x, s)) for s in slots) + ")"
+        # a class renamed since: digests name the artifacts that were shipped before
+        name = "Feedback" if isinstance(x, Correction) else type(x).__name__
+        return name + "(" + ",".join(_text(getattr(x, s)) for s in slots) + ")"
     return repr(x)

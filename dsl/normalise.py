@@ -17,7 +17,17 @@ from .decay import log_decay
 from .elementwise import ELEMENTWISE
 from .intervals import Interval
 from .ir import Kind, Loc, Node, Op
-from .normal_form import Feedback, MicroStep, Mix, NormalForm, Phase, Read, StateDecl, Update, Write
+from .normal_form import (
+    Correction,
+    MicroStep,
+    Mix,
+    NormalForm,
+    Phase,
+    Read,
+    StateDecl,
+    Update,
+    Write,
+)
 from .step import Step, state_leaf
 
 _READS = (Op.READ, Op.READ_VALUE)
@@ -222,27 +232,29 @@ def _micro_step(step: Step, index: int, forms: Sequence[StateForm], transposed: 
 def _writes(terms: Sequence[Term], own: Mapping[str, Node], transposed: bool) -> tuple[Write, ...]:
     """Terms gathered by write key, and the value and correction of each key."""
     values: dict[Node, list[Node]] = {}
-    feedbacks: dict[Node, list[Feedback]] = {}
+    corrections: dict[Node, list[Correction]] = {}
     for term in terms:
         key, value = (term.col, term.row) if transposed else (term.row, term.col)
         scalar, key = algebra.split_scalar(key)
         value = algebra.mul(scalar, value)
         values.setdefault(key, [])
-        feedbacks.setdefault(key, [])
+        corrections.setdefault(key, [])
         if term.read is None:
             values[key].append(value)
         else:
-            feedbacks[key].append(_feedback(term.read, value, own, term.loc))
+            corrections[key].append(_correction(term.read, value, own, term.loc))
     writes: list[Write] = []
     for key in values:
         value_sum = algebra.total(values[key])
-        merged = _merged(feedbacks[key], own)
+        merged = _merged(corrections[key], own)
         writes.append(Write(key, value_sum, merged[0] if merged else None))
         writes += [Write(key, None, f) for f in merged[1:]]
     return tuple(writes)
 
 
-def _feedback(read: MomentRead, scale: Node, own: Mapping[str, Node], loc: Loc | None) -> Feedback:
+def _correction(
+    read: MomentRead, scale: Node, own: Mapping[str, Node], loc: Loc | None
+) -> Correction:
     if scale.kind is not Kind.SCALAR:
         raise errors.NoChunkForm(
             "what is read from the state is scaled per channel before it is written back",
@@ -253,17 +265,17 @@ def _feedback(read: MomentRead, scale: Node, own: Mapping[str, Node], loc: Loc |
     factor, vector = algebra.split_scalar(read.key)
     scale = algebra.mul(scale, factor)
     if read.coef == own.get(read.moment.state):
-        return Feedback(read.moment.state, vector, scale, True)
+        return Correction(read.moment.state, vector, scale, True)
     factor, vector = algebra.split_scalar(algebra.mul(read.coef, vector))
-    return Feedback(read.moment.state, vector, algebra.mul(scale, factor), False)
+    return Correction(read.moment.state, vector, algebra.mul(scale, factor), False)
 
 
-def _merged(feedbacks: Sequence[Feedback], own: Mapping[str, Node]) -> list[Feedback]:
-    """At most one feedback per state read: scales add up on equal keys, else the keys do."""
-    by_state: dict[str, list[Feedback]] = {}
-    for f in feedbacks:
+def _merged(corrections: Sequence[Correction], own: Mapping[str, Node]) -> list[Correction]:
+    """At most one correction per state read: scales add up on equal keys, else the keys do."""
+    by_state: dict[str, list[Correction]] = {}
+    for f in corrections:
         by_state.setdefault(f.state, []).append(f)
-    result: list[Feedback] = []
+    result: list[Correction] = []
     for state, group in by_state.items():
         if len({f.decayed for f in group}) > 1:
             group = [_undecayed(f, own[state]) for f in group]
@@ -276,15 +288,15 @@ def _merged(feedbacks: Sequence[Feedback], own: Mapping[str, Node]) -> list[Feed
         else:
             summed = algebra.total(algebra.mul(s, k) for k, s in scales.items())
             key, scale = (group[0].key if summed is None else summed), algebra.ONE
-        result.append(Feedback(state, key, scale, decayed))
+        result.append(Correction(state, key, scale, decayed))
     return result
 
 
-def _undecayed(f: Feedback, decay: Node) -> Feedback:
+def _undecayed(f: Correction, decay: Node) -> Correction:
     if not f.decayed:
-        return Feedback(f.state, f.key, f.scale, False)
+        return Correction(f.state, f.key, f.scale, False)
     factor, key = algebra.split_scalar(algebra.mul(decay, f.key))
-    return Feedback(f.state, key, algebra.mul(f.scale, factor), False)
+    return Correction(f.state, key, algebra.mul(f.scale, factor), False)
 
 
 # ---------------------------------------------------------------- the output

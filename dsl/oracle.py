@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from . import errors
 from .elementwise import ELEMENTWISE
 from .ir import Kind, Node, Op, Per, topological
-from .normal_form import Feedback, NormalForm, Operand, Phase, StateDecl, expressions, result_leaf
+from .normal_form import Correction, NormalForm, Operand, Phase, StateDecl, expressions, result_leaf
 from .step import Step, operand_leaf, param_leaf, state_leaf
 
 _Env = dict[Node, Tensor]
@@ -230,9 +230,9 @@ def _form_token(form: NormalForm) -> _Token:
                     s = s + scaled(current[mix.state], u.state, local[mix.factor], mix.factor.kind)
                 for w in u.writes:
                     value = None if w.value is None else local[w.value]
-                    if w.feedback is not None:
-                        seen = decayed if w.feedback.decayed else current
-                        back = _feedback(w.feedback, seen, local, read)
+                    if w.correction is not None:
+                        seen = decayed if w.correction.decayed else current
+                        back = _correction(w.correction, seen, local, read)
                         value = back if value is None else value + back
                     s = s + _written(w.key, local[w.key], value, kinds[u.state])
                 after[u.state] = s
@@ -247,8 +247,8 @@ def _form_token(form: NormalForm) -> _Token:
     return token
 
 
-def _feedback(
-    f: Feedback,
+def _correction(
+    f: Correction,
     states: Mapping[str, Tensor],
     env: _Env,
     read: Callable[[Tensor, Tensor, Kind, str], Tensor],
@@ -260,7 +260,7 @@ def _feedback(
 
 def _written(key_node: Node, key: Tensor, value: Tensor | None, kind: Kind) -> Tensor:
     if value is None:
-        raise errors.InvalidIR("a write without value or feedback")
+        raise errors.InvalidIR("a write without value or correction")
     if kind is Kind.KEY_STATE:
         return key * value.unsqueeze(-1)
     row, col = (key, value) if key_node.kind is Kind.KEY else (value, key)

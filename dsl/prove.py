@@ -350,10 +350,10 @@ class _Chunk:
         known: list[_Array] = []
         for i, (time, w) in enumerate(writes):
             own = (_ZERO,) * self._width if w.value is None else self._at(w.value, time)
-            if w.feedback is not None:
-                (scale,) = self._at(w.feedback.scale, time)
-                key = self._at(w.feedback.key, time)
-                until = time if w.feedback.decayed else time - 1
+            if w.correction is not None:
+                (scale,) = self._at(w.correction.scale, time)
+                key = self._at(w.correction.key, time)
+                until = time if w.correction.decayed else time - 1
                 seen = self._recalled(key, until)
                 own = tuple(v + scale * s for v, s in zip(own, seen, strict=True))
                 for j, (earlier, _) in enumerate(writes):

@@ -69,15 +69,15 @@ def _verify_update(update: Update, kinds: dict[str, Kind], transposed: bool) -> 
         expect("a write key", write.key, row)
         if write.value is not None:
             expect("a written value", write.value, col)
-        feedback = write.feedback
-        if feedback is None:
+        correction = write.correction
+        if correction is None:
             if write.value is None:
-                raise InvalidIR(f"a write to {update.state} has neither value nor feedback")
+                raise InvalidIR(f"a write to {update.state} has neither value nor correction")
             continue
-        if kinds.get(feedback.state) is not kinds[update.state]:
-            raise InvalidIR(f"a write to {update.state} recalls {feedback.state}")
-        expect("a feedback key", feedback.key, row)
-        expect("a feedback scale", feedback.scale, Kind.SCALAR)
+        if kinds.get(correction.state) is not kinds[update.state]:
+            raise InvalidIR(f"a write to {update.state} recalls {correction.state}")
+        expect("a correction key", correction.key, row)
+        expect("a correction scale", correction.scale, Kind.SCALAR)
     return found
 
 

@@ -254,11 +254,11 @@ def settled(
         NotLowered: states grow whatever is drawn.
     """
     corrections = [
-        w.feedback
+        w.correction
         for m in form.micro_steps
         for u in m.updates
         for w in u.writes
-        if w.feedback is not None
+        if w.correction is not None
     ]
     read = _operands(*(n for f in corrections for n in (f.key, f.scale)))
     halved = read - {name for name, _ in found.gates}

@@ -81,18 +81,18 @@ def form_of(step: Callable[..., object]) -> NormalForm:
 
 def test_one_write_keeps_beta_off_the_key() -> None:
     (write,) = only_update(library.gated_delta_rule.normal_form()).writes
-    assert write.feedback is not None
+    assert write.correction is not None
     assert write.value is not None
-    texts = [write.key, write.value, write.feedback.key, write.feedback.scale]
+    texts = [write.key, write.value, write.correction.key, write.correction.scale]
     assert [infix(n) for n in texts] == ["k", "beta*v", "k", "-beta"]
-    assert write.feedback.decayed
+    assert write.correction.decayed
 
 
 def test_comba_reads_the_undecayed_state() -> None:
     (write,) = only_update(library.comba.normal_form()).writes
-    assert write.feedback is not None
-    assert infix(write.feedback.key) == "p"
-    assert not write.feedback.decayed
+    assert write.correction is not None
+    assert infix(write.correction.key) == "p"
+    assert not write.correction.decayed
 
 
 def test_a_partial_decay_is_folded_into_the_key() -> None:
@@ -106,10 +106,10 @@ def test_a_partial_decay_is_folded_into_the_key() -> None:
     assert update.log_decay is not None
     assert infix(update.log_decay) == "h + g"
     (write,) = update.writes
-    assert write.feedback is not None
+    assert write.correction is not None
     assert infix(write.key) == "exp(h)*k"
-    assert infix(write.feedback.key) == "exp(g)*k"
-    assert not write.feedback.decayed
+    assert infix(write.correction.key) == "exp(g)*k"
+    assert not write.correction.decayed
 
 
 def test_several_recalls_of_one_write_become_one() -> None:
@@ -118,9 +118,9 @@ def test_several_recalls_of_one_write_become_one() -> None:
         return S, q @ S
 
     (write,) = only_update(form_of(rule)).writes
-    assert write.feedback is not None
-    assert infix(write.feedback.key) == "0.5*p - b*k"
-    assert infix(write.feedback.scale) == "1"
+    assert write.correction is not None
+    assert infix(write.correction.key) == "0.5*p - b*k"
+    assert infix(write.correction.scale) == "1"
 
 
 def test_a_normalised_key_stays_whole_but_a_gain_leaves_it() -> None:
@@ -246,8 +246,8 @@ def test_momentum_mixes() -> None:
     assert (mix.state, infix(mix.factor)) == ("M", "beta*exp(log_mu)")
     assert no_mix == ()
     (write,) = M.writes
-    assert write.feedback is not None
-    assert (write.feedback.state, write.feedback.decayed) == ("S", False)
+    assert write.correction is not None
+    assert (write.correction.state, write.correction.decayed) == ("S", False)
 
 
 def test_equal_rules_have_one_digest() -> None:

@@ -78,9 +78,9 @@ def with_form(d: Declaration, form: NormalForm) -> Declaration:
 
 def undecayed(update: Update) -> Update:
     (write,) = update.writes
-    assert write.feedback is not None
+    assert write.correction is not None
     return replace(
-        update, writes=(replace(write, feedback=replace(write.feedback, decayed=False)),)
+        update, writes=(replace(write, correction=replace(write.correction, decayed=False)),)
     )
 
 
