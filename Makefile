@@ -84,7 +84,7 @@ docs: $(READY)
 
 # Compiles every emitted kernel for every target, without a GPU.
 audit: $(READY)
-	$(BIN)/python -m chunkwise.audit
+	$(BIN)/chunkwise audit
 
 clean:
 	rm -rf $(VENV) .links out build dist *.egg-info

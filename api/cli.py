@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .cli_audit import AUDIT
 from .cli_command import Command, UsageError
 from .cli_crossover import CROSSOVER
 from .cli_doctor import DOCTOR
@@ -27,6 +28,7 @@ COMMANDS: tuple[Command, ...] = (
     TUNE,
     VERIFY,
     CROSSOVER,
+    AUDIT,
     DOCTOR,
 )
 

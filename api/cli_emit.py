@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .cli_command import Command, UsageError, add_target, find
 from .codegen.config import Config, Dims, Precision
@@ -17,13 +19,15 @@ from .codegen.plan import Plan, Program
 from .codegen.programs import backward_program, chunk_adjoint, chunk_body, forward_program, passing
 from .codegen.text.mathematics import print_adjoint, print_body, print_program
 from .codegen.token import token_body
-from .codegen.triton.defaults import default_config
 from .codegen.triton.emit import emit, emit_token
-from .codegen.triton.fit import H100_SHARED, fit
+from .codegen.triton.fit import H100_SHARED, untuned_config
 from .codegen.triton.kernel import print_triton
 from .dsl.explain import print_form, print_step
 from .dsl.normal_form import NormalForm
 from .dsl.step import Step
+
+if TYPE_CHECKING:
+    from .codegen.triton.resources import Target
 
 _EAGER_HEAD = """\
 import torch
@@ -45,10 +49,8 @@ class _Request:
 
     @property
     def config(self) -> Config:
-        """What the runtime chooses on an H100 where nothing was tuned."""
-        wide = self.dtype is Dtype.FLOAT32
-        config = default_config(chunk_body(self.form), self.dims, wide_dtype=wide)
-        return fit(self.form, config, self.dims, 4 if wide else 2, H100_SHARED)
+        """The configuration that the runtime chooses on an H100 if nothing was tuned."""
+        return untuned_config(self.form, self.dims, self.dtype, H100_SHARED)
 
     @property
     def programs(self) -> dict[str, Program]:
@@ -175,29 +177,49 @@ def _emit(arguments: argparse.Namespace) -> int:
     return _resources(request, arguments) if arguments.resources else 0
 
 
-def _resources(request: _Request, arguments: argparse.Namespace) -> int:
-    """Compile what the runtime would choose on each target, and print what it takes."""
+@contextmanager
+def triton_compiler() -> Iterator[None]:
+    """Import modules that compile with Triton; a UsageError says why they cannot compile here."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise UsageError("TRITON_INTERPRET=1 replaces the compiler: unset it for --resources")
+        raise UsageError("TRITON_INTERPRET=1 replaces Triton's compiler: unset it to compile")
     try:
-        from .audit import Subject
-        from .codegen.triton import offline
-        from .codegen.triton.resources import Target
+        yield
     except ModuleNotFoundError as missing:
-        raise UsageError(f"--resources needs {missing.name}, which is not installed") from missing
+        raise UsageError(f"this needs {missing.name}, which is not installed") from missing
+
+
+def targets(text: str | None) -> dict[str, Target]:
+    """`sm90,gfx942` as targets by name; every target for None."""
+    from .codegen.triton.resources import Target
+
     known = {t.name.lower(): t for t in Target}
-    names = arguments.for_target.split(",") if arguments.for_target else list(known)
+    names = text.split(",") if text else list(known)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UsageError(f"no target {unknown[0]!r}; there are {', '.join(known)}")
-    base = Subject(
-        *(request.form, request.dims, request.dtype, Target.SM90),
-        packed=False,
-        segments=request.segments,
+    return {name: known[name] for name in names}
+
+
+def add_targets(parser: argparse.ArgumentParser) -> None:
+    """The --target and --jobs flags of commands that compile: `for_target` and `jobs`."""
+    parser.add_argument(
+        "--target", dest="for_target", metavar="T,T", help="sm80, sm90, sm100, sm120, gfx942"
     )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+
+
+def _resources(request: _Request, arguments: argparse.Namespace) -> int:
+    """Compile what the runtime would choose on each target, and print what it takes."""
+    with triton_compiler():
+        from .audit import Subject
+        from .codegen.triton import offline
     jobs = {}
-    for name in names:
-        subject = replace(base, target=known[name])
+    for name, target in targets(arguments.for_target).items():
+        subject = Subject(
+            *(request.form, request.dims, request.dtype, target),
+            packed=False,
+            segments=request.segments,
+        )
         config = subject.default
         for kernel in subject.kernels(config):
             jobs[name, kernel] = subject.job(kernel, config)
@@ -248,10 +270,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compile without a GPU: shared memory, registers and spills of each kernel",
     )
-    parser.add_argument(
-        "--target", dest="for_target", metavar="T,T", help="sm80, sm90, sm100, sm120, gfx942"
-    )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    add_targets(parser)
 
 
 EMIT = Command(

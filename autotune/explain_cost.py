@@ -9,15 +9,14 @@ from ..codegen.config import Config, Dims
 from ..codegen.interface import Dtype, Signature
 from ..codegen.plan import Plan, Program, backward_plans, forward_plans
 from ..codegen.programs import backward_program, chunk_body, forward_program
-from ..codegen.triton.defaults import default_config
-from ..codegen.triton.fit import fit
+from ..codegen.triton.fit import untuned_config
 from ..codegen.triton.offline import signature_for
 from ..codegen.triton.resources import Target
 from ..dsl.normal_form import NormalForm
 from ..runtime.triton.segments import in_parts
 from ..runtime.tuned.artifact import Bucket
 from .gpu import Gpu
-from .kernel_space import ITEMSIZE, RULES, Choice, traits
+from .kernel_space import RULES, Choice, traits
 from .predict import Prediction, predict
 from .report import table, tiles
 
@@ -42,9 +41,7 @@ def explain_cost(form: NormalForm, dims: Dims, dtype: Dtype, size: Bucket, gpu: 
     target = Target.GFX942 if gpu.warp == 64 else Target.SM90
     segment, parts = in_parts(form, dims, size, gpu.multiprocessors)
     subject = _Subject(form, signature_for(form, dims, dtype, target), gpu, parts, segment > 0)
-    wide = dtype is Dtype.FLOAT32
-    config = default_config(chunk_body(form), dims, wide_dtype=wide)
-    config = fit(form, config, dims, ITEMSIZE[dtype], gpu.shared_program)
+    config = untuned_config(form, dims, dtype, gpu.shared_program)
     title = (
         f"predicted on {gpu.name}, for {size.rows} sequences x heads of {size.tokens} tokens, "
         f"K={dims.K}, V={dims.V}, {dtype.value}, chunks of {config.chunk}"

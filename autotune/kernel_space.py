@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..codegen.config import Config, Dims, KernelConfig, dims_of, padded
-from ..codegen.interface import Dtype, Signature
+from ..codegen.interface import Signature
 from ..codegen.plan import Hoist, Kernel, Plan
 from ..codegen.tile import Axis as TileAxis
 from ..codegen.triton.fit import shared_bound
@@ -22,7 +22,6 @@ _WARPS = (2, 4, 8)
 _STAGES = (1, 2, 3, 4)
 SURELY_SHARED = 0.7  # of the bound, which is generous: what compiled kernels take at the least
 SOME_PLAN = Plan(Hoist.NOTHING)  # a kernel is printed whatever plan it came from
-ITEMSIZE = {Dtype.FLOAT32: 4, Dtype.BFLOAT16: 2, Dtype.FLOAT16: 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class Choice:
     @property
     def shared(self) -> int:
         """About how much shared memory a program takes, in bytes."""
-        itemsize = ITEMSIZE[self.signature.dtype]
+        itemsize = self.signature.dtype.itemsize
         return shared_bound(self.kernel, self.tiles, self.chunk, self.dims, itemsize)
 
     @property

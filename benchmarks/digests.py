@@ -22,13 +22,12 @@ import chunkwise.runtime
 from chunkwise import library
 from chunkwise.codegen.config import Config, Dims, Precision
 from chunkwise.codegen.interface import Dtype, Signature
-from chunkwise.codegen.programs import backward_program, chunk_body, forward_program, passing
+from chunkwise.codegen.programs import backward_program, forward_program, passing
 from chunkwise.codegen.tir.config import TvmConfig
 from chunkwise.codegen.tir.config import default_config as tvm_default
 from chunkwise.codegen.tir.kernel import print_tir
-from chunkwise.codegen.triton.defaults import default_config
 from chunkwise.codegen.triton.emit import emit, emit_token
-from chunkwise.codegen.triton.fit import H100_SHARED, fit
+from chunkwise.codegen.triton.fit import H100_SHARED, untuned_config
 from chunkwise.dsl import errors
 from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime.tuned import selection
@@ -65,15 +64,12 @@ def of(name: str) -> dict[str, str]:
             token = emit_token(declared.step(micro), signature).source
             found[f"{at} triton token"] = _digest(token)
             try:
-                body = chunk_body(form)
+                config = untuned_config(form, dims, dtype, H100_SHARED)
             except errors.NotLowered:
                 continue
-            wide = dtype is Dtype.FLOAT32
-            config = default_config(body, dims, wide_dtype=wide)
-            config = fit(form, config, dims, 4 if wide else 2, H100_SHARED)
             for what, source in _triton(form, signature, config):
                 found[f"{at} triton {what}"] = _digest(source)
-            if wide:
+            if dtype is Dtype.FLOAT32:
                 on_cpu = Signature(dims, dtype, (), Precision.IEEE)
                 found[f"{at} tvm"] = _digest(_tir(form, on_cpu, tvm_default(lanes=8)))
     folder = Path(chunkwise.runtime.__file__).parent / "artifacts"

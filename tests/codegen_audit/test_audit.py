@@ -131,7 +131,7 @@ def test_quick_audit(tmp_path: Path) -> None:
     """In a process of its own: Triton's cache in a folder of the test, no interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    command = [sys.executable, "-m", "chunkwise.audit", "--quick", "--jobs", "2"]
+    command = [sys.executable, "-m", "chunkwise", "audit", "--quick", "--jobs", "2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f" audited, 0 with findings (Triton {triton.__version__})\n" in done.stdout
