@@ -184,7 +184,7 @@ def lowered_forms() -> list[NormalForm]:
     """The library's normal forms that have a chunk form."""
     forms = []
     for declared in library.all_declarations():
-        form = declared.normal_form(2 if declared.has_micro else 1)
+        form = declared.normal_form(declared.default_micro)
         try:
             chunk_body(form)
         except NotLowered:

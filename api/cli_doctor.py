@@ -165,7 +165,7 @@ def _artifacts() -> list[tuple[Path, str]]:
 def _serves(arguments: argparse.Namespace) -> list[str]:
     """What serves calls of TARGET here, and what differs in the artifacts that do not."""
     declared = find(arguments.target).declaration
-    form = declared.normal_form(2 if declared.has_micro else 1)
+    form = declared.normal_form(declared.default_micro)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine, dtype = choose(device.type), getattr(torch, arguments.dtype)
     key = key_here(form, engine, dtype, arguments.dims, device)

@@ -151,7 +151,7 @@ def _emit(arguments: argparse.Namespace) -> int:
     if arguments.stage is None and not arguments.resources:
         arguments.stage = "triton"
     declared = find(arguments.target).declaration
-    micro = arguments.micro or (2 if declared.has_micro else 1)
+    micro = arguments.micro or declared.default_micro
     request = _Request(
         declared.step(micro),
         declared.normal_form(micro),

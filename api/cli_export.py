@@ -37,7 +37,7 @@ def _library(arguments: argparse.Namespace) -> int:
         raise UsageError('--target llvm needs TVM: pip install "chunkwise[tvm]"')
     from .runtime.tvm.export import export_library
 
-    micro = arguments.micro or (2 if declaration.has_micro else 1)
+    micro = arguments.micro or declaration.default_micro
     form = declaration.normal_form(micro)
     print(export_library(form, sizes[0], arguments.output, dtype=dtypes[0], cpu=arguments.cpu))
     return 0
@@ -54,7 +54,7 @@ def _export(arguments: argparse.Namespace) -> int:
         dims=tuple(dict.fromkeys(arguments.dims or [Dims(128, 128)])),
         dtypes=arguments.dtype or (Dtype.BFLOAT16,),
         name=arguments.name,
-        micro=arguments.micro or (2 if declaration.has_micro else 1),
+        micro=arguments.micro or declaration.default_micro,
         layout=Layout(arguments.layout),
     )
     try:

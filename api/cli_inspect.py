@@ -22,7 +22,7 @@ def _list(arguments: argparse.Namespace) -> int:
     rows = []
     for name in library.names():
         declared = getattr(library, name).declaration
-        form = declared.normal_form(2 if declared.has_micro else 1)
+        form = declared.normal_form(declared.default_micro)
         first_line = declared.doc.partition("\n")[0]
         rows.append({"name": name, "class": str(classify(form)), "about": first_line})
     if arguments.json:
@@ -61,7 +61,7 @@ def _cost(declared: Declaration, arguments: argparse.Namespace) -> str:
 
     if arguments.cost not in GPUS:
         raise UsageError(f"no GPU {arguments.cost!r}; there are {', '.join(GPUS)}")
-    form = declared.normal_form(2 if declared.has_micro else 1)
+    form = declared.normal_form(declared.default_micro)
     dtype, size = Dtype(arguments.dtype), Bucket(*arguments.size)
     return explain_cost(form, arguments.dims, dtype, size, GPUS[arguments.cost])
 

@@ -94,7 +94,7 @@ def _chosen(target: str | None) -> Iterator[tuple[Path, Artifact]]:
     form = None
     if target is not None:
         declared = find(target).declaration
-        form = declared.normal_form(2 if declared.has_micro else 1).digest
+        form = declared.normal_form(declared.default_micro).digest
     for path, found in scan(folders()):
         if isinstance(found, Artifact) and form in (None, found.key.form) and not _foreign(found):
             yield path, found
@@ -105,7 +105,7 @@ def _declared(artifact: Artifact, target: str | None) -> Declaration | None:
     named = [] if target is None or target.endswith(".json") else [find(target)]
     for op in [*named, *(getattr(library, name) for name in library.names())]:
         declared: Declaration = op.declaration
-        form = declared.normal_form(2 if declared.has_micro else 1)
+        form = declared.normal_form(declared.default_micro)
         if form.digest == artifact.key.form:
             return declared
     return None

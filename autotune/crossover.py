@@ -134,7 +134,7 @@ def contest(
     `rows`: heads of the one sequence.
     """
     by_token = cast(_Stepping, load(engine)).forward_by_token
-    micro = 2 if declaration.has_micro else 1
+    micro = declaration.default_micro
     inputs = partial(
         draw,
         declaration,

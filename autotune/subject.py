@@ -85,7 +85,7 @@ def example(
     declaration: Declaration, dims: Dims, dtype: torch.dtype, size: Size, device: torch.device
 ) -> Call:
     """A call of that size, its values drawn for a short one and repeated."""
-    micro = 2 if declaration.has_micro else 1
+    micro = declaration.default_micro
     form = declaration.normal_form(micro)
     tokens = min(size.T, _DRAWN)
     with one_thread():

@@ -150,7 +150,7 @@ def prepare(
     Raises:
         NotLowered: no inputs are known to be legal.
     """
-    micro = 2 if declaration.has_micro else 1
+    micro = declaration.default_micro
     form = declaration.normal_form(micro)
     small = ranges(form, usual_params(form)).small
     questions = []

@@ -54,7 +54,7 @@ def _tir(form: NormalForm, signature: Signature, config: TvmConfig) -> str:
 def of(name: str) -> dict[str, str]:
     """The digests of one recurrence."""
     declared = getattr(library, name).declaration
-    micro = 2 if declared.has_micro else 1
+    micro = declared.default_micro
     form = declared.normal_form(micro)
     found: dict[str, str] = {}
     for dims in SIZES:

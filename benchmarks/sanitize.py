@@ -76,7 +76,7 @@ def ragged(names: Sequence[str], *, segments: bool) -> None:
     """Run the named recurrences once."""
     for name in names:
         d = getattr(cw.library, name).declaration
-        micro = 2 if d.has_micro else 1
+        micro = d.default_micro
         # ends of sequences within a chunk, and tiles that are wider than the operand
         call = draw(
             d, d.normal_form(micro), Family.RAGGED, Dims(48, 48), torch.bfloat16,

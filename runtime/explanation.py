@@ -14,7 +14,7 @@ def sections(declaration: Declaration) -> dict[str, str]:
 
     if declaration.any_step:
         return {"engines": _only_reference("it was declared for it")}
-    form = declaration.normal_form(2 if declaration.has_micro else 1)
+    form = declaration.normal_form(declaration.default_micro)
     try:
         chunk_body(form)
     except NotLowered as refusal:

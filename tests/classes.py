@@ -25,7 +25,7 @@ CLASSES = (
 def lowered(declaration: Declaration) -> bool:
     """Whether the compiler derives a chunk form for it."""
     try:
-        chunk_body(declaration.normal_form(2 if declaration.has_micro else 1))
+        chunk_body(declaration.normal_form(declaration.default_micro))
     except NotLowered:
         return False
     return True

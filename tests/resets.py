@@ -73,7 +73,7 @@ def values_of(op: cw.Recurrence) -> tuple[float, ...]:
 
 def _gates(op: cw.Recurrence) -> dict[str, str]:
     """The operands of tokens that are a log-decay or a factor of the state."""
-    form = op.declaration.normal_form(2 if op.declaration.has_micro else 1)
+    form = op.declaration.normal_form(op.declaration.default_micro)
     tokens = {x.name for x in form.operands if x.per is Per.TOKEN}
     found = {}
     for update in (u for m in form.micro_steps for u in m.updates):

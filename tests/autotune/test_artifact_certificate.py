@@ -40,7 +40,7 @@ def test_the_library_passes(name: str) -> None:
     certificate = certify(_exam(name), EAGER)
     assert certificate.ok, certificate.faults
     assert certificate.inputs == ("ordinary", "hard", "ragged")
-    form = by_name(name).normal_form(2 if by_name(name).has_micro else 1)
+    form = by_name(name).normal_form(by_name(name).default_micro)
     states = [s.name for s in form.states]
     results = {"o", *(f"final {s}" for s in states), *(f"d initial {s}" for s in states)}
     assert {n for n, _ in certificate.errors} == results | {f"d {o.name}" for o in form.operands}
@@ -71,7 +71,7 @@ def test_defaults_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     from chunkwise.runtime.triton import engine as triton_engine
 
     dims, gpu = Dims(128, 128), torch.device("cuda")
-    form = by_name(name).normal_form(2 if by_name(name).has_micro else 1)
+    form = by_name(name).normal_form(by_name(name).default_micro)
     config = triton_engine.configuration(form, dims, dtype, triton_engine.shared_memory(gpu))
     certificate = examine(by_name(name), EngineName.TRITON, config, dims, dtype, gpu)
     assert certificate.ok, certificate.faults
@@ -147,7 +147,7 @@ def test_inputs_keep_the_promises_of_any_declaration(rule: Rule, family: Family)
     """Log-decays at most 0, `within` kept, numbers finite: what CHUNKWISE_CHECK looks for."""
     try:
         declared = rule.declare()
-        micro = 2 if declared.has_micro else 1
+        micro = declared.default_micro
         form = declared.normal_form(micro)
         call = draw(declared, form, family, Dims(4, 4), torch.float64, CPU, tokens=9, micro=micro)
     except errors.ChunkwiseError:
@@ -158,7 +158,7 @@ def test_inputs_keep_the_promises_of_any_declaration(rule: Rule, family: Family)
 def test_the_usual_gates_are_where_models_have_them() -> None:
     named = {}
     for d in all_declarations():
-        form = d.normal_form(2 if d.has_micro else 1)
+        form = d.normal_form(d.default_micro)
         params = {p.name: p.default or 1.0 for p in d.params}
         named[d.name] = dict(ranges(form, params).gates)
     assert named["gated_delta_rule"] == {"g": NEGATIVE}

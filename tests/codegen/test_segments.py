@@ -49,7 +49,7 @@ def unlucky(  # type: ignore[no-untyped-def]
 
 def _forms() -> list[NormalForm]:
     declared = [d for d in all_declarations() if lowered(d)]
-    return [d.normal_form(2 if d.has_micro else 1) for d in declared]
+    return [d.normal_form(d.default_micro) for d in declared]
 
 
 def test_states_fade_unless_something_is_corrected() -> None:

@@ -21,7 +21,7 @@ def layer(
     declaration: Declaration, engine: str | None = "reference", **options: object
 ) -> nn.Module:
     torch.manual_seed(0)
-    options = {"value_heads": 4, "micro_steps": 2 if declaration.has_micro else 1, **options}
+    options = {"value_heads": 4, "micro_steps": declaration.default_micro, **options}
     made = RecurrentLayer(Recurrence(declaration), HIDDEN, 2, 4, 6, engine=engine, **options)
     return made.double()
 
