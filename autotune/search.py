@@ -19,7 +19,7 @@ from optuna.storages import BaseStorage
 from .compilers import Compilers
 from .measure import Device, race
 from .space import Point, points
-from .standing import Combination, Standing, State
+from .leaderboard import Combination, Leaderboard, PartState
 from .trials import Claim, Measured, Trials
 from .tunable import Built, Part, Tunable
 
@@ -104,7 +104,7 @@ class _Search:
         self._budget = budget
         self._progress = progress
         self._started = time.monotonic()
-        self._standing = Standing(tunable)
+        self._leaderboard = Leaderboard(tunable)
         self._refused: Counter[str] = Counter()
         self._claims: dict[tuple[str, Point], Claim] = {}
         self._mine = 0
@@ -118,12 +118,12 @@ class _Search:
         except KeyboardInterrupt:
             interrupted = True
         for (key, _), claim in self._claims.items():
-            self._standing.states[key].trials.give_up(claim)
-        for state in self._standing.states.values():
+            self._leaderboard.states[key].trials.give_up(claim)
+        for state in self._leaderboard.states.values():
             state.measured = state.trials.measured  # others may have learnt more
-        states = self._standing.states.values()
+        states = self._leaderboard.states.values()
         return Findings(
-            combinations=self._standing.with_variants(),
+            combinations=self._leaderboard.with_variants(),
             parts=tuple((s.part, tuple(s.measured.values())) for s in states),
             refused=tuple(self._refused.most_common()),
             trials=sum(len(s.measured) for s in states),
@@ -145,7 +145,7 @@ class _Search:
             for (key, point), built in compilers.done(0.05):
                 done.setdefault(key, []).append((point, built))
             for key, finished in done.items():
-                self._learn(self._standing.states[key], finished)
+                self._learn(self._leaderboard.states[key], finished)
 
     @property
     def _over(self) -> bool:
@@ -163,7 +163,7 @@ class _Search:
             compilers.order(key, self._tunable.jobs(state.part, claim.point))
         return True
 
-    def _learn(self, state: State, finished: list[tuple[Point, tuple[Built, ...]]]) -> None:
+    def _learn(self, state: PartState, finished: list[tuple[Point, tuple[Built, ...]]]) -> None:
         """Measure what could be built, the best so far beside it, and record everything."""
         candidates: list[tuple[Point, Built]] = []
         for point, several in finished:
@@ -177,7 +177,7 @@ class _Search:
         for n in range(0, len(candidates), _TOGETHER):
             self._race(state, candidates[n : n + _TOGETHER])
 
-    def _race(self, state: State, candidates: list[tuple[Point, Built]]) -> None:
+    def _race(self, state: PartState, candidates: list[tuple[Point, Built]]) -> None:
         part, runs, racing = state.part, [], []
         for point, built in candidates:
             try:
@@ -201,7 +201,7 @@ class _Search:
         fastest = state.best
         state.runs = {p: r for p, r in state.runs.items() if fastest and p == fastest.point}
 
-    def _record(self, state: State, point: Point, us: float, built: Built, why: str | None) -> None:
+    def _record(self, state: PartState, point: Point, us: float, built: Built, why: str | None) -> None:
         notes: dict[str, object] = {
             "registers": built.report.registers,
             "spills": built.report.spills,
@@ -214,25 +214,25 @@ class _Search:
         self._mine += 1
         self._watch(state, us)
 
-    def _refuse(self, state: State, point: Point, excess: Mapping[str, float], why: str) -> None:
+    def _refuse(self, state: PartState, point: Point, excess: Mapping[str, float], why: str) -> None:
         state.trials.refuse(self._claims.pop((state.part.key, point)), excess, {"why": why})
         self._refused[why] += 1
         state.refused += 1
         self._watch(state, None)
 
-    def _watch(self, state: State, us: float | None) -> None:
-        best = next(iter(self._standing.combinations(1)), None)
+    def _watch(self, state: PartState, us: float | None) -> None:
+        best = next(iter(self._leaderboard.combinations(1)), None)
         self._progress(state.part, us, None if best is None else best.us, self._mine)
 
     # ---- which part, which point -----------------------------------------------------------------
 
-    def _next_state(self) -> State | None:
+    def _next_state(self) -> PartState | None:
         """The part that has had fewest trials for its worth."""
         found: tuple[float, int, str] | None = None
         seen: set[str] = set()
-        for rank, alternative in enumerate(self._standing.ranked(every=self._budget.exhaustive)):
+        for rank, alternative in enumerate(self._leaderboard.ranked(every=self._budget.exhaustive)):
             for key in alternative.parts:
-                state = self._standing.states.get(key)
+                state = self._leaderboard.states.get(key)
                 if key in seen or (state is not None and state.exhausted):
                     continue
                 seen.add(key)
@@ -243,22 +243,22 @@ class _Search:
                 found = candidate if found is None or candidate < found else found
         return None if found is None else self._state(found[2])
 
-    def _state(self, key: str) -> State:
-        if key not in self._standing.states:
+    def _state(self, key: str) -> PartState:
+        if key not in self._leaderboard.states:
             part = self._tunable.part(key)
             legal = [p for p in points(part.axes) if not self._tunable.excess(part, p)]
             legal.sort(key=lambda p: self._tunable.predicted_us(part, p))
             trials = Trials(self._storage, f"{self._study}/{key}", part.axes, self._budget.seed)
-            state = State(part, trials, legal, len(legal), trials.measured)
+            state = PartState(part, trials, legal, len(legal), trials.measured)
             state.tried = len(state.measured)
             if not trials.taken:
                 for point in dict.fromkeys((*part.first, *legal[:1])):
                     if point in legal:
                         trials.propose(point)
-            self._standing.states[key] = state
-        return self._standing.states[key]
+            self._leaderboard.states[key] = state
+        return self._leaderboard.states[key]
 
-    def _claim(self, state: State) -> Claim | None:
+    def _claim(self, state: PartState) -> Claim | None:
         """A configuration of the part that nobody has; None if there was none this time."""
         taken = state.trials.taken
         state.left = [p for p in state.left if p not in taken]

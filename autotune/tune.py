@@ -29,7 +29,7 @@ from .compilers import Compilers
 from .measure import Device, Timing, race
 from .search import Budget, Findings, Progress, search, unwatched
 from .space import Point
-from .standing import Combination
+from .leaderboard import Combination
 from .tunable import Job, Tunable
 
 _FINALISTS = 3  # beside the default

@@ -24,7 +24,7 @@ class Combination:
 
 
 @dataclass(slots=True)
-class State:
+class PartState:
     """A part with what is known of it."""
 
     part: Part
@@ -44,13 +44,13 @@ class State:
         return min(self.measured.values(), key=lambda m: m.us, default=None)
 
 
-class Standing:
+class Leaderboard:
     """What is known of a tunable's parts, and so of its alternatives."""
 
     def __init__(self, tunable: Tunable) -> None:
         self._tunable = tunable
         self._guesses: dict[str, float] = {}
-        self.states: dict[str, State] = {}
+        self.states: dict[str, PartState] = {}
 
     def ranked(self, *, every: bool = False) -> list[Alternative]:
         """The alternatives that may still win, by what can be reached through each.
