@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from . import library
 from .autotune.store import save, versions_here
-from .autotune.validation import Exam, Under, certify, prepare
+from .autotune.validation import Under, ValidationSuite, validate, validation_suite
 from .cli_command import Command, UsageError, add_json, find, print_json
 from .dsl.declaration import Declaration
 from .runtime.engines import CannotRun
@@ -132,18 +132,18 @@ def _check(artifact: Artifact, declared: Declaration) -> tuple[_Checked, ...]:
     sizes: dict[Configuration, list[str]] = {}
     for t in artifact.tuned:
         sizes.setdefault(t.config, []).append(f"{t.bucket.rows} x {t.bucket.tokens}")
-    exam = prepare(declared, key.dims, getattr(torch, key.dtype), device)
+    suite = validation_suite(declared, key.dims, getattr(torch, key.dtype), device)
     bar = tqdm(sizes.items(), unit="configuration", disable=not sys.stderr.isatty(), leave=False)
     return tuple(
-        _Checked(config, tuple(serves), _certificate(exam, Under(key.engine, config)))
+        _Checked(config, tuple(serves), _certificate(suite, Under(key.engine, config)))
         for config, serves in bar
     )
 
 
-def _certificate(exam: Exam, runs: Under) -> Certificate:
-    """As `certify`; what cannot run at all is at fault for that."""
+def _certificate(suite: ValidationSuite, runs: Under) -> Certificate:
+    """As `validate`; what cannot run at all is at fault for that."""
     try:
-        return certify(exam, runs)
+        return validate(suite, runs)
     except CannotRun as why:
         return Certificate((), (), (f"it does not run: {str(why).splitlines()[0]}",))
 

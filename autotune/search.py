@@ -17,9 +17,9 @@ from typing import Protocol
 from optuna.storages import BaseStorage
 
 from .compilers import Compilers
+from .leaderboard import Combination, Leaderboard, PartState
 from .measure import Device, race
 from .space import Point, points
-from .leaderboard import Combination, Leaderboard, PartState
 from .trials import Claim, Measured, Trials
 from .tunable import Built, Part, Tunable
 
@@ -201,7 +201,9 @@ class _Search:
         fastest = state.best
         state.runs = {p: r for p, r in state.runs.items() if fastest and p == fastest.point}
 
-    def _record(self, state: PartState, point: Point, us: float, built: Built, why: str | None) -> None:
+    def _record(
+        self, state: PartState, point: Point, us: float, built: Built, why: str | None
+    ) -> None:
         notes: dict[str, object] = {
             "registers": built.report.registers,
             "spills": built.report.spills,
@@ -214,7 +216,9 @@ class _Search:
         self._mine += 1
         self._watch(state, us)
 
-    def _refuse(self, state: PartState, point: Point, excess: Mapping[str, float], why: str) -> None:
+    def _refuse(
+        self, state: PartState, point: Point, excess: Mapping[str, float], why: str
+    ) -> None:
         state.trials.refuse(self._claims.pop((state.part.key, point)), excess, {"why": why})
         self._refused[why] += 1
         state.refused += 1

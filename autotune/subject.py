@@ -23,7 +23,7 @@ from .cpu_spaces import eager_space, tvm_space
 from .inputs import Family, draw
 from .measure import CpuDevice, CudaDevice, Device
 from .tunable import Tunable
-from .validation import Exam, one_thread, prepare
+from .validation import ValidationSuite, one_thread, validation_suite
 
 _DRAWN = 64  # tokens that are drawn; longer calls repeat them: times do not depend on values
 _AHEAD = 32  # overwrites of the cache ahead of a whole call, which the host queues more slowly
@@ -70,10 +70,10 @@ def subject(
     key = key_here(call.form, engine, dtype, dims, device)
 
     @lru_cache(maxsize=1)
-    def exam() -> Exam:
-        return prepare(declaration, dims, dtype, device)
+    def suite() -> ValidationSuite:
+        return validation_suite(declaration, dims, dtype, device)
 
-    tunable = _tunable(engine, call, exam, _neighbours(key), chunks, plans)
+    tunable = _tunable(engine, call, suite, _neighbours(key), chunks, plans)
     if device.type == "cuda":
         devices: tuple[Device, Device] = (CudaDevice(device), CudaDevice(device, _AHEAD))
     else:
@@ -115,7 +115,7 @@ def _repeated(x: Tensor, o: Operand, size: Size) -> Tensor:
 def _tunable(
     engine: EngineName,
     call: Call,
-    exam: Callable[[], Exam],
+    suite: Callable[[], ValidationSuite],
     neighbours: tuple[Configuration, ...],
     chunks: tuple[int, ...],
     plans: int | None,
@@ -131,15 +131,15 @@ def _tunable(
         gpu = gpu_of(call.device, shared) if on_gpu else GPUS["h100"]
         known = tuple(c for c in neighbours if isinstance(c, Config))
         return TritonTunable(
-            call, gpu, exam, chunks=chunks or CHUNKS, plans=plans, neighbours=known
+            call, gpu, suite, chunks=chunks or CHUNKS, plans=plans, neighbours=known
         )
     if engine is EngineName.EAGER:
-        return CallTunable(call, engine, eager_space(chunks), exam)
+        return CallTunable(call, engine, eager_space(chunks), suite)
     if engine is EngineName.TVM:
         from ..runtime.tvm.engine import configuration, fitted
 
         default = fitted(configuration(), call)
-        return CallTunable(call, engine, tvm_space(call, default, chunks), exam)
+        return CallTunable(call, engine, tvm_space(call, default, chunks), suite)
     raise errors.EngineUnavailable(
         engine.value, "it has no configurations to choose from", help="tune triton, tvm or eager"
     )

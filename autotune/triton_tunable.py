@@ -32,13 +32,14 @@ from ..runtime.triton.launch_plan import Bound, New
 from ..runtime.triton.segments import in_parts
 from ..runtime.tuned.artifact import Certificate, Configuration
 from ..runtime.tuned.selection import bucket_of
+from .call_tunable import forward_and_backward
 from .capture import specialisations
 from .gpu import Gpu
 from .kernel_space import RULES, Choice, Traits, axes, point_of, printed, tiles_of, traits
 from .predict import bound_us, predict
 from .space import Point, broken
 from .tunable import Alternative, Chosen, Job, Part, Run
-from .validation import Exam, Under, asked, certify
+from .validation import Under, ValidationSuite, cases, validate
 
 CHUNKS = (32, 64, 128)
 _FORWARD, _BACKWARD = "forward", "backward"
@@ -60,14 +61,14 @@ class TritonTunable:
         self,
         call: Call,
         gpu: Gpu,
-        exam: Callable[[], Exam],
+        suite: Callable[[], ValidationSuite],
         *,
         chunks: tuple[int, ...] = CHUNKS,
         plans: int | None = None,
         neighbours: tuple[Config, ...] = (),
     ) -> None:
         """`plans`: how many of each direction, per chunk: known ones, then the least memory."""
-        self._call, self._rows, self._gpu, self._exam = call, refined(call), gpu, exam
+        self._call, self._rows, self._gpu, self._suite = call, refined(call), gpu, suite
         self._dims = Dims(call.K, call.V)
         self._segment, self._size = in_parts(
             call.form, self._dims, bucket_of(call), gpu.multiprocessors
@@ -188,29 +189,22 @@ class TritonTunable:
 
     def whole(self, config: Configuration) -> Run:
         """As `Tunable.whole`."""
-        under = Under(EngineName.TRITON, config)
-        nothing = (None,) * len(self._call.form.states)
+        return forward_and_backward(Under(EngineName.TRITON, config), self._call, self._do)
 
-        def both() -> None:
-            under.forward(self._call)
-            under.backward(self._call, self._do, nothing)
-
-        return both
-
-    def certify_jobs(self, config: Configuration) -> tuple[Job, ...]:
-        """As `Tunable.certify_jobs`."""
+    def validation_jobs(self, config: Configuration) -> tuple[Job, ...]:
+        """As `Tunable.validation_jobs`."""
         under = Under(EngineName.TRITON, config)
 
         def everything() -> None:
-            for question, way in asked(self._exam(), under):
-                way.forward(question.call)
-                way.backward(question.call, question.do, question.dfinals)
+            for case, way in cases(self._suite(), under):
+                way.forward(case.call)
+                way.backward(case.call, case.do, case.dfinals)
 
         return self._compilations(everything)
 
-    def certify(self, config: Configuration) -> Certificate:
-        """As `Tunable.certify`."""
-        return certify(self._exam(), Under(EngineName.TRITON, config))
+    def validate(self, config: Configuration) -> Certificate:
+        """As `Tunable.validate`."""
+        return validate(self._suite(), Under(EngineName.TRITON, config))
 
     def _choice(self, part: Part, point: Point) -> Choice:
         subject = self._subjects[part.key]

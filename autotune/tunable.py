@@ -101,8 +101,8 @@ class Tunable(Protocol):
     def whole(self, config: Configuration) -> Run:
         """A forward and a backward, ready to be timed."""
 
-    def certify_jobs(self, config: Configuration) -> tuple[Job, ...]:
-        """What has to be compiled before `certify`."""
+    def validation_jobs(self, config: Configuration) -> tuple[Job, ...]:
+        """What has to be compiled before `validate`."""
 
-    def certify(self, config: Configuration) -> Certificate:
+    def validate(self, config: Configuration) -> Certificate:
         """Whether outputs and gradients are right, on this machine."""

@@ -26,10 +26,10 @@ from ..runtime.tuned.artifact import (
     Versions,
 )
 from .compilers import Compilers
+from .leaderboard import Combination
 from .measure import Device, Timing, race
 from .search import Budget, Findings, Progress, search, unwatched
 from .space import Point
-from .leaderboard import Combination
 from .tunable import Job, Tunable
 
 _FINALISTS = 3  # beside the default
@@ -99,9 +99,9 @@ def tune(
     with Compilers[int](budget.workers) as compilers:
         for heat in _heats(tunable, findings, task.rejected):
             ranked = _raced(tunable, whole, compilers, heat, _FOR_RACE * budget.seconds)
-            examined, winner = _examined(tunable, compilers, ranked)
-            finalists += examined
-            rejected = any(f.certificate is not None and not f.certificate.ok for f in examined)
+            validated, winner = _validated(tunable, compilers, ranked)
+            finalists += validated
+            rejected = any(f.certificate is not None and not f.certificate.ok for f in validated)
             if not rejected or (winner is not None and winner.config != tunable.default):
                 break
     return Tuning(findings, tuple(finalists), winner, _artifact(task, findings, finalists, winner))
@@ -133,8 +133,8 @@ def _raced(
     """The finalists with their times, the fastest first; those that cannot run are left out."""
     likely = heat[-1 if len(heat) == 1 else 1][0]
     orders = [partial(tunable.whole_jobs, config) for config, _ in heat]
-    # the examination's questions are made while whole configurations compile
-    _compiled(compilers, [*orders, partial(tunable.certify_jobs, likely)])
+    # the examination's cases are made while whole configurations compile
+    _compiled(compilers, [*orders, partial(tunable.validation_jobs, likely)])
     running = []
     for config, combination in heat:
         run = tunable.whole(config)
@@ -153,30 +153,30 @@ def _raced(
     return sorted(ranked, key=lambda f: f.timing.median)
 
 
-def _examined(
+def _validated(
     tunable: Tunable, compilers: Compilers[int], ranked: list[Finalist]
 ) -> tuple[list[Finalist], Finalist | None]:
     """The finalists with verdicts, and the winner: the first that is faster, surely, and right."""
     default = next((f.timing for f in ranked if f.config == tunable.default), None)
-    examined: list[Finalist] = []
+    validated: list[Finalist] = []
     winner: Finalist | None = None
     for f in ranked:
         own = f.config == tunable.default
         if winner is not None:
-            examined.append(_judged(f, None, f"slower than the winner by {_slower(f, winner)}"))
+            validated.append(_judged(f, None, f"slower than the winner by {_slower(f, winner)}"))
             continue
         if not own and default is not None and not f.timing.surely_below(default):
-            examined.append(_judged(f, None, "not faster than the default by more than the noise"))
+            validated.append(_judged(f, None, "not faster than the default by more than the noise"))
             continue
-        _compiled(compilers, [partial(tunable.certify_jobs, f.config)])
-        certificate = tunable.certify(f.config)
+        _compiled(compilers, [partial(tunable.validation_jobs, f.config)])
+        certificate = tunable.validate(f.config)
         if certificate.ok:
             why = "the default keeps its place" if own else "faster than the default, and right"
             winner = _judged(f, certificate, why)
-            examined.append(winner)
+            validated.append(winner)
         else:
-            examined.append(_judged(f, certificate, f"rejected: {certificate.faults[0]}"))
-    return examined, winner
+            validated.append(_judged(f, certificate, f"rejected: {certificate.faults[0]}"))
+    return validated, winner
 
 
 def _judged(f: Finalist, certificate: Certificate | None, why: str) -> Finalist:

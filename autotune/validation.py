@@ -118,7 +118,7 @@ class Under:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ValidationCase:
     """One call, its cotangents, what the token loop answers, and the relative error allowed."""
 
     family: Family
@@ -130,13 +130,13 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Exam:
+class ValidationSuite:
     """Questions on one recurrence, made once for all its configurations."""
 
-    questions: tuple[Question, ...]
+    cases: tuple[ValidationCase, ...]
 
 
-def prepare(
+def validation_suite(
     declaration: Declaration,
     dims: Dims,
     dtype: torch.dtype,
@@ -144,8 +144,8 @@ def prepare(
     *,
     tokens: int = TOKENS,
     families: Sequence[Family] = tuple(Family),
-) -> Exam:
-    """The questions for calls of these dimensions (no token axis is shorter than 4).
+) -> ValidationSuite:
+    """The cases for calls of these dimensions (no token axis is shorter than 4).
 
     Raises:
         NotLowered: no inputs are known to be legal.
@@ -153,15 +153,15 @@ def prepare(
     micro = declaration.default_micro
     form = declaration.normal_form(micro)
     small = ranges(form, usual_params(form)).small
-    questions = []
+    made = []
     with one_thread():
         for family in families:
             call = draw(declaration, form, family, dims, dtype, device, tokens=tokens, micro=micro)
-            questions.append(_question(family, call, small))
-    return Exam(tuple(questions))
+            made.append(_case(family, call, small))
+    return ValidationSuite(tuple(made))
 
 
-def _question(family: Family, call: Call, small: frozenset[str]) -> Question:
+def _case(family: Family, call: Call, small: frozenset[str]) -> ValidationCase:
     random = torch.Generator().manual_seed(3)
 
     def normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -181,31 +181,31 @@ def _question(family: Family, call: Call, small: frozenset[str]) -> Question:
         for name, want in expected.items():
             change, _ = relative_errors(near[name], want)
             allowed[name] = max(allowed[name], ROUNDINGS * change)
-    return Question(family, call, do, dfinals, expected, allowed)
+    return ValidationCase(family, call, do, dfinals, expected, allowed)
 
 
-def asked(exam: Exam, runs: Runs) -> Iterator[tuple[Question, Runs]]:
-    """Every question, and every way in which it is to be answered."""
-    for question in exam.questions:
-        ways = runs.ways(question.call) if isinstance(runs, Under) else (runs,)
+def cases(suite: ValidationSuite, runs: Runs) -> Iterator[tuple[ValidationCase, Runs]]:
+    """Every case, and every way in which it is to be answered."""
+    for case in suite.cases:
+        ways = runs.ways(case.call) if isinstance(runs, Under) else (runs,)
         for way in ways:
-            yield question, way
+            yield case, way
 
 
-def certify(exam: Exam, runs: Runs) -> Certificate:
+def validate(suite: ValidationSuite, runs: Runs) -> Certificate:
     """What came of it. Raises whatever `runs` does where it cannot run at all."""
     worst: dict[str, Error] = {}
     faults = []
-    for question, way in asked(exam, runs):
+    for case, way in cases(suite, runs):
         with _Filled(_NAN):
-            first = _answers(question, way)
+            first = _answers(case, way)
         with _Filled(_NUMBER):
-            second = _answers(question, way)
-        where = question.family.name.lower()
+            second = _answers(case, way)
+        where = case.family.name.lower()
         if isinstance(way, Under) and way.how:
             where += f", {way.how}"
-        for name, want in question.expected.items():
-            limit = question.allowed[name]
+        for name, want in case.expected.items():
+            limit = case.allowed[name]
             rms, maximum = relative_errors(first[name], want)
             if not bool(first[name].isfinite().all()):
                 faults.append(f"{name} ({where}) is not finite: is a buffer read before written?")
@@ -217,11 +217,11 @@ def certify(exam: Exam, runs: Runs) -> Certificate:
             known = worst.get(name)
             if known is None or not rms / limit <= known.rms / known.limit:
                 worst[name] = Error(rms, maximum, limit)
-    families = tuple(q.family.name.lower() for q in exam.questions)
+    families = tuple(q.family.name.lower() for q in suite.cases)
     return Certificate(tuple(worst.items()), families, tuple(faults))
 
 
-def examine(
+def validate_configuration(
     declaration: Declaration,
     engine: EngineName,
     config: Configuration,
@@ -230,13 +230,13 @@ def examine(
     device: torch.device,
 ) -> Certificate:
     """The certificate of one configuration of an engine."""
-    return certify(prepare(declaration, dims, dtype, device), Under(engine, config))
+    return validate(validation_suite(declaration, dims, dtype, device), Under(engine, config))
 
 
-def _answers(question: Question, runs: Runs) -> dict[str, Tensor]:
-    call = question.call
+def _answers(case: ValidationCase, runs: Runs) -> dict[str, Tensor]:
+    call = case.call
     o, finals = runs.forward(call)
-    grads, dinitials = runs.backward(call, question.do, question.dfinals)
+    grads, dinitials = runs.backward(call, case.do, case.dfinals)
     return _named(call, o, finals, grads, dinitials)
 
 

@@ -98,10 +98,10 @@ class Fake:
         point = (("chunk", config.chunk), ("warps", config.default.warps))
         return Timed(3 * microseconds("fast/a", point))
 
-    def certify_jobs(self, config: Configuration) -> tuple[Job, ...]:
+    def validation_jobs(self, config: Configuration) -> tuple[Job, ...]:
         return self.jobs_of
 
-    def certify(self, config: Configuration) -> Certificate:
+    def validate(self, config: Configuration) -> Certificate:
         return Certificate((), ("fake",), ("d k: wrong",) if self.wrong(config) else ())
 
 

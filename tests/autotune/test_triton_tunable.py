@@ -16,7 +16,7 @@ from chunkwise.autotune.space import points
 from chunkwise.autotune.subject import Size, example
 from chunkwise.autotune.triton_tunable import TritonTunable
 from chunkwise.autotune.tunable import Alternative
-from chunkwise.autotune.validation import prepare
+from chunkwise.autotune.validation import validation_suite
 from chunkwise.codegen.config import Config, Dims
 from chunkwise.dsl.library import by_name
 from chunkwise.runtime.triton import engine as triton_engine
@@ -29,8 +29,8 @@ H100 = GPUS["h100"]
 def tunable(name: str, dtype: torch.dtype, size: Size, *chunks: int) -> TritonTunable:
     declaration, dims = by_name(name), Dims(16, 16)
     call = example(declaration, dims, dtype, size, CPU)
-    exam = partial(prepare, declaration, dims, dtype, CPU, tokens=48)
-    return TritonTunable(call, H100, exam, chunks=chunks)
+    suite = partial(validation_suite, declaration, dims, dtype, CPU, tokens=48)
+    return TritonTunable(call, H100, suite, chunks=chunks)
 
 
 class Driver:
@@ -201,4 +201,4 @@ def test_every_part_runs_alone_and_any_choice_is_right() -> None:
     assert isinstance(config, Config)
     assert config != subject.default
     subject.whole(config)()
-    assert subject.certify(config).ok
+    assert subject.validate(config).ok
