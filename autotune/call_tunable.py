@@ -1,7 +1,7 @@
-"""An engine on the CPU for the search: one part, the whole call; axes: its configuration's fields.
+"""A `Tunable` for engines on the CPU: its only part is the whole call.
 
-Any engine joins whose configuration is a frozen dataclass of numbers: it says which field may take
-which values, and what is its default.
+The axes of the search are the fields of the engine's configuration. An engine joins by a `Space`,
+which lists the values that each field may take and gives the default configuration.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _KEY = "call"
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """What is free in an engine.
+    """The configurations of an engine among which the search chooses.
 
     Attributes:
-        make: the configuration of a point; it takes the axes by name.
-        first: points to begin with.
-        jobs: what has to be compiled before a configuration runs.
+        make: builds the configuration of a point from keyword arguments, one per axis.
+        first: the points that the search tries first.
+        jobs: the compilations that a configuration needs before it runs.
     """
 
     axes: tuple[Axis, ...]
@@ -52,7 +52,7 @@ def forward_and_backward(under: Under, call: Call, do: Tensor) -> Run:
 
 
 class CallTunable:
-    """The configurations of `engine` for calls like `call`."""
+    """The configurations of `engine` for calls like `call`; `suite` makes the validation suite."""
 
     def __init__(
         self, call: Call, engine: EngineName, space: Space, suite: Callable[[], ValidationSuite]
@@ -71,7 +71,7 @@ class CallTunable:
         return broken(self._space.rules, self._made(point))
 
     def predicted_us(self, part: Part, point: Point) -> float:
-        """As `Tunable.predicted_us`: no guess is made."""
+        """As `Tunable.predicted_us`: always 0, because no model predicts whole calls."""
         return 0.0
 
     def jobs(self, part: Part, point: Point) -> tuple[Job, ...]:
@@ -95,7 +95,7 @@ class CallTunable:
         return forward_and_backward(Under(self._engine, config), self._call, self._do)
 
     def validation_jobs(self, config: Configuration) -> tuple[Job, ...]:
-        """As `Tunable.validation_jobs`: kernels take calls of any size."""
+        """As `Tunable.validation_jobs`: none, because compiled kernels take calls of any size."""
         return ()
 
     def validate(self, config: Configuration) -> Certificate:

@@ -1,4 +1,4 @@
-"""The cost model's account of a recurrence on a GPU: each kernel's time, and what limits it."""
+"""Explains the cost model's prediction for a recurrence on a GPU: each kernel's time and limit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Subject:
 
 
 def explain_cost(form: NormalForm, dims: Dims, dtype: Dtype, size: Bucket, gpu: Gpu) -> str:
-    """Tables of the default's kernels, of the plans ahead by prediction, and the rules of tiles.
+    """Tables of the default's kernels, of the plans predicted to be fastest, and of tile rules.
 
     Raises:
         NotLowered: the form has no chunk form.

@@ -1,4 +1,4 @@
-"""What a tuning did, as text: what was tried, the race, and why the winner won."""
+"""Reports a tuning as text: the configurations tried, the race, and why the winner won."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tune import Finalist, Tuning
 
 
 def report(tuning: Tuning) -> str:
-    """All of it, for a terminal."""
+    """The whole report, for a terminal."""
     findings = tuning.findings
     ended = "; stopped by Ctrl-C" if findings.interrupted else ""
     head = f"{findings.trials} configurations of {len(findings.parts)} parts measured"
@@ -30,7 +30,7 @@ def report(tuning: Tuning) -> str:
 
 
 def _tried(tuning: Tuning) -> str:
-    """The parts of the winner, or of the best: what was tried of each."""
+    """A table of the parts of the winner (else of the fastest combination), with their trials."""
     combination = None if tuning.winner is None else tuning.winner.combination
     if combination is None:
         combination = next(iter(tuning.findings.combinations), None)
@@ -79,7 +79,7 @@ def _race(finalists: tuple[Finalist, ...]) -> str:
 def _verdict(tuning: Tuning) -> str:
     winner = tuning.winner
     if winner is None:
-        return "nothing passed the examination: no configuration may serve on this machine"
+        return "nothing passed validation: no configuration may serve on this machine"
     default = next((f for f in reversed(tuning.finalists) if f.combination is None), None)
     if winner.combination is None:
         return "winner: the default. Nothing was faster by more than the noise, and right"
@@ -99,7 +99,7 @@ def _verdict(tuning: Tuning) -> str:
 
 
 def describe(config: Configuration) -> str:
-    """A configuration on a line."""
+    """A configuration as one line."""
     if isinstance(config, Config):
         return f"C={config.chunk} {config.forward.label} / {config.backward.label}"
     values = ((f.name, getattr(config, f.name)) for f in fields(config))
@@ -107,12 +107,12 @@ def describe(config: Configuration) -> str:
 
 
 def tiles(config: KernelConfig) -> str:
-    """A kernel's tiles on a line."""
+    """A kernel's tiles as one line."""
     return f"BV={config.v_tile} BK={config.k_tile} warps={config.warps} stages={config.stages}"
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns, the first and those of words to the left, numbers to the right."""
+    """The rows as aligned lines: columns of numbers flush right, the others flush left."""
     widths = [max(len(r[n]) for r in rows) for n in range(len(rows[0]))]
 
     def cell(value: str, n: int) -> str:

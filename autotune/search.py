@@ -1,9 +1,10 @@
-"""The search: what is tried next, compiled beside what is measured, until time or points run out.
+"""The search chooses points, compiles and measures them, until the time or the points run out.
 
-Parts that the best alternatives need are tried most (in proportion to 1 / (1 + rank), ranked by
-what is measured, and by the cost model before that), so a total always exists and gets better: the
-search may be stopped at any moment. Within a part: first what it begins with, then what the model
-of the study proposes, and whatever is left where that is little.
+The parts of the best alternatives get the most trials, in proportion to 1 / (1 + rank).
+Alternatives are ranked by measured times, and by the cost model where nothing is measured yet. So a
+complete configuration exists early and improves, and the search may be stopped at any moment.
+Within a part, the search tries the part's first points, then the proposals of the study's model.
+Where few points are left, it tries them all.
 """
 
 from __future__ import annotations
@@ -23,19 +24,23 @@ from .space import Point, points
 from .trials import Claim, Measured, Trials
 from .tunable import Built, Part, Tunable
 
-_FEW = 12  # points of a part: so few are all tried, in the cost model's order
-_MISSES = 2  # proposals of what is known already, before the cost model's next is taken
+_FEW = 12  # a part with at most so many points is tried whole, in the cost model's order
+_MISSES = 2  # proposals of known points, after which the cost model's next point is taken
 _SPREAD = 0.1  # trials that an untried part is credited with: lower tries new parts sooner
 _LEAST_LIMIT = 20.0  # seconds that a compilation may take, however small the budget
-_FOR_RACE = 0.03  # of the budget, at most
+_FOR_RACE = 0.03  # share of the budget that one race takes at most
 _TOGETHER = 6  # candidates of one part in a race
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """When the search ends: after `seconds` at the latest. `exhaustive`: every point of every part.
+    """The limits of a search.
 
-    `workers`: compilations at a time. `seed`: of the proposals.
+    Attributes:
+        seconds: the time after which the search ends at the latest.
+        workers: the number of compilations at a time.
+        exhaustive: whether every point of every part is tried, in order.
+        seed: the seed of the study's proposals.
     """
 
     seconds: float
@@ -46,13 +51,14 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What the search learnt. `trials`: measured by anybody; `mine`: by this process.
+    """The results of a search.
 
     Attributes:
         combinations: whole configurations whose parts are all measured, the fastest first.
-        parts: everything measured, by part.
-        refused: how many configurations were refused, by reason.
-        interrupted: whether Ctrl-C ended it.
+        parts: all measured points, by part.
+        refused: the number of refused points, by reason.
+        trials, mine: measurements by all processes that share the study, and by this process.
+        interrupted: whether Ctrl-C ended the search.
     """
 
     combinations: tuple[Combination, ...]
@@ -65,14 +71,14 @@ class Findings:
 
 
 class Progress(Protocol):
-    """Whoever watches."""
+    """A callback that is told of each finished trial."""
 
     def __call__(self, part: Part, us: float | None, best_us: float | None, trials: int) -> None:
-        """A trial of `part` ended; `us` None if it was refused. `best_us`: the best total."""
+        """A trial of `part` took `us` (None: refused); the best total is `best_us`, both in us."""
 
 
 def unwatched(part: Part, us: float | None, best_us: float | None, trials: int) -> None:
-    """Nobody watches."""
+    """A progress callback that does nothing."""
 
 
 def search(
@@ -83,7 +89,7 @@ def search(
     budget: Budget,
     progress: Progress = unwatched,
 ) -> Findings:
-    """Try configurations of `tunable`'s parts; studies are called `study` and the part's key."""
+    """Search the parts of `tunable` within `budget`; a part's study is named `study`/key."""
     return _Search(tunable, device, storage, study, budget, progress).run()
 
 
@@ -120,7 +126,7 @@ class _Search:
         for (key, _), claim in self._claims.items():
             self._leaderboard.states[key].trials.give_up(claim)
         for state in self._leaderboard.states.values():
-            state.measured = state.trials.measured  # others may have learnt more
+            state.measured = state.trials.measured  # other processes may have measured more
         states = self._leaderboard.states.values()
         return Findings(
             combinations=self._leaderboard.with_variants(),
@@ -152,7 +158,7 @@ class _Search:
         return time.monotonic() - self._started >= self._budget.seconds
 
     def _order(self, compilers: Compilers[tuple[str, Point]]) -> bool:
-        """Order the next configuration to be compiled, if it can be had; False if there is none."""
+        """Order the compilation of the next point, if it can be claimed; False: none is left."""
         state = self._next_state()
         if state is None:
             return False
@@ -164,7 +170,7 @@ class _Search:
         return True
 
     def _learn(self, state: PartState, finished: list[tuple[Point, tuple[Built, ...]]]) -> None:
-        """Measure what could be built, the best so far beside it, and record everything."""
+        """Measure the points that compiled, beside the best so far, and record every result."""
         candidates: list[tuple[Point, Built]] = []
         for point, several in finished:
             built = next((b for b in several if b.error), several[0] if several else Built())
@@ -183,7 +189,7 @@ class _Search:
             try:
                 run = self._tunable.run(part, point)
                 run()
-            except RuntimeError as why:  # what a launch raises: too many resources, say
+            except RuntimeError as why:  # a launch failed, for want of resources for example
                 self._refuse(state, point, {"launches": 1.0}, str(why).splitlines()[0])
                 continue
             runs.append(run)
@@ -231,7 +237,7 @@ class _Search:
     # ---- which part, which point -----------------------------------------------------------------
 
     def _next_state(self) -> PartState | None:
-        """The part that has had fewest trials for its worth."""
+        """The part with the fewest trials in proportion to its weight; None if none is left."""
         found: tuple[float, int, str] | None = None
         seen: set[str] = set()
         for rank, alternative in enumerate(self._leaderboard.ranked(every=self._budget.exhaustive)):
@@ -242,7 +248,7 @@ class _Search:
                 seen.add(key)
                 worth = 1.0 if self._budget.exhaustive else 1 / (1 + rank)
                 tried = 0 if state is None else state.tried
-                untried = alternative.known and not tried  # a total is wanted early
+                untried = alternative.known and not tried  # to complete a configuration
                 candidate = (0.0 if untried else (tried + _SPREAD) / worth, rank, key)
                 found = candidate if found is None or candidate < found else found
         return None if found is None else self._state(found[2])
@@ -263,7 +269,7 @@ class _Search:
         return self._leaderboard.states[key]
 
     def _claim(self, state: PartState) -> Claim | None:
-        """A configuration of the part that nobody has; None if there was none this time."""
+        """A point of the part that no other worker has; None if this attempt found none."""
         taken = state.trials.taken
         state.left = [p for p in state.left if p not in taken]
         if not state.trials.proposals:

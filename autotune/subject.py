@@ -1,4 +1,4 @@
-"""From what a user names (recurrence, dimensions, dtype, size, engine) to what the search takes."""
+"""Turns a user's request (recurrence, dimensions, dtype, size, engine) into a subject to tune."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _AHEAD = 32  # overwrites of the cache ahead of a whole call, which the host que
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A call to tune for: B sequences of T tokens, H heads (as many value heads)."""
+    """The size of a call to tune for: B sequences of T tokens, H heads (as many value heads)."""
 
     B: int
     T: int
@@ -40,7 +40,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is tuned, ready for `tune`. `devices`: for parts, and for whole calls."""
+    """The arguments of `tune`; `devices` are those for parts and for whole calls."""
 
     tunable: Tunable
     devices: tuple[Device, Device]
@@ -58,7 +58,10 @@ def subject(
     chunks: tuple[int, ...] = (),
     plans: int | None = None,
 ) -> Subject:
-    """`chunks`: the only chunk lengths that are tried; all, if empty. `plans`: as many a direction.
+    """The subject for calls of `declaration` of that size on `device`.
+
+    `chunks` limits the chunk lengths that are tried (empty: all), `plans` the number of plans per
+    direction (None: all).
 
     Raises:
         EngineUnavailable: the engine cannot serve such calls here, or has nothing to tune.
@@ -84,7 +87,7 @@ def subject(
 def example(
     declaration: Declaration, dims: Dims, dtype: torch.dtype, size: Size, device: torch.device
 ) -> Call:
-    """A call of that size, its values drawn for a short one and repeated."""
+    """A call of that size; its values are drawn for a short call and repeated."""
     micro = declaration.default_micro
     form = declaration.normal_form(micro)
     tokens = min(size.T, _DRAWN)
@@ -121,7 +124,7 @@ def _tunable(
     plans: int | None,
 ) -> Tunable:
     if engine is EngineName.TRITON:
-        # what an engine is built on is imported only where it is tuned
+        # Triton is imported only where its engine is tuned
         from ..runtime.triton.engine import shared_memory
         from .gpu import GPUS, gpu_of
         from .triton_tunable import CHUNKS, TritonTunable
@@ -146,13 +149,13 @@ def _tunable(
 
 
 def rejected(key: Key, versions: Versions) -> frozenset[Configuration]:
-    """What these versions built wrong on this kind of machine, as far as artifacts say."""
+    """The configurations that failed validation on this kind of machine under these versions."""
     found = find(key, folders()).artifact
     known = () if found is None else found.quarantine
     return frozenset(r.config for r in known if r.versions == versions)
 
 
 def _neighbours(key: Key) -> tuple[Configuration, ...]:
-    """Configurations that serve other sizes, or other machines of this kind."""
+    """The configurations that serve other sizes of call, or other machines of this kind."""
     found = find(key, folders()).artifact
     return () if found is None else tuple(dict.fromkeys(t.config for t in found.tuned))

@@ -1,7 +1,7 @@
-"""The Triton engine for the search: its kernels are the parts, its plans the alternatives.
+"""A `Tunable` for the Triton engine: its parts are kernels, its alternatives are plans.
 
-A kernel is the same part in every plan that has it, forward or backward. It is timed alone, on
-operands as they come and buffers of noise: what earlier kernels would have stored.
+A kernel that several plans share, forward or backward, is one part. It is timed alone, on the
+call's operands; the buffers that earlier kernels would have filled hold noise.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _FORWARD, _BACKWARD = "forward", "backward"
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """What a part is: a kernel for one chunk length."""
+    """A part's kernel and chunk length, and the parameters that change the printed kernel."""
 
     kernel: Kernel
     chunk: int
@@ -67,7 +67,10 @@ class TritonTunable:
         plans: int | None = None,
         neighbours: tuple[Config, ...] = (),
     ) -> None:
-        """`plans`: how many of each direction, per chunk: known ones, then the least memory."""
+        """`plans` limits the plans per direction and chunk length, known ones first (None: all).
+
+        `suite` makes the validation suite. `neighbours` are configurations of other sizes.
+        """
         self._call, self._rows, self._gpu, self._suite = call, refined(call), gpu, suite
         self._dims = Dims(call.K, call.V)
         self._segment, self._size = in_parts(
@@ -97,7 +100,7 @@ class TritonTunable:
             self._plan(_BACKWARD, chunk, backward, program)
 
     def _fewer(self, plans: int) -> tuple[Alternative, ...]:
-        """So many of each role in each group."""
+        """`plans` alternatives of each role and group: known ones, then by their lower bound."""
         kept: dict[tuple[str, str], list[Alternative]] = {}
         for a in sorted(self._plans, key=lambda a: (not a.known, a.bound_us)):
             among = kept.setdefault((a.group, a.role), [])
@@ -120,7 +123,7 @@ class TritonTunable:
         self._plans[alternative] = plan
 
     def _key(self, kernel: Kernel, chunk: int) -> str:
-        """The key of the part that the kernel is: one for equal work, whatever the plan."""
+        """The key of the kernel's part, equal for kernels of equal work, whatever the plan."""
         buffers = frozenset(kernel.buffers.items())
         same = (chunk, kernel.loop, kernel.stores, kernel.carried, kernel.segments, buffers)
         if same not in self._keys:
@@ -213,19 +216,19 @@ class TritonTunable:
 
     def _compilations(self, run: Run) -> tuple[Job, ...]:
         if triton.knobs.runtime.interpret:
-            return ()  # nothing is compiled
+            return ()  # the interpreter compiles nothing
         return specialisations(run, self._gpu.shared_program)
 
 
 class _Arena:
-    """Buffers of noise that the parts share: one part runs at a time."""
+    """Buffers of noise, which all parts share because only one part runs at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._tensors: dict[tuple[tuple[int, ...], torch.dtype, int], Tensor] = {}
 
     def take(self, new: tuple[New, ...]) -> list[Tensor]:
-        """One tensor for each, all different."""
+        """A tensor for each of `new`, no two the same."""
         taken: list[Tensor] = []
         for b in new:
             count = sum((t.shape, t.dtype) == (b.shape, b.dtype) for t in taken)

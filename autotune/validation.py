@@ -1,8 +1,9 @@
-"""The examination that a configuration must pass before it may serve, and its certificate.
+"""Validates a configuration before it may serve calls, and writes its certificate.
 
-Output, final states and all gradients against the float64 token loop, on usual and on hard inputs;
-every buffer full of NaN before it is written, then of another number: both runs must agree bit for
-bit. Whatever runs calls can be examined: an engine, or one that a test has broken.
+The output, the final states and all gradients are compared with the float64 token loop, on ordinary
+and on hard inputs. Each call runs twice: before the first run, new buffers are filled with NaN,
+before the second with another number. Both runs must agree bit for bit. Besides engines, any object
+with their two methods can be validated, for example an engine that a test has broken.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from .tolerance import (
 # several chunks of 64 or 128 with a rest of 16: divisible as large calls are, so that Triton
 # compiles the same machine code for both
 TOKENS = 272
-_SEGMENT = 128  # tokens of a segment: three, of several chunks or one
-_HARD_HALF = 4.0  # of a half-precision tolerance: what is left of products of hard gates
+_SEGMENT = 128  # tokens of a segment: there are three, of one chunk or of several
+_HARD_HALF = 4.0  # factor on half-precision tolerances: products of hard gates lose digits
 # bytes that make a NaN, and a number above 1, of every float type
 _NAN, _NUMBER = 0xFF, 0x45
 
@@ -76,10 +77,12 @@ class _Configured(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Under:
-    """An engine under one configuration, whatever would serve.
+    """An engine that runs every call under one given configuration.
 
-    `segment`: of the Triton engine, tokens of a segment that scans are cut into, however short.
-    `how`: the way in which it serves, in words, if that is not the plain one.
+    Attributes:
+        segment: the tokens of a segment, if the Triton engine is to scan even short calls in
+            segments; None: as it would choose by itself.
+        how: a phrase for reports, such as `in segments`; empty for the usual way.
     """
 
     engine: EngineName
@@ -98,7 +101,7 @@ class Under:
         return self._module.backward(call, do, dfinals, self.config, **self._cut)
 
     def ways(self, call: Call) -> tuple[Under, ...]:
-        """As it is, and as calls of few rows of such a form are served."""
+        """This, and the variant that serves calls of few rows (in parts, or in segments)."""
         if isinstance(self.config, TvmConfig):
             cut = spread(self.config, rows=1, V=call.V, threads=call.V)
             if cut == self.config:
@@ -119,7 +122,7 @@ class Under:
 
 @dataclass(frozen=True, slots=True)
 class ValidationCase:
-    """One call, its cotangents, what the token loop answers, and the relative error allowed."""
+    """A call, the gradients of its results, the token loop's answers, and the allowed errors."""
 
     family: Family
     call: Call
@@ -131,7 +134,7 @@ class ValidationCase:
 
 @dataclass(frozen=True, slots=True)
 class ValidationSuite:
-    """Questions on one recurrence, made once for all its configurations."""
+    """The cases of one recurrence, made once for all its configurations."""
 
     cases: tuple[ValidationCase, ...]
 
@@ -185,7 +188,7 @@ def _case(family: Family, call: Call, small: frozenset[str]) -> ValidationCase:
 
 
 def cases(suite: ValidationSuite, runs: Runs) -> Iterator[tuple[ValidationCase, Runs]]:
-    """Every case, and every way in which it is to be answered."""
+    """Every case, with every variant of the engine that has to pass it."""
     for case in suite.cases:
         ways = runs.ways(case.call) if isinstance(runs, Under) else (runs,)
         for way in ways:
@@ -193,7 +196,7 @@ def cases(suite: ValidationSuite, runs: Runs) -> Iterator[tuple[ValidationCase, 
 
 
 def validate(suite: ValidationSuite, runs: Runs) -> Certificate:
-    """What came of it. Raises whatever `runs` does where it cannot run at all."""
+    """The certificate of `runs` on the suite; exceptions of `runs` itself are not caught."""
     worst: dict[str, Error] = {}
     faults = []
     for case, way in cases(suite, runs):
@@ -247,7 +250,7 @@ def _named(
     grads: Mapping[str, Tensor],
     dinitials: Sequence[Tensor | None],
 ) -> dict[str, Tensor]:
-    """By name; what is in the call's own dtypes and shapes, on the CPU."""
+    """The results by name, on the CPU, in the dtypes and shapes of the call."""
     names = [s.name for s in call.form.states]
     named: dict[str, Tensor | None] = {"o": o}
     named |= {f"final {n}": x for n, x in zip(names, finals, strict=True)}
@@ -290,7 +293,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 class _Filled(TorchDispatchMode):
-    """New tensors of floats are full of one byte, not of what memory happens to hold."""
+    """Fills each new tensor of floats with one byte, which replaces the old contents of memory."""
 
     def __init__(self, byte: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
@@ -316,7 +319,7 @@ _NEW = frozenset(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """The token loop runs on small tensors: more threads would only wait for one another."""
+    """Run torch on one thread: on the token loop's small tensors, threads would only wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
