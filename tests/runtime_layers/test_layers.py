@@ -7,7 +7,13 @@ import torch
 from chunkwise.dsl import library
 from chunkwise.dsl.declaration import Declaration
 from chunkwise.runtime.nn.attention import GlobalAttention, SlidingWindowAttention
-from chunkwise.runtime.nn.layers import RecurrentLayer, RMSNorm, Role, ShortConvolution, l2norm
+from chunkwise.runtime.nn.layers import (
+    OperandRole,
+    RecurrentLayer,
+    RMSNorm,
+    ShortConvolution,
+    l2norm,
+)
 from chunkwise.runtime.nn.model import LanguageModel
 from chunkwise.runtime.recurrence import Recurrence
 from torch import Tensor, nn
@@ -107,14 +113,16 @@ def test_every_declaration_makes_a_layer_that_learns(name: str) -> None:
 
 
 def test_roles_come_from_what_the_declaration_does() -> None:
-    def roles(name: str) -> dict[str, Role]:
+    def roles(name: str) -> dict[str, OperandRole]:
         return layer(DECLARATIONS[name]).roles
 
-    assert roles("delta_rule")["beta"] is Role.UNIT
-    assert roles("kda")["g"] is Role.LOG_DECAY
-    assert roles("hgrn2")["f"] is Role.UNIT  # a factor, not its logarithm
-    assert roles("rwkv7")["w"] is Role.RAW  # the declaration applies its own sigmoid
-    assert layer(DECLARATIONS["rwkv7"], roles={"a": Role.UNIT}).roles["a"] is Role.UNIT
+    assert roles("delta_rule")["beta"] is OperandRole.UNIT
+    assert roles("kda")["g"] is OperandRole.LOG_DECAY
+    assert roles("hgrn2")["f"] is OperandRole.UNIT  # a factor, not its logarithm
+    assert roles("rwkv7")["w"] is OperandRole.RAW  # the declaration applies its own sigmoid
+    assert (
+        layer(DECLARATIONS["rwkv7"], roles={"a": OperandRole.UNIT}).roles["a"] is OperandRole.UNIT
+    )
 
 
 def test_retention_starts_at_its_own_decays() -> None:
@@ -123,7 +131,7 @@ def test_retention_starts_at_its_own_decays() -> None:
     close(mixer._apply_per_head("g"), expected.double(), rtol=1e-6)  # drawn in float32
 
 
-@pytest.mark.parametrize("option", [{"normalise": ("p",)}, {"roles": {"p": Role.UNIT}}])
+@pytest.mark.parametrize("option", [{"normalise": ("p",)}, {"roles": {"p": OperandRole.UNIT}}])
 def test_a_name_that_is_no_operand(option: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="delta_rule has no operand 'p'; it has q, k, v, beta"):
         layer(DECLARATIONS["delta_rule"], **option)
