@@ -31,7 +31,13 @@ _CHUNKS = (64, 32, 16)
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A normal form with what it is compiled for. `segments`: its scans are of segments."""
+    """A normal form, and the dimensions, dtype, target and kind of call to compile it for.
+
+    Attributes:
+        packed: whether sequences are packed.
+        directions: `forward` and `backward`, or one of them.
+        segments: whether scans run in segments.
+    """
 
     form: NormalForm
     dims: Dims
@@ -90,7 +96,16 @@ def chunks_below(chunk: int) -> tuple[int, ...]:
 
 @dataclass(slots=True, eq=False)
 class Search:
-    """The way down the ladder of one subject: per chunk length, a rung per kernel."""
+    """The descent of one subject to tiles that fit: a rung per kernel, for each chunk length.
+
+    Attributes:
+        attempt: the index of the chunk length being tried.
+        rungs: the rung of each kernel being tried.
+        found: the outcomes of the kernels that fit, at this chunk length.
+        errors: the compiler's errors, by kernel.
+        first: the outcome of each kernel in the default configuration.
+        failed: a kernel that fits with no tiles; empty if there is none.
+    """
 
     subject: Subject
     attempt: int = 0
@@ -112,7 +127,7 @@ class Search:
         return replace(default, chunk=chunk, kernels=kernels)
 
     def pending(self) -> Iterator[tuple[str, Job]]:
-        """What has to be compiled before the next decision."""
+        """The compilations that the next decision needs, with the kernels' names."""
         if self.failed:
             return
         for name in self.rungs:
@@ -125,7 +140,7 @@ class Search:
             return
         if name not in self.first:
             self.first[name] = outcome
-            if outcome.error:  # it must compile, whether it fits or not
+            if outcome.error:  # even a kernel that does not fit must compile
                 self.errors[name] = outcome.error
         if outcome.fits:
             self.found[name] = outcome
@@ -143,12 +158,12 @@ class Search:
 
     @property
     def passed(self) -> bool:
-        """Whether everything compiles, and fits as the runtime chooses it."""
+        """Whether every kernel compiles, and fits in the configuration that the runtime chooses."""
         return not (self.failed or self.errors or self.changes)
 
     @property
     def changes(self) -> list[str]:
-        """How the configuration that fits differs from the default; empty where it does not."""
+        """How the configuration that fits differs from the default; empty if it does not."""
         default, config = self.subject.default, self.config
         changes = [] if config.chunk == default.chunk else [f"chunk={config.chunk}"]
         for name in self.rungs:
@@ -210,9 +225,10 @@ def is_vector_gated(form: NormalForm) -> bool:
 def quick_subjects() -> list[Subject]:
     """One form per class in bfloat16, K = V = 128 (64 under a vector gate), to take minutes.
 
-    Forward kernels for every target; backward ones, which are most of the work, for Hopper and for
-    the target with the least shared memory and another back end. In segments, the forward of one
-    form whose state fades and of one whose state a matrix multiplies.
+    Forward kernels are compiled for every target. Backward kernels, which are most of the work, are
+    compiled for Hopper, and for the target that has the least shared memory and another back end.
+    Scans in segments are compiled forward, for one form of each kind of transition (decays, or a
+    matrix).
     """
     subjects = []
     in_segments: list[Passing] = []
@@ -235,9 +251,9 @@ def quick_subjects() -> list[Subject]:
 def all_subjects(
     names: Sequence[str], dims: Sequence[Dims], dtypes: Sequence[Dtype], targets: Sequence[Target]
 ) -> list[Subject]:
-    """Every form of those names (all, if none) for each size, dtype and target.
+    """Every form of those names (all, if none are given) for each size, dtype and target.
 
-    Each packed and not, and in segments where it can be.
+    Each is compiled packed and not, whole and, where possible, in segments.
     """
     forms = [f for f in lowered_forms() if not names or f.name in names]
     return [
@@ -256,7 +272,7 @@ def all_subjects(
 
 
 def report(searches: Sequence[Search]) -> str:
-    """One line per subject, then what was found."""
+    """One line per subject, then the compiler's errors and the number of findings."""
     lines = []
     width = max((len(s.subject.label) for s in searches), default=0)
     for s in searches:
@@ -282,7 +298,7 @@ def report(searches: Sequence[Search]) -> str:
 
 
 def as_json(search: Search) -> dict[str, object]:
-    """A search as data: what each kernel takes, under which configuration."""
+    """A search as data: the resources and the configuration of each kernel."""
     config = search.config
     kernels = {}
     for name, outcome in search.first.items():

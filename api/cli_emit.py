@@ -1,4 +1,4 @@
-"""The command that prints what the compiler makes of a recurrence, at any stage."""
+"""The command `chunkwise emit`: a recurrence, printed at any stage of the compiler."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from chunkwise.codegen.eager.library import *  # decayed_dot, prefix_sum, unit_l
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What is printed: a recurrence for given dimensions and dtype, under its default plan."""
+    """A recurrence to print for given dimensions and dtype, under its default plan."""
 
     step: Step
     form: NormalForm
@@ -54,11 +54,11 @@ class _Request:
 
     @property
     def programs(self) -> dict[str, Program]:
-        """The kernels of each direction, or the one that was asked for."""
+        """The kernels of each direction, or only the requested one."""
         return self.under(self.config.forward, self.config.backward)
 
     def under(self, forward: Plan, backward: Plan) -> dict[str, Program]:
-        """The same under other plans."""
+        """The kernels under other plans."""
         programs = {
             f"forward, plan {forward.label}": forward_program(
                 self.form, forward, segments=self.segments
@@ -100,7 +100,7 @@ def _triton(request: _Request) -> str:
 
 
 def _tir(request: _Request) -> str:
-    """TVM's functions for a CPU with AVX2: what a kernel calls for parts of a chunk, and itself."""
+    """TVM's functions for a CPU with AVX2: each kernel, after the functions that it calls."""
     if importlib.util.find_spec("tvm") is None:
         raise UsageError('stage tir is printed by TVM: pip install "chunkwise[tvm]"')
     from .codegen.tir.config import default_config as default_tvm
@@ -116,7 +116,7 @@ def _tir(request: _Request) -> str:
 
 
 def _token(request: _Request) -> str:
-    """The form, and the kernel printed from it."""
+    """The token form, and the Triton kernel printed from it."""
     signature = Signature(request.dims, request.dtype, (), Precision.TF32X3)
     source = emit_token(request.step, signature).source
     return f"{print_body(token_body(request.step))}\n\n{source}"
@@ -162,7 +162,7 @@ def _emit(arguments: argparse.Namespace) -> int:
     )
     if request.segments:
         if arguments.stage not in (None, "plan", "triton"):
-            raise UsageError("--segments is of plan, triton and --resources")
+            raise UsageError("--segments applies to plan, triton and --resources")
         if passing(request.form, request.dims) is None:
             raise UsageError(
                 f"{request.form.name} is not scanned in segments at K={request.dims.K}: its states "
@@ -209,7 +209,7 @@ def add_targets(parser: argparse.ArgumentParser) -> None:
 
 
 def _resources(request: _Request, arguments: argparse.Namespace) -> int:
-    """Compile what the runtime would choose on each target, and print what it takes."""
+    """Compile the runtime's choice for each target, and print the resources of each kernel."""
     with triton_compiler():
         from .audit import Subject
         from .codegen.triton import offline
@@ -254,12 +254,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernel",
         metavar="NAME",
-        help="of plan, eager, triton and tir, only this kernel",
+        help="print only this kernel (stages plan, eager, triton, tir)",
     )
     parser.add_argument(
         "--segments",
         action="store_true",
-        help="scans as they run on long sequences with few heads (docs/architecture.md)",
+        help="print the scans of long sequences with few heads (docs/architecture.md)",
     )
     parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="K=128,V=128")
     parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="bfloat16")
@@ -275,7 +275,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 EMIT = Command(
     "emit",
-    "Print a recurrence at any stage of the compiler, or what its kernels take.",
+    "Print a recurrence at any stage of the compiler, or the resources of its kernels.",
     (
         "chunkwise emit gated_delta_rule --stage chunk",
         "chunkwise emit kda --dims K=128,V=64 --dtype float16 -o kda_kernels.py",

@@ -1,4 +1,4 @@
-"""The commands that look at a recurrence: list, explain, prove."""
+"""The commands `chunkwise list`, `explain` and `prove`, which describe recurrences."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _cost(declared: Declaration, arguments: argparse.Namespace) -> str:
-    """The cost model's account. Triton's printer and SymPy are imported only for it."""
+    """The cost model's account, which alone imports Triton's printer and SymPy."""
     from .autotune.explain_cost import explain_cost
     from .autotune.gpu import GPUS
     from .runtime.tuned.artifact import Bucket
@@ -92,16 +92,16 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser, several=True)
     parser.add_argument("--section", choices=_SECTIONS, help="only this section")
     parser.add_argument(
-        "--cost", metavar="GPU", help="only what the cost model says: h100, h200, a100, b200, …"
+        "--cost", metavar="GPU", help="only the cost model's account: h100, h200, a100, b200, …"
     )
-    parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="of --cost: K=128,V=128")
+    parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="for --cost: K=128,V=128")
     parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="bfloat16")
     parser.add_argument(
         "--size",
         type=_size,
         default=(64, 4096),
         metavar="ROWS,TOKENS",
-        help="of --cost: sequences x heads, and tokens of each (default 64,4096)",
+        help="for --cost: sequences x heads, and tokens of each (default 64,4096)",
     )
     add_json(parser)
 
@@ -127,7 +127,7 @@ LIST = Command(
 )
 EXPLAIN = Command(
     "explain",
-    "Show what was understood of a recurrence and what was made of it: form, kernels, cost.",
+    "Show how the compiler understands a recurrence: normal form, class, kernels, cost.",
     ("chunkwise explain kda", "chunkwise explain gated_delta_rule --cost h100"),
     _explain_arguments,
     _explain,

@@ -1,11 +1,11 @@
-"""Digests of every kernel that is printed: what a change of the compiler leaves as it was.
+"""Digests of every printed kernel, which show whether a change of the compiler alters any.
 
     python -m benchmarks.digests -o before.json
     python -m benchmarks.digests --against before.json
 
-Triton's and TVM's kernels of every recurrence of the library that has a chunk form, K = V = 64 and
-K = 128, V = 72, in bfloat16 and float32, as chosen by default, scanned in segments, one token at a
-time, and under every shipped configuration.
+The digests cover Triton's and TVM's kernels of every recurrence of the library that has a chunk
+form, with K = V = 64 and with K = 128, V = 72, in bfloat16 and float32: under the default
+configuration, in segments, one token at a time, and under every shipped configuration.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def of(name: str) -> dict[str, str]:
 
 
 def main() -> int:
-    """Writes them, or compares with what was written; 1 if any differs."""
+    """Write the digests, or compare them with those of a file; returns 1 if any differs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.digests", description=__doc__)
-    parser.add_argument("names", nargs="*", help="of the library; all of it by default")
+    parser.add_argument("names", nargs="*", help="recurrences of the library (default: all)")
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--against", type=Path)
     parser.add_argument("--jobs", type=int, default=2)
