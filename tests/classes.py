@@ -1,4 +1,4 @@
-"""What the tests of the compiler run over: the classes of recurrences, and their plans."""
+"""The recurrences and plans over which the compiler's tests run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLASSES = (
 
 
 def lowered(declaration: Declaration) -> bool:
-    """Whether the compiler derives a chunk form for it."""
+    """Whether the compiler derives a chunk form for `declaration`."""
     try:
         chunk_body(declaration.normal_form(declaration.default_micro))
     except NotLowered:

@@ -1,4 +1,4 @@
-"""The harness judges and reports rightly, shown on a CPU with peers that are right and wrong."""
+"""The benchmarks judge and report correctly, tested on a CPU with right and wrong peers."""
 
 import json
 import math

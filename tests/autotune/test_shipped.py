@@ -1,4 +1,4 @@
-"""The artifacts that come with the package: sound, proven, for what the library declares today."""
+"""The shipped artifacts are readable, were validated, and are for today's library."""
 
 from __future__ import annotations
 

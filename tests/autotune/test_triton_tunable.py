@@ -1,4 +1,4 @@
-"""The Triton engine's kernels as parts: found compiled where another process compiled them."""
+"""The Triton engine's kernels as parts: a run finds what another process has compiled."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
 
 
 def compilations() -> list[bool]:
-    """For each compilation from now on, whether Triton's cache had it."""
+    """A list that notes, for each compilation from now on, whether Triton's cache had it."""
     hits: list[bool] = []
 
     def note(*, cache_hit: bool, **_: object) -> None:
@@ -165,7 +165,7 @@ def test_parts_add_up_to_the_configuration_that_they_came_from() -> None:
 
 
 def test_long_calls_with_few_heads_are_tuned_in_segments(driver: Driver) -> None:
-    """Under the tiles of scans for ends as under all others; each finds what it has to compile."""
+    """Scans of segments' ends have tiles and compilations of their own, like all other kernels."""
     subject = tunable("gated_delta_rule", torch.bfloat16, Size(1, 4096, 1), 64)
     known = {a.role: a for a in subject.alternatives if a.known}
     assert {"forward_scan_ends", "forward_scan_matrices"} <= set(known["forward"].kernels)

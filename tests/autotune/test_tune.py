@@ -1,4 +1,4 @@
-"""Tuning from end to end: only what is faster and right may win; what is wrong is remembered."""
+"""Tuning from end to end: only a faster and right configuration wins; wrong ones are recorded."""
 
 from __future__ import annotations
 

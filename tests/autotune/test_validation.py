@@ -1,4 +1,4 @@
-"""The examination of configurations: what is right passes, each way of being wrong is found."""
+"""Validation passes right configurations and finds every kind of fault."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.interpreter
 def test_kernels_in_the_interpreter() -> None:
-    """As printed for a GPU; the engine's own configuration would be too slow there."""
+    """The small configuration is printed as for a GPU; the engine's own one would be too slow."""
     declared = by_name("gated_delta_rule")
     suite = validation_suite(
         declared, Dims(16, 16), torch.float16, CPU, tokens=20, families=[Family.RAGGED]
@@ -87,7 +87,7 @@ def test_defaults_on_a_gpu(name: str, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True)
 class _Broken:
-    """The eager engine, its results passed through `spoil`."""
+    """The eager engine, whose results are passed through `spoil`."""
 
     spoil: Callable[[str, Tensor, Call], Tensor]
 
@@ -109,7 +109,7 @@ def _faults(spoil: Callable[[str, Tensor, Call], Tensor]) -> str:
 
 
 def test_a_wrong_entry_is_found() -> None:
-    """As a miscompiled kernel's: one entry of one gradient, in packed batches only."""
+    """One entry of one gradient is wrong, in packed batches only, as by a miscompiled kernel."""
 
     def miscompiled(name: str, x: Tensor, call: Call) -> Tensor:
         if name == "d k" and call.cu_seqlens is not None:
@@ -123,7 +123,7 @@ def test_a_wrong_entry_is_found() -> None:
 
 
 def test_runs_that_differ_are_found() -> None:
-    """In the last bit, as after a race."""
+    """Two runs differ in the last bit, as with a data race."""
     turn = iter(range(1000))
 
     def racing(name: str, x: Tensor, call: Call) -> Tensor:
@@ -135,7 +135,7 @@ def test_runs_that_differ_are_found() -> None:
 
 
 def test_what_nobody_wrote_is_found() -> None:
-    """Memory that happens to hold what is right would pass otherwise."""
+    """Without the fill, an unwritten buffer whose memory happens to be right would pass."""
 
     def unwritten(name: str, x: Tensor, call: Call) -> Tensor:
         if name != "o":
@@ -152,7 +152,7 @@ def test_what_nobody_wrote_is_found() -> None:
 @settings(max_examples=25)
 @given(rules(), st.sampled_from(Family))
 def test_inputs_keep_the_promises_of_any_declaration(rule: Rule, family: Family) -> None:
-    """Log-decays at most 0, `within` kept, numbers finite: what CHUNKWISE_CHECK looks for."""
+    """CHUNKWISE_CHECK finds no fault: log-decays are at most 0, `within` holds, all is finite."""
     try:
         declared = rule.declare()
         micro = declared.default_micro
@@ -216,7 +216,7 @@ def test_states_that_grow_are_refused() -> None:
 
 
 def test_what_is_wrong_only_for_calls_of_few_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU those are cut along the value axis: the examination asks that way, too."""
+    """On a CPU, calls of few rows are cut along the value axis; validation runs them as well."""
     from chunkwise.runtime.tvm import engine as tvm_engine
 
     config = tvm_engine.configuration()

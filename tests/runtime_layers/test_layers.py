@@ -1,4 +1,4 @@
-"""Layers: one meaning in three forms (parallel, packed, token by token), for every declaration."""
+"""Layers of every declaration give the same results in parallel, packed, and token by token."""
 
 import itertools
 
@@ -145,7 +145,7 @@ def test_attention_says_what_it_cannot_be() -> None:
 
 
 def test_window_is_a_band_of_the_global_softmax() -> None:
-    """Against the dense mask, which shares no code with the blocks."""
+    """The expected result uses a dense mask, which shares no code with the blocks."""
     mixer, x, window = attention(3), tokens(), 3
     q, k, v = mixer._qkv(x, torch.arange(TOKENS))
     t = torch.arange(TOKENS)
