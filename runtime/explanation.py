@@ -1,4 +1,4 @@
-"""What was made of a declaration, as text: its chunk form, its kernels and costs, its engines."""
+"""Describes a compiled declaration as text: its chunk form, its kernels' costs, its engines."""
 
 from __future__ import annotations
 
