@@ -29,7 +29,7 @@ SAMPLE = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Error:
+class TensorError:
     """The relative RMS and maximum error of one tensor, and the limit of its RMS error."""
 
     name: str
@@ -88,7 +88,7 @@ def compare(
     do: Tensor,
     expected: Mapping[str, Tensor],
     pairs: list[tuple[int, int]],
-) -> list[Error]:
+) -> list[TensorError]:
     """The errors of one side's output and gradients on the sampled heads."""
     for operand in operands.values():
         operand.grad = None
@@ -113,12 +113,12 @@ def _gradient_error(
     expected: Mapping[str, Tensor],
     limits: Tolerance,
     pairs: list[tuple[int, int]],
-) -> Error:
+) -> TensorError:
     limit = limits.gradients if x.name in ("q", "k", "v") else limits.gates
     if grad is None:
-        return Error(f"d{x.name}", float("nan"), float("nan"), limit)
+        return TensorError(f"d{x.name}", float("nan"), float("nan"), limit)
     return _error(f"d{x.name}", cut(grad, pairs, x.per), expected[f"d{x.name}"], limit)
 
 
-def _error(name: str, got: Tensor, expected: Tensor, limit: float) -> Error:
-    return Error(name, *relative_errors(got, expected), limit)
+def _error(name: str, got: Tensor, expected: Tensor, limit: float) -> TensorError:
+    return TensorError(name, *relative_errors(got, expected), limit)
