@@ -18,6 +18,7 @@ from .codegen.interface import Dtype, Signature
 from .codegen.plan import Plan, Program
 from .codegen.programs import backward_program, chunk_adjoint, chunk_body, forward_program, passing
 from .codegen.text.mathematics import print_adjoint, print_body, print_program
+from .codegen.text.table import table
 from .codegen.token import token_body
 from .codegen.triton.emit import emit, emit_token
 from .codegen.triton.fit import H100_SHARED, untuned_config
@@ -240,11 +241,7 @@ def _resources(request: _Request, arguments: argparse.Namespace) -> int:
             verdict = "" if r.fits else "does not fit"
             rows.append((kernel, name, shared, limit, registers, spills, verdict))
         failed |= not outcome.fits
-    widths = [max(len(row[n]) for row in rows) for n in range(6)]
-    for row in rows:
-        left = f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}"
-        right = "  ".join(f"{row[n]:>{widths[n]}}" for n in range(2, 6))
-        print(f"{left}  {right}  {row[6]}".rstrip())
+    print("\n".join(table(rows)))
     return 1 if failed else 0
 
 

@@ -9,6 +9,7 @@ from ..codegen.config import Config, Dims
 from ..codegen.interface import Dtype, Signature
 from ..codegen.plan import Plan, Program, backward_plans, forward_plans
 from ..codegen.programs import backward_program, chunk_body, forward_program
+from ..codegen.text.table import table
 from ..codegen.triton.fit import untuned_config
 from ..codegen.triton.offline import signature_for
 from ..codegen.triton.resources import Target
@@ -16,9 +17,8 @@ from ..dsl.normal_form import NormalForm
 from ..runtime.triton.segments import in_parts
 from ..runtime.tuned.artifact import Bucket
 from .gpu import Gpu
-from .kernel_space import RULES, Choice, traits
+from .kernel_space import RULES, Choice, tiles_text, traits
 from .predict import Prediction, predict
-from .report import table, tiles
 
 _BEST = 5  # plans that are listed
 
@@ -69,7 +69,7 @@ def _kernels(subject: _Subject, config: Config) -> list[str]:
             times = (p.memory_us, p.products_us, p.serial_us, p.us)
             counts = (str(p.programs), str(p.resident), str(p.steps), f"{p.shared / 1024:.0f}")
             shown = tuple(f"{x:.0f}" for x in times)
-            rows.append((name, tiles(config.of(name)), *counts, *shown, p.limit))
+            rows.append((name, tiles_text(config.of(name)), *counts, *shown, p.limit))
         rows.append(("together", "", "", "", "", "", "", "", "", f"{total:.0f}", ""))
     return table(rows)
 

@@ -158,6 +158,11 @@ def tiles_of(point: Point) -> KernelConfig:
     )
 
 
+def tiles_text(tiles: KernelConfig) -> str:
+    """A kernel's tiles as one line: `BV=64 BK=32 warps=4 stages=2`."""
+    return f"BV={tiles.v_tile} BK={tiles.k_tile} warps={tiles.warps} stages={tiles.stages}"
+
+
 def point_of(tiles: KernelConfig, space: tuple[Axis, ...]) -> Point | None:
     """The point of `space` for `tiles`; None if one of their numbers is not a choice there."""
     widest = {a.name: a.choices[-1] for a in space}

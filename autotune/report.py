@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 
-from ..codegen.config import Config, KernelConfig
+from ..codegen.config import Config
 from ..codegen.plan import Plan
+from ..codegen.text.table import table
 from ..runtime.tuned.artifact import Configuration
 from .space import text
 from .trials import Measured
@@ -104,19 +105,3 @@ def describe(config: Configuration) -> str:
         return f"C={config.chunk} {config.forward.label} / {config.backward.label}"
     values = ((f.name, getattr(config, f.name)) for f in fields(config))
     return " ".join(f"{n}={x.label if isinstance(x, Plan) else x}" for n, x in values)
-
-
-def tiles(config: KernelConfig) -> str:
-    """A kernel's tiles as one line."""
-    return f"BV={config.v_tile} BK={config.k_tile} warps={config.warps} stages={config.stages}"
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The rows as aligned lines: columns of numbers flush right, the others flush left."""
-    widths = [max(len(r[n]) for r in rows) for n in range(len(rows[0]))]
-
-    def cell(value: str, n: int) -> str:
-        number = all(r[n].replace(".", "").replace("-", "").isdigit() for r in rows[1:])
-        return value.rjust(widths[n]) if number else value.ljust(widths[n])
-
-    return ["  ".join(cell(v, n) for n, v in enumerate(row)).rstrip() for row in rows]
