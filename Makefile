@@ -40,7 +40,7 @@ $(READY): pyproject.toml $(PINS) | $(BIN)/python
 demo: $(READY)
 	$(BIN)/python examples/mqar.py $(DEMO)
 
-# Both halves run, whichever fails, and the exit status says whether one did.
+# Both halves run even if one fails; the exit status says whether one did.
 test: $(READY)
 	@$(MAKE) --no-print-directory --keep-going test-cpu test-interpreter
 
@@ -54,7 +54,7 @@ test-cpu: $(READY)
 test-interpreter: $(READY)
 	TRITON_INTERPRET=1 $(PYTEST) -m 'interpreter $(SHORT)' $(EVERY)
 
-# On a machine with a GPU; one worker, so that timings and memory are its own.
+# For a machine with a GPU; one worker, which no other disturbs in its timings and memory.
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu
 
@@ -77,14 +77,14 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
-# What the documents print is printed anew; their examples run, their links lead somewhere.
+# Rewrites the printed blocks of the documents, runs their examples and checks their links.
 docs: $(READY)
 	$(BIN)/python docs/regenerate.py
 	$(BIN)/pytest tests/test_docs.py tests/codegen_audit/test_architecture.py
 
 # Compiles every emitted kernel for every target, without a GPU.
 audit: $(READY)
-	$(BIN)/python -m chunkwise.audit
+	$(BIN)/chunkwise audit
 
 clean:
 	rm -rf $(VENV) .links out build dist *.egg-info

@@ -1,37 +1,28 @@
-"""Compiles every emitted kernel for every target, offline, and checks that it fits (`make audit`).
+"""Compiles every emitted kernel for every target without a GPU, and checks that it fits.
 
-Compiling proves nothing about launching: a kernel may ask for more shared memory than a target has.
-So for each declaration, dtype and target this compiles what the runtime would choose there (`fit`
-goes by a bound, without a compiler), and where that is too much, a short ladder of smaller tiles,
-to say what would do. A kernel that does not compile, or does not fit as chosen, is a finding, and
-the exit code is 1.
+A kernel that compiles may still fail to launch, because it needs more shared memory than the target
+has. For each declaration, dtype and target, the audit therefore compiles the configuration that the
+runtime would choose (`fit` estimates its memory without a compiler). If a kernel does not fit, the
+audit descends a short ladder of smaller tiles and reports the first configuration that fits.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-
-import triton
 
 from .codegen.config import Config, Dims, KernelConfig
 from .codegen.interface import Dtype
 from .codegen.programs import Transition, chunk_body, transition_of
-from .codegen.triton.defaults import default_config
 from .codegen.triton.emit import Emitted, emit
-from .codegen.triton.fit import fit
+from .codegen.triton.fit import untuned_config
 from .codegen.triton.offline import Job, Outcome, run_jobs, signature_for
 from .codegen.triton.resources import Target
 from .dsl import library
 from .dsl.classify import DecayClass, LowRank, classify
 from .dsl.errors import NotLowered
 from .dsl.normal_form import NormalForm
+from .runtime.tuned.machine import version
 
 _CHUNKS = (64, 32, 16)
 
@@ -40,7 +31,13 @@ _CHUNKS = (64, 32, 16)
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A normal form with what it is compiled for. `segments`: its scans are of segments."""
+    """A normal form, and the dimensions, dtype, target and kind of call to compile it for.
+
+    Attributes:
+        packed: whether sequences are packed.
+        directions: `forward` and `backward`, or one of them.
+        segments: whether scans run in segments.
+    """
 
     form: NormalForm
     dims: Dims
@@ -58,11 +55,8 @@ class Subject:
 
     @property
     def default(self) -> Config:
-        """What the runtime chooses on this target where nothing was tuned."""
-        wide = self.dtype is Dtype.FLOAT32
-        config = default_config(chunk_body(self.form), self.dims, wide_dtype=wide)
-        itemsize = 4 if wide else 2
-        return fit(self.form, config, self.dims, itemsize, self.target.shared_limit)
+        """The configuration that the runtime chooses on this target if nothing was tuned."""
+        return untuned_config(self.form, self.dims, self.dtype, self.target.shared_limit)
 
     def emitted(self, config: Config) -> Emitted:
         signature = signature_for(self.form, self.dims, self.dtype, self.target)
@@ -102,7 +96,16 @@ def chunks_below(chunk: int) -> tuple[int, ...]:
 
 @dataclass(slots=True, eq=False)
 class Search:
-    """The way down the ladder of one subject: per chunk length, a rung per kernel."""
+    """The descent of one subject to tiles that fit: a rung per kernel, for each chunk length.
+
+    Attributes:
+        attempt: the index of the chunk length being tried.
+        rungs: the rung of each kernel being tried.
+        found: the outcomes of the kernels that fit, at this chunk length.
+        errors: the compiler's errors, by kernel.
+        first: the outcome of each kernel in the default configuration.
+        failed: a kernel that fits with no tiles; empty if there is none.
+    """
 
     subject: Subject
     attempt: int = 0
@@ -124,7 +127,7 @@ class Search:
         return replace(default, chunk=chunk, kernels=kernels)
 
     def pending(self) -> Iterator[tuple[str, Job]]:
-        """What has to be compiled before the next decision."""
+        """The compilations that the next decision needs, with the kernels' names."""
         if self.failed:
             return
         for name in self.rungs:
@@ -137,7 +140,7 @@ class Search:
             return
         if name not in self.first:
             self.first[name] = outcome
-            if outcome.error:  # it must compile, whether it fits or not
+            if outcome.error:  # even a kernel that does not fit must compile
                 self.errors[name] = outcome.error
         if outcome.fits:
             self.found[name] = outcome
@@ -155,12 +158,12 @@ class Search:
 
     @property
     def passed(self) -> bool:
-        """Whether everything compiles, and fits as the runtime chooses it."""
+        """Whether every kernel compiles, and fits in the configuration that the runtime chooses."""
         return not (self.failed or self.errors or self.changes)
 
     @property
     def changes(self) -> list[str]:
-        """How the configuration that fits differs from the default; empty where it does not."""
+        """How the configuration that fits differs from the default; empty if it does not."""
         default, config = self.subject.default, self.config
         changes = [] if config.chunk == default.chunk else [f"chunk={config.chunk}"]
         for name in self.rungs:
@@ -196,7 +199,7 @@ def lowered_forms() -> list[NormalForm]:
     """The library's normal forms that have a chunk form."""
     forms = []
     for declared in library.all_declarations():
-        form = declared.normal_form(2 if declared.has_micro else 1)
+        form = declared.normal_form(declared.default_micro)
         try:
             chunk_body(form)
         except NotLowered:
@@ -222,9 +225,10 @@ def is_vector_gated(form: NormalForm) -> bool:
 def quick_subjects() -> list[Subject]:
     """One form per class in bfloat16, K = V = 128 (64 under a vector gate), to take minutes.
 
-    Forward kernels for every target; backward ones, which are most of the work, for Hopper and for
-    the target with the least shared memory and another back end. In segments, the forward of one
-    form whose state fades and of one whose state a matrix multiplies.
+    Forward kernels are compiled for every target. Backward kernels, which are most of the work, are
+    compiled for Hopper, and for the target that has the least shared memory and another back end.
+    Scans in segments are compiled forward, for one form of each kind of transition (decays, or a
+    matrix).
     """
     subjects = []
     in_segments: list[Transition] = []
@@ -247,9 +251,9 @@ def quick_subjects() -> list[Subject]:
 def all_subjects(
     names: Sequence[str], dims: Sequence[Dims], dtypes: Sequence[Dtype], targets: Sequence[Target]
 ) -> list[Subject]:
-    """Every form of those names (all, if none) for each size, dtype and target.
+    """Every form of those names (all, if none are given) for each size, dtype and target.
 
-    Each packed and not, and in segments where it can be.
+    Each is compiled packed and not, whole and, where possible, in segments.
     """
     forms = [f for f in lowered_forms() if not names or f.name in names]
     return [
@@ -264,11 +268,11 @@ def all_subjects(
     ]
 
 
-# ---- the command ---------------------------------------------------------------------------------
+# ---- what was found ------------------------------------------------------------------------------
 
 
 def report(searches: Sequence[Search]) -> str:
-    """One line per subject, then what was found."""
+    """One line per subject, then the compiler's errors and the number of findings."""
     lines = []
     width = max((len(s.subject.label) for s in searches), default=0)
     for s in searches:
@@ -289,12 +293,12 @@ def report(searches: Sequence[Search]) -> str:
         lines += [f"ERROR {s.subject.label} {n}: {e}" for n, e in s.errors.items()]
     good = [s for s in searches if s.passed]
     found = f"{len(searches)} audited, {len(searches) - len(good)} with findings"
-    lines.append(f"{found} (Triton {triton.__version__})")
+    lines.append(f"{found} (Triton {version('triton')})")
     return "\n".join(lines)
 
 
 def as_json(search: Search) -> dict[str, object]:
-    """A search as data: what each kernel takes, under which configuration."""
+    """A search as data: the resources and the configuration of each kernel."""
     config = search.config
     kernels = {}
     for name, outcome in search.first.items():
@@ -315,59 +319,9 @@ def as_json(search: Search) -> dict[str, object]:
         }
     return {
         "subject": search.subject.label,
-        "triton": triton.__version__,
+        "triton": version("triton"),
         "passed": search.passed,
         "changes": search.changes,
         "chunk": config.chunk,
         "kernels": kernels,
     }
-
-
-def _dims(text: str) -> Dims:
-    try:
-        sizes = dict(part.split("=") for part in text.split(","))
-        return Dims(int(sizes["K"]), int(sizes["V"]))
-    except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not like K=128,V=128") from None
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """0: all compiles and fits as chosen; 1: there are findings; 2: it could not be tried."""
-    parser = argparse.ArgumentParser(
-        prog="python -m chunkwise.audit",
-        description="Compile every emitted kernel for every target, without a GPU.",
-    )
-    parser.add_argument("names", nargs="*", help="declarations of the library (default: all)")
-    parser.add_argument("--quick", action="store_true", help="one declaration per class, bf16")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--dims", type=_dims, action="append", help="K=128,V=128 (repeatable)")
-    parser.add_argument("--dtype", choices=[d.value for d in Dtype], action="append")
-    parser.add_argument("--target", choices=[t.name.lower() for t in Target], action="append")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers here")
-    arguments = parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        print("TRITON_INTERPRET=1 replaces the compiler: unset it", file=sys.stderr)
-        return 2
-    if arguments.quick:
-        subjects = quick_subjects()
-        if arguments.names:
-            subjects = [s for s in subjects if s.form.name in arguments.names]
-    else:
-        subjects = all_subjects(
-            arguments.names,
-            arguments.dims or [Dims(128, 128)],
-            [Dtype(d) for d in arguments.dtype or ("bfloat16", "float32")],
-            [Target[t.upper()] for t in arguments.target or [t.name for t in Target]],
-        )
-    started = time.perf_counter()
-    searches = audit(subjects, arguments.jobs)
-    print(report(searches))
-    print(f"in {time.perf_counter() - started:.0f} s")
-    if arguments.json:
-        text = json.dumps([as_json(s) for s in searches], indent=1)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-    return 0 if all(s.passed for s in searches) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .cli_audit import AUDIT
 from .cli_command import Command, UsageError
 from .cli_crossover import CROSSOVER
 from .cli_doctor import DOCTOR
@@ -27,6 +28,7 @@ COMMANDS: tuple[Command, ...] = (
     TUNE,
     VERIFY,
     CROSSOVER,
+    AUDIT,
     DOCTOR,
 )
 
@@ -68,10 +70,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command and return its exit code.
 
-    Returns 0: done; 1: it failed (the reason on stderr); 2: it was not understood; 130: it was
-    interrupted.
+    The code is 0 for success, 1 for a failure (stderr says why), 2 if the command line was not
+    understood, and 130 after an interrupt.
     """
     arguments = parser().parse_args(argv)
     try:
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("chunkwise: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `chunkwise list | head`: whoever read has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe, as in `chunkwise list | head`
         sys.stderr.close()
         return 0
 

@@ -1,4 +1,4 @@
-"""What a command of the command line is, and how its TARGET is found."""
+"""The type of a command, the arguments that commands share, and the search for a TARGET."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def print_json(value: object) -> None:
-    """One JSON document on stdout."""
+    """Print `value` as one JSON document."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
@@ -58,8 +58,8 @@ def find(target: str) -> Recurrence:
 
     Raises:
         UsageError: there is no such file or name.
-        DeclarationError: the file declares something that has a mistake.
-        BadFile: the file is no Python, or raises something.
+        DeclarationError: a declaration in the file has a mistake.
+        BadFile: the file is not Python, or raises an exception.
     """
     file, colon, name = target.rpartition(":")
     if not colon and target.endswith(".py"):
@@ -97,7 +97,7 @@ def _recurrences_of(file: Path) -> dict[str, Recurrence]:
         spec.loader.exec_module(module)
     except ChunkwiseError:
         raise
-    except (Exception, SystemExit) as raised:  # whatever the user's own code raises
+    except (Exception, SystemExit) as raised:  # the user's own code may raise anything
         raise BadFile(file.name, raised, _line_of(raised, file)) from raised
     found: dict[str, Recurrence] = {}
     for name, value in vars(module).items():
@@ -109,7 +109,7 @@ def _recurrences_of(file: Path) -> dict[str, Recurrence]:
 
 
 def _line_of(raised: BaseException, file: Path) -> Loc | None:
-    """The last line of the user's file on the way to what was raised."""
+    """The last line of the user's file in the traceback of `raised`, if there is one."""
     path = str(file)
     if isinstance(raised, SyntaxError) and raised.filename == path and raised.lineno:
         return Loc(path, raised.lineno, file.name)

@@ -1,4 +1,4 @@
-"""The command that finds from which length chunks beat the token loop, and writes it down."""
+"""The command `chunkwise crossover`: from which length do chunks beat the token loop?"""
 
 from __future__ import annotations
 
@@ -88,8 +88,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
     parser.add_argument("--dims", type=dims, default=Dims(64, 64), help="K=64,V=64")
     parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="float32")
-    parser.add_argument("--heads", type=int, default=8, help="of the one sequence that is timed")
-    parser.add_argument("--engine", choices=[e.value for e in EngineName], help="by default own")
+    parser.add_argument("--heads", type=int, default=8, help="heads of the timed call")
+    parser.add_argument(
+        "--engine", choices=[e.value for e in EngineName], help="the engine to time"
+    )
     parser.add_argument(
         "--compare", action="store_true", help="also sweep all lengths, and count the timings"
     )

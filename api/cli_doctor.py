@@ -1,4 +1,4 @@
-"""The command that looks at the machine: versions, devices, engines, and a small call of each."""
+"""The command `chunkwise doctor`: versions, devices, artifacts, and a small call per engine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _devices() -> list[str]:
 
 
 def _verdict(engine: EngineName, why_not: str | None) -> tuple[bool, str]:
-    """Whether the engine is in order here (an absent one is), and what there is to say of it."""
+    """Whether the engine works here (or is absent), and a sentence about it."""
     if why_not is not None:
         return True, f"not available: {why_not.splitlines()[-1].strip()}"
     device = "cuda" if engine is EngineName.TRITON else "cpu"
@@ -99,7 +99,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _lines(
     verdicts: Mapping[EngineName, tuple[bool, str]], arguments: argparse.Namespace
 ) -> Iterator[tuple[str, str]]:
-    """What is printed: a word in the margin, and what there is to say."""
+    """The lines to print, each as a word for the margin and a text."""
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     for name in _PACKAGES:
         yield name, version(name) or "not installed"
@@ -132,7 +132,7 @@ def _lines(
 
 
 class _Cache(TypedDict):
-    """The cache folder, what it holds, and why it is not used (None: it is)."""
+    """The cache folder, the size of its files, and why it is not used (None: it is used)."""
 
     folder: str
     bytes: int
@@ -150,7 +150,7 @@ def _cache() -> _Cache:
 
 
 def _artifacts() -> list[tuple[Path, str]]:
-    """Every artifact found, and what it is for or why it is refused."""
+    """Every artifact found, with its key, or with the reason why it is refused."""
     found = []
     for path, artifact in scan(folders()):
         if isinstance(artifact, errors.BadArtifact):
@@ -163,9 +163,9 @@ def _artifacts() -> list[tuple[Path, str]]:
 
 
 def _serves(arguments: argparse.Namespace) -> list[str]:
-    """What serves calls of TARGET here, and what differs in the artifacts that do not."""
+    """The artifacts that serve calls of TARGET here, and how the keys of the others differ."""
     declared = find(arguments.target).declaration
-    form = declared.normal_form(2 if declared.has_micro else 1)
+    form = declared.normal_form(declared.default_micro)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine, dtype = choose(device.type), getattr(torch, arguments.dtype)
     key = key_here(form, engine, dtype, arguments.dims, device)
@@ -180,15 +180,15 @@ def _serves(arguments: argparse.Namespace) -> list[str]:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", nargs="?", metavar="TARGET", help="also say what serves it here")
-    parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="of TARGET: K=128,V=128")
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="also show its artifacts")
+    parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="of TARGET, K=128,V=128")
     parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="bfloat16")
     add_json(parser)
 
 
 DOCTOR = Command(
     "doctor",
-    "Report versions, devices, engines (a small call on each) and what was tuned.",
+    "Report versions, devices, engines (with a small call on each) and artifacts.",
     ("chunkwise doctor", "chunkwise doctor kda --dims K=128,V=128", "chunkwise doctor --json"),
     _arguments,
     _doctor,

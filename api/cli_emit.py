@@ -1,13 +1,15 @@
-"""The command that prints what the compiler makes of a recurrence, at any stage."""
+"""The command `chunkwise emit`: a recurrence, printed at any stage of the compiler."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .cli_command import Command, UsageError, add_target, find
 from .codegen.config import Config, Dims, Precision
@@ -22,14 +24,17 @@ from .codegen.programs import (
     transition_of,
 )
 from .codegen.text.mathematics import print_adjoint, print_body, print_program
+from .codegen.text.table import table
 from .codegen.token import token_body
-from .codegen.triton.defaults import default_config
 from .codegen.triton.emit import emit, emit_token
-from .codegen.triton.fit import H100_SHARED, fit
+from .codegen.triton.fit import H100_SHARED, untuned_config
 from .codegen.triton.kernel import print_triton
 from .dsl.explain import print_form, print_step
 from .dsl.normal_form import NormalForm
 from .dsl.step import Step
+
+if TYPE_CHECKING:
+    from .codegen.triton.resources import Target
 
 _EAGER_HEAD = """\
 import torch
@@ -40,7 +45,7 @@ from chunkwise.codegen.eager.library import *  # decayed_dot, prefix_sum, unit_l
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What is printed: a recurrence for given dimensions and dtype, under its default plan."""
+    """A recurrence to print for given dimensions and dtype, under its default plan."""
 
     step: Step
     form: NormalForm
@@ -51,18 +56,16 @@ class _Request:
 
     @property
     def config(self) -> Config:
-        """What the runtime chooses on an H100 where nothing was tuned."""
-        wide = self.dtype is Dtype.FLOAT32
-        config = default_config(chunk_body(self.form), self.dims, wide_dtype=wide)
-        return fit(self.form, config, self.dims, 4 if wide else 2, H100_SHARED)
+        """The configuration that the runtime chooses on an H100 if nothing was tuned."""
+        return untuned_config(self.form, self.dims, self.dtype, H100_SHARED)
 
     @property
     def programs(self) -> dict[str, Program]:
-        """The kernels of each direction, or the one that was asked for."""
+        """The kernels of each direction, or only the requested one."""
         return self.under(self.config.forward, self.config.backward)
 
     def under(self, forward: Plan, backward: Plan) -> dict[str, Program]:
-        """The same under other plans."""
+        """The kernels under other plans."""
         programs = {
             f"forward, plan {forward.label}": forward_program(
                 self.form, forward, segments=self.segments
@@ -104,7 +107,7 @@ def _triton(request: _Request) -> str:
 
 
 def _tir(request: _Request) -> str:
-    """TVM's functions for a CPU with AVX2: what a kernel calls for parts of a chunk, and itself."""
+    """TVM's functions for a CPU with AVX2: each kernel, after the functions that it calls."""
     if importlib.util.find_spec("tvm") is None:
         raise UsageError('stage tir is printed by TVM: pip install "chunkwise[tvm]"')
     from .codegen.tir.config import default_config as default_tvm
@@ -120,7 +123,7 @@ def _tir(request: _Request) -> str:
 
 
 def _token(request: _Request) -> str:
-    """The form, and the kernel printed from it."""
+    """The token form, and the Triton kernel printed from it."""
     signature = Signature(request.dims, request.dtype, (), Precision.TF32X3)
     source = emit_token(request.step, signature).source
     return f"{print_body(token_body(request.step))}\n\n{source}"
@@ -155,7 +158,7 @@ def _emit(arguments: argparse.Namespace) -> int:
     if arguments.stage is None and not arguments.resources:
         arguments.stage = "triton"
     declared = find(arguments.target).declaration
-    micro = arguments.micro or (2 if declared.has_micro else 1)
+    micro = arguments.micro or declared.default_micro
     request = _Request(
         declared.step(micro),
         declared.normal_form(micro),
@@ -166,7 +169,7 @@ def _emit(arguments: argparse.Namespace) -> int:
     )
     if request.segments:
         if arguments.stage not in (None, "plan", "triton"):
-            raise UsageError("--segments is of plan, triton and --resources")
+            raise UsageError("--segments applies to plan, triton and --resources")
         if transition_of(request.form, request.dims) is None:
             raise UsageError(
                 f"{request.form.name} is not scanned in segments at K={request.dims.K}: its states "
@@ -181,29 +184,49 @@ def _emit(arguments: argparse.Namespace) -> int:
     return _resources(request, arguments) if arguments.resources else 0
 
 
-def _resources(request: _Request, arguments: argparse.Namespace) -> int:
-    """Compile what the runtime would choose on each target, and print what it takes."""
+@contextmanager
+def triton_compiler() -> Iterator[None]:
+    """Import modules that compile with Triton; a UsageError says why they cannot compile here."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise UsageError("TRITON_INTERPRET=1 replaces the compiler: unset it for --resources")
+        raise UsageError("TRITON_INTERPRET=1 replaces Triton's compiler: unset it to compile")
     try:
-        from .audit import Subject
-        from .codegen.triton import offline
-        from .codegen.triton.resources import Target
+        yield
     except ModuleNotFoundError as missing:
-        raise UsageError(f"--resources needs {missing.name}, which is not installed") from missing
+        raise UsageError(f"this needs {missing.name}, which is not installed") from missing
+
+
+def targets(text: str | None) -> dict[str, Target]:
+    """`sm90,gfx942` as targets by name; every target for None."""
+    from .codegen.triton.resources import Target
+
     known = {t.name.lower(): t for t in Target}
-    names = arguments.for_target.split(",") if arguments.for_target else list(known)
+    names = text.split(",") if text else list(known)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UsageError(f"no target {unknown[0]!r}; there are {', '.join(known)}")
-    base = Subject(
-        *(request.form, request.dims, request.dtype, Target.SM90),
-        packed=False,
-        segments=request.segments,
+    return {name: known[name] for name in names}
+
+
+def add_targets(parser: argparse.ArgumentParser) -> None:
+    """The --target and --jobs flags of commands that compile: `for_target` and `jobs`."""
+    parser.add_argument(
+        "--target", dest="for_target", metavar="T,T", help="sm80, sm90, sm100, sm120, gfx942"
     )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+
+
+def _resources(request: _Request, arguments: argparse.Namespace) -> int:
+    """Compile the runtime's choice for each target, and print the resources of each kernel."""
+    with triton_compiler():
+        from .audit import Subject
+        from .codegen.triton import offline
     jobs = {}
-    for name in names:
-        subject = replace(base, target=known[name])
+    for name, target in targets(arguments.for_target).items():
+        subject = Subject(
+            *(request.form, request.dims, request.dtype, target),
+            packed=False,
+            segments=request.segments,
+        )
         config = subject.default
         for kernel in subject.kernels(config):
             jobs[name, kernel] = subject.job(kernel, config)
@@ -224,11 +247,7 @@ def _resources(request: _Request, arguments: argparse.Namespace) -> int:
             verdict = "" if r.fits else "does not fit"
             rows.append((kernel, name, shared, limit, registers, spills, verdict))
         failed |= not outcome.fits
-    widths = [max(len(row[n]) for row in rows) for n in range(6)]
-    for row in rows:
-        left = f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}"
-        right = "  ".join(f"{row[n]:>{widths[n]}}" for n in range(2, 6))
-        print(f"{left}  {right}  {row[6]}".rstrip())
+    print("\n".join(table(rows)))
     return 1 if failed else 0
 
 
@@ -238,12 +257,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernel",
         metavar="NAME",
-        help="of plan, eager, triton and tir, only this kernel",
+        help="print only this kernel (stages plan, eager, triton, tir)",
     )
     parser.add_argument(
         "--segments",
         action="store_true",
-        help="scans as they run on long sequences with few heads (docs/architecture.md)",
+        help="print the scans of long sequences with few heads (docs/architecture.md)",
     )
     parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="K=128,V=128")
     parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="bfloat16")
@@ -254,15 +273,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compile without a GPU: shared memory, registers and spills of each kernel",
     )
-    parser.add_argument(
-        "--target", dest="for_target", metavar="T,T", help="sm80, sm90, sm100, sm120, gfx942"
-    )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    add_targets(parser)
 
 
 EMIT = Command(
     "emit",
-    "Print a recurrence at any stage of the compiler, or what its kernels take.",
+    "Print a recurrence at any stage of the compiler, or the resources of its kernels.",
     (
         "chunkwise emit gated_delta_rule --stage chunk",
         "chunkwise emit kda --dims K=128,V=64 --dtype float16 -o kda_kernels.py",

@@ -1,4 +1,4 @@
-"""The command that writes a recurrence as a package, or a library, which does not need this one."""
+"""The command `chunkwise export`: a package or a library that does not need chunkwise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dtypes(text: str) -> tuple[Dtype, ...]:
 
 
 def _library(arguments: argparse.Namespace) -> int:
-    """A shared library for this CPU; prints what its functions take."""
+    """Write a shared library for a CPU, and print the parameters of its functions."""
     declaration = find(arguments.target).declaration
     sizes = arguments.dims or [Dims(128, 128)]
     dtypes = arguments.dtype or (Dtype.FLOAT32,)
@@ -37,7 +37,7 @@ def _library(arguments: argparse.Namespace) -> int:
         raise UsageError('--target llvm needs TVM: pip install "chunkwise[tvm]"')
     from .runtime.tvm.export import export_library
 
-    micro = arguments.micro or (2 if declaration.has_micro else 1)
+    micro = arguments.micro or declaration.default_micro
     form = declaration.normal_form(micro)
     print(export_library(form, sizes[0], arguments.output, dtype=dtypes[0], cpu=arguments.cpu))
     return 0
@@ -54,7 +54,7 @@ def _export(arguments: argparse.Namespace) -> int:
         dims=tuple(dict.fromkeys(arguments.dims or [Dims(128, 128)])),
         dtypes=arguments.dtype or (Dtype.BFLOAT16,),
         name=arguments.name,
-        micro=arguments.micro or (2 if declaration.has_micro else 1),
+        micro=arguments.micro or declaration.default_micro,
         layout=Layout(arguments.layout),
     )
     try:
@@ -89,16 +89,16 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         default="triton",
         help="a package of Triton kernels, or a shared library for a CPU",
     )
-    parser.add_argument("--cpu", help="of a library, as LLVM names it: x86-64-v3 (default: this)")
+    parser.add_argument("--cpu", help="the library's CPU, as x86-64-v3 (default: this one)")
     parser.add_argument(
-        "--dims", type=dims, action="append", help="K=128,V=128; again for further dimensions"
+        "--dims", type=dims, action="append", help="K=128,V=128; repeat for further dimensions"
     )
     parser.add_argument(
         "--dtype",
         type=dtypes,
-        help="bf16, fp16, fp32; several: bf16,fp32 (default: bf16, of a library fp32)",
+        help="bf16, fp16, fp32, or several: bf16,fp32 (default: bf16; fp32 for a library)",
     )
-    parser.add_argument("--name", help="of the function (default: that of the recurrence)")
+    parser.add_argument("--name", help="the function's name (default: the recurrence's)")
     parser.add_argument("--micro", type=int, metavar="N", help="micro-steps of tuple operands")
     parser.add_argument(
         "--layout",

@@ -1,4 +1,4 @@
-"""The commands that look at a recurrence: list, explain, prove."""
+"""The commands `chunkwise list`, `explain` and `prove`, which describe recurrences."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _list(arguments: argparse.Namespace) -> int:
     rows = []
     for name in library.names():
         declared = getattr(library, name).declaration
-        form = declared.normal_form(2 if declared.has_micro else 1)
+        form = declared.normal_form(declared.default_micro)
         first_line = declared.doc.partition("\n")[0]
         rows.append({"name": name, "class": str(classify(form)), "about": first_line})
     if arguments.json:
@@ -54,14 +54,14 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _cost(declared: Declaration, arguments: argparse.Namespace) -> str:
-    """The cost model's account. Triton's printer and SymPy are imported only for it."""
+    """The cost model's account, which alone imports Triton's printer and SymPy."""
     from .autotune.explain_cost import explain_cost
     from .autotune.gpu import GPUS
     from .runtime.tuned.artifact import Bucket
 
     if arguments.cost not in GPUS:
         raise UsageError(f"no GPU {arguments.cost!r}; there are {', '.join(GPUS)}")
-    form = declared.normal_form(2 if declared.has_micro else 1)
+    form = declared.normal_form(declared.default_micro)
     dtype, size = Dtype(arguments.dtype), Bucket(*arguments.size)
     return explain_cost(form, arguments.dims, dtype, size, GPUS[arguments.cost])
 
@@ -92,16 +92,16 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser, several=True)
     parser.add_argument("--section", choices=_SECTIONS, help="only this section")
     parser.add_argument(
-        "--cost", metavar="GPU", help="only what the cost model says: h100, h200, a100, b200, …"
+        "--cost", metavar="GPU", help="only the cost model's account: h100, h200, a100, b200, …"
     )
-    parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="of --cost: K=128,V=128")
+    parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="for --cost: K=128,V=128")
     parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="bfloat16")
     parser.add_argument(
         "--size",
         type=_size,
         default=(64, 4096),
         metavar="ROWS,TOKENS",
-        help="of --cost: sequences x heads, and tokens of each (default 64,4096)",
+        help="for --cost: sequences x heads, and tokens of each (default 64,4096)",
     )
     add_json(parser)
 
@@ -127,7 +127,7 @@ LIST = Command(
 )
 EXPLAIN = Command(
     "explain",
-    "Show what was understood of a recurrence and what was made of it: form, kernels, cost.",
+    "Show how the compiler understands a recurrence: normal form, class, kernels, cost.",
     ("chunkwise explain kda", "chunkwise explain gated_delta_rule --cost h100"),
     _explain_arguments,
     _explain,

@@ -1,4 +1,4 @@
-"""The command that tunes: chunkwise tune."""
+"""The command `chunkwise tune`: find the fastest configuration of a recurrence."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ON_GPU, _ON_CPU = (4, 4096, 16), (1, 1024, 4)
 
 def _tune(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
-    # Optuna is imported only by those who tune
+    # importing Optuna is slow, and no other command needs it
     from .autotune.compilers import start_early
     from .autotune.report import report
     from .autotune.search import Budget
@@ -125,8 +125,8 @@ class _Bar:
 
 
 def _storage(arguments: argparse.Namespace, path: str) -> str:
-    """The URL given, else a journal of this key: the last one to resume, or a new one."""
-    own_folder("artifacts")  # where the result goes: better refused before than after
+    """The URL given, else the journal of this key: the last one with --resume, or a new one."""
+    own_folder("artifacts")  # the folder of the result: a fault in it is raised before the search
     if arguments.storage:
         return str(arguments.storage)
     folder = own_folder("studies", *Path(path).parent.parts)
@@ -140,7 +140,7 @@ def _storage(arguments: argparse.Namespace, path: str) -> str:
 
 
 def _shown(url: str) -> str:
-    """The URL for readers elsewhere: of a file in the cache, its place there."""
+    """The URL for readers; a file in the cache is named by its path there."""
     return url.removeprefix(f"{cache_folder()}{os.sep}")
 
 
@@ -156,7 +156,7 @@ def _shape(text: str) -> tuple[int, int, int]:
 
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of them, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
@@ -185,9 +185,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="K=128,V=128")
     parser.add_argument("--dtype", choices=list(_DTYPES), help="bf16 on a GPU, else fp32")
     parser.add_argument(
-        "--shape", type=_shape, metavar="B,T,H", help="the size of call to tune for"
+        "--shape", type=_shape, metavar="B,T,H", help="the size of the call to tune for"
     )
-    parser.add_argument("--engine", choices=[e.value for e in EngineName], help="what to tune")
+    parser.add_argument(
+        "--engine", choices=[e.value for e in EngineName], help="the engine to tune"
+    )
     parser.add_argument(
         "--budget", type=_seconds, default=100.0, metavar="SECONDS", help="default 100"
     )
@@ -202,12 +204,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--chunk", type=_chunks, metavar="C,C", help="only these chunk lengths")
     parser.add_argument(
-        "--plans", type=_count, metavar="N", help="only N plans a direction, of the least memory"
+        "--plans", type=_count, metavar="N", help="at most N plans per direction, by least memory"
     )
     parser.add_argument(
         "--exhaustive", action="store_true", help="every configuration of every plan, in order"
     )
-    parser.add_argument("--seed", type=int, help="of the proposals")
+    parser.add_argument("--seed", type=int, help="the seed of the search")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the study (extra: plot)")
     add_json(parser)
 

@@ -1,4 +1,4 @@
-"""The command that checks again, on this machine, what artifacts say is right."""
+"""The command `chunkwise verify`: validate the configurations of artifacts on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from . import library
 from .autotune.store import save, versions_here
-from .autotune.validation import Exam, Under, certify, prepare
+from .autotune.validation import Under, ValidationSuite, validate, validation_suite
 from .cli_command import Command, UsageError, add_json, find, print_json
 from .dsl.declaration import Declaration
 from .runtime.engines import CannotRun
@@ -25,7 +25,7 @@ from .runtime.tuned.selection import folders, read, scan
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """An artifact's configuration, the sizes that it serves, and how it did here."""
+    """A configuration of an artifact, the sizes of call that it serves, and its certificate."""
 
     config: Configuration
     serves: tuple[str, ...]
@@ -33,14 +33,14 @@ class _Checked:
 
     @property
     def worst(self) -> tuple[str, Error] | None:
-        """The result nearest to what is allowed, or farthest beyond it; None: there is none."""
+        """The result with the largest error relative to its limit; None without results."""
         errors = self.certificate.errors
         return max(errors, key=lambda e: e[1].rms / e[1].limit, default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class _Page:
-    """What came of one artifact; `refused`: why it was not checked."""
+    """The outcome for one artifact; `refused` says why it was not checked."""
 
     path: Path
     artifact: Artifact
@@ -49,14 +49,14 @@ class _Page:
 
     @property
     def ok(self) -> bool:
-        """Whether all of it was checked and is right."""
+        """Whether all configurations were checked and are right."""
         return self.refused is None and all(c.certificate.ok for c in self.checked)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     pages = []
     for path, artifact in _chosen(arguments.target):
-        page = _examined(path, artifact, arguments.recurrence or arguments.target)
+        page = _page(path, artifact, arguments.recurrence or arguments.target)
         pages.append(page)
         if not arguments.json:
             _print(page)
@@ -67,7 +67,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0 if all(page.ok for page in pages) else 1
 
 
-def _examined(path: Path, artifact: Artifact, target: str | None) -> _Page:
+def _page(path: Path, artifact: Artifact, target: str | None) -> _Page:
     foreign = _foreign(artifact)
     if foreign is not None:
         return _Page(path, artifact, foreign)
@@ -81,7 +81,7 @@ def _examined(path: Path, artifact: Artifact, target: str | None) -> _Page:
 
 
 def _chosen(target: str | None) -> Iterator[tuple[Path, Artifact]]:
-    """The artifact of a file, or those found that are for this machine (and for TARGET).
+    """The artifact of a file, or all artifacts for this machine (and for the recurrence TARGET).
 
     Raises:
         BadArtifact: the file cannot be trusted.
@@ -94,7 +94,7 @@ def _chosen(target: str | None) -> Iterator[tuple[Path, Artifact]]:
     form = None
     if target is not None:
         declared = find(target).declaration
-        form = declared.normal_form(2 if declared.has_micro else 1).digest
+        form = declared.normal_form(declared.default_micro).digest
     for path, found in scan(folders()):
         if isinstance(found, Artifact) and form in (None, found.key.form) and not _foreign(found):
             yield path, found
@@ -105,7 +105,7 @@ def _declared(artifact: Artifact, target: str | None) -> Declaration | None:
     named = [] if target is None or target.endswith(".json") else [find(target)]
     for op in [*named, *(getattr(library, name) for name in library.names())]:
         declared: Declaration = op.declaration
-        form = declared.normal_form(2 if declared.has_micro else 1)
+        form = declared.normal_form(declared.default_micro)
         if form.digest == artifact.key.form:
             return declared
     return None
@@ -132,24 +132,24 @@ def _check(artifact: Artifact, declared: Declaration) -> tuple[_Checked, ...]:
     sizes: dict[Configuration, list[str]] = {}
     for t in artifact.tuned:
         sizes.setdefault(t.config, []).append(f"{t.bucket.rows} x {t.bucket.tokens}")
-    exam = prepare(declared, key.dims, getattr(torch, key.dtype), device)
+    suite = validation_suite(declared, key.dims, getattr(torch, key.dtype), device)
     bar = tqdm(sizes.items(), unit="configuration", disable=not sys.stderr.isatty(), leave=False)
     return tuple(
-        _Checked(config, tuple(serves), _certificate(exam, Under(key.engine, config)))
+        _Checked(config, tuple(serves), _certificate(suite, Under(key.engine, config)))
         for config, serves in bar
     )
 
 
-def _certificate(exam: Exam, runs: Under) -> Certificate:
-    """As `certify`; what cannot run at all is at fault for that."""
+def _certificate(suite: ValidationSuite, runs: Under) -> Certificate:
+    """As `validate`, but a configuration that cannot run has a fault that says so."""
     try:
-        return certify(exam, runs)
+        return validate(suite, runs)
     except CannotRun as why:
         return Certificate((), (), (f"it does not run: {str(why).splitlines()[0]}",))
 
 
 def _record(artifact: Artifact, checked: tuple[_Checked, ...]) -> None:
-    """What failed goes into quarantine in the user's own folder, and serves no more."""
+    """Put the configurations that failed into quarantine, in the user's own folder."""
     versions = versions_here(artifact.key.engine)
     failed = tuple(
         Rejected(c.config, versions, "; ".join(c.certificate.faults))
@@ -200,14 +200,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="an artifact, or a recurrence; by default every artifact for this machine",
     )
     parser.add_argument(
-        "--recurrence", metavar="FILE.py:NAME", help="what a FILE is for, if not of the library"
+        "--recurrence", metavar="FILE.py:NAME", help="the recurrence of FILE, if not of the library"
     )
     add_json(parser)
 
 
 VERIFY = Command(
     "verify",
-    "Check the configurations of artifacts on this machine; what fails goes into quarantine.",
+    "Validate the configurations of artifacts on this machine; quarantine those that fail.",
     (
         "chunkwise verify",
         "chunkwise verify gated_delta_rule",

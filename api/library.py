@@ -10,7 +10,7 @@ from .runtime.recurrence import Recurrence
 
 
 def names() -> tuple[str, ...]:
-    """What the library holds, in the order of its page."""
+    """The names of the library's recurrences, in the order of `dsl/library.py`."""
     return tuple(x.name for x in declarations.all_declarations())
 
 
@@ -31,5 +31,5 @@ def _op(name: str) -> Recurrence:
     declared = vars(declarations)[name]
     assert isinstance(declared, Declaration)
     op = Recurrence(declared)
-    op.__module__ = __name__  # where pickle finds it again
+    op.__module__ = __name__  # pickle finds the op by this name
     return op

@@ -1,1 +1,1 @@
-"""The tuner: spaces of configurations, trials, the checks that a winner passes, what it writes."""
+"""The tuner searches configurations, times them, validates the winner, and writes artifacts."""

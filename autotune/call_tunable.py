@@ -1,7 +1,7 @@
-"""An engine on the CPU for the search: one part, the whole call; axes: its configuration's fields.
+"""A `Tunable` for engines on the CPU: its only part is the whole call.
 
-Any engine joins whose configuration is a frozen dataclass of numbers: it says which field may take
-which values, and what is its default.
+The axes of the search are the fields of the engine's configuration. An engine joins by a `Space`,
+which lists the values that each field may take and gives the default configuration.
 """
 
 from __future__ import annotations
@@ -10,25 +10,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..runtime.call import Call
 from ..runtime.engines import EngineName
 from ..runtime.tuned.artifact import Certificate, Configuration
 from .space import Axis, Point, Rule, broken
 from .tunable import Alternative, Chosen, Job, Part, Run
-from .validation import Exam, Under, certify
+from .validation import Under, ValidationSuite, validate
 
 _KEY = "call"
 
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """What is free in an engine.
+    """The configurations of an engine among which the search chooses.
 
     Attributes:
-        make: the configuration of a point; it takes the axes by name.
-        first: points to begin with.
-        jobs: what has to be compiled before a configuration runs.
+        make: builds the configuration of a point from keyword arguments, one per axis.
+        first: the points that the search tries first.
+        jobs: the compilations that a configuration needs before it runs.
     """
 
     axes: tuple[Axis, ...]
@@ -39,13 +40,24 @@ class Space:
     jobs: Callable[[Configuration], tuple[Job, ...]] = lambda config: ()
 
 
+def forward_and_backward(under: Under, call: Call, do: Tensor) -> Run:
+    """A run of `call` and of its gradients from `do`, the gradient of the output."""
+    no_final_gradients = (None,) * len(call.form.states)
+
+    def run() -> None:
+        under.forward(call)
+        under.backward(call, do, no_final_gradients)
+
+    return run
+
+
 class CallTunable:
-    """The configurations of `engine` for calls like `call`."""
+    """The configurations of `engine` for calls like `call`; `suite` makes the validation suite."""
 
     def __init__(
-        self, call: Call, engine: EngineName, space: Space, exam: Callable[[], Exam]
+        self, call: Call, engine: EngineName, space: Space, suite: Callable[[], ValidationSuite]
     ) -> None:
-        self._call, self._engine, self._space, self._exam = call, engine, space, exam
+        self._call, self._engine, self._space, self._suite = call, engine, space, suite
         self._do = torch.randn(call.output_shape, dtype=call.dtype, device=call.device)
         self.default = space.default
         self.alternatives = (Alternative("", _KEY, "", (_KEY,), (_KEY,)),)
@@ -59,7 +71,7 @@ class CallTunable:
         return broken(self._space.rules, self._made(point))
 
     def predicted_us(self, part: Part, point: Point) -> float:
-        """As `Tunable.predicted_us`: no guess is made."""
+        """As `Tunable.predicted_us`: always 0, because no model predicts whole calls."""
         return 0.0
 
     def jobs(self, part: Part, point: Point) -> tuple[Job, ...]:
@@ -80,22 +92,15 @@ class CallTunable:
 
     def whole(self, config: Configuration) -> Run:
         """As `Tunable.whole`."""
-        under = Under(self._engine, config)
-        nothing = (None,) * len(self._call.form.states)
+        return forward_and_backward(Under(self._engine, config), self._call, self._do)
 
-        def both() -> None:
-            under.forward(self._call)
-            under.backward(self._call, self._do, nothing)
-
-        return both
-
-    def certify_jobs(self, config: Configuration) -> tuple[Job, ...]:
-        """As `Tunable.certify_jobs`: kernels take calls of any size."""
+    def validation_jobs(self, config: Configuration) -> tuple[Job, ...]:
+        """As `Tunable.validation_jobs`: none, because compiled kernels take calls of any size."""
         return ()
 
-    def certify(self, config: Configuration) -> Certificate:
-        """As `Tunable.certify`."""
-        return certify(self._exam(), Under(self._engine, config))
+    def validate(self, config: Configuration) -> Certificate:
+        """As `Tunable.validate`."""
+        return validate(self._suite(), Under(self._engine, config))
 
     def _made(self, point: Point) -> Configuration:
         return self._space.make(**dict(point))

@@ -1,8 +1,8 @@
-"""What Triton would compile for a run: found without compiling, then compiled in other processes.
+"""Finds the kernel specialisations that a run needs, and compiles them in other processes.
 
-A run is made once with Triton's own hook before compilation, which notes each specialisation and
-declines it. A process of its own compiles those into Triton's cache on disk, under the very keys
-that the run then looks up: so a real run finds everything compiled.
+In a first run, Triton's pre-compilation hook notes each specialisation and declines to compile it.
+Other processes then compile these specialisations into Triton's cache on disk. The second, real run
+looks up the same keys and finds everything compiled.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TritonJob:
     attributes: Mapping[tuple[int, ...], object]
     options: Mapping[str, object]
     target: tuple[str, str | int, int]
-    shared: int  # bytes that a program may use
+    shared: int  # bytes of shared memory that a program may use
 
     def __call__(self) -> Built:
         """Compile it into Triton's cache."""
@@ -69,10 +69,10 @@ class TritonJob:
 
 
 def specialisations(run: Run, shared: int) -> tuple[TritonJob, ...]:
-    """What `run` would have Triton compile, in this process, now; nothing is launched.
+    """The compilations that `run` needs in this process, found without compiling or launching.
 
-    The results of `run` are garbage, so it must not decide anything by them. `shared`: bytes of
-    shared memory that a program may use.
+    `run` computes garbage here, so its course must not depend on results. `shared` is the shared
+    memory that a program may use, in bytes.
     """
     found: list[TritonJob] = []
 
@@ -94,7 +94,7 @@ def specialisations(run: Run, shared: int) -> tuple[TritonJob, ...]:
                 shared,
             )
         )
-        return True  # declines the compilation, and with it the launch
+        return True  # declines both the compilation and the launch
 
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.jit_cache_hook = note

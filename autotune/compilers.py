@@ -1,7 +1,7 @@
-"""Compilations beside the measurements, in processes that cannot harm or outlast the search.
+"""Compiles in worker processes while this process measures; the workers end with the search.
 
-A compiler that crashes or takes too long is an outcome like any other: its process is replaced.
-What is still running at the end is killed.
+If a compiler crashes or exceeds its time limit, this is reported as its result and the worker is
+replaced. Compilations that still run when the search ends are killed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Generic, TypeVar
 from .tunable import Built, Job
 
 K = TypeVar("K", bound=Hashable)
-_AHEAD = 2  # orders that wait, so that no process does
-_PRELOADED = "chunkwise.autotune.capture"  # what a compilation imports, imported once for all
+_AHEAD = 2  # orders queued beyond the number of workers, so that no worker idles
+_PRELOADED = "chunkwise.autotune.capture"  # imported once for all compilations
 
 
 def context() -> ForkServerContext | SpawnContext:
-    """How processes are started: forked from a clean one with everything imported, if may be."""
+    """The multiprocessing context: where possible, a fork server that has done the imports."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     chosen = multiprocessing.get_context("forkserver")
@@ -35,7 +35,7 @@ def context() -> ForkServerContext | SpawnContext:
 
 
 def start_early() -> None:
-    """Begin the imports of the processes to come, beside what this one does next."""
+    """Start the fork server now, so that its imports overlap with the caller's next work."""
     if "forkserver" in multiprocessing.get_all_start_methods():
         context()
         from multiprocessing import forkserver
@@ -45,7 +45,7 @@ def start_early() -> None:
 
 @dataclass(slots=True)
 class _Order(Generic[K]):
-    """What is to be compiled under one key, and what came of it so far."""
+    """The jobs of one key: those that wait, the number of unfinished ones, and the results."""
 
     key: K
     waiting: deque[Job]
@@ -55,7 +55,7 @@ class _Order(Generic[K]):
 
 @dataclass(slots=True)
 class _Worker(Generic[K]):
-    """A process, and the order that it works for; `started`: when it took the job."""
+    """A process and the order whose job it compiles; `started` is when it took the job."""
 
     process: BaseProcess
     order: _Order[K] | None = None
@@ -63,9 +63,9 @@ class _Worker(Generic[K]):
 
 
 class Compilers(Generic[K]):
-    """Up to `workers` compilations at a time; an order is a key with its jobs.
+    """Runs up to `workers` compilations at a time; an order is a key with its jobs.
 
-    `limit_s`: seconds after which a compilation is given up.
+    A compilation that takes more than `limit_s` seconds is killed and reported as an error.
     """
 
     def __init__(self, workers: int, limit_s: float = 60.0) -> None:
@@ -84,28 +84,28 @@ class Compilers(Generic[K]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Kill what is still running."""
+        """Kill the compilations that still run."""
         for pipe in list(self._workers):
             self._dismiss(pipe)
         self._orders.clear()
 
     @property
     def orders(self) -> int:
-        """How many are not done yet."""
+        """The number of unfinished orders."""
         return len(self._orders)
 
     @property
     def hungry(self) -> bool:
-        """Whether another order would be compiled now or soon."""
+        """Whether the queue has room for another order."""
         return len(self._orders) < self._most + _AHEAD
 
     def order(self, key: K, jobs: tuple[Job, ...]) -> None:
-        """Have `jobs` compiled; without any, the order is done at once."""
+        """Queue `jobs` under `key`; an order without jobs is done at once."""
         self._orders[key] = _Order(key, deque(jobs), len(jobs))
         self._hand_out()
 
     def done(self, timeout: float) -> Iterator[tuple[K, tuple[Built, ...]]]:
-        """The orders that are done, after waiting up to `timeout` seconds for the first."""
+        """The finished orders with their results; waits up to `timeout` seconds for the first."""
         if self._busy and not any(o.outstanding == 0 for o in self._orders.values()):
             wait([p for p, w in self._workers.items() if w.order is not None], timeout)
         for pipe, worker in list(self._workers.items()):
@@ -123,7 +123,7 @@ class Compilers(Generic[K]):
         return sum(w.order is not None for w in self._workers.values())
 
     def _outcome(self, pipe: Connection, worker: _Worker[K]) -> Built | None:
-        """What the worker's job came to; None while it works."""
+        """The result of the worker's job; None while it compiles."""
         seconds = time.monotonic() - worker.started
         if pipe.poll():
             try:
@@ -156,7 +156,7 @@ class Compilers(Generic[K]):
                 pipe.send(order.waiting.popleft())
 
     def _idle(self) -> Connection | None:
-        """A worker without a job; a new one where there may be more."""
+        """The pipe of an idle worker, a new one if the limit allows; None if all are busy."""
         for pipe, worker in self._workers.items():
             if worker.order is None:
                 return pipe
@@ -171,7 +171,7 @@ class Compilers(Generic[K]):
 
 
 def _serve(pipe: Connection) -> None:
-    """Compile what comes until nobody sends any more."""
+    """Compile the jobs that arrive until the other end closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search to handle
     while True:
         try:

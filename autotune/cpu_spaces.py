@@ -1,4 +1,4 @@
-"""What is free in the engines that run on a CPU: their spaces, as `CallTunable` takes them."""
+"""The search spaces of the engines that run on a CPU, as `CallTunable` takes them."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from .tunable import Built, Job
 _EAGER_CHUNKS, _TVM_CHUNKS = (16, 32, 64, 128), (16, 32, 64)
 _TILES = (NARROWEST, 32, 64, 128, WIDEST)
 _FUSED = Plan(Hoist.NOTHING, outputs_in_scan=True)
-# plans of both directions, by their number on the axis
+# pairs of plans (forward, backward); the axis `plans` holds an index of this table
 PLANS = (
     (_FUSED, _FUSED),
     (_FUSED, Plan(Hoist.ALL)),
     (Plan(Hoist.PREFIXES | Hoist.SOLVES),) * 2,
     (Plan(Hoist.ALL),) * 2,
 )
-_REGISTERS = {4: 32, 8: 16, 16: 32}  # vector registers, by how many float32 numbers one holds
+_REGISTERS = {4: 32, 8: 16, 16: 32}  # number of vector registers, by their length in float32
 
 
 def eager_space(chunks: tuple[int, ...]) -> Space:
-    """The eager engine: tokens per chunk."""
+    """The space of the eager engine: the number of tokens per chunk."""
     default = EagerConfig(64)
     first = ((("chunk", default.chunk),),)
     return Space((Axis("chunk", chunks or _EAGER_CHUNKS),), EagerConfig, default, first)
 
 
 def tvm_space(call: Call, default: TvmConfig, chunks: tuple[int, ...]) -> Space:
-    """The TVM engine: chunk, plans, register tile, and channels per item."""
+    """The space of the TVM engine: chunk length, plans, register tile, channels per work item."""
     axes = (
         Axis("chunk", chunks or tuple(c for c in _TVM_CHUNKS if c % default.lanes == 0)),
         Axis("plans", tuple(range(len(PLANS)))),
@@ -70,7 +70,7 @@ def tvm_space(call: Call, default: TvmConfig, chunks: tuple[int, ...]) -> Space:
 
 
 def _spills(config: Configuration) -> float:
-    """Accumulators, a row's number and the vectors of the other side, against the registers."""
+    """The vector registers that a tile of a product needs, as an excess over those that exist."""
     assert isinstance(config, TvmConfig)
     held = config.rows * config.vectors + config.vectors + 1
     return held / _REGISTERS.get(config.lanes, 16) - 1
@@ -83,7 +83,7 @@ TVM_RULES: tuple[Rule[Configuration], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class TvmJob:
-    """One direction of one configuration, compiled into the engine's cache on disk."""
+    """The compilation of one direction of a configuration into the engine's cache on disk."""
 
     form: NormalForm
     dims: Dims
@@ -94,13 +94,13 @@ class TvmJob:
 
     def __call__(self) -> Built:
         """Compile it."""
-        # TVM is imported only where it compiles
+        # TVM is imported only in the process that compiles
         from ..runtime.tvm.engine import compiled
 
         started = time.monotonic()
         try:
             compiled(self.form, self.dims, self.dtype, self.dtypes, self.config, self.backward)
-        except (RuntimeError, ValueError) as why:  # the compiler's verdict
+        except (RuntimeError, ValueError) as why:  # the compiler rejects the configuration
             lines = [line for line in str(why).splitlines() if line.strip()]
             text = f"{type(why).__name__}: {lines[-1] if lines else ''}"[:200]
             return Built(error=text, seconds=time.monotonic() - started)

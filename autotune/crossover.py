@@ -1,12 +1,13 @@
-"""From which length chunks beat the token loop: noisy binary search over a monotone probability.
+"""Finds the length from which chunks beat the token loop, by noisy binary search.
 
-The model is Karp and Kleinberg's ("Noisy binary search and its applications", 2007): one paired
-timing at length T is won by the chunks with a probability that rises with T, and nothing else is
-assumed. `search` keeps a belief of where it passes 1/2, as in the Bayesian algorithm of Gretta and
-Price ("Sharp noisy binary search with monotonic probabilities", 2023): each timing is taken at the
-belief's median, and counts as a coin of probability 1/2 +- MARGIN would. A belief trusts that
-model; so the two ends that it proposes are then tested by themselves (Wald's sequential test) and
-moved outwards until they stand. The confidence is that of these tests.
+The model is Karp and Kleinberg's ("Noisy binary search and its applications", 2007): in one paired
+timing at length T, the chunks win with a probability that rises with T; nothing else is assumed.
+`search` keeps a belief (a distribution) over the length at which this probability passes 1/2, as
+the Bayesian algorithm of Gretta and Price does ("Sharp noisy binary search with monotonic
+probabilities", 2023): each timing is taken at the belief's median and updates it like the flip of
+a coin of probability 1/2 +- MARGIN. Because the belief relies on that model, Wald's sequential test
+then checks both ends of the proposed interval and moves them outwards until they pass. The reported
+confidence is the confidence of these tests.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from ..runtime.tuned.artifact import Configuration
 from .inputs import Family, draw
 from .validation import Under
 
-# probabilities within 1/2 +- MARGIN count as even: either answer is right there
+# where the probability lies within 1/2 +- MARGIN, either answer counts as right
 MARGIN = 0.25
 _STEP = math.log((0.5 + MARGIN) / (0.5 - MARGIN))
-# bits that a timing at the median tells
+# bits of information in a timing at the median
 _CAPACITY = 1 + sum(p * math.log2(p) for p in (0.5 + MARGIN, 0.5 - MARGIN))
-_SETTLED = 0.2  # what a belief may leave on either side of the ends that it proposes
+_SETTLED = 0.2  # the belief's probability beyond either end of the proposed interval
 
 
 Wins = Callable[[int], bool]
 Run = Callable[[], object]
-# microseconds of each run in each of so many rounds (`measure.Device.rounds`)
+# takes runs and a number of rounds, returns microseconds by run and round (`Device.rounds`)
 Rounds = Callable[[Sequence[Run], int], list[list[float]]]
 
 
@@ -52,10 +53,11 @@ class _Stepping(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Bracket:
-    """The lengths between which chunks begin to win; None: no length is short, or long, enough.
+    """The interval of lengths, in tokens, within which chunks begin to win.
 
-    At `low` they lose and at `high` they win, both at once with `confidence`, up to lengths where
-    it is as good as even; `timings` paired timings were taken.
+    Chunks lose at `low` (None: at no length tried) and win at `high` (None: at no length tried).
+    Both statements hold together with probability `confidence`, except at lengths where both sides
+    are about equally fast. `timings` is the number of paired timings taken.
     """
 
     low: int | None
@@ -65,26 +67,27 @@ class Bracket:
 
 
 def geometric(least: int, most: int, per_octave: int = 4) -> tuple[int, ...]:
-    """Lengths from `least` to `most`, so many to a factor of 2 where they are not the same."""
+    """Lengths from `least` to `most`, `per_octave` to each factor of 2, without duplicates."""
     steps = max(1, round(per_octave * math.log2(most / least)))
     return tuple(sorted({round(least * (most / least) ** (n / steps)) for n in range(steps + 1)}))
 
 
-# what is tried of a recurrence: beyond, nothing that goes token by token was near
+# the lengths tried: beyond 1024 tokens, no token loop came close to the chunks
 LENGTHS = geometric(1, 1024)
 
 
 def search(wins: Wins, lengths: Sequence[int], confidence: float = 0.95) -> Bracket:
-    """The crossing among `lengths`, which rise, by few timings `wins(T)`."""
+    """The crossing among the ascending `lengths`, found with few timings `wins(T)`."""
     coin = _Coin(wins)
-    belief = [1.0 / (len(lengths) + 1)] * (len(lengths) + 1)  # chunks win from the n-th length on
+    # belief[n]: the probability that chunks win from lengths[n] on, and not before
+    belief = [1.0 / (len(lengths) + 1)] * (len(lengths) + 1)
     for _ in range(_most(len(belief))):
         low, high = _quantile(belief, _SETTLED), _quantile(belief, 1 - _SETTLED)
         if low == high:
             break
         at = _median(belief)
         belief = _updated(belief, at, won=coin.flip(lengths[at]))
-    doubt = (1 - confidence) / 2  # of each end
+    doubt = (1 - confidence) / 2  # the error probability allowed at each end
     return Bracket(
         _end(coin, lengths, _quantile(belief, _SETTLED) - 1, doubt, wanted=False),
         _end(coin, lengths, _quantile(belief, 1 - _SETTLED), doubt, wanted=True),
@@ -94,7 +97,7 @@ def search(wins: Wins, lengths: Sequence[int], confidence: float = 0.95) -> Brac
 
 
 def sweep(wins: Wins, lengths: Sequence[int], confidence: float = 0.95) -> Bracket:
-    """The same by a majority of equally many timings at every length: what `search` spares."""
+    """The same crossing by equally many timings at every length: the baseline of `search`."""
     coin = _Coin(wins)
     each = _majority((1 - confidence) / len(lengths))
     won = [2 * sum(coin.flip(T) for _ in range(each)) > each for T in lengths]
@@ -108,7 +111,7 @@ def sweep(wins: Wins, lengths: Sequence[int], confidence: float = 0.95) -> Brack
 
 
 def _majority(doubt: float) -> int:
-    """How many timings have a wrong majority with probability `doubt` at most, at the margin."""
+    """The number of timings whose majority errs with probability at most `doubt`, at MARGIN."""
 
     def wrong(n: int) -> float:
         right = 0.5 + MARGIN
@@ -129,12 +132,13 @@ def contest(
     *,
     rows: int,
 ) -> Wins:
-    """Timings of the forward of `engine` under `config` beside its own token by token, here.
+    """A function of T that times both forwards once and says whether the chunks won.
 
-    `rows`: heads of the one sequence.
+    One forward runs in chunks under `config`, the other is the engine's token loop. The call has
+    one sequence of T tokens with `rows` heads.
     """
     by_token = cast(_Stepping, load(engine)).forward_by_token
-    micro = 2 if declaration.has_micro else 1
+    micro = declaration.default_micro
     inputs = partial(
         draw,
         declaration,
@@ -152,7 +156,7 @@ def contest(
     def contestants(T: int) -> tuple[Run, Run]:
         call = inputs(tokens=T)
         runs = (partial(Under(engine, config).forward, call), partial(by_token, call))
-        rounds(runs, 1)  # compiled, and warm
+        rounds(runs, 1)  # compiles, and warms the caches
         return runs
 
     def wins(T: int) -> bool:
@@ -163,7 +167,7 @@ def contest(
 
 
 class _Coin:
-    """Counts the timings."""
+    """Counts the timings taken."""
 
     def __init__(self, wins: Wins) -> None:
         self._wins = wins
@@ -175,12 +179,12 @@ class _Coin:
 
 
 def _most(places: int) -> int:
-    """The timings that it takes to find one of so many: near even, a belief never settles."""
+    """The limit of timings for a search of `places`: near even odds, a belief never settles."""
     return math.ceil((math.log2(places) - math.log2(_SETTLED)) / _CAPACITY)
 
 
 def _median(belief: list[float]) -> int:
-    """The length that parts the belief most evenly: places up to it are won there."""
+    """The index of the length that divides the belief most evenly."""
     below = list(itertools.accumulate(belief[:-1]))
     return min(range(len(below)), key=lambda n: abs(below[n] - 0.5))
 
@@ -199,9 +203,10 @@ def _updated(belief: list[float], at: int, *, won: bool) -> list[float]:
 
 
 def _end(coin: _Coin, lengths: Sequence[int], at: int, doubt: float, *, wanted: bool) -> int | None:
-    """The first length from `at` outwards that is tested to be won, or lost, as `wanted`.
+    """The first length from `at` outwards whose test says `wanted` (True: chunks win); else None.
 
-    A wrong length is accepted with probability `doubt` in all: half of it for each test in turn.
+    All tests together accept a wrong length with probability at most `doubt`, because each test may
+    err with half the probability of the test before it.
     """
     stride = 1
     while 0 <= at < len(lengths):
@@ -214,7 +219,7 @@ def _end(coin: _Coin, lengths: Sequence[int], at: int, doubt: float, *, wanted: 
 
 
 def _tested(coin: _Coin, T: int, doubt: float) -> bool:
-    """Whether chunks win at T: wrong with probability `doubt` where it is not as good as even."""
+    """Whether chunks win at T; outside the margin it errs with probability at most `doubt`."""
     evidence, enough = 0.0, math.log((1 - doubt) / doubt)
     while abs(evidence) < enough:
         evidence += _STEP if coin.flip(T) else -_STEP

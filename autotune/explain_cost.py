@@ -1,4 +1,4 @@
-"""The cost model's account of a recurrence on a GPU: each kernel's time, and what limits it."""
+"""Explains the cost model's prediction for a recurrence on a GPU: each kernel's time and limit."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from ..codegen.config import Config, Dims
 from ..codegen.interface import Dtype, Signature
 from ..codegen.plan import Plan, Program, backward_plans, forward_plans
 from ..codegen.programs import backward_program, chunk_body, forward_program
-from ..codegen.triton.defaults import default_config
-from ..codegen.triton.fit import fit
+from ..codegen.text.table import table
+from ..codegen.triton.fit import untuned_config
 from ..codegen.triton.offline import signature_for
 from ..codegen.triton.resources import Target
 from ..dsl.normal_form import NormalForm
 from ..runtime.triton.segments import in_parts
 from ..runtime.tuned.artifact import Bucket
 from .gpu import Gpu
-from .kernel_space import ITEMSIZE, RULES, Choice, traits
+from .kernel_space import RULES, Choice, tiles_text, traits
 from .predict import Prediction, predict
-from .report import table, tiles
 
 _BEST = 5  # plans that are listed
 
@@ -34,7 +33,7 @@ class _Subject:
 
 
 def explain_cost(form: NormalForm, dims: Dims, dtype: Dtype, size: Bucket, gpu: Gpu) -> str:
-    """Tables of the default's kernels, of the plans ahead by prediction, and the rules of tiles.
+    """Tables of the default's kernels, of the plans predicted to be fastest, and of tile rules.
 
     Raises:
         NotLowered: the form has no chunk form.
@@ -42,9 +41,7 @@ def explain_cost(form: NormalForm, dims: Dims, dtype: Dtype, size: Bucket, gpu: 
     target = Target.GFX942 if gpu.warp == 64 else Target.SM90
     segment, parts = in_parts(form, dims, size, gpu.multiprocessors)
     subject = _Subject(form, signature_for(form, dims, dtype, target), gpu, parts, segment > 0)
-    wide = dtype is Dtype.FLOAT32
-    config = default_config(chunk_body(form), dims, wide_dtype=wide)
-    config = fit(form, config, dims, ITEMSIZE[dtype], gpu.shared_program)
+    config = untuned_config(form, dims, dtype, gpu.shared_program)
     title = (
         f"predicted on {gpu.name}, for {size.rows} sequences x heads of {size.tokens} tokens, "
         f"K={dims.K}, V={dims.V}, {dtype.value}, chunks of {config.chunk}"
@@ -72,7 +69,7 @@ def _kernels(subject: _Subject, config: Config) -> list[str]:
             times = (p.memory_us, p.products_us, p.serial_us, p.us)
             counts = (str(p.programs), str(p.resident), str(p.steps), f"{p.shared / 1024:.0f}")
             shown = tuple(f"{x:.0f}" for x in times)
-            rows.append((name, tiles(config.of(name)), *counts, *shown, p.limit))
+            rows.append((name, tiles_text(config.of(name)), *counts, *shown, p.limit))
         rows.append(("together", "", "", "", "", "", "", "", "", f"{total:.0f}", ""))
     return table(rows)
 

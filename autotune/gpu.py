@@ -1,4 +1,4 @@
-"""GPUs as numbers: what the cost model needs to know of a target."""
+"""The numbers of a GPU that the cost model needs, from the vendors' data sheets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Gpu:
         bandwidth: bytes per second of its memory.
         half, tf32: FLOP/s of dense matrix products in bfloat16 or float16, and in tf32.
         shared, shared_program: bytes of shared memory of a multiprocessor, and of one program.
-        registers: 32-bit registers of a multiprocessor. `warp`: threads.
+        registers: 32-bit registers of a multiprocessor.
+        warps, warp: warps that a multiprocessor holds at most, and threads of a warp.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Gpu:
     warp: int = 32
 
     def flops(self, dtype: Dtype) -> float:
-        """FLOP/s of products of `dtype`; of float32 in three products of tf32."""
+        """FLOP/s of products of `dtype`; a float32 product takes three products of tf32."""
         return self.tf32 / 3 if dtype is Dtype.FLOAT32 else self.half
 
 
@@ -50,12 +51,16 @@ GPUS = {
         Gpu("mi300x", 304, 5.3e12, 1307e12, 653e12, 64 * _KIB, 64 * _KIB, 131072, 32, 64),
     )
 }
-# by compute capability: the nearest thing known, for models that the table lacks
+# the nearest entry for models that the table lacks, by major compute capability
 _ARCHITECTURES = {8: "a100", 9: "h100", 10: "b200", 12: "rtx5090"}
 
 
 def gpu_of(device: torch.device, shared_program: int) -> Gpu:
-    """The GPU behind `device`: by name, else by architecture, with its own multiprocessors."""
+    """The table's entry for `device` by name, else by architecture.
+
+    The name and the number of multiprocessors are the device's own. `shared_program` is the shared
+    memory that a program may use, in bytes.
+    """
     about = torch.cuda.get_device_properties(device)
     label = about.name.lower().replace(" ", "")
     known = next((g for name, g in GPUS.items() if name in label), None)

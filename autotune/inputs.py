@@ -1,4 +1,4 @@
-"""Calls of any recurrence, of the families of inputs that a configuration is checked on."""
+"""Draws calls of any recurrence, in the families of inputs that validation uses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..runtime.call import Call, describe
 
 
 class Family(Enum):
-    """The kinds of inputs that a configuration is checked on."""
+    """The kinds of inputs that validation uses."""
 
     ORDINARY = "usual gates; several chunks, the last one unfinished"
     HARD = "gates from -20 to almost 0, steps of 0 and 1, keys that repeat; grouped heads"

@@ -1,7 +1,7 @@
-"""What may be chosen for one Triton kernel, and the rules that say which choices are legal.
+"""The search space of one Triton kernel: its axes, and the rules that say which points are legal.
 
-Only what changes the printed kernel becomes an axis: whether it loops over values, keys or chunks
-is read off the printer itself, by printing it twice.
+A parameter becomes an axis only if it changes the printed kernel. To find out, the kernel is
+printed with small and with large tiles.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..codegen.config import Config, Dims, KernelConfig, dims_of, padded
-from ..codegen.interface import Dtype, Signature
+from ..codegen.interface import Signature
 from ..codegen.plan import Hoist, Kernel, Plan
 from ..codegen.tile import Axis as TileAxis
 from ..codegen.triton.fit import shared_bound
@@ -20,9 +20,8 @@ from .space import Axis, Point, Rule
 _TILES = (16, 32, 64, 128)
 _WARPS = (2, 4, 8)
 _STAGES = (1, 2, 3, 4)
-SURELY_SHARED = 0.7  # of the bound, which is generous: what compiled kernels take at the least
-SOME_PLAN = Plan(Hoist.NOTHING)  # a kernel is printed whatever plan it came from
-ITEMSIZE = {Dtype.FLOAT32: 4, Dtype.BFLOAT16: 2, Dtype.FLOAT16: 2}
+SURELY_SHARED = 0.7  # compiled kernels take at least this share of the estimate `shared_bound`
+SOME_PLAN = Plan(Hoist.NOTHING)  # a placeholder: a kernel's text does not depend on its plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +36,18 @@ class Choice:
 
     @property
     def dims(self) -> Dims:
-        """Of what the kernel computes."""
+        """The dimensions K and V of the state that the kernel computes."""
         return dims_of(self.kernel, self.signature.dims)
 
     @property
     def shared(self) -> int:
-        """About how much shared memory a program takes, in bytes."""
-        itemsize = ITEMSIZE[self.signature.dtype]
+        """An estimate of the shared memory that a program takes, in bytes."""
+        itemsize = self.signature.dtype.itemsize
         return shared_bound(self.kernel, self.tiles, self.chunk, self.dims, itemsize)
 
     @property
     def held(self) -> int:
-        """32-bit registers of a thread that the carries take: the scan holds them throughout."""
+        """32-bit registers per thread that hold the carried states throughout the scan."""
         dims, threads = self.dims, self.tiles.warps * self.gpu.warp
         size = {
             TileAxis.K: padded(dims.K),
@@ -97,7 +96,12 @@ RULES: tuple[Rule[Choice], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What the choices change in a kernel. `split`: programs, not a loop, take the value tiles."""
+    """Which parameters change a printed kernel.
+
+    Attributes:
+        v, k, stages: the tile of the value axis, of the key axis, the stages of the loop.
+        split: each value tile has a program of its own, instead of an iteration of a loop.
+    """
 
     v: bool
     split: bool
@@ -106,7 +110,7 @@ class Traits:
 
 
 def traits(kernel: Kernel, chunk: int, signature: Signature) -> Traits:
-    """Which choices change the printed kernel."""
+    """Which parameters change the printed kernel."""
     base = KernelConfig(v_tile=16, warps=4, stages=1, k_tile=16)
     narrow = printed(kernel, base, chunk, signature)
     wide_v = printed(kernel, replace(base, v_tile=256), chunk, signature)
@@ -120,7 +124,7 @@ def traits(kernel: Kernel, chunk: int, signature: Signature) -> Traits:
 
 
 def printed(kernel: Kernel, tiles: KernelConfig, chunk: int, signature: Signature) -> TritonKernel:
-    """The kernel under these tiles."""
+    """The kernel, printed with these tiles."""
     return print_triton(kernel, signature, Config(chunk, SOME_PLAN, SOME_PLAN, tiles))
 
 
@@ -143,7 +147,7 @@ def _upto(widest: int) -> tuple[int, ...]:
 
 
 def tiles_of(point: Point) -> KernelConfig:
-    """The kernel's configuration; what is no axis of it keeps its default."""
+    """The kernel's configuration at `point`; a field without an axis keeps its default."""
     chosen = dict(point)
     base = KernelConfig(stages=1)
     return KernelConfig(
@@ -154,8 +158,13 @@ def tiles_of(point: Point) -> KernelConfig:
     )
 
 
+def tiles_text(tiles: KernelConfig) -> str:
+    """A kernel's tiles as one line: `BV=64 BK=32 warps=4 stages=2`."""
+    return f"BV={tiles.v_tile} BK={tiles.k_tile} warps={tiles.warps} stages={tiles.stages}"
+
+
 def point_of(tiles: KernelConfig, space: tuple[Axis, ...]) -> Point | None:
-    """The point of `space` that `tiles` mean; None where it lacks one of their numbers."""
+    """The point of `space` for `tiles`; None if one of their numbers is not a choice there."""
     widest = {a.name: a.choices[-1] for a in space}
     values = {
         "v_tile": min(tiles.v_tile, widest.get("v_tile", 0)),

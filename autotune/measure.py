@@ -1,8 +1,8 @@
-"""Times with their uncertainty: runs interleaved, medians with intervals, losers dropped early.
+"""Measures times with their uncertainty: interleaved runs, medians with confidence intervals.
 
-All runs of a race take turns, so that drift hits all alike, in an order drawn anew for every round,
-so that none always follows the same other; and each finds its operands outside the caches, as it
-would between other layers of a model.
+The runs of a race take turns, so that drift affects all of them alike. Their order is drawn anew in
+every round, so that no run always follows the same other run. Each run finds its operands outside
+the caches, as it would between the other layers of a model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PRECISE = 0.01  # an interval this narrow, relative to the median, needs no mor
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Microseconds: the median of the samples, and an interval that holds it at 95 %."""
+    """A time in microseconds: the median of the samples, and its 95 % confidence interval."""
 
     median: float
     low: float
@@ -38,16 +38,16 @@ class Timing:
 
     @property
     def precise(self) -> bool:
-        """Whether more samples would say little."""
+        """Whether the interval is so narrow that more samples would add little."""
         return self.high - self.low <= _PRECISE * self.median
 
     def surely_below(self, other: Timing) -> bool:
-        """Faster than `other` by more than the noise of both."""
+        """Whether this is faster than `other` by more than the noise: the intervals are apart."""
         return self.high < other.low
 
 
 class Device(Protocol):
-    """Where runs are timed. `alone`: held while nobody else may measure there."""
+    """A device on which runs are timed; its lock `alone` keeps other processes from measuring."""
 
     @property
     def alone(self) -> AbstractContextManager[object]: ...
@@ -57,7 +57,7 @@ class Device(Protocol):
 
 
 def timing(samples: Sequence[float]) -> Timing:
-    """The median and its interval, by the order of the samples: no distribution is assumed."""
+    """The median and its interval from order statistics, which assume no distribution."""
     ordered = sorted(samples)
     n = len(ordered)
     outside = _ranks_outside(n)
@@ -66,7 +66,7 @@ def timing(samples: Sequence[float]) -> Timing:
 
 
 def _ranks_outside(n: int) -> int:
-    """How many samples at either end the interval leaves out; 0 where there are too few."""
+    """The number of samples that the interval omits at either end; 0 if there are too few."""
     tail, outside = 0.5**n, 0
     while tail <= (1 - _CONFIDENCE) / 2 and outside < n // 2:
         outside += 1
@@ -77,11 +77,12 @@ def _ranks_outside(n: int) -> int:
 def race(
     device: Device, runs: Sequence[Run], *, seconds: float, least: int = 7, most: int = 35
 ) -> list[Timing]:
-    """The time of each of `runs`; those surely slower than the fastest stop early.
+    """The timing of each of `runs`; a run that is surely slower than the fastest stops early.
 
-    `seconds`: about how long it may take; slow runs then have few samples, 3 at the least.
+    The race takes about `seconds`. A run has between `least` and about `most` samples; slow runs
+    may have fewer, but at least 3.
     """
-    with device.alone:  # waiting for it is not measuring
+    with device.alone:  # the wait for the lock does not count
         return _raced(device, runs, seconds, least, most)
 
 
@@ -109,7 +110,7 @@ def _raced(
 
 
 def _turns(runs: int, count: int) -> Iterator[int]:
-    """Whose turn it is in `count` rounds, each in an order of its own."""
+    """The indices of the runs through `count` rounds, each round in a random order."""
     order = list(range(runs))
     for _ in range(count):
         random.shuffle(order)
@@ -117,14 +118,14 @@ def _turns(runs: int, count: int) -> Iterator[int]:
 
 
 class CpuDevice:
-    """Wall time of the calling thread's runs."""
+    """Measures wall time on the calling thread."""
 
     alone = nullcontext()
 
     def rounds(
         self, runs: Sequence[Run], count: int, before: Sequence[Run] = ()
     ) -> list[list[float]]:
-        """As `Device.rounds`. `before`: for each run, what precedes it untimed."""
+        """As `Device.rounds`; `before[n]` is called, untimed, before `runs[n]`."""
         samples: list[list[float]] = [[] for _ in runs]
         for n in _turns(len(runs), count):
             if before:
@@ -136,12 +137,12 @@ class CpuDevice:
 
 
 class CudaDevice:
-    """The GPU's own clock, its L2 cache overwritten before each run.
+    """Measures by the GPU's own events, and overwrites its L2 cache before each run.
 
-    Of a user's processes that tune on one GPU, one measures at a time: the others compile.
+    Of a user's processes that tune on one GPU, one measures at a time while the others compile.
 
-    `overwrites`: how often; each takes 50 us or more, together longer than the host needs to queue
-    a run: the time is then the device's alone.
+    The cache is overwritten `overwrites` times, which takes 50 us or more each time. If this is
+    longer than the host needs to queue the run, the measured time contains no wait for the host.
     """
 
     def __init__(self, device: torch.device, overwrites: int = 6) -> None:
@@ -150,7 +151,8 @@ class CudaDevice:
         about = torch.cuda.get_device_properties(device)
         size = max(4 * about.L2_cache_size, 128 << 20)
         self._scratch = torch.empty(size, dtype=torch.int8, device=device)
-        # whatever their caches; other users' files in that folder may not be opened
+        # all processes of a user share the lock, whatever their caches; users may not open one
+        # another's files in that folder
         name = f"chunkwise-measures-{os.getuid()}-{about.uuid}.lock"
         self.alone = FileLock(Path(tempfile.gettempdir()) / name)
 

@@ -1,4 +1,4 @@
-"""A picture of a tuning: every measured configuration of the winner's kernels (extra `plot`)."""
+"""Draws a tuning: every measured configuration of the winner's kernels (extra `plot`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .tune import Tuning
 
 def plot(tuning: Tuning, file: Path) -> None:
     """Write the picture to `file`, in the format that its suffix names."""
-    from matplotlib.figure import Figure  # an extra: imported only by those who plot
+    from matplotlib.figure import Figure  # an optional dependency
 
     best = next(iter(tuning.findings.combinations), None)
     wanted = {} if best is None else dict(best.points)

@@ -1,8 +1,8 @@
-"""The cost model: how long a kernel should take on a GPU, and what limits it.
+"""The cost model predicts how long a kernel takes on a GPU, and what limits it.
 
-FLOPs and bytes are SymPy's closed forms (`codegen.cost`); from a choice of tiles follow the
-programs, how many share a multiprocessor, and how many steps of a scan come one after the other. It
-ranks choices and says why; what is measured corrects its scale.
+FLOPs and bytes are closed forms (`codegen.cost`). A choice of tiles determines the number of
+programs, how many of them share a multiprocessor, and how many steps a scan takes in sequence. The
+search ranks choices by the predictions; measured times correct their scale.
 """
 
 from __future__ import annotations
@@ -19,19 +19,25 @@ from ..codegen.tile import Tile, TileOp
 from ..runtime.tuned.artifact import Bucket
 from .kernel_space import SURELY_SHARED, Choice, Traits
 
-# of the data sheet's rates, what such kernels reach (docs/measured.md: kernels on an H100)
+# the shares of the data sheet's rates that such kernels reach (docs/measured.md, on an H100)
 _OF_BANDWIDTH = 0.75
 _OF_PRODUCTS = 0.15
 _LAUNCH_US = 2.5
-# a step of a scan: waiting for its loads, and for each product that needs the one before
+# per step of a scan: the wait for its loads, and for each product that depends on another
 _LOAD_US = 0.8
 _PRODUCT_US = 0.5
-_OTHER_REGISTERS = 64  # of a thread, beside what is carried
+_OTHER_REGISTERS = 64  # registers per thread beside those of the carried states
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """What a kernel does for a whole call, whatever its tiles: FLOPs, bytes, products in a row."""
+class KernelWork:
+    """The work of a kernel in a whole call, which does not depend on its tiles.
+
+    Attributes:
+        flops: of matrix products.
+        read, written: bytes of device memory.
+        products: matrix products of one chunk that depend on one another.
+    """
 
     flops: float
     read: float
@@ -40,18 +46,20 @@ class Work:
 
     @property
     def moved(self) -> float:
-        """Bytes, either way."""
+        """Bytes read and written."""
         return self.read + self.written
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Microseconds by what would limit the kernel; `us` is all of it.
+    """The predicted time of a kernel in microseconds, and the time that each limit would take.
 
     Attributes:
-        programs: launched in all; `resident`: at a time on one multiprocessor.
-        steps: that a program takes one after the other.
-        shared: bytes of a program.
+        us: the kernel's time.
+        memory_us, products_us, serial_us: the time by memory traffic, by products, by steps.
+        programs, resident: programs in all, and at a time on one multiprocessor.
+        steps: steps that a program takes in sequence.
+        shared: bytes of shared memory per program.
     """
 
     us: float
@@ -65,7 +73,7 @@ class Prediction:
 
     @property
     def limit(self) -> str:
-        """What it waits for most."""
+        """The limit that takes the most time."""
         parts = {
             "memory": self.memory_us,
             "products": self.products_us,
@@ -75,8 +83,8 @@ class Prediction:
 
 
 @lru_cache(maxsize=4096)
-def work(kernel: Kernel, dtype: Dtype, chunk: int, K: int, V: int, size: Bucket) -> Work:
-    """The closed forms at one size of call."""
+def work(kernel: Kernel, dtype: Dtype, chunk: int, K: int, V: int, size: Bucket) -> KernelWork:
+    """The closed forms of a kernel's work, evaluated at one size of call."""
     spent = _cost(kernel, dtype)
     values = {cost.C: chunk, cost.K: K, cost.V: V, cost.LEVELS: chunk.bit_length() - 1}
     flops, read, written = (
@@ -85,11 +93,11 @@ def work(kernel: Kernel, dtype: Dtype, chunk: int, K: int, V: int, size: Bucket)
     )
     loaded = kernel.buffers
     products = sum(_in_a_row(t, chunk) for t in kernel.order if t not in loaded)
-    return Work(flops, read, written, products)
+    return KernelWork(flops, read, written, products)
 
 
 def _in_a_row(t: Tile, chunk: int) -> int:
-    """Products that `t` takes one after the other; an inverse takes two per doubling."""
+    """The number of dependent matrix products in `t`; an inverse takes two per doubling."""
     levels = chunk.bit_length() - 1
     counts = {TileOp.DOT: 1, TileOp.INVERSE: 2 * levels}
     counts |= dict.fromkeys((TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY), levels)
@@ -103,14 +111,14 @@ def _cost(kernel: Kernel, dtype: Dtype) -> cost.Cost:
 
 
 def bound_us(kernel: Kernel, choice: Choice, size: Bucket) -> float:
-    """No tiles can be faster: the operands are read once, the products run at the full rate."""
+    """A lower bound over all tiles in microseconds: operands read once, products at full rate."""
     done = _work_of(kernel, choice, size)
     gpu, dtype = choice.gpu, choice.signature.dtype
     return max(done.read / gpu.bandwidth, done.flops / gpu.flops(dtype)) * 1e6
 
 
 def predict(choice: Choice, found: Traits, size: Bucket) -> Prediction:
-    """The time of one choice."""
+    """The predicted time of one choice of tiles, for a kernel with the traits `found`."""
     kernel, tiles, gpu = choice.kernel, choice.tiles, choice.gpu
     dims, dtype = choice.dims, choice.signature.dtype
     done = _work_of(kernel, choice, size)
@@ -134,13 +142,13 @@ def predict(choice: Choice, found: Traits, size: Bucket) -> Prediction:
     return Prediction(us, memory, products, serial, programs, resident, steps, choice.shared)
 
 
-def _work_of(kernel: Kernel, choice: Choice, size: Bucket) -> Work:
+def _work_of(kernel: Kernel, choice: Choice, size: Bucket) -> KernelWork:
     dims = choice.dims
     return work(kernel, choice.signature.dtype, choice.chunk, dims.K, dims.V, size)
 
 
 def _resident(choice: Choice) -> int:
-    """Programs on a multiprocessor at a time, by shared memory, registers and warps."""
+    """The programs that a multiprocessor holds at a time, by shared memory, registers, warps."""
     gpu, warps = choice.gpu, choice.tiles.warps
     registers = min(255, choice.held + _OTHER_REGISTERS) * gpu.warp * warps
     shared = max(int(choice.shared * SURELY_SHARED), 1)

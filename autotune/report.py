@@ -1,12 +1,13 @@
-"""What a tuning did, as text: what was tried, the race, and why the winner won."""
+"""Reports a tuning as text: the configurations tried, the race, and why the winner won."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
 
-from ..codegen.config import Config, KernelConfig
+from ..codegen.config import Config
 from ..codegen.plan import Plan
+from ..codegen.text.table import table
 from ..runtime.tuned.artifact import Configuration
 from .space import text
 from .trials import Measured
@@ -14,7 +15,7 @@ from .tune import Finalist, Tuning
 
 
 def report(tuning: Tuning) -> str:
-    """All of it, for a terminal."""
+    """The whole report, for a terminal."""
     findings = tuning.findings
     ended = "; stopped by Ctrl-C" if findings.interrupted else ""
     head = f"{findings.trials} configurations of {len(findings.parts)} parts measured"
@@ -30,7 +31,7 @@ def report(tuning: Tuning) -> str:
 
 
 def _tried(tuning: Tuning) -> str:
-    """The parts of the winner, or of the best: what was tried of each."""
+    """A table of the parts of the winner (else of the fastest combination), with their trials."""
     combination = None if tuning.winner is None else tuning.winner.combination
     if combination is None:
         combination = next(iter(tuning.findings.combinations), None)
@@ -79,7 +80,7 @@ def _race(finalists: tuple[Finalist, ...]) -> str:
 def _verdict(tuning: Tuning) -> str:
     winner = tuning.winner
     if winner is None:
-        return "nothing passed the examination: no configuration may serve on this machine"
+        return "nothing passed validation: no configuration may serve on this machine"
     default = next((f for f in reversed(tuning.finalists) if f.combination is None), None)
     if winner.combination is None:
         return "winner: the default. Nothing was faster by more than the noise, and right"
@@ -99,24 +100,8 @@ def _verdict(tuning: Tuning) -> str:
 
 
 def describe(config: Configuration) -> str:
-    """A configuration on a line."""
+    """A configuration as one line."""
     if isinstance(config, Config):
         return f"C={config.chunk} {config.forward.label} / {config.backward.label}"
     values = ((f.name, getattr(config, f.name)) for f in fields(config))
     return " ".join(f"{n}={x.label if isinstance(x, Plan) else x}" for n, x in values)
-
-
-def tiles(config: KernelConfig) -> str:
-    """A kernel's tiles on a line."""
-    return f"BV={config.v_tile} BK={config.k_tile} warps={config.warps} stages={config.stages}"
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns, the first and those of words to the left, numbers to the right."""
-    widths = [max(len(r[n]) for r in rows) for n in range(len(rows[0]))]
-
-    def cell(value: str, n: int) -> str:
-        number = all(r[n].replace(".", "").replace("-", "").isdigit() for r in rows[1:])
-        return value.rjust(widths[n]) if number else value.ljust(widths[n])
-
-    return ["  ".join(cell(v, n) for n, v in enumerate(row)).rstrip() for row in rows]

@@ -1,9 +1,10 @@
-"""The search: what is tried next, compiled beside what is measured, until time or points run out.
+"""The search chooses points, compiles and measures them, until the time or the points run out.
 
-Parts that the best alternatives need are tried most (in proportion to 1 / (1 + rank), ranked by
-what is measured, and by the cost model before that), so a total always exists and gets better: the
-search may be stopped at any moment. Within a part: first what it begins with, then what the model
-of the study proposes, and whatever is left where that is little.
+The parts of the best alternatives get the most trials, in proportion to 1 / (1 + rank).
+Alternatives are ranked by measured times, and by the cost model where nothing is measured yet. So a
+complete configuration exists early and improves, and the search may be stopped at any moment.
+Within a part, the search tries the part's first points, then the proposals of the study's model.
+Where few points are left, it tries them all.
 """
 
 from __future__ import annotations
@@ -17,25 +18,29 @@ from typing import Protocol
 from optuna.storages import BaseStorage
 
 from .compilers import Compilers
+from .leaderboard import Combination, Leaderboard, PartState
 from .measure import Device, race
 from .space import Point, points
-from .standing import Combination, Standing, State
 from .trials import Claim, Measured, Trials
 from .tunable import Built, Part, Tunable
 
-_FEW = 12  # points of a part: so few are all tried, in the cost model's order
-_MISSES = 2  # proposals of what is known already, before the cost model's next is taken
+_FEW = 12  # a part with at most so many points is tried whole, in the cost model's order
+_MISSES = 2  # proposals of known points, after which the cost model's next point is taken
 _SPREAD = 0.1  # trials that an untried part is credited with: lower tries new parts sooner
 _LEAST_LIMIT = 20.0  # seconds that a compilation may take, however small the budget
-_FOR_RACE = 0.03  # of the budget, at most
+_FOR_RACE = 0.03  # share of the budget that one race takes at most
 _TOGETHER = 6  # candidates of one part in a race
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """When the search ends: after `seconds` at the latest. `exhaustive`: every point of every part.
+    """The limits of a search.
 
-    `workers`: compilations at a time. `seed`: of the proposals.
+    Attributes:
+        seconds: the time after which the search ends at the latest.
+        workers: the number of compilations at a time.
+        exhaustive: whether every point of every part is tried, in order.
+        seed: the seed of the study's proposals.
     """
 
     seconds: float
@@ -46,13 +51,14 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What the search learnt. `trials`: measured by anybody; `mine`: by this process.
+    """The results of a search.
 
     Attributes:
         combinations: whole configurations whose parts are all measured, the fastest first.
-        parts: everything measured, by part.
-        refused: how many configurations were refused, by reason.
-        interrupted: whether Ctrl-C ended it.
+        parts: all measured points, by part.
+        refused: the number of refused points, by reason.
+        trials, mine: measurements by all processes that share the study, and by this process.
+        interrupted: whether Ctrl-C ended the search.
     """
 
     combinations: tuple[Combination, ...]
@@ -65,14 +71,14 @@ class Findings:
 
 
 class Progress(Protocol):
-    """Whoever watches."""
+    """A callback that is told of each finished trial."""
 
     def __call__(self, part: Part, us: float | None, best_us: float | None, trials: int) -> None:
-        """A trial of `part` ended; `us` None if it was refused. `best_us`: the best total."""
+        """A trial of `part` took `us` (None: refused); the best total is `best_us`, both in us."""
 
 
 def unwatched(part: Part, us: float | None, best_us: float | None, trials: int) -> None:
-    """Nobody watches."""
+    """A progress callback that does nothing."""
 
 
 def search(
@@ -83,7 +89,7 @@ def search(
     budget: Budget,
     progress: Progress = unwatched,
 ) -> Findings:
-    """Try configurations of `tunable`'s parts; studies are called `study` and the part's key."""
+    """Search the parts of `tunable` within `budget`; a part's study is named `study`/key."""
     return _Search(tunable, device, storage, study, budget, progress).run()
 
 
@@ -104,7 +110,7 @@ class _Search:
         self._budget = budget
         self._progress = progress
         self._started = time.monotonic()
-        self._standing = Standing(tunable)
+        self._leaderboard = Leaderboard(tunable)
         self._refused: Counter[str] = Counter()
         self._claims: dict[tuple[str, Point], Claim] = {}
         self._mine = 0
@@ -118,12 +124,12 @@ class _Search:
         except KeyboardInterrupt:
             interrupted = True
         for (key, _), claim in self._claims.items():
-            self._standing.states[key].trials.give_up(claim)
-        for state in self._standing.states.values():
-            state.measured = state.trials.measured  # others may have learnt more
-        states = self._standing.states.values()
+            self._leaderboard.states[key].trials.give_up(claim)
+        for state in self._leaderboard.states.values():
+            state.measured = state.trials.measured  # other processes may have measured more
+        states = self._leaderboard.states.values()
         return Findings(
-            combinations=self._standing.with_variants(),
+            combinations=self._leaderboard.with_variants(),
             parts=tuple((s.part, tuple(s.measured.values())) for s in states),
             refused=tuple(self._refused.most_common()),
             trials=sum(len(s.measured) for s in states),
@@ -145,14 +151,14 @@ class _Search:
             for (key, point), built in compilers.done(0.05):
                 done.setdefault(key, []).append((point, built))
             for key, finished in done.items():
-                self._learn(self._standing.states[key], finished)
+                self._learn(self._leaderboard.states[key], finished)
 
     @property
     def _over(self) -> bool:
         return time.monotonic() - self._started >= self._budget.seconds
 
     def _order(self, compilers: Compilers[tuple[str, Point]]) -> bool:
-        """Order the next configuration to be compiled, if it can be had; False if there is none."""
+        """Order the compilation of the next point, if it can be claimed; False: none is left."""
         state = self._next_state()
         if state is None:
             return False
@@ -163,8 +169,8 @@ class _Search:
             compilers.order(key, self._tunable.jobs(state.part, claim.point))
         return True
 
-    def _learn(self, state: State, finished: list[tuple[Point, tuple[Built, ...]]]) -> None:
-        """Measure what could be built, the best so far beside it, and record everything."""
+    def _learn(self, state: PartState, finished: list[tuple[Point, tuple[Built, ...]]]) -> None:
+        """Measure the points that compiled, beside the best so far, and record every result."""
         candidates: list[tuple[Point, Built]] = []
         for point, several in finished:
             built = next((b for b in several if b.error), several[0] if several else Built())
@@ -177,13 +183,13 @@ class _Search:
         for n in range(0, len(candidates), _TOGETHER):
             self._race(state, candidates[n : n + _TOGETHER])
 
-    def _race(self, state: State, candidates: list[tuple[Point, Built]]) -> None:
+    def _race(self, state: PartState, candidates: list[tuple[Point, Built]]) -> None:
         part, runs, racing = state.part, [], []
         for point, built in candidates:
             try:
                 run = self._tunable.run(part, point)
                 run()
-            except RuntimeError as why:  # what a launch raises: too many resources, say
+            except RuntimeError as why:  # a launch failed, for want of resources for example
                 self._refuse(state, point, {"launches": 1.0}, str(why).splitlines()[0])
                 continue
             runs.append(run)
@@ -201,7 +207,9 @@ class _Search:
         fastest = state.best
         state.runs = {p: r for p, r in state.runs.items() if fastest and p == fastest.point}
 
-    def _record(self, state: State, point: Point, us: float, built: Built, why: str | None) -> None:
+    def _record(
+        self, state: PartState, point: Point, us: float, built: Built, why: str | None
+    ) -> None:
         notes: dict[str, object] = {
             "registers": built.report.registers,
             "spills": built.report.spills,
@@ -214,52 +222,54 @@ class _Search:
         self._mine += 1
         self._watch(state, us)
 
-    def _refuse(self, state: State, point: Point, excess: Mapping[str, float], why: str) -> None:
+    def _refuse(
+        self, state: PartState, point: Point, excess: Mapping[str, float], why: str
+    ) -> None:
         state.trials.refuse(self._claims.pop((state.part.key, point)), excess, {"why": why})
         self._refused[why] += 1
         state.refused += 1
         self._watch(state, None)
 
-    def _watch(self, state: State, us: float | None) -> None:
-        best = next(iter(self._standing.combinations(1)), None)
+    def _watch(self, state: PartState, us: float | None) -> None:
+        best = next(iter(self._leaderboard.combinations(1)), None)
         self._progress(state.part, us, None if best is None else best.us, self._mine)
 
     # ---- which part, which point -----------------------------------------------------------------
 
-    def _next_state(self) -> State | None:
-        """The part that has had fewest trials for its worth."""
+    def _next_state(self) -> PartState | None:
+        """The part with the fewest trials in proportion to its weight; None if none is left."""
         found: tuple[float, int, str] | None = None
         seen: set[str] = set()
-        for rank, alternative in enumerate(self._standing.ranked(every=self._budget.exhaustive)):
+        for rank, alternative in enumerate(self._leaderboard.ranked(every=self._budget.exhaustive)):
             for key in alternative.parts:
-                state = self._standing.states.get(key)
+                state = self._leaderboard.states.get(key)
                 if key in seen or (state is not None and state.exhausted):
                     continue
                 seen.add(key)
                 worth = 1.0 if self._budget.exhaustive else 1 / (1 + rank)
                 tried = 0 if state is None else state.tried
-                untried = alternative.known and not tried  # a total is wanted early
+                untried = alternative.known and not tried  # to complete a configuration
                 candidate = (0.0 if untried else (tried + _SPREAD) / worth, rank, key)
                 found = candidate if found is None or candidate < found else found
         return None if found is None else self._state(found[2])
 
-    def _state(self, key: str) -> State:
-        if key not in self._standing.states:
+    def _state(self, key: str) -> PartState:
+        if key not in self._leaderboard.states:
             part = self._tunable.part(key)
             legal = [p for p in points(part.axes) if not self._tunable.excess(part, p)]
             legal.sort(key=lambda p: self._tunable.predicted_us(part, p))
             trials = Trials(self._storage, f"{self._study}/{key}", part.axes, self._budget.seed)
-            state = State(part, trials, legal, len(legal), trials.measured)
+            state = PartState(part, trials, legal, len(legal), trials.measured)
             state.tried = len(state.measured)
             if not trials.taken:
                 for point in dict.fromkeys((*part.first, *legal[:1])):
                     if point in legal:
                         trials.propose(point)
-            self._standing.states[key] = state
-        return self._standing.states[key]
+            self._leaderboard.states[key] = state
+        return self._leaderboard.states[key]
 
-    def _claim(self, state: State) -> Claim | None:
-        """A configuration of the part that nobody has; None if there was none this time."""
+    def _claim(self, state: PartState) -> Claim | None:
+        """A point of the part that no other worker has; None if this attempt found none."""
         taken = state.trials.taken
         state.left = [p for p in state.left if p not in taken]
         if not state.trials.proposals:

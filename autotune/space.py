@@ -1,7 +1,7 @@
-"""What may be chosen, as data: axes and points, and rules that say which points are legal and why.
+"""Search spaces as data: axes, points, and rules that say which points are legal and why.
 
-A rule measures by how much a choice breaks it: the search then learns where legality ends, and a
-table of rules explains itself.
+A rule measures by how much a choice breaks it, so that the study's model learns where the legal
+points end. It also carries its reason, for the tables that users read.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Generic, TypeVar
 
-# a choice on every axis, in the order of the axes
+# the name and the value of every axis, in the order of the axes
 Point = tuple[tuple[str, int], ...]
 X = TypeVar("X")
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One thing to choose, and the numbers that it may be."""
+    """A parameter, and the integers among which it is chosen."""
 
     name: str
     choices: tuple[int, ...]
@@ -26,7 +26,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Rule(Generic[X]):
-    """A condition on a choice. `excess`: how far it is broken, in any unit; 0 or less: it holds."""
+    """A condition on a choice, which holds where its `excess` (in any unit) is 0 or less."""
 
     name: str
     excess: Callable[[X], float]

@@ -1,7 +1,7 @@
-"""Where studies live: Optuna's journal in a file by default, or any database that Optuna knows.
+"""Opens the storage of studies: Optuna's journal file by default, or a database that Optuna knows.
 
-The journal's lock is the operating system's, which a killed process cannot leave behind, and a line
-that a killed process did not finish is cut off before the next one is written.
+The operating system locks the journal, so that a killed process leaves no lock behind. If a killed
+process left an unfinished line, this line is removed before the next one is written.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ JOURNAL = "journal://"
 
 
 class NoStorage(Exception):
-    """Where trials were to be kept, nothing can be kept."""
+    """The storage for trials cannot be opened."""
 
 
 class _Lock(JournalFileOpenLock):
-    """Exclusive while an entry is written."""
+    """An exclusive lock, held while an entry is written."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
@@ -42,7 +42,7 @@ class _Lock(JournalFileOpenLock):
 
 
 def _mend(path: Path) -> None:
-    """Cut off what follows the last whole line."""
+    """Remove an unfinished last line."""
     with path.open("rb+") as file:
         end = file.seek(0, os.SEEK_END)
         if end == 0:
@@ -55,10 +55,11 @@ def _mend(path: Path) -> None:
 
 
 def open_storage(url: str) -> BaseStorage:
-    """`journal:///path` or a path: a journal file; else a database's URL, as Optuna takes it.
+    """The storage at `url`: a journal file (`journal:///path` or a path), else a database's URL.
 
     Raises:
-        NoStorage: its driver is not installed, or no such database answers.
+        NoStorage: the driver is not installed, the database does not answer, or the file cannot
+            be written.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if "://" in url and not url.startswith(JOURNAL):
@@ -92,7 +93,7 @@ def _place(url: str) -> str:
 
 
 def without_secrets(url: str) -> str:
-    """The URL without user and password, for what is written down."""
+    """The URL without user and password, for reports and artifacts."""
     parts = urlsplit(url)
     if "@" not in parts.netloc:
         return url

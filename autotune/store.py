@@ -1,6 +1,6 @@
-"""Writing artifacts: whole or not at all, one writer at a time, nobody's buckets lost.
+"""Writes artifacts atomically, one writer at a time, merged into the file that exists.
 
-The schema: `runtime.tuned.artifact`.
+`runtime.tuned.artifact` defines the schema.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _BACKENDS = {EngineName.TRITON: "triton", EngineName.TVM: "apache-tvm"}
 
 
 def save(artifact: Artifact, folder: Path | None = None) -> Path:
-    """Merge `artifact` into the file of its key below `folder` (the user's own); returns its path.
+    """Merge `artifact` into its key's file below `folder` (the user's own); returns the path.
 
     A damaged file is set aside under the suffix `.damaged`, with a warning, and written anew.
 
     Raises:
-        BadCache: it cannot be written there.
+        BadCache: the file cannot be written.
     """
     path = (own_folder("artifacts") if folder is None else folder) / artifact.key.path
     try:
@@ -55,7 +55,7 @@ def _known(path: Path) -> Artifact | None:
 
 
 def versions_here(engine: EngineName) -> Versions:
-    """What compiles and runs the kernels of `engine` on this machine."""
+    """The versions of the software that compiles and runs kernels of `engine` here."""
     package = _BACKENDS.get(engine)
     on_gpu = engine is EngineName.TRITON
     return Versions(

@@ -1,4 +1,4 @@
-"""From what a user names (recurrence, dimensions, dtype, size, engine) to what the search takes."""
+"""Turns a user's request (recurrence, dimensions, dtype, size, engine) into a subject to tune."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .cpu_spaces import eager_space, tvm_space
 from .inputs import Family, draw
 from .measure import CpuDevice, CudaDevice, Device
 from .tunable import Tunable
-from .validation import Exam, one_thread, prepare
+from .validation import ValidationSuite, one_thread, validation_suite
 
 _DRAWN = 64  # tokens that are drawn; longer calls repeat them: times do not depend on values
 _AHEAD = 32  # overwrites of the cache ahead of a whole call, which the host queues more slowly
@@ -31,7 +31,7 @@ _AHEAD = 32  # overwrites of the cache ahead of a whole call, which the host que
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A call to tune for: B sequences of T tokens, H heads (as many value heads)."""
+    """The size of a call to tune for: B sequences of T tokens, H heads (as many value heads)."""
 
     B: int
     T: int
@@ -40,7 +40,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is tuned, ready for `tune`. `devices`: for parts, and for whole calls."""
+    """The arguments of `tune`; `devices` are those for parts and for whole calls."""
 
     tunable: Tunable
     devices: tuple[Device, Device]
@@ -58,7 +58,10 @@ def subject(
     chunks: tuple[int, ...] = (),
     plans: int | None = None,
 ) -> Subject:
-    """`chunks`: the only chunk lengths that are tried; all, if empty. `plans`: as many a direction.
+    """The subject for calls of `declaration` of that size on `device`.
+
+    `chunks` limits the chunk lengths that are tried (empty: all), `plans` the number of plans per
+    direction (None: all).
 
     Raises:
         EngineUnavailable: the engine cannot serve such calls here, or has nothing to tune.
@@ -70,10 +73,10 @@ def subject(
     key = key_here(call.form, engine, dtype, dims, device)
 
     @lru_cache(maxsize=1)
-    def exam() -> Exam:
-        return prepare(declaration, dims, dtype, device)
+    def suite() -> ValidationSuite:
+        return validation_suite(declaration, dims, dtype, device)
 
-    tunable = _tunable(engine, call, exam, _neighbours(key), chunks, plans)
+    tunable = _tunable(engine, call, suite, _neighbours(key), chunks, plans)
     if device.type == "cuda":
         devices: tuple[Device, Device] = (CudaDevice(device), CudaDevice(device, _AHEAD))
     else:
@@ -84,8 +87,8 @@ def subject(
 def example(
     declaration: Declaration, dims: Dims, dtype: torch.dtype, size: Size, device: torch.device
 ) -> Call:
-    """A call of that size, its values drawn for a short one and repeated."""
-    micro = 2 if declaration.has_micro else 1
+    """A call of that size; its values are drawn for a short call and repeated."""
+    micro = declaration.default_micro
     form = declaration.normal_form(micro)
     tokens = min(size.T, _DRAWN)
     with one_thread():
@@ -115,13 +118,13 @@ def _repeated(x: Tensor, o: Operand, size: Size) -> Tensor:
 def _tunable(
     engine: EngineName,
     call: Call,
-    exam: Callable[[], Exam],
+    suite: Callable[[], ValidationSuite],
     neighbours: tuple[Configuration, ...],
     chunks: tuple[int, ...],
     plans: int | None,
 ) -> Tunable:
     if engine is EngineName.TRITON:
-        # what an engine is built on is imported only where it is tuned
+        # Triton is imported only where its engine is tuned
         from ..runtime.triton.engine import shared_memory
         from .gpu import GPUS, gpu_of
         from .triton_tunable import CHUNKS, TritonTunable
@@ -131,28 +134,28 @@ def _tunable(
         gpu = gpu_of(call.device, shared) if on_gpu else GPUS["h100"]
         known = tuple(c for c in neighbours if isinstance(c, Config))
         return TritonTunable(
-            call, gpu, exam, chunks=chunks or CHUNKS, plans=plans, neighbours=known
+            call, gpu, suite, chunks=chunks or CHUNKS, plans=plans, neighbours=known
         )
     if engine is EngineName.EAGER:
-        return CallTunable(call, engine, eager_space(chunks), exam)
+        return CallTunable(call, engine, eager_space(chunks), suite)
     if engine is EngineName.TVM:
         from ..runtime.tvm.engine import configuration, fitted
 
         default = fitted(configuration(), call)
-        return CallTunable(call, engine, tvm_space(call, default, chunks), exam)
+        return CallTunable(call, engine, tvm_space(call, default, chunks), suite)
     raise errors.EngineUnavailable(
         engine.value, "it has no configurations to choose from", help="tune triton, tvm or eager"
     )
 
 
 def rejected(key: Key, versions: Versions) -> frozenset[Configuration]:
-    """What these versions built wrong on this kind of machine, as far as artifacts say."""
+    """The configurations that failed validation on this kind of machine under these versions."""
     found = find(key, folders()).artifact
     known = () if found is None else found.quarantine
     return frozenset(r.config for r in known if r.versions == versions)
 
 
 def _neighbours(key: Key) -> tuple[Configuration, ...]:
-    """Configurations that serve other sizes, or other machines of this kind."""
+    """The configurations that serve other sizes of call, or other machines of this kind."""
     found = find(key, folders()).artifact
     return () if found is None else tuple(dict.fromkeys(t.config for t in found.tuned))

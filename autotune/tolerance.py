@@ -1,7 +1,4 @@
-"""The one table of tolerances, and how an error is measured: relative RMS, and the maximum.
-
-The numbers are those that the project promises, by the dtype of the values and by quantity.
-"""
+"""The tolerances that the project promises, and its measures of error: relative RMS and maximum."""
 
 from __future__ import annotations
 
@@ -13,7 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """Relative RMS errors of o and final states, of gradients, and of gradients of gates, steps."""
+    """The relative RMS errors allowed.
+
+    Attributes:
+        outputs: of the output and of final states.
+        gradients: of gradients.
+        gates: of the gradients of gates and step sizes.
+    """
 
     outputs: float
     gradients: float
@@ -26,24 +29,24 @@ BY_DTYPE = {
     torch.float32: Tolerance(1e-5, 1e-5, 1e-5),
     torch.float64: Tolerance(1e-10, 1e-10, 1e-10),  # the eager engine, against the oracle
 }
-# gates to -20 mixed with gates near 0 (prefix sums lose digits), and float32 on a GPU
+# for float32 on a GPU, and where gates of -20 meet gates near 0 (prefix sums lose digits)
 FLOAT32_HARD = Tolerance(1e-4, 1e-4, 1e-4)
 
-# the largest single error, against the largest entry
+# the largest error, relative to the largest entry, may be so many times the limit of the RMS
 MAXIMUM = 10.0
-# below this, errors count absolutely (a gradient that vanishes has no relative error)
+# below this magnitude errors are absolute: a gradient that vanishes has no relative error
 FLOOR = 1e-3
 
 
-# kernels round in a handful of places more than their operands were rounded once
+# kernels round intermediate values a few more times than operands, which are rounded once
 ROUNDINGS = 4.0
 
 
 def wobbled(x: Tensor, random: torch.Generator) -> Tensor:
-    """`x` in float64, each number off by up to half a unit in the last place of its dtype.
+    """`x` in float64, each number changed by up to half a unit in the last place of its dtype.
 
-    Where that alone changes a result by about the tolerance (a sum of thousands of terms that
-    cancel), no kernel can be nearer: `ROUNDINGS` times the change is allowed then.
+    If this alone changes a result by about the tolerance (a sum of thousands of terms that cancel),
+    no kernel can be more accurate; then `ROUNDINGS` times the change is allowed.
     """
     drawn = torch.rand(x.shape, generator=random, dtype=torch.float64, device="cpu")
     noise = drawn.to(x.device) - 0.5
@@ -51,7 +54,7 @@ def wobbled(x: Tensor, random: torch.Generator) -> Tensor:
 
 
 def relative_errors(got: Tensor, want: Tensor) -> tuple[float, float]:
-    """RMS and maximum error of `got`, each against that of `want`; 0 of nothing."""
+    """The RMS and maximum error of `got`, relative to those of `want`; 0 for empty tensors."""
     if want.numel() == 0:
         return 0.0, 0.0
     x, y = got.double(), want.double()
@@ -60,7 +63,7 @@ def relative_errors(got: Tensor, want: Tensor) -> tuple[float, float]:
 
 
 def within(rms: float, maximum: float, limit: float) -> bool:
-    """Whether such errors are allowed; a NaN is not."""
+    """Whether errors as of `relative_errors` are within `limit`; a NaN is not."""
     return rms <= limit and maximum <= MAXIMUM * limit
 
 

@@ -1,9 +1,9 @@
 """The trials of one part in an Optuna study that several processes and machines may share.
 
-A worker claims a configuration by a trial. Trial numbers are given out one by one by the storage,
-and of two trials of one configuration the lower number has it (Lamport's bakery: a worker waits
-until every trial before its own has chosen). So each is measured once, on any storage. A worker
-that died leaves running trials behind; they are failed, and their configurations free again.
+A worker claims a configuration by a trial. The storage numbers trials one by one, and of two trials
+of one configuration the one with the lower number has it (Lamport's bakery algorithm: a worker
+waits until every trial before its own has chosen). So each configuration is measured once, on any
+storage. The running trials of a worker that died are failed, which frees their configurations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .space import Axis, Point
 
 _STUDY_STARTUP = 6  # random proposals before the model's, warm starts counted
 _CHOOSING = 5.0  # seconds: a worker that takes longer to choose is dead
-_LEASE = 600.0  # seconds: likewise to measure, on another machine
+_LEASE = 600.0  # seconds: a worker of another machine that takes longer to measure is dead
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -37,7 +37,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A finished trial: microseconds, and what was noted of it."""
+    """A measured point: its time in microseconds, and notes such as registers and spills."""
 
     point: Point
     us: float
@@ -45,7 +45,7 @@ class Measured:
 
 
 class Trials:
-    """What is known of a part, and the way to learn more."""
+    """The study of one part: its results, and the claims of points to measure."""
 
     def __init__(
         self, storage: BaseStorage, name: str, axes: tuple[Axis, ...], seed: int | None
@@ -61,25 +61,25 @@ class Trials:
         self.bury()
 
     def bury(self) -> None:
-        """Fail the running trials of workers that are gone."""
+        """Fail the running trials of workers that died."""
         for t in self._all():
             if t.state is TrialState.RUNNING and _abandoned(t):
                 self._fail(t.number)
 
     def propose(self, point: Point) -> None:
-        """Have `point` tried before anything that the sampler thinks of."""
-        # so that it is free again if this worker dies before it says that it claims it
+        """Queue `point` before the sampler's own proposals."""
+        # the worker's name frees the point if this worker dies before claiming it
         self._study.enqueue_trial(dict(point), user_attrs={"worker": _me()})
 
     def claim(self) -> Claim | None:
-        """The next proposal, or the sampler's choice; None if somebody else has it already."""
+        """The next proposal, or the sampler's choice; None if another worker has it already."""
         trial = self._study.ask()
         try:
             trial.set_user_attr("worker", _me())
             for axis in self._axes:
                 trial.suggest_categorical(axis.name, axis.choices)
         except optuna.exceptions.UpdateFinishedTrialError:
-            return None  # somebody took this worker for dead
+            return None  # another worker took this one for dead
         point = self._point(trial.params)
         if self._has_rival(trial.number, point):
             trial.set_user_attr("why", "somebody else has this configuration")
@@ -100,7 +100,7 @@ class Trials:
         self._tell(claim, notes, None)
 
     def give_up(self, claim: Claim) -> None:
-        """Leave the configuration to others."""
+        """Free the configuration for other workers."""
         self._fail(claim.trial.number)
 
     @property
@@ -121,7 +121,7 @@ class Trials:
 
     @property
     def proposals(self) -> int:
-        """How many proposals nobody has claimed yet."""
+        """The number of unclaimed proposals."""
         return sum(t.state is TrialState.WAITING for t in self._all())
 
     def _all(self) -> Sequence[FrozenTrial]:
@@ -157,7 +157,7 @@ class Trials:
                 if value is not None:
                     claim.trial.set_user_attr(name, value)
         except optuna.exceptions.UpdateFinishedTrialError:
-            return  # somebody took this worker for dead, and will measure it again
+            return  # another worker took this one for dead, and will measure the point again
         state = TrialState.PRUNED if us is None else TrialState.COMPLETE
         self._study.tell(claim.trial.number, us, state, skip_if_finished=True)
 
@@ -183,5 +183,5 @@ def _abandoned(t: FrozenTrial) -> bool:
     except ProcessLookupError:
         return True
     except PermissionError:
-        return False  # somebody else's process, but alive
+        return False  # another user's process, but alive
     return False

@@ -1,7 +1,7 @@
-"""The Triton engine for the search: its kernels are the parts, its plans the alternatives.
+"""A `Tunable` for the Triton engine: its parts are kernels, its alternatives are plans.
 
-A kernel is the same part in every plan that has it, forward or backward. It is timed alone, on
-operands as they come and buffers of noise: what earlier kernels would have stored.
+A kernel that several plans share, forward or backward, is one part. It is timed alone, on the
+call's operands; the buffers that earlier kernels would have filled hold noise.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from ..runtime.triton.launch_plan import Bound, New
 from ..runtime.triton.segments import in_parts
 from ..runtime.tuned.artifact import Certificate, Configuration
 from ..runtime.tuned.selection import bucket_of
+from .call_tunable import forward_and_backward
 from .capture import specialisations
 from .gpu import Gpu
 from .kernel_space import RULES, Choice, Traits, axes, point_of, printed, tiles_of, traits
 from .predict import bound_us, predict
 from .space import Point, broken
 from .tunable import Alternative, Chosen, Job, Part, Run
-from .validation import Exam, Under, asked, certify
+from .validation import Under, ValidationSuite, cases, validate
 
 CHUNKS = (32, 64, 128)
 _FORWARD, _BACKWARD = "forward", "backward"
@@ -46,7 +47,7 @@ _FORWARD, _BACKWARD = "forward", "backward"
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """What a part is: a kernel for one chunk length."""
+    """A part's kernel and chunk length, and the parameters that change the printed kernel."""
 
     kernel: Kernel
     chunk: int
@@ -60,14 +61,17 @@ class TritonTunable:
         self,
         call: Call,
         gpu: Gpu,
-        exam: Callable[[], Exam],
+        suite: Callable[[], ValidationSuite],
         *,
         chunks: tuple[int, ...] = CHUNKS,
         plans: int | None = None,
         neighbours: tuple[Config, ...] = (),
     ) -> None:
-        """`plans`: how many of each direction, per chunk: known ones, then the least memory."""
-        self._call, self._rows, self._gpu, self._exam = call, refined(call), gpu, exam
+        """`plans` limits the plans per direction and chunk length, known ones first (None: all).
+
+        `suite` makes the validation suite. `neighbours` are configurations of other sizes.
+        """
+        self._call, self._rows, self._gpu, self._suite = call, refined(call), gpu, suite
         self._dims = Dims(call.K, call.V)
         self._segment, self._size = in_parts(
             call.form, self._dims, bucket_of(call), gpu.multiprocessors
@@ -96,7 +100,7 @@ class TritonTunable:
             self._plan(_BACKWARD, chunk, backward, program)
 
     def _fewer(self, plans: int) -> tuple[Alternative, ...]:
-        """So many of each role in each group."""
+        """`plans` alternatives of each role and group: known ones, then by their lower bound."""
         kept: dict[tuple[str, str], list[Alternative]] = {}
         for a in sorted(self._plans, key=lambda a: (not a.known, a.bound_us)):
             among = kept.setdefault((a.group, a.role), [])
@@ -119,7 +123,7 @@ class TritonTunable:
         self._plans[alternative] = plan
 
     def _key(self, kernel: Kernel, chunk: int) -> str:
-        """The key of the part that the kernel is: one for equal work, whatever the plan."""
+        """The key of the kernel's part, equal for kernels of equal work, whatever the plan."""
         buffers = frozenset(kernel.buffers.items())
         same = (chunk, kernel.loop, kernel.stores, kernel.carried, kernel.segments, buffers)
         if same not in self._keys:
@@ -188,29 +192,22 @@ class TritonTunable:
 
     def whole(self, config: Configuration) -> Run:
         """As `Tunable.whole`."""
-        under = Under(EngineName.TRITON, config)
-        nothing = (None,) * len(self._call.form.states)
+        return forward_and_backward(Under(EngineName.TRITON, config), self._call, self._do)
 
-        def both() -> None:
-            under.forward(self._call)
-            under.backward(self._call, self._do, nothing)
-
-        return both
-
-    def certify_jobs(self, config: Configuration) -> tuple[Job, ...]:
-        """As `Tunable.certify_jobs`."""
+    def validation_jobs(self, config: Configuration) -> tuple[Job, ...]:
+        """As `Tunable.validation_jobs`."""
         under = Under(EngineName.TRITON, config)
 
         def everything() -> None:
-            for question, way in asked(self._exam(), under):
-                way.forward(question.call)
-                way.backward(question.call, question.do, question.dfinals)
+            for case, way in cases(self._suite(), under):
+                way.forward(case.call)
+                way.backward(case.call, case.do, case.dfinals)
 
         return self._compilations(everything)
 
-    def certify(self, config: Configuration) -> Certificate:
-        """As `Tunable.certify`."""
-        return certify(self._exam(), Under(EngineName.TRITON, config))
+    def validate(self, config: Configuration) -> Certificate:
+        """As `Tunable.validate`."""
+        return validate(self._suite(), Under(EngineName.TRITON, config))
 
     def _choice(self, part: Part, point: Point) -> Choice:
         subject = self._subjects[part.key]
@@ -219,19 +216,19 @@ class TritonTunable:
 
     def _compilations(self, run: Run) -> tuple[Job, ...]:
         if triton.knobs.runtime.interpret:
-            return ()  # nothing is compiled
+            return ()  # the interpreter compiles nothing
         return specialisations(run, self._gpu.shared_program)
 
 
 class _Arena:
-    """Buffers of noise that the parts share: one part runs at a time."""
+    """Buffers of noise, which all parts share because only one part runs at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._tensors: dict[tuple[tuple[int, ...], torch.dtype, int], Tensor] = {}
 
     def take(self, new: tuple[New, ...]) -> list[Tensor]:
-        """One tensor for each, all different."""
+        """A tensor for each of `new`, no two the same."""
         taken: list[Tensor] = []
         for b in new:
             count = sum((t.shape, t.dtype) == (b.shape, b.dtype) for t in taken)

@@ -1,8 +1,8 @@
-"""What the search knows of an engine: parts that are timed alone, and alternatives made of them.
+"""The search's view of an engine: parts that are timed alone, and alternatives made of parts.
 
-Times of parts add up. Parts are grouped into alternatives (a plan of the forward, say), of which a
-whole configuration takes one per role (forward, backward) within a group (what both must share: the
-chunk). An engine joins by one implementation of `Tunable`; the search does not change.
+The times of parts add up. An alternative is a sequence of parts, for example a plan of the forward.
+A whole configuration has one alternative per role (forward, backward), all of one group (the same
+chunk length). An engine joins by one implementation of `Tunable`; the search does not change.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What is timed alone: a kernel, or a whole call.
+    """A unit that is timed alone: a kernel, or a whole call.
 
     Attributes:
-        key: equal for parts that are the same work, whatever alternative they belong to.
-        first: where the search begins: the default, what served neighbours.
+        key: equal for parts that do the same work, whatever alternative they belong to.
+        name: for reports.
+        first: the points where the search begins: the default's, those of neighbouring sizes.
     """
 
     key: str
@@ -37,9 +38,9 @@ class Alternative:
     """One way to do `role` within `group`: the parts that it takes, one after the other.
 
     Attributes:
-        kernels: what the parts are called within it.
-        bound_us: no choice of points can make it faster; 0 where nobody knows.
-        known: the default's, or a neighbour's: tried before all others.
+        kernels: the names of the parts in this alternative.
+        bound_us: a lower bound of its time in microseconds, over all points; 0 if unknown.
+        known: whether the default or a neighbour uses it; such alternatives are tried first.
     """
 
     group: str
@@ -53,7 +54,7 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What a compilation left. `code`: a digest of the machine code; `error`: why there is none."""
+    """The result of a compilation; `code` is a digest of the machine code, `error` a failure."""
 
     report: KernelReport = field(default_factory=KernelReport)
     code: str | None = None
@@ -71,38 +72,38 @@ class Tunable(Protocol):
 
     @property
     def alternatives(self) -> tuple[Alternative, ...]:
-        """All of them, whatever is worth trying; at least one per role in every group."""
+        """All alternatives, at least one per role in every group."""
 
     @property
     def default(self) -> Configuration:
-        """What serves where nothing was tuned."""
+        """The configuration that serves if nothing was tuned."""
 
     def part(self, key: str) -> Part:
         """The part that alternatives name by `key`."""
 
     def excess(self, part: Part, point: Point) -> dict[str, float]:
-        """The rules that the point breaks, each by how much; empty if it may be built."""
+        """The rules that the point breaks, with the excess of each; empty if it may be built."""
 
     def predicted_us(self, part: Part, point: Point) -> float:
-        """A guess of its time, for ranking."""
+        """The predicted time in microseconds, for ranking; 0 if no model predicts it."""
 
     def jobs(self, part: Part, point: Point) -> tuple[Job, ...]:
-        """What has to be compiled before `run`; may be nothing."""
+        """The compilations that `run` needs; there may be none."""
 
     def run(self, part: Part, point: Point) -> Run:
-        """The part, ready to be timed."""
+        """The part at `point`, ready to be timed."""
 
     def configuration(self, chosen: Mapping[str, Alternative], points: Chosen) -> Configuration:
-        """The whole: an alternative per role, all of one group, and a point per part of them."""
+        """The whole configuration: an alternative per role, of one group, and a point per part."""
 
     def whole_jobs(self, config: Configuration) -> tuple[Job, ...]:
-        """What has to be compiled before `whole`."""
+        """The compilations that `whole` needs."""
 
     def whole(self, config: Configuration) -> Run:
         """A forward and a backward, ready to be timed."""
 
-    def certify_jobs(self, config: Configuration) -> tuple[Job, ...]:
-        """What has to be compiled before `certify`."""
+    def validation_jobs(self, config: Configuration) -> tuple[Job, ...]:
+        """The compilations that `validate` needs."""
 
-    def certify(self, config: Configuration) -> Certificate:
-        """Whether outputs and gradients are right, on this machine."""
+    def validate(self, config: Configuration) -> Certificate:
+        """Compare outputs and gradients with the oracle's on this machine."""

@@ -1,7 +1,8 @@
-"""Tuning from end to end: search, a race of the best against the default, proof, an artifact.
+"""Tunes from end to end: search, race of the best against the default, validation, artifact.
 
-A winner has beaten the default by more than the noise, whole against whole, and has passed the
-examination on this machine. What fails it is put in quarantine, with the reason.
+The winner is faster than the default by more than the noise, measured on whole calls, and has
+passed validation on this machine. A configuration that fails it is put in quarantine, with the
+reason.
 """
 
 from __future__ import annotations
@@ -26,23 +27,24 @@ from ..runtime.tuned.artifact import (
     Versions,
 )
 from .compilers import Compilers
+from .leaderboard import Combination
 from .measure import Device, Timing, race
 from .search import Budget, Findings, Progress, search, unwatched
 from .space import Point
-from .standing import Combination
 from .tunable import Job, Tunable
 
-_FINALISTS = 3  # beside the default
-_HEATS = 3  # how often other finalists follow where all were rejected
-_FOR_RACE = 0.1  # of the budget
-_FOR_FINALS = 0.35  # of the budget: compiling whole configurations, racing and examining them
+_FINALISTS = 3  # configurations of a heat, beside the default
+_HEATS = 3  # heats at most: another one follows if validation rejected a finalist
+_FOR_RACE = 0.1  # share of the budget
+_FOR_FINALS = 0.35  # share of the budget: compiling whole configurations, races and validation
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is tuned, and where it is written down.
+    """A key and a size of call to tune for, and the storage of the trials.
 
-    `storage_url`: for readers. `rejected`: what these versions built wrong before: no finalists.
+    `storage_url` is for readers. The configurations `rejected` failed validation before, under the
+    same versions, and cannot become finalists.
     """
 
     recurrence: str
@@ -55,14 +57,14 @@ class Task:
 
     @property
     def study(self) -> str:
-        """What its studies are called: everything that makes times comparable."""
+        """The first part of its studies' names; times of equal names are comparable."""
         size = f"{self.bucket.rows}x{self.bucket.tokens}"
         return f"{self.recurrence}/{self.key.path.removesuffix('.json')}/{size}"
 
 
 @dataclass(frozen=True, slots=True)
 class Finalist:
-    """A whole configuration in the race. `combination`: None for the default."""
+    """A whole configuration in the race; `combination` is None for the default."""
 
     config: Configuration
     combination: Combination | None
@@ -73,7 +75,7 @@ class Finalist:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What came of it. `winner` is None where nothing passed the examination."""
+    """The results of a tuning; `winner` is None if no finalist passed validation."""
 
     findings: Findings
     finalists: tuple[Finalist, ...]
@@ -88,7 +90,7 @@ def tune(
     budget: Budget,
     progress: Progress = unwatched,
 ) -> Tuning:
-    """Search, race and examine, within the budget. `devices`: for parts, and for whole calls."""
+    """Search, race and validate within the budget; `devices` time parts and whole calls."""
     parts, whole = devices
     within = Budget(
         budget.seconds * (1 - _FOR_FINALS), budget.workers, budget.exhaustive, budget.seed
@@ -99,9 +101,9 @@ def tune(
     with Compilers[int](budget.workers) as compilers:
         for heat in _heats(tunable, findings, task.rejected):
             ranked = _raced(tunable, whole, compilers, heat, _FOR_RACE * budget.seconds)
-            examined, winner = _examined(tunable, compilers, ranked)
-            finalists += examined
-            rejected = any(f.certificate is not None and not f.certificate.ok for f in examined)
+            validated, winner = _validated(tunable, compilers, ranked)
+            finalists += validated
+            rejected = any(f.certificate is not None and not f.certificate.ok for f in validated)
             if not rejected or (winner is not None and winner.config != tunable.default):
                 break
     return Tuning(findings, tuple(finalists), winner, _artifact(task, findings, finalists, winner))
@@ -133,14 +135,14 @@ def _raced(
     """The finalists with their times, the fastest first; those that cannot run are left out."""
     likely = heat[-1 if len(heat) == 1 else 1][0]
     orders = [partial(tunable.whole_jobs, config) for config, _ in heat]
-    # the examination's questions are made while whole configurations compile
-    _compiled(compilers, [*orders, partial(tunable.certify_jobs, likely)])
+    # the validation suite is made while whole configurations compile
+    _compiled(compilers, [*orders, partial(tunable.validation_jobs, likely)])
     running = []
     for config, combination in heat:
         run = tunable.whole(config)
         try:
             run()
-        except RuntimeError:  # a launch that asks for too much; its part ran with other operands
+        except RuntimeError:  # a launch lacks resources, although the part ran with other operands
             continue
         running.append((config, combination, run))
     if not running:
@@ -153,30 +155,30 @@ def _raced(
     return sorted(ranked, key=lambda f: f.timing.median)
 
 
-def _examined(
+def _validated(
     tunable: Tunable, compilers: Compilers[int], ranked: list[Finalist]
 ) -> tuple[list[Finalist], Finalist | None]:
-    """The finalists with verdicts, and the winner: the first that is faster, surely, and right."""
+    """The finalists with verdicts, and the winner: the fastest that is surely faster and right."""
     default = next((f.timing for f in ranked if f.config == tunable.default), None)
-    examined: list[Finalist] = []
+    validated: list[Finalist] = []
     winner: Finalist | None = None
     for f in ranked:
         own = f.config == tunable.default
         if winner is not None:
-            examined.append(_judged(f, None, f"slower than the winner by {_slower(f, winner)}"))
+            validated.append(_judged(f, None, f"slower than the winner by {_slower(f, winner)}"))
             continue
         if not own and default is not None and not f.timing.surely_below(default):
-            examined.append(_judged(f, None, "not faster than the default by more than the noise"))
+            validated.append(_judged(f, None, "not faster than the default by more than the noise"))
             continue
-        _compiled(compilers, [partial(tunable.certify_jobs, f.config)])
-        certificate = tunable.certify(f.config)
+        _compiled(compilers, [partial(tunable.validation_jobs, f.config)])
+        certificate = tunable.validate(f.config)
         if certificate.ok:
             why = "the default keeps its place" if own else "faster than the default, and right"
             winner = _judged(f, certificate, why)
-            examined.append(winner)
+            validated.append(winner)
         else:
-            examined.append(_judged(f, certificate, f"rejected: {certificate.faults[0]}"))
-    return examined, winner
+            validated.append(_judged(f, certificate, f"rejected: {certificate.faults[0]}"))
+    return validated, winner
 
 
 def _judged(f: Finalist, certificate: Certificate | None, why: str) -> Finalist:
@@ -188,7 +190,7 @@ def _slower(f: Finalist, winner: Finalist) -> str:
 
 
 def _compiled(compilers: Compilers[int], orders: list[Callable[[], tuple[Job, ...]]]) -> None:
-    """Wait until everything is compiled; what does not compile shows when it is run."""
+    """Wait until all jobs are compiled; a failure shows when the configuration runs."""
     for n, jobs in enumerate(orders):
         compilers.order(n, jobs())
     while compilers.orders:
@@ -211,7 +213,7 @@ def _artifact(
 def _tuned(task: Task, findings: Findings, finalists: list[Finalist], winner: Finalist) -> Tuned:
     assert winner.certificate is not None
     timed = winner.timing
-    # of the last heat, in which the winner ran
+    # the default's time in the last heat, in which the winner ran
     default = next((f.timing.median for f in reversed(finalists) if f.combination is None), None)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     study = Study(now, findings.trials, round(findings.seconds, 1), task.storage_url)
@@ -230,7 +232,7 @@ def _tuned(task: Task, findings: Findings, finalists: list[Finalist], winner: Fi
 
 
 def _reports(combination: Combination | None) -> tuple[tuple[str, KernelReport], ...]:
-    """What each kernel of the configuration takes, from the trial that measured it."""
+    """The time and resources of each kernel, from the trial that measured it."""
     if combination is None:
         return ()
     measured = dict(combination.points)

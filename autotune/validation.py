@@ -1,8 +1,9 @@
-"""The examination that a configuration must pass before it may serve, and its certificate.
+"""Validates a configuration before it may serve calls, and writes its certificate.
 
-Output, final states and all gradients against the float64 token loop, on usual and on hard inputs;
-every buffer full of NaN before it is written, then of another number: both runs must agree bit for
-bit. Whatever runs calls can be examined: an engine, or one that a test has broken.
+The output, the final states and all gradients are compared with the float64 token loop, on ordinary
+and on hard inputs. Each call runs twice: before the first run, new buffers are filled with NaN,
+before the second with another number. Both runs must agree bit for bit. Besides engines, any object
+with their two methods can be validated, for example an engine that a test has broken.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from .tolerance import (
 # several chunks of 64 or 128 with a rest of 16: divisible as large calls are, so that Triton
 # compiles the same machine code for both
 TOKENS = 272
-_SEGMENT = 128  # tokens of a segment: three, of several chunks or one
-_HARD_HALF = 4.0  # of a half-precision tolerance: what is left of products of hard gates
+_SEGMENT = 128  # tokens of a segment: there are three, of one chunk or of several
+_HARD_HALF = 4.0  # factor on half-precision tolerances: products of hard gates lose digits
 # bytes that make a NaN, and a number above 1, of every float type
 _NAN, _NUMBER = 0xFF, 0x45
 
@@ -76,10 +77,12 @@ class _Configured(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Under:
-    """An engine under one configuration, whatever would serve.
+    """An engine that runs every call under one given configuration.
 
-    `segment`: of the Triton engine, tokens of a segment that scans are cut into, however short.
-    `how`: the way in which it serves, in words, if that is not the plain one.
+    Attributes:
+        segment: the tokens of a segment, if the Triton engine is to scan even short calls in
+            segments; None: as it would choose by itself.
+        how: a phrase for reports, such as `in segments`; empty for the usual way.
     """
 
     engine: EngineName
@@ -98,7 +101,7 @@ class Under:
         return self._module.backward(call, do, dfinals, self.config, **self._cut)
 
     def ways(self, call: Call) -> tuple[Under, ...]:
-        """As it is, and as calls of few rows of such a form are served."""
+        """This, and the variant that serves calls of few rows (in parts, or in segments)."""
         if isinstance(self.config, TvmConfig):
             cut = spread(self.config, rows=1, V=call.V, threads=call.V)
             if cut == self.config:
@@ -119,8 +122,8 @@ class Under:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """One call, its cotangents, what the token loop answers, and the relative error allowed."""
+class ValidationCase:
+    """A call, the gradients of its results, the token loop's answers, and the allowed errors."""
 
     family: Family
     call: Call
@@ -131,13 +134,13 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Exam:
-    """Questions on one recurrence, made once for all its configurations."""
+class ValidationSuite:
+    """The cases of one recurrence, made once for all its configurations."""
 
-    questions: tuple[Question, ...]
+    cases: tuple[ValidationCase, ...]
 
 
-def prepare(
+def validation_suite(
     declaration: Declaration,
     dims: Dims,
     dtype: torch.dtype,
@@ -145,24 +148,24 @@ def prepare(
     *,
     tokens: int = TOKENS,
     families: Sequence[Family] = tuple(Family),
-) -> Exam:
-    """The questions for calls of these dimensions (no token axis is shorter than 4).
+) -> ValidationSuite:
+    """The cases for calls of these dimensions (no token axis is shorter than 4).
 
     Raises:
         NotLowered: no inputs are known to be legal.
     """
-    micro = 2 if declaration.has_micro else 1
+    micro = declaration.default_micro
     form = declaration.normal_form(micro)
     small = ranges(form, usual_params(form)).small
-    questions = []
+    made = []
     with one_thread():
         for family in families:
             call = draw(declaration, form, family, dims, dtype, device, tokens=tokens, micro=micro)
-            questions.append(_question(family, call, small))
-    return Exam(tuple(questions))
+            made.append(_case(family, call, small))
+    return ValidationSuite(tuple(made))
 
 
-def _question(family: Family, call: Call, small: frozenset[str]) -> Question:
+def _case(family: Family, call: Call, small: frozenset[str]) -> ValidationCase:
     random = torch.Generator().manual_seed(3)
 
     def normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -182,31 +185,31 @@ def _question(family: Family, call: Call, small: frozenset[str]) -> Question:
         for name, want in expected.items():
             change, _ = relative_errors(near[name], want)
             allowed[name] = max(allowed[name], ROUNDINGS * change)
-    return Question(family, call, do, dfinals, expected, allowed)
+    return ValidationCase(family, call, do, dfinals, expected, allowed)
 
 
-def asked(exam: Exam, runs: Runs) -> Iterator[tuple[Question, Runs]]:
-    """Every question, and every way in which it is to be answered."""
-    for question in exam.questions:
-        ways = runs.ways(question.call) if isinstance(runs, Under) else (runs,)
+def cases(suite: ValidationSuite, runs: Runs) -> Iterator[tuple[ValidationCase, Runs]]:
+    """Every case, with every variant of the engine that has to pass it."""
+    for case in suite.cases:
+        ways = runs.ways(case.call) if isinstance(runs, Under) else (runs,)
         for way in ways:
-            yield question, way
+            yield case, way
 
 
-def certify(exam: Exam, runs: Runs) -> Certificate:
-    """What came of it. Raises whatever `runs` does where it cannot run at all."""
+def validate(suite: ValidationSuite, runs: Runs) -> Certificate:
+    """The certificate of `runs` on the suite; exceptions of `runs` itself are not caught."""
     worst: dict[str, Error] = {}
     faults = []
-    for question, way in asked(exam, runs):
+    for case, way in cases(suite, runs):
         with _Filled(_NAN):
-            first = _answers(question, way)
+            first = _answers(case, way)
         with _Filled(_NUMBER):
-            second = _answers(question, way)
-        where = question.family.name.lower()
+            second = _answers(case, way)
+        where = case.family.name.lower()
         if isinstance(way, Under) and way.how:
             where += f", {way.how}"
-        for name, want in question.expected.items():
-            limit = question.allowed[name]
+        for name, want in case.expected.items():
+            limit = case.allowed[name]
             rms, maximum = relative_errors(first[name], want)
             if not bool(first[name].isfinite().all()):
                 faults.append(f"{name} ({where}) is not finite: is a buffer read before written?")
@@ -218,11 +221,11 @@ def certify(exam: Exam, runs: Runs) -> Certificate:
             known = worst.get(name)
             if known is None or not rms / limit <= known.rms / known.limit:
                 worst[name] = Error(rms, maximum, limit)
-    families = tuple(q.family.name.lower() for q in exam.questions)
+    families = tuple(q.family.name.lower() for q in suite.cases)
     return Certificate(tuple(worst.items()), families, tuple(faults))
 
 
-def examine(
+def validate_configuration(
     declaration: Declaration,
     engine: EngineName,
     config: Configuration,
@@ -231,13 +234,13 @@ def examine(
     device: torch.device,
 ) -> Certificate:
     """The certificate of one configuration of an engine."""
-    return certify(prepare(declaration, dims, dtype, device), Under(engine, config))
+    return validate(validation_suite(declaration, dims, dtype, device), Under(engine, config))
 
 
-def _answers(question: Question, runs: Runs) -> dict[str, Tensor]:
-    call = question.call
+def _answers(case: ValidationCase, runs: Runs) -> dict[str, Tensor]:
+    call = case.call
     o, finals = runs.forward(call)
-    grads, dinitials = runs.backward(call, question.do, question.dfinals)
+    grads, dinitials = runs.backward(call, case.do, case.dfinals)
     return _named(call, o, finals, grads, dinitials)
 
 
@@ -248,7 +251,7 @@ def _named(
     grads: Mapping[str, Tensor],
     dinitials: Sequence[Tensor | None],
 ) -> dict[str, Tensor]:
-    """By name; what is in the call's own dtypes and shapes, on the CPU."""
+    """The results by name, on the CPU, in the dtypes and shapes of the call."""
     names = [s.name for s in call.form.states]
     named: dict[str, Tensor | None] = {"o": o}
     named |= {f"final {n}": x for n, x in zip(names, finals, strict=True)}
@@ -291,7 +294,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 class _Filled(TorchDispatchMode):
-    """New tensors of floats are full of one byte, not of what memory happens to hold."""
+    """Fills each new tensor of floats with one byte, which replaces the old contents of memory."""
 
     def __init__(self, byte: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
@@ -317,7 +320,7 @@ _NEW = frozenset(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """The token loop runs on small tensors: more threads would only wait for one another."""
+    """Run torch on one thread: on the token loop's small tensors, threads would only wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,1 +1,1 @@
-"""How fast the compiled recurrences are, against hand-written kernels and the memory floor."""
+"""Benchmarks of compiled recurrences against hand-written kernels and the memory floor."""

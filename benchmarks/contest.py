@@ -1,4 +1,4 @@
-"""One recurrence at one shape: check both sides, then time both, then say what was seen."""
+"""Measures one recurrence at one shape: checks the results of both sides, then times both."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ FORWARD, BOTH = "fwd", "fwd+bwd"
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """What one side gave: None where it was not run, or failed with the error in `Row.notes`.
+    """The measurements of one side; None if it was not run or failed (see `Row.notes`).
 
-    `ms`: as called, the device waiting for the host where it must; `device_ms`: the device alone.
+    Attributes:
+        ms, device_ms: the median time of a call, with and without the device's waits for the host.
+        peak_mb: MiB allocated during a call.
+        first_s: seconds of the first call, which compiles.
+        ok: whether its results were right.
     """
 
     ms: float | None = None
@@ -31,7 +35,7 @@ class Contestant:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. `floor_ms`: compulsory traffic at the device's copy bandwidth."""
+    """A line of the table; `floor_ms` is the time of compulsory traffic at copy bandwidth."""
 
     recurrence: str
     shape: str
@@ -43,14 +47,14 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Peer's time over ours: above 1 we are faster. None unless our results were right."""
+        """The peer's time over ours (above 1: ours is faster); None if our results were wrong."""
         if self.ours.ms is None or self.peer.ms is None or not self.ours.ok:
             return None
         return self.peer.ms / self.ours.ms
 
     @property
     def device_ratio(self) -> float | None:
-        """The same of the device's times."""
+        """The ratio of the device's times."""
         if self.ours.device_ms is None or self.peer.device_ms is None or not self.ours.ok:
             return None
         return self.peer.device_ms / self.ours.device_ms
@@ -58,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a run is made; `bandwidth` in bytes per second."""
+    """The settings of a run; `bandwidth` is in bytes per second."""
 
     device: torch.device
     dtype: torch.dtype
@@ -73,7 +77,7 @@ Calls = dict[str, Callable[[], Tensor]]
 
 
 def failures() -> tuple[type[BaseException], ...]:
-    """What a side may fail with, without ending the run."""
+    """The exceptions of a side that do not end the run."""
     known: tuple[type[BaseException], ...] = (RuntimeError, ValueError, TypeError)
     try:
         from triton import TritonError
@@ -83,7 +87,7 @@ def failures() -> tuple[type[BaseException], ...]:
 
 
 def contest(case: Case, op: Callable[..., Any], shape: Shape, settings: Settings) -> list[Row]:
-    """Forward and forward+backward of one recurrence at one shape."""
+    """The rows of one recurrence at one shape: its forward, and its forward and backward."""
     device = settings.device
     operands = draw(case, shape, settings.dtype, device, settings.seed)
     packed = cu_seqlens(shape, device)
@@ -150,7 +154,7 @@ def _check(
     pairs: list[tuple[int, int]],
     settings: Settings,
 ) -> tuple[Contestant, str]:
-    """Time of the first call ever, then the errors of a second one."""
+    """The time of the side's first call, and the errors of its second one as a note."""
     leaves = [x for x in operands.values() if x.requires_grad]
     side = measure.forward_backward(call, leaves, do)
     first = measure.first_call(side, settings.device)

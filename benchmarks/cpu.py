@@ -1,9 +1,10 @@
-"""The TVM engine against torch on a CPU: time of calls and of steps, memory, compilation.
+"""Compares the TVM engine with torch on a CPU: time of calls and steps, memory, compilation.
 
-The torch side is our derived chunk form in torch operations, with the derived gradient, at each
-chunk length; with `--compile` torch.compile of some as well. The fastest of them is what counts.
-Sides are interleaved, each with the same threads; a ratio is of medians of one process. "of sgemm":
-the products that our kernels sum, in that time, against the machine's fastest large product.
+The torch side is the derived chunk form in torch operations, with the derived gradient, at each
+chunk length, and with `--compile` also under torch.compile. The fastest torch variant is compared.
+The sides take turns and use the same number of threads; a ratio compares medians of one process.
+"of sgemm" is the rate of our kernels' matrix products relative to the machine's fastest large
+matrix product.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _contest(name: str, shape: Shape, repeats: int, sgemm: float, compiled: Sequ
 
 
 def flops(call: Call, program: Program, config: TvmConfig) -> float:
-    """Of the products of one direction: of what lies below a diagonal, half; a solve is one."""
+    """FLOPs of the matrix products of one direction; triangular products and solves count half."""
     chunk = config.chunk
     sizes = {Axis.K: call.K, Axis.V: call.V, Axis.I: chunk, Axis.J: chunk}
     total = 0.0
@@ -119,9 +120,9 @@ def flops(call: Call, program: Program, config: TvmConfig) -> float:
 
 
 def _steps(name: str, repeats: int) -> None:
-    """One token of 8 heads: by the kernel, by the step in torch, and by hand where we wrote it.
+    """Time one token of 8 heads: by the kernel, by the step in torch, by a hand-written step.
 
-    What a step of one channel takes is what calling costs.
+    A kernel with one channel shows the cost of the call itself.
     """
 
     def operands(D: int) -> dict[str, Tensor]:
@@ -173,7 +174,7 @@ _BY_HAND: dict[str, Callable[..., object]] = {"gated_delta_rule": _gated_delta_b
 
 
 def _compilation(name: str, shape: Shape) -> None:
-    """Seconds until both directions are there, on an empty cache; forward and backward at once."""
+    """Print the seconds that both directions take to compile, starting with an empty cache."""
     code = (
         "import sys, time\nfrom benchmarks import cpu\n"
         "print(cpu.compile_seconds(sys.argv[1], int(sys.argv[2])))"
@@ -186,7 +187,7 @@ def _compilation(name: str, shape: Shape) -> None:
 
 
 def compile_seconds(name: str, D: int) -> float:
-    """Of the forward, then of the backward; imports are not counted."""
+    """Seconds of a first forward and backward, which compile; imports are not counted."""
     call = _call(name, Shape("small", 1, 64, 1, D))
     started = time.perf_counter()
     tvm_engine.forward(call)
@@ -271,7 +272,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what was asked for, and print it with the machine."""
+    """Print the machine, and the measurements that the options select."""
     options = parser().parse_args(argv)
     torch.set_num_threads(options.threads)
     torch._dynamo.config.recompile_limit = 256  # a graph for each operand's shape, no fallback

@@ -1,11 +1,11 @@
-"""Digests of every kernel that is printed: what a change of the compiler leaves as it was.
+"""Digests of every printed kernel, which show whether a change of the compiler alters any.
 
     python -m benchmarks.digests -o before.json
     python -m benchmarks.digests --against before.json
 
-Triton's and TVM's kernels of every recurrence of the library that has a chunk form, K = V = 64 and
-K = 128, V = 72, in bfloat16 and float32, as chosen by default, scanned in segments, one token at a
-time, and under every shipped configuration.
+The digests cover Triton's and TVM's kernels of every recurrence of the library that has a chunk
+form, with K = V = 64 and with K = 128, V = 72, in bfloat16 and float32: under the default
+configuration, in segments, one token at a time, and under every shipped configuration.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ import chunkwise.runtime
 from chunkwise import library
 from chunkwise.codegen.config import Config, Dims, Precision
 from chunkwise.codegen.interface import Dtype, Signature
-from chunkwise.codegen.programs import backward_program, chunk_body, forward_program, transition_of
+from chunkwise.codegen.programs import backward_program, forward_program, transition_of
 from chunkwise.codegen.tir.config import TvmConfig
 from chunkwise.codegen.tir.config import default_config as tvm_default
 from chunkwise.codegen.tir.kernel import print_tir
-from chunkwise.codegen.triton.defaults import default_config
 from chunkwise.codegen.triton.emit import emit, emit_token
-from chunkwise.codegen.triton.fit import H100_SHARED, fit
+from chunkwise.codegen.triton.fit import H100_SHARED, untuned_config
 from chunkwise.dsl import errors
 from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime.tuned import selection
@@ -55,7 +54,7 @@ def _tir(form: NormalForm, signature: Signature, config: TvmConfig) -> str:
 def of(name: str) -> dict[str, str]:
     """The digests of one recurrence."""
     declared = getattr(library, name).declaration
-    micro = 2 if declared.has_micro else 1
+    micro = declared.default_micro
     form = declared.normal_form(micro)
     found: dict[str, str] = {}
     for dims in SIZES:
@@ -65,15 +64,12 @@ def of(name: str) -> dict[str, str]:
             token = emit_token(declared.step(micro), signature).source
             found[f"{at} triton token"] = _digest(token)
             try:
-                body = chunk_body(form)
+                config = untuned_config(form, dims, dtype, H100_SHARED)
             except errors.NotLowered:
                 continue
-            wide = dtype is Dtype.FLOAT32
-            config = default_config(body, dims, wide_dtype=wide)
-            config = fit(form, config, dims, 4 if wide else 2, H100_SHARED)
             for what, source in _triton(form, signature, config):
                 found[f"{at} triton {what}"] = _digest(source)
-            if wide:
+            if dtype is Dtype.FLOAT32:
                 on_cpu = Signature(dims, dtype, (), Precision.IEEE)
                 found[f"{at} tvm"] = _digest(_tir(form, on_cpu, tvm_default(lanes=8)))
     folder = Path(chunkwise.runtime.__file__).parent / "artifacts"
@@ -93,9 +89,9 @@ def of(name: str) -> dict[str, str]:
 
 
 def main() -> int:
-    """Writes them, or compares with what was written; 1 if any differs."""
+    """Write the digests, or compare them with those of a file; returns 1 if any differs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.digests", description=__doc__)
-    parser.add_argument("names", nargs="*", help="of the library; all of it by default")
+    parser.add_argument("names", nargs="*", help="recurrences of the library (default: all)")
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--against", type=Path)
     parser.add_argument("--jobs", type=int, default=2)

@@ -1,4 +1,4 @@
-"""What a measurement was made on: without it the number means nothing."""
+"""Describes the machine of a measurement, without which its numbers mean nothing."""
 
 from __future__ import annotations
 

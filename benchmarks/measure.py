@@ -1,4 +1,4 @@
-"""Time and memory of several callables in one process: interleaved, so drift hits all alike."""
+"""Measures time and memory of callables that take turns, so that drift affects all alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One contestant: `run` is timed; `reset`, before each run, is not."""
+    """A contestant: `run` is timed; `reset` is called before each run, untimed."""
 
     run: Callable[[], object]
     reset: Callable[[], None]
@@ -31,7 +31,7 @@ def forward(call: Callable[[], Tensor]) -> Side:
 
 
 def forward_backward(call: Callable[[], Tensor], leaves: Sequence[Tensor], do: Tensor) -> Side:
-    """The call and `o.backward(do)`; gradients are None before, so nothing is accumulated."""
+    """The call and `o.backward(do)`; the gradients of `leaves` are reset before each run."""
 
     def run() -> None:
         call().backward(do)
@@ -64,10 +64,11 @@ def interleaved(
     *,
     ahead: bool = False,
 ) -> list[float]:
-    """Median milliseconds of each side; one run of each in turn, on a flushed L2 cache.
+    """The median milliseconds of each side; the sides take turns, each on a flushed L2 cache.
 
-    `ahead`: the device is kept busy until the host has queued the run, as in a training step whose
-    host runs ahead: the time is the device's alone. Otherwise the device may wait for the host.
+    With `ahead`, the device is busy until the host has queued the run, as in a training step whose
+    host runs ahead, so that the time is the device's alone. Otherwise it includes the device's
+    waits for the host.
     """
     clock = CudaDevice(device, AHEAD if ahead else 1) if device.type == "cuda" else CpuDevice()
     runs, resets = [side.run for side in sides], [side.reset for side in sides]
@@ -77,7 +78,7 @@ def interleaved(
 
 
 def peak_bytes(side: Side, device: torch.device) -> int | None:
-    """Most memory allocated during a run, above what was allocated before it; None on a CPU."""
+    """The bytes that a run allocates at its peak, beyond those allocated before; None on a CPU."""
     if device.type != "cuda":
         return None
     side.reset()
@@ -90,7 +91,7 @@ def peak_bytes(side: Side, device: torch.device) -> int | None:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes per second of a large copy, reads and writes counted: the ceiling of the floor."""
+    """Bytes per second of a large copy, reads plus writes; the memory floor assumes this rate."""
     size = (1 << 30) if device.type == "cuda" else (1 << 26)
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""The peers' calls, with our operands and no implicit scale; fla is imported at the first call."""
+"""Calls the peers' kernels with our operands and no implicit scale; a first call imports fla."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None)
 
 
 def retention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The peer knows its own decay, which is the one that the harness draws."""
+    """The peer computes its own decay; the harness draws the same one as `g`."""
     o: Tensor = _fla("retention", "chunk_retention")(q, k, v, scale=1.0, cu_seqlens=cu_seqlens)[0]
     return o
 
@@ -58,9 +58,10 @@ def kda(
 
 
 def lift_refusal() -> bool:
-    """Let fla time the gated backward that it refuses here; True if there was a refusal to lift.
+    """Make fla run the gated backward that it refuses here; returns whether it was refused.
 
-    The time then stands and the result does not: the harness checks it like any other and marks it.
+    The backward's time is valid although its result may be wrong; the harness checks the result
+    like any other and marks it.
     """
     module: Any = importlib.import_module("fla.ops.common.chunk_o")
     refused = bool(

@@ -1,4 +1,4 @@
-"""What is measured: recurrences, how their operands are drawn, the peers' calls, and shapes."""
+"""The recurrences and shapes of the benchmarks, how operands are drawn, and the peers' calls."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from . import peers
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One recurrence of the library and, where there is one, the peer's call of the same thing.
+    """A recurrence of the library, and the peer's call of the same recurrence if there is one.
 
-    `fixed`: operands that the peer knows by itself, and gives no gradient: drawn so, by heads.
+    `fixed` has the operands that the peer computes by itself and gives no gradient, as functions of
+    the number of the head.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """K = V = D and one group of heads; `lengths` of packed sequences, which then sum to T."""
+    """The sizes of a call with K = V = D; the `lengths` of packed sequences sum to T."""
 
     name: str
     B: int
@@ -113,10 +114,10 @@ def dtype_of(x: Operand, dtype: torch.dtype) -> torch.dtype:
 def draw(
     case: Case, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> dict[str, Tensor]:
-    """The operands of a call, leaves that require gradients where the case says so.
+    """The operands of a call, as leaves that require gradients, except those in `Case.fixed`.
 
-    In ranges that models feed them: log-decays are mild, and what reads the output is divided by
-    the square root of its channels, the peers' scale.
+    They lie in ranges that models produce: log-decays are mild, and the operand that reads the
+    state is divided by the square root of its channels, the peers' scale.
     """
     form, generator = case.form, torch.Generator(device=device).manual_seed(seed)
     found = ranges(form, usual_params(form))

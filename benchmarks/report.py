@@ -1,4 +1,4 @@
-"""Rows as a table for people and as JSON for machines."""
+"""Formats rows as a table for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def geometric_mean(given: Iterable[float | None]) -> float | None:
-    """Of the ratios that exist."""
+    """The geometric mean of the ratios that are not None; None if all are."""
     ratios = [r for r in given if r is not None]
     return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
 
 
 def notes(rows: Sequence[Row]) -> str:
-    """What was said about each (recurrence, shape), once."""
+    """The notes of every recurrence and shape, each once."""
     lines: dict[str, None] = {}
     for row in rows:
         lines |= {f"{row.recurrence} {row.shape}: {n}": None for n in row.notes}
@@ -92,7 +92,7 @@ def _entry(row: Row) -> dict[str, object]:
 
 
 def write(path: Path, machine: dict[str, object], rows: Sequence[Row]) -> None:
-    """The whole run as one JSON file; written beside and renamed, so never half a file."""
+    """Write the run as one JSON file, atomically: it is written beside `path` and renamed."""
     content = {"machine": machine, "rows": [_entry(r) for r in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

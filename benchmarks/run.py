@@ -1,4 +1,4 @@
-"""The command: measure recurrences of the library against the peers, and against the floor."""
+"""Measures recurrences of the library against the peers' kernels and the memory floor."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ops", type=_names(list(CASES), "recurrence"), default=list(CASES))
     p.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=None)
     p.add_argument("--device", default="cuda" if gpu else "cpu")
-    p.add_argument("--engine", default=None, help="ours; by default the device's own")
+    p.add_argument("--engine", default=None, help="our engine (default: the device's own)")
     p.add_argument("--repeats", type=int, default=50, help="timed runs of each side")
     p.add_argument("--no-peer", action="store_true", help="only ours, against the floor")
     p.add_argument("--peer-dispatch", action="store_true", help="let fla use other back ends")
@@ -65,10 +65,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 if our results were right everywhere, else 1."""
+    """Run the benchmarks; returns 0 if all our results were right, else 1."""
     args = parser().parse_args(argv)
     if not args.peer_dispatch:
-        # read by fla when it is imported
+        # fla reads this variable when it is imported
         os.environ["FLA_DISABLE_BACKEND_DISPATCH"] = "1"
     import chunkwise
 
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += found
             print(report.table(found), report.notes(found), sep="\n", flush=True)
             if args.json is not None:
-                # after every recurrence: a run that is cut short keeps what it has
+                # written after every recurrence, so that an interrupted run keeps its results
                 report.write(args.json, described, rows)
     print("\n" + report.table(rows))
     for mode in sorted({r.mode for r in rows}):

@@ -1,4 +1,4 @@
-"""A short forward and backward of each class of recurrence, to be run under compute-sanitizer.
+"""Runs a short forward and backward of each class of recurrence, for compute-sanitizer.
 
 compute-sanitizer --tool memcheck --error-exitcode 1 python -m benchmarks.sanitize
 compute-sanitizer --tool racecheck --error-exitcode 1 python -m benchmarks.sanitize kda
@@ -6,9 +6,10 @@ compute-sanitizer --tool racecheck --error-exitcode 1 python -m benchmarks.sanit
 
 python -m benchmarks.sanitize --layouts
 
-runs calls whose tensors lie in memory in every way (tests/layout_calls.py) and checks their
-results: first `--plain`, in several processes, which compile; then in one under memcheck, with
-every tensor in an allocation of its own. It prints a line per recurrence and how many errors.
+runs calls whose tensors have every layout in memory (tests/layout_calls.py) and checks their
+results. First, several processes run the calls with `--plain`, which compiles the kernels. Then one
+process runs them under memcheck, with every tensor in an allocation of its own. The output is a
+line per recurrence and the number of errors.
 """
 
 from __future__ import annotations
@@ -44,25 +45,25 @@ PACKED = Sizes(H=2, HV=4, K=20, V=37, initial=True, dtype=torch.float32).packed(
 DENSE = Sizes(
     T=70, H=2, HV=2, K=40, V=24, initial=True, dtype=torch.bfloat16, gate_dtype=torch.float32
 )
-# the same for Triton's interpreter, whose chunks are of 16 tokens: a few of the calls
+# shorter calls for Triton's interpreter, whose chunks have 16 tokens
 SHORT = replace(PACKED, K=5, V=17).packed(0, 17, 1, 5)
 
-_LINES = 200  # of what the sanitizer reports, at most
+_LINES = 200  # lines of the sanitizer's report that are printed at most
 
 
 def main() -> int:
-    """Runs the command line; not 0 if there are errors."""
+    """Run the command line; returns 0 if there are no errors."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sanitize",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", default=CLASSES)
-    parser.add_argument("--segments", action="store_true", help="scans of segments of one chunk")
+    parser.add_argument("--segments", action="store_true", help="scan in segments of one chunk")
     parser.add_argument("--layouts", action="store_true", help="every layout, results compared")
-    parser.add_argument("--plain", action="store_true", help="those calls, without the sanitizer")
+    parser.add_argument("--plain", action="store_true", help="these calls without the sanitizer")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile (0: none)")
-    parser.add_argument("--sanitizer", default="compute-sanitizer", help="where it lies")
+    parser.add_argument("--sanitizer", default="compute-sanitizer", help="its path")
     options = parser.parse_args()
     if not options.layouts:
         ragged(options.names, segments=options.segments)
@@ -76,14 +77,14 @@ def ragged(names: Sequence[str], *, segments: bool) -> None:
     """Run the named recurrences once."""
     for name in names:
         d = getattr(cw.library, name).declaration
-        micro = 2 if d.has_micro else 1
+        micro = d.default_micro
         # ends of sequences within a chunk, and tiles that are wider than the operand
         call = draw(
             d, d.normal_form(micro), Family.RAGGED, Dims(48, 48), torch.bfloat16,
             torch.device("cuda"), tokens=130, micro=micro,
         )  # fmt: skip
         config = segment = None
-        if segments:  # calls as short as these are not scanned so by themselves
+        if segments:  # the engine would not scan such short calls in segments
             dims = Dims(call.K, call.V)
             config = triton_engine.configuration(call.form, dims, call.dtype)
             segment = 64 if transition_of(call.form, dims) else 0
@@ -99,7 +100,7 @@ def layouts(names: Sequence[str], *, segments: bool) -> int:
     """Run every layout of the named recurrences and compare results; 1 if any are wrong."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     calls = [*((PACKED, turn) for turn in range(TURNS)), (DENSE, 0), (DENSE, 3)]
-    # kernels know a call's launches when it comes again with aligned tensors
+    # the second of two equal calls with aligned tensors repeats the launches of the first
     calls += [(DENSE, PLAIN), (DENSE, PLAIN)]
     if triton.knobs.runtime.interpret:
         device, calls = "cpu", [(SHORT, 2), (SHORT, 3)]
@@ -145,7 +146,7 @@ def memcheck(options: argparse.Namespace) -> int:
             print(f"without the sanitizer:\n{said}", flush=True)
     sanitizer = [options.sanitizer, "--tool", "memcheck", "--padding", "4096"]
     sanitizer += ["--target-processes", "application-only"]
-    # what is read beyond a tensor must not lie in the memory of another
+    # memory beyond a tensor must not belong to another tensor
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     checked = subprocess.Popen(
         [*sanitizer, *command, *options.names], stdout=subprocess.PIPE, text=True, env=environment

@@ -1,7 +1,7 @@
-"""Both sides against the float64 oracle, before anything is timed.
+"""Checks the results of both sides against the float64 oracle, before anything is timed.
 
-Heads and sequences do not see one another, so a fixed sample of (batch, head) pairs is cut out of
-operands, output and gradients, and the declared step is run on the cut, token by token.
+Heads and sequences are independent, so that a fixed sample of (batch, head) pairs suffices. It is
+cut out of operands, output and gradients, and the oracle runs the declared step on the cut.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .registry import Case, Shape
 
-# products of float32 in three tf32 parts, sums of thousands of tokens
+# a float32 product is three tf32 products, and sums have thousands of terms
 TOLERANCE = {
     **BY_DTYPE,
     torch.float32: FLOAT32_HARD,
@@ -29,8 +29,8 @@ SAMPLE = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Error:
-    """How far one tensor is from the oracle."""
+class TensorError:
+    """The relative RMS and maximum error of one tensor, and the limit of its RMS error."""
 
     name: str
     rms: float
@@ -88,13 +88,13 @@ def compare(
     do: Tensor,
     expected: Mapping[str, Tensor],
     pairs: list[tuple[int, int]],
-) -> list[Error]:
+) -> list[TensorError]:
     """The errors of one side's output and gradients on the sampled heads."""
     for operand in operands.values():
         operand.grad = None
     limits = TOLERANCE[do.dtype]
     with torch.no_grad():
-        # may well be other kernels than those that save for a backward
+        # without gradients, other kernels may run than those that save values for a backward
         inferred = _error("o alone", cut(call(), pairs), expected["o"], limits.outputs)
     o = call()
     o.backward(do)
@@ -113,12 +113,12 @@ def _gradient_error(
     expected: Mapping[str, Tensor],
     limits: Tolerance,
     pairs: list[tuple[int, int]],
-) -> Error:
+) -> TensorError:
     limit = limits.gradients if x.name in ("q", "k", "v") else limits.gates
     if grad is None:
-        return Error(f"d{x.name}", float("nan"), float("nan"), limit)
+        return TensorError(f"d{x.name}", float("nan"), float("nan"), limit)
     return _error(f"d{x.name}", cut(grad, pairs, x.per), expected[f"d{x.name}"], limit)
 
 
-def _error(name: str, got: Tensor, expected: Tensor, limit: float) -> Error:
-    return Error(name, *relative_errors(got, expected), limit)
+def _error(name: str, got: Tensor, expected: Tensor, limit: float) -> TensorError:
+    return TensorError(name, *relative_errors(got, expected), limit)

@@ -1,8 +1,8 @@
-"""Compile ahead: each side's first call in a process of its own, many at once.
+"""Compiles ahead: runs each side's first call in a process of its own, many at a time.
 
-Autotuners are made to run each of their configurations once, without timing it: processes that
-share a GPU would time one another. The compiled kernels land in Triton's cache on disk; the
-timing run then tunes undisturbed, with nothing left to compile.
+Autotuners run each of their configurations once and do not time it, because processes that share a
+GPU would disturb one another. The compiled kernels land in Triton's cache on disk. The timing run
+then tunes undisturbed and has nothing left to compile.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ SIDES = ("ours", "peer")
 def warm_all(
     recurrences: Sequence[str], shapes: Sequence[str], sides: Sequence[str], dtype: str, jobs: int
 ) -> float:
-    """Seconds that it took. A process that fails says so on stderr; the timing run will too."""
+    """Compile in `jobs` processes, print failures to stderr, and return the seconds taken."""
     started = time.perf_counter()
-    # results of tuning must not be kept: they were not measured
+    # nothing is measured here, so that the results of tuning must not be cached
     environment = {**os.environ, "FLA_CACHE_RESULTS": "0", "TRITON_CACHE_AUTOTUNING": "0"}
 
     def warm(task: tuple[str, str, str]) -> None:

@@ -21,6 +21,11 @@ class Dtype(Enum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return 4 if self is Dtype.FLOAT32 else 2
+
 
 class Role(Enum):
     """What the launcher passes for a parameter of a kernel."""

@@ -65,7 +65,7 @@ def prove_tiles(what: Declaration, chunk: int = 3) -> tuple[str, ...]:
 
     Raises NotLowered where there are none, or no point to look at them; ProofFailed.
     """
-    micro = 2 if what.has_micro else 1
+    micro = what.default_micro
     step, form = what.step(micro), what.normal_form(micro)
     variants = tuple(_variants(form))
     with many_digits():

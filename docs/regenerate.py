@@ -1,6 +1,6 @@
-"""Rewrites the printed blocks of docs/architecture.md, so that what it shows is what is printed.
+"""Rewrites the printed blocks of docs/architecture.md by running the command line again.
 
-Between `<!-- printed: ARGUMENTS -->` and `<!-- end -->` stands what the command line prints for
+Between `<!-- printed: ARGUMENTS -->` and `<!-- end -->` is the output of the command line for
 these arguments. `make docs` runs this; a test compares without writing.
 """
 
@@ -33,7 +33,7 @@ def _from_root() -> Iterator[None]:
 
 
 def printed(arguments: str) -> str:
-    """What `chunkwise ARGUMENTS` prints, run from the repository's root."""
+    """The output of `chunkwise ARGUMENTS`, run from the repository's root."""
     out = io.StringIO()
     with _from_root(), contextlib.redirect_stdout(out):
         code = cli.main(shlex.split(arguments))

@@ -31,9 +31,9 @@ class Declaration:
         self._trace = lru_cache(maxsize=None)(self._trace_once)
         self._normalise = lru_cache(maxsize=None)(self._normalise_once)
         if any_step:
-            self.step(2 if self.has_micro else 1)
+            self.step(self.default_micro)
         else:
-            self.normal_form(2 if self.has_micro else 1)
+            self.normal_form(self.default_micro)
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -59,6 +59,11 @@ class Declaration:
     def has_micro(self) -> bool:
         """Whether an operand is a tuple, one entry per micro-step."""
         return any(o.micro for o in self.operands)
+
+    @property
+    def default_micro(self) -> int:
+        """The number of micro-steps to derive where none is given: 2 for tuples, else 1."""
+        return 2 if self.has_micro else 1
 
     def step(self, micro: int = 1, static: Mapping[str, int | bool] | None = None) -> Step:
         """The traced step, for tuples of length `micro` and static keywords `static`."""

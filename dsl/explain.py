@@ -180,7 +180,7 @@ def explain(what: Declaration | NormalForm) -> str:
     """A page on a recurrence: its step, normal form, class, operands with shapes, gates, notes."""
     if isinstance(what, NormalForm):
         return "\n".join([what.name, "", _operands(what), "", print_form(what), *_notes(what)])
-    micro = 2 if what.has_micro else 1
+    micro = what.default_micro
     head = [what.name, *(what.doc.splitlines() if what.doc else [])]
     step = print_step(what.step(micro))
     if what.any_step:

@@ -68,7 +68,7 @@ def prove(what: Declaration, chunk: int = 3) -> Proof:
             "it was declared for the reference engine only, so it was not normalised",
             'declare it without engine="reference"',
         )
-    micro = 2 if what.has_micro else 1
+    micro = what.default_micro
     step, form = what.step(micro), what.normal_form(micro)
     if is_coupled(form):
         raise errors.NotLowered(

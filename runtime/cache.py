@@ -1,8 +1,8 @@
-"""The cache folder: the one place that says where it lies, whether it is safe, how it is written.
+"""The cache folder: its place, the checks of its safety, and the writing of its entries.
 
-What lies in it is run or decides what is run. So a folder that somebody else could write to is
-refused, entries appear whole or not at all, damaged ones are set aside and made again, and where
-nothing can be kept, the process goes on in memory and says so once.
+Files in the cache are executed, or decide which kernels run. So a folder that another user could
+write to is refused, entries are written atomically, and damaged ones are set aside and made again.
+Where nothing can be kept, the process compiles into memory and logs this once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..dsl import errors
 
 CACHE_VARIABLE = "CHUNKWISE_CACHE"
 _LOG = logging.getLogger("chunkwise")
-_PATIENCE_S = 600.0  # that an entry of another process is waited for: it may have been stopped
+_PATIENCE_S = 600.0  # the longest wait for another process that makes an entry, or was stopped
 
 
 def cache_folder() -> Path:
@@ -36,26 +36,26 @@ def cache_folder() -> Path:
     return _folder(os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME"))
 
 
-@lru_cache(maxsize=64)  # asked for by every call, and paths are slow to make
+@lru_cache(maxsize=64)  # every call needs it, and making paths is slow
 def _folder(chosen: str | None, xdg: str | None) -> Path:
     path = os.path.expanduser(chosen or os.path.join(xdg or "~/.cache", "chunkwise"))
     return Path(path if path.startswith("~") else os.path.abspath(path))
 
 
 def own_folder(*names: str) -> Path:
-    """The folder of those names below the cache's, made where there is none (mode 0700).
+    """The folder of those names below the cache's, made with mode 0700 if it does not exist.
 
     Raises:
-        BadCache: it cannot be made, or others could change what lies in it.
+        BadCache: the folder cannot be made, or other users could change its contents.
     """
     top = cache_folder()
     if not top.is_absolute():
         raise errors.BadCache(str(top), "this user has no home folder")
     below = list(itertools.accumulate(names, lambda folder, name: folder / name, initial=top))
     try:
-        os.fspath(top).encode()  # LLVM and linkers are given it as text
+        os.fspath(top).encode()  # LLVM and linkers take paths as text
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            below[-1].lstat()  # too long a name: nothing of it shall be made
+            below[-1].lstat()  # raises for a name that is too long, before any folder is made
         for path in (*reversed(top.parents), *below):
             if not os.path.lexists(path):
                 with contextlib.suppress(FileExistsError):  # another process did
@@ -73,7 +73,7 @@ def own_folder(*names: str) -> Path:
 
 
 def danger(folder: Path) -> str:
-    """Why others could change what lies in a folder of the cache; empty if they cannot."""
+    """Why other users could change the contents of a cache folder; empty if they cannot."""
     about = folder.lstat()
     if not stat.S_ISDIR(about.st_mode):
         kind = "a symbolic link" if stat.S_ISLNK(about.st_mode) else "no folder"
@@ -97,7 +97,7 @@ def _user() -> int:
 
 
 def do_without(why: Exception) -> None:
-    """Say, once per process and cache folder, that the cache is not used, and why."""
+    """Log, once per process and cache folder, that the cache is not used, and why."""
     if next(_times_said(cache_folder(), os.getpid())) == 0:
         text = " ".join(str(why).split())
         _LOG.warning("kernels are compiled into memory, by every process again: %s", text)
@@ -110,12 +110,12 @@ def _times_said(folder: Path, process: int) -> Iterator[int]:
 
 
 def read_file(path: Path, limit: int) -> bytes:
-    """What a regular file holds.
+    """The contents of a regular file.
 
     Raises:
         OSError: it cannot be read, is not a regular file, or holds more than `limit` bytes.
     """
-    # a pipe would keep us waiting
+    # without O_NONBLOCK, opening a pipe would wait
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -130,7 +130,7 @@ def read_file(path: Path, limit: int) -> bytes:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """`text` at `path`, whole or not at all: a temporary file in the same folder, renamed."""
+    """Write `text` to `path` atomically: a temporary file in the same folder is renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
     temporary = Path(name)
@@ -143,9 +143,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def lock_of(path: Path) -> FileLock:
-    """Who holds it, among all processes, may write the entry `path`.
+    """The lock, across processes, under which the entry `path` is written.
 
-    What lies in its place and is no file is set aside.
+    Anything but a regular file in the lock file's place is set aside.
     """
     lock = path.with_suffix(".lock")
     if os.path.lexists(lock) and not stat.S_ISREG(lock.lstat().st_mode):
@@ -158,8 +158,8 @@ def locked(path: Path) -> Iterator[None]:
     """Hold the lock of the entry `path`.
 
     Raises:
-        OSError: no lock can be had: the folder is not writable, or another process was stopped
-            while it held it.
+        OSError: the lock cannot be taken: the folder is not writable, or another process was
+            stopped while it held the lock.
     """
     held = lock_of(path)
     try:
@@ -167,7 +167,7 @@ def locked(path: Path) -> Iterator[None]:
     except NotImplementedError as why:  # filelock's word for a file system without locks
         raise OSError(errno.ENOLCK, str(why), str(path)) from None
     try:
-        for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a process that was killed
+        for left in path.parent.glob(f"{path.name}.*.tmp"):  # left by a killed process
             left.unlink(missing_ok=True)
         yield
     finally:
@@ -175,7 +175,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what is damaged to `<name>.damaged`, in place of what was before; returns its path."""
+    """Rename a damaged entry to `<name>.damaged`, which is replaced; returns the new path."""
     aside = path.with_name(f"{path.name}.damaged")
     _remove(aside)
     path.rename(aside)
@@ -190,14 +190,14 @@ def _remove(path: Path) -> None:
 
 
 def keep(path: Path, sound: Callable[[], bool], make: Callable[[Path], Iterable[Path]]) -> None:
-    """Have the entry `path` in the cache: found `sound`, else made by one process at a time.
+    """Make the entry `path` of the cache unless it is `sound`, by one process at a time.
 
     `make` writes the entry's files, which differ in their suffixes, into the folder it is given,
-    and names them in the order in which they take their places. A process killed on the way leaves
-    that folder to the next one that makes the entry.
+    and returns them in the order in which they are moved to their places. If the process is killed,
+    the next process that makes the entry removes that folder.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: the entry cannot be written.
     """
     if sound():
         return
@@ -221,7 +221,7 @@ def keep(path: Path, sound: Callable[[], bool], make: Callable[[Path], Iterable[
 
 @lru_cache(maxsize=1024)
 def import_source(source: str) -> ModuleType:
-    """The module of `source`; Triton's messages and profilers find it in a file of the cache."""
+    """The module of `source`, kept in a file of the cache for Triton's messages and profilers."""
     text = source.encode()
     stem = f"kernels_{hashlib.blake2b(text, digest_size=10).hexdigest()}.py"
     file = stem

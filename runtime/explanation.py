@@ -1,4 +1,4 @@
-"""What was made of a declaration, as text: its chunk form, its kernels and costs, its engines."""
+"""Describes a compiled declaration as text: its chunk form, its kernels' costs, its engines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def sections(declaration: Declaration) -> dict[str, str]:
 
     if declaration.any_step:
         return {"engines": _only_reference("it was declared for it")}
-    form = declaration.normal_form(2 if declaration.has_micro else 1)
+    form = declaration.normal_form(declaration.default_micro)
     try:
         chunk_body(form)
     except NotLowered as refusal:

@@ -1,4 +1,4 @@
-"""What the tests of the compiler run over: the classes of recurrences, and their plans."""
+"""The recurrences and plans over which the compiler's tests run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ CLASSES = (
 
 
 def lowered(declaration: Declaration) -> bool:
-    """Whether the compiler derives a chunk form for it."""
+    """Whether the compiler derives a chunk form for `declaration`."""
     try:
-        chunk_body(declaration.normal_form(2 if declaration.has_micro else 1))
+        chunk_body(declaration.normal_form(declaration.default_micro))
     except NotLowered:
         return False
     return True

@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _untuned(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What somebody tuned, here or for the package, must not change what the tests run."""
+    """Tuned artifacts, shipped or the user's, must not change the kernels that tests run."""
     from chunkwise.runtime.tuned import selection
 
     with pytest.MonkeyPatch.context() as patch:
@@ -40,7 +40,7 @@ def _untuned(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _fast_interpreter() -> None:
-    """Two thirds of the time of Triton's interpreter go where a few lines of numpy do as well."""
+    """Replace functions that take two thirds of the interpreter's time by a few lines of NumPy."""
     try:
         import triton
     except ModuleNotFoundError:

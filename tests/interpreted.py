@@ -14,12 +14,12 @@ from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime.call import Call
 from chunkwise.runtime.triton import engine as triton_engine
 
-CHUNK = 16  # the least that a matrix product takes: a few tokens make several chunks
+CHUNK = 16  # the least extent of a matrix product, so that a few tokens make several chunks
 TILES = KernelConfig(v_tile=16, warps=4, stages=1, k_tile=16)  # 17 channels loop over two tiles
 
 
 def _scan_by_rows(self: Any, arguments: Any) -> list[Any]:
-    """An associative scan as the interpreter does it, but a row at a time, not an element."""
+    """The interpreter's associative scan, computed by rows instead of single elements."""
     import numpy as np
 
     arrays = [np.moveaxis(x.handle.data, self.axis, 0) for x in arguments]
@@ -43,7 +43,7 @@ def _scan_by_rows(self: Any, arguments: Any) -> list[Any]:
 
 
 def hasten() -> None:
-    """Two thirds of the time of Triton's interpreter go where a few lines of numpy do as well."""
+    """Replace functions that take two thirds of the interpreter's time by a few lines of NumPy."""
     from triton.runtime import interpreter
 
     interpreter.ScanOps.generic_scan = _scan_by_rows
@@ -71,7 +71,7 @@ def _compiled(
 
 
 class Poisoned:
-    """torch, but what `empty` returns is NaN."""
+    """A copy of torch whose `empty` returns NaN."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -83,9 +83,9 @@ class Poisoned:
 def served_under(
     config_of: Callable[[NormalForm], Config], segment: int = 0
 ) -> Callable[[Call], Any]:
-    """What to put in place of `triton_engine._compiled_for`.
+    """A replacement for `triton_engine._compiled_for`, which interprets the kernels.
 
-    `segment`: tokens of a segment, for scans of segments.
+    `segment` is the number of tokens of a segment, if scans run in segments.
     """
 
     def compiled_for(call: Call) -> Any:
@@ -97,5 +97,5 @@ def served_under(
 
 
 def now_and_then_in_segments(call: Call) -> Any:
-    """What to put in place of `triton_engine._compiled_for`: segments of a chunk, if T is odd."""
+    """A replacement for `triton_engine._compiled_for`: segments of one chunk if T is odd."""
     return served_under(small, CHUNK * (call.T % 2))(call)

@@ -1,4 +1,4 @@
-"""Calls whose every tensor lies in memory in another way, against the float64 token loop."""
+"""Compares calls whose tensors have different layouts in memory with the float64 token loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN = -1  # the turn in which all are contiguous
 
 
 def layout(place: int, turn: int) -> Layout:
-    """How tensor number `place` of a call lies in turn number `turn`."""
+    """The layout of tensor number `place` of a call in turn number `turn`."""
     every = tuple(Layout)
     if turn == PLAIN:
         return Layout.PLAIN
@@ -27,7 +27,7 @@ def layout(place: int, turn: int) -> Layout:
 
 
 def laid_inputs(op: cw.Recurrence, sizes: Sizes, turn: int) -> Inputs:
-    """Operands, initial states and boundaries; no two tensors of a kind lie alike."""
+    """Operands, initial states and boundaries; no two tensors of a kind have the same layout."""
     inputs = make_inputs(op, sizes)
     per_token = [x.per is Per.TOKEN for x in op.declaration.operands]
     operands = {
@@ -52,7 +52,7 @@ def laid_inputs(op: cw.Recurrence, sizes: Sizes, turn: int) -> Inputs:
 def check_call(
     op: cw.Recurrence, sizes: Sizes, turn: int, engine: str, limit: Tolerance | torch.dtype
 ) -> None:
-    """Outputs, final states and all gradients, of cotangents that are laid out as well."""
+    """Compare output, final states and gradients; the gradients of results vary in layout too."""
     inputs = laid_inputs(op, sizes, turn)
 
     def laid(w: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def check_call(
 def check_steps(
     op: cw.Recurrence, sizes: Sizes, turn: int, engine: str, limit: Tolerance | torch.dtype
 ) -> None:
-    """Output and final states of `op.step`, a token at a time."""
+    """Compare the outputs and the final states of `op.step`, a token at a time."""
     inputs = laid_inputs(op, sizes, turn)
     per_head = {x.name for x in op.declaration.operands if x.per is Per.HEAD}
     state: Any = inputs.options["initial_state"]

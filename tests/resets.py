@@ -1,4 +1,4 @@
-"""Calls in which the state is forgotten at once: what a reset is for a recurrence, and where."""
+"""Calls with resets: the operands that make a recurrence forget its state at once, and where."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def squashed(S: State, q: Key, k: Key, v: Value, x: Scalar):  # type: ignore[no-
 
 @cw.recurrence
 def two_factors(S: State, q: Key, k: Key, v: Value, f: Key, a: Scalar):  # type: ignore[no-untyped-def]
-    """Either factor may be 0, or both: each has the other in its gradient."""
+    """One or both factors may be 0; the gradient of each contains the other."""
     S = within(a, 0.0, 1.0) * (within(f, 0.0, 1.0) * S) + outer(k, v)
     return S, q @ S
 
 
 @cw.recurrence
 def read_before(S: State, q: Key, k: Key, v: Value, f: Key, a: Scalar):  # type: ignore[no-untyped-def]
-    """Reads leave the token's own factor out, of a vector gate and of a scalar one."""
+    """Reads come before the token's own decay, which has a vector gate and a scalar one."""
     o = q @ S
     S = within(a, 0.0, 1.0) * within(f, 0.0, 1.0) * S + outer(k, v)
     return S, o
@@ -72,8 +72,8 @@ def values_of(op: cw.Recurrence) -> tuple[float, ...]:
 
 
 def _gates(op: cw.Recurrence) -> dict[str, str]:
-    """The operands of tokens that are a log-decay or a factor of the state."""
-    form = op.declaration.normal_form(2 if op.declaration.has_micro else 1)
+    """The per-token operands that are a log-decay or a decay factor."""
+    form = op.declaration.normal_form(op.declaration.default_micro)
     tokens = {x.name for x in form.operands if x.per is Per.TOKEN}
     found = {}
     for update in (u for m in form.micro_steps for u in m.updates):
@@ -93,7 +93,7 @@ def _gates(op: cw.Recurrence) -> dict[str, str]:
 
 
 def with_resets(op: cw.Recurrence, sizes: Sizes, value: float, rows: tuple[int, ...]) -> Inputs:
-    """The inputs of a call with operands of that value at those tokens of every sequence."""
+    """The inputs of a call in which operands have `value` at those tokens of every sequence."""
     inputs = make_inputs(op, sizes)
     name, sign = ARGUMENTS.get(op.__name__, ("", 1.0))
     gates = {name: "log"} if name else _gates(op)

@@ -1,4 +1,4 @@
-"""The harness judges and reports rightly, shown on a CPU with peers that are right and wrong."""
+"""The benchmarks judge and report correctly, tested on a CPU with right and wrong peers."""
 
 import json
 import math
@@ -131,7 +131,7 @@ def test_the_sample_is_fixed_and_within() -> None:
 
 
 def test_nan_is_not_right() -> None:
-    assert not verify.Error("o", math.nan, 0.0, 1.0).ok
+    assert not verify.TensorError("o", math.nan, 0.0, 1.0).ok
 
 
 def test_sides_are_interleaved_and_reset() -> None:

@@ -1,4 +1,4 @@
-"""What the documents show is true: their Python runs, their links lead somewhere."""
+"""The Python of the documents runs, and their links and paths exist."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 
 
 def _blocks() -> list[tuple[str, str]]:
-    """Every ```python block of the README, which is what users copy."""
+    """Every ```python block of the README, which users copy."""
     text = (ROOT / "README.md").read_text()
     found = re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S)
     return [(f"line {text[: m.start()].count(chr(10)) + 1}", m[1]) for m in found]

@@ -1,4 +1,4 @@
-"""The demo runs from declaration to plot, and its two tasks are what it says they are."""
+"""The demo runs from declaration to plot, and its two tasks are as described."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_answers_are_the_last_binding() -> None:
 
 
 def test_the_delta_rule_forgets_where_addition_cannot() -> None:
-    """The point of the demo without any training: one key bound twice, and read."""
+    """The effect that the demo shows, without training: one key is bound twice and then read."""
     q = k = torch.eye(4)[None, [0, 0], None, :]
     v = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])
     added, _ = mqar.additive_attention(q, k, v)

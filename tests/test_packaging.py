@@ -1,4 +1,4 @@
-"""The list of packages against the tree (an omission is silent), and that the import is light."""
+"""The list of packages matches the tree (an omission would be silent), and the import is light."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The driver of memcheck counts what went wrong, shown without a GPU and without the sanitizer."""
+"""The driver of memcheck counts errors correctly, tested without a GPU or the sanitizer."""
 
 from __future__ import annotations
 

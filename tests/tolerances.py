@@ -1,4 +1,4 @@
-"""The comparison with the oracle that tests make, by the project's one table of tolerances."""
+"""Compares results with the oracle's in tests, by the project's table of tolerances."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ def assert_agree(
     near: Mapping[str, Tensor] | None = None,
     roundings: float = ROUNDINGS,
 ) -> None:
-    """Each tensor of `got` against that of `want`; a gradient of operand x is called dx.
+    """Assert that each tensor of `got` is near that of `want`; the gradient of x is named dx.
 
-    `near`: what the oracle gives for operands that differ by less than their dtype can tell (or in
-    that dtype); as much again, times `roundings`, is allowed where it is more than the tolerance.
+    `near` has the oracle's results for operands that differ by less than the resolution of their
+    dtype (or for operands in that dtype). Where this changes a result by more than the tolerance,
+    `roundings` times the change is allowed.
     """
     if isinstance(tolerance, torch.dtype):
         tolerance = BY_DTYPE[tolerance]

@@ -12,12 +12,21 @@ from dataclasses import replace
 
 from ...dsl.normal_form import NormalForm
 from ..config import Config, Dims, KernelConfig, padded
+from ..interface import Dtype
 from ..plan import Kernel, Loop
-from ..programs import backward_program, forward_program
+from ..programs import backward_program, chunk_body, forward_program
 from ..tile import Axis, TileOp
+from .defaults import default_config
 
 _BESIDE_LOADS = 16 * 1024  # layout conversions, scans and reductions
 H100_SHARED = 227 * 1024
+
+
+def untuned_config(form: NormalForm, dims: Dims, dtype: Dtype, shared: int) -> Config:
+    """The default configuration, fitted to `shared` bytes of shared memory per program."""
+    wide = dtype is Dtype.FLOAT32
+    config = default_config(chunk_body(form), dims, wide_dtype=wide)
+    return fit(form, config, dims, dtype.itemsize, shared)
 
 
 def fit(form: NormalForm, config: Config, dims: Dims, itemsize: int, shared: int) -> Config:

@@ -8,7 +8,14 @@ from .attention import (
     GlobalAttention,
     SlidingWindowAttention,
 )
-from .layers import LayerState, RecurrentLayer, RMSNorm, Role, ShortConvolution, default_roles
+from .layers import (
+    LayerState,
+    OperandRole,
+    RecurrentLayer,
+    RMSNorm,
+    ShortConvolution,
+    default_roles,
+)
 from .model import Block, LanguageModel, Mixer, SwiGLU
 
 __all__ = [
@@ -19,9 +26,9 @@ __all__ = [
     "LanguageModel",
     "LayerState",
     "Mixer",
+    "OperandRole",
     "RMSNorm",
     "RecurrentLayer",
-    "Role",
     "ShortConvolution",
     "SlidingWindowAttention",
     "SwiGLU",

@@ -1,7 +1,7 @@
 """Softmax attention, global and sliding-window: the other mixers of a hybrid model.
 
-Built on torch's `scaled_dot_product_attention`. The window is computed in blocks, each against
-itself and the block before, so memory grows with `T * window` and not with `T * T`.
+They call torch's `scaled_dot_product_attention`. A windowed layer attends in blocks, each to itself
+and the block before, so that memory grows with `T * window` and not with `T * T`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .layers import positions, wide
 
 @dataclass(frozen=True, slots=True)
 class AttentionState:
-    """Keys (rotated) and values still visible, `[B, H, S, D]`, and the next position."""
+    """The visible keys (rotated) and values, `[B, H, S, D]`, and the position of the next token."""
 
     keys: Tensor
     values: Tensor
@@ -44,7 +44,7 @@ class Attention(nn.Module):
         window: each token sees itself and the `window - 1` tokens before it; None sees all.
 
     Raises:
-        ValueError: a head dimension that is odd or not a whole number, or `window < 1`.
+        ValueError: `hidden` is not a multiple of `2 * heads`, or `window < 1`.
     """
 
     __call__: Callable[..., Tensor]  # of forward; torch's own type says Any
@@ -86,7 +86,7 @@ class Attention(nn.Module):
         return self._join(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
     def prefill(self, x: Tensor) -> tuple[Tensor, AttentionState]:
-        """`forward`, and the state from which `step` continues."""
+        """The result of `forward`, and the state from which `step` continues."""
         tokens = x.shape[1]
         _, k, v = self._qkv(x, torch.arange(tokens, dtype=torch.int64, device=x.device))
         seen = tokens if self.window is None else min(tokens, self.window - 1)
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         return AttentionState(empty, empty, 0)
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
-        """One token: `x [B, hidden]` and the state before it, to its output and the state after."""
+        """The output `[B, hidden]` of one token `x [B, hidden]`, and the state after it."""
         position = torch.full((1,), state.position, dtype=torch.int64, device=x.device)
         q, k, v = self._qkv(x[:, None], position)
         keys, values = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
@@ -125,7 +125,7 @@ class SlidingWindowAttention(Attention):
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, sequence: Tensor | None) -> Tensor:
-    """Banded attention over `[B, H, T, D]`: blocks of `window` rows see their own and the last."""
+    """Banded attention over `[B, H, T, D]`: a block of `window` rows sees itself and the last."""
     tokens = q.shape[2]
     blocks = -(-tokens // window)
     extra = blocks * window - tokens

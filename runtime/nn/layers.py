@@ -1,9 +1,9 @@
-"""Torch modules around a declared recurrence: what a model needs beside the op itself.
+"""Torch modules around a declared recurrence: the layer, its convolution and its norm.
 
-`RecurrentLayer` reads the declaration: which operands there are, of which kind, and which of them
-are decays decide its projections, so a new recurrence is a new layer without new code here.
-Every mixer has three forms with one meaning: `forward` over whole sequences (packed or not),
-`prefill`, which also returns the state after them, and `step`, one token at a time.
+`RecurrentLayer` reads the declaration. The operands, their kinds and their roles determine its
+projections, so that a new recurrence needs no new code here. Every mixer has three methods of one
+meaning: `forward` takes whole sequences (packed or not), `prefill` also returns the state after
+them, and `step` takes one token at a time.
 
 Parameters are made in torch's default dtype and on its default device, like those of `nn.Linear`.
 """
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from ..recurrence import Recurrence, States
 
 
-class Role(Enum):
-    """How a layer makes an operand out of the hidden vector."""
+class OperandRole(Enum):
+    """How a layer computes an operand from the hidden vector."""
 
-    FEATURE = "projection, short convolution, silu: what is written, compared, read"
+    FEATURE = "projection, short convolution, silu: queries, keys and values"
     LOG_DECAY = "projection to a log-decay <= 0"
     UNIT = "sigmoid of a projection: a step size, or a decay factor, in (0, 1)"
     RAW = "projection only: the declaration applies its own activation"
 
 
 def wide(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 where it is that already: norms and gates are not rounded."""
+    """`x` in float32, or unchanged in float64: norms and gates are not computed in less."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -62,7 +62,7 @@ def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Sequence number and position within it of every packed token, both `[T]`, without a sync."""
+    """The sequence of every packed token and its position there, both `[T]`, without a sync."""
     t = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     sequence = torch.bucketize(t, cu_seqlens[1:].contiguous(), right=True)
     return sequence, t - cu_seqlens[:-1][sequence]
@@ -71,7 +71,8 @@ def positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution over time: each channel sees its last `size` tokens.
 
-    Shapes: `[B, T, D] -> [B, T, D]`. With `cu_seqlens`, taps never reach into the sequence before.
+    Shapes: `[B, T, channels] -> [B, T, channels]`. With `cu_seqlens`, B = 1 and no token sees
+    another sequence.
     """
 
     def __init__(self, channels: int, size: int = 4) -> None:
@@ -95,7 +96,7 @@ class ShortConvolution(nn.Module):
         return y
 
     def last(self, x: Tensor) -> Tensor:
-        """The cache after the tokens `x`: their last `size - 1` inputs, `[B, size - 1, D]`."""
+        """The cache after the tokens `x`: their last `size - 1` vectors, `[B, size - 1, D]`."""
         return F.pad(x, (0, 0, self.size - 1, 0))[:, x.shape[1] :]
 
     def step(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,42 +107,51 @@ class ShortConvolution(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """What a `RecurrentLayer` carries from token to token."""
+    """The state of a `RecurrentLayer` between two tokens.
+
+    Attributes:
+        convolution: the last inputs of the short convolution, `[B, conv_size - 1, features]`.
+        recurrent: the states of the recurrence; None before the first token.
+    """
 
     convolution: Tensor
     recurrent: States | None
 
 
 def _strip(node: Node) -> Node:
-    """Below promises and floors: `max(within(f), tiny)` is f."""
+    """The node under promises and floors: f for `max(within(f), tiny)`."""
     while node.op in (Op.WITHIN, Op.MAXIMUM, Op.AT_LEAST):
         node = next((a for a in node.args if a.op is not Op.CONST), node.args[0])
     return node
 
 
-def _decay_roles(log_decay: Node) -> dict[str, Role]:
-    """The role of every operand in a log-decay: `g`, or `log f`, sums of them; otherwise RAW."""
+def _decay_roles(log_decay: Node) -> dict[str, OperandRole]:
+    """The roles of a log-decay's operands: in sums of `g` and `log f`; RAW in other expressions."""
     node = _strip(log_decay)
     if node.op is Op.OPERAND:
-        return {str(node.attrs[0]): Role.LOG_DECAY}
+        return {str(node.attrs[0]): OperandRole.LOG_DECAY}
     if node.op is Op.ADD:
         return _decay_roles(node.args[0]) | _decay_roles(node.args[1])
     if node.op is Op.LOG and _strip(node.args[0]).op is Op.OPERAND:
-        return {str(_strip(node.args[0]).attrs[0]): Role.UNIT}
-    roles: dict[str, Role] = {}
+        return {str(_strip(node.args[0]).attrs[0]): OperandRole.UNIT}
+    roles: dict[str, OperandRole] = {}
     stack = [node]
     while stack:
         below = stack.pop()
         stack.extend(below.args)
         if below.op is Op.OPERAND:
-            roles[str(below.attrs[0])] = Role.RAW
+            roles[str(below.attrs[0])] = OperandRole.RAW
     return roles
 
 
-def default_roles(form: NormalForm) -> dict[str, Role]:
-    """A role for every per-token operand, from what the declaration does with it."""
+def default_roles(form: NormalForm) -> dict[str, OperandRole]:
+    """The role of every per-token operand, by its kind and its use in decays.
+
+    Scalars are step sizes (UNIT), Keys and Values are features. An operand that is a log-decay or
+    a decay factor is made as one; one in any other expression of a decay is RAW.
+    """
     roles = {
-        x.name: Role.UNIT if x.kind is Kind.SCALAR else Role.FEATURE
+        x.name: OperandRole.UNIT if x.kind is Kind.SCALAR else OperandRole.FEATURE
         for x in form.operands
         if x.per is Per.TOKEN
     }
@@ -154,7 +164,7 @@ def default_roles(form: NormalForm) -> dict[str, Role]:
 
 
 def log_decay_floors(form: NormalForm) -> dict[str, float]:
-    """The lower bound that the declaration knows of each operand that is itself a log-decay."""
+    """The declared lower bounds of the operands that are themselves log-decays, by name."""
     floors: dict[str, float] = {}
     for micro_step in form.micro_steps:
         for update in micro_step.updates:
@@ -169,9 +179,9 @@ def log_decay_floors(form: NormalForm) -> dict[str, float]:
 
 
 class _LogDecay(nn.Module):
-    """A projection made into a log-decay: `-e^A softplus(x + b)`, or `floor sigmoid(x)` if bounded.
+    """Turns a projection into a log-decay: `-e^A softplus(x + b)`, or bounded, `floor sigmoid(x)`.
 
-    Initialised as in Mamba-2: decays per token between about e^-0.001 and e^-1.6.
+    The initial values are Mamba-2's: decays per token between about e^-0.001 and e^-1.6.
     """
 
     def __init__(self, heads: int, channels: int, floor: float | None) -> None:
@@ -206,15 +216,15 @@ class RecurrentLayer(nn.Module):
         heads: key heads H; `value_heads` HV, a multiple of H, defaults to H.
         key_dim, value_dim: sizes K and V of one head.
         conv_size: taps of the short convolution over feature operands; 0 for none.
-        normalise: names of Key operands made unit vectors (for a declaration without `l2norm`).
-        roles: roles by operand name, where the default (`default_roles`) is not wanted.
+        normalise: names of Key operands to scale to unit length, for declarations without `l2norm`.
+        roles: roles by operand name, which override `default_roles`.
         gated: multiply the normalised output by `silu` of a projection.
         micro_steps: n of operands declared as tuples.
         params: the declaration's keyword-only floats, where they have no default.
         engine: passed to the op; None lets the device choose.
 
     Raises:
-        ValueError: a name in `normalise` or `roles` that is no operand of the declaration.
+        ValueError: `normalise` or `roles` names something that is not an operand.
     """
 
     __call__: Callable[..., Tensor]  # of forward; torch's own type says Any
@@ -230,7 +240,7 @@ class RecurrentLayer(nn.Module):
         value_heads: int | None = None,
         conv_size: int = 4,
         normalise: tuple[str, ...] = (),
-        roles: Mapping[str, Role] | None = None,
+        roles: Mapping[str, OperandRole] | None = None,
         gated: bool = False,
         micro_steps: int = 1,
         params: Mapping[str, float] | None = None,
@@ -251,8 +261,8 @@ class RecurrentLayer(nn.Module):
 
         tokens = [x for x in self.operands if x.per is Per.TOKEN]
         floors = log_decay_floors(form)
-        self.features = [x for x in tokens if self.roles[x.name] is Role.FEATURE]
-        self.others = [x for x in tokens if self.roles[x.name] is not Role.FEATURE]
+        self.features = [x for x in tokens if self.roles[x.name] is OperandRole.FEATURE]
+        self.others = [x for x in tokens if self.roles[x.name] is not OperandRole.FEATURE]
         self.feature_sizes = [math.prod(self._shape(x)) for x in self.features]
         self.other_sizes = [math.prod(self._shape(x)) for x in self.others]
         self.project = nn.Linear(hidden, sum(self.feature_sizes), bias=False)
@@ -264,7 +274,7 @@ class RecurrentLayer(nn.Module):
             {
                 x.name: _LogDecay(*self._head_shape(x), floor=floors.get(x.name))
                 for x in self.others
-                if self.roles[x.name] is Role.LOG_DECAY
+                if self.roles[x.name] is OperandRole.LOG_DECAY
             }
         )
         self.per_head = nn.ParameterDict(
@@ -276,10 +286,10 @@ class RecurrentLayer(nn.Module):
         self.output = nn.Linear(width, hidden, bias=False)
 
     def _is_feature(self, x: Operand) -> bool:
-        return self.roles[x.name] is Role.FEATURE
+        return self.roles[x.name] is OperandRole.FEATURE
 
     def _head_shape(self, x: Operand) -> tuple[int, int]:
-        """Heads and channels of an operand; only feature Keys belong to the key heads."""
+        """Heads and channels of an operand; only Keys that are features have the key heads."""
         if x.kind is Kind.KEY:
             return (self.heads if self._is_feature(x) else self.value_heads), self.key_dim
         return self.value_heads, self.value_dim if x.kind is Kind.VALUE else 1
@@ -291,7 +301,7 @@ class RecurrentLayer(nn.Module):
         return (*micro, heads) if x.kind is Kind.SCALAR else (*micro, heads, channels)
 
     def _per_head(self, x: Operand, form: NormalForm) -> nn.Parameter:
-        """Starts decays at 1 - 2^(-5-h), RetNet's; everything else at zero."""
+        """The initial parameter: RetNet's decay 1 - 2^(-5-h) of head h; zero for other operands."""
         shape = {
             Kind.SCALAR: (self.value_heads,),
             Kind.KEY: (self.value_heads, self.key_dim),
@@ -299,29 +309,29 @@ class RecurrentLayer(nn.Module):
         }[x.kind]
         factor = 1 - 2.0 ** (-5 - torch.arange(self.value_heads, dtype=torch.float32, device=None))
         factor = factor.reshape(-1, *([1] * (len(shape) - 1))).expand(shape)
-        role = Role.RAW
+        role = OperandRole.RAW
         for micro_step in form.micro_steps:
             for update in micro_step.updates:
                 if update.log_decay is not None:
                     role = _decay_roles(update.log_decay).get(x.name, role)
         self.roles[x.name] = role
-        if role is Role.LOG_DECAY:
+        if role is OperandRole.LOG_DECAY:
             return nn.Parameter(torch.log(torch.expm1(-factor.log())))  # -softplus(p) = log factor
         return nn.Parameter(
             torch.logit(factor)
-            if role is Role.UNIT
+            if role is OperandRole.UNIT
             else torch.zeros(shape, dtype=None, device=None)
         )
 
     def _apply_per_head(self, name: str) -> Tensor:
         p: Tensor = self.per_head[name]
         role = self.roles[name]
-        if role is Role.LOG_DECAY:
+        if role is OperandRole.LOG_DECAY:
             return -F.softplus(p)
-        return torch.sigmoid(p) if role is Role.UNIT else p
+        return torch.sigmoid(p) if role is OperandRole.UNIT else p
 
     def _operands(self, features: Tensor, hidden: Tensor) -> list[Tensor]:
-        """The call's operands, in declared order, from convolved features and hidden vectors."""
+        """The operands in declared order, from convolved features and hidden vectors."""
         lead = features.shape[:-1]
         made: dict[str, Tensor] = {}
         for x, part in zip(self.features, features.split(self.feature_sizes, -1), strict=True):
@@ -337,12 +347,12 @@ class RecurrentLayer(nn.Module):
 
     def _activate(self, x: Operand, y: Tensor) -> Tensor:
         role = self.roles[x.name]
-        if role is Role.LOG_DECAY:
+        if role is OperandRole.LOG_DECAY:
             if x.kind is Kind.SCALAR:
                 y = y[..., None]
             decay: Tensor = self.decays[x.name](y)
             return decay[..., 0] if x.kind is Kind.SCALAR else decay
-        return torch.sigmoid(wide(y)) if role is Role.UNIT else y
+        return torch.sigmoid(wide(y)) if role is OperandRole.UNIT else y
 
     def _finish(self, o: Tensor, hidden: Tensor) -> Tensor:
         y = self.norm(o).flatten(-2)
@@ -370,7 +380,7 @@ class RecurrentLayer(nn.Module):
         return self._run(x, cu_seqlens, final=False)[0]
 
     def prefill(self, x: Tensor) -> tuple[Tensor, LayerState]:
-        """`forward`, and the state from which `step` continues."""
+        """The result of `forward`, and the state from which `step` continues."""
         y, projected, state = self._run(x, None, final=True)
         return y, LayerState(self._cache(projected), state)
 
@@ -385,7 +395,7 @@ class RecurrentLayer(nn.Module):
         return LayerState(self._cache(weight.new_zeros(batch, 0, weight.shape[0])), None)
 
     def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """One token: `x [B, hidden]` and the state before it, to its output and the state after."""
+        """The output `[B, hidden]` of one token `x [B, hidden]`, and the state after it."""
         features, cache = self.project(x), state.convolution
         if self.convolve is not None:
             features, cache = self.convolve.step(features, cache)

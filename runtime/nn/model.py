@@ -12,7 +12,7 @@ from .layers import RMSNorm
 
 
 class Mixer(Protocol):
-    """A module that mixes along time; the state's type is its own affair."""
+    """The protocol of a module that mixes along time; its states have a type of its own."""
 
     def __call__(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor: ...
 
@@ -73,8 +73,9 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Token embedding, one block per mixer, a norm, and logits over the vocabulary.
 
-    `tokens [B, T]` (int64) to `logits [B, T, vocabulary]`; with `cu_seqlens [N + 1]`, B = 1.
-    `width` is the MLPs' (4 * hidden when None; 0 for none); `tied` shares embedding and output.
+    It maps `tokens [B, T]` (int64) to `logits [B, T, vocabulary]`; with `cu_seqlens [N + 1]`,
+    B = 1. `width` is the inner size of the MLPs (None: 4 * hidden; 0: no MLPs). If `tied`, the
+    embedding and the output share a weight.
     """
 
     __call__: Callable[..., Tensor]  # of forward; torch's own type says Any
@@ -115,7 +116,7 @@ class LanguageModel(nn.Module):
         return [b.mix.initial_state(batch) for b in self._blocks()]
 
     def prefill(self, tokens: Tensor) -> tuple[Tensor, list[Any]]:
-        """`forward`, and the state from which `step` continues."""
+        """The result of `forward`, and the state from which `step` continues."""
         x, states = self.embed(tokens), []
         for block in self._blocks():
             x, state = block.prefill(x)
@@ -123,7 +124,7 @@ class LanguageModel(nn.Module):
         return self._logits(x), states
 
     def step(self, token: Tensor, states: list[Any]) -> tuple[Tensor, list[Any]]:
-        """One token per sequence, `[B]`, to logits `[B, vocabulary]` and the states after it."""
+        """The logits `[B, vocabulary]` after one token `[B]` per sequence, and the new states."""
         x, after = self.embed(token), []
         for block, state in zip(self._blocks(), states, strict=True):
             x, state = block.step(x, state)

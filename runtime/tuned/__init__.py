@@ -1,1 +1,1 @@
-"""Tuned configurations: their files, the machines they are for, and which one serves a call."""
+"""Tuned configurations: their files, their machines, and the selection of one for a call."""

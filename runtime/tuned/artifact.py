@@ -1,7 +1,7 @@
-"""What tuning leaves behind: configurations by size of call, with the evidence for each.
+"""Artifacts, the results of tuning: configurations by size of call, with the evidence for each.
 
-One artifact per normal form, engine, machine, dtype and dimensions. This file is its only schema:
-the tuner writes these dataclasses (`autotune.store`), a call reads them
+There is one artifact per normal form, engine, machine, dtype and dimensions. The dataclasses of
+this module are its schema: the tuner writes them (`autotune.store`), and a call reads them
 (`runtime.tuned.selection`).
 """
 
@@ -18,9 +18,9 @@ from ..engines import EngineName
 from .json import from_plain, parse, render, to_plain
 from .machine import Machine
 
-# raised when what is written means something else than before; a new field needs only a default
+# increased when the meaning of a field changes; a new field only needs a default
 SCHEMA = 1
-LARGEST = 1 << 22  # bytes of a file: a thousand times what a tuned size takes
+LARGEST = 1 << 22  # bytes of a file: a thousand times those of one tuned configuration
 Count = Annotated[int, Within(0, 1 << 53)]
 Amount = Annotated[float, Within(0, 1e18)]
 Share = Annotated[float, Within(0, 1)]
@@ -28,7 +28,7 @@ Digest = Annotated[str, Form("[0-9a-f]{1,64}", "a digest in hexadecimal digits")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 DtypeName = Annotated[str, Form("|".join(_DTYPES), f"one of {', '.join(_DTYPES)}")]
 
-# what a configuration can be, by engine; a new engine joins both
+# the type of each engine's configurations; a new engine is added to both
 Configuration = Config | EagerConfig | TvmConfig
 CONFIGURATIONS: dict[EngineName, type[Configuration]] = {
     EngineName.TRITON: Config,
@@ -39,9 +39,10 @@ CONFIGURATIONS: dict[EngineName, type[Configuration]] = {
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What an artifact is for. `form`: the normal form's digest; `dtype`: of Keys and Values.
+    """The recurrence, engine, dtype, dimensions and machine that an artifact is for.
 
-    No B, T or N: they belong to the configurations inside.
+    `form` is the digest of the normal form, `dtype` that of Keys and Values. The size of a call is
+    not part of the key, because each configuration in the artifact has a size.
     """
 
     form: Digest
@@ -52,7 +53,7 @@ class Key:
 
     @property
     def path(self) -> str:
-        """Where it lies below a folder of artifacts: those of one form stand side by side."""
+        """The artifact's path below a folder of artifacts; those of one form share a folder."""
         dims = f"K{self.dims.K}-V{self.dims.V}"
         name = f"{self.engine.value}-{self.dtype}-{dims}-{self.machine.label}"
         return f"{self.form}/{name}.json"
@@ -64,7 +65,10 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """What compiled and ran it; None where there is no such thing. `backend`: triton, or tvm."""
+    """The versions that compiled and ran a configuration; None where there is no such software.
+
+    `backend` is Triton or TVM, `assembler` is ptxas, `driver` is NVIDIA's.
+    """
 
     chunkwise: str
     torch: str
@@ -75,7 +79,7 @@ class Versions:
 
 @dataclass(frozen=True, slots=True)
 class KernelReport:
-    """One kernel of a configuration. `spills`, `shared`: bytes; None where nobody knows."""
+    """The time and resources of a kernel, None where unknown; `spills`, `shared` are in bytes."""
 
     time_us: Amount | None = None
     registers: Count | None = None
@@ -85,7 +89,7 @@ class KernelReport:
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """The worst error of one result over all inputs tried: relative RMS, maximum, RMS allowed."""
+    """The worst error of a result over all inputs: relative RMS and maximum, and allowed RMS."""
 
     rms: Amount
     maximum: Amount
@@ -94,12 +98,13 @@ class Error:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What a configuration was checked for, and how it did.
+    """The result of validating a configuration.
 
     Attributes:
-        errors: by result (`o`, `final S`, `d q`, `d initial S`), against the float64 oracle.
+        errors: the worst errors by result (`o`, `final S`, `d q`, `d initial S`), against the
+            float64 oracle.
         inputs: the families of inputs tried.
-        faults: why it is not trusted, sentences; empty if it is.
+        faults: sentences that say why the configuration is not trusted; empty if it is.
     """
 
     errors: tuple[tuple[str, Error], ...]
@@ -108,13 +113,13 @@ class Certificate:
 
     @property
     def ok(self) -> bool:
-        """Whether everything that was checked held."""
+        """Whether every check passed."""
         return not self.faults
 
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """How it was found. `date`: ISO, UTC; `storage`: where the trials are, without secrets."""
+    """The search that found a configuration: `date` in ISO and UTC, `storage` without secrets."""
 
     date: str
     trials: Count
@@ -124,7 +129,7 @@ class Study:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A size of call: sequences times value heads, and tokens per sequence."""
+    """The size of a call: `rows` is sequences times value heads, `tokens` are per sequence."""
 
     rows: Count
     tokens: Count
@@ -135,9 +140,10 @@ class Tuned:
     """The configuration that won for calls about as large as `bucket`.
 
     Attributes:
-        time_us: the median of a forward and a backward; `low_us`, `high_us`: its interval.
-        default_us: the same of the configuration that serves untuned calls, measured beside it.
-        kernels: what each kernel takes, by name.
+        time_us: the median time of a forward and a backward in microseconds; `low_us` and
+            `high_us` are its 95 % confidence interval.
+        default_us: the median time of the default configuration, measured in the same race.
+        kernels: the time and resources of each kernel, by name.
     """
 
     bucket: Bucket
@@ -154,7 +160,7 @@ class Tuned:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A configuration that must not serve on this machine, what it was built by, and why."""
+    """A configuration that must not serve on this machine, the versions that built it, and why."""
 
     config: Configuration
     versions: Versions
@@ -163,10 +169,11 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Crossover:
-    """Where the forward in chunks begins to beat the token loop, for `rows` sequences times heads.
+    """The length at which the forward in chunks begins to beat the token loop.
 
-    Up to `low` tokens the token loop is faster, from `high` on the chunks, with the stated
-    confidence, found by so many paired timings. None: at no length that was tried.
+    For calls of `rows` sequences times heads, the token loop is faster up to `low` tokens and the
+    chunks are faster from `high` tokens on (None: at no length tried). Both hold with probability
+    `confidence`, by `timings` paired timings.
     """
 
     rows: Count
@@ -178,7 +185,7 @@ class Crossover:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """Everything known of one key. `recurrence`: a name for readers, no part of the key."""
+    """All results for one key; `recurrence` is a name for readers and not part of the key."""
 
     recurrence: str
     key: Key
@@ -188,18 +195,18 @@ class Artifact:
 
 
 def to_text(artifact: Artifact) -> str:
-    """The file's contents: sorted, and the same for equal artifacts."""
+    """The file's text, sorted, so that equal artifacts have equal texts."""
     plain = to_plain(ordered(artifact))
     assert isinstance(plain, dict)
     return render({"schema": SCHEMA, **plain})
 
 
 def from_text(text: str, file: str) -> Artifact:
-    """The artifact that a file's contents say.
+    """The artifact in `text`; errors name `file`.
 
     Raises:
-        BadArtifact: truncated, garbled, of a newer schema, out of its fields' limits, or of
-            another engine's configurations.
+        BadArtifact: the text is truncated, garbled or of another schema, exceeds a field's limits,
+            or holds configurations of another engine.
     """
     try:
         plain = parse(text)
@@ -223,11 +230,11 @@ def from_text(text: str, file: str) -> Artifact:
 
 
 def merged(old: Artifact, new: Artifact) -> Artifact:
-    """Both artifacts of one key in one, sorted.
+    """The union of two artifacts of one key, sorted.
 
-    Of two configurations for one bucket the faster stays where both were measured under the same
-    versions, else the new one. A configuration leaves the quarantine when it is found right under
-    other versions than those that were wrong; no bucket keeps one that is in it.
+    Of two configurations for one size of call, the faster one stays if both were measured under the
+    same versions, else the new one. A configuration leaves the quarantine when it passes validation
+    under other versions than those that failed. A configuration in quarantine serves no size.
     """
     right = [(t.config, t.versions) for t in new.tuned]
     quarantine = {
@@ -255,7 +262,7 @@ def merged(old: Artifact, new: Artifact) -> Artifact:
 
 
 def ordered(artifact: Artifact) -> Artifact:
-    """`artifact` with its lists sorted: by size, and by what they say."""
+    """`artifact` with its lists sorted, by size or by text."""
     return Artifact(
         artifact.recurrence,
         artifact.key,

@@ -1,8 +1,8 @@
-"""Frozen dataclasses as readable JSON and back: every value checked against its annotation.
+"""Converts frozen dataclasses to readable JSON and back; every value is checked when read.
 
-Flags and enums are written by name, pairs of a name and a value as one object. What lies in a file
-is never trusted: a value that does not fit, or that is out of the limits in its annotation
-(`codegen.limits`), is refused, and the message says where it stands.
+Flags and enums are written by name, and pairs of a name and a value as one object. Files are not
+trusted: a value is refused if it does not fit its annotation or exceeds the annotation's limits
+(`codegen.limits`). The error message names the value's place in the file.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ def to_plain(value: object) -> Plain:
 
 
 def from_plain(kind: type[T], value: Plain, at: str = "") -> T:
-    """The `kind` that `value` says; `at` names the place for the message.
+    """The instance of `kind` that `value` describes; `at` is its place, for error messages.
 
     Raises:
-        ValueError: it says something else: where, what was got and what was expected.
+        ValueError: `value` does not fit; the message names the place, the value, and the type or
+            the limits expected.
     """
     return cast(T, _read(kind, value, at))
 
@@ -55,8 +56,8 @@ def parse(text: str) -> Plain:
     """The JSON in `text`.
 
     Raises:
-        ValueError: there is none, or what readers take differently: a name twice in an object, NaN,
-            numbers of very many digits; or what is nested too deeply.
+        ValueError: the text is not JSON, is nested too deeply, or has contents that readers of JSON
+            interpret differently: a name twice in an object, NaN, numbers of very many digits.
     """
     try:
         return cast(
@@ -89,7 +90,7 @@ def _integer(digits: str) -> int:
 
 
 def render(value: Plain) -> str:
-    """JSON text: what fits on a line stands on one, so that a change is a line of a diff."""
+    """`value` as JSON; a list or object that fits on a line has one, which keeps diffs short."""
     return "\n".join(_lines(value, "")) + "\n"
 
 
@@ -131,7 +132,7 @@ def _members(kind: type[Flag]) -> list[Flag]:
 
 
 def _is_named(hint: object) -> bool:
-    """Whether `hint` is `tuple[tuple[str, X], ...]`: names and what they stand for."""
+    """Whether `hint` is `tuple[tuple[str, X], ...]`: pairs of a name and a value."""
     arguments = get_args(hint)
     if get_origin(hint) is not tuple or len(arguments) != 2 or arguments[1] is not Ellipsis:
         return False

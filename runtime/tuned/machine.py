@@ -1,4 +1,4 @@
-"""What a call runs on, as far as configurations depend on it, and what compiled its kernels."""
+"""The machine that runs a call, as far as configurations depend on it, and installed versions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ...codegen.limits import Form, Within
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What configurations are tuned on; those of one `kind` and `arch` run on one another.
+    """A machine on which configurations are tuned; equal `kind` and `arch` can share them.
 
     Attributes:
         kind: "cuda", "hip" or "cpu".
         arch: "sm_90", "gfx942"; on a CPU its vector level, "x86-64-v3", "x86-64-v4".
         model: the device's own name, e.g. "NVIDIA H200".
-        threads: that torch computes with, on a CPU; else 0.
+        threads: the number of torch's threads on a CPU; else 0.
     """
 
     kind: Annotated[str, Form("cuda|hip|cpu", "one of cuda, hip, cpu")]
@@ -35,7 +35,7 @@ class Machine:
 
     @property
     def label(self) -> str:
-        """Its name in that of a file, e.g. `cuda-sm_90-NVIDIA-H200`."""
+        """The machine's name in file names, e.g. `cuda-sm_90-NVIDIA-H200`."""
         parts = [self.kind, self.arch, re.sub(r"[^\w.]+", "-", self.model).strip("-")]
         return "-".join([*parts, f"{self.threads}-threads"] if self.threads else parts)
 
@@ -88,7 +88,7 @@ def version(package: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class KnownBad:
-    """Versions that are known to fail us. `packages`: name, and the version's beginning."""
+    """A pair of versions that is known to fail; `packages` has names and starts of versions."""
 
     packages: tuple[tuple[str, str], ...]
     reason: str
@@ -99,7 +99,7 @@ class KnownBad:
         return f"{pair}: {self.reason} ({self.source})"
 
 
-# what was seen to concern our own kernels and engines; others' troubles are theirs
+# only faults that were seen in our own kernels and engines
 KNOWN_BAD = (
     KnownBad(
         (("apache-tvm", "0.27.0"), ("apache-tvm-ffi", "0.1.15.post2")),
@@ -110,7 +110,7 @@ KNOWN_BAD = (
 
 
 def known_bad() -> tuple[KnownBad, ...]:
-    """Those of the known bad pairs that are installed here."""
+    """The entries of KNOWN_BAD whose versions are installed here."""
     return tuple(
         pair
         for pair in KNOWN_BAD
@@ -120,7 +120,7 @@ def known_bad() -> tuple[KnownBad, ...]:
 
 @lru_cache(maxsize=1)
 def assembler() -> str | None:
-    """The ptxas that Triton uses (TRITON_PTXAS_PATH, or the one in its wheel): its release."""
+    """The release of the ptxas that Triton uses (TRITON_PTXAS_PATH, or the one in its wheel)."""
     path = os.environ.get("TRITON_PTXAS_PATH")
     if path is None:
         try:
@@ -145,7 +145,7 @@ def driver() -> str | None:
 
 
 def output(*command: str, folder: Path | None = None) -> str | None:
-    """What a command prints, run in `folder`, or None where it is not there or fails."""
+    """The output of a command run in `folder`; None if the command is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
     except (OSError, subprocess.CalledProcessError):

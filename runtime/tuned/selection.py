@@ -1,8 +1,8 @@
-"""Which tuned configuration serves a call: a pure function of its shape and the files found.
+"""Selects the tuned configuration for a call: a pure function of its size and the files found.
 
-Files are read once per process. Nothing is timed and no device is asked anything but its name, so
-that all ranks of a job choose alike: the exact machine's artifact, else one of its architecture,
-else none (the engine then has its default).
+Files are read once per process. Nothing is timed, and of a device only the name is used, so that
+all ranks of a job choose alike: an artifact of the same machine, else one of its architecture, else
+none, in which case the engine uses its default.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class Nearness(Enum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """What serves a key.
+    """The artifacts found for a key.
 
     Attributes:
-        artifact: what lies in all `files` together, and what is known against configurations and
-            of short calls on such machines; None where nothing is known.
-        files: those with the configurations that serve.
-        misses: of the artifacts of this recurrence that do not serve, what differs.
+        artifact: the configurations of all `files`, and the quarantine and the crossovers of all
+            machines of this architecture; None if there are none of these.
+        files: the files whose configurations serve the key.
+        misses: for each artifact of this recurrence that does not serve, how its key differs.
     """
 
     nearness: Nearness
@@ -61,7 +61,7 @@ class Found:
 
 
 def folders() -> tuple[Path, ...]:
-    """Where artifacts are looked for, the later the stronger: shipped ones, the user's own."""
+    """The folders with artifacts, the later the stronger: the shipped ones, the user's own."""
     return _folders(cache_folder())
 
 
@@ -79,7 +79,7 @@ def key_here(
 
 
 def bucket_of(call: Call) -> Bucket:
-    """The size of a call; of packed sequences the mean, which their contents do not decide."""
+    """The size of a call; packed sequences count by their mean length, which needs no sync."""
     return Bucket(call.N * call.HV, -(-call.B * call.T // call.N))
 
 
@@ -92,7 +92,8 @@ def serving(
 ) -> C:
     """The configuration for calls of `key` about as large as `bucket`: tuned, else `default`.
 
-    `fewer` fits one to the rows of the call, which was not tuned for so few with these threads.
+    `fewer` adapts a configuration to a call of fewer rows, or a machine of other threads, than it
+    was tuned for.
 
     Raises:
         EngineUnavailable: nothing was tuned, and the default was found wrong on this machine.
@@ -124,7 +125,7 @@ def _chosen(found: Found, bucket: Bucket) -> Tuned | None:
 
 
 def token_loop_wins(key: Key, bucket: Bucket) -> bool:
-    """Whether the forward of such calls was found faster token by token than in chunks."""
+    """Whether the token loop was found faster than chunks in the forward of such calls."""
     artifact = find(key, folders()).artifact
     if artifact is None or not artifact.crossovers:
         return False
@@ -136,7 +137,7 @@ def nearest(artifact: Artifact, bucket: Bucket) -> Tuned | None:
     """The trusted configuration whose bucket is nearest to a call's; None if there is none.
 
     The distance is |log(rows/rows')| + |log(tokens/tokens')|, compared exactly as the product of
-    the two ratios; of equals the smaller bucket. What is in quarantine never serves.
+    the two ratios; of equals the smaller bucket. A configuration in quarantine never serves.
     """
     right = _right(artifact)
     if not right:
@@ -160,9 +161,9 @@ def _far(x: int, y: int) -> Fraction:
 
 @lru_cache(maxsize=1024)
 def find(key: Key, where: tuple[Path, ...]) -> Found:
-    """The artifacts below the folders `where` that serve `key`, as one; why others do not.
+    """The artifacts below the folders `where` that serve `key`, merged, and why others do not.
 
-    Warns, once per process and file, of one that cannot be trusted.
+    Warns of a file that cannot be trusted, once per process.
     """
     read: list[tuple[Path, Artifact]] = []
     for folder in where:
@@ -184,7 +185,7 @@ def find(key: Key, where: tuple[Path, ...]) -> Found:
         return Found(nearness, misses=misses)
     together = reduce(merged, (a for _, a in tuned)) if tuned else Artifact("", key)
     crossovers = {c.rows: c for _, a in timed for c in a.crossovers}
-    # what was found wrong on one machine is not tried on another of its architecture
+    # a configuration that failed on one machine is not tried on another of its architecture
     wrong = dict.fromkeys(r for _, a in alike for r in a.quarantine)
     artifact = replace(together, quarantine=tuple(wrong), crossovers=tuple(crossovers.values()))
     return Found(nearness, artifact, tuple(p for p, _ in tuned), misses)
@@ -193,14 +194,14 @@ def find(key: Key, where: tuple[Path, ...]) -> Found:
 def _of_nearest_machine(
     alike: list[tuple[Path, Artifact]], key: Key, useful: Callable[[Artifact], bool]
 ) -> list[tuple[Path, Artifact]]:
-    """Of the useful artifacts, all those of the machine that is nearest to the key's."""
+    """The useful artifacts of the one machine that is nearest to the key's."""
     some = [(p, a) for p, a in alike if useful(a)]
     machines = sorted({a.key.machine for _, a in some}, key=lambda m: _distance(m, key.machine))
     return [(p, a) for p, a in some if a.key.machine == machines[0]]
 
 
 def differences(have: Key, want: Key) -> list[str]:
-    """What of an artifact's key differs from a call's, as `dtype float16, not bfloat16`."""
+    """How an artifact's key differs from a call's, as in `dtype float16, not bfloat16`."""
     pairs = (
         ("form", have.form, want.form),
         ("engine", have.engine.value, want.engine.value),
@@ -212,11 +213,11 @@ def differences(have: Key, want: Key) -> list[str]:
 
 
 def _files(folder: Path, forms: str) -> list[Path]:
-    """The files of artifacts below `folder`, without those that others may write, who are told."""
+    """The artifact files below `folder`; warns of files that others may write, and skips them."""
     try:
         found = sorted(folder.glob(f"{forms}/*.json"))
         faults = {} if folder == SHIPPED else {p: danger(folder) or danger(p.parent) for p in found}
-    except OSError:  # nothing that can be read
+    except OSError:  # the folder cannot be read
         return []
     for fault in filter(None, faults.values()):
         do_without(errors.BadCache(str(folder), fault))
@@ -224,7 +225,7 @@ def _files(folder: Path, forms: str) -> list[Path]:
 
 
 def scan(where: tuple[Path, ...]) -> Iterator[tuple[Path, Artifact | errors.BadArtifact]]:
-    """Every artifact below `where`, or why it is refused."""
+    """Every artifact below `where`, or the error that refuses it."""
     for folder in where:
         for path in _files(folder, "*"):
             try:
@@ -270,7 +271,7 @@ def _alike(have: Key, want: Key) -> bool:
 
 
 def _distance(have: Machine, want: Machine) -> tuple[bool, bool, int, str]:
-    """The same machine first, then the same model, a similar number of threads, its name."""
+    """The order of preference: the same machine, the same model, similar threads, the name."""
     return (
         have != want,
         have.model != want.model,

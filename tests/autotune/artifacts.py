@@ -1,4 +1,4 @@
-"""Artifacts to test with, made up but complete."""
+"""Complete artifacts with invented numbers, for tests."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def tuned(
     versions: Versions = VERSIONS,
     faults: tuple[str, ...] = (),
 ) -> Tuned:
-    """The winner of one bucket."""
+    """The winner for one size of call."""
     certificate = Certificate((("o", Error(0.001, 0.004, 0.005)),), ("ordinary",), faults)
     kernels = (("forward_scan", KernelReport(100.5, 128, 0, 65536)),)
     study = Study("2026-01-02T03:04:05+00:00", 120, 60.0, "journal")

@@ -1,7 +1,7 @@
-"""A tunable without an engine: points have known times, and some are broken on purpose.
+"""A tunable without an engine: its points have known times, and some are broken on purpose.
 
-Run as a program it is one worker: `python -m tests.autotune.fake JOURNAL SECONDS_PER_TRIAL`; it
-notes every measurement in JOURNAL.measured, one line each.
+`python -m tests.autotune.fake JOURNAL SECONDS_PER_TRIAL` runs one worker, which appends a line to
+JOURNAL.measured for every measurement.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from chunkwise.codegen.config import Config, EagerConfig, KernelConfig
 from chunkwise.codegen.plan import Hoist, Plan
 from chunkwise.runtime.tuned.artifact import Certificate, Configuration
 
-GENEROUS = 4000.0  # seconds: more than any search of a test takes, however busy the machine
+GENEROUS = 4000.0  # more seconds than any search of a test takes, even on a busy machine
 AXES = (Axis("chunk", (16, 32, 64, 128)), Axis("warps", (1, 2, 4)))
 TOO_MUCH = ("chunk", 128), ("warps", 4)  # the one point that is not legal
 
 
 def microseconds(part: str, point: Point) -> float:
-    """Its true time: 32 and 2 are best, part b is twice part a."""
+    """The true time of a point: 32 and 2 are the best choices, and part b takes twice part a."""
     chosen = dict(point)
     distance = abs(chosen["chunk"].bit_length() - 6) + abs(chosen["warps"].bit_length() - 2)
     return (200.0 if part.endswith("b") else 100.0) * (1 + distance)
@@ -98,16 +98,16 @@ class Fake:
         point = (("chunk", config.chunk), ("warps", config.default.warps))
         return Timed(3 * microseconds("fast/a", point))
 
-    def certify_jobs(self, config: Configuration) -> tuple[Job, ...]:
+    def validation_jobs(self, config: Configuration) -> tuple[Job, ...]:
         return self.jobs_of
 
-    def certify(self, config: Configuration) -> Certificate:
+    def validate(self, config: Configuration) -> Certificate:
         return Certificate((), ("fake",), ("d k: wrong",) if self.wrong(config) else ())
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A run that takes as long as it says, on `Clock`."""
+    """A run that advances `Clock` by its own duration."""
 
     us: float
 
@@ -116,7 +116,7 @@ class Timed:
 
 
 class Clock:
-    """Times what runs say, with a noise of 2 % that is the same every time."""
+    """A device that reports the durations of runs with 2 % of noise, equal in every test."""
 
     alone = nullcontext()
 
@@ -127,7 +127,7 @@ class Clock:
 
 @dataclass
 class StoodStill:
-    """In place of a module's `time`: seconds that pass when a test says so."""
+    """A replacement for a module's `time`, on which seconds pass when a test says so."""
 
     now: float = 0.0
 
@@ -151,7 +151,7 @@ def legal() -> set[Point]:
 
 
 def worker(journal: Path, spend: float) -> Findings:
-    """Search all of the space, and note what this process measured."""
+    """Search the whole space, and record the measurements of this process."""
     budget = Budget(GENEROUS, exhaustive=True)
     with journal.with_suffix(".measured").open("a", encoding="utf-8") as notes:
 

@@ -1,4 +1,4 @@
-"""Artifacts as files: what is written is read again, and what cannot be trusted is refused."""
+"""Artifacts as files: an artifact is read as it was written, and a bad file is refused."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 
 @given(st.integers(0, len(TEXT) - 1), st.characters(codec="utf-8"))
 def test_a_changed_character_is_refused_or_means_something(at: int, character: str) -> None:
-    """Never another error than the one that callers expect."""
+    """No bad text raises any other error than the one that callers expect."""
     try:
         read = from_text(TEXT[:at] + character + TEXT[at + 1 :], "file")
     except errors.BadArtifact:
@@ -129,7 +129,7 @@ def test_a_damaged_file_is_set_aside(tmp_path: Path) -> None:
 
 
 def test_merged_buckets() -> None:
-    """A bucket's faster configuration stays; under other versions, the newer."""
+    """The faster configuration of a size stays; of different versions, the newer one stays."""
     faster, slower = tuned(64, 4096, config(16), time_us=1.0), tuned(64, 4096, time_us=2.0)
     newer = tuned(64, 4096, config(32), time_us=3.0, versions=NEWER)
     elsewhere = tuned(8, 8)
@@ -146,7 +146,7 @@ def test_merged_buckets() -> None:
 
 
 def test_quarantine() -> None:
-    """What was found wrong serves no bucket until other versions are found right."""
+    """A configuration that failed serves no size until it passes under other versions."""
     bad = Artifact("name", KEY, quarantine=(rejected(CONFIG),))
     again = Artifact("name", KEY, (tuned(64, 4096),))
     assert merged(again, bad).tuned == ()
@@ -183,7 +183,7 @@ def _write_for_ever(folder: Path) -> None:
 
 
 def test_killed_writers_leave_whole_files(tmp_path: Path) -> None:
-    """Whenever they are killed, and the next one is not locked out."""
+    """A writer may be killed at any moment, and does not lock out the next one."""
     context = multiprocessing.get_context("fork")
     path = tmp_path / KEY.path
     seen = 0
@@ -216,7 +216,7 @@ rejections = st.builds(rejected, st.sampled_from([CONFIG, config(16)]))
 
 @given(st.lists(entries, max_size=5), st.lists(rejections, max_size=2))
 def test_merging_twice_changes_nothing(tuned_now: list[Tuned], wrong: list[Rejected]) -> None:
-    """Nor does it ever keep what is in quarantine."""
+    """A merged artifact never serves a configuration that is in quarantine."""
     artifact = Artifact("name", KEY)
     for t in tuned_now:
         artifact = merged(artifact, Artifact("name", KEY, (t,)))

@@ -1,4 +1,4 @@
-"""`chunkwise verify` and what `chunkwise doctor` says of artifacts."""
+"""`chunkwise verify`, and the report of `chunkwise doctor` on artifacts."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_verify_passes_what_is_right(key: Key, capsys: pytest.CaptureFixture[str
 def test_verify_puts_what_is_wrong_into_quarantine(
     key: Key, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A configuration that this machine gets wrong serves no more; the others go on."""
+    """A configuration that computes wrong results here serves no more; the others still serve."""
     path = store.save(_artifact(key))
     original = eager_engine.forward
 

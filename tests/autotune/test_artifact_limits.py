@@ -28,7 +28,7 @@ BY_ENGINE = {"triton": ARTIFACT, "eager": EAGER, "tvm": TVM}
 
 
 def _numbers(hint: Any, at: str, limited: bool = False) -> Iterator[tuple[str, bool]]:
-    """Where numbers stand in what `hint` describes, and whether they are limited."""
+    """The places of numbers in the type `hint`, each with whether it is limited."""
     if get_origin(hint) is Annotated:
         yield from _numbers(get_args(hint)[0], at, limited=True)
     elif is_dataclass(hint):
@@ -119,7 +119,7 @@ def test_what_is_out_of_its_limits_is_refused(
 
 
 def _with(text: str) -> Callable[[str], str]:
-    """Puts `text` in the place of a time."""
+    """The artifact's text with `text` in place of a time."""
     return lambda whole: whole.replace("812.5", text)
 
 
@@ -184,7 +184,7 @@ def test_a_lock_that_is_none(lock: str, tmp_path: Path) -> None:
 
 
 def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`chunkwise tune` says so; nothing half written stays, nor what a killed process left."""
+    """`chunkwise tune` reports it; no partial file stays, not even that of a killed process."""
     path = store.save(ARTIFACT, tmp_path)
     left = path.with_name(f"{path.name}.abc.tmp")
     left.write_text("half")

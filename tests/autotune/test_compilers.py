@@ -18,7 +18,7 @@ AN_HOUR = 3600.0
 
 @dataclass(frozen=True)
 class Sleep:
-    """A compilation that takes its time, and says in which process."""
+    """A compilation that takes `seconds`, and reports its process."""
 
     seconds: float
 
@@ -28,7 +28,7 @@ class Sleep:
 
 
 def crash() -> Built:
-    """A compilation that takes its process down."""
+    """A compilation that crashes its process."""
     os._exit(11)
 
 
@@ -37,7 +37,7 @@ def all_done(
     orders: dict[str, tuple[Job, ...]],
     waiting: Callable[[set[str]], None] = lambda left: None,
 ) -> dict[str, list[Built]]:
-    """What came of `orders`; `waiting` is told which of them are left."""
+    """The results of `orders`; `waiting` is called with the orders that are left."""
     for key, jobs in orders.items():
         compilers.order(key, jobs)
     found: dict[str, list[Built]] = {}

@@ -1,4 +1,4 @@
-"""Noisy binary search: it finds the crossing as often as it says, and by few timings."""
+"""Noisy binary search finds the crossing with the confidence that it claims, by few timings."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def _monotone(crossing: float, sharpness: float) -> Callable[[int], float]:
 
 
 def _holds(bracket: Bracket, probability: Callable[[int], float]) -> bool:
-    """Neither end is on the wrong side by more than what counts as even."""
+    """Neither end lies on the wrong side, except where the odds are within MARGIN of even."""
     low_right = bracket.low is None or probability(bracket.low) < 0.5 + MARGIN
     return low_right and (bracket.high is None or probability(bracket.high) > 0.5 - MARGIN)
 
 
 @pytest.mark.parametrize("sharpness", SHARPNESS)
 def test_right_as_often_as_stated_and_five_times_fewer_timings(sharpness: float) -> None:
-    """Against a majority of timings at every length, at the same confidence."""
+    """The baseline takes a majority of timings at every length, with the same confidence."""
     wrong = timings = of_sweeps = 0
     octaves = []
     for seed in range(100):
@@ -83,7 +83,7 @@ def test_any_crossing(crossing: float, sharpness: float, seed: int) -> None:
 
 
 def test_nothing_to_find() -> None:
-    """Chunks always win, or never: that end is open."""
+    """If chunks always win, or never, the interval is open at that end."""
     always, never = search(lambda T: True, LENGTHS), search(lambda T: False, LENGTHS)
     assert (always.low, always.high) == (None, 1)
     assert (never.low, never.high) == (4096, None)
@@ -126,7 +126,7 @@ class OneMicrosecondEach(TorchDispatchMode):
 def test_eager_against_the_token_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The chunks of 1024 tokens take far fewer operations; what was found is written down."""
+    """Chunks win by far at 1024 tokens; the crossover is saved in an artifact."""
     monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
     clock = StoodStill()
     monkeypatch.setattr("chunkwise.autotune.measure.time", clock)

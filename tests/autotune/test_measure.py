@@ -1,4 +1,4 @@
-"""Times and their intervals: honest about noise, and quick about losers."""
+"""Intervals hold the median as often as they claim, and a race drops slow runs early."""
 
 from __future__ import annotations
 

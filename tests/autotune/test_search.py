@@ -1,4 +1,4 @@
-"""The search: what it finds, what it never tries, and what survives its death."""
+"""The search finds the best points, tries no illegal one, and survives killed workers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PARTS = ("fast/a", "fast/b", "slow/a", "slow/b")
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> StoodStill:
-    """The search's: a search of this process ends when a test has moved it, or nothing is left."""
+    """The search's clock: a search ends when a test has moved it, or when no points are left."""
     stood_still = StoodStill()
     monkeypatch.setattr("chunkwise.autotune.search.time", stood_still)
     return stood_still
@@ -83,7 +83,7 @@ def test_begins_with_what_is_known_and_ends_in_time(clock: StoodStill) -> None:
         Fake(note=note, first=(first,)), Clock(), InMemoryStorage(), "test", Budget(10, seed=1)
     )
     assert order[0] == first
-    ahead = 3  # what was ordered before the time was up is measured too
+    ahead = 3  # points that were ordered before the time was up are measured too
     assert 10 <= findings.trials == findings.seconds < 10 + ahead < 4 * len(legal())
 
 
@@ -200,7 +200,7 @@ def test_two_processes_divide_the_work(tmp_path: Path) -> None:
 
 
 def test_a_killed_search_loses_no_finished_trial(tmp_path: Path) -> None:
-    """Twenty times, at any moment, within one process that is started anew in between."""
+    """A worker is killed twenty times at random moments and started again each time."""
     journal = tmp_path / "study.journal"
     before: dict[str, int] = {}
     for n in range(20):

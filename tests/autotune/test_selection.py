@@ -1,4 +1,4 @@
-"""Which configuration serves a call: a function of its shape and of the files, and nothing else."""
+"""Selection depends on the size of a call and on the files, and on nothing else."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _artifact(buckets: list[Bucket], key: Key = KEY) -> Artifact:
 def test_nearest_is_total_and_deterministic(
     buckets: list[Bucket], call: Bucket, order: random.Random
 ) -> None:
-    """Some bucket serves every call, whatever the order of the file; its own if it has one."""
+    """Every call is served, whatever the order of the file, by its own size if there is one."""
     artifact = _artifact(buckets)
     chosen = nearest(artifact, call)
     assert chosen is not None
@@ -56,7 +56,7 @@ def test_nearest_is_total_and_deterministic(
 
 @given(some, sizes, st.integers(1, 1000))
 def test_nearest_goes_by_ratios(buckets: list[Bucket], call: Bucket, factor: int) -> None:
-    """All sizes times a factor change nothing; what serves is no farther than any other."""
+    """A common factor of all sizes changes nothing, and no size is nearer than the chosen one."""
 
     def times(b: Bucket) -> Bucket:
         return Bucket(b.rows * factor, b.tokens)
@@ -159,7 +159,7 @@ def test_the_users_own_wins_over_what_was_shipped(tmp_path: Path) -> None:
 
 
 def test_a_machine_without_a_right_configuration_takes_its_architectures(tmp_path: Path) -> None:
-    """What is known of this machine (quarantine, crossover) holds all the same."""
+    """This machine's quarantine and crossovers still apply."""
     bad, good = config(16), config(32)
     store.save(Artifact("name", replace(KEY, machine=H100), (tuned(8, 8, good),)), tmp_path)
     short = (Crossover(8, 4, 6, 0.95, 40),)

@@ -1,4 +1,4 @@
-"""What may be chosen for a kernel, by which rules, and what the cost model says of it."""
+"""The axes of a kernel's space, the rules of its points, and the cost model's predictions."""
 
 from __future__ import annotations
 

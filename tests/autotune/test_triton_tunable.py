@@ -1,4 +1,4 @@
-"""The Triton engine's kernels as parts: found compiled where another process compiled them."""
+"""The Triton engine's kernels as parts: a run finds what another process has compiled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chunkwise.autotune.space import points
 from chunkwise.autotune.subject import Size, example
 from chunkwise.autotune.triton_tunable import TritonTunable
 from chunkwise.autotune.tunable import Alternative
-from chunkwise.autotune.validation import prepare
+from chunkwise.autotune.validation import validation_suite
 from chunkwise.codegen.config import Config, Dims
 from chunkwise.dsl.library import by_name
 from chunkwise.runtime.triton import engine as triton_engine
@@ -29,8 +29,8 @@ H100 = GPUS["h100"]
 def tunable(name: str, dtype: torch.dtype, size: Size, *chunks: int) -> TritonTunable:
     declaration, dims = by_name(name), Dims(16, 16)
     call = example(declaration, dims, dtype, size, CPU)
-    exam = partial(prepare, declaration, dims, dtype, CPU, tokens=48)
-    return TritonTunable(call, H100, exam, chunks=chunks)
+    suite = partial(validation_suite, declaration, dims, dtype, CPU, tokens=48)
+    return TritonTunable(call, H100, suite, chunks=chunks)
 
 
 class Driver:
@@ -74,7 +74,7 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
 
 
 def compilations() -> list[bool]:
-    """For each compilation from now on, whether Triton's cache had it."""
+    """A list that notes, for each compilation from now on, whether Triton's cache had it."""
     hits: list[bool] = []
 
     def note(*, cache_hit: bool, **_: object) -> None:
@@ -165,7 +165,7 @@ def test_parts_add_up_to_the_configuration_that_they_came_from() -> None:
 
 
 def test_long_calls_with_few_heads_are_tuned_in_segments(driver: Driver) -> None:
-    """Under the tiles of scans for ends as under all others; each finds what it has to compile."""
+    """Scans of segments' ends have tiles and compilations of their own, like all other kernels."""
     subject = tunable("gated_delta_rule", torch.bfloat16, Size(1, 4096, 1), 64)
     known = {a.role: a for a in subject.alternatives if a.known}
     assert {"forward_scan_ends", "forward_scan_matrices"} <= set(known["forward"].kernels)
@@ -201,4 +201,4 @@ def test_every_part_runs_alone_and_any_choice_is_right() -> None:
     assert isinstance(config, Config)
     assert config != subject.default
     subject.whole(config)()
-    assert subject.certify(config).ok
+    assert subject.validate(config).ok

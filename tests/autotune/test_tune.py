@@ -1,4 +1,4 @@
-"""Tuning from end to end: only what is faster and right may win; what is wrong is remembered."""
+"""Tuning from end to end: only a faster and right configuration wins; wrong ones are recorded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chunkwise.autotune.search import Budget
 from chunkwise.autotune.subject import Size, subject
 from chunkwise.autotune.tunable import Run
 from chunkwise.autotune.tune import Task, Tuning, tune
-from chunkwise.autotune.validation import certify, prepare
+from chunkwise.autotune.validation import validate, validation_suite
 from chunkwise.codegen.config import Dims, EagerConfig
 from chunkwise.dsl.library import by_name
 from chunkwise.runtime.call import Call
@@ -139,14 +139,14 @@ class Undecided(Miscompiled):
 def test_a_planted_fault_is_rejected(kind: type[Miscompiled], reason: str) -> None:
     """One configuration of a real engine is broken; it is the fastest, and must not win."""
     declaration, dims = by_name("delta_rule"), Dims(8, 8)
-    exam = prepare(declaration, dims, torch.float32, torch.device("cpu"), tokens=80)
+    suite = validation_suite(declaration, dims, torch.float32, torch.device("cpu"), tokens=80)
 
     class Planted(Fake):
-        def certify(self, config: Configuration) -> Certificate:
+        def validate(self, config: Configuration) -> Certificate:
             runs = kind(EagerConfig(32))
             if config == FASTEST:
-                return certify(exam, runs)
-            return super().certify(config)
+                return validate(suite, runs)
+            return super().validate(config)
 
     tuning = tuned(Planted())
     (rejected,) = tuning.artifact.quarantine

@@ -1,4 +1,4 @@
-"""chunkwise tune: what it prints, what it keeps, what it refuses."""
+"""The output, the files and the refusals of `chunkwise tune`."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_cache_that_cannot_be_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It is refused before anything is measured."""
+    """The command refuses it before it measures anything."""
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("CHUNKWISE_CACHE", str(file))

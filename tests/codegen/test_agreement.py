@@ -68,7 +68,7 @@ def test_exactly_these_are_refused() -> None:
     refused = {}
     for d in all_declarations():
         try:
-            chunk_body(d.normal_form(2 if d.has_micro else 1))
+            chunk_body(d.normal_form(d.default_micro))
         except cw.errors.NotLowered as refusal:
             refused[d.name] = str(refusal)
     assert refused.keys() == REFUSED.keys()

@@ -111,7 +111,7 @@ def test_random_rules() -> None:
     def check(rule: RandomRule) -> None:
         try:
             declared = rule.declare()
-            chunk.derive(declared.normal_form(2 if declared.has_micro else 1))
+            chunk.derive(declared.normal_form(declared.default_micro))
         except errors.ChunkwiseError:
             reject()  # what is refused has no tiles
         prove.prove_tiles(declared, chunk=2)

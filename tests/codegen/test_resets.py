@@ -119,7 +119,7 @@ def test_resets_in_kernels(
     monkeypatch.setattr(launch, "torch", Poisoned())
 
     def configured(form: object) -> Config:
-        return small(op.declaration.normal_form(2 if op.declaration.has_micro else 1))
+        return small(op.declaration.normal_form(op.declaration.default_micro))
 
     monkeypatch.setattr(triton_engine, "_compiled_for", served_under(configured))
     rows = (1, 2, 3, 9, 15, 16, 18)  # chunks of 16 tokens

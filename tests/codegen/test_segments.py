@@ -49,7 +49,7 @@ def unlucky(  # type: ignore[no-untyped-def]
 
 def _forms() -> list[NormalForm]:
     declared = [d for d in all_declarations() if lowered(d)]
-    return [d.normal_form(2 if d.has_micro else 1) for d in declared]
+    return [d.normal_form(d.default_micro) for d in declared]
 
 
 def test_states_fade_unless_something_is_corrected() -> None:
@@ -89,7 +89,7 @@ def test_a_segment_is_whole_chunks() -> None:
     assert (layout.segment, layout.segments) == (5, 2)
 
 
-def test_an_examination_is_in_segments_too() -> None:
+def test_validation_is_in_segments_too() -> None:
     config = Config(16, Plan(Hoist.NOTHING), Plan(Hoist.NOTHING), KernelConfig())
     call = example(by_name("kda"), Dims(16, 16), torch.float32, Size(1, 64, 1), CPU)
     whole, cut = Under(EngineName.TRITON, config).ways(call)

@@ -1,4 +1,4 @@
-"""Evaluates printed TileIR as the mathematics it says it is: a small parser over torch tensors."""
+"""Evaluates printed mathematics with torch, by a small parser, so that tests can check it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FUNCTIONS = {
 
 
 def evaluate(page: str, leaves: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
-    """Every value that the assignments of `page` name, with its axes in the order printed."""
+    """Every value that an assignment of `page` names, with its axes in the printed order."""
     env = dict(leaves)
     for line in page.splitlines():
         found = _LINE.match(line)
@@ -40,7 +40,7 @@ def evaluate(page: str, leaves: Mapping[str, Tensor], tokens: int) -> dict[str, 
 
 
 def _taken(value: Tensor, axes: str, env: Mapping[str, Tensor]) -> Tensor:
-    """`value`, which has every axis, with `axes` alone: the others must be of size 1."""
+    """`value`, which has every axis, reduced to `axes`; the other axes must have size 1."""
     extra = [n for n, a in enumerate(_AXES) if a not in axes]
     assert all(value.shape[n] == 1 for n in extra), "an index on the right that the left lacks"
     kept = value.squeeze(tuple(extra)) if extra else value

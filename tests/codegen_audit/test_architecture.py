@@ -1,4 +1,4 @@
-"""docs/architecture.md shows what is printed today (`make docs` rewrites it)."""
+"""The printed blocks of docs/architecture.md are up to date (`make docs` rewrites them)."""
 
 from __future__ import annotations
 

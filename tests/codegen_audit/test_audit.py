@@ -1,4 +1,4 @@
-"""Every class of kernels compiles for every target and fits it; how that is found out."""
+"""Every class of kernels compiles for every target and fits it, and the audit's search works."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _outcome(job: Job, shared: int) -> Outcome:
 
 
 def test_gradients_of_numbers_per_head_compile_for_blackwell() -> None:
-    """Sums over tokens of row sums of products, which Triton 3.7 could not lay out on sm_100."""
+    """Triton 3.7 had no layout on sm_100 for sums over tokens of row sums of products."""
     form = library.mamba2.declaration.normal_form()
     backward = ("backward",)
     subject = Subject(form, Dims(128, 128), Dtype.BFLOAT16, Target.SM100, False, backward)
@@ -48,7 +48,7 @@ def test_gradients_of_numbers_per_head_compile_for_blackwell() -> None:
 
 
 def test_the_first_configuration_that_fits_is_found() -> None:
-    """One kernel asks for too much until its stages are one; the others fit by default."""
+    """One kernel needs too much memory until it has one stage; the others fit by default."""
     search = Search(_SUBJECT)
     while pending := list(search.pending()):
         for name, job in pending:
@@ -128,10 +128,10 @@ def test_quick_mode_has_every_class_on_every_target() -> None:
 
 
 def test_quick_audit(tmp_path: Path) -> None:
-    """In a process of its own: Triton's cache in a folder of the test, no interpreter."""
+    """The audit runs in its own process, with a cache of its own and without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    command = [sys.executable, "-m", "chunkwise.audit", "--quick", "--jobs", "2"]
+    command = [sys.executable, "-m", "chunkwise", "audit", "--quick", "--jobs", "2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f" audited, 0 with findings (Triton {triton.__version__})\n" in done.stdout

@@ -1,4 +1,4 @@
-"""The polynomials of codegen/cost.py, against torch's own count and numbers worked out by hand."""
+"""The polynomials of codegen/cost.py agree with torch's counts and with numbers by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chunkwise.codegen.tile import Axis
 from chunkwise.dsl.normal_form import NormalForm
 from torch.utils.flop_counter import FlopCounterMode
 
-_DIMS = Dims(32, 48)  # they differ, so that exchanging them shows
+_DIMS = Dims(32, 48)  # the sizes differ, so that a confusion of two shows
 _CHUNK = 16
 
 
@@ -66,7 +66,7 @@ def test_compulsory_bytes(name: str, dtype: Dtype, forward: int) -> None:
 
 
 def test_no_plan_moves_less_than_the_floor() -> None:
-    """And the one-pass plan of additive attention moves exactly that."""
+    """The one-pass plan of additive attention moves exactly the compulsory bytes."""
     dims = Dims(128, 128)
     form = _form("linear_attention")
     one_pass = forward_program(form, Plan(Hoist.NOTHING, outputs_in_scan=True))

@@ -1,4 +1,4 @@
-"""`chunkwise emit` and what `explain` says of the compiled recurrence."""
+"""`chunkwise emit`, and the sections of `explain` on the compiled recurrence."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_what_is_not_lowered_says_so(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_resources(rules: str, tmp_path: Path) -> None:
-    """In a process of its own: Triton's cache in a folder of the test, no interpreter."""
+    """The command runs in its own process, with a cache of its own and without the interpreter."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
@@ -136,7 +136,7 @@ def test_explain_says_what_was_compiled(rules: str, capsys: pytest.CaptureFixtur
 
 
 def test_importing_is_light() -> None:
-    """What only some commands need is imported by them: half a second and more each."""
+    """Commands import by themselves the modules that only they need, each half a second or more."""
     heavy = ("sympy", "triton", "optuna", "tvm")
     code = f"import sys, chunkwise, chunkwise.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The printed mathematics is true: evaluated as printed, it is the recurrence and its gradient."""
+"""The printed mathematics, evaluated, gives the recurrence's results and their gradients."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ NAMES = ["gated_delta_rule", "rwkv7", "oja", "momentum_delta", "gated_delta_prod
 @pytest.mark.parametrize("name", NAMES)
 def test_compiles_and_fits(name: str, target: Target) -> None:
     declaration = getattr(library, name).declaration
-    micro = 2 if declaration.has_micro else 1
+    micro = declaration.default_micro
     step, form = declaration.step(micro), declaration.normal_form(micro)
     signature = signature_for(form, Dims(128, 128), Dtype.BFLOAT16, target)
     emitted = emit_token(step, signature)

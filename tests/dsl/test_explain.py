@@ -57,7 +57,7 @@ def test_pages(name: str, says: list[str]) -> None:
 def test_every_page_prints_and_fits() -> None:
     for d in library.all_declarations():
         page = explain.explain(d)
-        form = d.normal_form(2 if d.has_micro else 1)
+        form = d.normal_form(d.default_micro)
         assert print_form(form) in page
         assert explain.explain(form).startswith(d.name)
 

@@ -34,7 +34,7 @@ NAMES = [d.name for d in all_declarations() if lowered(d)]
 
 
 def _form(name: str) -> NormalForm:
-    return by_name(name).normal_form(2 if by_name(name).has_micro else 1)
+    return by_name(name).normal_form(by_name(name).default_micro)
 
 
 TOLERANCE = {**BY_DTYPE, torch.float32: FLOAT32_HARD}
@@ -77,7 +77,7 @@ def test_library(name: str, case: str) -> None:
 def test_token_by_token(name: str, dtype: torch.dtype, family: Family) -> None:
     """The one kernel of the token form, also of what has no chunk form yet."""
     d = by_name(name)
-    micro, dims = (2 if d.has_micro else 1), Dims(100, 100)
+    micro, dims = d.default_micro, Dims(100, 100)
     form = d.normal_form(micro)
     device = torch.device("cuda")
     call = certificate_inputs.draw(d, form, family, dims, dtype, device, tokens=200, micro=micro)

@@ -1,4 +1,4 @@
-"""Layers: one meaning in three forms (parallel, packed, token by token), for every declaration."""
+"""Layers of every declaration give the same results in parallel, packed, and token by token."""
 
 import itertools
 
@@ -7,7 +7,13 @@ import torch
 from chunkwise.dsl import library
 from chunkwise.dsl.declaration import Declaration
 from chunkwise.runtime.nn.attention import GlobalAttention, SlidingWindowAttention
-from chunkwise.runtime.nn.layers import RecurrentLayer, RMSNorm, Role, ShortConvolution, l2norm
+from chunkwise.runtime.nn.layers import (
+    OperandRole,
+    RecurrentLayer,
+    RMSNorm,
+    ShortConvolution,
+    l2norm,
+)
 from chunkwise.runtime.nn.model import LanguageModel
 from chunkwise.runtime.recurrence import Recurrence
 from torch import Tensor, nn
@@ -21,7 +27,7 @@ def layer(
     declaration: Declaration, engine: str | None = "reference", **options: object
 ) -> nn.Module:
     torch.manual_seed(0)
-    options = {"value_heads": 4, "micro_steps": 2 if declaration.has_micro else 1, **options}
+    options = {"value_heads": 4, "micro_steps": declaration.default_micro, **options}
     made = RecurrentLayer(Recurrence(declaration), HIDDEN, 2, 4, 6, engine=engine, **options)
     return made.double()
 
@@ -107,14 +113,16 @@ def test_every_declaration_makes_a_layer_that_learns(name: str) -> None:
 
 
 def test_roles_come_from_what_the_declaration_does() -> None:
-    def roles(name: str) -> dict[str, Role]:
+    def roles(name: str) -> dict[str, OperandRole]:
         return layer(DECLARATIONS[name]).roles
 
-    assert roles("delta_rule")["beta"] is Role.UNIT
-    assert roles("kda")["g"] is Role.LOG_DECAY
-    assert roles("hgrn2")["f"] is Role.UNIT  # a factor, not its logarithm
-    assert roles("rwkv7")["w"] is Role.RAW  # the declaration applies its own sigmoid
-    assert layer(DECLARATIONS["rwkv7"], roles={"a": Role.UNIT}).roles["a"] is Role.UNIT
+    assert roles("delta_rule")["beta"] is OperandRole.UNIT
+    assert roles("kda")["g"] is OperandRole.LOG_DECAY
+    assert roles("hgrn2")["f"] is OperandRole.UNIT  # a factor, not its logarithm
+    assert roles("rwkv7")["w"] is OperandRole.RAW  # the declaration applies its own sigmoid
+    assert (
+        layer(DECLARATIONS["rwkv7"], roles={"a": OperandRole.UNIT}).roles["a"] is OperandRole.UNIT
+    )
 
 
 def test_retention_starts_at_its_own_decays() -> None:
@@ -123,7 +131,7 @@ def test_retention_starts_at_its_own_decays() -> None:
     close(mixer._apply_per_head("g"), expected.double(), rtol=1e-6)  # drawn in float32
 
 
-@pytest.mark.parametrize("option", [{"normalise": ("p",)}, {"roles": {"p": Role.UNIT}}])
+@pytest.mark.parametrize("option", [{"normalise": ("p",)}, {"roles": {"p": OperandRole.UNIT}}])
 def test_a_name_that_is_no_operand(option: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="delta_rule has no operand 'p'; it has q, k, v, beta"):
         layer(DECLARATIONS["delta_rule"], **option)
@@ -137,7 +145,7 @@ def test_attention_says_what_it_cannot_be() -> None:
 
 
 def test_window_is_a_band_of_the_global_softmax() -> None:
-    """Against the dense mask, which shares no code with the blocks."""
+    """The expected result uses a dense mask, which shares no code with the blocks."""
     mixer, x, window = attention(3), tokens(), 3
     q, k, v = mixer._qkv(x, torch.arange(TOKENS))
     t = torch.arange(TOKENS)

@@ -1,4 +1,4 @@
-"""How the alternatives stand: times of their parts, measured or guessed, and their sums."""
+"""Ranks the alternatives by the sums of their parts' times, measured or predicted."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .space import Point, points
 from .trials import Measured, Trials
 from .tunable import Alternative, Part, Run, Tunable
 
-_PER_ROLE = 4  # alternatives of a role that are combined with those of others
+_PER_ROLE = 4  # the fastest alternatives of a role, which are combined with other roles'
 
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """One alternative per role and the best point of each part; `us`: their times together."""
+    """An alternative per role and a point per part; `us` is the sum of their times."""
 
     chosen: tuple[tuple[str, Alternative], ...]
     points: tuple[tuple[str, Measured], ...]
@@ -24,12 +24,19 @@ class Combination:
 
 
 @dataclass(slots=True)
-class State:
-    """A part with what is known of it."""
+class PartState:
+    """A part, its study, and the results of this search.
+
+    Attributes:
+        left, legal: the legal points left to try, the most promising first; their initial number.
+        tried, refused, misses: counts of claimed points, refusals, and fruitless proposals.
+        codes: the time by digest of the machine code: equal code is not measured twice.
+        runs: the fastest point's run, which is measured again beside new points.
+    """
 
     part: Part
     trials: Trials
-    left: list[Point]  # legal, the most promising first
+    left: list[Point]
     legal: int
     measured: dict[Point, Measured]
     tried: int = 0
@@ -44,18 +51,18 @@ class State:
         return min(self.measured.values(), key=lambda m: m.us, default=None)
 
 
-class Standing:
-    """What is known of a tunable's parts, and so of its alternatives."""
+class Leaderboard:
+    """The states of a tunable's parts, and the ranking of its alternatives that follows."""
 
     def __init__(self, tunable: Tunable) -> None:
         self._tunable = tunable
         self._guesses: dict[str, float] = {}
-        self.states: dict[str, State] = {}
+        self.states: dict[str, PartState] = {}
 
     def ranked(self, *, every: bool = False) -> list[Alternative]:
-        """The alternatives that may still win, by what can be reached through each.
+        """The alternatives that may still win, the one with the best attainable total first.
 
-        `every`: those that cannot win as well.
+        `every` includes the alternatives whose lower bound exceeds the best total.
         """
         times = {a: self._us(a) for a in self._tunable.alternatives if not self._hopeless(a)}
         least: dict[tuple[str, str], float] = {}
@@ -75,12 +82,12 @@ class Standing:
         return sorted(kept, key=lambda a: times[a] + beside(a, least))
 
     def _hopeless(self, alternative: Alternative) -> bool:
-        """Whether one of its parts has nothing left to try, and nothing that ran."""
+        """Whether one of its parts has no points left, and none of them ran."""
         states = [self.states.get(key) for key in alternative.parts]
         return any(s is not None and s.exhausted and s.best is None for s in states)
 
     def _us(self, alternative: Alternative) -> float:
-        """Its time: measured where it is, else guessed."""
+        """Its time in microseconds: parts that are not measured count as predicted."""
         ratio = self._calibration()
         total = 0.0
         for key in alternative.parts:
@@ -88,7 +95,7 @@ class Standing:
             best = None if state is None else state.best
             if best is not None:
                 total += best.us
-            else:  # what is refused again and again is not worth its guess
+            else:  # each refusal makes a part less promising
                 refused = 0 if state is None else state.refused
                 total += self._guess(key) * ratio * (1 + refused)
         return total
@@ -101,7 +108,7 @@ class Standing:
         return self._guesses[key]
 
     def _calibration(self) -> float:
-        """How much longer parts take than was guessed."""
+        """The median ratio of measured to predicted times."""
         found = [(s.best, self._guess(k)) for k, s in self.states.items()]
         ratios = [best.us / guess for best, guess in found if best is not None and guess > 0]
         return statistics.median(ratios) if ratios else 1.0
@@ -126,7 +133,7 @@ class Standing:
         return tuple(self._combination(us, several) for us, several in found[:most])
 
     def with_variants(self) -> tuple[Combination, ...]:
-        """The combinations, and the fastest with a part's second or third best point instead."""
+        """The combinations, and the fastest one with one part's second or third best point."""
         found = self.combinations()
         variants = list(found)
         for best in found[:1]:

@@ -1,4 +1,4 @@
-"""The examination of configurations: what is right passes, each way of being wrong is found."""
+"""Validation passes right configurations and finds every kind of fault."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from chunkwise.autotune.inputs import Family, draw
-from chunkwise.autotune.validation import Exam, Under, certify, examine, prepare
+from chunkwise.autotune.validation import (
+    Under,
+    ValidationSuite,
+    validate,
+    validate_configuration,
+    validation_suite,
+)
 from chunkwise.codegen.config import Dims, EagerConfig
 from chunkwise.codegen.tir.config import TvmConfig
 from chunkwise.dsl import Key, Scalar, State, Value, errors, exp, l2norm, outer, within
@@ -31,16 +37,16 @@ EAGER = Under(EngineName.EAGER, EagerConfig(8))
 LOWERED = [d.name for d in all_declarations() if lowered(d)]
 
 
-def _exam(name: str, dtype: torch.dtype = torch.float64) -> Exam:
-    return prepare(by_name(name), Dims(8, 12), dtype, CPU, tokens=20)
+def _suite(name: str, dtype: torch.dtype = torch.float64) -> ValidationSuite:
+    return validation_suite(by_name(name), Dims(8, 12), dtype, CPU, tokens=20)
 
 
 @pytest.mark.parametrize("name", LOWERED)
 def test_the_library_passes(name: str) -> None:
-    certificate = certify(_exam(name), EAGER)
+    certificate = validate(_suite(name), EAGER)
     assert certificate.ok, certificate.faults
     assert certificate.inputs == ("ordinary", "hard", "ragged")
-    form = by_name(name).normal_form(2 if by_name(name).has_micro else 1)
+    form = by_name(name).normal_form(by_name(name).default_micro)
     states = [s.name for s in form.states]
     results = {"o", *(f"final {s}" for s in states), *(f"d initial {s}" for s in states)}
     assert {n for n, _ in certificate.errors} == results | {f"d {o.name}" for o in form.operands}
@@ -48,19 +54,21 @@ def test_the_library_passes(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(dtype: torch.dtype) -> None:
-    exam = _exam("kda", dtype)
-    operands = exam.questions[0].call.operands
+    suite = _suite("kda", dtype)
+    operands = suite.cases[0].call.operands
     assert {n for n, x in operands.items() if x.dtype is dtype} >= {"q", "k", "v", "g"}
     assert operands["beta"].dtype is torch.float32
-    assert certify(exam, EAGER).ok
+    assert validate(suite, EAGER).ok
 
 
 @pytest.mark.interpreter
 def test_kernels_in_the_interpreter() -> None:
-    """As printed for a GPU; the engine's own configuration would be too slow there."""
+    """The small configuration is printed as for a GPU; the engine's own one would be too slow."""
     declared = by_name("gated_delta_rule")
-    exam = prepare(declared, Dims(16, 16), torch.float16, CPU, tokens=20, families=[Family.RAGGED])
-    certificate = certify(exam, Under(EngineName.TRITON, small(declared.normal_form())))
+    suite = validation_suite(
+        declared, Dims(16, 16), torch.float16, CPU, tokens=20, families=[Family.RAGGED]
+    )
+    certificate = validate(suite, Under(EngineName.TRITON, small(declared.normal_form())))
     assert certificate.ok, certificate.faults
 
 
@@ -71,15 +79,15 @@ def test_defaults_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     from chunkwise.runtime.triton import engine as triton_engine
 
     dims, gpu = Dims(128, 128), torch.device("cuda")
-    form = by_name(name).normal_form(2 if by_name(name).has_micro else 1)
+    form = by_name(name).normal_form(by_name(name).default_micro)
     config = triton_engine.configuration(form, dims, dtype, triton_engine.shared_memory(gpu))
-    certificate = examine(by_name(name), EngineName.TRITON, config, dims, dtype, gpu)
+    certificate = validate_configuration(by_name(name), EngineName.TRITON, config, dims, dtype, gpu)
     assert certificate.ok, certificate.faults
 
 
 @dataclass(frozen=True)
 class _Broken:
-    """The eager engine, its results passed through `spoil`."""
+    """The eager engine, whose results are passed through `spoil`."""
 
     spoil: Callable[[str, Tensor, Call], Tensor]
 
@@ -95,13 +103,13 @@ class _Broken:
 
 
 def _faults(spoil: Callable[[str, Tensor, Call], Tensor]) -> str:
-    certificate = certify(_exam("gated_delta_rule", torch.float32), _Broken(spoil))
+    certificate = validate(_suite("gated_delta_rule", torch.float32), _Broken(spoil))
     assert not certificate.ok
     return "\n".join(certificate.faults)
 
 
 def test_a_wrong_entry_is_found() -> None:
-    """As a miscompiled kernel's: one entry of one gradient, in packed batches only."""
+    """One entry of one gradient is wrong, in packed batches only, as by a miscompiled kernel."""
 
     def miscompiled(name: str, x: Tensor, call: Call) -> Tensor:
         if name == "d k" and call.cu_seqlens is not None:
@@ -115,7 +123,7 @@ def test_a_wrong_entry_is_found() -> None:
 
 
 def test_runs_that_differ_are_found() -> None:
-    """In the last bit, as after a race."""
+    """Two runs differ in the last bit, as with a data race."""
     turn = iter(range(1000))
 
     def racing(name: str, x: Tensor, call: Call) -> Tensor:
@@ -127,7 +135,7 @@ def test_runs_that_differ_are_found() -> None:
 
 
 def test_what_nobody_wrote_is_found() -> None:
-    """Memory that happens to hold what is right would pass otherwise."""
+    """Without the fill, an unwritten buffer whose memory happens to be right would pass."""
 
     def unwritten(name: str, x: Tensor, call: Call) -> Tensor:
         if name != "o":
@@ -144,10 +152,10 @@ def test_what_nobody_wrote_is_found() -> None:
 @settings(max_examples=25)
 @given(rules(), st.sampled_from(Family))
 def test_inputs_keep_the_promises_of_any_declaration(rule: Rule, family: Family) -> None:
-    """Log-decays at most 0, `within` kept, numbers finite: what CHUNKWISE_CHECK looks for."""
+    """CHUNKWISE_CHECK finds no fault: log-decays are at most 0, `within` holds, all is finite."""
     try:
         declared = rule.declare()
-        micro = 2 if declared.has_micro else 1
+        micro = declared.default_micro
         form = declared.normal_form(micro)
         call = draw(declared, form, family, Dims(4, 4), torch.float64, CPU, tokens=9, micro=micro)
     except errors.ChunkwiseError:
@@ -158,7 +166,7 @@ def test_inputs_keep_the_promises_of_any_declaration(rule: Rule, family: Family)
 def test_the_usual_gates_are_where_models_have_them() -> None:
     named = {}
     for d in all_declarations():
-        form = d.normal_form(2 if d.has_micro else 1)
+        form = d.normal_form(d.default_micro)
         params = {p.name: p.default or 1.0 for p in d.params}
         named[d.name] = dict(ranges(form, params).gates)
     assert named["gated_delta_rule"] == {"g": NEGATIVE}
@@ -176,10 +184,10 @@ def _bounded(S: State, q: Key, k: Key, v: Value, g: Key) -> tuple[State, Value]:
 
 def test_declared_bounds_are_kept() -> None:
     assert ranges(_bounded.normal_form(), {}).gates == (("g", Range(-5.0, -1.0)),)
-    exam = prepare(_bounded, Dims(8, 8), torch.float16, CPU, tokens=20)
-    for question in exam.questions:
-        check_contents(question.call, True)
-    assert certify(exam, EAGER).ok
+    suite = validation_suite(_bounded, Dims(8, 8), torch.float16, CPU, tokens=20)
+    for case in suite.cases:
+        check_contents(case.call, True)
+    assert validate(suite, EAGER).ok
 
 
 @declaration
@@ -190,7 +198,7 @@ def _only_for_small_gates(S: State, q: Key, k: Key, v: Value, g: Scalar) -> tupl
 
 def test_gates_without_a_legal_range_are_refused() -> None:
     with pytest.raises(errors.NotLowered, match="cannot be checked") as refused:
-        prepare(_only_for_small_gates, Dims(4, 4), torch.float64, CPU)
+        validation_suite(_only_for_small_gates, Dims(4, 4), torch.float64, CPU)
     assert "no signs of g" in refused.value.why
     assert "within" in refused.value.help
 
@@ -203,17 +211,17 @@ def _growing(S: State, q: Key, k: Key, v: Value) -> tuple[State, Value]:
 
 def test_states_that_grow_are_refused() -> None:
     with pytest.raises(errors.NotLowered, match="cannot be checked") as refused:
-        prepare(_growing, Dims(4, 4), torch.float64, CPU, tokens=100)
+        validation_suite(_growing, Dims(4, 4), torch.float64, CPU, tokens=100)
     assert "makes it grow" in refused.value.why
 
 
 def test_what_is_wrong_only_for_calls_of_few_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU those are cut along the value axis: the examination asks that way, too."""
+    """On a CPU, calls of few rows are cut along the value axis; validation runs them as well."""
     from chunkwise.runtime.tvm import engine as tvm_engine
 
     config = tvm_engine.configuration()
-    exam = prepare(by_name("delta_rule"), Dims(8, 32), torch.float32, CPU, tokens=20)
-    assert certify(exam, Under(EngineName.TVM, config)).ok
+    suite = validation_suite(by_name("delta_rule"), Dims(8, 32), torch.float32, CPU, tokens=20)
+    assert validate(suite, Under(EngineName.TVM, config)).ok
     forward = tvm_engine.forward
 
     def spoilt(call: Call, under: TvmConfig) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -221,7 +229,7 @@ def test_what_is_wrong_only_for_calls_of_few_rows_is_found(monkeypatch: pytest.M
         return (o if under == config else 2 * o), finals
 
     monkeypatch.setattr(tvm_engine, "forward", spoilt)
-    certificate = certify(exam, Under(EngineName.TVM, config))
+    certificate = validate(suite, Under(EngineName.TVM, config))
     assert {f.split(":")[0] for f in certificate.faults} == {
         f"o ({family}, in parts)" for family in certificate.inputs
     }
