@@ -7,8 +7,9 @@ from string import Template
 from ...codegen.interface import Dtype
 from ...dsl import errors
 from ...dsl.ir import Kind
-from ...dsl.normal_form import NormalForm
+from ...dsl.normal_form import NormalForm, StateDecl
 from ..inputs import Ranges, ranges, unexamined, usual_params
+from ..sizes import state_letters
 from .contents import Package, axes, module, wrapped
 
 # relative RMS errors, gradients of gates included; float32 as tf32 in three parts
@@ -30,7 +31,7 @@ def print_test(package: Package) -> str:
     for o in package.form.operands:
         normal = f"normal(random, {', '.join(axes(o, package.micro))})"
         made.append(f'        "{o.name}": {found.text(o, normal)},')
-    states = [_state(s.kind) for s in package.form.states]
+    states = [_state(s) for s in package.form.states]
     states_given = "tuple(states)" if len(package.states) > 1 else "states[0]"
     cases = [
         f"    (torch.{s.dtype.value}, {s.dims.K}, {s.dims.V}, {s.config.chunk}, "
@@ -84,10 +85,9 @@ def print_test(package: Package) -> str:
     )
 
 
-def _state(kind: Kind) -> str:
-    shape = "N, HV, K, V" if kind is Kind.STATE else "N, HV, K"
-    text = f"normal(random, {shape})"
-    return text if kind is Kind.STATE else f"{text}.abs()"
+def _state(state: StateDecl) -> str:
+    text = f"normal(random, {', '.join(state_letters(state))})"
+    return text if state.kind is Kind.STATE else f"{text}.abs()"
 
 
 _COMPARE = '''
