@@ -19,7 +19,6 @@ from ..dsl import errors, oracle
 from ..dsl.declaration import Declaration
 from ..dsl.ir import Kind, Node, Op, Per, topological
 from ..dsl.normal_form import NormalForm, Operand, expressions
-from ..dsl.step import Step
 from .sizes import letters, state_letters
 
 _SAMPLES, _CHANNELS = 512, 4
@@ -235,7 +234,6 @@ def draw_states(
 
 
 def settled(
-    step: Step,
     form: NormalForm,
     found: Ranges,
     operands: Mapping[str, Tensor],
@@ -264,9 +262,7 @@ def settled(
     halved = read - {name for name, _ in found.gates}
 
     def growth(x: Mapping[str, Tensor]) -> float:
-        return _growth(
-            step, x, params, [[sizes[a] for a in state_letters(s)] for s in form.states], cu_seqlens
-        )
+        return _growth(form, x, params, sizes, cu_seqlens)
 
     for repeat in (True, False) if repeating else (False,):
         x = _repeating(form, found, operands) if repeat else dict(operands)
@@ -297,20 +293,20 @@ def _repeating(
 
 
 def _growth(
-    step: Step,
+    form: NormalForm,
     operands: Mapping[str, Tensor],
     params: Mapping[str, float],
-    shapes: Sequence[Sequence[int]],
+    sizes: Mapping[str, int],
     cu_seqlens: Tensor | None,
 ) -> float:
     """How much larger, at most over heads, a state is at the end than it was at the beginning."""
     exact = {n: x.double().cpu() for n, x in operands.items()}
     bounds = None if cu_seqlens is None else cu_seqlens.cpu()
     random = torch.Generator().manual_seed(2)
-    starts = [_normal(s, random) for s in shapes]
+    starts = [_normal([sizes[a] for a in state_letters(s)], random) for s in form.states]
     with torch.no_grad():
-        _, moved = oracle.run(step, exact, params, starts, bounds)
-        _, still = oracle.run(step, exact, params, None, bounds)
+        _, moved = oracle.run_form(form, exact, params, starts, bounds)
+        _, still = oracle.run_form(form, exact, params, None, bounds)
     return max(
         float(((a - b).flatten(2).norm(dim=2) / s.flatten(2).norm(dim=2)).max())
         for a, b, s in zip(moved, still, starts, strict=True)

@@ -130,7 +130,7 @@ def make_inputs(op: cw.Recurrence, sizes: Sizes, seed: int = 0) -> Inputs:
         cu_seqlens = torch.tensor([0, *sizes.lengths]).cumsum(0).to(sizes.device, torch.int32)
     if form is not None:
         repeat, at = hard and sizes.T > 3, (sizes.letters, cu_seqlens)
-        drawn = settled(d.step(micro), form, found, drawn, params, *at, repeating=repeat)
+        drawn = settled(form, found, drawn, params, *at, repeating=repeat)
     gates = {name for name, _ in found.gates}
     operands = {}
     for x in op.declaration.operands:
