@@ -132,7 +132,7 @@ def usual_params(form: NormalForm) -> dict[str, float]:
     return {p.name: 1.0 if p.default is None else p.default for p in form.params}
 
 
-def unexamined(declared: Declared) -> Ranges:
+def kinds_only(declared: Declared) -> Ranges:
     """What the kinds of operands and states alone tell: that of steps without a normal form."""
     scalars = frozenset(o.name for o in declared.operands if o.kind is Kind.SCALAR)
     return Ranges((), scalars, any(s.kind is Kind.KEY_STATE for s in declared.states))
@@ -160,7 +160,7 @@ def ranges(form: NormalForm, params: Mapping[str, float]) -> Ranges:
             samples[o.name] = torch.cat((r.of(x), r.of(x, HARD)))
         if _legal(decays, promised, samples, params):
             found = tuple((o.name, r) for o, r in zip(gates, chosen, strict=True))
-            plain = unexamined(form)
+            plain = kinds_only(form)
             return Ranges(found, plain.steps - names, plain.positive_keys)
     raise errors.NotLowered(
         f"{form.name} cannot be checked on inputs drawn by themselves",
@@ -233,7 +233,7 @@ def draw_states(
     return [x.abs() for x in drawn] if found.positive_keys else drawn
 
 
-def settled(
+def contracted(
     form: NormalForm,
     found: Ranges,
     operands: Mapping[str, Tensor],

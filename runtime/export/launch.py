@@ -15,7 +15,8 @@ from ...codegen.plan import Loop
 from ...codegen.triton.kernel import TritonKernel
 from ...dsl.ir import Kind, Per
 from ..sizes import state_letters
-from .contents import RESERVED, WIDTH, Package, Served, filled, indented, module, wrapped
+from .contents import RESERVED, Package, Served
+from .text import WIDTH, filled, indented, module, wrapped
 
 _CHUNKS = '''
 def _chunks(batch, tokens, heads, cu_seqlens):

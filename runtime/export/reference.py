@@ -11,7 +11,8 @@ from ...dsl.ir import Kind, Node, Op, Per, topological
 from ...dsl.notation import PYTHON, Level, Text, read
 from ...dsl.step import Step
 from ..sizes import state_letters
-from .contents import Package, indented, module, wrapped
+from .contents import Package
+from .text import indented, module, wrapped
 
 _OWN = (
     *(

@@ -8,9 +8,10 @@ from ...codegen.interface import Dtype
 from ...dsl import errors
 from ...dsl.ir import Kind
 from ...dsl.normal_form import NormalForm, StateDecl
-from ..inputs import Ranges, ranges, unexamined, usual_params
+from ..inputs import Ranges, kinds_only, ranges, usual_params
 from ..sizes import state_letters
-from .contents import Package, axes, module, wrapped
+from .contents import Package, axes
+from .text import module, wrapped
 
 # relative RMS errors, gradients of gates included; float32 as tf32 in three parts
 _TOLERANCES = {Dtype.FLOAT32: 1e-4, Dtype.BFLOAT16: 2e-2, Dtype.FLOAT16: 1e-2}
@@ -21,7 +22,7 @@ def _ranges(form: NormalForm) -> Ranges:
     try:
         return ranges(form, usual_params(form))
     except errors.NotLowered:
-        return unexamined(form)
+        return kinds_only(form)
 
 
 def print_test(package: Package) -> str:
