@@ -69,7 +69,7 @@ def draw(
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cpu").to(device)
     static = tuple(declaration.statics.items())
     call = describe(declaration, drawn, params, initial, cu_seqlens, static)
-    operands = inputs.settled(
-        call.step, form, found, call.operands, params, sizes, cu_seqlens, repeating=hard
+    operands = inputs.contracted(
+        form, found, call.operands, params, sizes, cu_seqlens, repeating=hard
     )
     return replace(call, operands=operands)

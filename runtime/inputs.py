@@ -19,7 +19,6 @@ from ..dsl import errors, oracle
 from ..dsl.declaration import Declaration
 from ..dsl.ir import Kind, Node, Op, Per, topological
 from ..dsl.normal_form import NormalForm, Operand, expressions
-from ..dsl.step import Step
 from .sizes import letters, state_letters
 
 _SAMPLES, _CHANNELS = 512, 4
@@ -133,7 +132,7 @@ def usual_params(form: NormalForm) -> dict[str, float]:
     return {p.name: 1.0 if p.default is None else p.default for p in form.params}
 
 
-def unexamined(declared: Declared) -> Ranges:
+def kinds_only(declared: Declared) -> Ranges:
     """What the kinds of operands and states alone tell: that of steps without a normal form."""
     scalars = frozenset(o.name for o in declared.operands if o.kind is Kind.SCALAR)
     return Ranges((), scalars, any(s.kind is Kind.KEY_STATE for s in declared.states))
@@ -161,7 +160,7 @@ def ranges(form: NormalForm, params: Mapping[str, float]) -> Ranges:
             samples[o.name] = torch.cat((r.of(x), r.of(x, HARD)))
         if _legal(decays, promised, samples, params):
             found = tuple((o.name, r) for o, r in zip(gates, chosen, strict=True))
-            plain = unexamined(form)
+            plain = kinds_only(form)
             return Ranges(found, plain.steps - names, plain.positive_keys)
     raise errors.NotLowered(
         f"{form.name} cannot be checked on inputs drawn by themselves",
@@ -234,8 +233,7 @@ def draw_states(
     return [x.abs() for x in drawn] if found.positive_keys else drawn
 
 
-def settled(
-    step: Step,
+def contracted(
     form: NormalForm,
     found: Ranges,
     operands: Mapping[str, Tensor],
@@ -264,9 +262,7 @@ def settled(
     halved = read - {name for name, _ in found.gates}
 
     def growth(x: Mapping[str, Tensor]) -> float:
-        return _growth(
-            step, x, params, [[sizes[a] for a in state_letters(s)] for s in form.states], cu_seqlens
-        )
+        return _growth(form, x, params, sizes, cu_seqlens)
 
     for repeat in (True, False) if repeating else (False,):
         x = _repeating(form, found, operands) if repeat else dict(operands)
@@ -297,20 +293,20 @@ def _repeating(
 
 
 def _growth(
-    step: Step,
+    form: NormalForm,
     operands: Mapping[str, Tensor],
     params: Mapping[str, float],
-    shapes: Sequence[Sequence[int]],
+    sizes: Mapping[str, int],
     cu_seqlens: Tensor | None,
 ) -> float:
     """How much larger, at most over heads, a state is at the end than it was at the beginning."""
     exact = {n: x.double().cpu() for n, x in operands.items()}
     bounds = None if cu_seqlens is None else cu_seqlens.cpu()
     random = torch.Generator().manual_seed(2)
-    starts = [_normal(s, random) for s in shapes]
+    starts = [_normal([sizes[a] for a in state_letters(s)], random) for s in form.states]
     with torch.no_grad():
-        _, moved = oracle.run(step, exact, params, starts, bounds)
-        _, still = oracle.run(step, exact, params, None, bounds)
+        _, moved = oracle.run_form(form, exact, params, starts, bounds)
+        _, still = oracle.run_form(form, exact, params, None, bounds)
     return max(
         float(((a - b).flatten(2).norm(dim=2) / s.flatten(2).norm(dim=2)).max())
         for a, b, s in zip(moved, still, starts, strict=True)

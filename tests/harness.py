@@ -14,11 +14,11 @@ from chunkwise.dsl.ir import Kind, Per
 from chunkwise.dsl.normal_form import Operand
 from chunkwise.runtime.inputs import (
     Extremes,
+    contracted,
     draw,
     draw_states,
+    kinds_only,
     ranges,
-    settled,
-    unexamined,
     usual_params,
 )
 from torch import Tensor
@@ -122,7 +122,7 @@ def make_inputs(op: cw.Recurrence, sizes: Sizes, seed: int = 0) -> Inputs:
     # a step that only the reference engine runs has no normal form
     form = None if d.any_step else d.normal_form(micro)
     params = {} if form is None else usual_params(form)
-    found = unexamined(d) if form is None else ranges(form, params)
+    found = kinds_only(d) if form is None else ranges(form, params)
     drawn = draw(d, found, sizes.letters, random, sizes.extremes if hard else None)
     states = draw_states(d, found, sizes.letters, random) if sizes.initial else None
     cu_seqlens = None
@@ -130,7 +130,7 @@ def make_inputs(op: cw.Recurrence, sizes: Sizes, seed: int = 0) -> Inputs:
         cu_seqlens = torch.tensor([0, *sizes.lengths]).cumsum(0).to(sizes.device, torch.int32)
     if form is not None:
         repeat, at = hard and sizes.T > 3, (sizes.letters, cu_seqlens)
-        drawn = settled(d.step(micro), form, found, drawn, params, *at, repeating=repeat)
+        drawn = contracted(form, found, drawn, params, *at, repeating=repeat)
     gates = {name for name, _ in found.gates}
     operands = {}
     for x in op.declaration.operands:

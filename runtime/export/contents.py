@@ -1,8 +1,8 @@
-"""What is exported, as data that every printer of the package reads; and how text is laid out."""
+"""What is exported, as data that every printer of the package reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...codegen.config import Config, Dims
@@ -14,7 +14,6 @@ from ...dsl.normal_form import NormalForm, Operand
 from ..sizes import letters
 from ..tuned.artifact import Certificate
 
-WIDTH = 92  # lines that are indented twice more stay within 100
 # what the printed modules call their own things
 RESERVED = (
     *("batch", "chunk_offsets", "chunk_table", "chunks", "cu_seqlens", "device", "heads"),
@@ -114,35 +113,3 @@ class Package:
 def axes(o: Operand, micro_steps: int = 1) -> tuple[str, ...]:
     """An operand's axes in letters, the number of micro-steps written out."""
     return tuple(str(micro_steps) if a == "n" else a for a in letters(o))
-
-
-def filled(parts: Iterable[str], indent: str = "", width: int = WIDTH) -> Iterator[str]:
-    """`parts` with commas, as many to a line as it holds."""
-    line = indent
-    for part in parts:
-        if line != indent and len(line) + len(part) + 1 > width:
-            yield line.rstrip()
-            line = indent
-        line += part + ", "
-    yield line.rstrip()
-
-
-def wrapped(start: str, parts: Sequence[str], end: str, indent: str = "") -> Iterator[str]:
-    """`start` + parts with commas + `end`: on one line, or on as many as they need."""
-    flat = indent + start + ", ".join(parts) + end
-    if len(flat) <= WIDTH:
-        yield flat
-        return
-    yield indent + start
-    yield from filled(parts, indent + "    ")
-    yield indent + end
-
-
-def module(*blocks: Iterable[str]) -> str:
-    """A Python module: its blocks, two blank lines apart."""
-    return "\n\n\n".join("\n".join(block).strip("\n") for block in blocks) + "\n"
-
-
-def indented(lines: Iterable[str], by: str = "    ") -> list[str]:
-    """`lines`, one level further in."""
-    return [f"{by}{line}" if line else "" for line in lines]

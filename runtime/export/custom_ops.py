@@ -7,7 +7,8 @@ from string import Template
 
 from ...codegen.expressions import Names
 from ..sizes import state_letters
-from .contents import Package, filled, indented, wrapped
+from .contents import Package
+from .text import filled, indented, wrapped
 
 # what the printed ops call their own things
 _OWN = (

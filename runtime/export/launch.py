@@ -14,8 +14,9 @@ from ...codegen.interface import Buffer, Role
 from ...codegen.plan import Loop
 from ...codegen.triton.kernel import TritonKernel
 from ...dsl.ir import Kind, Per
-from ...dsl.normal_form import Operand
-from .contents import RESERVED, WIDTH, Package, Served, filled, indented, module, wrapped
+from ..sizes import state_letters
+from .contents import RESERVED, Package, Served
+from .text import WIDTH, filled, indented, module, wrapped
 
 _CHUNKS = '''
 def _chunks(batch, tokens, heads, cu_seqlens):
@@ -41,6 +42,8 @@ def _chunks(batch, tokens, heads, cu_seqlens):
     return sequences, chunks, shared
 '''
 _STRIDES = {Role.STRIDE_BATCH: 0, Role.STRIDE_TOKEN: 1, Role.STRIDE_HEAD: 2}
+# variables for sizes; others are called like their letters
+_SIZES = {"B": "batch", "N": "sequences", "T": "tokens", "HV": "heads"}
 
 
 def print_launchers(package: Package, served: Served) -> str:
@@ -185,8 +188,7 @@ class _Direction:
         if operand is not None and operand.kind is Kind.KEY:  # per value head, to be added up
             return f"{variable} = support.key_gradient({self._known[operand.name]}, heads)"
         make = "zeros" if buffer.is_partial else "empty"
-        size = {"B": "batch", "T": "tokens", "HV": "heads"}
-        shape = ", ".join(size.get(n, n) for n in buffer.shape)
+        shape = ", ".join(_SIZES.get(a, a) for a in buffer.shape)
         dtype = buffer.dtype.value
         return f"{variable} = torch.{make}(({shape}), dtype=torch.{dtype}, device=device)"
 
@@ -198,10 +200,9 @@ class _Direction:
             return
         variable = self._names.fresh(f"{carry}_first" if self._backward else f"{carry}_last")
         self._finals[carry] = variable
-        kinds = {s.name: s.kind for s in self._package.form.states}
-        channels = "K, V" if kinds[state] is Kind.STATE else "K"
-        shape = f"(sequences, heads, {channels})"
-        make = f"torch.empty({shape}, dtype=torch.float32, device=device)"
+        (declared,) = (s for s in self._package.form.states if s.name == state)
+        shape = ", ".join(_SIZES.get(a, a) for a in state_letters(declared))
+        make = f"torch.empty(({shape}), dtype=torch.float32, device=device)"
         if self._backward:
             yield f"{variable} = None"
             yield f"if {self._known[state]} is not None:"
@@ -259,23 +260,17 @@ class _Direction:
         return wrapped("return (", [text, *finals], ")")
 
     def _gradients(self) -> Iterator[str]:
-        gradients = [self._gradient(o) for o in self._operands.values()]
+        n = self._package.rows_per_token
+        gradients = []
+        for o in self._operands.values():
+            x, buffer = self._known[o.name], self._buffers.get(gradient(o.name))
+            d = buffer or self._names.fresh(f"{GRADIENT}{o.name}")
+            per_head = o.per is Per.HEAD
+            yield f"{d} = support.own_gradient({buffer}, {x}, heads, per_head={per_head})"
+            if o.micro:
+                d = f"support.entries({d}.unflatten(1, (-1, {n})), {self._package.micro})"
+            elif n > 1 and not per_head:
+                d = f"{d}.unflatten(1, (-1, {n})).sum(2)"
+            gradients.append(d)
         finals = [self._finals.get(GRADIENT + s, "None") for s in self._package.states]
         yield from wrapped("return [", [*gradients, *finals], "]")
-
-    def _gradient(self, o: Operand) -> str:
-        x = self._known[o.name]
-        buffer = self._buffers.get(gradient(o.name))
-        n = self._package.rows_per_token
-        if buffer is None:
-            text = f"torch.zeros_like({x})"
-        elif o.per is Per.HEAD:
-            return f"{buffer}.sum(0)"
-        elif o.kind is Kind.KEY:
-            text = f"support.over_groups({buffer}, {x}.shape[2])"
-        else:
-            text = buffer
-        if o.micro:
-            return f"support.entries({text}.unflatten(1, (-1, {n})), {self._package.micro})"
-        shared = n > 1 and o.per is Per.TOKEN
-        return f"{text}.unflatten(1, (-1, {n})).sum(2)" if shared else text

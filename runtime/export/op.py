@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 
 from ...dsl.normal_form import Operand
 from ..sizes import state_letters
-from .contents import Package, axes, module, wrapped
+from .contents import Package, axes
 from .custom_ops import Ops
+from .text import module, wrapped
 
 _OPTIONS = ("initial_state", "output_final_state", "cu_seqlens")
 

@@ -25,7 +25,7 @@ from ...codegen.triton.fit import H100_SHARED, fit
 from ...dsl.declaration import Declaration
 from ...dsl.ir import Kind, Op, Per, topological
 from ...dsl.normal_form import NormalForm
-from .. import micro_steps, packing
+from .. import micro_steps, packing, printed
 from ..cache import write_atomically
 from ..engines import EngineName
 from ..tuned.artifact import Bucket, Certificate, Key
@@ -210,7 +210,8 @@ def _sources(package: Package) -> dict[str, str]:
 def _support() -> str:
     """`support` as it stands (not imported: it needs triton), and functions of the runtime."""
     parts = [Path(__file__).with_name("support.py").read_text(encoding="utf-8")]
-    shared = (packing.chunk_bound, packing.chunk_table, micro_steps.entries)
+    tables = (packing.chunk_bound, packing.chunk_table)
+    shared = (*tables, micro_steps.entries, printed.own_gradient)
     parts += [inspect.getsource(f) for f in shared]
     return "\n\n\n".join(p.strip("\n") for p in parts) + "\n"
 

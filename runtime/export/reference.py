@@ -10,7 +10,9 @@ from ...dsl.elementwise import ELEMENTWISE
 from ...dsl.ir import Kind, Node, Op, Per, topological
 from ...dsl.notation import PYTHON, Level, Text, read
 from ...dsl.step import Step
-from .contents import Package, indented, module, wrapped
+from ..sizes import state_letters
+from .contents import Package
+from .text import indented, module, wrapped
 
 _OWN = (
     *(
@@ -174,12 +176,12 @@ def _loop(package: Package, printer: _StepPrinter) -> Iterator[str]:
     yield ""
     yield f"    Arguments as those of `op.{package.name}`; differentiable as often as you like."
     yield '    """'
-    sizes = ", ".join(package.size(letter, known) for letter in ("B", "HV", "K", "V"))
+    measured = ", ".join(package.size(letter, known) for letter in ("B", "HV", "K", "V"))
     lead = known[package.lead]
     # an operand that is called like a variable below makes room for it
     given = (*package.operands, *package.params)
     body = [f"{known[name]} = {name}" for name in given if known[name] != name]
-    body.append(f"batch, heads, K, V = {sizes}")
+    body.append(f"batch, heads, K, V = {measured}")
     for o in form.operands:
         x = known[o.name]
         text = f"{x}.to(dtype)"
@@ -194,10 +196,9 @@ def _loop(package: Package, printer: _StepPrinter) -> Iterator[str]:
     initial = "starts" if several else "[initial_state]"
     if several:
         body.append(f"starts = initial_state or (None,) * {len(form.states)}")
-    made = []
-    for s in form.states:
-        channels = "K, V" if s.kind is Kind.STATE else "K"
-        made.append(f"{lead}.new_zeros(count, heads, {channels})")
+    sizes = {"N": "count", "HV": "heads"}
+    shapes = [", ".join(sizes.get(a, a) for a in state_letters(s)) for s in form.states]
+    made = [f"{lead}.new_zeros({shape})" for shape in shapes]
     body += [
         *wrapped("zeros = [", made, "]"),
         f"states = [z if s is None else s.to(dtype) for s, z in zip({initial}, zeros)]",

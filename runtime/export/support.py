@@ -199,14 +199,7 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def over_groups(gradient: Tensor, heads: int) -> Tensor:
-    """The gradient of a Key with `heads` heads, from that of the value heads that share them."""
-    if gradient.shape[2] == heads:
-        return gradient
-    return gradient.reshape(*gradient.shape[:2], heads, -1, gradient.shape[3]).sum(3)
-
-
 def key_gradient(x: Tensor, heads: int) -> Tensor:
-    """Room for the gradient of a Key, per value head; float32 where `over_groups` will add up."""
+    """Room for the gradient of a Key, per value head; float32 where groups are added up."""
     dtype = x.dtype if x.shape[2] == heads else torch.float32
     return x.new_empty((*x.shape[:2], heads, x.shape[3]), dtype=dtype)

@@ -7,9 +7,11 @@ from string import Template
 from ...codegen.interface import Dtype
 from ...dsl import errors
 from ...dsl.ir import Kind
-from ...dsl.normal_form import NormalForm
-from ..inputs import Ranges, ranges, unexamined, usual_params
-from .contents import Package, axes, module, wrapped
+from ...dsl.normal_form import NormalForm, StateDecl
+from ..inputs import Ranges, kinds_only, ranges, usual_params
+from ..sizes import state_letters
+from .contents import Package, axes
+from .text import module, wrapped
 
 # relative RMS errors, gradients of gates included; float32 as tf32 in three parts
 _TOLERANCES = {Dtype.FLOAT32: 1e-4, Dtype.BFLOAT16: 2e-2, Dtype.FLOAT16: 1e-2}
@@ -20,7 +22,7 @@ def _ranges(form: NormalForm) -> Ranges:
     try:
         return ranges(form, usual_params(form))
     except errors.NotLowered:
-        return unexamined(form)
+        return kinds_only(form)
 
 
 def print_test(package: Package) -> str:
@@ -30,7 +32,7 @@ def print_test(package: Package) -> str:
     for o in package.form.operands:
         normal = f"normal(random, {', '.join(axes(o, package.micro))})"
         made.append(f'        "{o.name}": {found.text(o, normal)},')
-    states = [_state(s.kind) for s in package.form.states]
+    states = [_state(s) for s in package.form.states]
     states_given = "tuple(states)" if len(package.states) > 1 else "states[0]"
     cases = [
         f"    (torch.{s.dtype.value}, {s.dims.K}, {s.dims.V}, {s.config.chunk}, "
@@ -84,10 +86,9 @@ def print_test(package: Package) -> str:
     )
 
 
-def _state(kind: Kind) -> str:
-    shape = "N, HV, K, V" if kind is Kind.STATE else "N, HV, K"
-    text = f"normal(random, {shape})"
-    return text if kind is Kind.STATE else f"{text}.abs()"
+def _state(state: StateDecl) -> str:
+    text = f"normal(random, {', '.join(state_letters(state))})"
+    return text if state.kind is Kind.STATE else f"{text}.abs()"
 
 
 _COMPARE = '''
