@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from functools import lru_cache
+from typing import TypeVar
 
 from ..dsl.normal_form import NormalForm
 from .chunk import Body, derive
@@ -12,6 +13,7 @@ from .differentiate import Adjoint, differentiate
 from .factor import factor_adjoint, factor_body
 from .plan import Plan, Program, plan_backward, plan_forward
 from .segments import segment_transitions
+from .verify import verify_tiles
 
 _WIDEST = 128  # channels of keys: a K x K matrix in float32 has to fit shared memory
 
@@ -19,20 +21,20 @@ _WIDEST = 128  # channels of keys: a K x K matrix in float32 has to fit shared m
 @lru_cache(maxsize=512)
 def chunk_body(form: NormalForm, *, reassociate: bool = False) -> Body:
     """The chunk of `form`, derived; NotLowered outside the lowered classes."""
-    return derive(form, hoist_products=reassociate)
+    return _verified(derive(form, hoist_products=reassociate))
 
 
 @lru_cache(maxsize=512)
 def chunk_adjoint(form: NormalForm, *, reassociate: bool = False) -> Adjoint:
     """The adjoint of the chunk of `form`."""
-    return differentiate(chunk_body(form, reassociate=reassociate))
+    return _verified(differentiate(chunk_body(form, reassociate=reassociate)))
 
 
 @lru_cache(maxsize=512)
 def forward_program(form: NormalForm, plan: Plan, *, segments: bool = False) -> Program:
     """The kernels of the forward under `plan`; `segments`: scans of segments (`transition_of`)."""
     body = factor_body(chunk_body(form, reassociate=plan.reassociate))
-    return plan_forward(body, plan, segments=segments)
+    return _verified_kernels(plan_forward(body, plan, segments=segments))
 
 
 @lru_cache(maxsize=512)
@@ -40,7 +42,21 @@ def backward_program(form: NormalForm, plan: Plan, *, segments: bool = False) ->
     """The kernels of the backward under `plan`; `segments`: scans of segments (`transition_of`)."""
     body = factor_body(chunk_body(form, reassociate=plan.reassociate))
     adjoint = factor_adjoint(chunk_adjoint(form, reassociate=plan.reassociate))
-    return plan_backward(body, adjoint, plan, segments=segments)
+    return _verified_kernels(plan_backward(body, adjoint, plan, segments=segments))
+
+
+def _verified_kernels(program: Program) -> Program:
+    for kernel in program.kernels:
+        verify_tiles(kernel)
+    return program
+
+
+_Part = TypeVar("_Part", Body, Adjoint)
+
+
+def _verified(part: _Part) -> _Part:
+    verify_tiles(part)
+    return part
 
 
 class Transition(Enum):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ..dsl.elementwise import at_zeros
+from ..dsl.errors import InvalidIR
 from ..dsl.ir import Op
 
 
@@ -74,6 +75,9 @@ class TileOp(Enum):
     DECAYED_APPLY = "sum_j A_ij y_jk e^(..), i > j, attrs (I, ..), or sum_i A_ij x_ik .., (J, ..)"
     DECAYED_CROSSING = "sum A_ij x_ik y_jk e^(..) over decays that cross t; (A, x, y, dx, dy, ..)"
 
+
+# ops under a vector gate
+DECAYED = (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY, TileOp.DECAYED_CROSSING)
 
 Attr = str | int | float | bool | None | Op | Which | Axis | Axes
 
@@ -388,15 +392,18 @@ def reduce(x: Tile, axes: Axes) -> Tile:
 
 
 def contract(x: Tile, y: Tile, over: Axis) -> Tile:
-    """sum over one axis of x*y: a matrix product where the axes fit one, a reduction elsewhere."""
+    """sum over one axis of x*y: a matrix product where the axes fit one, a reduction elsewhere.
+
+    Raises InvalidIR for the product of two C x C tiles, for which there is no third time axis.
+    """
     x, y = (t.args[0] if t.op is TileOp.EXPAND and over in t.args[0].axes else t for t in (x, y))
     if _is_neg(x):
         return neg(contract(x.args[0], y, over))
     if _is_neg(y):
         return neg(contract(x, y.args[0], over))
     shared = set(x.axes) & set(y.axes)
-    # rows and columns of a chunk have one name each: the product of two C x C tiles has none
-    assert over not in (Axis.I, Axis.J) or not shared >= {Axis.I, Axis.J}, "no third time axis"
+    if over in (Axis.I, Axis.J) and shared >= {Axis.I, Axis.J}:
+        raise InvalidIR("the product of two C x C tiles, whose rows and columns have one name each")
     if shared == {over} and len(x.axes) == len(y.axes) == 2:
         axes = axes_of(*(a for a in (*x.axes, *y.axes) if a is not over))
         return Tile(TileOp.DOT, (x, y), (over,), axes)

@@ -13,7 +13,7 @@ from .padding import Padding, padding
 from .phases import added_products, extents, phases
 from .plan import Kernel, Loop, sums_over
 from .segments import Segments, Start
-from .tile import Axes, Axis, Tile, TileOp
+from .tile import DECAYED, Axes, Axis, Tile, TileOp
 from .tiled import (
     Advance,
     Arrive,
@@ -32,20 +32,22 @@ from .tiled import (
     Zero,
     is_padded,
 )
+from .verify import verify_tiled
 
 # how the axes of a tile lie, rows first: a scan keeps its state [V, K], split along V
 _SCAN_ORDER = (Axis.V, Axis.I, Axis.J, Axis.K)
 _PARALLEL_ORDER = (Axis.I, Axis.J, Axis.V, Axis.K)
 _TIMES = (Axis.I, Axis.J)
 _NUMBERS = (TileOp.CONST, TileOp.EXTENT)
-_DECAYED = (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY, TileOp.DECAYED_CROSSING)
 _OF_CALL = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM)
 _SOURCES = dict(zip(_OF_CALL, (Source.TOKENS, Source.HEADS, Source.NUMBER), strict=True))
 
 
 def tile(kernel: Kernel, signature: Signature, config: Config) -> TiledKernel:
-    """`kernel`, decided for `signature` under `config`."""
-    return _Tiling(kernel, signature, config).kernel()
+    """`kernel`, decided for `signature` under `config`; InvalidIR for a fault of a pass."""
+    decided = _Tiling(kernel, signature, config).kernel()
+    verify_tiled(decided)
+    return decided
 
 
 class _Tiling:
@@ -196,7 +198,7 @@ class _Tiling:
             (axes,) = t.attrs
             assert isinstance(axes, tuple)
             clean = axes
-        elif t.op in _DECAYED:
+        elif t.op in DECAYED:
             clean = (Axis.K,)
         dtype = Dtype.FLOAT32
         if t.op is TileOp.DECAYED_DOT and self._signature.dtype is Dtype.BFLOAT16:

@@ -14,11 +14,11 @@ from tvm.tirx import Expr
 
 from .. import tile
 from ..chunk import LEAST_DECAY
-from ..tile import Axis, Tile, TileOp
+from ..tile import DECAYED, Axis, Tile, TileOp
 from .code import Index, broadcast, int32, multiply_add, number, ramp
 from .frame import Frame, Shapes
 from .products import block_product, column_blocks, horizontal_sum, transpose
-from .schedule import DECAYED, Action, Region, Schedule
+from .schedule import Action, Region, Schedule
 from .values import Values
 
 # rows of an earlier and of a later half, decayed: room in scratch that such statements share

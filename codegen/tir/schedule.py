@@ -17,10 +17,9 @@ from ...dsl.ir import Op
 from ..buffers import BufferId
 from ..expressions import INLINE, unaliased
 from ..plan import Kernel
-from ..tile import Axes, Axis, Tile, TileOp
+from ..tile import DECAYED, Axes, Axis, Tile, TileOp
 
 POINTWISE = INLINE
-DECAYED = (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY, TileOp.DECAYED_CROSSING)
 NUMBERS = (TileOp.CONST, TileOp.EXTENT, TileOp.PARAM)
 _LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.CARRY)
 _SQUARE: Axes = (Axis.I, Axis.J)
