@@ -22,7 +22,7 @@ import triton
 
 from .codegen.config import Config, Dims, KernelConfig
 from .codegen.interface import Dtype
-from .codegen.programs import Transition, chunk_body, transition_of
+from .codegen.programs import Transition, chunk_program, transition_of
 from .codegen.triton.defaults import default_config
 from .codegen.triton.emit import Emitted, emit
 from .codegen.triton.fit import fit
@@ -60,7 +60,7 @@ class Subject:
     def default(self) -> Config:
         """What the runtime chooses on this target where nothing was tuned."""
         wide = self.dtype is Dtype.FLOAT32
-        config = default_config(chunk_body(self.form), self.dims, wide_dtype=wide)
+        config = default_config(chunk_program(self.form), self.dims, wide_dtype=wide)
         itemsize = 4 if wide else 2
         return fit(self.form, config, self.dims, itemsize, self.target.shared_limit)
 
@@ -198,7 +198,7 @@ def lowered_forms() -> list[NormalForm]:
     for declared in library.all_declarations():
         form = declared.normal_form(2 if declared.has_micro else 1)
         try:
-            chunk_body(form)
+            chunk_program(form)
         except NotLowered:
             continue
         forms.append(form)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..codegen.config import Config, Dims
 from ..codegen.interface import Dtype, Signature
 from ..codegen.plan import Plan, Program, backward_plans, forward_plans
-from ..codegen.programs import backward_program, chunk_body, forward_program
+from ..codegen.programs import backward_program, chunk_program, forward_program
 from ..codegen.triton.defaults import default_config
 from ..codegen.triton.fit import fit
 from ..codegen.triton.offline import signature_for
@@ -43,7 +43,7 @@ def explain_cost(form: NormalForm, dims: Dims, dtype: Dtype, size: Bucket, gpu: 
     segment, parts = in_parts(form, dims, size, gpu.multiprocessors)
     subject = _Subject(form, signature_for(form, dims, dtype, target), gpu, parts, segment > 0)
     wide = dtype is Dtype.FLOAT32
-    config = default_config(chunk_body(form), dims, wide_dtype=wide)
+    config = default_config(chunk_program(form), dims, wide_dtype=wide)
     config = fit(form, config, dims, ITEMSIZE[dtype], gpu.shared_program)
     title = (
         f"predicted on {gpu.name}, for {size.rows} sequences x heads of {size.tokens} tokens, "
@@ -78,7 +78,7 @@ def _kernels(subject: _Subject, config: Config) -> list[str]:
 
 
 def _plans(subject: _Subject, config: Config) -> list[str]:
-    body = chunk_body(subject.form)
+    body = chunk_program(subject.form)
     forward = [(p, _forward(subject, p)) for p in forward_plans(body)]
     backward = [(p, _backward(subject, p)) for p in backward_plans(body)]
     rows = [("direction", "plan", "us")]

@@ -22,7 +22,12 @@ import chunkwise.runtime
 from chunkwise import library
 from chunkwise.codegen.config import Config, Dims, Precision
 from chunkwise.codegen.interface import Dtype, Signature
-from chunkwise.codegen.programs import backward_program, chunk_body, forward_program, transition_of
+from chunkwise.codegen.programs import (
+    backward_program,
+    chunk_program,
+    forward_program,
+    transition_of,
+)
 from chunkwise.codegen.tir.config import TvmConfig
 from chunkwise.codegen.tir.config import default_config as tvm_default
 from chunkwise.codegen.tir.kernel import print_tir
@@ -65,7 +70,7 @@ def of(name: str) -> dict[str, str]:
             token = emit_token(declared.step(micro), signature).source
             found[f"{at} triton token"] = _digest(token)
             try:
-                body = chunk_body(form)
+                body = chunk_program(form)
             except errors.NotLowered:
                 continue
             wide = dtype is Dtype.FLOAT32
