@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from .codegen.config import Config, Dims, KernelConfig
 from .codegen.interface import Dtype
-from .codegen.programs import Transition, chunk_body, transition_of
+from .codegen.programs import Transition, chunk_program, transition_of
 from .codegen.triton.emit import Emitted, emit
 from .codegen.triton.fit import untuned_config
 from .codegen.triton.offline import Job, Outcome, run_jobs, signature_for
@@ -201,7 +201,7 @@ def lowered_forms() -> list[NormalForm]:
     for declared in library.all_declarations():
         form = declared.normal_form(declared.default_micro)
         try:
-            chunk_body(form)
+            chunk_program(form)
         except NotLowered:
             continue
         forms.append(form)

@@ -19,13 +19,13 @@ from .codegen.plan import Plan, Program
 from .codegen.programs import (
     backward_program,
     chunk_adjoint,
-    chunk_body,
+    chunk_program,
     forward_program,
     transition_of,
 )
-from .codegen.text.mathematics import print_adjoint, print_body, print_program
+from .codegen.text.mathematics import print_adjoint, print_chunk, print_program
 from .codegen.text.table import table
-from .codegen.token import token_body
+from .codegen.token import token_program
 from .codegen.triton.emit import emit, emit_token
 from .codegen.triton.fit import H100_SHARED, untuned_config
 from .codegen.triton.kernel import print_triton
@@ -126,13 +126,13 @@ def _token(request: _Request) -> str:
     """The token form, and the Triton kernel printed from it."""
     signature = Signature(request.dims, request.dtype, (), Precision.TF32X3)
     source = emit_token(request.step, signature).source
-    return f"{print_body(token_body(request.step))}\n\n{source}"
+    return f"{print_chunk(token_program(request.step))}\n\n{source}"
 
 
 _STAGES: dict[str, Callable[[_Request], str]] = {
     "step": lambda r: print_step(r.step),
     "normal": lambda r: print_form(r.form),
-    "chunk": lambda r: print_body(chunk_body(r.form)),
+    "chunk": lambda r: print_chunk(chunk_program(r.form)),
     "token": _token,
     "adjoint": lambda r: print_adjoint(chunk_adjoint(r.form)),
     "plan": _plan,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..codegen.config import Config, Dims
 from ..codegen.interface import Dtype, Signature
 from ..codegen.plan import Plan, Program, backward_plans, forward_plans
-from ..codegen.programs import backward_program, chunk_body, forward_program
+from ..codegen.programs import backward_program, chunk_program, forward_program
 from ..codegen.text.table import table
 from ..codegen.triton.fit import untuned_config
 from ..codegen.triton.offline import signature_for
@@ -75,7 +75,7 @@ def _kernels(subject: _Subject, config: Config) -> list[str]:
 
 
 def _plans(subject: _Subject, config: Config) -> list[str]:
-    body = chunk_body(subject.form)
+    body = chunk_program(subject.form)
     forward = [(p, _forward(subject, p)) for p in forward_plans(body)]
     backward = [(p, _backward(subject, p)) for p in backward_plans(body)]
     rows = [("direction", "plan", "us")]

@@ -18,7 +18,7 @@ from ..codegen.config import Config, Dims, KernelConfig, dims_of
 from ..codegen.differentiate import GRADIENT
 from ..codegen.interface import Role, loaded
 from ..codegen.plan import Kernel, Plan, Program, backward_plans, forward_plans
-from ..codegen.programs import backward_program, chunk_body, forward_program
+from ..codegen.programs import backward_program, chunk_program, forward_program
 from ..codegen.triton import offline
 from ..codegen.triton.kernel import STORAGE
 from ..runtime.cache import import_source
@@ -92,10 +92,10 @@ class TritonTunable:
 
     def _add(self, chunk: int) -> None:
         form, segments = self._call.form, self._segment > 0
-        for forward in forward_plans(chunk_body(form)):
+        for forward in forward_plans(chunk_program(form)):
             program = forward_program(form, forward, segments=segments)
             self._plan(_FORWARD, chunk, forward, program)
-        for backward in backward_plans(chunk_body(form)):
+        for backward in backward_plans(chunk_program(form)):
             program = backward_program(form, backward, segments=segments)
             self._plan(_BACKWARD, chunk, backward, program)
 

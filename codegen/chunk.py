@@ -57,8 +57,8 @@ Named = tuple[tuple[BufferId, Tile], ...]  # tiles under the names of buffers th
 
 
 @dataclass(frozen=True, slots=True)
-class Body:
-    """One chunk: its outputs and carries as functions of the operands' tiles and the carry."""
+class ChunkProgram:
+    """One chunk, the body of a scan: outputs and carries as functions of operands and the carry."""
 
     outputs: Named
     carried: tuple[Carried, ...]
@@ -95,7 +95,7 @@ class _Gate:
         return self.exclusive if exclusive else self.inclusive
 
 
-def derive(form: NormalForm, *, hoist_products: bool = False) -> Body:
+def derive(form: NormalForm, *, hoist_products: bool = False) -> ChunkProgram:
     """The chunk of `form`. `hoist_products`: T(x - bS) as Tx - (Tb)S, so that Tb needs no state.
 
     Raises NotLowered for a normal form outside the lowered classes.
@@ -110,7 +110,7 @@ def derive(form: NormalForm, *, hoist_products: bool = False) -> Body:
         (output,) = lower(form, [form.output], masked)
     output = tile.expand(output, tile.axes_of(Axis.I, Axis.V)).named("o")
     carried = tuple(chunks[s.name].carried for s in form.states)
-    return Body(((OUTPUT, output),), carried)
+    return ChunkProgram(((OUTPUT, output),), carried)
 
 
 def _check(form: NormalForm) -> None:

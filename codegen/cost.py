@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import sympy  # type: ignore[import-untyped]
 
 from . import tile
-from .chunk import Body
+from .chunk import ChunkProgram
 from .config import Dims
 from .differentiate import Adjoint
 from .interface import Dtype, intermediate_dtype
@@ -81,7 +81,7 @@ def program_cost(program: Program, dtype: Dtype) -> Cost:
     return total
 
 
-def compulsory_bytes(chunk: Body | Adjoint, dtype: Dtype) -> Expr:
+def compulsory_bytes(chunk: ChunkProgram | Adjoint, dtype: Dtype) -> Expr:
     """The floor under any plan: each operand read once, each output written once."""
     roots = [*(t for _, t in chunk.outputs), *(c.end for c in chunk.carried)]
     operands = [t for t in tile.topological(*roots) if t.op in _OPERANDS]

@@ -1,6 +1,6 @@
 """The backward of a chunk, derived: vector-Jacobian rules for TileIR, and the scan run in reverse.
 
-Reverse the scan over chunks and its body becomes the VJP of the body (math.md, Adjoint): it carries
+Reverse the scan over chunks: its body becomes the VJP of the body (math.md, Adjoint). It carries
 R, the gradient of the state as the chunk ends, and needs S, the state as the chunk began. Rules are
 a table by op. One rule is for a pattern: the solve, a product of (1+L)^-1 and a right-hand side.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..dsl.ir import Op
 from . import tile
 from .buffers import gradient
-from .chunk import Body, Carried, Named
+from .chunk import Carried, ChunkProgram, Named
 from .elementwise import FUNCTIONS, Cotangents, Rule
 from .tile import Axis, Tile, TileOp, Which
 from .vector_gate import decayed_apply, decayed_crossing, gate_of
@@ -32,7 +32,7 @@ class Adjoint:
     saved: tuple[Tile, ...]
 
 
-def differentiate(body: Body) -> Adjoint:
+def differentiate(body: ChunkProgram) -> Adjoint:
     """The adjoint of `body`, with respect to every TOKEN and HEAD leaf and every carry."""
     incoming: dict[Tile, list[Tile]] = {}
     roots = []

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from ..dsl.ir import Op
 from . import tile
-from .chunk import Body, Carried
+from .chunk import Carried, ChunkProgram
 from .differentiate import Adjoint
 from .tile import Axis, Tile, TileOp
 
 
-def factor_body(body: Body) -> Body:
+def factor_chunk(body: ChunkProgram) -> ChunkProgram:
     """`body` with its products factored."""
     done: dict[Tile, Tile] = {}
     outputs = tuple((name, _rewrite(t, done)) for name, t in body.outputs)
-    return Body(outputs, _carried(body.carried, done))
+    return ChunkProgram(outputs, _carried(body.carried, done))
 
 
 def factor_adjoint(adjoint: Adjoint) -> Adjoint:

@@ -20,7 +20,7 @@ from functools import lru_cache
 from ..dsl.ir import Op
 from . import tile
 from .buffers import BufferId, BufferKind
-from .chunk import Body, Carried, Named
+from .chunk import Carried, ChunkProgram, Named
 from .differentiate import Adjoint
 from .segments import Segments, Start, Transitions, segment_transitions
 from .tile import Axis, Tile, TileOp
@@ -133,7 +133,7 @@ class Program:
         return frozenset(stored.difference(self.results, *(k.buffers.values() for k in others)))
 
 
-def forward_plans(body: Body) -> tuple[Plan, ...]:
+def forward_plans(body: ChunkProgram) -> tuple[Plan, ...]:
     """Every legal plan of a forward, the plainest first."""
     tiles = _tiles(body.carried, body.outputs)
     solves = any(t.op is TileOp.INVERSE for t in tiles)
@@ -155,14 +155,14 @@ def forward_plans(body: Body) -> tuple[Plan, ...]:
     return tuple(plans)
 
 
-def backward_plans(body: Body) -> tuple[Plan, ...]:
+def backward_plans(body: ChunkProgram) -> tuple[Plan, ...]:
     """Every legal plan of a backward."""
     plans = [p for p in forward_plans(body) if not p.outputs_in_scan]
     plans += [replace(p, values_apart=True) for p in plans]
     return (*plans, *(replace(p, sums_apart=True) for p in plans))
 
 
-def plan_forward(body: Body, plan: Plan, *, segments: bool = False) -> Program:
+def plan_forward(body: ChunkProgram, plan: Plan, *, segments: bool = False) -> Program:
     """`body` cut into kernels by `plan`; `segments`: its scan too, if it can."""
     build = _Builder("forward", segment_transitions(body.carried) if segments else None)
     carries = frozenset(c.start for c in body.carried)
@@ -178,7 +178,9 @@ def plan_forward(body: Body, plan: Plan, *, segments: bool = False) -> Program:
     return Program(tuple(build.kernels), tuple(name for name, _ in body.outputs))
 
 
-def plan_backward(body: Body, adjoint: Adjoint, plan: Plan, *, segments: bool = False) -> Program:
+def plan_backward(
+    body: ChunkProgram, adjoint: Adjoint, plan: Plan, *, segments: bool = False
+) -> Program:
     """The adjoint cut into kernels: prep, the states again, the reversed scan, all gradients."""
     build = _Builder("backward", segment_transitions(body.carried) if segments else None)
     saved = frozenset(adjoint.saved)

@@ -7,10 +7,10 @@ from functools import lru_cache
 from typing import TypeVar
 
 from ..dsl.normal_form import NormalForm
-from .chunk import Body, derive
+from .chunk import ChunkProgram, derive
 from .config import Dims
 from .differentiate import Adjoint, differentiate
-from .factor import factor_adjoint, factor_body
+from .factor import factor_adjoint, factor_chunk
 from .plan import Plan, Program, plan_backward, plan_forward
 from .segments import segment_transitions
 from .verify import verify_tiles
@@ -19,7 +19,7 @@ _WIDEST = 128  # channels of keys: a K x K matrix in float32 has to fit shared m
 
 
 @lru_cache(maxsize=512)
-def chunk_body(form: NormalForm, *, reassociate: bool = False) -> Body:
+def chunk_program(form: NormalForm, *, reassociate: bool = False) -> ChunkProgram:
     """The chunk of `form`, derived; NotLowered outside the lowered classes."""
     return _verified(derive(form, hoist_products=reassociate))
 
@@ -27,20 +27,20 @@ def chunk_body(form: NormalForm, *, reassociate: bool = False) -> Body:
 @lru_cache(maxsize=512)
 def chunk_adjoint(form: NormalForm, *, reassociate: bool = False) -> Adjoint:
     """The adjoint of the chunk of `form`."""
-    return _verified(differentiate(chunk_body(form, reassociate=reassociate)))
+    return _verified(differentiate(chunk_program(form, reassociate=reassociate)))
 
 
 @lru_cache(maxsize=512)
 def forward_program(form: NormalForm, plan: Plan, *, segments: bool = False) -> Program:
     """The kernels of the forward under `plan`; `segments`: scans of segments (`transition_of`)."""
-    body = factor_body(chunk_body(form, reassociate=plan.reassociate))
+    body = factor_chunk(chunk_program(form, reassociate=plan.reassociate))
     return _verified_kernels(plan_forward(body, plan, segments=segments))
 
 
 @lru_cache(maxsize=512)
 def backward_program(form: NormalForm, plan: Plan, *, segments: bool = False) -> Program:
     """The kernels of the backward under `plan`; `segments`: scans of segments (`transition_of`)."""
-    body = factor_body(chunk_body(form, reassociate=plan.reassociate))
+    body = factor_chunk(chunk_program(form, reassociate=plan.reassociate))
     adjoint = factor_adjoint(chunk_adjoint(form, reassociate=plan.reassociate))
     return _verified_kernels(plan_backward(body, adjoint, plan, segments=segments))
 
@@ -51,7 +51,7 @@ def _verified_kernels(program: Program) -> Program:
     return program
 
 
-_Part = TypeVar("_Part", Body, Adjoint)
+_Part = TypeVar("_Part", ChunkProgram, Adjoint)
 
 
 def _verified(part: _Part) -> _Part:
@@ -69,7 +69,7 @@ class Transition(Enum):
 @lru_cache(maxsize=512)
 def transition_of(form: NormalForm, dims: Dims) -> Transition | None:
     """The transition of states over a segment; None if scans cannot run on segments at once."""
-    found = segment_transitions(factor_body(chunk_body(form)).carried)
+    found = segment_transitions(factor_chunk(chunk_program(form)).carried)
     if found is None:
         return None
     if not any(p is not None and p.matrix for p in found):

@@ -26,10 +26,10 @@ from ..dsl.ir import Kind, Node, Op, Per, topological
 from ..dsl.normal_form import NormalForm, Operand
 from ..dsl.step import Step, operand_leaf, param_leaf, state_leaf
 from . import buffers
-from .chunk import Body, derive
+from .chunk import ChunkProgram, derive
 from .differentiate import GRADIENT, Adjoint, differentiate
 from .evaluate import ZERO, Numbers, Sizes, evaluate, evaluate_step
-from .factor import factor_adjoint, factor_body
+from .factor import factor_adjoint, factor_chunk
 from .lower import kind_axes
 from .tile import Axis, Tile, TileOp
 
@@ -90,7 +90,7 @@ class _Variant:
     """A chunk and its adjoint, as an engine may run them."""
 
     name: str
-    body: Body
+    body: ChunkProgram
     adjoint: Adjoint
 
 
@@ -100,7 +100,7 @@ def _variants(form: NormalForm) -> Iterator[_Variant]:
         adjoint = differentiate(body)
         name = "reassociated" if hoist else "derived"
         yield _Variant(name, body, adjoint)
-        yield _Variant(f"{name} and factored", factor_body(body), factor_adjoint(adjoint))
+        yield _Variant(f"{name} and factored", factor_chunk(body), factor_adjoint(adjoint))
 
 
 # ---------------------------------------------------------------- a point
@@ -365,7 +365,7 @@ class _Chunks:
 
         return evaluate(roots, leaf, sizes)
 
-    def results(self, body: Body) -> _Values:
+    def results(self, body: ChunkProgram) -> _Values:
         """The output and the final states, and keeps the states as each chunk begins."""
         names = [c.name for c in body.carried]
         roots = [*(t for _, t in body.outputs), *(c.end for c in body.carried)]

@@ -13,7 +13,7 @@ from ..dsl.normal_form import Operand
 from ..dsl.step import Step
 from . import tile
 from .buffers import OUTPUT
-from .chunk import Body, Carried
+from .chunk import Carried, ChunkProgram
 from .expressions import unaliased
 from .lower import kind_axes, lower_expression
 from .plan import Kernel, Loop
@@ -27,7 +27,7 @@ def row_names(operand: Operand, micro: int) -> tuple[str, ...]:
     )
 
 
-def token_body(step: Step) -> Body:
+def token_program(step: Step) -> ChunkProgram:
     """`step` on the tiles of one token."""
     operands = {o.name: o for o in step.operands}
     done: dict[Node, Tile] = {}
@@ -43,7 +43,7 @@ def token_body(step: Step) -> Body:
         Carried(tile.carry(s.name, kind_axes(s.kind)), done[n].named(f"{s.name}_next"))
         for s, n in zip(step.states, step.next_states, strict=True)
     )
-    return Body(((OUTPUT, output),), carried)
+    return ChunkProgram(((OUTPUT, output),), carried)
 
 
 def token_kernel(step: Step) -> Kernel:
@@ -52,7 +52,7 @@ def token_kernel(step: Step) -> Kernel:
     Raises:
         NotLowered: a state becomes another one's old value, which kernels overwrite.
     """
-    body = token_body(step)
+    body = token_program(step)
     for c in body.carried:
         if unaliased(c.end).op is TileOp.CARRY and unaliased(c.end) != c.start:
             raise NotLowered(

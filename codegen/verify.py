@@ -12,7 +12,7 @@ from typing import Any
 
 from ..dsl.errors import InvalidIR
 from ..dsl.ir import Op
-from .chunk import Body
+from .chunk import ChunkProgram
 from .differentiate import Adjoint
 from .padding import Padding, padding
 from .plan import Kernel, Loop, sums_over
@@ -42,7 +42,7 @@ _NUMBERS = (TileOp.CONST, TileOp.EXTENT)
 # ---- TileIR --------------------------------------------------------------------------------------
 
 
-def verify_tiles(part: Body | Adjoint | Kernel) -> None:
+def verify_tiles(part: ChunkProgram | Adjoint | Kernel) -> None:
     """Raises InvalidIR unless every tile of a chunk or kernel is one that its op can make."""
     named = part.stores if isinstance(part, Kernel) else part.outputs
     roots = [*(t for _, t in named), *(c.end for c in part.carried)]

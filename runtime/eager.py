@@ -20,7 +20,7 @@ from ..codegen.differentiate import GRADIENT
 from ..codegen.eager import library as eager_library
 from ..codegen.eager.kernel import EagerKernel, print_eager
 from ..codegen.plan import Hoist, Loop, Plan, Program
-from ..codegen.programs import backward_program, chunk_body, forward_program
+from ..codegen.programs import backward_program, chunk_program, forward_program
 from ..codegen.tile import Axes, Axis, Tile, TileOp
 from ..dsl.errors import NotLowered
 from ..dsl.ir import Per
@@ -48,7 +48,7 @@ class _Compiled:
 def supports(call: Call) -> str | None:
     """Why this engine cannot serve the call; None if it can."""
     try:
-        chunk_body(call.form)
+        chunk_program(call.form)
     except NotLowered as refusal:
         return str(refusal)
     return None

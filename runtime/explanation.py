@@ -9,14 +9,14 @@ from .engines import EngineName
 
 def sections(declaration: Declaration) -> dict[str, str]:
     """The sections by name, in order; a step that is not lowered has only its engines."""
-    from ..codegen.programs import chunk_body
+    from ..codegen.programs import chunk_program
     from ..codegen.text.summary import chunk_form, costs
 
     if declaration.any_step:
         return {"engines": _only_reference("it was declared for it")}
     form = declaration.normal_form(declaration.default_micro)
     try:
-        chunk_body(form)
+        chunk_program(form)
     except NotLowered as refusal:
         return {"engines": _only_reference(f"{refusal.headline}: {refusal.why}")}
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chunkwise.codegen.plan import Plan, backward_plans, forward_plans
-from chunkwise.codegen.programs import chunk_body
+from chunkwise.codegen.programs import chunk_program
 from chunkwise.dsl.declaration import Declaration
 from chunkwise.dsl.errors import NotLowered
 from chunkwise.dsl.library import by_name
@@ -25,7 +25,7 @@ CLASSES = (
 def lowered(declaration: Declaration) -> bool:
     """Whether the compiler derives a chunk form for `declaration`."""
     try:
-        chunk_body(declaration.normal_form(declaration.default_micro))
+        chunk_program(declaration.normal_form(declaration.default_micro))
     except NotLowered:
         return False
     return True
@@ -33,7 +33,7 @@ def lowered(declaration: Declaration) -> bool:
 
 def plan_pairs(name: str) -> list[tuple[int, tuple[Plan, Plan]]]:
     """Every plan of each direction, in numbered pairs of a forward and a backward."""
-    body = chunk_body(by_name(name).normal_form())
+    body = chunk_program(by_name(name).normal_form())
     forward, backward = forward_plans(body), backward_plans(body)
     count = max(len(forward), len(backward))
     return [(n, (forward[n % len(forward)], backward[n % len(backward)])) for n in range(count)]

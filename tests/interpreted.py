@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from chunkwise.codegen.config import Config, Dims, KernelConfig
-from chunkwise.codegen.programs import chunk_body
+from chunkwise.codegen.programs import chunk_program
 from chunkwise.codegen.triton.defaults import default_config
 from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime.call import Call
@@ -59,7 +59,7 @@ def hasten() -> None:
 @cache
 def small(form: NormalForm) -> Config:
     """The plans that serve `form` by default, on short chunks and narrow tiles."""
-    default = default_config(chunk_body(form), Dims(16, 16), wide_dtype=True)
+    default = default_config(chunk_program(form), Dims(16, 16), wide_dtype=True)
     return Config(CHUNK, default.forward, default.backward, TILES)
 
 

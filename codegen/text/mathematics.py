@@ -16,7 +16,7 @@ from ...dsl.ir import Op
 from ...dsl.notation import Level, Notation, Text
 from .. import tile
 from ..buffers import BufferId
-from ..chunk import Body, Carried, Named
+from ..chunk import Carried, ChunkProgram, Named
 from ..differentiate import GRADIENT, Adjoint
 from ..expressions import Names, identifier
 from ..plan import Kernel, Loop, Program
@@ -265,7 +265,7 @@ def _leaf_name(t: Tile) -> str:
 # ---- pages ---------------------------------------------------------------------------------------
 
 
-def print_body(body: Body) -> str:
+def print_chunk(body: ChunkProgram) -> str:
     """The chunk of a recurrence: its assignments in order, with their marks."""
     printer = _Printer(body.outputs, body.carried, {})
     lines = printer.lines()

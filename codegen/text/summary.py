@@ -6,16 +6,16 @@ from ...dsl.normal_form import NormalForm
 from ..config import Dims
 from ..interface import Dtype
 from ..plan import Plan, Program
-from ..programs import backward_program, chunk_adjoint, chunk_body, forward_program
+from ..programs import backward_program, chunk_adjoint, chunk_program, forward_program
 from ..triton.defaults import default_config
-from .mathematics import print_body
+from .mathematics import print_chunk
 
 _DIMS = Dims(128, 128)
 
 
 def chunk_form(form: NormalForm) -> str:
     """The chunk as mathematics. Raises NotLowered for a form that has no chunk form yet."""
-    text = print_body(chunk_body(form))
+    text = print_chunk(chunk_program(form))
     return "\n".join(["chunkwise form", *(f"  {line}" for line in text.splitlines())])
 
 
@@ -23,7 +23,7 @@ def costs(form: NormalForm, dims: Dims = _DIMS, dtype: Dtype = Dtype.BFLOAT16) -
     """The kernels of the default plans with FLOPs and bytes per token and value head."""
     from .. import cost  # SymPy takes half a second to import
 
-    config = default_config(chunk_body(form), dims, wide_dtype=dtype is Dtype.FLOAT32)
+    config = default_config(chunk_program(form), dims, wide_dtype=dtype is Dtype.FLOAT32)
     rows = [("", "FLOPs of products", "", "bytes moved", "")]
 
     def number(expression: cost.Expr) -> str:
@@ -47,7 +47,7 @@ def costs(form: NormalForm, dims: Dims = _DIMS, dtype: Dtype = Dtype.BFLOAT16) -
         "forward",
         forward,
         forward_program(form, forward),
-        cost.compulsory_bytes(chunk_body(form), dtype),
+        cost.compulsory_bytes(chunk_program(form), dtype),
     )
     direction(
         "backward",

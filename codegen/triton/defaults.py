@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import tile
-from ..chunk import Body
+from ..chunk import ChunkProgram
 from ..config import Config, Dims, KernelConfig, padded
 from ..plan import Hoist, Kernel, Plan, sums_over
 from ..tile import Axis, TileOp
@@ -23,7 +23,7 @@ class Features:
     solves: bool
 
 
-def features(body: Body) -> Features:
+def features(body: ChunkProgram) -> Features:
     """Read the features off the graph of `body`."""
     tiles = tile.topological(*(c.end for c in body.carried), *(t for _, t in body.outputs))
     ops = {t.op for t in tiles}
@@ -34,7 +34,7 @@ def features(body: Body) -> Features:
     )
 
 
-def default_config(body: Body, dims: Dims, *, wide_dtype: bool) -> Config:
+def default_config(body: ChunkProgram, dims: Dims, *, wide_dtype: bool) -> Config:
     """A configuration that is right everywhere and good on an H100.
 
     `wide_dtype`: products of float32.

@@ -14,7 +14,7 @@ from ...dsl.normal_form import NormalForm
 from ..config import Config, Dims, KernelConfig, padded
 from ..interface import Dtype
 from ..plan import Kernel, Loop
-from ..programs import backward_program, chunk_body, forward_program
+from ..programs import backward_program, chunk_program, forward_program
 from ..tile import Axis, TileOp
 from .defaults import default_config
 
@@ -25,7 +25,7 @@ H100_SHARED = 227 * 1024
 def untuned_config(form: NormalForm, dims: Dims, dtype: Dtype, shared: int) -> Config:
     """The default configuration, fitted to `shared` bytes of shared memory per program."""
     wide = dtype is Dtype.FLOAT32
-    config = default_config(chunk_body(form), dims, wide_dtype=wide)
+    config = default_config(chunk_program(form), dims, wide_dtype=wide)
     return fit(form, config, dims, dtype.itemsize, shared)
 
 

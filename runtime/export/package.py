@@ -18,7 +18,7 @@ import torch
 
 from ...codegen.config import Config, Dims, Precision
 from ...codegen.interface import Dtype, Signature
-from ...codegen.programs import chunk_body
+from ...codegen.programs import chunk_program
 from ...codegen.triton.defaults import default_config
 from ...codegen.triton.emit import emit
 from ...codegen.triton.fit import H100_SHARED, fit
@@ -158,7 +158,7 @@ def _configuration(
 
     def default() -> Config:
         wide = dtype is Dtype.FLOAT32
-        plain = default_config(chunk_body(form), dims, wide_dtype=wide)
+        plain = default_config(chunk_program(form), dims, wide_dtype=wide)
         return fit(form, plain, dims, 4 if wide else 2, shared)
 
     config = serving(Config, key, TRAINING, default)

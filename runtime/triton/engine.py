@@ -17,7 +17,7 @@ from ...codegen.buffers import OUTPUT
 from ...codegen.config import Config, Dims, Precision
 from ...codegen.differentiate import GRADIENT
 from ...codegen.interface import Signature
-from ...codegen.programs import chunk_body
+from ...codegen.programs import chunk_program
 from ...codegen.triton.defaults import default_config
 from ...codegen.triton.emit import Emitted, emit, emit_token
 from ...codegen.triton.fit import H100_SHARED, fit
@@ -71,7 +71,7 @@ def _refusal(
     if interpreted and torch.bfloat16 in dict(dtypes).values():
         return "Triton's interpreter computes bfloat16 products wrongly: use float32 or float16"
     try:
-        chunk_body(form)
+        chunk_program(form)
     except NotLowered as refusal:
         return str(refusal)
     return None
@@ -160,7 +160,7 @@ def configuration(
     form: NormalForm, dims: Dims, dtype: torch.dtype, shared: int = H100_SHARED
 ) -> Config:
     """The configuration for calls of `form`, untuned, where a program has `shared` bytes."""
-    config = default_config(chunk_body(form), dims, wide_dtype=dtype is torch.float32)
+    config = default_config(chunk_program(form), dims, wide_dtype=dtype is torch.float32)
     return fit(form, config, dims, dtype.itemsize, shared)
 
 

@@ -18,7 +18,7 @@ from ...codegen.config import Dims, Precision
 from ...codegen.differentiate import GRADIENT
 from ...codegen.interface import Buffer, Parameter, Role, Signature
 from ...codegen.plan import Loop, Program
-from ...codegen.programs import backward_program, chunk_body, forward_program
+from ...codegen.programs import backward_program, chunk_program, forward_program
 from ...codegen.tir.config import TvmConfig, default_config, spread, token_config
 from ...codegen.tir.kernel import TirKernel, print_tir
 from ...codegen.token import token_kernel
@@ -56,7 +56,7 @@ def supports(call: Call) -> str | None:
     if why is not None:
         return why
     try:
-        chunk_body(call.form)
+        chunk_program(call.form)
     except NotLowered as refusal:
         return str(refusal)
     return None

@@ -13,7 +13,7 @@ from chunkwise.autotune.space import Axis, broken, points, text
 from chunkwise.codegen.config import Dims, KernelConfig
 from chunkwise.codegen.interface import Dtype
 from chunkwise.codegen.plan import Kernel
-from chunkwise.codegen.programs import backward_program, chunk_body, forward_program
+from chunkwise.codegen.programs import backward_program, chunk_program, forward_program
 from chunkwise.codegen.triton.defaults import default_config
 from chunkwise.codegen.triton.offline import signature_for
 from chunkwise.codegen.triton.resources import Target
@@ -26,7 +26,7 @@ TILES = KernelConfig(64, 4, 2, 128)
 
 def kernels(name: str) -> dict[str, Kernel]:
     form = by_name(name).normal_form()
-    config = default_config(chunk_body(form), DIMS, wide_dtype=False)
+    config = default_config(chunk_program(form), DIMS, wide_dtype=False)
     programs = (forward_program(form, config.forward), backward_program(form, config.backward))
     return {k.name: k for p in programs for k in p.kernels}
 

@@ -8,7 +8,7 @@ import chunkwise as cw
 import pytest
 import torch
 from chunkwise.codegen.plan import Plan
-from chunkwise.codegen.programs import backward_program, chunk_body, forward_program
+from chunkwise.codegen.programs import backward_program, chunk_program, forward_program
 from chunkwise.dsl.library import all_declarations
 from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime import eager as eager_engine
@@ -68,7 +68,7 @@ def test_exactly_these_are_refused() -> None:
     refused = {}
     for d in all_declarations():
         try:
-            chunk_body(d.normal_form(d.default_micro))
+            chunk_program(d.normal_form(d.default_micro))
         except cw.errors.NotLowered as refusal:
             refused[d.name] = str(refusal)
     assert refused.keys() == REFUSED.keys()

@@ -17,7 +17,12 @@ from chunkwise.codegen.config import Config, Dims, KernelConfig, Precision
 from chunkwise.codegen.differentiate import GRADIENT
 from chunkwise.codegen.interface import Dtype, Signature, Storage, stored
 from chunkwise.codegen.plan import Hoist, Kernel, Plan, backward_plans, forward_plans
-from chunkwise.codegen.programs import backward_program, chunk_body, forward_program, transition_of
+from chunkwise.codegen.programs import (
+    backward_program,
+    chunk_program,
+    forward_program,
+    transition_of,
+)
 from chunkwise.codegen.tiling import tile
 from chunkwise.codegen.token import row_names, token_kernel
 from chunkwise.dsl.ir import Kind, Per
@@ -157,7 +162,7 @@ def _computed(
 def _check(name: str, sizes: Sizes, plan: int, *, segments: bool = False) -> None:
     op = getattr(library, name)
     declared = op.declaration
-    body = chunk_body(declared.normal_form(sizes.micro if declared.has_micro else 1))
+    body = chunk_program(declared.normal_form(sizes.micro if declared.has_micro else 1))
     plans = forward_plans(body)[plan], backward_plans(body)[plan]
     inputs = make_inputs(op, sizes)
     with np.errstate(divide="ignore", invalid="ignore"):  # in padding, which is cleaned

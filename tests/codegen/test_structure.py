@@ -17,7 +17,12 @@ from chunkwise.codegen.chunk import Carried
 from chunkwise.codegen.config import Config, Dims, KernelConfig, Precision
 from chunkwise.codegen.interface import Dtype, Signature
 from chunkwise.codegen.plan import Hoist, Loop, Plan, Program
-from chunkwise.codegen.programs import backward_program, chunk_adjoint, chunk_body, forward_program
+from chunkwise.codegen.programs import (
+    backward_program,
+    chunk_adjoint,
+    chunk_program,
+    forward_program,
+)
 from chunkwise.codegen.tile import Axis, Tile, TileOp
 from chunkwise.codegen.triton.emit import emit
 from chunkwise.dsl.library import all_declarations, by_name
@@ -119,7 +124,7 @@ def test_the_gradient_of_the_solve_is_folded(name: str) -> None:
 def test_products_of_the_gated_delta_rule() -> None:
     """As many as by hand: 7 of the forward; of the backward what math.md's adjoint lists."""
     form = by_name("gated_delta_rule").normal_form()
-    body, adjoint = chunk_body(form), chunk_adjoint(form)
+    body, adjoint = chunk_program(form), chunk_adjoint(form)
     # scores twice, X, U, the next state, and two parts of the output
     assert len(_products(_roots(body.outputs, body.carried))) == 7
     # recomputed: 2 scores, X, U; dU 2, dX, R' 2, dA, dL, dQ 2, dK 2 + 3 of the two scores
@@ -148,7 +153,7 @@ def test_the_serial_products_of_the_reversed_scan() -> None:
 
 def test_an_additive_rule_has_no_product_of_scores_in_its_scan() -> None:
     """The next state of a sum needs nothing but the sum of what is written."""
-    body = chunk_body(by_name("linear_attention").normal_form())
+    body = chunk_program(by_name("linear_attention").normal_form())
     (carry,) = body.carried
     assert _products([carry.end]) == [("ik", "iv", "kv")]
 

@@ -11,9 +11,9 @@ from typing import Any
 import chunkwise as cw
 import pytest
 import torch
-from chunkwise.codegen.text.mathematics import print_body
+from chunkwise.codegen.text.mathematics import print_chunk
 from chunkwise.codegen.tile import Axis, TileOp, topological
-from chunkwise.codegen.token import token_body
+from chunkwise.codegen.token import token_program
 from chunkwise.dsl.library import all_declarations
 from chunkwise.runtime.call import bind
 from chunkwise.runtime.triton import engine as triton_engine
@@ -98,11 +98,11 @@ def test_random_calls() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_no_tile_has_a_time_axis_and_sums_read_the_state_as_it_came(name: str) -> None:
     declaration = getattr(cw.library, name).declaration
-    body = token_body(declaration.step(declaration.default_micro))
+    body = token_program(declaration.step(declaration.default_micro))
     tiles = topological(*(t for _, t in body.outputs), *(c.end for c in body.carried))
     assert not any(a in t.axes for t in tiles for a in (Axis.I, Axis.J))
     for t in tiles:
         wide = [a for a in t.args if len(a.axes) == 2]
         if t.op is TileOp.SUM and wide:
             states = [x for x in topological(*wide) if len(x.axes) == 2 and x not in wide]
-            assert [x.op for x in states] == [TileOp.CARRY], print_body(body)
+            assert [x.op for x in states] == [TileOp.CARRY], print_chunk(body)

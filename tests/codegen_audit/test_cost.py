@@ -11,7 +11,12 @@ from chunkwise.codegen.eager import library as eager_library
 from chunkwise.codegen.eager.kernel import print_eager
 from chunkwise.codegen.interface import Dtype
 from chunkwise.codegen.plan import Hoist, Plan
-from chunkwise.codegen.programs import backward_program, chunk_adjoint, chunk_body, forward_program
+from chunkwise.codegen.programs import (
+    backward_program,
+    chunk_adjoint,
+    chunk_program,
+    forward_program,
+)
 from chunkwise.codegen.tile import Axis
 from chunkwise.dsl.normal_form import NormalForm
 from torch.utils.flop_counter import FlopCounterMode
@@ -61,7 +66,7 @@ def test_products_are_what_torch_counts(name: str, plan: Plan) -> None:
     ],
 )
 def test_compulsory_bytes(name: str, dtype: Dtype, forward: int) -> None:
-    floor = cost.compulsory_bytes(chunk_body(_form(name)), dtype)
+    floor = cost.compulsory_bytes(chunk_program(_form(name)), dtype)
     assert cost.evaluate(floor, 64, Dims(128, 128)) == forward
 
 
@@ -70,7 +75,7 @@ def test_no_plan_moves_less_than_the_floor() -> None:
     dims = Dims(128, 128)
     form = _form("linear_attention")
     one_pass = forward_program(form, Plan(Hoist.NOTHING, outputs_in_scan=True))
-    floor = cost.compulsory_bytes(chunk_body(form), Dtype.BFLOAT16)
+    floor = cost.compulsory_bytes(chunk_program(form), Dtype.BFLOAT16)
     assert cost.program_cost(one_pass, Dtype.BFLOAT16).moved == floor
     for name in ("gated_delta_rule", "kda"):
         form = _form(name)

@@ -8,8 +8,13 @@ import pytest
 import torch
 from chunkwise import library
 from chunkwise.codegen.config import Dims
-from chunkwise.codegen.programs import backward_program, chunk_adjoint, chunk_body, forward_program
-from chunkwise.codegen.text.mathematics import print_adjoint, print_body, print_program
+from chunkwise.codegen.programs import (
+    backward_program,
+    chunk_adjoint,
+    chunk_program,
+    forward_program,
+)
+from chunkwise.codegen.text.mathematics import print_adjoint, print_chunk, print_program
 from chunkwise.codegen.triton.defaults import default_config
 from chunkwise.dsl import oracle
 from chunkwise.dsl.ir import Per
@@ -59,7 +64,7 @@ def test_printed_chunk_is_the_recurrence(name: str) -> None:
 
         form = op.declaration.normal_form()
         leaves = _leaves(name, inputs)
-        got = evaluate(print_body(chunk_body(form)), leaves, _SIZES.T)
+        got = evaluate(print_chunk(chunk_program(form)), leaves, _SIZES.T)
         _close(got["o"], o[0, :, 0].detach())
         for state, final in zip(form.states, finals, strict=True):
             _close(got[f"{state.name}_next"], final[0, 0].detach())
@@ -79,7 +84,7 @@ def test_printed_chunk_is_the_recurrence(name: str) -> None:
 
 def test_marks_say_what_may_leave_the_scan() -> None:
     """worked example: T without the state, U in the scan, o after it."""
-    page = print_body(chunk_body(library.gated_delta_rule.declaration.normal_form()))
+    page = print_chunk(chunk_program(library.gated_delta_rule.declaration.normal_form()))
     marks = {line.split("[")[0].strip(): line for line in page.splitlines() if " = " in line}
     assert "[n]" in marks["T"]
     assert "[s]" not in marks["T"]
@@ -93,7 +98,7 @@ def test_marks_say_what_may_leave_the_scan() -> None:
 @pytest.mark.parametrize("name", _NAMES)
 def test_every_kernel_prints_what_it_stores(name: str) -> None:
     form = getattr(library, name).declaration.normal_form()
-    config = default_config(chunk_body(form), Dims(64, 64), wide_dtype=False)
+    config = default_config(chunk_program(form), Dims(64, 64), wide_dtype=False)
     for program in (forward_program(form, config.forward), backward_program(form, config.backward)):
         page = print_program(program)
         for kernel in program.kernels:
