@@ -11,7 +11,7 @@ transform of the delta rule):
 The first summand of a read is inter-chunk, the second intra-chunk. P is G where the decayed state
 is read, and the exclusive prefix where the state is read before its decay.
 
-Several micro-steps refine time: a row is one micro-step of a token, the state passes through all of
+Several micro-steps expand time: a row is one micro-step of a token, the state passes through all of
 them, and the output is read in the last row of each token. A term that only some micro-steps have
 (a decay, say) is zero in the rows of the others.
 """
@@ -205,7 +205,7 @@ class _StateChunk:
         self._gate = self._prefixes([u.log_decay for u in updates])
         # the n-th write of every micro-step is one write of rows
         writes = list(zip(*(u.writes for u in updates), strict=True))
-        self._keys = [tile.rows(self._refined([w.key for w in ws])).named("w") for ws in writes]
+        self._keys = [tile.rows(self._in_rows([w.key for w in ws])).named("w") for ws in writes]
         self._written = self._solve(writes)
         self.carried = Carried(self._start, self._next())
 
@@ -213,7 +213,7 @@ class _StateChunk:
         (result,) = lower(self._form, [node], {})
         return result
 
-    def _refined(
+    def _in_rows(
         self, nodes: Sequence[Node | None], bound: Callable[[Tile], Tile] = lambda x: x
     ) -> Tile:
         """The expressions of the micro-steps, one each (None: 0), as one tile of rows."""
@@ -227,7 +227,7 @@ class _StateChunk:
     def _prefixes(self, log_decays: list[Node | None]) -> _Gate:
         if all(n is None for n in log_decays):
             return _Gate(None, None, None, None, None)
-        g = tile.rows(self._refined(log_decays, _bounded)).named("g")
+        g = tile.rows(self._in_rows(log_decays, _bounded)).named("g")
         return _Gate(
             log_decay=g,
             inclusive=tile.cumsum(g).named("G"),
@@ -240,7 +240,7 @@ class _StateChunk:
         if all(n is None for n in nodes):
             return None
         axes = (Axis.V,) if self._kind is Kind.STATE else ()
-        return tile.rows(tile.expand(self._refined(nodes), tile.axes_of(Axis.I, *axes)))
+        return tile.rows(tile.expand(self._in_rows(nodes), tile.axes_of(Axis.I, *axes)))
 
     def _scores(self, x: Tile, key: Tile, which: Which, *, exclusive: bool) -> Tile:
         """<x_i, key_j> decayed from j to i, for j < i (STRICT) or j <= i (LOWER)."""
@@ -284,9 +284,9 @@ class _StateChunk:
         return written
 
     def _solved(self, corrections: list[Correction], values: list[Tile | None], at: int) -> Tile:
-        b = tile.rows(self._refined([f.key for f in corrections])).named("b")
+        b = tile.rows(self._in_rows([f.key for f in corrections])).named("b")
         # a scale that divides by a norm is NaN beyond the end of a sequence
-        scale = tile.rows(self._refined([f.scale for f in corrections]))
+        scale = tile.rows(self._in_rows([f.scale for f in corrections]))
         exclusive = not corrections[0].decayed
         free = [] if values[at] is None else [values[at]]
         for n, (key, value) in enumerate(zip(self._keys, values, strict=True)):

@@ -315,7 +315,7 @@ def rows(x: Tile) -> Tile:
 
 
 def phase(x: Tile, micro_step: int, count: int) -> Tile:
-    """`x` in the rows of one micro-step; rows are tokens refined `count`-fold."""
+    """`x` in the rows of one micro-step; each token is expanded to `count` rows."""
     if x.op is TileOp.EXPAND:
         return expand(phase(x.args[0], micro_step, count), x.axes)
     return Tile(TileOp.PHASE, (x,), (micro_step, count), axes_of(Axis.I, *x.axes), x.hint)

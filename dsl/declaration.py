@@ -10,7 +10,7 @@ from .ir import Loc
 from .normal_form import NormalForm, Operand, Param, StateDecl
 from .normalise import normalise
 from .step import Step
-from .trace import Signature, read_signature, trace, where
+from .trace import StepSignature, read_signature, trace, where
 
 
 class Declaration:
@@ -26,7 +26,7 @@ class Declaration:
         self.doc: str = inspect.getdoc(function) or ""
         self.source_location: Loc | None = where(function)
         self.any_step = any_step
-        self._signature: Signature = read_signature(function)
+        self._signature: StepSignature = read_signature(function)
         self._statics = dict(sorted(dict(self._signature.statics).items()))
         self._trace = lru_cache(maxsize=None)(self._trace_once)
         self._normalise = lru_cache(maxsize=None)(self._normalise_once)

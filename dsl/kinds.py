@@ -13,7 +13,7 @@ from .traced import Traced
 
 
 @dataclass(frozen=True, slots=True)
-class Role:
+class KindAnnotation:
     """The meaning of an annotation: the kind of the value and how often it changes."""
 
     name: str
@@ -22,21 +22,21 @@ class Role:
     micro: bool = False
 
 
-Key = Annotated[Traced, Role("Key", Kind.KEY, Per.TOKEN)]
+Key = Annotated[Traced, KindAnnotation("Key", Kind.KEY, Per.TOKEN)]
 """Per token, K channels: `[B,T,H,K]`, or `[B,T,HV,K]` when it belongs to the value heads."""
-Value = Annotated[Traced, Role("Value", Kind.VALUE, Per.TOKEN)]
+Value = Annotated[Traced, KindAnnotation("Value", Kind.VALUE, Per.TOKEN)]
 """Per token, V channels: `[B,T,HV,V]`."""
-Scalar = Annotated[Traced, Role("Scalar", Kind.SCALAR, Per.TOKEN)]
+Scalar = Annotated[Traced, KindAnnotation("Scalar", Kind.SCALAR, Per.TOKEN)]
 """Per token, one number: `[B,T,HV]`."""
-HeadScalar = Annotated[Traced, Role("HeadScalar", Kind.SCALAR, Per.HEAD)]
+HeadScalar = Annotated[Traced, KindAnnotation("HeadScalar", Kind.SCALAR, Per.HEAD)]
 """Per head, one number: `[HV]`."""
-HeadKey = Annotated[Traced, Role("HeadKey", Kind.KEY, Per.HEAD)]
+HeadKey = Annotated[Traced, KindAnnotation("HeadKey", Kind.KEY, Per.HEAD)]
 """Per head, K channels: `[HV,K]`."""
-HeadValue = Annotated[Traced, Role("HeadValue", Kind.VALUE, Per.HEAD)]
+HeadValue = Annotated[Traced, KindAnnotation("HeadValue", Kind.VALUE, Per.HEAD)]
 """Per head, V channels: `[HV,V]`."""
-State = Annotated[Traced, Role("State", Kind.STATE, Per.TOKEN)]
+State = Annotated[Traced, KindAnnotation("State", Kind.STATE, Per.TOKEN)]
 """The carried matrix: `[N,HV,K,V]`."""
-KeyState = Annotated[Traced, Role("KeyState", Kind.KEY_STATE, Per.TOKEN)]
+KeyState = Annotated[Traced, KindAnnotation("KeyState", Kind.KEY_STATE, Per.TOKEN)]
 """A carried vector: `[N,HV,K]`."""
 
 _ALIASES = {
@@ -51,16 +51,16 @@ _ALIASES = {
 }
 
 
-def role_of(annotation: object) -> Role | None:
-    """The role that an annotation states; `tuple[Key, ...]` is a Key per micro-step."""
+def kind_annotation(annotation: object) -> KindAnnotation | None:
+    """The kind that a type hint states; `tuple[Key, ...]` is a Key per micro-step."""
     if typing.get_origin(annotation) is tuple:
         inner = typing.get_args(annotation)
-        role = role_of(inner[0]) if len(inner) == 2 and inner[1] is Ellipsis else None
-        if role is None or role.micro or role.kind.is_state or role.per is Per.HEAD:
+        found = kind_annotation(inner[0]) if len(inner) == 2 and inner[1] is Ellipsis else None
+        if found is None or found.micro or found.kind.is_state or found.per is Per.HEAD:
             return None
-        return Role(f"tuple[{role.name}, ...]", role.kind, role.per, micro=True)
+        return KindAnnotation(f"tuple[{found.name}, ...]", found.kind, found.per, micro=True)
     for extra in getattr(annotation, "__metadata__", ()):
-        if isinstance(extra, Role):
+        if isinstance(extra, KindAnnotation):
             return extra
     return None
 

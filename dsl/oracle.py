@@ -25,7 +25,7 @@ _CHECKPOINT_ABOVE = 64  # tokens; below, autograd's own tape is smaller than the
 
 
 @dataclass(frozen=True, slots=True)
-class Dims:
+class CallDims:
     """Sizes of a call: batch, tokens, value heads, key and value channels, micro-steps."""
 
     batch: int
@@ -104,7 +104,7 @@ def dims_of(
     operands: Mapping[str, Tensor],
     states: Sequence[StateDecl] = (),
     initial: Sequence[Tensor | None] | None = None,
-) -> Dims:
+) -> CallDims:
     """Sizes from the operands' shapes (layouts: `dsl.kinds`). Raises MissingOperand, BadShape."""
     batch, tokens, heads, key, value, micro = 1, -1, 1, 1, 1, 1
     for o in declared:
@@ -129,7 +129,7 @@ def dims_of(
             value = x.shape[3] if s.kind is Kind.STATE else value
     if tokens < 0:
         raise errors.MissingOperand("a per-token operand", "Key, Value or Scalar", "[B,T,H,…]")
-    return Dims(batch, tokens, heads, key, value, micro)
+    return CallDims(batch, tokens, heads, key, value, micro)
 
 
 def _leaves(
@@ -137,7 +137,7 @@ def _leaves(
     operands: Mapping[str, Tensor],
     params: Mapping[str, float | Tensor],
     form: Step | NormalForm,
-    dims: Dims,
+    dims: CallDims,
     dtype: torch.dtype,
 ) -> _Env:
     """Operands as `[B,T,HV,…]` in `dtype`, Keys repeated to the value heads."""
@@ -165,7 +165,7 @@ def _leaves(
     return env
 
 
-def _zero_state(state: StateDecl, count: int, dims: Dims, like: Tensor) -> Tensor:
+def _zero_state(state: StateDecl, count: int, dims: CallDims, like: Tensor) -> Tensor:
     shape = [count, dims.heads, dims.key]
     return like.new_zeros([*shape, dims.value] if state.kind is Kind.STATE else shape)
 

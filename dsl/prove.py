@@ -287,8 +287,8 @@ def _agree(form: NormalForm, what: str, ours: _Expr, theirs: _Expr) -> None:
 
 class _Chunk:
     """One state over a chunk, by math.md (3) to (6): every write of every token is one row of one
-    triangular system. With n micro-steps time is refined n-fold. A transposed form is the same with
-    the state transposed: its rows are the axis that decays and is recalled."""
+    triangular system, with n micro-steps of n rows a token. A transposed form is the same with the
+    state transposed: its rows are the axis that decays and is recalled."""
 
     def __init__(
         self,

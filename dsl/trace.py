@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from . import errors
 from . import step as step_ir
 from .ir import Loc, Node, Op, topological
-from .kinds import annotations_of, role_of
+from .kinds import annotations_of, kind_annotation
 from .normal_form import Operand, Param, StateDecl
 from .source import definition, last_return
 from .step import Step
@@ -18,7 +18,7 @@ from .traced import KIND_NAMES, Traced
 
 
 @dataclass(frozen=True, slots=True)
-class Signature:
+class StepSignature:
     """The parameters of a step, by kind. `statics`: int and bool keywords with their defaults."""
 
     operands: tuple[Operand, ...]
@@ -28,7 +28,7 @@ class Signature:
     keyword_only: frozenset[str]
 
 
-def read_signature(function: Callable[..., object]) -> Signature:
+def read_signature(function: Callable[..., object]) -> StepSignature:
     """The declared operands, states and numbers, in order.
 
     Raises MissingAnnotation, BadAnnotation, NoState.
@@ -56,14 +56,14 @@ def read_signature(function: Callable[..., object]) -> Signature:
         hint, default = hints[name], parameter.default
         if parameter.kind is parameter.KEYWORD_ONLY:
             keyword_only.add(name)
-        role = role_of(hint)
-        if role is not None:
+        annotation = kind_annotation(hint)
+        if annotation is not None:
             if default is not parameter.empty:
-                raise errors.BadAnnotation(name, f"{role.name} with a default", "", loc)
-            if role.kind.is_state:
-                states.append(StateDecl(name, role.kind))
+                raise errors.BadAnnotation(name, f"{annotation.name} with a default", "", loc)
+            if annotation.kind.is_state:
+                states.append(StateDecl(name, annotation.kind))
             else:
-                operands.append(Operand(name, role.kind, role.per, role.micro))
+                operands.append(Operand(name, annotation.kind, annotation.per, annotation.micro))
         elif hint in (float, int, bool):
             if parameter.kind is not parameter.KEYWORD_ONLY:
                 raise errors.BadAnnotation(
@@ -82,7 +82,7 @@ def read_signature(function: Callable[..., object]) -> Signature:
             raise errors.BadAnnotation(name, _spelled(hint), "", loc)
     if not states:
         raise errors.NoState(function.__name__, where(function))
-    return Signature(
+    return StepSignature(
         tuple(operands), tuple(params), tuple(states), tuple(statics), frozenset(keyword_only)
     )
 
@@ -145,7 +145,7 @@ def _return_line(function: Callable[..., object]) -> Loc | None:
 
 
 def _unpack(
-    result: object, function: Callable[..., object], signature: Signature
+    result: object, function: Callable[..., object], signature: StepSignature
 ) -> tuple[tuple[Node, ...], Node]:
     loc = _return_line(function)
     states = signature.states

@@ -18,14 +18,14 @@ from ..tile import DECAYED, Axis, Tile, TileOp
 from .code import Index, broadcast, int32, multiply_add, number, ramp
 from .frame import Frame, Shapes
 from .products import block_product, column_blocks, horizontal_sum, transpose
-from .schedule import Action, Region, Schedule
+from .schedule import Action, ChunkSchedule, Region
 from .values import Values
 
 # rows of an earlier and of a later half, decayed: room in scratch that such statements share
 EARLY, LATE = tile.token("early half", (Axis.K,)), tile.token("late half", (Axis.K,))
 
 
-def rooms(schedule: Schedule, shapes: Shapes) -> dict[Region, int]:
+def rooms(schedule: ChunkSchedule, shapes: Shapes) -> dict[Region, int]:
     """The scratch that such statements need, in numbers: halves, and the decays of each gate."""
     decayed = _computed(schedule)
     found: dict[Region, int] = {}
@@ -42,7 +42,7 @@ def rooms(schedule: Schedule, shapes: Shapes) -> dict[Region, int]:
     return found
 
 
-def _computed(schedule: Schedule) -> list[Tile]:
+def _computed(schedule: ChunkSchedule) -> list[Tile]:
     """The statements of this module, in order; tiles of other kernels are loaded like any tile."""
     computed = (s.tile for s in schedule.steps if s.action is Action.COMPUTE)
     return [t for t in computed if t.op in DECAYED]

@@ -11,7 +11,7 @@ from ..config import Dims
 from ..tile import Axes, Axis, Tile
 from .code import Code, Index, int32, int64, load
 from .config import TvmConfig
-from .schedule import Region, Schedule
+from .schedule import ChunkSchedule, Region
 
 LINE = 16  # float32 numbers in a line of cache
 
@@ -67,7 +67,7 @@ class Shapes:
 
 
 def allocate(
-    schedule: Schedule, carried: Iterable[Tile], shapes: Shapes
+    schedule: ChunkSchedule, carried: Iterable[Tile], shapes: Shapes
 ) -> tuple[dict[Region, Place], int]:
     """A place for each region, and how many numbers there are in all.
 
@@ -170,7 +170,7 @@ class Frame:
 
     code: Code
     shapes: Shapes
-    schedule: Schedule
+    schedule: ChunkSchedule
     places: Mapping[Region, Place]
     scratch: Buffer
     valid: Expr

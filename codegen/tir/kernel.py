@@ -30,7 +30,7 @@ from .frame import LINE, Ahead, Frame, Rows, Shapes, allocate, placed
 from .products import transpose
 from .schedule import Action, Region, Step, schedule
 from .steps import compute
-from .transfer import STORAGE, Transfers, Work
+from .transfer import STORAGE, Transfers, WorkItem
 from .values import Values
 
 # columns of the tables of work, a row per sequence and per chunk, in int64
@@ -209,10 +209,10 @@ class _Printer:
         width = len((SEQUENCE, CHUNK)[table])
         return tirx.BufferLoad(self._flat_tables[table], [row * width + column])
 
-    def _work(self, sequence: Expr, head: Expr, value: Expr, chunk: Expr) -> Work:
+    def _work(self, sequence: Expr, head: Expr, value: Expr, chunk: Expr) -> WorkItem:
         bind = self._code.bind
         start = bind("start", chunk * self._shapes.chunk)
-        return Work(
+        return WorkItem(
             heads=self._heads,
             head=head,
             batch=bind("batch", self._table(0, sequence, 0)),
@@ -231,7 +231,7 @@ class _Printer:
             self._numbers, ahead, self._outside,
         )  # fmt: skip
 
-    def _ahead(self, work: Work) -> dict[Tile, list[Ahead]]:
+    def _ahead(self, work: WorkItem) -> dict[Tile, list[Ahead]]:
         """Rows that products prefetch: operands of the next chunk, and this chunk's results early.
 
         Products of a row per token share them evenly; a result's own or one before it asks for it.
@@ -279,7 +279,7 @@ class _Printer:
             if unaliased(c.end) not in kept and Region(c.start) not in self._outside:
                 _assign(frame, c.start, c.end)
 
-    def _step(self, frame: Frame, step: Step, work: Work) -> None:
+    def _step(self, frame: Frame, step: Step, work: WorkItem) -> None:
         if step.action is Action.LOAD:
             self._transfers.load(frame, step.tile, work, self._kernel.buffers.get(step.tile))
         elif step.name is not None:

@@ -65,7 +65,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
+class ChunkSchedule:
     """The steps of one chunk.
 
     Attributes:
@@ -104,7 +104,7 @@ class Schedule:
         return list(found)
 
 
-def schedule(kernel: Kernel) -> Schedule:
+def schedule(kernel: Kernel) -> ChunkSchedule:
     """The steps of one chunk of `kernel`."""
     return _Scheduler(kernel).schedule()
 
@@ -157,7 +157,7 @@ class _Scheduler:
         self._fused = frozenset(f for t in kept for f in self._fusing(t))
         self._kept = frozenset(kept) - self._fused
 
-    def schedule(self) -> Schedule:
+    def schedule(self) -> ChunkSchedule:
         in_place = {e: s for e, s in self._ends.items() if self._overwrites(e)}
         half: set[Tile] = set()
         for t in reversed(self._order):
@@ -166,7 +166,7 @@ class _Scheduler:
                 square = False  # entries above the diagonal count
             if square and t not in self._results and self._only_below(t, half):
                 half.add(t)
-        return Schedule(
+        return ChunkSchedule(
             steps=self._steps(in_place),
             regions=self._kept.union(t for t in self._order if self._leaf(t)),
             fused=self._fused,

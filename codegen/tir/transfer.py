@@ -30,7 +30,7 @@ _PREFIX = {Role.INITIAL: "first_", Role.FINAL: "last_"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Work:
+class WorkItem:
     """The part of a call that an iteration works on: numbers in int64.
 
     Attributes:
@@ -120,11 +120,11 @@ class Transfers:
 
     # ---- leaves and results --------------------------------------------------------------------
 
-    def load(self, frame: Frame, t: Tile, work: Work, buffer: BufferId | None) -> None:
+    def load(self, frame: Frame, t: Tile, work: WorkItem, buffer: BufferId | None) -> None:
         """Bring a leaf into scratch; rows beyond the sequence's end become zero."""
         _copy_in(frame, t, self.source(t, work, buffer))
 
-    def store(self, frame: Frame, t: Tile, work: Work, buffer: BufferId) -> None:
+    def store(self, frame: Frame, t: Tile, work: WorkItem, buffer: BufferId) -> None:
         """Write a tile to its buffer; rows beyond the sequence's end are left alone."""
         rows = self.buffer(buffer, t, work)
         if work.split and Axis.V not in t.axes:
@@ -133,7 +133,7 @@ class Transfers:
         else:
             _copy_out(frame, t, rows)
 
-    def first_carry(self, frame: Frame, start: Tile, work: Work, sequence: Expr) -> None:
+    def first_carry(self, frame: Frame, start: Tile, work: WorkItem, sequence: Expr) -> None:
         """The initial state, where the call gives one (its tensor is not empty), else zero."""
         state = self.state(Role.INITIAL, start, work, sequence)
         (given,) = (x.shape[0] for p, x in self.tensors.items() if x.flat.same_as(state.buffer))
@@ -141,7 +141,7 @@ class Transfers:
         with frame.code.when(given > int64(0)):
             _copy_in(frame, start, state)
 
-    def last_carry(self, frame: Frame, start: Tile, work: Work, sequence: Expr) -> None:
+    def last_carry(self, frame: Frame, start: Tile, work: WorkItem, sequence: Expr) -> None:
         """The final state."""
         state = self.state(Role.FINAL, start, work, sequence)
         if work.split and Axis.V not in start.axes:
@@ -152,7 +152,7 @@ class Transfers:
 
     # ---- where they lie ------------------------------------------------------------------------
 
-    def source(self, t: Tile, work: Work, buffer: BufferId | None) -> Rows:
+    def source(self, t: Tile, work: WorkItem, buffer: BufferId | None) -> Rows:
         """Rows of a leaf: of a buffer, or of an operand."""
         if buffer is not None:
             return self.buffer(buffer, t, work)
@@ -163,7 +163,7 @@ class Transfers:
         sizes = {Axis.K: dims.K, Axis.V: dims.V}
         return tuple(sizes[a] for a in t.axes if a in sizes)
 
-    def _per_token(self, t: Tile, work: Work) -> Rows:
+    def _per_token(self, t: Tile, work: WorkItem) -> Rows:
         name = str(t.attrs[0])
         outer = 3 if self._has_time else 2  # batches, tokens, heads
         shape = ((None,) * outer) + self._channels(t)
@@ -175,14 +175,14 @@ class Transfers:
         first = work.batch * per_batch + work.row * per_token + head * per_head
         return Rows(x.flat, first + _value_offset(t, work), per_token)
 
-    def _per_head(self, t: Tile, work: Work) -> Rows:
+    def _per_head(self, t: Tile, work: WorkItem) -> Rows:
         name = str(t.attrs[0])
         shape = (self._heads, *self._channels(t))
         dtype = self._signature.of(name).value
         x = self.tensor(Role.OPERAND, name, shape, dtype=dtype, strided=len(shape))
         return Rows(x.flat, work.head * x.strides[0] + _value_offset(t, work), int64(0))
 
-    def buffer(self, name: BufferId, t: Tile, work: Work) -> Rows:
+    def buffer(self, name: BufferId, t: Tile, work: WorkItem) -> Rows:
         """Rows of a buffer."""
         own = buffer_of(name, t, self._signature, STORAGE)
         times, dtype = "T" in own.shape, own.dtype.value
@@ -199,7 +199,7 @@ class Transfers:
         stride = between if times else int64(self._signature.dims.V)
         return Rows(x.flat, at * size + _value_offset(t, work), stride)
 
-    def state(self, role: Role, start: Tile, work: Work, sequence: Expr) -> Rows:
+    def state(self, role: Role, start: Tile, work: WorkItem, sequence: Expr) -> Rows:
         """The first or the last value of a carry."""
         sizes = self._channels(start)
         x = self.tensor(role, str(start.attrs[0]), (None, self._heads, *sizes))
@@ -209,7 +209,7 @@ class Transfers:
         return Rows(x.flat, at + _value_offset(start, work), int64(self._signature.dims.V))
 
 
-def _value_offset(t: Tile, work: Work) -> Expr:
+def _value_offset(t: Tile, work: WorkItem) -> Expr:
     return work.value if Axis.V in t.axes else int64(0)
 
 

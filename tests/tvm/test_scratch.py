@@ -12,12 +12,12 @@ from chunkwise.codegen.tile import Tile
 from chunkwise.codegen.tir import kernel as print_tir
 from chunkwise.codegen.tir.config import default_config
 from chunkwise.codegen.tir.frame import Place, Shapes, allocate
-from chunkwise.codegen.tir.schedule import Region, Schedule
+from chunkwise.codegen.tir.schedule import ChunkSchedule, Region
 from chunkwise.dsl.library import by_name
 
 
 def _checked(
-    schedule: Schedule, carried: Iterable[Tile], shapes: Shapes
+    schedule: ChunkSchedule, carried: Iterable[Tile], shapes: Shapes
 ) -> tuple[dict[Region, Place], int]:
     starts = list(carried)
     places, top = allocate(schedule, starts, shapes)
