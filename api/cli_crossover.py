@@ -47,7 +47,7 @@ def _crossover(arguments: argparse.Namespace) -> int:
         serving(
             CONFIGURATIONS[engine],
             about.key,
-            about.bucket,
+            about.call_size,
             lambda: about.tunable.default,
             fewer,
         ),

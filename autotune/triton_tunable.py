@@ -31,7 +31,7 @@ from ..runtime.triton.launch import Launch
 from ..runtime.triton.launch_plan import Bound, New
 from ..runtime.triton.segments import in_parts
 from ..runtime.tuned.artifact import Certificate, Configuration
-from ..runtime.tuned.selection import bucket_of
+from ..runtime.tuned.selection import call_size_of
 from .call_tunable import forward_and_backward
 from .capture import specialisations
 from .gpu import Gpu
@@ -74,7 +74,7 @@ class TritonTunable:
         self._call, self._rows, self._gpu, self._suite = call, refined(call), gpu, suite
         self._dims = Dims(call.K, call.V)
         self._segment, self._size = in_parts(
-            call.form, self._dims, bucket_of(call), gpu.multiprocessors
+            call.form, self._dims, call_size_of(call), gpu.multiprocessors
         )
         self._signature = triton_engine.signature(self._dims, call.dtype, dtypes_of(call))
         self.default = triton_engine.configuration(

@@ -28,7 +28,7 @@ from ...dsl.normal_form import NormalForm
 from .. import micro_steps, packing, printed
 from ..cache import write_atomically
 from ..engines import EngineName
-from ..tuned.artifact import Bucket, Certificate, Key
+from ..tuned.artifact import CallSize, Certificate, Key
 from ..tuned.machine import Machine, machine_of
 from ..tuned.selection import find, folders, nearest, serving
 from .contents import Package, Served
@@ -47,7 +47,7 @@ from .reference import print_reference
 from .test import print_test
 
 # of several tuned configurations, that for about this size of call: training
-TRAINING = Bucket(rows=64, tokens=4096)
+TRAINING = CallSize(rows=64, tokens=4096)
 _H100 = Machine("cuda", "sm_90", "NVIDIA H100 80GB HBM3")
 
 
