@@ -30,7 +30,7 @@ from .call import Call
 from .engines import EngineName
 from .micro_steps import coarse, coarse_gradients, refined, refined_cotangent
 from .tuned.artifact import Key
-from .tuned.selection import call_size_of, key_here, serving, token_loop_wins
+from .tuned.selection import call_size_of, key_here, select_config, token_loop_wins
 
 _LONGEST_CHUNK = 64  # where nothing was tuned
 
@@ -102,7 +102,7 @@ def backward(
 
 def _serving(call: Call, rows: int) -> EagerConfig:
     """The chunk that was tuned, else 64; no longer than sequences of `rows` need."""
-    config = serving(
+    config = select_config(
         EagerConfig, _key(call), call_size_of(call), lambda: EagerConfig(_LONGEST_CHUNK)
     )
     return EagerConfig(min(config.chunk, padded(rows, 1)))

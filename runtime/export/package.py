@@ -30,7 +30,7 @@ from ..cache import write_atomically
 from ..engines import EngineName
 from ..tuned.artifact import CallSize, Certificate, Key
 from ..tuned.machine import Machine, machine_of
-from ..tuned.selection import find, folders, nearest, serving
+from ..tuned.selection import find, folders, nearest, select_config
 from .contents import Package, Served
 from .launch import print_launchers
 from .op import print_layer, print_op
@@ -161,7 +161,7 @@ def _configuration(
         plain = default_config(chunk_program(form), dims, wide_dtype=wide)
         return fit(form, plain, dims, 4 if wide else 2, shared)
 
-    config = serving(Config, key, TRAINING, default)
+    config = select_config(Config, key, TRAINING, default)
     artifact = find(key, folders()).artifact
     tuned = None if artifact is None else nearest(artifact, TRAINING)
     if artifact is None or tuned is None:

@@ -31,7 +31,7 @@ from ..micro_steps import coarse, coarse_gradients, refined, refined_cotangent
 from ..printed import PRINTED, Dtypes, dtypes_of, unprinted
 from ..tokens import Serve, Token, of_tokens
 from ..tuned.artifact import CallSize
-from ..tuned.selection import call_size_of, key_here, serving, token_loop_wins
+from ..tuned.selection import call_size_of, key_here, select_config, token_loop_wins
 from .launch import Launch
 from .launch_plan import Bound
 from .segments import segment_of
@@ -214,7 +214,7 @@ def _compile(
     size: CallSize,
 ) -> _Compiled:
     dims = Dims(K, V)
-    config = serving(
+    config = select_config(
         Config,
         key_here(form, EngineName.TRITON, dtype, dims, device),
         size,

@@ -83,7 +83,7 @@ def call_size_of(call: Call) -> CallSize:
     return CallSize(call.N * call.HV, -(-call.B * call.T // call.N))
 
 
-def serving(
+def select_config(
     kind: type[C],
     key: Key,
     size: CallSize,

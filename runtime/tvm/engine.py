@@ -32,7 +32,7 @@ from ..micro_steps import coarse, coarse_gradients, refined, refined_cotangent
 from ..printed import PRINTED, TORCH, Dtypes, dtypes_of, own_gradient, unprinted
 from ..tokens import Convert, Serve, Token, of_tokens
 from ..tuned.artifact import Key
-from ..tuned.selection import call_size_of, key_here, serving, token_loop_wins
+from ..tuned.selection import call_size_of, key_here, select_config, token_loop_wins
 from .allocator import empty, keep_freed_memory
 from .build import Function, functions, host_cpu, lanes_of
 from .threads import Work, run
@@ -191,7 +191,7 @@ def served(call: Call) -> TvmConfig:
     def fewer(config: TvmConfig) -> TvmConfig:
         return fitted(config, call)
 
-    return serving(TvmConfig, _key(call), call_size_of(call), configuration, fewer)
+    return select_config(TvmConfig, _key(call), call_size_of(call), configuration, fewer)
 
 
 def _compiled(call: Call, config: TvmConfig | None, *, backward: bool) -> _Compiled:

@@ -14,7 +14,7 @@ from chunkwise.dsl import errors
 from chunkwise.runtime.engines import EngineName
 from chunkwise.runtime.tuned.artifact import Artifact, CallSize, Crossover, Key
 from chunkwise.runtime.tuned.machine import Machine
-from chunkwise.runtime.tuned.selection import Nearness, _trusted, find, nearest, serving
+from chunkwise.runtime.tuned.selection import Nearness, _trusted, find, nearest, select_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -197,9 +197,9 @@ def test_a_call_finds_the_file_in_the_cache(
     monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
     key = replace(KEY, form="fedcba987654")  # nobody asked for it before
     store.save(replace(ARTIFACT, key=key))
-    assert serving(Config, key, CallSize(64, 4000), lambda: config(16)) == CONFIG
+    assert select_config(Config, key, CallSize(64, 4000), lambda: config(16)) == CONFIG
     other = replace(key, dtype="float32")
-    assert serving(Config, other, CallSize(64, 4000), lambda: config(16)) == config(16)
+    assert select_config(Config, other, CallSize(64, 4000), lambda: config(16)) == config(16)
 
 
 def test_a_default_in_quarantine_is_refused(
@@ -207,9 +207,9 @@ def test_a_default_in_quarantine_is_refused(
 ) -> None:
     monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
     store.save(Artifact("name", KEY, quarantine=(rejected(CONFIG),)))
-    assert serving(Config, KEY, CallSize(1, 1), lambda: config(16)) == config(16)
+    assert select_config(Config, KEY, CallSize(1, 1), lambda: config(16)) == config(16)
     with pytest.raises(errors.EngineUnavailable) as refused:
-        serving(Config, KEY, CallSize(1, 1), lambda: CONFIG)
+        select_config(Config, KEY, CallSize(1, 1), lambda: CONFIG)
     assert "found wrong on NVIDIA H200 (sm_90): two runs differ: d k" in refused.value.why
     assert "chunkwise tune" in refused.value.help
 
@@ -226,7 +226,7 @@ def test_what_was_tuned_elsewhere_or_for_more_rows_is_fitted(
     key = replace(KEY, machine=machine)
 
     def served() -> Config:
-        return serving(
+        return select_config(
             Config, key, CallSize(rows, 4096), lambda: config(8), lambda c: replace(c, chunk=16)
         )
 
@@ -241,9 +241,11 @@ def test_a_default_is_fitted_unless_that_is_in_quarantine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
-    assert serving(Config, KEY, CallSize(1, 1), lambda: config(8), lambda c: CONFIG) == CONFIG
+    assert select_config(Config, KEY, CallSize(1, 1), lambda: config(8), lambda c: CONFIG) == CONFIG
     other = replace(KEY, dtype="float16")
     store.save(Artifact("name", other, quarantine=(rejected(CONFIG),)))
-    assert serving(Config, other, CallSize(1, 1), lambda: config(8), lambda c: CONFIG) == config(8)
+    assert select_config(
+        Config, other, CallSize(1, 1), lambda: config(8), lambda c: CONFIG
+    ) == config(8)
     with pytest.raises(errors.EngineUnavailable):
-        serving(Config, other, CallSize(1, 1), lambda: CONFIG, lambda c: config(8))
+        select_config(Config, other, CallSize(1, 1), lambda: CONFIG, lambda c: config(8))
