@@ -6,7 +6,7 @@ import chunkwise as cw
 import pytest
 import torch
 from chunkwise.autotune.subject import Size, example
-from chunkwise.autotune.validation import Under
+from chunkwise.autotune.validation import ConfiguredEngine
 from chunkwise.codegen.config import Config, Dims, EagerConfig, KernelConfig, Precision
 from chunkwise.codegen.interface import Dtype, Signature, ends_before, ends_stored
 from chunkwise.codegen.plan import Hoist, Loop, Plan, Program
@@ -92,12 +92,12 @@ def test_a_segment_is_whole_chunks() -> None:
 def test_validation_is_in_segments_too() -> None:
     config = Config(16, Plan(Hoist.NOTHING), Plan(Hoist.NOTHING), KernelConfig())
     call = example(by_name("kda"), Dims(16, 16), torch.float32, Size(1, 64, 1), CPU)
-    whole, cut = Under(EngineName.TRITON, config).ways(call)
+    whole, cut = ConfiguredEngine(EngineName.TRITON, config).ways(call)
     assert whole.segment is None
     assert cut.segment
     wide = example(by_name("kda"), Dims(256, 16), torch.float32, Size(1, 64, 1), CPU)
-    assert len(Under(EngineName.TRITON, config).ways(wide)) == 1
-    assert len(Under(EngineName.EAGER, EagerConfig(16)).ways(call)) == 1
+    assert len(ConfiguredEngine(EngineName.TRITON, config).ways(wide)) == 1
+    assert len(ConfiguredEngine(EngineName.EAGER, EagerConfig(16)).ways(call)) == 1
 
 
 @pytest.mark.parametrize("name", CLASSES)
