@@ -18,7 +18,7 @@ from .dsl import errors
 from .runtime.engines import EngineName, choose
 from .runtime.tuned.artifact import CONFIGURATIONS, Artifact, Configuration, Crossover
 from .runtime.tuned.json import to_plain
-from .runtime.tuned.selection import serving
+from .runtime.tuned.selection import select_config
 
 
 def _crossover(arguments: argparse.Namespace) -> int:
@@ -44,10 +44,10 @@ def _crossover(arguments: argparse.Namespace) -> int:
     wins = contest(
         op.declaration,
         engine,
-        serving(
+        select_config(
             CONFIGURATIONS[engine],
             about.key,
-            about.bucket,
+            about.call_size,
             lambda: about.tunable.default,
             fewer,
         ),

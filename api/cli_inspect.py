@@ -57,12 +57,12 @@ def _cost(declared: Declaration, arguments: argparse.Namespace) -> str:
     """The cost model's account, which alone imports Triton's printer and SymPy."""
     from .autotune.explain_cost import explain_cost
     from .autotune.gpu import GPUS
-    from .runtime.tuned.artifact import Bucket
+    from .runtime.tuned.artifact import CallSize
 
     if arguments.cost not in GPUS:
         raise UsageError(f"no GPU {arguments.cost!r}; there are {', '.join(GPUS)}")
     form = declared.normal_form(declared.default_micro)
-    dtype, size = Dtype(arguments.dtype), Bucket(*arguments.size)
+    dtype, size = Dtype(arguments.dtype), CallSize(*arguments.size)
     return explain_cost(form, arguments.dims, dtype, size, GPUS[arguments.cost])
 
 

@@ -74,7 +74,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     task = Task(
         recurrence=op.__name__,
         key=about.key,
-        bucket=about.bucket,
+        call_size=about.call_size,
         versions=versions,
         storage=storage,
         storage_url=_shown(without_secrets(url)),

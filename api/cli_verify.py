@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from . import library
 from .autotune.store import save, versions_here
-from .autotune.validation import Under, ValidationSuite, validate, validation_suite
+from .autotune.validation import ConfiguredEngine, ValidationSuite, validate, validation_suite
 from .cli_command import Command, UsageError, add_json, find, print_json
 from .dsl.declaration import Declaration
 from .runtime.engines import CannotRun
@@ -135,12 +135,12 @@ def _check(artifact: Artifact, declared: Declaration) -> tuple[_Checked, ...]:
     suite = validation_suite(declared, key.dims, getattr(torch, key.dtype), device)
     bar = tqdm(sizes.items(), unit="configuration", disable=not sys.stderr.isatty(), leave=False)
     return tuple(
-        _Checked(config, tuple(serves), _certificate(suite, Under(key.engine, config)))
+        _Checked(config, tuple(serves), _certificate(suite, ConfiguredEngine(key.engine, config)))
         for config, serves in bar
     )
 
 
-def _certificate(suite: ValidationSuite, runs: Under) -> Certificate:
+def _certificate(suite: ValidationSuite, runs: ConfiguredEngine) -> Certificate:
     """As `validate`, but a configuration that cannot run has a fault that says so."""
     try:
         return validate(suite, runs)

@@ -17,7 +17,7 @@ from ..runtime.engines import EngineName
 from ..runtime.tuned.artifact import Certificate, Configuration
 from .space import Axis, Point, Rule, broken
 from .tunable import Alternative, Chosen, Job, Part, Run
-from .validation import Under, ValidationSuite, validate
+from .validation import ConfiguredEngine, ValidationSuite, validate
 
 _KEY = "call"
 
@@ -40,13 +40,13 @@ class Space:
     jobs: Callable[[Configuration], tuple[Job, ...]] = lambda config: ()
 
 
-def forward_and_backward(under: Under, call: Call, do: Tensor) -> Run:
+def forward_and_backward(engine: ConfiguredEngine, call: Call, do: Tensor) -> Run:
     """A run of `call` and of its gradients from `do`, the gradient of the output."""
     no_final_gradients = (None,) * len(call.form.states)
 
     def run() -> None:
-        under.forward(call)
-        under.backward(call, do, no_final_gradients)
+        engine.forward(call)
+        engine.backward(call, do, no_final_gradients)
 
     return run
 
@@ -92,7 +92,7 @@ class CallTunable:
 
     def whole(self, config: Configuration) -> Run:
         """As `Tunable.whole`."""
-        return forward_and_backward(Under(self._engine, config), self._call, self._do)
+        return forward_and_backward(ConfiguredEngine(self._engine, config), self._call, self._do)
 
     def validation_jobs(self, config: Configuration) -> tuple[Job, ...]:
         """As `Tunable.validation_jobs`: none, because compiled kernels take calls of any size."""
@@ -100,7 +100,7 @@ class CallTunable:
 
     def validate(self, config: Configuration) -> Certificate:
         """As `Tunable.validate`."""
-        return validate(self._suite(), Under(self._engine, config))
+        return validate(self._suite(), ConfiguredEngine(self._engine, config))
 
     def _made(self, point: Point) -> Configuration:
         return self._space.make(**dict(point))

@@ -29,7 +29,7 @@ from ..runtime.call import Call
 from ..runtime.engines import EngineName, load
 from ..runtime.tuned.artifact import Configuration
 from .inputs import Family, draw
-from .validation import Under
+from .validation import ConfiguredEngine
 
 # where the probability lies within 1/2 +- MARGIN, either answer counts as right
 MARGIN = 0.25
@@ -155,7 +155,7 @@ def contest(
     @cache
     def contestants(T: int) -> tuple[Run, Run]:
         call = inputs(tokens=T)
-        runs = (partial(Under(engine, config).forward, call), partial(by_token, call))
+        runs = (partial(ConfiguredEngine(engine, config).forward, call), partial(by_token, call))
         rounds(runs, 1)  # compiles, and warms the caches
         return runs
 

@@ -15,7 +15,7 @@ from ..codegen.triton.offline import signature_for
 from ..codegen.triton.resources import Target
 from ..dsl.normal_form import NormalForm
 from ..runtime.triton.segments import in_parts
-from ..runtime.tuned.artifact import Bucket
+from ..runtime.tuned.artifact import CallSize
 from .gpu import Gpu
 from .kernel_space import RULES, Choice, tiles_text, traits
 from .predict import Prediction, predict
@@ -28,11 +28,11 @@ class _Subject:
     form: NormalForm
     signature: Signature
     gpu: Gpu
-    size: Bucket
+    size: CallSize
     segments: bool
 
 
-def explain_cost(form: NormalForm, dims: Dims, dtype: Dtype, size: Bucket, gpu: Gpu) -> str:
+def explain_cost(form: NormalForm, dims: Dims, dtype: Dtype, size: CallSize, gpu: Gpu) -> str:
     """Tables of the default's kernels, of the plans predicted to be fastest, and of tile rules.
 
     Raises:

@@ -16,7 +16,7 @@ from ..codegen.config import padded
 from ..codegen.interface import Dtype
 from ..codegen.plan import Kernel, Loop
 from ..codegen.tile import Tile, TileOp
-from ..runtime.tuned.artifact import Bucket
+from ..runtime.tuned.artifact import CallSize
 from .kernel_space import SURELY_SHARED, Choice, Traits
 
 # the shares of the data sheet's rates that such kernels reach (docs/measured.md, on an H100)
@@ -83,7 +83,7 @@ class Prediction:
 
 
 @lru_cache(maxsize=4096)
-def work(kernel: Kernel, dtype: Dtype, chunk: int, K: int, V: int, size: Bucket) -> KernelWork:
+def work(kernel: Kernel, dtype: Dtype, chunk: int, K: int, V: int, size: CallSize) -> KernelWork:
     """The closed forms of a kernel's work, evaluated at one size of call."""
     spent = _cost(kernel, dtype)
     values = {cost.C: chunk, cost.K: K, cost.V: V, cost.LEVELS: chunk.bit_length() - 1}
@@ -110,14 +110,14 @@ def _cost(kernel: Kernel, dtype: Dtype) -> cost.Cost:
     return cost.kernel_cost(kernel, dtype)
 
 
-def bound_us(kernel: Kernel, choice: Choice, size: Bucket) -> float:
+def bound_us(kernel: Kernel, choice: Choice, size: CallSize) -> float:
     """A lower bound over all tiles in microseconds: operands read once, products at full rate."""
     done = _work_of(kernel, choice, size)
     gpu, dtype = choice.gpu, choice.signature.dtype
     return max(done.read / gpu.bandwidth, done.flops / gpu.flops(dtype)) * 1e6
 
 
-def predict(choice: Choice, found: Traits, size: Bucket) -> Prediction:
+def predict(choice: Choice, found: Traits, size: CallSize) -> Prediction:
     """The predicted time of one choice of tiles, for a kernel with the traits `found`."""
     kernel, tiles, gpu = choice.kernel, choice.tiles, choice.gpu
     dims, dtype = choice.dims, choice.signature.dtype
@@ -142,7 +142,7 @@ def predict(choice: Choice, found: Traits, size: Bucket) -> Prediction:
     return Prediction(us, memory, products, serial, programs, resident, steps, choice.shared)
 
 
-def _work_of(kernel: Kernel, choice: Choice, size: Bucket) -> KernelWork:
+def _work_of(kernel: Kernel, choice: Choice, size: CallSize) -> KernelWork:
     dims = choice.dims
     return work(kernel, choice.signature.dtype, choice.chunk, dims.K, dims.V, size)
 

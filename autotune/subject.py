@@ -16,8 +16,8 @@ from ..dsl.ir import Kind, Per
 from ..dsl.normal_form import Operand
 from ..runtime.call import Call, describe
 from ..runtime.engines import EngineName, load
-from ..runtime.tuned.artifact import Bucket, Configuration, Key, Versions
-from ..runtime.tuned.selection import bucket_of, find, folders, key_here
+from ..runtime.tuned.artifact import CallSize, Configuration, Key, Versions
+from ..runtime.tuned.selection import call_size_of, find, folders, key_here
 from .call_tunable import CallTunable
 from .cpu_spaces import eager_space, tvm_space
 from .inputs import Family, draw
@@ -45,7 +45,7 @@ class Subject:
     tunable: Tunable
     devices: tuple[Device, Device]
     key: Key
-    bucket: Bucket
+    call_size: CallSize
 
 
 def subject(
@@ -81,7 +81,7 @@ def subject(
         devices: tuple[Device, Device] = (CudaDevice(device), CudaDevice(device, _AHEAD))
     else:
         devices = (CpuDevice(), CpuDevice())
-    return Subject(tunable, devices, key, bucket_of(call))
+    return Subject(tunable, devices, key, call_size_of(call))
 
 
 def example(

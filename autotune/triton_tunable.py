@@ -31,7 +31,7 @@ from ..runtime.triton.launch import Launch
 from ..runtime.triton.launch_plan import Bound, New
 from ..runtime.triton.segments import in_parts
 from ..runtime.tuned.artifact import Certificate, Configuration
-from ..runtime.tuned.selection import bucket_of
+from ..runtime.tuned.selection import call_size_of
 from .call_tunable import forward_and_backward
 from .capture import specialisations
 from .gpu import Gpu
@@ -39,7 +39,7 @@ from .kernel_space import RULES, Choice, Traits, axes, point_of, printed, tiles_
 from .predict import bound_us, predict
 from .space import Point, broken
 from .tunable import Alternative, Chosen, Job, Part, Run
-from .validation import Under, ValidationSuite, cases, validate
+from .validation import ConfiguredEngine, ValidationSuite, cases, validate
 
 CHUNKS = (32, 64, 128)
 _FORWARD, _BACKWARD = "forward", "backward"
@@ -74,7 +74,7 @@ class TritonTunable:
         self._call, self._rows, self._gpu, self._suite = call, refined(call), gpu, suite
         self._dims = Dims(call.K, call.V)
         self._segment, self._size = in_parts(
-            call.form, self._dims, bucket_of(call), gpu.multiprocessors
+            call.form, self._dims, call_size_of(call), gpu.multiprocessors
         )
         self._signature = triton_engine.signature(self._dims, call.dtype, dtypes_of(call))
         self.default = triton_engine.configuration(
@@ -192,14 +192,16 @@ class TritonTunable:
 
     def whole(self, config: Configuration) -> Run:
         """As `Tunable.whole`."""
-        return forward_and_backward(Under(EngineName.TRITON, config), self._call, self._do)
+        return forward_and_backward(
+            ConfiguredEngine(EngineName.TRITON, config), self._call, self._do
+        )
 
     def validation_jobs(self, config: Configuration) -> tuple[Job, ...]:
         """As `Tunable.validation_jobs`."""
-        under = Under(EngineName.TRITON, config)
+        engine = ConfiguredEngine(EngineName.TRITON, config)
 
         def everything() -> None:
-            for case, way in cases(self._suite(), under):
+            for case, way in cases(self._suite(), engine):
                 way.forward(case.call)
                 way.backward(case.call, case.do, case.dfinals)
 
@@ -207,7 +209,7 @@ class TritonTunable:
 
     def validate(self, config: Configuration) -> Certificate:
         """As `Tunable.validate`."""
-        return validate(self._suite(), Under(EngineName.TRITON, config))
+        return validate(self._suite(), ConfiguredEngine(EngineName.TRITON, config))
 
     def _choice(self, part: Part, point: Point) -> Choice:
         subject = self._subjects[part.key]

@@ -16,7 +16,7 @@ from optuna.storages import BaseStorage
 
 from ..runtime.tuned.artifact import (
     Artifact,
-    Bucket,
+    CallSize,
     Certificate,
     Configuration,
     KernelReport,
@@ -49,7 +49,7 @@ class Task:
 
     recurrence: str
     key: Key
-    bucket: Bucket
+    call_size: CallSize
     versions: Versions
     storage: BaseStorage
     storage_url: str
@@ -58,7 +58,7 @@ class Task:
     @property
     def study(self) -> str:
         """The first part of its studies' names; times of equal names are comparable."""
-        size = f"{self.bucket.rows}x{self.bucket.tokens}"
+        size = f"{self.call_size.rows}x{self.call_size.tokens}"
         return f"{self.recurrence}/{self.key.path.removesuffix('.json')}/{size}"
 
 
@@ -218,7 +218,7 @@ def _tuned(task: Task, findings: Findings, finalists: list[Finalist], winner: Fi
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     study = Study(now, findings.trials, round(findings.seconds, 1), task.storage_url)
     return Tuned(
-        bucket=task.bucket,
+        bucket=task.call_size,
         config=winner.config,
         time_us=round(timed.median, 2),
         low_us=round(timed.low, 2),

@@ -76,7 +76,7 @@ class _Configured(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Under:
+class ConfiguredEngine:
     """An engine that runs every call under one given configuration.
 
     Attributes:
@@ -100,7 +100,7 @@ class Under:
         """As the engine's."""
         return self._module.backward(call, do, dfinals, self.config, **self._cut)
 
-    def ways(self, call: Call) -> tuple[Under, ...]:
+    def ways(self, call: Call) -> tuple[ConfiguredEngine, ...]:
         """This, and the variant that serves calls of few rows (in parts, or in segments)."""
         if isinstance(self.config, TvmConfig):
             cut = spread(self.config, rows=1, V=call.V, threads=call.V)
@@ -191,7 +191,7 @@ def _case(family: Family, call: Call, small: frozenset[str]) -> ValidationCase:
 def cases(suite: ValidationSuite, runs: Runs) -> Iterator[tuple[ValidationCase, Runs]]:
     """Every case, with every variant of the engine that has to pass it."""
     for case in suite.cases:
-        ways = runs.ways(case.call) if isinstance(runs, Under) else (runs,)
+        ways = runs.ways(case.call) if isinstance(runs, ConfiguredEngine) else (runs,)
         for way in ways:
             yield case, way
 
@@ -206,7 +206,7 @@ def validate(suite: ValidationSuite, runs: Runs) -> Certificate:
         with _Filled(_NUMBER):
             second = _answers(case, way)
         where = case.family.name.lower()
-        if isinstance(way, Under) and way.how:
+        if isinstance(way, ConfiguredEngine) and way.how:
             where += f", {way.how}"
         for name, want in case.expected.items():
             limit = case.allowed[name]
@@ -234,7 +234,9 @@ def validate_configuration(
     device: torch.device,
 ) -> Certificate:
     """The certificate of one configuration of an engine."""
-    return validate(validation_suite(declaration, dims, dtype, device), Under(engine, config))
+    return validate(
+        validation_suite(declaration, dims, dtype, device), ConfiguredEngine(engine, config)
+    )
 
 
 def _answers(case: ValidationCase, runs: Runs) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from .call import Call
 from .engines import EngineName
 from .micro_steps import coarse, coarse_gradients, refined, refined_cotangent
 from .tuned.artifact import Key
-from .tuned.selection import bucket_of, key_here, serving, token_loop_wins
+from .tuned.selection import call_size_of, key_here, select_config, token_loop_wins
 
 _LONGEST_CHUNK = 64  # where nothing was tuned
 
@@ -60,7 +60,7 @@ def forward(call: Call, config: EagerConfig | None = None) -> tuple[Tensor, tupl
     `config`: instead of the one that serves such calls. Sequences so short that the token loop
     was measured to be faster run token by token.
     """
-    if config is None and token_loop_wins(_key(call), bucket_of(call)):
+    if config is None and token_loop_wins(_key(call), call_size_of(call)):
         return forward_by_token(call)
     rows = refined(call)
     run = _Run(rows, (config or _serving(call, rows.T)).chunk)
@@ -102,7 +102,9 @@ def backward(
 
 def _serving(call: Call, rows: int) -> EagerConfig:
     """The chunk that was tuned, else 64; no longer than sequences of `rows` need."""
-    config = serving(EagerConfig, _key(call), bucket_of(call), lambda: EagerConfig(_LONGEST_CHUNK))
+    config = select_config(
+        EagerConfig, _key(call), call_size_of(call), lambda: EagerConfig(_LONGEST_CHUNK)
+    )
     return EagerConfig(min(config.chunk, padded(rows, 1)))
 
 

@@ -28,9 +28,9 @@ from ...dsl.normal_form import NormalForm
 from .. import micro_steps, packing, printed
 from ..cache import write_atomically
 from ..engines import EngineName
-from ..tuned.artifact import Bucket, Certificate, Key
+from ..tuned.artifact import CallSize, Certificate, Key
 from ..tuned.machine import Machine, machine_of
-from ..tuned.selection import find, folders, nearest, serving
+from ..tuned.selection import find, folders, nearest, select_config
 from .contents import Package, Served
 from .launch import print_launchers
 from .op import print_layer, print_op
@@ -47,7 +47,7 @@ from .reference import print_reference
 from .test import print_test
 
 # of several tuned configurations, that for about this size of call: training
-TRAINING = Bucket(rows=64, tokens=4096)
+TRAINING = CallSize(rows=64, tokens=4096)
 _H100 = Machine("cuda", "sm_90", "NVIDIA H100 80GB HBM3")
 
 
@@ -161,7 +161,7 @@ def _configuration(
         plain = default_config(chunk_program(form), dims, wide_dtype=wide)
         return fit(form, plain, dims, 4 if wide else 2, shared)
 
-    config = serving(Config, key, TRAINING, default)
+    config = select_config(Config, key, TRAINING, default)
     artifact = find(key, folders()).artifact
     tuned = None if artifact is None else nearest(artifact, TRAINING)
     if artifact is None or tuned is None:

@@ -30,8 +30,8 @@ from ..engines import EngineName
 from ..micro_steps import coarse, coarse_gradients, refined, refined_cotangent
 from ..printed import PRINTED, Dtypes, dtypes_of, unprinted
 from ..tokens import Serve, Token, of_tokens
-from ..tuned.artifact import Bucket
-from ..tuned.selection import bucket_of, key_here, serving, token_loop_wins
+from ..tuned.artifact import CallSize
+from ..tuned.selection import call_size_of, key_here, select_config, token_loop_wins
 from .launch import Launch
 from .launch_plan import Bound
 from .segments import segment_of
@@ -92,7 +92,7 @@ def forward(
     (0: none), instead of as many as such calls have.
     """
     if config is None and _token_form_wins(
-        call.form, call.K, call.V, call.dtype, call.device, bucket_of(call)
+        call.form, call.K, call.V, call.dtype, call.device, call_size_of(call)
     ):
         return forward_by_token(call)
     compiled = _compiled_for(call) if config is None else _compiled_with(call, config, segment)
@@ -184,13 +184,13 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def _compiled_for(call: Call) -> _Compiled:
-    size = bucket_of(call)
+    size = call_size_of(call)
     return _compile(call.form, call.K, call.V, call.dtype, dtypes_of(call), call.device, size)
 
 
 @lru_cache(maxsize=8192)
 def _token_form_wins(
-    form: NormalForm, K: int, V: int, dtype: torch.dtype, device: torch.device, size: Bucket
+    form: NormalForm, K: int, V: int, dtype: torch.dtype, device: torch.device, size: CallSize
 ) -> bool:
     key = key_here(form, EngineName.TRITON, dtype, Dims(K, V), device)
     return token_loop_wins(key, size)
@@ -199,7 +199,7 @@ def _token_form_wins(
 def _compiled_with(call: Call, config: Config, segment: int | None) -> _Compiled:
     dims = Dims(call.K, call.V)
     if segment is None:
-        segment = segment_of(call.form, dims, bucket_of(call), multiprocessors(call.device))
+        segment = segment_of(call.form, dims, call_size_of(call), multiprocessors(call.device))
     return compile_with(call.form, dims, call.dtype, dtypes_of(call), config, segment)
 
 
@@ -211,10 +211,10 @@ def _compile(
     dtype: torch.dtype,
     dtypes: Dtypes,
     device: torch.device,
-    size: Bucket,
+    size: CallSize,
 ) -> _Compiled:
     dims = Dims(K, V)
-    config = serving(
+    config = select_config(
         Config,
         key_here(form, EngineName.TRITON, dtype, dims, device),
         size,

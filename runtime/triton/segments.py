@@ -9,7 +9,7 @@ from __future__ import annotations
 from ...codegen.config import Dims, padded
 from ...codegen.programs import Transition, transition_of
 from ...dsl.normal_form import NormalForm
-from ..tuned.artifact import Bucket
+from ..tuned.artifact import CallSize
 
 _V_TILE = 64  # channels of the value axis that a scan's program is taken to have
 _TOKENS = 1024  # of a segment, at least: its program has to bring its state from the others' ends
@@ -17,7 +17,7 @@ _TOKENS = 1024  # of a segment, at least: its program has to bring its state fro
 _LEAST = {Transition.DIAGONAL: 2, Transition.MATRIX: 4}
 
 
-def segment_of(form: NormalForm, dims: Dims, size: Bucket, multiprocessors: int) -> int:
+def segment_of(form: NormalForm, dims: Dims, size: CallSize, multiprocessors: int) -> int:
     """Tokens of a segment for calls of `size` (launches round up to whole chunks); 0: no segments.
 
     As many segments as there are multiprocessors for. A pure function of the call's sizes and the
@@ -35,8 +35,8 @@ def segment_of(form: NormalForm, dims: Dims, size: Bucket, multiprocessors: int)
 
 
 def in_parts(
-    form: NormalForm, dims: Dims, size: Bucket, multiprocessors: int
-) -> tuple[int, Bucket]:
+    form: NormalForm, dims: Dims, size: CallSize, multiprocessors: int
+) -> tuple[int, CallSize]:
     """Tokens of a segment (0: none), and what scans of such calls take: how many, and how long.
 
     Tokens of several micro-steps count as so many.
@@ -44,4 +44,4 @@ def in_parts(
     segment = segment_of(form, dims, size, multiprocessors)
     tokens = size.tokens * len(form.micro_steps)
     parts = -(-tokens // segment) if segment else 1
-    return segment, Bucket(size.rows * parts, -(-tokens // parts))
+    return segment, CallSize(size.rows * parts, -(-tokens // parts))

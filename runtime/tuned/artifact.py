@@ -128,7 +128,7 @@ class Study:
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
+class CallSize:
     """The size of a call: `rows` is sequences times value heads, `tokens` are per sequence."""
 
     rows: Count
@@ -146,7 +146,7 @@ class Tuned:
         kernels: the time and resources of each kernel, by name.
     """
 
-    bucket: Bucket
+    bucket: CallSize
     config: Configuration
     time_us: Amount
     low_us: Amount
@@ -243,7 +243,7 @@ def merged(old: Artifact, new: Artifact) -> Artifact:
         if not any(config == r.config and versions != r.versions for config, versions in right)
     }
     rejected = {config for config, _ in quarantine}
-    tuned: dict[Bucket, Tuned] = {}
+    tuned: dict[CallSize, Tuned] = {}
     for t in (*old.tuned, *new.tuned):
         known = tuned.get(t.bucket)
         better = known is None or known.versions != t.versions or t.time_us < known.time_us

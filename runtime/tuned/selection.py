@@ -24,7 +24,7 @@ from ...dsl import errors
 from ...dsl.normal_form import NormalForm
 from ..cache import cache_folder, danger, do_without, read_file
 from ..engines import EngineName
-from .artifact import LARGEST, Artifact, Bucket, Configuration, Key, Tuned, from_text, merged
+from .artifact import LARGEST, Artifact, CallSize, Configuration, Key, Tuned, from_text, merged
 from .machine import Machine, machine_of
 
 if TYPE_CHECKING:
@@ -78,19 +78,19 @@ def key_here(
     return Key(form.digest, engine, name, dims, machine_of(device))
 
 
-def bucket_of(call: Call) -> Bucket:
+def call_size_of(call: Call) -> CallSize:
     """The size of a call; packed sequences count by their mean length, which needs no sync."""
-    return Bucket(call.N * call.HV, -(-call.B * call.T // call.N))
+    return CallSize(call.N * call.HV, -(-call.B * call.T // call.N))
 
 
-def serving(
+def select_config(
     kind: type[C],
     key: Key,
-    bucket: Bucket,
+    size: CallSize,
     default: Callable[[], C],
     fewer: Callable[[C], C] = lambda config: config,
 ) -> C:
-    """The configuration for calls of `key` about as large as `bucket`: tuned, else `default`.
+    """The configuration for calls of `key` about as large as `size`: tuned, else `default`.
 
     `fewer` adapts a configuration to a call of fewer rows, or a machine of other threads, than it
     was tuned for.
@@ -100,7 +100,7 @@ def serving(
     """
     found = find(key, folders())
     rejected = {} if found.artifact is None else {r.config: r for r in found.artifact.quarantine}
-    chosen = _chosen(found, bucket)
+    chosen = _chosen(found, size)
     if chosen is None:
         config = default()
         if config in rejected:
@@ -113,36 +113,36 @@ def serving(
     else:
         assert isinstance(chosen.config, kind)  # `from_text` reads no others for this engine
         config = chosen.config
-        if found.nearness is Nearness.MACHINE and chosen.bucket.rows <= bucket.rows:
+        if found.nearness is Nearness.MACHINE and chosen.bucket.rows <= size.rows:
             return config
     fitted = fewer(config)
     return config if fitted in rejected else fitted
 
 
 @lru_cache(maxsize=8192)
-def _chosen(found: Found, bucket: Bucket) -> Tuned | None:
-    return None if found.artifact is None else nearest(found.artifact, bucket)
+def _chosen(found: Found, size: CallSize) -> Tuned | None:
+    return None if found.artifact is None else nearest(found.artifact, size)
 
 
-def token_loop_wins(key: Key, bucket: Bucket) -> bool:
+def token_loop_wins(key: Key, size: CallSize) -> bool:
     """Whether the token loop was found faster than chunks in the forward of such calls."""
     artifact = find(key, folders()).artifact
     if artifact is None or not artifact.crossovers:
         return False
-    measured = min(artifact.crossovers, key=lambda c: (_far(c.rows, bucket.rows), c.rows))
-    return measured.low is not None and bucket.tokens <= measured.low
+    measured = min(artifact.crossovers, key=lambda c: (_far(c.rows, size.rows), c.rows))
+    return measured.low is not None and size.tokens <= measured.low
 
 
-def nearest(artifact: Artifact, bucket: Bucket) -> Tuned | None:
-    """The trusted configuration whose bucket is nearest to a call's; None if there is none.
+def nearest(artifact: Artifact, size: CallSize) -> Tuned | None:
+    """The trusted configuration whose size is nearest to a call's; None if there is none.
 
     The distance is |log(rows/rows')| + |log(tokens/tokens')|, compared exactly as the product of
-    the two ratios; of equals the smaller bucket. A configuration in quarantine never serves.
+    the two ratios; of equals the smaller size. A configuration in quarantine never serves.
     """
     right = _right(artifact)
     if not right:
         return None
-    return min(right, key=lambda t: (_ratio(t.bucket, bucket), t.bucket.rows, t.bucket.tokens))
+    return min(right, key=lambda t: (_ratio(t.bucket, size), t.bucket.rows, t.bucket.tokens))
 
 
 def _right(artifact: Artifact) -> list[Tuned]:
@@ -150,7 +150,7 @@ def _right(artifact: Artifact) -> list[Tuned]:
     return [t for t in artifact.tuned if t.certificate.ok and t.config not in rejected]
 
 
-def _ratio(a: Bucket, b: Bucket) -> Fraction:
+def _ratio(a: CallSize, b: CallSize) -> Fraction:
     return _far(a.rows, b.rows) * _far(a.tokens, b.tokens)
 
 

@@ -32,7 +32,7 @@ from ..micro_steps import coarse, coarse_gradients, refined, refined_cotangent
 from ..printed import PRINTED, TORCH, Dtypes, dtypes_of, own_gradient, unprinted
 from ..tokens import Convert, Serve, Token, of_tokens
 from ..tuned.artifact import Key
-from ..tuned.selection import bucket_of, key_here, serving, token_loop_wins
+from ..tuned.selection import call_size_of, key_here, select_config, token_loop_wins
 from .allocator import empty, keep_freed_memory
 from .build import Function, functions, host_cpu, lanes_of
 from .threads import Work, run
@@ -67,7 +67,7 @@ def forward(call: Call, config: TvmConfig | None = None) -> tuple[Tensor, tuple[
 
     `config`: instead of the one that serves such calls.
     """
-    if config is None and token_loop_wins(_key(call), bucket_of(call)):
+    if config is None and token_loop_wins(_key(call), call_size_of(call)):
         return forward_by_token(call)
     rows = refined(call)
     run = _Run(rows, _compiled(call, config, backward=False), {})
@@ -182,7 +182,7 @@ def configuration() -> TvmConfig:
 
 def fitted(config: TvmConfig, call: Call) -> TvmConfig:
     """`config` as it serves calls like `call`, whose rows may be few for these threads."""
-    return spread(config, bucket_of(call).rows, call.V, torch.get_num_threads())
+    return spread(config, call_size_of(call).rows, call.V, torch.get_num_threads())
 
 
 def served(call: Call) -> TvmConfig:
@@ -191,7 +191,7 @@ def served(call: Call) -> TvmConfig:
     def fewer(config: TvmConfig) -> TvmConfig:
         return fitted(config, call)
 
-    return serving(TvmConfig, _key(call), bucket_of(call), configuration, fewer)
+    return select_config(TvmConfig, _key(call), call_size_of(call), configuration, fewer)
 
 
 def _compiled(call: Call, config: TvmConfig | None, *, backward: bool) -> _Compiled:

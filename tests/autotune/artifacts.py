@@ -8,7 +8,7 @@ from chunkwise.codegen.tir.config import TvmConfig
 from chunkwise.runtime.engines import EngineName
 from chunkwise.runtime.tuned.artifact import (
     Artifact,
-    Bucket,
+    CallSize,
     Certificate,
     Configuration,
     Crossover,
@@ -51,7 +51,7 @@ def tuned(
     certificate = Certificate((("o", Error(0.001, 0.004, 0.005)),), ("ordinary",), faults)
     kernels = (("forward_scan", KernelReport(100.5, 128, 0, 65536)),)
     study = Study("2026-01-02T03:04:05+00:00", 120, 60.0, "journal")
-    bucket = Bucket(rows, tokens)
+    bucket = CallSize(rows, tokens)
     return Tuned(
         bucket, config, time_us, 800.0, 820.0, 900.0, kernels, certificate, versions, study
     )

@@ -128,7 +128,7 @@ def test_a_damaged_file_is_set_aside(tmp_path: Path) -> None:
     assert path.with_suffix(".json.damaged").read_text() == TEXT[:99]
 
 
-def test_merged_buckets() -> None:
+def test_merged_sizes() -> None:
     """The faster configuration of a size stays; of different versions, the newer one stays."""
     faster, slower = tuned(64, 4096, config(16), time_us=1.0), tuned(64, 4096, time_us=2.0)
     newer = tuned(64, 4096, config(32), time_us=3.0, versions=NEWER)
@@ -157,14 +157,14 @@ def test_quarantine() -> None:
     assert merged(again, replace(bad, tuned=(fallback,))).tuned == (fallback,)
 
 
-def _write_buckets(folder: Path, worker: int) -> None:
+def _write_sizes(folder: Path, worker: int) -> None:
     for n in range(20):
         store.save(Artifact("name", KEY, (tuned(worker + 1, n),)), folder)
 
 
 def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_write_buckets, args=(tmp_path, w)) for w in range(2)]
+    workers = [context.Process(target=_write_sizes, args=(tmp_path, w)) for w in range(2)]
     for process in workers:
         process.start()
     for process in workers:
@@ -196,9 +196,9 @@ def test_killed_writers_leave_whole_files(tmp_path: Path) -> None:
         time.sleep(0.002 * (n % 7))
         writer.kill()
         writer.join()
-        buckets = len(selection.read(path).tuned)
-        assert buckets >= seen  # nothing that was finished is lost
-        seen = buckets
+        sizes = len(selection.read(path).tuned)
+        assert sizes >= seen  # nothing that was finished is lost
+        seen = sizes
     store.save(Artifact("name", KEY, (tuned(1000, 1),)), tmp_path)
     assert len(selection.read(path).tuned) == seen + 1
 

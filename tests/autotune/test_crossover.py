@@ -19,7 +19,7 @@ from chunkwise.codegen.config import Dims
 from chunkwise.runtime import reference
 from chunkwise.runtime.engines import EngineName
 from chunkwise.runtime.tuned import selection
-from chunkwise.runtime.tuned.artifact import Artifact, Bucket, Crossover
+from chunkwise.runtime.tuned.artifact import Artifact, CallSize, Crossover
 from chunkwise.runtime.tuned.selection import key_here, token_loop_wins
 from hypothesis import given
 from hypothesis import strategies as st
@@ -155,10 +155,10 @@ def test_short_calls_run_token_by_token(tmp_path: Path, monkeypatch: pytest.Monk
     form = op.declaration.normal_form()
     key = key_here(form, EngineName.EAGER, torch.float32, Dims(5, 7), CPU)
     store.save(Artifact("simple_gla", key, crossovers=(Crossover(4, 6, 8, 0.95, 50),)))
-    assert token_loop_wins(key, Bucket(4, 6))
-    assert token_loop_wins(key, Bucket(1000, 6))  # the nearest that is known
-    assert not token_loop_wins(key, Bucket(4, 7))
-    assert not token_loop_wins(replace(key, dtype="float64"), Bucket(4, 6))
+    assert token_loop_wins(key, CallSize(4, 6))
+    assert token_loop_wins(key, CallSize(1000, 6))  # the nearest that is known
+    assert not token_loop_wins(key, CallSize(4, 7))
+    assert not token_loop_wins(replace(key, dtype="float64"), CallSize(4, 6))
     looped = []
     original = reference.forward
     monkeypatch.setattr(reference, "forward", lambda call: looped.append(call.T) or original(call))

@@ -12,9 +12,9 @@ from chunkwise.autotune import store
 from chunkwise.codegen.config import Config, Dims
 from chunkwise.dsl import errors
 from chunkwise.runtime.engines import EngineName
-from chunkwise.runtime.tuned.artifact import Artifact, Bucket, Crossover, Key
+from chunkwise.runtime.tuned.artifact import Artifact, CallSize, Crossover, Key
 from chunkwise.runtime.tuned.machine import Machine
-from chunkwise.runtime.tuned.selection import Nearness, _trusted, find, nearest, serving
+from chunkwise.runtime.tuned.selection import Nearness, _trusted, find, nearest, select_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,18 +30,18 @@ from tests.autotune.artifacts import (
     tuned,
 )
 
-sizes = st.builds(Bucket, st.integers(1, 1 << 20), st.integers(1, 1 << 20))
+sizes = st.builds(CallSize, st.integers(1, 1 << 20), st.integers(1, 1 << 20))
 some = st.lists(sizes, min_size=1, max_size=8, unique=True)
 
 
-def _artifact(buckets: list[Bucket], key: Key = KEY) -> Artifact:
+def _artifact(buckets: list[CallSize], key: Key = KEY) -> Artifact:
     entries = tuple(tuned(b.rows, b.tokens, config(1 << n)) for n, b in enumerate(buckets))
     return Artifact("name", key, entries)
 
 
 @given(some, sizes, st.randoms())
 def test_nearest_is_total_and_deterministic(
-    buckets: list[Bucket], call: Bucket, order: random.Random
+    buckets: list[CallSize], call: CallSize, order: random.Random
 ) -> None:
     """Every call is served, whatever the order of the file, by its own size if there is one."""
     artifact = _artifact(buckets)
@@ -55,11 +55,11 @@ def test_nearest_is_total_and_deterministic(
 
 
 @given(some, sizes, st.integers(1, 1000))
-def test_nearest_goes_by_ratios(buckets: list[Bucket], call: Bucket, factor: int) -> None:
+def test_nearest_goes_by_ratios(buckets: list[CallSize], call: CallSize, factor: int) -> None:
     """A common factor of all sizes changes nothing, and no size is nearer than the chosen one."""
 
-    def times(b: Bucket) -> Bucket:
-        return Bucket(b.rows * factor, b.tokens)
+    def times(b: CallSize) -> CallSize:
+        return CallSize(b.rows * factor, b.tokens)
 
     chosen = nearest(_artifact(buckets), call)
     scaled = nearest(_artifact([times(b) for b in buckets]), times(call))
@@ -69,7 +69,7 @@ def test_nearest_goes_by_ratios(buckets: list[Bucket], call: Bucket, factor: int
 
 
 def test_nearest_on_a_page() -> None:
-    artifact = _artifact([Bucket(16, 1024), Bucket(16, 4096), Bucket(256, 1024)])
+    artifact = _artifact([CallSize(16, 1024), CallSize(16, 4096), CallSize(256, 1024)])
     served = {
         (16, 1024): (16, 1024),
         (1, 1): (16, 1024),
@@ -80,13 +80,13 @@ def test_nearest_on_a_page() -> None:
         (10**6, 10**6): (256, 1024),
     }
     for (rows, tokens), bucket in served.items():
-        chosen = nearest(artifact, Bucket(rows, tokens))
+        chosen = nearest(artifact, CallSize(rows, tokens))
         assert chosen is not None
         assert (chosen.bucket.rows, chosen.bucket.tokens) == bucket, (rows, tokens)
 
 
 def test_what_is_not_trusted_does_not_serve() -> None:
-    call = Bucket(64, 4096)
+    call = CallSize(64, 4096)
     failed = tuned(64, 4096, faults=("d k: relative RMS error 0.5",))
     other = tuned(8, 8, config(32))
     assert nearest(Artifact("name", KEY, (failed, other)), call) == other
@@ -169,7 +169,7 @@ def test_a_machine_without_a_right_configuration_takes_its_architectures(tmp_pat
     assert found.artifact is not None
     assert found.artifact.key.machine == H100
     assert (found.artifact.quarantine, found.artifact.crossovers) == ((rejected(bad),), short)
-    chosen = nearest(found.artifact, Bucket(8, 8))
+    chosen = nearest(found.artifact, CallSize(8, 8))
     assert chosen is not None
     assert chosen.config == good
 
@@ -197,9 +197,9 @@ def test_a_call_finds_the_file_in_the_cache(
     monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
     key = replace(KEY, form="fedcba987654")  # nobody asked for it before
     store.save(replace(ARTIFACT, key=key))
-    assert serving(Config, key, Bucket(64, 4000), lambda: config(16)) == CONFIG
+    assert select_config(Config, key, CallSize(64, 4000), lambda: config(16)) == CONFIG
     other = replace(key, dtype="float32")
-    assert serving(Config, other, Bucket(64, 4000), lambda: config(16)) == config(16)
+    assert select_config(Config, other, CallSize(64, 4000), lambda: config(16)) == config(16)
 
 
 def test_a_default_in_quarantine_is_refused(
@@ -207,9 +207,9 @@ def test_a_default_in_quarantine_is_refused(
 ) -> None:
     monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
     store.save(Artifact("name", KEY, quarantine=(rejected(CONFIG),)))
-    assert serving(Config, KEY, Bucket(1, 1), lambda: config(16)) == config(16)
+    assert select_config(Config, KEY, CallSize(1, 1), lambda: config(16)) == config(16)
     with pytest.raises(errors.EngineUnavailable) as refused:
-        serving(Config, KEY, Bucket(1, 1), lambda: CONFIG)
+        select_config(Config, KEY, CallSize(1, 1), lambda: CONFIG)
     assert "found wrong on NVIDIA H200 (sm_90): two runs differ: d k" in refused.value.why
     assert "chunkwise tune" in refused.value.help
 
@@ -226,8 +226,8 @@ def test_what_was_tuned_elsewhere_or_for_more_rows_is_fitted(
     key = replace(KEY, machine=machine)
 
     def served() -> Config:
-        return serving(
-            Config, key, Bucket(rows, 4096), lambda: config(8), lambda c: replace(c, chunk=16)
+        return select_config(
+            Config, key, CallSize(rows, 4096), lambda: config(8), lambda c: replace(c, chunk=16)
         )
 
     assert served().chunk == chunk
@@ -241,9 +241,11 @@ def test_a_default_is_fitted_unless_that_is_in_quarantine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CHUNKWISE_CACHE", str(tmp_path))
-    assert serving(Config, KEY, Bucket(1, 1), lambda: config(8), lambda c: CONFIG) == CONFIG
+    assert select_config(Config, KEY, CallSize(1, 1), lambda: config(8), lambda c: CONFIG) == CONFIG
     other = replace(KEY, dtype="float16")
     store.save(Artifact("name", other, quarantine=(rejected(CONFIG),)))
-    assert serving(Config, other, Bucket(1, 1), lambda: config(8), lambda c: CONFIG) == config(8)
+    assert select_config(
+        Config, other, CallSize(1, 1), lambda: config(8), lambda c: CONFIG
+    ) == config(8)
     with pytest.raises(errors.EngineUnavailable):
-        serving(Config, other, Bucket(1, 1), lambda: CONFIG, lambda c: config(8))
+        select_config(Config, other, CallSize(1, 1), lambda: CONFIG, lambda c: config(8))

@@ -18,9 +18,9 @@ from chunkwise.codegen.triton.defaults import default_config
 from chunkwise.codegen.triton.offline import signature_for
 from chunkwise.codegen.triton.resources import Target
 from chunkwise.dsl.library import by_name
-from chunkwise.runtime.tuned.artifact import Bucket
+from chunkwise.runtime.tuned.artifact import CallSize
 
-DIMS, SIZE = Dims(128, 128), Bucket(64, 4096)
+DIMS, SIZE = Dims(128, 128), CallSize(64, 4096)
 TILES = KernelConfig(64, 4, 2, 128)
 
 

@@ -18,7 +18,7 @@ from chunkwise.codegen.config import Dims, EagerConfig
 from chunkwise.dsl.library import by_name
 from chunkwise.runtime.call import Call
 from chunkwise.runtime.engines import EngineName
-from chunkwise.runtime.tuned.artifact import Bucket, Certificate, Configuration, Key, Versions
+from chunkwise.runtime.tuned.artifact import CallSize, Certificate, Configuration, Key, Versions
 from chunkwise.runtime.tuned.machine import Machine
 from optuna.storages import InMemoryStorage
 from torch import Tensor
@@ -31,7 +31,7 @@ VERSIONS = Versions("0", "2")
 
 
 def tuned(tunable: Fake, seconds: float = GENEROUS) -> Tuning:
-    task = Task("fake", KEY, Bucket(2, 64), VERSIONS, InMemoryStorage(), "memory")
+    task = Task("fake", KEY, CallSize(2, 64), VERSIONS, InMemoryStorage(), "memory")
     return tune(tunable, (Clock(), Clock()), task, Budget(seconds, seed=1))
 
 
@@ -70,7 +70,7 @@ def test_what_is_wrong_is_rejected_and_the_next_wins() -> None:
 
 def test_what_was_rejected_before_is_not_tried_again() -> None:
     before = frozenset({FASTEST})
-    task = Task("fake", KEY, Bucket(2, 64), VERSIONS, InMemoryStorage(), "memory", before)
+    task = Task("fake", KEY, CallSize(2, 64), VERSIONS, InMemoryStorage(), "memory", before)
     tuning = tune(Fake(), (Clock(), Clock()), task, Budget(GENEROUS, seed=1))
     assert FASTEST not in {f.config for f in tuning.finalists}
     assert tuning.winner is not None
@@ -166,10 +166,10 @@ def test_a_real_engine_is_tuned_and_its_artifact_serves() -> None:
         torch.device("cpu"),
         chunks=(16, 64),
     )
-    task = Task("delta_rule", about.key, about.bucket, VERSIONS, InMemoryStorage(), "memory")
+    task = Task("delta_rule", about.key, about.call_size, VERSIONS, InMemoryStorage(), "memory")
     tuning = tune(about.tunable, about.devices, task, Budget(GENEROUS, seed=1))
     (kept,) = tuning.artifact.tuned
-    assert kept.bucket == Bucket(2, 128)
+    assert kept.bucket == CallSize(2, 128)
     assert kept.config in (EagerConfig(16), EagerConfig(64))
     assert kept.certificate.ok
     assert {name for name, _ in kept.certificate.errors} >= {"o", "final S", "d q", "d initial S"}

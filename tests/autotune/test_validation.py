@@ -9,7 +9,7 @@ import pytest
 import torch
 from chunkwise.autotune.inputs import Family, draw
 from chunkwise.autotune.validation import (
-    Under,
+    ConfiguredEngine,
     ValidationSuite,
     validate,
     validate_configuration,
@@ -33,7 +33,7 @@ from tests.interpreted import small
 from tests.random_rules import Rule, rules
 
 CPU = torch.device("cpu")
-EAGER = Under(EngineName.EAGER, EagerConfig(8))
+EAGER = ConfiguredEngine(EngineName.EAGER, EagerConfig(8))
 LOWERED = [d.name for d in all_declarations() if lowered(d)]
 
 
@@ -68,7 +68,9 @@ def test_kernels_in_the_interpreter() -> None:
     suite = validation_suite(
         declared, Dims(16, 16), torch.float16, CPU, tokens=20, families=[Family.RAGGED]
     )
-    certificate = validate(suite, Under(EngineName.TRITON, small(declared.normal_form())))
+    certificate = validate(
+        suite, ConfiguredEngine(EngineName.TRITON, small(declared.normal_form()))
+    )
     assert certificate.ok, certificate.faults
 
 
@@ -221,7 +223,7 @@ def test_what_is_wrong_only_for_calls_of_few_rows_is_found(monkeypatch: pytest.M
 
     config = tvm_engine.configuration()
     suite = validation_suite(by_name("delta_rule"), Dims(8, 32), torch.float32, CPU, tokens=20)
-    assert validate(suite, Under(EngineName.TVM, config)).ok
+    assert validate(suite, ConfiguredEngine(EngineName.TVM, config)).ok
     forward = tvm_engine.forward
 
     def spoilt(call: Call, under: TvmConfig) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -229,7 +231,7 @@ def test_what_is_wrong_only_for_calls_of_few_rows_is_found(monkeypatch: pytest.M
         return (o if under == config else 2 * o), finals
 
     monkeypatch.setattr(tvm_engine, "forward", spoilt)
-    certificate = validate(suite, Under(EngineName.TVM, config))
+    certificate = validate(suite, ConfiguredEngine(EngineName.TVM, config))
     assert {f.split(":")[0] for f in certificate.faults} == {
         f"o ({family}, in parts)" for family in certificate.inputs
     }

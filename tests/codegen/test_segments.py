@@ -6,7 +6,7 @@ import chunkwise as cw
 import pytest
 import torch
 from chunkwise.autotune.subject import Size, example
-from chunkwise.autotune.validation import Under
+from chunkwise.autotune.validation import ConfiguredEngine
 from chunkwise.codegen.config import Config, Dims, EagerConfig, KernelConfig, Precision
 from chunkwise.codegen.interface import Dtype, Signature, ends_before, ends_stored
 from chunkwise.codegen.plan import Hoist, Loop, Plan, Program
@@ -21,7 +21,7 @@ from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime.engines import EngineName
 from chunkwise.runtime.triton.launch import Launch
 from chunkwise.runtime.triton.segments import in_parts, segment_of
-from chunkwise.runtime.tuned.artifact import Bucket
+from chunkwise.runtime.tuned.artifact import CallSize
 
 from tests.classes import CLASSES, lowered, plan_pairs
 
@@ -64,7 +64,7 @@ def test_states_fade_unless_something_is_corrected() -> None:
 def test_a_corrected_vector_has_no_transition() -> None:
     form = corrected_normaliser.declaration.normal_form()
     assert transition_of(form, DIMS) is None
-    assert segment_of(form, DIMS, Bucket(1, 1 << 20), H100) == 0
+    assert segment_of(form, DIMS, CallSize(1, 1 << 20), H100) == 0
 
 
 def test_names_of_operands_are_no_names_of_ends() -> None:
@@ -92,12 +92,12 @@ def test_a_segment_is_whole_chunks() -> None:
 def test_validation_is_in_segments_too() -> None:
     config = Config(16, Plan(Hoist.NOTHING), Plan(Hoist.NOTHING), KernelConfig())
     call = example(by_name("kda"), Dims(16, 16), torch.float32, Size(1, 64, 1), CPU)
-    whole, cut = Under(EngineName.TRITON, config).ways(call)
+    whole, cut = ConfiguredEngine(EngineName.TRITON, config).ways(call)
     assert whole.segment is None
     assert cut.segment
     wide = example(by_name("kda"), Dims(256, 16), torch.float32, Size(1, 64, 1), CPU)
-    assert len(Under(EngineName.TRITON, config).ways(wide)) == 1
-    assert len(Under(EngineName.EAGER, EagerConfig(16)).ways(call)) == 1
+    assert len(ConfiguredEngine(EngineName.TRITON, config).ways(wide)) == 1
+    assert len(ConfiguredEngine(EngineName.EAGER, EagerConfig(16)).ways(call)) == 1
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -130,14 +130,14 @@ def test_segments_are_of_long_sequences_with_few_heads(name: str, dims: Dims) ->
     form = by_name(name).normal_form()
     for rows in (1, 4, 8, 16, 32, 64, 256):
         for tokens in (1, 64, 1000, 4096, 32768, 100001):
-            segment, parts = in_parts(form, dims, Bucket(rows, tokens), H100)
+            segment, parts = in_parts(form, dims, CallSize(rows, tokens), H100)
             if segment == 0:
-                assert parts == Bucket(rows, tokens)
+                assert parts == CallSize(rows, tokens)
                 continue
             count = parts.rows // rows
             assert segment >= 1024
             assert (count - 1) * segment < tokens <= count * segment
             assert parts.rows * -(-dims.V // 64) <= H100, "more programs than multiprocessors"
-    assert segment_of(form, dims, Bucket(8, 32768), H100)
-    assert not segment_of(form, dims, Bucket(128, 32768), H100)
-    assert not segment_of(form, dims, Bucket(8, 1024), H100)
+    assert segment_of(form, dims, CallSize(8, 32768), H100)
+    assert not segment_of(form, dims, CallSize(128, 32768), H100)
+    assert not segment_of(form, dims, CallSize(8, 1024), H100)
