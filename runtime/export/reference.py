@@ -14,21 +14,11 @@ from ..sizes import state_letters
 from .contents import Package
 from .text import indented, module, wrapped
 
+# what the printed functions call their own things
 _OWN = (
-    *(
-        "batch",
-        "cu_seqlens",
-        "dtype",
-        "ends",
-        "heads",
-        "index",
-        "initial_state",
-        "o",
-        "outputs",
-        "run",
-    ),
-    *("starts", "states", "t", "tokens", "torch", "bounds", "first", "last", "step", "zeros"),
-    *("count", "outputs", "own", "K", "V"),
+    *("K", "V", "batch", "bounds", "count", "cu_seqlens", "dtype", "ends", "first", "heads"),
+    *("index", "initial_state", "last", "o", "outputs", "own", "run", "starts", "states"),
+    *("step", "t", "tokens", "torch", "zeros"),
 )
 # of numbers: Python computes it, without tensors
 _ARITHMETIC = (*PYTHON.signs, Op.NEG, Op.WITHIN, Op.CONST, Op.PARAM)
