@@ -16,7 +16,7 @@ from .chunk import ChunkProgram
 from .differentiate import Adjoint
 from .padding import Padding, padding
 from .plan import Kernel, Loop, sums_over
-from .tile import DECAYED, Axes, Axis, Tile, TileOp, axes_of, topological
+from .tile import Axes, Axis, Tile, TileOp, axes_of, topological
 from .tiled import (
     Advance,
     Arrive,
@@ -33,6 +33,7 @@ from .tiled import (
     Zero,
     uses,
 )
+from .vector_gate import DECAYED
 
 _TIMES = (Axis.I, Axis.J)
 _SQUARE: Axes = (Axis.I, Axis.J)
