@@ -131,12 +131,12 @@ def _renamed(t: Tile, x: Tile) -> Axes:
 def verify_tiled(kernel: TiledKernel) -> None:
     """Raises InvalidIR unless every statement finds its values, and loses none of their entries."""
     checked = _Checked(kernel)
-    for phase in (kernel.before, kernel.inside, kernel.after):
+    for inside, phase in ((False, kernel.before), (True, kernel.inside), (False, kernel.after)):
         for s in phase:
-            wrong = checked.wrong(s, inside=phase is kernel.inside)
+            wrong = checked.wrong(s, inside=inside)
             if wrong:
                 raise InvalidIR(f"{kernel.name}: {type(s).__name__} {wrong}")
-        if kernel.channels is not None and phase is kernel.inside:  # parts, of which one is left
+        if inside and kernel.channels is not None:  # parts, of which one is left
             checked.known = {t for t in checked.known if kernel.channels not in t.axes}
     carries = [s.value for s in kernel.statements if isinstance(s, Begin)]
     ends = [s.value for s in kernel.statements if isinstance(s, Finish)]
