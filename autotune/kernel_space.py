@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 
 from ..codegen.config import Config, Dims, KernelConfig, dims_of, padded
 from ..codegen.interface import Signature
-from ..codegen.plan import Hoist, Kernel, Plan
+from ..codegen.plan import Hoist, Kernel, Loop, Plan
 from ..codegen.tile import Axis as TileAxis
+from ..codegen.tiled import TiledKernel
+from ..codegen.tiling import tile
 from ..codegen.triton.fit import shared_bound
 from ..codegen.triton.kernel import TritonKernel, print_triton
 from .gpu import Gpu
@@ -110,16 +112,18 @@ class Traits:
 
 
 def traits(kernel: Kernel, chunk: int, signature: Signature) -> Traits:
-    """Which parameters change the printed kernel."""
-    base = KernelConfig(v_tile=16, warps=4, stages=1, k_tile=16)
-    narrow = printed(kernel, base, chunk, signature)
-    wide_v = printed(kernel, replace(base, v_tile=256), chunk, signature)
-    wide_k = printed(kernel, replace(base, k_tile=256), chunk, signature)
+    """Which parameters change the kernel by more than the extents of its tiles."""
+
+    def decided(v_tile: int = 16, k_tile: int = 16) -> TiledKernel:
+        tiles = KernelConfig(v_tile=v_tile, k_tile=k_tile)
+        return tile(kernel, signature, Config(chunk, SOME_PLAN, SOME_PLAN, tiles))
+
+    narrow, wide_v, wide_k = decided(), decided(v_tile=256), decided(k_tile=256)
     return Traits(
-        v=narrow.source != wide_v.source,
-        split=narrow.v_programs > 1,
-        k=narrow.source != wide_k.source,
-        stages="\n    for " in narrow.source,
+        v=narrow != replace(wide_v, extents=narrow.extents),
+        split=narrow.v_parts > 1,
+        k=narrow != replace(wide_k, extents=narrow.extents),
+        stages=narrow.scan is not Loop.PARALLEL or narrow.turns > 0,
     )
 
 

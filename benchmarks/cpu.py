@@ -29,9 +29,10 @@ from chunkwise.autotune.measure import CpuDevice
 from chunkwise.codegen.config import EagerConfig
 from chunkwise.codegen.plan import Program
 from chunkwise.codegen.programs import backward_program, forward_program
-from chunkwise.codegen.tile import DECAYED, Axis
+from chunkwise.codegen.tile import Axis
 from chunkwise.codegen.tir.config import TvmConfig
 from chunkwise.codegen.tir.schedule import Action, schedule, sides, zero_above
+from chunkwise.codegen.vector_gate import DECAYED
 from chunkwise.runtime import eager as eager_engine
 from chunkwise.runtime.call import Call, bind
 from chunkwise.runtime.tvm import engine as tvm_engine

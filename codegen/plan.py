@@ -12,10 +12,10 @@ compute the states in which the segments end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, Flag, auto
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from ..dsl.ir import Op
 from . import tile
@@ -80,7 +80,7 @@ class Plan:
         return "|".join(p for p in (prep, "scan", "" if self.outputs_in_scan else post) if p)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: what follows from the fields is kept
 class Kernel:
     """One kernel: the tiles it stores under their buffers' names, those it finds stored already."""
 
@@ -91,14 +91,14 @@ class Kernel:
     stored: Named
     segments: Segments | None = None
 
-    @property
-    def order(self) -> list[Tile]:
+    @cached_property
+    def order(self) -> tuple[Tile, ...]:
         """Every tile of the kernel, arguments first; buffers and carries are leaves."""
         roots = [t for _, t in self.stores] + [c.end for c in self.carried]
-        return tile.topological(*roots, stop=frozenset(t for _, t in self.stored))
+        return tuple(tile.topological(*roots, stop=frozenset(t for _, t in self.stored)))
 
-    @property
-    def buffers(self) -> dict[Tile, BufferId]:
+    @cached_property
+    def buffers(self) -> Mapping[Tile, BufferId]:
         """The stored tiles that this kernel reads."""
         used = set(self.order)
         return {t: name for name, t in self.stored if t in used}

@@ -76,9 +76,6 @@ class TileOp(Enum):
     DECAYED_CROSSING = "sum A_ij x_ik y_jk e^(..) over decays that cross t; (A, x, y, dx, dy, ..)"
 
 
-# ops under a vector gate
-DECAYED = (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY, TileOp.DECAYED_CROSSING)
-
 Attr = str | int | float | bool | None | Op | Which | Axis | Axes
 
 

@@ -13,7 +13,7 @@ from .padding import Padding, padding
 from .phases import added_products, extents, phases
 from .plan import Kernel, Loop, sums_over
 from .segments import Segments, Start
-from .tile import DECAYED, Axes, Axis, Tile, TileOp
+from .tile import Axes, Axis, Tile, TileOp
 from .tiled import (
     Advance,
     Arrive,
@@ -32,6 +32,7 @@ from .tiled import (
     Zero,
     is_padded,
 )
+from .vector_gate import DECAYED
 from .verify import verify_tiled
 
 # how the axes of a tile lie, rows first: a scan keeps its state [V, K], split along V

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from .tile import Axis, Tile, TileOp, axes_of, rename
 
+DECAYED = (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY, TileOp.DECAYED_CROSSING)
+
 
 @dataclass(frozen=True, slots=True)
 class Gate:

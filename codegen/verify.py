@@ -16,7 +16,7 @@ from .chunk import ChunkProgram
 from .differentiate import Adjoint
 from .padding import Padding, padding
 from .plan import Kernel, Loop, sums_over
-from .tile import DECAYED, Axes, Axis, Tile, TileOp, axes_of, topological
+from .tile import Axes, Axis, Tile, TileOp, axes_of, topological
 from .tiled import (
     Advance,
     Arrive,
@@ -33,6 +33,7 @@ from .tiled import (
     Zero,
     uses,
 )
+from .vector_gate import DECAYED
 
 _TIMES = (Axis.I, Axis.J)
 _SQUARE: Axes = (Axis.I, Axis.J)
@@ -130,12 +131,12 @@ def _renamed(t: Tile, x: Tile) -> Axes:
 def verify_tiled(kernel: TiledKernel) -> None:
     """Raises InvalidIR unless every statement finds its values, and loses none of their entries."""
     checked = _Checked(kernel)
-    for phase in (kernel.before, kernel.inside, kernel.after):
+    for inside, phase in ((False, kernel.before), (True, kernel.inside), (False, kernel.after)):
         for s in phase:
-            wrong = checked.wrong(s, inside=phase is kernel.inside)
+            wrong = checked.wrong(s, inside=inside)
             if wrong:
                 raise InvalidIR(f"{kernel.name}: {type(s).__name__} {wrong}")
-        if kernel.channels is not None and phase is kernel.inside:  # parts, of which one is left
+        if inside and kernel.channels is not None:  # parts, of which one is left
             checked.known = {t for t in checked.known if kernel.channels not in t.axes}
     carries = [s.value for s in kernel.statements if isinstance(s, Begin)]
     ends = [s.value for s in kernel.statements if isinstance(s, Finish)]

@@ -17,7 +17,8 @@ from ...dsl.ir import Op
 from ..buffers import BufferId
 from ..expressions import INLINE, unaliased
 from ..plan import Kernel
-from ..tile import DECAYED, Axes, Axis, Tile, TileOp
+from ..tile import Axes, Axis, Tile, TileOp
+from ..vector_gate import DECAYED
 
 POINTWISE = INLINE
 NUMBERS = (TileOp.CONST, TileOp.EXTENT, TileOp.PARAM)

@@ -129,7 +129,7 @@ class TritonExpressions(Expressions):
 
     @property
     def _levels(self) -> int:
-        return self.tiled.extents[Axis.I].bit_length() - 1
+        return self.tiled.chunk.bit_length() - 1
 
     @property
     def _precision(self) -> str:

@@ -87,7 +87,7 @@ class _KernelPrinter(TritonMemory):
         body = self._parallel_body() if kernel.loop is Loop.PARALLEL else self._scan_body()
         source = self._header(body)
         dims, BK, BV = tiled.dims, tiled.extents[Axis.K], tiled.extents[Axis.V]
-        sizes = {"K": dims.K, "V": dims.V, "C": tiled.extents[Axis.I], "BK": BK, "BV": BV}
+        sizes = {"K": dims.K, "V": dims.V, "C": tiled.chunk, "BK": BK, "BV": BV}
         return TritonKernel(
             name=kernel.name,
             loop=kernel.loop,
