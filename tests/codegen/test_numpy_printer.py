@@ -184,7 +184,7 @@ def test_dense(name: str) -> None:
 @pytest.mark.parametrize("name", LOWERED)
 def test_scans_of_segments(name: str) -> None:
     declared = getattr(library, name).declaration
-    form = declared.normal_form(2 if declared.has_micro else 1)
+    form = declared.normal_form(declared.default_micro)
     if transition_of(form, Dims(PACKED.K, PACKED.V)) is None:
         pytest.skip("its scans run on whole sequences")
     _check(name, PACKED, 1, segments=True)
