@@ -50,7 +50,7 @@ def decayed_crossing(a: Tile, x: Tile, y: Tile, dx: Tile, dy: Tile, gate: Gate) 
     difference counts where it is multiplied: by 1/f if the gate is log f, by about |g| elsewhere.
     So where a decay is stronger than e^(the attribute), the entries that cross t are summed.
     """
-    limit = -2.0 if gate.factor else -30.0
+    limit = -4.0 if gate.factor else -30.0
     args = (a, x, y, dx, dy, *gate.args)
     attrs = (limit, gate.exclusive)
     return Tile(TileOp.DECAYED_CROSSING, args, attrs, (Axis.I, Axis.K))
