@@ -1,4 +1,4 @@
-"""What every printer shares: names, which values become statements, and how axes are laid out.
+"""The base of printers of text: names, inlining of values, and the layout of axes.
 
 A printer gives an order of axes (a tile's physical layout is its axes sorted by that order), the
 names of functions and one method per structural op. Values used once are printed inside the

@@ -188,8 +188,6 @@ def _fold(fn: Op, args: tuple[Tile, ...]) -> Tile | None:
             return neg(y)
         if _is_const(y, -1.0):
             return neg(x)
-        if _is_neg(x) and _is_neg(y):
-            return mul(x.args[0], y.args[0])
         if _is_neg(x):
             return neg(mul(x.args[0], y))
         if _is_neg(y):
