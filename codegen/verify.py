@@ -177,11 +177,7 @@ class _Checked:
         needed = {a for a in axes if a in rows or self.kernel.is_padded(a)}
         return "" if needed == set(mask) else f"of {axes} masks {mask}"
 
-    def load(self, s: Load, inside: bool) -> str:
-        self.zero.add(s.value)
-        return self.masks(s.value.axes, s.mask) or self.define(s.value)
-
-    def begin(self, s: Begin, inside: bool) -> str:
+    def fetch(self, s: Load | Begin, inside: bool) -> str:
         self.zero.add(s.value)
         return self.masks(s.value.axes, s.mask) or self.define(s.value)
 
@@ -242,13 +238,13 @@ class _Checked:
 
 
 _STATEMENTS: Mapping[type, Callable[[_Checked, Any, bool], str]] = {
-    Load: _Checked.load,
+    Load: _Checked.fetch,
     Zero: _Checked.start,
     Compute: _Checked.compute,
     Product: _Checked.product,
     Clean: _Checked.clean,
     Store: _Checked.store,
-    Begin: _Checked.begin,
+    Begin: _Checked.fetch,
     Arrive: _Checked.arrive,
     Advance: _Checked.advance,
     Finish: _Checked.finish,
