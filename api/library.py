@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 from .dsl import library as declarations
-from .dsl.declaration import Declaration
 from .runtime.recurrence import Recurrence
 
 
 def names() -> tuple[str, ...]:
     """The names of the library's recurrences, in the order of `dsl/library.py`."""
-    return tuple(x.name for x in declarations.all_declarations())
+    return tuple(_OPS)
 
 
 def __getattr__(name: str) -> Recurrence:
-    if isinstance(vars(declarations).get(name), Declaration):
-        return _op(name)
-    raise AttributeError(
-        f"chunkwise.library has no recurrence {name!r}; it has {', '.join(names())}"
-    )
+    op = _OPS.get(name)
+    if op is None:
+        raise AttributeError(
+            f"chunkwise.library has no recurrence {name!r}; it has {', '.join(names())}"
+        )
+    return op
 
 
 def __dir__() -> list[str]:
     return ["names", *names()]
 
 
-@cache
-def _op(name: str) -> Recurrence:
-    declared = vars(declarations)[name]
-    assert isinstance(declared, Declaration)
-    op = Recurrence(declared)
-    op.__module__ = __name__  # pickle finds the op by this name
-    return op
+# made when chunkwise is imported, so that programs saved by torch.export find their ops
+_OPS = {d.name: Recurrence(d) for d in declarations.all_declarations()}
+for _op in _OPS.values():
+    _op.__module__ = __name__  # pickle finds the op by this name

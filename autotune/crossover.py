@@ -18,14 +18,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Protocol, cast
 
 import torch
-from torch import Tensor
 
 from ..codegen.config import Dims
 from ..dsl.declaration import Declaration
-from ..runtime.call import Call
 from ..runtime.engines import EngineName, load
 from ..runtime.tuned.artifact import Configuration
 from .inputs import Family, draw
@@ -43,12 +40,6 @@ Wins = Callable[[int], bool]
 Run = Callable[[], object]
 # takes runs and a number of rounds, returns microseconds by run and round (`Device.rounds`)
 Rounds = Callable[[Sequence[Run], int], list[list[float]]]
-
-
-class _Stepping(Protocol):
-    """An engine that also computes a forward token by token."""
-
-    def forward_by_token(self, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +128,7 @@ def contest(
     One forward runs in chunks under `config`, the other is the engine's token loop. The call has
     one sequence of T tokens with `rows` heads.
     """
-    by_token = cast(_Stepping, load(engine)).forward_by_token
+    by_token = load(engine).forward_by_token
     micro = declaration.default_micro
     inputs = partial(
         draw,

@@ -67,7 +67,7 @@ def subject(
         EngineUnavailable: the engine cannot serve such calls here, or has nothing to tune.
     """
     call = example(declaration, dims, dtype, size, device)
-    refusal = load(engine).supports(call)
+    refusal = load(engine).refusal(call)
     if refusal is not None:
         raise errors.EngineUnavailable(engine.value, refusal)
     key = key_here(call.form, engine, dtype, dims, device)

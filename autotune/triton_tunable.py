@@ -15,16 +15,16 @@ import triton
 from torch import Tensor
 
 from ..codegen.config import Config, Dims, KernelConfig, dims_of
-from ..codegen.differentiate import GRADIENT
-from ..codegen.interface import Role, loaded
+from ..codegen.interface import loaded
 from ..codegen.plan import Kernel, Plan, Program, backward_plans, forward_plans
 from ..codegen.programs import backward_program, chunk_program, forward_program
 from ..codegen.triton import offline
 from ..codegen.triton.kernel import STORAGE
 from ..runtime.cache import import_source
-from ..runtime.call import Call
+from ..runtime.call import Call, values_of
+from ..runtime.engine import task_of
 from ..runtime.engines import EngineName
-from ..runtime.micro_steps import refined
+from ..runtime.prepared import Request, Way
 from ..runtime.printed import dtypes_of
 from ..runtime.triton import engine as triton_engine
 from ..runtime.triton.launch import Launch
@@ -71,7 +71,7 @@ class TritonTunable:
 
         `suite` makes the validation suite. `neighbours` are configurations of other sizes.
         """
-        self._call, self._rows, self._gpu, self._suite = call, refined(call), gpu, suite
+        self._call, self._gpu, self._suite = call, gpu, suite
         self._dims = Dims(call.K, call.V)
         self._segment, self._size = in_parts(
             call.form, self._dims, call_size_of(call), gpu.multiprocessors
@@ -89,6 +89,10 @@ class TritonTunable:
             self._add(chunk)
         self.alternatives = tuple(self._plans) if plans is None else self._fewer(plans)
         self._do = torch.randn(call.output_shape, dtype=call.dtype, device=call.device)
+        # a kernel by itself takes what a backward has, which is all that a forward has too
+        cotangents = (self._do, *(None for _ in call.initial))
+        self._values = values_of(call, cotangents)
+        self._task = task_of(Request(call, Way.BACKWARD, cotangents).bare())
 
     def _add(self, chunk: int) -> None:
         form, segments = self._call.form, self._segment > 0
@@ -165,11 +169,9 @@ class TritonTunable:
         unit = import_source(offline.unit(kernel))
         bound = Bound(kernel, vars(unit)[offline.UNIT])
         given = loaded(choice.kernel, self._signature, STORAGE)
-        launch = Launch(self._rows, choice.chunk, {GRADIENT + "o": self._do}, self._segment)
-        ends = (Role.INITIAL, Role.FINAL)
-        starts = {str(p.of): None for role in ends for p in kernel.parameters if p.role is role}
-        planned, tensors = launch.prepare((bound,), starts, given)
-        (launched,) = planned.launches
+        launch = Launch(self._task, (bound,), choice.chunk, self._segment, given)
+        tensors = launch.tensors(self._values)
+        (launched,) = launch.plan.launches
         tensors += self._arena.take(launched.new)
         return lambda: launched.run(tensors, aligned=True)
 

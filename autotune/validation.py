@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ _NAN, _NUMBER = 0xFF, 0x45
 
 
 class Runs(Protocol):
-    """What is examined: `forward` and `backward` as an engine's module has them."""
+    """What is examined: `forward` and `backward` as an engine has them."""
 
     def forward(self, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output and the final states."""
@@ -56,23 +56,6 @@ class Runs(Protocol):
         self, call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
     ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
         """Gradients of every operand and initial state."""
-
-
-class _Configured(Protocol):
-    """An engine with something to tune."""
-
-    def forward(
-        self, call: Call, config: Configuration | None, **cut: int
-    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
-
-    def backward(
-        self,
-        call: Call,
-        do: Tensor,
-        dfinals: tuple[Tensor | None, ...],
-        config: Configuration | None,
-        **cut: int,
-    ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +75,13 @@ class ConfiguredEngine:
 
     def forward(self, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As the engine's."""
-        return self._module.forward(call, self.config, **self._cut)
+        return load(self.engine).forward(call, self.config, self.segment)
 
     def backward(
         self, call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
     ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
         """As the engine's."""
-        return self._module.backward(call, do, dfinals, self.config, **self._cut)
+        return load(self.engine).backward(call, do, dfinals, self.config, self.segment)
 
     def ways(self, call: Call) -> tuple[ConfiguredEngine, ...]:
         """This, and the variant that serves calls of few rows (in parts, or in segments)."""
@@ -111,14 +94,6 @@ class ConfiguredEngine:
         if self.engine is not EngineName.TRITON or not transition_of(call.form, dims):
             return (self,)
         return self, replace(self, segment=_SEGMENT, how="in segments")
-
-    @property
-    def _cut(self) -> dict[str, int]:
-        return {} if self.segment is None else {"segment": self.segment}
-
-    @property
-    def _module(self) -> _Configured:
-        return cast(_Configured, load(self.engine))
 
 
 @dataclass(frozen=True, slots=True)

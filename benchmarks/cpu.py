@@ -33,8 +33,11 @@ from chunkwise.codegen.tile import Axis
 from chunkwise.codegen.tir.config import TvmConfig
 from chunkwise.codegen.tir.schedule import Action, schedule, sides, zero_above
 from chunkwise.codegen.vector_gate import DECAYED
-from chunkwise.runtime import eager as eager_engine
-from chunkwise.runtime.call import Call, bind
+from chunkwise.runtime.call import Call, bind, values_of
+from chunkwise.runtime.engine import Engine
+from chunkwise.runtime.engines import EngineName, load
+from chunkwise.runtime.prepared import Request, Way
+from chunkwise.runtime.tuned.artifact import Configuration
 from chunkwise.runtime.tvm import engine as tvm_engine
 from torch import Tensor
 
@@ -56,24 +59,24 @@ def _sides(
     call: Call, do: Tensor, *, backward: bool, compiled: Sequence[int]
 ) -> dict[str, measure.Side]:
     """The TVM engine first, then every torch formulation."""
-    none = (None,) * len(call.form.states)
+    given = (do, *(None for _ in call.form.states))
+    values, cotangents = values_of(call), values_of(call, given)
 
-    def side(engine: object, config: object) -> Callable[[], object]:
-        module = tvm_engine if engine is tvm_engine else eager_engine
+    def side(engine: Engine, config: Configuration | None) -> Callable[[], object]:
+        # what a record of the call's layout runs: torch.compile is to see no more than that
+        forward = engine.prepare(Request(call, Way.CHUNKS, config=config).bare())
+        pull_back = engine.prepare(Request(call, Way.BACKWARD, given, config).bare())
 
         def run() -> object:
-            results = [module.forward(call, config)]
-            if backward:
-                results.append(module.backward(call, do, none, config))
-            return results
+            return (forward(values), pull_back(cotangents)) if backward else forward(values)
 
         return run
 
-    runs = {"tvm": side(tvm_engine, None)}
+    runs = {"tvm": side(load(EngineName.TVM), None)}
     for chunk in CHUNKS:
-        runs[f"torch, chunks of {chunk}"] = side(eager_engine, EagerConfig(chunk))
+        runs[f"torch, chunks of {chunk}"] = side(load(EngineName.EAGER), EagerConfig(chunk))
     for chunk in compiled:
-        run = torch.compile(side(eager_engine, EagerConfig(chunk)))
+        run = torch.compile(side(load(EngineName.EAGER), EagerConfig(chunk)))
         runs[f"torch.compile, chunks of {chunk}"] = run
     return {name: measure.Side(torch.no_grad()(run), lambda: None) for name, run in runs.items()}
 
@@ -191,9 +194,9 @@ def compile_seconds(name: str, D: int) -> float:
     """Seconds of a first forward and backward, which compile; imports are not counted."""
     call = _call(name, Shape("small", 1, 64, 1, D))
     started = time.perf_counter()
-    tvm_engine.forward(call)
+    tvm_engine.ENGINE.forward(call)
     none = (None,) * len(call.form.states)
-    tvm_engine.backward(call, torch.zeros(call.output_shape), none)
+    tvm_engine.ENGINE.backward(call, torch.zeros(call.output_shape), none)
     return time.perf_counter() - started
 
 
@@ -201,7 +204,7 @@ def peak(engine: str, name: str, T: int, D: int) -> float:
     """MiB that forward and backward add to this process at their peak."""
     call = _call(name, Shape("long", 1, T, 8, D))
     do = torch.randn(call.output_shape)
-    module = tvm_engine if engine == "tvm" else eager_engine
+    module = load(EngineName(engine))
     none = (None,) * len(call.form.states)
     short = _call(name, Shape("short", 1, 64, 8, D))
     module.forward(short)

@@ -88,10 +88,10 @@ def ragged(names: Sequence[str], *, segments: bool) -> None:
             dims = Dims(call.K, call.V)
             config = triton_engine.configuration(call.form, dims, call.dtype)
             segment = 64 if transition_of(call.form, dims) else 0
-        o, finals = triton_engine.forward(call, config, segment=segment)
+        o, finals = triton_engine.ENGINE.forward(call, config, segment=segment)
         dfinals = tuple(map(torch.randn_like, finals))
-        triton_engine.backward(call, torch.randn_like(o), dfinals, config, segment=segment)
-        triton_engine.forward_by_token(call)
+        triton_engine.ENGINE.backward(call, torch.randn_like(o), dfinals, config, segment=segment)
+        triton_engine.ENGINE.forward_by_token(call)
         torch.cuda.synchronize()
         print(f"{name}: ran")
 

@@ -10,7 +10,7 @@ from .ir import Loc
 from .normal_form import NormalForm, Operand, Param, StateDecl
 from .normalise import normalise
 from .step import Step
-from .trace import StepSignature, read_signature, trace, where
+from .trace import read_signature, trace, where
 
 
 class Declaration:
@@ -26,34 +26,19 @@ class Declaration:
         self.doc: str = inspect.getdoc(function) or ""
         self.source_location: Loc | None = where(function)
         self.any_step = any_step
-        self._signature: StepSignature = read_signature(function)
-        self._statics = dict(sorted(dict(self._signature.statics).items()))
+        signature = read_signature(function)
+        # the tensors of a call, its run-time floats and the carried states, in order
+        self.operands: tuple[Operand, ...] = signature.operands
+        self.params: tuple[Param, ...] = signature.params
+        self.states: tuple[StateDecl, ...] = signature.states
+        # the int and bool keywords in alphabetical order, with their defaults
+        self.statics: Mapping[str, int | bool] = dict(sorted(signature.statics))
         self._trace = lru_cache(maxsize=None)(self._trace_once)
         self._normalise = lru_cache(maxsize=None)(self._normalise_once)
         if any_step:
             self.step(self.default_micro)
         else:
             self.normal_form(self.default_micro)
-
-    @property
-    def operands(self) -> tuple[Operand, ...]:
-        """The tensors of a call, in order."""
-        return self._signature.operands
-
-    @property
-    def params(self) -> tuple[Param, ...]:
-        """The run-time floats of a call."""
-        return self._signature.params
-
-    @property
-    def states(self) -> tuple[StateDecl, ...]:
-        """The carried states, in order."""
-        return self._signature.states
-
-    @property
-    def statics(self) -> Mapping[str, int | bool]:
-        """The int and bool keywords in alphabetical order, with their defaults."""
-        return self._statics
 
     @property
     def has_micro(self) -> bool:

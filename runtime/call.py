@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -57,6 +57,21 @@ class Call:
     device: torch.device
     static: Static = ()
 
+    def of(self, values: Sequence[Any]) -> Call:
+        """The call of these values, which lie as this one's: operands, states, bounds, floats."""
+        states = len(self.operands)
+        bounds = states + len(self.initial)
+        cu_seqlens: Tensor | None = values[bounds]
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.to(self.device, non_blocking=True)
+        return replace(
+            self,
+            operands=dict(zip(self.operands, values, strict=False)),
+            initial=tuple(values[states:bounds]),
+            cu_seqlens=cu_seqlens,
+            params=dict(zip(self.params, values[bounds + 1 :], strict=False)),
+        )
+
     @property
     def step(self) -> Step:
         """The traced step, retraced for this number of micro-steps."""
@@ -82,6 +97,41 @@ class Call:
         """`[B,T,HV,V]` for an output that is a Value."""
         tail = {Kind.VALUE: (self.V,), Kind.KEY: (self.K,)}.get(self.step.output.kind, ())
         return (self.B, self.T, self.HV, *tail)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the values of a call stand: operands, first states and floats by name.
+
+    `cotangents`: where that of the output stands, those of the final states behind it. `time`:
+    whether values of tokens have a time axis.
+    """
+
+    operands: dict[str, int]
+    states: dict[str, int]
+    params: dict[str, int]
+    cu_seqlens: int | None = None
+    cotangents: int = 0
+    time: bool = True
+
+
+def values_of(call: Call, cotangents: Sequence[Tensor | None] = ()) -> list[Any]:
+    """The values of a call in the order of its ops: a backward's cotangents come first."""
+    tensors = (*cotangents, *call.operands.values(), *call.initial, call.cu_seqlens)
+    return [*tensors, *call.params.values()]
+
+
+def places_of(call: Call, cotangents: int = 0) -> Places:
+    """Where the values of a call stand in that order, behind so many cotangents."""
+    names = [*call.operands, *(s.name for s in call.declaration.states)]
+    at = {name: cotangents + n for n, name in enumerate(names)}
+    first = cotangents + len(names)
+    return Places(
+        operands={n: at[n] for n in call.operands},
+        states={s.name: at[s.name] for s in call.declaration.states},
+        params={n: first + 1 + i for i, n in enumerate(call.params)},
+        cu_seqlens=first,
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -114,7 +164,8 @@ def arrange(
             raise errors.MissingOperand(x.name, kind_name(x), pattern(x), op=title)
         if not isinstance(value, Tensor):
             raise errors.BadDtype(x.name, type(value).__name__, f"a tensor {pattern(x)}")
-        operands[x.name] = whole(x.name, value)
+        plain = type(value) in PLAIN and not value.is_nested
+        operands[x.name] = value if plain else whole(x.name, value)
     params: dict[str, float] = {}
     for p in declaration.params:
         number = given.pop(p.name, None)
@@ -304,10 +355,3 @@ def check_boundaries(cu_seqlens: Tensor, T: int) -> None:
         raise errors.BadCuSeqlens(
             f"{bounds[-1]} at [{len(bounds) - 1}]", f"T = {T}, the length of the packed operands"
         )
-
-
-def on_one_device(call: Call) -> Call:
-    """The call with `cu_seqlens` moved to where the operands are (it may come from the host)."""
-    if call.cu_seqlens is None or call.cu_seqlens.device == call.device:
-        return call
-    return replace(call, cu_seqlens=call.cu_seqlens.to(call.device, non_blocking=True))

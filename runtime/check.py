@@ -17,18 +17,17 @@ from .call import Call, check_boundaries
 CHECK_VARIABLE = "CHUNKWISE_CHECK"
 
 
-def check_contents(call: Call, check: bool | None) -> None:
+def check_contents(call: Call, check: bool) -> None:
     """Look at the contents of a call, as far as that costs no wait, or everything if asked to.
 
     Args:
         call: with `cu_seqlens` still where the user had it.
-        check: everything (which waits for the device); by default as CHUNKWISE_CHECK says.
+        check: everything, which waits for the device.
 
     Raises:
         BadCuSeqlens: the boundaries do not rise from 0 to T.
         NanOperand, PositiveGate: the first offender, where it is and what it holds.
     """
-    check = _asked(check)
     bounds = call.cu_seqlens
     if bounds is not None and (check or bounds.device.type == "cpu"):
         check_boundaries(bounds, call.T)
@@ -37,23 +36,22 @@ def check_contents(call: Call, check: bool | None) -> None:
         _check_promises(call)
 
 
-def check_results(call: Call, check: bool | None, o: Tensor, finals: Sequence[Tensor]) -> None:
-    """Look, if asked to, for results that are not finite though all operands are.
+def check_results(call: Call, results: Sequence[Tensor]) -> None:
+    """Look for results that are not finite though all operands are.
 
     Raises:
         Overflow: the first of them, where it is and what it holds.
     """
-    if not _asked(check):
-        return
-    ends = zip((f"final state ({s.name})" for s in call.declaration.states), finals, strict=True)
-    for name, x in (("output", o), *ends):
+    names = ("output", *(f"final state ({s.name})" for s in call.declaration.states))
+    for name, x in zip(names, results, strict=True):
         if not bool(torch.isfinite(x).all()):
             at, value = _first(~torch.isfinite(x), x)
             raise errors.Overflow(call.declaration.name, name, f"{value} at {at}")
 
 
-def _asked(check: bool | None) -> bool:
-    return os.environ.get(CHECK_VARIABLE, "") not in ("", "0") if check is None else check
+def asked() -> bool:
+    """Whether contents are to be looked at where a call does not say: as CHUNKWISE_CHECK does."""
+    return os.environ.get(CHECK_VARIABLE, "") not in ("", "0")
 
 
 def _check_finite(call: Call) -> None:

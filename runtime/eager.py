@@ -9,107 +9,78 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..codegen.buffers import OUTPUT, BufferId, gradient
-from ..codegen.config import Dims, EagerConfig, padded
+from ..codegen.config import EagerConfig, padded
 from ..codegen.differentiate import GRADIENT
 from ..codegen.eager import library as eager_library
-from ..codegen.eager.kernel import EagerKernel, print_eager
+from ..codegen.eager.kernel import print_eager
 from ..codegen.plan import Hoist, Loop, Plan, Program
-from ..codegen.programs import backward_program, chunk_program, forward_program
-from ..codegen.tile import Axes, Axis, Tile, TileOp
-from ..dsl.errors import NotLowered
-from ..dsl.ir import Per
+from ..codegen.programs import backward_program, forward_program
+from ..codegen.tile import Axes, Axis, TileOp
 from ..dsl.normal_form import NormalForm
 from . import reference
 from .call import Call
+from .engine import Execute, KernelEngine, Task, chunk_refusal
 from .engines import EngineName
-from .micro_steps import coarse, coarse_gradients, refined, refined_cotangent
-from .tuned.artifact import Key
-from .tuned.selection import call_size_of, key_here, select_config, token_loop_wins
+from .prepared import Request, Run, Values, Way
+from .tuned.artifact import Configuration
+from .tuned.selection import call_size_of, select_config
 
 _LONGEST_CHUNK = 64  # where nothing was tuned
 
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    """A printed kernel, ready to run."""
+    """A printed kernel, ready to run.
 
-    printed: EagerKernel
+    `arguments`: the name of each, and what it is (None: a buffer). `stores`, `ends`: the names and
+    axes of its results, buffers and then carries.
+    """
+
     loop: Loop
     run: Callable[..., tuple[Tensor | float, ...]]
-    buffers: Mapping[Tile, BufferId]
+    arguments: tuple[tuple[str, TileOp | None], ...]
+    stores: tuple[tuple[str, Axes], ...]
+    ends: tuple[tuple[str, Axes], ...]
 
 
-def supports(call: Call) -> str | None:
-    """Why this engine cannot serve the call; None if it can."""
-    try:
-        chunk_program(call.form)
-    except NotLowered as refusal:
-        return str(refusal)
-    return None
+class _Eager(KernelEngine):
+    """The chunk form in torch operations."""
+
+    name = EngineName.EAGER
+    has_steps = False
+
+    def refusal(self, call: Call) -> str | None:
+        return chunk_refusal(call.form)
+
+    def token_refusal(self, call: Call) -> str | None:
+        return "it has no kernels of single tokens"
+
+    def prepare(self, request: Request) -> Run:
+        if request.way is Way.TOKENS:  # short sequences take the reference's token loop
+            return reference.ENGINE.prepare(request)
+        return super().prepare(request)
+
+    def compile(self, task: Task, config: Configuration | None, segment: int | None) -> Execute:
+        if config is None:
+            config = self._serving(task)
+        assert isinstance(config, EagerConfig)
+        kernels = _backward_kernels if task.way is Way.BACKWARD else _forward_kernels
+        return _Run(task, config.chunk, kernels(task.call.form))
+
+    def _serving(self, task: Task) -> EagerConfig:
+        """The chunk that was tuned, else 64; no longer than sequences of rows need."""
+        key, size = self.key(task.call), call_size_of(task.call)
+        config = select_config(EagerConfig, key, size, lambda: EagerConfig(_LONGEST_CHUNK))
+        return EagerConfig(min(config.chunk, padded(task.rows.T, 1)))
 
 
-def forward(call: Call, config: EagerConfig | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """o [B,T,HV,V] in the call's dtype; final states [N,HV,K,V] (or [N,HV,K]) in float32/64.
-
-    `config`: instead of the one that serves such calls. Sequences so short that the token loop
-    was measured to be faster run token by token.
-    """
-    if config is None and token_loop_wins(_key(call), call_size_of(call)):
-        return forward_by_token(call)
-    rows = refined(call)
-    run = _Run(rows, (config or _serving(call, rows.T)).chunk)
-    finals = run.execute(_forward_kernels(call.form), run.initial())
-    o = coarse(call, run.tokens_back(run.buffers[OUTPUT], call.HV, (call.V,)))
-    return o.to(call.dtype), tuple(finals[s.name] for s in call.form.states)
-
-
-def forward_by_token(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """What `forward` returns, by the token loop."""
-    return reference.forward(call)
-
-
-def backward(
-    call: Call,
-    do: Tensor,
-    dfinals: tuple[Tensor | None, ...],
-    config: EagerConfig | None = None,
-) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
-    """Gradients of every operand, in its shape and dtype, and of the initial states."""
-    rows = refined(call)
-    run = _Run(rows, (config or _serving(call, rows.T)).chunk)
-    run.add_token(GRADIENT + "o", refined_cotangent(call, do))
-    starts = run.initial()
-    for state, dfinal in zip(call.form.states, dfinals, strict=True):
-        shape = run.state_shape(state.name)
-        zeros = torch.zeros(shape, dtype=run.dtype, device=call.device)
-        starts[GRADIENT + state.name] = (
-            zeros if dfinal is None else dfinal.to(run.dtype).reshape(shape)
-        )
-    ends = run.execute(_backward_kernels(call.form), starts)
-    gradients = coarse_gradients(call, {name: run.gradient(name) for name in call.operands})
-    initials = tuple(
-        None if x is None else ends[GRADIENT + s.name].to(x.dtype)
-        for s, x in zip(call.form.states, call.initial, strict=True)
-    )
-    return gradients, initials
-
-
-def _serving(call: Call, rows: int) -> EagerConfig:
-    """The chunk that was tuned, else 64; no longer than sequences of `rows` need."""
-    config = select_config(
-        EagerConfig, _key(call), call_size_of(call), lambda: EagerConfig(_LONGEST_CHUNK)
-    )
-    return EagerConfig(min(config.chunk, padded(rows, 1)))
-
-
-def _key(call: Call) -> Key:
-    return key_here(call.form, EngineName.EAGER, call.dtype, Dims(call.K, call.V), call.device)
+ENGINE = _Eager()
 
 
 @lru_cache(maxsize=256)
@@ -135,174 +106,174 @@ def _compile(program: Program) -> tuple[_Compiled, ...]:
         exec(compile(printed.source, f"<chunkwise eager {kernel.name}>", "exec"), namespace)
         run = namespace[kernel.name]
         assert callable(run)
-        compiled.append(_Compiled(printed, kernel.loop, run, kernel.buffers))
+        buffers = kernel.buffers
+        arguments = tuple(
+            (str(buffers[t]), None) if t in buffers else (str(t.attrs[0]), t.op)
+            for _, t in printed.arguments
+        )
+        stores = tuple((str(name), t.axes) for name, t in printed.stores)
+        ends = tuple((name, t.axes) for name, t in printed.ends)
+        compiled.append(_Compiled(kernel.loop, run, arguments, stores, ends))
     return tuple(compiled)
 
 
+class _Slots(NamedTuple):
+    """Where the tokens of sequences lie in padded chunks.
+
+    `flat`: of each slot the flat token (B*T: none), `[N, chunks*C]`; `valid`: whether it has one;
+    `rows`: the same as kernels take it, `[N*HV, chunks, C]`; `at`: `[chunks, C]`, slots numbered.
+    """
+
+    flat: Tensor
+    valid: Tensor
+    rows: Tensor
+    at: Tensor
+
+
+def _slots(call: Call, chunk: int, cu_seqlens: Tensor | None) -> _Slots:
+    """Those of calls; a packed batch is read on the host here."""
+    device = call.device
+    if cu_seqlens is None:
+        starts = torch.arange(call.N, dtype=torch.int64, device=device) * call.T
+        lengths = torch.full((call.N,), call.T, dtype=torch.int64, device=device)
+        longest = call.T
+    else:
+        cu = cu_seqlens.to(torch.int64)
+        starts, lengths = cu[:-1], cu.diff()
+        longest = int(lengths.max()) if call.N else 0
+    slots = -(-longest // chunk) * chunk
+    offset = torch.arange(slots, dtype=torch.int64, device=device)
+    valid = offset[None, :] < lengths[:, None]
+    index = torch.where(valid, starts[:, None] + offset[None, :], call.B * call.T)
+    rows = valid.reshape(call.N, 1, -1, chunk).expand(-1, call.HV, -1, -1)
+    return _Slots(
+        index, valid, rows.reshape(call.N * call.HV, -1, chunk), offset.reshape(-1, chunk)
+    )
+
+
 class _Run:
-    """One execution: operands laid out in chunks, and the buffers that kernels fill."""
+    """The kernels of a task, ready to run: which of its tensors each of them takes."""
 
-    def __init__(self, call: Call, chunk: int) -> None:
-        self._call = call
-        self._chunk = chunk
-        self.dtype = torch.float64 if call.dtype is torch.float64 else torch.float32
-        self._params = {
-            name: torch.full((), value, dtype=self.dtype, device=call.device)
-            for name, value in call.params.items()
-        }
-        self._heads: dict[str, Tensor] = {}
-        self._tokens: dict[str, Tensor] = {}
-        self.buffers: dict[BufferId, Tensor] = {}
-        self._index, self._rows = self._layout()
-        per = {o.name: o.per for o in call.form.operands}
-        for name, x in call.operands.items():
-            if per[name] is Per.HEAD:
-                copies = (call.N, *(1 for _ in x.shape[1:]))
-                self._heads[name] = x.to(self.dtype).repeat(copies)
+    def __init__(self, task: Task, chunk: int, kernels: tuple[_Compiled, ...]) -> None:
+        self._task, self._chunk, self._kernels = task, chunk, kernels
+        call = self._call = task.rows
+        self._dtype = call.state_dtype
+        feeds = [(name, f.at, f.make) for name, f in task.operands.items()]
+        self._tokens = [x for x in feeds if x[0] not in task.per_head]
+        self._heads = [x for x in feeds if x[0] in task.per_head]
+        kinds = {s.name: s.kind for s in call.form.states}
+        self._starts = []
+        for name, f in task.starts.items():
+            kind = kinds[name.removeprefix(GRADIENT)]
+            axes = {"K": call.K, "V": call.V}
+            shape = (call.N * call.HV, *(axes[a] for a in kind.value.rstrip("'")))
+            self._starts.append((name, None if f.like is None else f.at, shape))
+
+    def __call__(self, values: Values) -> list[Tensor | None]:
+        """The task's results."""
+        call, chunk, dtype, device = self._call, self._chunk, self._dtype, self._call.device
+        bounds = self._task.cu_seqlens
+        cu_seqlens = (
+            None if bounds is None or bounds.make is None else bounds.make(values[bounds.at])
+        )
+        slots = _slots(call, chunk, cu_seqlens)
+        chunks = slots.at.shape[0]
+        found: dict[str, Tensor] = {}
+        for name, at in self._task.params.items():
+            found[name] = torch.full((), values[at], dtype=dtype, device=device)
+        for name, at, make in self._heads:
+            x = values[at] if make is None else make(values[at])
+            found[name] = x.to(dtype).repeat((call.N, *[1] * (x.ndim - 1)))
+        for name, at, make in self._tokens:
+            # [B,T,heads,...] as [N*HV, chunks, C, ...]; each head repeated for its value heads
+            x = values[at] if make is None else make(values[at])
+            flat = x.to(dtype).reshape(call.B * call.T, *x.shape[2:])
+            flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
+            laid = flat[slots.flat].movedim(2, 1).repeat_interleave(call.HV // x.shape[2], 1)
+            found[name] = laid.reshape(call.N * call.HV, chunks, chunk, *x.shape[3:])
+        carries: dict[str, Tensor] = {}
+        for name, place, shape in self._starts:
+            if place is None:
+                carries[name] = torch.zeros(shape, dtype=dtype, device=device)
             else:
-                self.add_token(name, x)
-
-    def _layout(self) -> tuple[Tensor, Tensor]:
-        """For each slot of the padded chunks its flat token (B*T: none), and whether it has one.
-
-        Shapes [N, chunks * C]. A packed batch is read on the host here.
-        """
-        call, device = self._call, self._call.device
-        if call.cu_seqlens is None:
-            starts = torch.arange(call.N, dtype=torch.int64, device=device) * call.T
-            lengths = torch.full((call.N,), call.T, dtype=torch.int64, device=device)
-            longest = call.T
-        else:
-            cu = call.cu_seqlens.to(torch.int64)
-            starts, lengths = cu[:-1], cu.diff()
-            longest = int(lengths.max()) if call.N else 0
-        slots = -(-longest // self._chunk) * self._chunk
-        offset = torch.arange(slots, dtype=torch.int64, device=device)
-        valid = offset[None, :] < lengths[:, None]
-        index = torch.where(valid, starts[:, None] + offset[None, :], call.B * call.T)
-        return index, valid
-
-    @property
-    def _chunks(self) -> int:
-        return self._index.shape[1] // self._chunk
-
-    def add_token(self, name: str, x: Tensor) -> None:
-        """[B,T,heads,...] as [N*HV, chunks, C, ...]; each head repeated for its value heads."""
-        call = self._call
-        flat = x.to(self.dtype).reshape(call.B * call.T, *x.shape[2:])
-        flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
-        laid = flat[self._index].movedim(2, 1)  # [N, heads, slots, ...]
-        laid = laid.repeat_interleave(call.HV // x.shape[2], 1)
-        self._tokens[name] = laid.reshape(call.N * call.HV, self._chunks, self._chunk, *x.shape[3:])
-
-    def tokens_back(self, x: Tensor, heads: int, channels: tuple[int, ...]) -> Tensor:
-        """The inverse of `add_token`, value heads summed into `heads` groups."""
-        call = self._call
-        x = x.reshape(call.N, heads, call.HV // heads, -1, *channels).sum(2).movedim(1, 2)
-        flat = x.new_zeros(call.B * call.T, heads, *channels)
-        flat[self._index[self._rows]] = x[self._rows]
-        return flat.reshape(call.B, call.T, heads, *channels)
-
-    def state_shape(self, name: str) -> tuple[int, ...]:
-        call = self._call
-        kind = next(s.kind for s in call.form.states if s.name == name)
-        sizes = {"K": call.K, "V": call.V}
-        return (call.N * call.HV, *(sizes[a] for a in kind.value.rstrip("'")))
-
-    def initial(self) -> dict[str, Tensor]:
-        starts = {}
-        for state, x in zip(self._call.form.states, self._call.initial, strict=True):
-            shape = self.state_shape(state.name)
-            starts[state.name] = (
-                torch.zeros(shape, dtype=self.dtype, device=self._call.device)
-                if x is None
-                else x.to(self.dtype).reshape(shape)
-            )
-        return starts
-
-    def execute(
-        self, kernels: tuple[_Compiled, ...], starts: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Run the kernels in order; returns the last value of every carry, [N,HV,...]."""
-        ends: dict[str, Tensor] = {}
-        for kernel in kernels:
+                carries[name] = values[place].to(dtype).reshape(shape)
+        for kernel in self._kernels:
             if kernel.loop is Loop.PARALLEL:
-                results = kernel.run(
-                    *(self._argument(kernel, t, None, {}) for t in _tiles(kernel)),
-                    *self._context(None),
-                )
-                for (name, t), x in zip(kernel.printed.stores, results, strict=True):
-                    self.buffers[name] = self._filled(x, t.axes, self._chunks)
+                given = [
+                    found[key][:, None] if op is TileOp.HEAD else found[key]
+                    for key, op in kernel.arguments
+                ]
+                results = kernel.run(*given, slots.rows, slots.at, call.K, call.V, dtype)
+                for (buffer, axes), y in zip(kernel.stores, results, strict=True):
+                    found[buffer] = self._filled(y, axes, chunks)
             else:
-                ends |= self._scan(kernel, starts)
-        call = self._call
-        return {n: x.reshape(call.N, call.HV, *x.shape[1:]) for n, x in ends.items()}
+                self._scan(kernel, found, carries, slots)
+        return [self._result(name, found, carries, slots) for name in self._task.results]
 
-    def _scan(self, kernel: _Compiled, starts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        stored, carried = kernel.printed.stores, kernel.printed.ends
-        tiles = [t for _, t in (*stored, *carried)]
-        carry = {n: starts[n] for n, _ in carried}
+    def _scan(
+        self,
+        kernel: _Compiled,
+        found: dict[str, Tensor],
+        carries: dict[str, Tensor],
+        slots: _Slots,
+    ) -> None:
+        """Run a scan: `found` has what it stores then, `carries` the last values."""
+        call, stored, carried = self._call, kernel.stores, kernel.ends
+        layouts = [axes for _, axes in (*stored, *carried)]
+        carry = {name: carries[name] for name, _ in carried}
         series: list[list[Tensor]] = [[] for _ in stored]
-        steps = range(self._chunks)
+        steps = range(slots.at.shape[0])
         for n in steps if kernel.loop is Loop.FORWARD else reversed(steps):
-            results = kernel.run(
-                *(self._argument(kernel, t, n, carry) for t in _tiles(kernel)), *self._context(n)
-            )
-            full = [self._filled(x, t.axes) for t, x in zip(tiles, results, strict=True)]
-            for own, x in zip(series, full[: len(stored)], strict=True):
-                own.append(x)
-            carry = {n: x for (n, _), x in zip(carried, full[len(stored) :], strict=True)}
-        for (name, t), own in zip(stored, series, strict=True):
+            given = []
+            for key, op in kernel.arguments:
+                if op is TileOp.CARRY:
+                    given.append(carry[key])
+                else:
+                    x = found[key]
+                    given.append(x if op in (TileOp.HEAD, TileOp.PARAM) else x[:, n])
+            results = kernel.run(*given, slots.rows[:, n], slots.at[n], call.K, call.V, self._dtype)
+            full = [self._filled(y, axes) for axes, y in zip(layouts, results, strict=True)]
+            for own, y in zip(series, full[: len(stored)], strict=True):
+                own.append(y)
+            carry = {name: y for (name, _), y in zip(carried, full[len(stored) :], strict=True)}
+        carries |= carry
+        for (buffer, axes), own in zip(stored, series, strict=True):
             ordered = own if kernel.loop is Loop.FORWARD else own[::-1]
             # of no chunks there is nothing to stack
-            self.buffers[name] = (
-                torch.stack(ordered, 1) if ordered else self._filled(0.0, t.axes, self._chunks)
-            )
-        return carry
+            found[buffer] = torch.stack(ordered, 1) if ordered else self._filled(0.0, axes, 0)
 
     def _filled(self, x: Tensor | float, axes: Axes, *chunks: int) -> Tensor:
         """A kernel's result in full, `[N*HV, *chunks, *axes]`; a view where it is constant."""
         call = self._call
         size = {Axis.I: self._chunk, Axis.J: self._chunk, Axis.K: call.K, Axis.V: call.V}
-        x = torch.as_tensor(x, dtype=self.dtype, device=call.device)
+        x = torch.as_tensor(x, dtype=self._dtype, device=call.device)
         return x.expand(call.N * call.HV, *chunks, *(size[a] for a in axes))
 
-    def _context(self, n: int | None) -> tuple[object, ...]:
+    def _result(
+        self,
+        name: str,
+        found: Mapping[str, Tensor],
+        carries: Mapping[str, Tensor],
+        slots: _Slots,
+    ) -> Tensor | None:
         call = self._call
-        rows = self._rows.reshape(call.N, 1, self._chunks, self._chunk)
-        rows = rows.expand(-1, call.HV, -1, -1).reshape(call.N * call.HV, self._chunks, -1)
-        slots = self._index.shape[1]
-        at = torch.arange(slots, dtype=torch.int64, device=call.device).reshape(self._chunks, -1)
-        rows, at = (rows, at) if n is None else (rows[:, n], at[n])
-        return (rows, at, call.K, call.V, self.dtype)
+        if name in carries:
+            end = carries[name]
+            return end.reshape(call.N, call.HV, *end.shape[1:]).contiguous()
+        x = found.get(name)
+        if x is None:
+            return None
+        if name == "o":
+            return self._tokens_back(x, slots).to(call.dtype)
+        if name.removeprefix(GRADIENT) in self._task.per_head:
+            channels = call.operands[name.removeprefix(GRADIENT)].shape[1:]
+            return x.reshape(call.N, call.HV, -1, *channels).sum((0, 2))[None]
+        return self._tokens_back(x, slots)
 
-    def _argument(
-        self, kernel: _Compiled, t: Tile, n: int | None, carry: Mapping[str, Tensor]
-    ) -> Tensor:
-        if t in kernel.buffers:
-            x = self.buffers[kernel.buffers[t]]
-            return x if n is None else x[:, n]
-        name = str(t.attrs[0])
-        if t.op is TileOp.PARAM:
-            return self._params[name]
-        if t.op is TileOp.HEAD:
-            return self._heads[name][:, None] if n is None else self._heads[name]
-        if t.op is TileOp.CARRY:
-            return carry[name]
-        return self._tokens[name] if n is None else self._tokens[name][:, n]
-
-    def gradient(self, name: str) -> Tensor:
-        """The gradient of an operand in its own shape, summed over what shares it."""
-        call, x = self._call, self._call.operands[name]
-        g = self.buffers.get(gradient(name))
-        if g is None:
-            return torch.zeros_like(x)
-        if name in self._heads:
-            g = g.reshape(call.N, call.HV, self._chunks, *x.shape[1:]).sum((0, 2))
-        else:
-            g = self.tokens_back(g, x.shape[2], x.shape[3:])
-        return g.to(x.dtype)
-
-
-def _tiles(kernel: _Compiled) -> list[Tile]:
-    return [t for _, t in kernel.printed.arguments]
+    def _tokens_back(self, x: Tensor, slots: _Slots) -> Tensor:
+        """[N*HV, chunks, C, ...] as [B,T,HV,...]."""
+        call = self._call
+        x = x.reshape(call.N, call.HV, -1, *x.shape[3:]).movedim(1, 2)
+        flat = x.new_zeros(call.B * call.T, *x.shape[2:])
+        flat[slots.flat[slots.valid]] = x[slots.valid]
+        return flat.reshape(call.B, call.T, *x.shape[2:])

@@ -6,18 +6,14 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
 from enum import Enum
 from functools import cache
-from typing import TYPE_CHECKING, Protocol, cast
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..dsl import errors
 
 if TYPE_CHECKING:
-    from .call import Call
-    from .tokens import Serve, Token
+    from .engine import Engine
 
 ENGINE_VARIABLE = "CHUNKWISE_ENGINE"
 
@@ -33,21 +29,6 @@ class EngineName(Enum):
 
 class CannotRun(RuntimeError):
     """A kernel that does not compile, or needs more than the device has."""
-
-
-class Engine(Protocol):
-    """What an engine's module offers; results share no memory with the call's tensors."""
-
-    def supports(self, call: Call) -> str | None:
-        """None if the engine can serve `call`, else the reason why not."""
-
-    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The output in `call.dtype`, the final states in `call.state_dtype`."""
-
-    def backward(
-        self, call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
-    ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
-        """Gradients of every operand, and of the initial states (None where none was given)."""
 
 
 # the table that a new engine joins: its module, and the devices that choose it by themselves
@@ -113,7 +94,7 @@ def choose(
 
 @cache
 def load(name: EngineName) -> Engine:
-    """The engine's module, imported when it is first needed.
+    """The engine, its module imported when it is first needed.
 
     Raises:
         EngineUnavailable: what the engine is built on (triton, say) is not installed.
@@ -124,12 +105,8 @@ def load(name: EngineName) -> Engine:
         raise errors.EngineUnavailable(
             name.value, f"it needs the module {missing.name!r}, which is not installed"
         ) from missing
-    return cast(Engine, module)
-
-
-def stepper(name: EngineName) -> Callable[[Token], Serve | str] | None:
-    """What makes an engine's kernel for single tokens, or says why it has none; None: torch's."""
-    return getattr(load(name), "prepare_step", None)
+    engine: Engine = module.ENGINE
+    return engine
 
 
 def available() -> dict[EngineName, str | None]:

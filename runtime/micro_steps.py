@@ -8,6 +8,7 @@ what the last row of each token reads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -28,15 +29,20 @@ def refined(call: Call) -> Call:
     n = rows_per_token(call)
     if n == 1 and not any(o.micro for o in call.form.operands):
         return call
-    operands = {o.name: _as_rows(o, call.operands[o.name], n) for o in call.form.operands}
+    operands = dict(call.operands)
+    for o in call.form.operands:
+        make = as_rows(o, n)
+        if make is not None:
+            operands[o.name] = make(operands[o.name])
     cu_seqlens = call.cu_seqlens if n == 1 or call.cu_seqlens is None else call.cu_seqlens * n
     return replace(call, operands=operands, T=call.T * n, cu_seqlens=cu_seqlens)
 
 
-def _as_rows(o: Operand, x: Tensor, n: int) -> Tensor:
+def as_rows(o: Operand, n: int) -> Callable[[Tensor], Tensor] | None:
+    """What makes rows of an operand's tensor, n of each token; None: it has them."""
     if o.micro:
-        return entries(x, n).flatten(1, 2)
-    return x if n == 1 or o.per is Per.HEAD else x.repeat_interleave(n, dim=1)
+        return lambda x: entries(x, n).flatten(1, 2)
+    return None if n == 1 or o.per is Per.HEAD else lambda x: x.repeat_interleave(n, dim=1)
 
 
 def entries(x: Tensor, n: int) -> Tensor:
@@ -61,15 +67,10 @@ def refined_cotangent(call: Call, do: Tensor) -> Tensor:
     return rows
 
 
-def coarse_gradients(call: Call, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of the call's operands from those of its rows."""
-    n = rows_per_token(call)
-    result = {}
-    for o in call.form.operands:
-        g = gradients[o.name]
-        if o.micro:
-            g = entries(g.unflatten(1, (call.T, n)), call.micro)
-        elif n > 1 and o.per is Per.TOKEN:
-            g = g.unflatten(1, (call.T, n)).sum(2)
-        result[o.name] = g
-    return result
+def coarse_gradient(o: Operand, T: int, micro: int, n: int) -> Callable[[Tensor], Tensor] | None:
+    """What makes an operand's gradient of that of its rows, n of each token; None: it is."""
+    if o.micro:
+        return lambda g: entries(g.unflatten(1, (T, n)), micro)
+    if n > 1 and o.per is Per.TOKEN:
+        return lambda g: g.unflatten(1, (T, n)).sum(2)
+    return None

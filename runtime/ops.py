@@ -1,16 +1,19 @@
-"""The two torch ops of a recurrence: forward and backward, opaque to the compiler and to autograd.
+"""The torch ops of a recurrence: forward, backward and step, opaque to compilers and to autograd.
 
-Per (normal form, engine) one pair is registered, when it is first needed:
-`chunkwise::<name>_<digest>_<engine>` and the same with `_backward`. Only the inputs are saved; the
-backward recomputes, so what is saved never depends on how an engine plans its kernels.
+They are registered when the recurrence is declared, under `chunkwise::<name>_<digest of the step>`,
+`..._backward` and `..._step`: which engine serves a call is decided within it, by an argument, the
+environment or the device. So graphs and exported programs name no engine, and load wherever the
+declaration has been imported. Only the inputs are saved; the backward recomputes, so what is saved
+never depends on how an engine plans its kernels.
 """
 
 from __future__ import annotations
 
-import contextlib
+import math
+import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,24 +22,37 @@ from torch import Tensor
 
 from ..dsl import errors
 from ..dsl.ir import Per
-from . import reference
-from .call import Call, Static, describe, on_one_device
-from .check import check_contents, check_results
-from .engines import Engine, EngineName, load
+from .call import Call, Static, describe
+from .check import CHECK_VARIABLE, asked, check_contents, check_results
+from .engines import ENGINE_VARIABLE, EngineName
+from .prepared import Prepared, Records, chosen, prepare_backward, prepare_forward, prepare_step
 from .transforms import Along, Derivative, register_batches, register_derivative
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
 
 NAMESPACE = "chunkwise"
+Op = torch._ops.OpOverload
 
 
 @dataclass(frozen=True, slots=True)
-class Signature:
-    """How a call is flattened into an op's arguments: operands, initial states, the rest."""
+class Ops:
+    """The ops of a declaration. Arguments: see `Flat`."""
+
+    forward: Op
+    backward: Op
+    step: Op
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """How a call is flattened into the arguments of an op.
+
+    Operands, initial states, cu_seqlens, floats, static numbers, the engine's name, `check` (of a
+    forward). A backward has the cotangents of the output and of the final states before them.
+    """
 
     declaration: Declaration
-    static: Static
 
     @property
     def operands(self) -> int:
@@ -47,18 +63,36 @@ class Signature:
         return len(self.declaration.states)
 
     @property
+    def tensors(self) -> int:
+        """How many arguments are tensors; they come first."""
+        return self.operands + self.states + 1
+
+    @property
+    def numbers(self) -> int:
+        """Where the floats end."""
+        return self.tensors + len(self.declaration.params)
+
+    @property
     def inputs(self) -> str:
         """The arguments as a schema; positions, not names, for a name may be any identifier."""
         parts = [f"Tensor x{i}" for i in range(self.operands)]
         parts += [f"Tensor? initial{i}" for i in range(self.states)]
         parts += ["Tensor? cu_seqlens"]
         parts += [f"float p{i}" for i in range(len(self.declaration.params))]
-        return ", ".join(parts)
+        parts += [f"int s{i}" for i in range(len(self.declaration.statics))]
+        return ", ".join([*parts, "str? engine"])
 
     @property
     def forward(self) -> str:
-        returns = ", ".join(["Tensor"] * (1 + self.states))
-        return f"({self.inputs}, bool? check) -> ({returns})"
+        return f"({self.inputs}, bool? check) -> ({self._returns})"
+
+    @property
+    def step(self) -> str:
+        return f"({self.inputs}) -> ({self._returns})"
+
+    @property
+    def _returns(self) -> str:
+        return ", ".join(["Tensor"] * (1 + self.states))
 
     @property
     def backward(self) -> str:
@@ -66,90 +100,95 @@ class Signature:
         return f"({given}, {self.inputs}) -> Tensor[]"
 
     def call(self, inputs: Sequence[Any], *, symbolic: bool = False) -> Call:
-        """The checked call that these flat arguments stand for."""
+        """The checked call that the arguments of a forward stand for."""
         a, b = self.operands, self.operands + self.states
         names = (x.name for x in self.declaration.operands)
-        params = zip((p.name for p in self.declaration.params), inputs[b + 1 :], strict=True)
+        params = zip((p.name for p in self.declaration.params), inputs[b + 1 :], strict=False)
+        static: Static = tuple(zip(self.declaration.statics, inputs[self.numbers :], strict=False))
         return describe(
             self.declaration,
             dict(zip(names, inputs[:a], strict=True)),
             {n: float(p) for n, p in params},
             tuple(inputs[a:b]),
             inputs[b],
-            self.static,
+            static,
             symbolic=symbolic,
         )
 
 
 class OpRegistry:
-    """The ops registered in this process; registration happens once per name, under a lock."""
+    """The ops registered in this process, under a lock."""
 
     def __init__(self) -> None:
         self._library = torch.library.Library(NAMESPACE, "FRAGMENT")
         self._lock = threading.Lock()
-        self._names: set[str] = set()
-        self._known: dict[tuple[Declaration, EngineName, int, Static], str] = {}
+        self._known: dict[str, tuple[Declaration, Ops]] = {}
 
-    def ensure(
-        self, declaration: Declaration, engine: EngineName, micro: int, static: Static = ()
-    ) -> str:
-        """The name of the forward op, `torch.ops.chunkwise.<name>`, registered if it was not.
+    def of(self, declaration: Declaration) -> Ops:
+        """The ops of a declaration, registered if they were not.
 
-        Two declarations with one normal form share their ops, since nothing else is computed.
+        Two declarations of one step share them. Those with tuples or static numbers have more than
+        the step that names their ops: the second of such a name gets a number behind it.
         """
-        key = (declaration, engine, micro, static)
-        known = self._known.get(key)
-        if known is not None:
-            return known
-        name = op_name(declaration, engine, micro, static)
+        name, several = op_name(declaration), declaration.has_micro or declaration.statics
         with self._lock:
-            if name not in self._names:
-                _register(self._library, name, Signature(declaration, static), engine)
-                self._names.add(name)
-            self._known[key] = name
-        return name
+            tried, n = name, 1
+            while tried in self._known:
+                owner, ops = self._known[tried]
+                if not several or owner.function is declaration.function:
+                    return ops
+                n += 1
+                tried = f"{name}_{n}"
+            ops = _register(self._library, tried, Flat(declaration))
+            self._known[tried] = declaration, ops
+        return ops
 
 
 REGISTRY = OpRegistry()
 
 
-def op_name(declaration: Declaration, engine: EngineName, micro: int, static: Static) -> str:
-    """`<name>_<digest>_<engine>`, in the letters that torch allows."""
+def op_name(declaration: Declaration) -> str:
+    """`<name>_<digest>`, in the letters that torch allows."""
     safe = re.sub(r"[^0-9A-Za-z_]", "_", declaration.name)
-    # the reference engine also runs steps that have no normal form
-    if engine is EngineName.REFERENCE:
-        digest = declaration.step(micro, dict(static)).digest
-    else:
-        digest = declaration.normal_form(micro, dict(static)).digest
-    return f"{safe}_{digest}_{engine.value}"
+    any_step = "_any" if declaration.any_step else ""
+    return f"{safe}_{declaration.step(declaration.default_micro).digest}{any_step}"
 
 
-def _register(
-    library: torch.library.Library, name: str, signature: Signature, engine: EngineName
-) -> None:
-    declaration = signature.declaration
-    n, states = signature.operands, signature.states
-    backward_name = f"{name}_backward"
-    library.define(name + signature.forward)
-    library.define(backward_name + signature.backward)
-    ops = getattr(torch.ops, NAMESPACE)
-    forward_op, backward_op = getattr(ops, name).default, getattr(ops, backward_name).default
+def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
+    declaration, states = flat.declaration, flat.states
+    names = name, f"{name}_backward", f"{name}_step"
+    for own, schema in zip(names, (flat.forward, flat.backward, flat.step), strict=True):
+        library.define(own + schema)
+    namespace = getattr(torch.ops, NAMESPACE)
+    ops = Ops(*(getattr(namespace, own).default for own in names))
+    forwards, backwards, steps = Records[Prepared](), Records[Prepared](), Records[Prepared]()
+    tensors, numbers, given = flat.tensors, flat.numbers, 1 + states
 
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        *inputs, check = args
-        call = signature.call(inputs)
-        check_contents(call, check)
-        call = on_one_device(call)
-        serving = _loaded(_engine_of(engine, call), call)
-        if _is_empty(call):
-            return _empty_forward(call)
-        with _without_autocast(call.device):
-            o, finals = serving.forward(call)
-        check_results(call, check, o, finals)
-        return (o, *finals)
+        *inputs, engine, check = args
+        rest = (*inputs[numbers:], engine or os.environ.get(ENGINE_VARIABLE))
+        if numbers > tensors and not all(map(math.isfinite, inputs[tensors:numbers])):
+            flat.call(inputs)  # says which
+        found = forwards.find(
+            inputs[:tensors], rest, lambda: prepare_forward(flat.call(inputs), engine)
+        )
+        if check is None:
+            check = os.environ.get(CHECK_VARIABLE, "") not in ("", "0")
+        if check or found.host_bounds:
+            check_contents(flat.call(inputs), check)
+        results = found(inputs)
+        if check:
+            check_results(flat.call(inputs), results)
+        return tuple(results)
 
-    def forward_shapes(*args: Any) -> tuple[Tensor, ...]:
-        call = signature.call(args[:-1], symbolic=True)
+    def step(*args: Any) -> tuple[Tensor, ...]:
+        *inputs, engine = args
+        rest = (*inputs[numbers:], engine or os.environ.get(ENGINE_VARIABLE))
+        found = steps.find(inputs[:tensors], rest, lambda: _step(flat.call(inputs), engine))
+        return tuple(found(inputs))
+
+    def shapes(inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        call = flat.call(inputs, symbolic=True)
         o = torch.empty(call.output_shape, dtype=call.dtype, device=call.device)
         finals = (
             torch.empty(call.state_shape(s), dtype=call.state_dtype, device=call.device)
@@ -158,37 +197,37 @@ def _register(
         return (o, *finals)
 
     def backward(*args: Any) -> list[Tensor]:
-        do, *dfinals = args[: 1 + states]
-        call = on_one_device(signature.call(args[1 + states :]))
-        if _is_empty(call):
-            return _empty_backward(call, dfinals)
-        if do is None:
-            do = torch.zeros(call.output_shape, dtype=call.dtype, device=call.device)
-        with _without_autocast(call.device):
-            # an expanded gradient (of a sum, say) has strides 0, which no kernel expects
-            of_operands, of_initial = _loaded(_engine_of(engine, call), call).backward(
-                call, do.contiguous(), tuple(d if d is None else d.contiguous() for d in dfinals)
-            )
-        grads = [of_operands[x.name] for x in declaration.operands]
-        grads += [g for g in of_initial if g is not None]
-        return [g.contiguous() for g in grads]
+        *inputs, engine = args
+        rest = (*inputs[given + numbers :], engine or os.environ.get(ENGINE_VARIABLE))
+
+        def prepare() -> Prepared:
+            return prepare_backward(flat.call(inputs[given:]), tuple(inputs[:given]), engine)
+
+        return list(backwards.find(inputs[: given + tensors], rest, prepare)(inputs))
 
     def backward_shapes(*args: Any) -> list[Tensor]:
-        inputs = args[1 + states :]
-        present = [x for x in inputs[: n + states] if x is not None]
+        present = [x for x in args[given : given + tensors - 1] if x is not None]
         return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in present]
 
     def save(ctx: Any, inputs: Sequence[Any]) -> None:
-        ctx.save_for_backward(*inputs[: n + states + 1])
-        ctx.params = inputs[n + states + 1 : -1]
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.rest = inputs[tensors:]
         ctx.set_materialize_grads(False)
 
-    def differentiate(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def pull_back(
+        ctx: Any, cotangents: Sequence[Tensor | None], rest: Sequence[Any]
+    ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        grads = iter(backward_op(*cotangents, *saved, *ctx.params))
-        differentiable = [None if x is None else next(grads) for x in saved[: n + states]]
-        # cu_seqlens, the parameters and `check`
-        return (*differentiable, *(None for _ in range(2 + len(ctx.params))))
+        grads = iter(ops.backward(*cotangents, *saved, *rest))
+        differentiable = [None if x is None else next(grads) for x in saved[: tensors - 1]]
+        # cu_seqlens, and what is no tensor
+        return (*differentiable, *(None,) * (1 + len(ctx.rest)))
+
+    def differentiate(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return pull_back(ctx, cotangents, ctx.rest[:-1])  # without `check`
+
+    def differentiate_step(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return pull_back(ctx, cotangents, (*ctx.rest[:-1], EngineName.REFERENCE.value))
 
     def save_nothing(ctx: Any, inputs: Sequence[Any]) -> None:
         pass
@@ -197,107 +236,76 @@ def _register(
         raise errors.DoubleBackward(declaration.name)
 
     def forward_in_torch(*args: Any) -> tuple[Tensor, ...]:
-        call = signature.call(args[:-1])
-        check_contents(call, args[-1])
-        o, finals = reference.forward(on_one_device(call))
+        check_contents(flat.call(args), asked() if args[-1] is None else args[-1])
+        return step_in_torch(*args)
+
+    def step_in_torch(*args: Any) -> tuple[Tensor, ...]:
+        from . import reference  # the engines' modules are imported where they serve
+
+        o, finals = reference.forward(flat.call(args).of(args))
         return (o, *finals)
 
     def backward_in_torch(*args: Any) -> list[Tensor]:
-        do, *dfinals = args[: 1 + states]
-        call = on_one_device(signature.call(args[1 + states :]))
+        from . import reference
+
+        (do, *dfinals), inputs = args[:given], args[given:]
+        call = flat.call(inputs).of(inputs)
         of_operands, of_initial = reference.differentiate(call, do, tuple(dfinals))
         return [*of_operands.values(), *(g for g in of_initial if g is not None)]
 
-    for own, run, shapes in (
-        (name, forward, forward_shapes),
-        (backward_name, backward, backward_shapes),
-    ):
-        library.impl(own, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{own}", shapes, lib=library)
-    by_reference = engine is EngineName.REFERENCE
+    def is_reference(args: Sequence[Any], engine: str | None) -> bool:
+        return chosen(args[: flat.operands], engine) is EngineName.REFERENCE
+
+    title = declaration.name
+    kernels = (
+        (ops.forward, forward, lambda *args: shapes(args)),
+        (ops.backward, backward, backward_shapes),
+        (ops.step, step, lambda *args: shapes(args)),
+    )
+    for op, run, fake in kernels:
+        library.impl(op._schema.name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(op._schema.name, fake, lib=library)
     register_derivative(
         library,
-        forward_op,
+        ops.forward,
         Derivative(
-            declaration.name, save, differentiate, forward_in_torch if by_reference else None
+            title,
+            save,
+            differentiate,
+            forward_in_torch,
+            lambda args: is_reference(args, args[-2]),
         ),
     )
     register_derivative(
         library,
-        backward_op,
+        ops.step,
+        Derivative(title, save, differentiate_step, step_in_torch, lambda args: True),
+    )
+    register_derivative(
+        library,
+        ops.backward,
         Derivative(
-            declaration.name,
+            title,
             save_nothing,
             refuse,
-            backward_in_torch if by_reference else None,
-            records_itself=by_reference,
+            backward_in_torch,
+            lambda args: is_reference(args[given:], args[-1]),
+            records_itself=True,
         ),
     )
     per_token = [
         Along.SEQUENCES if x.per is Per.TOKEN else Along.NOTHING for x in declaration.operands
     ]
     inputs = [*per_token, *[Along.SEQUENCES] * states]
-    inputs += [Along.NOTHING] * (1 + len(declaration.params))
-    register_batches(library, forward_op, [*inputs, Along.NOTHING], fold=True)
-    cotangents = [Along.SEQUENCES] * (1 + states)
+    inputs += [Along.NOTHING] * (len(ops.step._schema.arguments) - len(inputs))
+    register_batches(library, ops.forward, [*inputs, Along.NOTHING], fold=True)
+    register_batches(library, ops.step, inputs, fold=True)
     # an operand per head has one gradient for all sequences
-    register_batches(
-        library, backward_op, [*cotangents, *inputs], fold=Along.NOTHING not in per_token
-    )
+    fold = Along.NOTHING not in per_token
+    register_batches(library, ops.backward, [*[Along.SEQUENCES] * given, *inputs], fold=fold)
+    return ops
 
 
-def _engine_of(name: EngineName, call: Call) -> EngineName:
-    """`name`; where there is no channel no kernel has work, and the token loop says what is left.
-
-    (Without Keys reads are zero, and outputs what the step makes of zero.)
-    """
-    return EngineName.REFERENCE if 0 in (call.K, call.V) else name
-
-
-def _is_empty(call: Call) -> bool:
-    """No token in the whole call: an engine never sees it."""
-    return 0 in (call.B, call.T, call.HV)
-
-
-def _empty_forward(call: Call) -> tuple[Tensor, ...]:
-    o = torch.zeros(call.output_shape, dtype=call.dtype, device=call.device)
-    finals = (
-        torch.zeros(call.state_shape(s), dtype=call.state_dtype, device=call.device)
-        if start is None
-        else start.to(call.state_dtype, copy=True).contiguous()
-        for s, start in zip(call.declaration.states, call.initial, strict=True)
-    )
-    return (o, *finals)
-
-
-def _empty_backward(call: Call, dfinals: Sequence[Tensor | None]) -> list[Tensor]:
-    """The final state is the initial one, so its gradient passes through."""
-    grads = [torch.zeros_like(x).contiguous() for x in call.operands.values()]
-    for start, dfinal in zip(call.initial, dfinals, strict=True):
-        if start is not None:
-            passed = torch.zeros_like(start) if dfinal is None else dfinal
-            grads.append(passed.to(start.dtype, copy=True).contiguous())
-    return grads
-
-
-def _loaded(name: EngineName, call: Call) -> Engine:
-    """The engine, once it has agreed to serve the call."""
-    engine = load(name)
-    reason = engine.supports(call)
-    if reason is not None:
-        raise errors.NotLowered(
-            f"engine {name.value!r} cannot serve this call of {call.declaration.name}",
-            reason,
-            'engine="reference" runs any legal step, token by token',
-        )
-    return engine
-
-
-@contextlib.contextmanager
-def _without_autocast(device: torch.device) -> Iterator[None]:
-    """Operands are used as they come: autocast may not change dtypes inside an engine."""
-    if torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            yield
-    else:
-        yield
+def _step(call: Call, engine: str | None) -> Prepared:
+    """What serves a step: a kernel if there is one, else the token loop."""
+    return prepare_step(call, engine) or prepare_forward(call, EngineName.REFERENCE.value)

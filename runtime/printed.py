@@ -32,21 +32,21 @@ def unprinted(dtypes: Dtypes) -> str | None:
     return None
 
 
-def own_gradient(g: Tensor | None, x: Tensor, HV: int, *, per_head: bool) -> Tensor:
-    """The gradient of operand `x` in its own shape and dtype, sums taken in a fixed order.
+def own_gradient(
+    g: Tensor, shape: torch.Size, dtype: torch.dtype, HV: int, *, per_head: bool
+) -> Tensor:
+    """The gradient of an operand in its own shape and dtype, sums taken in a fixed order.
 
     Args:
         g: what kernels wrote: per token and value head `[B,T,HV,…]`, flat or not; of an operand
-            per head, partial sums `[chunks,HV,…]`; None where nothing depends on it.
-        x: the operand, `[B,T,H,…]` with HV a multiple of H, or `[HV,…]`.
+            per head, partial sums `[chunks,HV,…]`.
+        shape: the operand's, `[B,T,H,…]` with HV a multiple of H, or `[HV,…]`.
         HV: value heads.
-        per_head: whether `x` is per head.
+        per_head: whether the operand is per head.
     """
-    if g is None:
-        return torch.zeros_like(x)
     if per_head:
-        return g.sum(0).to(x.dtype)
-    heads = x.shape[2]
+        return g.sum(0).to(dtype)
+    heads = shape[2]
     if heads != HV:
-        g = g.reshape(*x.shape[:2], heads, HV // heads, *x.shape[3:]).sum(3)
-    return g.view(x.shape).to(x.dtype)
+        g = g.reshape(*shape[:2], heads, HV // heads, *shape[3:]).sum(3)
+    return g.view(shape).to(dtype)

@@ -6,18 +6,17 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import overload
 
-import torch
 from torch import Tensor
 
 from ..dsl import errors
 from ..dsl.declaration import Declaration
 from ..dsl.explain import explain
 from ..dsl.trace import where
-from . import decode
-from .call import Static, arrange, boundaries, initial_states
+from .call import arrange, boundaries, initial_states
+from .decode import Stepper
 from .engines import EngineName, choose
 from .explanation import sections
-from .ops import NAMESPACE, REGISTRY
+from .ops import REGISTRY
 
 States = Tensor | tuple[Tensor, ...]
 GivenStates = Tensor | Sequence[Tensor | None] | None
@@ -61,25 +60,16 @@ class Recurrence:
 
     def __init__(self, declaration: Declaration, engine: EngineName | str | None = None) -> None:
         self.declaration = declaration
-        self._engine = engine
+        self._engine = engine.value if isinstance(engine, EngineName) else engine
         self.__name__ = declaration.name
         self.__qualname__ = declaration.function.__qualname__
         self.__doc__ = declaration.function.__doc__
         self.__module__ = declaration.function.__module__
         self.__wrapped__ = declaration.function
         self.__signature__ = _signature(declaration)
-        self._micro_operand = next((x.name for x in declaration.operands if x.micro), None)
-
-        def op_of(
-            device: str, double: bool, engine: EngineName | str | None, micro: int, static: Static
-        ) -> str:
-            chosen = choose(device, engine, double=double)
-            return REGISTRY.ensure(declaration, chosen, micro, static)
-
-        # torch.compile runs this while it traces (it may register an op) and keeps the name; the
-        # mark is torch.compiler.assume_constant_result's, whose call would import the compiler
-        op_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
-        self._op_of = op_of
+        self._ops = REGISTRY.of(declaration)
+        self._step = Stepper(declaration, self._ops, self._engine)
+        self._no_states = (None,) * len(declaration.states)
 
     def __call__(
         self,
@@ -95,17 +85,18 @@ class Recurrence:
         if check is not None and not isinstance(check, bool):
             raise errors.BadOption("check", check, "True, False or None")
         operands, params, static = arrange(self.declaration, args, named)
-        initial = initial_states(self.declaration, initial_state)
-        micro = 1
-        if self._micro_operand is not None and operands[self._micro_operand].ndim > 2:
-            # the length of a tuple is a constant even where torch.compile has made sizes symbolic
-            micro = max(1, len((None,) * operands[self._micro_operand].shape[2]))
-        device = next(iter(operands.values())).device.type
-        double = any(x.dtype is torch.float64 for x in operands.values())
-        name = self._op_of(device, double, engine or self._engine, micro, static)
-        op = getattr(getattr(torch.ops, NAMESPACE), name).default
-        packing = boundaries(cu_seqlens)
-        o, *finals = op(*operands.values(), *initial, packing, *params.values(), check)
+        initial: Sequence[Tensor | None] = self._no_states
+        if initial_state is not None:
+            initial = initial_states(self.declaration, initial_state)
+        o, *finals = self._ops.forward(
+            *operands.values(),
+            *initial,
+            cu_seqlens if cu_seqlens is None else boundaries(cu_seqlens),
+            *params.values(),
+            *[number for _, number in static],
+            (engine.value if isinstance(engine, EngineName) else engine) or self._engine,
+            check,
+        )
         if not output_final_state:
             return o, None
         return o, finals[0] if len(finals) == 1 else tuple(finals)
@@ -120,9 +111,9 @@ class Recurrence:
     ) -> tuple[Tensor, States]:
         """One token, for decoding: `(o, new_state)`.
 
-        A kernel computes it (of any declaration, on a CPU with TVM and on a GPU), or torch where
-        gradients are recorded, under torch.func, and in float64. Under torch.compile it is a call
-        of one token, on the named engine or else the reference.
+        A kernel computes it (of any declaration, on a CPU with TVM and on a GPU), or torch in
+        float64. Where gradients are recorded, under torch.func and under torch.compile it is an op:
+        the same kernel, whose gradient torch computes.
 
         Args:
             *args, **named: the operands of a call without their T axis (`[B,H,K]`, `[B,HV,V]`,
@@ -133,9 +124,9 @@ class Recurrence:
         Returns:
             o `[B,HV,V]` (`[B,1,HV,V]` where the operands have T) and the float32 state.
         """
-        if torch.compiler.is_compiling():
-            return decode.traced_step(self, args, named, state, engine)
-        return decode.step(self.declaration, args, named, state, engine, self._engine)
+        return self._step(
+            args, named, state, engine.value if isinstance(engine, EngineName) else engine
+        )
 
     def explain(self) -> str:
         """What was understood and what will run: class, equations, gates' bounds, costs."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 
 from ..dsl import oracle
-
-if TYPE_CHECKING:
-    from .call import Call
+from .call import Call
+from .engine import Engine
+from .engines import EngineName
+from .prepared import Request, Run, Values, Way
 
 _R = TypeVar("_R")
 _AUTOGRAD_KEYS = (
@@ -23,9 +24,37 @@ _AUTOGRAD_KEYS = (
 )
 
 
-def supports(call: Call) -> str | None:
-    """Any legal step, on any device and in any dtype."""
-    return None
+class _Reference(Engine):
+    """The token loop in torch: any legal step, on any device and in any dtype."""
+
+    name = EngineName.REFERENCE
+    has_steps = False
+
+    def refusal(self, call: Call) -> str | None:
+        return None
+
+    def token_refusal(self, call: Call) -> str | None:
+        return "it has no kernels"
+
+    def forward_way(self, call: Call) -> Way:
+        return Way.CHUNKS
+
+    def prepare(self, request: Request) -> Run:
+        call, count = request.call, len(request.cotangents)
+
+        def forwards(values: Values) -> list[Tensor]:
+            o, finals = forward(call.of(values))
+            return [o, *finals]
+
+        def backwards(values: Values) -> list[Tensor]:
+            do, *dfinals = values[:count]
+            of_operands, of_initial = backward(call.of(values[count:]), do, tuple(dfinals))
+            return [*of_operands.values(), *(g for g in of_initial if g is not None)]
+
+        return backwards if request.way is Way.BACKWARD else forwards
+
+
+ENGINE = _Reference()
 
 
 def forward(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -36,7 +65,7 @@ def forward(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 def backward(
-    call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
+    call: Call, do: Tensor | None, dfinals: tuple[Tensor | None, ...]
 ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
     """Gradients by autograd through a second run of the token loop."""
     return _with_autograd(

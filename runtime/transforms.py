@@ -29,14 +29,16 @@ class Derivative:
         title: the recurrence's name, for messages.
         save: `(ctx, inputs)`, keeps what `pull_back` needs.
         pull_back: `(ctx, *cotangents)`, a gradient or None for every input.
-        in_torch: the op as torch operations, where there is such a thing: it is what is recorded
-            for tangents, and for gradients too if `records_itself`.
+        in_torch: the op as torch operations.
+        by_torch: whether those are what serves a call with such inputs. They are then what is
+            recorded for tangents, and for gradients too if `records_itself`.
     """
 
     title: str
     save: Callable[[Any, Sequence[Any]], None]
     pull_back: Callable[..., tuple[Tensor | None, ...]]
-    in_torch: Callable[..., Outputs] | None = None
+    in_torch: Callable[..., Outputs]
+    by_torch: Callable[[Sequence[Any]], bool]
     records_itself: bool = False
 
 
@@ -52,8 +54,12 @@ def register_derivative(
         @staticmethod
         def forward(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
             # a Function switches recording off: here, and not at the levels below of torch.func
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                return tuple(_below(op, keyset, inputs))
+            with (
+                torch.enable_grad(),
+                forward_ad._set_fwd_grad_enabled(True),
+                torch._C._AutoDispatchBelowAutograd(),
+            ):
+                return tuple(op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -71,13 +77,14 @@ def register_derivative(
         if levels or forward_ad._current_level >= 0:
             inputs = unwrap_dead_wrappers(inputs)  # what a level saved before it ended
             if any(map(_has_tangent, inputs)):
-                if derivative.in_torch is None:
+                if not derivative.by_torch(inputs):
                     raise errors.NoTransform(derivative.title, "forward-mode differentiation")
                 return derivative.in_torch(*inputs)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
-            return _below(op, keyset, inputs)
-        if derivative.records_itself:
-            assert derivative.in_torch is not None
+            with torch._C._AutoDispatchBelowAutograd():
+                below: Outputs = op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+            return below
+        if derivative.records_itself and derivative.by_torch(inputs):
             return derivative.in_torch(*inputs)
         if levels:  # one of which has been entered
             with enable_single_level_autograd_function():
@@ -92,13 +99,6 @@ def register_derivative(
     name = op._schema.name
     library.impl(name, kernel, "Autograd", with_keyset=True)
     library.impl(name, refuse_batches, "Batched")
-
-
-def _below(op: torch._ops.OpOverload, keyset: Any, inputs: Sequence[Any]) -> Outputs:
-    """The op as it is without autograd."""
-    with torch._C._AutoDispatchBelowAutograd():
-        made: Outputs = op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
-    return made
 
 
 def _has_tangent(x: object) -> bool:

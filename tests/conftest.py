@@ -53,5 +53,13 @@ def _fast_interpreter() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _nothing_prepared() -> None:
+    """A test may change what serves a layout."""
+    from chunkwise.runtime.prepared import Records
+
+    Records.forget()
+
+
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # a worker per core: more threads would only wait for one another

@@ -104,13 +104,13 @@ def test_a_fault_is_caught(
     outcome: Outcome,
     reason: str,
 ) -> None:
-    drawn, forward = _a_run(), eager_engine.forward
+    drawn, run = _a_run(), eager_engine._Run.__call__
 
-    def faulty(call: Any) -> Any:
-        o, finals = forward(call)
-        return fault(o), finals
+    def faulty(self: Any, values: Any) -> Any:
+        o, *finals = run(self, values)
+        return [fault(o), *finals]
 
-    monkeypatch.setattr(eager_engine, "forward", faulty)
+    monkeypatch.setattr(eager_engine._Run, "__call__", faulty)
     verdict = examine(drawn, "eager")
     assert verdict.outcome is outcome
     assert reason in verdict.reason

@@ -141,8 +141,8 @@ class New(NamedTuple):
 class Launched:
     """A kernel of a known layout: `slots` say which argument takes which of the call's tensors.
 
-    `compiled`: the machine code that served it, for calls whose pointers are aligned like those.
-    `seen`: whether it was compiled for any call.
+    `again`: launches the machine code that served it, given arguments and a stream, for calls
+    whose pointers are aligned like those. `seen`: whether it was compiled for any call.
     """
 
     bound: Bound
@@ -150,7 +150,7 @@ class Launched:
     values: tuple[object, ...]
     slots: tuple[tuple[int, int], ...]
     new: tuple[New, ...]
-    compiled: Any = None
+    again: Any = None
     seen: bool = False
 
     def compile(self, tensors: Sequence[Tensor | float | None]) -> None:
@@ -160,12 +160,8 @@ class Launched:
     def run(self, tensors: Sequence[Tensor | float | None], *, aligned: bool) -> None:
         """Launch on the current device and stream; `aligned`: every pointer is."""
         compiled = self.bound.launch(self.grid, self._arguments(tensors))
-        if aligned:
-            self.compiled = compiled
-
-    def run_again(self, pointers: Sequence[float | None]) -> None:
-        """The same for aligned pointers in place of tensors, by the machine code at hand."""
-        self.compiled[self.grid](*self._arguments(pointers))
+        if aligned and compiled is not None:
+            self.again = compiled[self.grid]
 
     def _arguments(self, given: Sequence[Tensor | float | None]) -> list[object]:
         arguments = list(self.values)
@@ -175,7 +171,7 @@ class Launched:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Schedule:
+class LaunchPlan:
     """The launches of one direction; `buffers` and `ends`: where its results are numbered.
 
     `scratch`: bytes of the buffers that are none.
@@ -189,13 +185,13 @@ class Schedule:
     @property
     def compiled(self) -> bool:
         """Whether every kernel has run before."""
-        return all(x.compiled is not None for x in self.launches)
+        return None not in [x.again for x in self.launches]
 
 
 @lru_cache(maxsize=1024)
-def schedule(
+def plan_launches(
     kernels: tuple[Bound, ...], layout: Layout, given: tuple[Buffer, ...] = ()
-) -> Schedule:
+) -> LaunchPlan:
     """The launches of `kernels`, in order, for calls of `layout`.
 
     `given`: buffers that none of them stores (those of kernels left out): the first one's new.
@@ -225,7 +221,7 @@ def schedule(
                 new.append(New(p.of, shapes[str(p.of)], torch.float32))
         launches.append(_launched(bound, layout, operands, number, tuple(new)))
     made = [b for x in launches for b in x.new]
-    return Schedule(
+    return LaunchPlan(
         tuple(launches),
         tuple(
             (b.name, number[Role.BUFFER, b.name])

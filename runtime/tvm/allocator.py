@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-_MAPPED = 32 << 20  # bytes from which glibc maps every block anew; it allows no more
+LARGE_BLOCK = 32 << 20  # bytes from which glibc maps every block anew; it allows no more
 _KEPT = 256 << 20
 _LARGE = 2 << 20  # of a large page
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt
@@ -36,18 +36,24 @@ def keep_freed_memory() -> None:
     said = os.environ.keys() & _SAID or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     mallopt = None if said else getattr(_c_library(), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _MAPPED)
+        mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
         mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """As `torch.empty` on the CPU; in large pages where the memory is new in any case."""
     x = torch.empty(shape, dtype=dtype, device="cpu")
+    if x.nbytes >= LARGE_BLOCK:
+        in_large_pages(x)
+    return x
+
+
+def in_large_pages(x: Tensor) -> None:
+    """Ask for large pages below a tensor that nobody has written to."""
     advise = _madvise()
-    if x.nbytes >= _MAPPED and advise is not None:
+    if advise is not None:
         begin = -(-x.data_ptr() // _LARGE) * _LARGE
         advise(begin, x.nbytes - (begin - x.data_ptr()), mmap.MADV_HUGEPAGE)
-    return x
 
 
 @lru_cache(maxsize=1)

@@ -4,40 +4,39 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ...codegen.buffers import OUTPUT, BufferId, gradient
+from ...codegen.buffers import BufferId
 from ...codegen.config import Dims, Precision
 from ...codegen.differentiate import GRADIENT
-from ...codegen.interface import Buffer, Parameter, Role, Signature
+from ...codegen.interface import Buffer, Role, Signature
 from ...codegen.plan import Loop, Program
-from ...codegen.programs import backward_program, chunk_program, forward_program
+from ...codegen.programs import backward_program, forward_program
 from ...codegen.tir.config import TvmConfig, default_config, spread, token_config
 from ...codegen.tir.kernel import TirKernel, print_tir
 from ...codegen.token import token_kernel
-from ...dsl.errors import NotLowered
-from ...dsl.ir import Per
 from ...dsl.normal_form import NormalForm
 from ...dsl.step import Step
 from ..call import Call
+from ..engine import Execute, Feed, KernelEngine, Task, chunk_refusal, printed_token_refusal
 from ..engines import EngineName
-from ..micro_steps import coarse, coarse_gradients, refined, refined_cotangent
-from ..printed import PRINTED, TORCH, Dtypes, dtypes_of, own_gradient, unprinted
-from ..tokens import Convert, Serve, Token, of_tokens
-from ..tuned.artifact import Key
-from ..tuned.selection import call_size_of, key_here, select_config, token_loop_wins
-from .allocator import empty, keep_freed_memory
+from ..prepared import Values, Way
+from ..printed import PRINTED, TORCH, Dtypes, dtypes_of, unprinted
+from ..tuned.artifact import Configuration
+from ..tuned.selection import call_size_of, select_config
+from .allocator import LARGE_BLOCK, empty, in_large_pages, keep_freed_memory
 from .build import Function, functions, host_cpu, lanes_of
 from .threads import Work, run
 
 Stage: TypeAlias = tuple[tuple[TirKernel, Function], ...]
+_SHARED = 1 << 19  # numbers in the states of tokens from which another thread is worth waking
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,131 +47,37 @@ class _Compiled:
     stages: tuple[Stage, ...]
 
 
-def supports(call: Call) -> str | None:
-    """Why this engine cannot serve the call; None if it can."""
+class _Tvm(KernelEngine):
+    """Machine code for this CPU, by TVM."""
+
+    name = EngineName.TVM
+
+    def refusal(self, call: Call) -> str | None:
+        return _no_cpu(call) or unprinted(dtypes_of(call)) or chunk_refusal(call.form)
+
+    def token_refusal(self, call: Call) -> str | None:
+        return _no_cpu(call) or printed_token_refusal(call)
+
+    def compile(self, task: Task, config: Configuration | None, segment: int | None) -> Execute:
+        call, dims = task.call, Dims(task.call.K, task.call.V)
+        if task.way is Way.TOKENS:
+            made = compiled_token(
+                call.step, dims, call.dtype, dtypes_of(task.rows), one_token=task.one_token
+            )
+            return _Token(task, made) if task.one_token else _Run(task, made)
+        config = config or served(call)
+        assert isinstance(config, TvmConfig)
+        backward = task.way is Way.BACKWARD
+        return _Run(task, compiled(call.form, dims, call.dtype, dtypes_of(call), config, backward))
+
+
+ENGINE = _Tvm()
+
+
+def _no_cpu(call: Call) -> str | None:
     if call.device.type != "cpu":
         return f"its code runs on a CPU, and the operands are on {call.device}"
-    why = unprinted(dtypes_of(call))
-    if why is not None:
-        return why
-    try:
-        chunk_program(call.form)
-    except NotLowered as refusal:
-        return str(refusal)
     return None
-
-
-def forward(call: Call, config: TvmConfig | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """o [B,T,HV,V] in the call's dtype; final states [N,HV,K,V] (or [N,HV,K]) in float32.
-
-    `config`: instead of the one that serves such calls.
-    """
-    if config is None and token_loop_wins(_key(call), call_size_of(call)):
-        return forward_by_token(call)
-    rows = refined(call)
-    run = _Run(rows, _compiled(call, config, backward=False), {})
-    states = [s.name for s in call.form.states]
-    ends = run.execute(dict(zip(states, call.initial, strict=True)))
-    o = run.buffers[OUTPUT].view(rows.B, rows.T, rows.HV, rows.V)
-    return coarse(call, o), tuple(ends[name] for name in states)
-
-
-def forward_by_token(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """What `forward` returns, one token at a time; for any legal step."""
-    rows = of_tokens(call)
-    compiled = compiled_token(call.step, Dims(call.K, call.V), call.dtype, dtypes_of(rows))
-    run = _Run(rows, compiled, {})
-    states = [s.name for s in call.step.states]
-    ends = run.execute(dict(zip(states, call.initial, strict=True)))
-    return run.buffers[OUTPUT].view(call.output_shape), tuple(ends[name] for name in states)
-
-
-def prepare_step(token: Token) -> Serve | str:
-    """What computes single tokens of a layout, or why no kernel does."""
-    call = token.call
-    why = unprinted(dtypes_of(call))
-    if why is not None:
-        return why
-    dims = Dims(call.K, call.V)
-    dtypes = dtypes_of(of_tokens(call))
-    try:
-        compiled = compiled_token(call.step, dims, call.dtype, dtypes, one_token=True)
-    except NotLowered as refused:
-        return str(refused)
-    (((kernel, function),),) = compiled.stages
-    names = [s.name for s in call.step.states]
-    results = token.first_state + len(names)  # o, then the new states, follow the values
-
-    def slot(role: Role, of: BufferId | str) -> tuple[int, Convert | None]:
-        if isinstance(of, BufferId):
-            return results, None
-        if role is Role.OPERAND:
-            return token.source(of)
-        if role is Role.INITIAL:
-            return token.state(names.index(of))
-        return results + 1 + names.index(of), None
-
-    slots = [slot(p.role, p.of) for p in kernel.parameters]
-    B, _, *channels = call.output_shape
-    shapes = [call.state_shape(s) for s in call.step.states]
-    items = call.N * call.HV * kernel.v_programs
-    tables = _tables(call.B, 1, None, 1)
-    rest = (call.HV, *(call.params[n] for n in kernel.numbers))
-    alone = items == 1 or sum(map(math.prod, shapes)) < _SHARED
-
-    like = empty(B, *channels, dtype=call.dtype)
-    states = tuple(empty(*shape) for shape in shapes)
-
-    def serve(values: Sequence[object]) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
-        o = torch.empty_like(like)
-        new = tuple(map(torch.empty_like, states))
-        given: list[Any] = [*values, o, *new]
-        arguments = [given[n] if make is None else make(given[n]) for n, make in slots]
-        if alone:
-            function(*arguments, *tables, _room(kernel.scratch), *rest, 0, items)
-        else:
-            threads = torch.get_num_threads()
-            own = {len(arguments) + 2: empty(threads, kernel.scratch)}
-            work = Work(function, (*arguments, *tables, None, *rest), own)
-            run([work], items, threads)
-        if token.has_time:
-            o = o.unsqueeze(1)
-        return o, new[0] if len(new) == 1 else new
-
-    return serve
-
-
-_SHARED = 1 << 19  # numbers in states from which another thread is worth waking
-_ROOMS = threading.local()
-
-
-def _room(size: int) -> Tensor:
-    """This thread's scratch memory."""
-    room: Tensor | None = getattr(_ROOMS, "tensor", None)
-    if room is None or room.shape[0] < size:
-        room = _ROOMS.tensor = empty(size)
-    return room
-
-
-def backward(
-    call: Call,
-    do: Tensor,
-    dfinals: tuple[Tensor | None, ...],
-    config: TvmConfig | None = None,
-) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
-    """Gradients of every operand, in its shape and dtype, and of the initial states."""
-    extra = {GRADIENT + "o": refined_cotangent(call, do)}
-    run = _Run(refined(call), _compiled(call, config, backward=True), extra)
-    states = [s.name for s in call.form.states]
-    starts: dict[str, Tensor | None] = dict(zip(states, call.initial, strict=True))
-    starts |= {GRADIENT + name: d for name, d in zip(states, dfinals, strict=True)}
-    ends = run.execute(starts)
-    gradients = coarse_gradients(call, {n: run.gradient(n) for n in call.operands})
-    initials = tuple(
-        None if x is None else ends[GRADIENT + name].to(x.dtype)
-        for name, x in zip(states, call.initial, strict=True)
-    )
-    return gradients, initials
 
 
 def configuration() -> TvmConfig:
@@ -191,17 +96,7 @@ def served(call: Call) -> TvmConfig:
     def fewer(config: TvmConfig) -> TvmConfig:
         return fitted(config, call)
 
-    return select_config(TvmConfig, _key(call), call_size_of(call), configuration, fewer)
-
-
-def _compiled(call: Call, config: TvmConfig | None, *, backward: bool) -> _Compiled:
-    config = config or served(call)
-    dims = Dims(call.K, call.V)
-    return compiled(call.form, dims, call.dtype, dtypes_of(call), config, backward)
-
-
-def _key(call: Call) -> Key:
-    return key_here(call.form, EngineName.TVM, call.dtype, Dims(call.K, call.V), call.device)
+    return select_config(TvmConfig, ENGINE.key(call), call_size_of(call), configuration, fewer)
 
 
 @lru_cache(maxsize=512)
@@ -247,98 +142,255 @@ def _signature(dims: Dims, dtype: torch.dtype, dtypes: Dtypes) -> Signature:
     return Signature(dims, PRINTED[dtype], named, Precision.IEEE)
 
 
+class _Kernel(NamedTuple):
+    """A kernel of a task, its tensors by their numbers among those of a call.
+
+    `own`: by position, which of the stage's buffers of threads it is. `each`: its items for one of
+    the stage.
+    """
+
+    function: Function
+    tensors: list[int | None]
+    own: list[tuple[int, int]]
+    params: list[int]
+    each: int
+
+
+class _New(NamedTuple):
+    """A buffer, new for each call: a row per token or per chunk, and the axes behind that."""
+
+    by_token: bool
+    axes: list[int]
+    dtype: torch.dtype
+
+
+class _Stage(NamedTuple):
+    """Kernels that run for one sequence and head, all of them, then for the next.
+
+    `ends`: last values of carries; `new`: buffers that they are first to write; `passed`: those of
+    which each thread has one.
+    """
+
+    kernels: list[_Kernel]
+    ends: list[tuple[tuple[int, ...], torch.dtype]]
+    new: list[_New]
+    passed: list[_New]
+    parallel: bool
+    parts: int
+    scratch: int
+
+
 class _Run:
-    """One direction of one call: its tensors, and the buffers between its kernels."""
+    """The kernels of a task, ready to run: which of its tensors each of them takes."""
 
-    def __init__(self, call: Call, compiled: _Compiled, extra: Mapping[str, Tensor]) -> None:
-        self._call = call
-        self._compiled = compiled
-        self._chunk = compiled.config.chunk
-        self._per_head = {o.name for o in call.step.operands if o.per is Per.HEAD}
-        self._operands = {
-            name: x if x.stride(-1) == 1 or x.ndim == 3 else x.contiguous()
-            for name, x in {**call.operands, **extra}.items()
-        }
-        self.buffers: dict[BufferId, Tensor] = {}
-        bounds = None if call.cu_seqlens is None else tuple(call.cu_seqlens.tolist())
-        self._sequences, self._chunks = _tables(call.B, call.T, bounds, self._chunk)
-        self._longest = max(self._sequences[:, 2].tolist(), default=0)
+    def __init__(self, task: Task, compiled: _Compiled) -> None:
+        self._task, self._chunk = task, compiled.config.chunk
+        rows = self._rows = task.rows
+        self._threads = torch.get_num_threads()  # records are of so many
+        self._feeds: list[tuple[int, Callable[[Any], Tensor] | None]] = []
+        number: dict[tuple[Role, BufferId | str], int] = {}
+        for role, feeds in ((Role.OPERAND, _operands(task)), (Role.INITIAL, _starts(task))):
+            for name, feed in feeds.items():
+                number[role, name] = len(number)
+                self._feeds.append((feed.at, feed.make))
+        shapes = {s.name: rows.state_shape(s) for s in rows.step.states}
+        self._stages = [self._numbered(stage, number, shapes) for stage in compiled.stages]
+        results = {str(of): n for (role, of), n in number.items() if role in _RESULTS}
+        self._results = [results.get(name) for name in task.results]
+        self._output = None if task.way is Way.BACKWARD else rows.output_shape
+        self._tables = None if task.cu_seqlens else _tables(rows.B, rows.T, None, self._chunk)
 
-    def execute(self, starts: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """Run the kernels in order; returns the last value of every carry, float32."""
-        ends: dict[str, Tensor] = {}
-        for stage in self._compiled.stages:
-            self._run(stage, starts, ends)
-        return ends
-
-    def _run(
-        self, stage: Stage, starts: Mapping[str, Tensor | None], ends: dict[str, Tensor]
-    ) -> None:
-        """Kernels of one stage: all of them for one sequence and head, then for the next."""
-        threads, heads = torch.get_num_threads(), self._call.HV
-        passed: dict[BufferId | str, Tensor] = {}
+    def _numbered(
+        self,
+        stage: Stage,
+        number: dict[tuple[Role, BufferId | str], int],
+        shapes: dict[str, tuple[int, ...]],
+    ) -> _Stage:
+        ends, new, passed = [], [], {}
+        for p in (p for k, _ in stage for p in k.parameters if p.role is Role.FINAL):
+            number[p.role, p.of] = len(number)
+            ends.append((shapes[str(p.of).removeprefix(GRADIENT)], torch.float32))
         for kernel, _ in stage:
-            for buffer in kernel.stores:
-                if buffer.name in kernel.private:
-                    passed[buffer.name] = self._new(buffer, threads)
-                elif buffer.name not in self.buffers:
-                    self.buffers[buffer.name] = self._new(buffer)
-        scratch = empty(threads, max(kernel.scratch for kernel, _ in stage))
+            for b in kernel.stores:
+                if b.name in kernel.private:
+                    passed[b.name] = self._new(b)
+                elif (Role.BUFFER, b.name) not in number:
+                    number[Role.BUFFER, b.name] = len(number)
+                    new.append(self._new(b, self._rows.HV))
         parts = min(kernel.v_programs for kernel, _ in stage)
-        works = []
+        kernels = []
         for kernel, function in stage:
-            tensors = [self._argument(p, starts, ends) for p in kernel.parameters]
-            own = {n: passed[p.of] for n, p in enumerate(kernel.parameters) if tensors[n] is None}
-            own[len(tensors) + 2] = scratch
-            numbers = (self._call.params[n] for n in kernel.numbers)
-            values = (*tensors, self._sequences, self._chunks, None, heads, *numbers)
-            works.append(Work(function, values, own, kernel.v_programs // parts))
-        table = self._chunks if stage[0][0].loop is Loop.PARALLEL else self._sequences
-        run(works, len(table) * heads * parts, threads)
+            of = [(p.role, p.of) for p in kernel.parameters]
+            own = [(n, list(passed).index(b)) for n, (_, b) in enumerate(of) if b in passed]
+            params = [self._task.params[name] for name in kernel.numbers]
+            each = kernel.v_programs // parts
+            kernels.append(_Kernel(function, [number.get(x) for x in of], own, params, each))
+        return _Stage(
+            kernels,
+            ends,
+            new,
+            list(passed.values()),
+            stage[0][0].loop is Loop.PARALLEL,
+            parts,
+            max(kernel.scratch for kernel, _ in stage),
+        )
 
-    def _new(self, buffer: Buffer, threads: int | None = None) -> Tensor:
-        """Room for a buffer: [tokens, HV, ...] or [chunks, HV, ...].
+    def _new(self, b: Buffer, *heads: int) -> _New:
+        size = {"K": self._rows.K, "V": self._rows.V, "C": self._chunk}
+        channels = [size[n] for n in b.shape[b.shape.index("HV") + 1 :]]
+        return _New("T" in b.shape, [*heads, *channels], TORCH[b.dtype])
 
-        With `threads`, one of a sequence and head for each: [threads, tokens or chunks, ...].
-        """
-        call, dtype = self._call, TORCH[buffer.dtype]
-        size = {"K": call.K, "V": call.V, "C": self._chunk}
-        times = "T" in buffer.shape
-        channels = tuple(size[n] for n in buffer.shape[buffer.shape.index("HV") + 1 :])
-        if threads is not None:
-            longest = self._longest if times else -(-self._longest // self._chunk)
-            return empty(threads, longest, *channels, dtype=dtype)
-        rows = call.B * call.T if times else len(self._chunks)
-        return empty(rows, call.HV, *channels, dtype=dtype)
+    def __call__(self, values: Values) -> list[Tensor | None]:
+        """The task's results; last values of carries are float32."""
+        rows, threads, heads = self._rows, self._threads, self._rows.HV
+        given: list[Tensor] = [
+            values[at] if make is None else make(values[at]) for at, make in self._feeds
+        ]
+        sequences, chunks, longest = self._tables or self._packed(values)
+        tokens, pieces = rows.B * rows.T, -(-longest // self._chunk)
+        for stage in self._stages:
+            wanted = list(stage.ends)
+            for by_token, axes, dtype in stage.new:
+                wanted.append(((tokens if by_token else len(chunks), *axes), dtype))
+            for by_token, axes, dtype in stage.passed:
+                wanted.append(((threads, longest if by_token else pieces, *axes), dtype))
+            wanted.append(((threads, stage.scratch), torch.float32))
+            made = [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in wanted]
+            for x in made:
+                if x.nbytes >= LARGE_BLOCK:
+                    in_large_pages(x)
+            kept = len(stage.ends) + len(stage.new)
+            given += made[:kept]
+            *passed, scratch = made[kept:]
+            works = []
+            for k in stage.kernels:
+                tensors = [None if n is None else given[n] for n in k.tensors]
+                own = {at: passed[n] for at, n in k.own}
+                own[len(tensors) + 2] = scratch
+                numbers = [values[at] for at in k.params]
+                arguments = (*tensors, sequences, chunks, None, heads, *numbers)
+                works.append(Work(k.function, arguments, own, k.each))
+            table = chunks if stage.parallel else sequences
+            run(works, len(table) * heads * stage.parts, threads)
+        results: list[Any] = [None if n is None else given[n] for n in self._results]
+        if self._output is not None:
+            results[0] = results[0].view(self._output)
+        return results
 
-    def _argument(
-        self, parameter: Parameter, starts: Mapping[str, Tensor | None], ends: dict[str, Tensor]
-    ) -> Tensor | None:
-        """The tensor of a parameter; None for a buffer of which each thread has its own."""
-        role, of = parameter.role, parameter.of
-        if isinstance(of, BufferId):
-            return self.buffers.get(of)
-        if role is Role.OPERAND:
-            return self._operands[of]
-        call = self._call
-        (state,) = (s for s in call.step.states if s.name == of.removeprefix(GRADIENT))
-        shape = call.state_shape(state)
-        if role is Role.FINAL:
-            ends[of] = empty(*shape)
-            return ends[of]
-        given = starts[of]
-        return empty(0, *shape[1:]) if given is None else given.float().contiguous()
+    def _packed(self, values: Values) -> tuple[Tensor, Tensor, int]:
+        bounds = self._task.cu_seqlens
+        assert bounds is not None
+        assert bounds.make is not None
+        contents = tuple(bounds.make(values[bounds.at]).tolist())
+        return _tables(self._rows.B, self._rows.T, contents, self._chunk)
 
-    def gradient(self, name: str) -> Tensor:
-        """The gradient of an operand in its own shape and dtype."""
-        call = self._call
-        g = self.buffers.get(gradient(name))
-        return own_gradient(g, call.operands[name], call.HV, per_head=name in self._per_head)
+
+_RESULTS = (Role.BUFFER, Role.FINAL)
+
+
+class _Token:
+    """The kernel of single tokens, whose tensors have no time axis."""
+
+    def __init__(self, task: Task, compiled: _Compiled) -> None:
+        (((kernel, function),),) = compiled.stages
+        call = task.call
+        feeds, starts = _operands(task), _starts(task)
+        numbered = [*feeds, *starts, "", *(s.name for s in call.step.states)]
+        self._feeds = [(f.at, f.make) for f in (*feeds.values(), *starts.values())]
+        B, _, *channels = call.output_shape
+        self._output = None if not task.time else call.output_shape
+        self._new = [empty(B, *channels, dtype=call.dtype)]
+        self._new += [empty(*call.state_shape(s)) for s in call.step.states]
+        first = len(self._feeds)
+        self._slots = []
+        for p in kernel.parameters:
+            if p.role is Role.FINAL:
+                self._slots.append(numbered.index(str(p.of), first))
+            else:
+                self._slots.append(first if p.role is Role.BUFFER else numbered.index(str(p.of)))
+        self._items = call.N * call.HV * kernel.v_programs
+        tables = _tables(call.B, 1, None, 1)
+        self._function, self._scratch, self._fixed = function, kernel.scratch, tables[:2]
+        self._heads, self._params = call.HV, [task.params[n] for n in kernel.numbers]
+        numbers = sum(math.prod(call.state_shape(s)) for s in call.step.states)
+        self._alone = self._items == 1 or numbers < _SHARED
+
+    def __call__(self, values: Values) -> list[Tensor]:
+        """The output and new states."""
+        made = [torch.empty_like(x) for x in self._new]
+        given = [values[at] if make is None else make(values[at]) for at, make in self._feeds]
+        given += made
+        arguments = [given[n] for n in self._slots]
+        rest = [self._heads, *[values[at] for at in self._params]]
+        if self._alone:
+            room = _room(self._scratch)
+            self._function(*arguments, *self._fixed, room, *rest, 0, self._items)
+        else:
+            threads = torch.get_num_threads()
+            own = {len(arguments) + 2: empty(threads, self._scratch)}
+            work = Work(self._function, (*arguments, *self._fixed, None, *rest), own)
+            run([work], self._items, threads)
+        if self._output is not None:
+            made[0] = made[0].view(self._output)
+        return made
+
+
+_ROOMS = threading.local()
+
+
+def _room(size: int) -> Tensor:
+    """This thread's scratch memory."""
+    room: Tensor | None = getattr(_ROOMS, "tensor", None)
+    if room is None or room.shape[0] < size:
+        room = _ROOMS.tensor = empty(size)
+    return room
+
+
+def _operands(task: Task) -> dict[str, Feed]:
+    """Operands; of single tokens without a time axis."""
+    if not task.one_token:
+        return task.operands
+    feeds = {}
+    for name, feed in task.operands.items():
+        if name not in task.per_head:
+            assert feed.like is not None
+            after = feed.then(lambda x: x.select(1, 0))
+            feed = after if task.time else replace(feed, like=after.like)
+        feeds[name] = feed
+    return feeds
+
+
+def _starts(task: Task) -> dict[str, Feed]:
+    """First values of carries, in float32: of chunks an empty tensor says zero."""
+    call = task.call
+    shapes = {s.name: call.state_shape(s) for s in call.step.states}
+    feeds = {}
+    for name, feed in task.starts.items():
+        shape = shapes[name.removeprefix(GRADIENT)]
+        if feed.like is not None:
+            if feed.like.dtype is not torch.float32:
+                feed = feed.then(Tensor.float)
+            feeds[name] = feed.dense()
+        elif task.one_token:
+            feeds[name] = replace(feed, make=partial(_zeros, shape))
+        else:
+            feeds[name] = replace(feed, make=partial(_nothing, empty(0, *shape[1:])))
+    return feeds
+
+
+def _zeros(shape: tuple[int, ...], _: None) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
+
+
+def _nothing(zero: Tensor, _: None) -> Tensor:
+    return zero
 
 
 @lru_cache(maxsize=64)
-def _tables(B: int, T: int, bounds: tuple[int, ...] | None, chunk: int) -> tuple[Tensor, Tensor]:
-    """The tables of sequences and of chunks (codegen/tir/kernel.py)."""
+def _tables(
+    B: int, T: int, bounds: tuple[int, ...] | None, chunk: int
+) -> tuple[Tensor, Tensor, int]:
+    """The tables of sequences and of chunks (codegen/tir/kernel.py); the longest sequence."""
     if bounds is None:
         starts = [(b, 0, T, b * T) for b in range(B)]
     else:
@@ -351,4 +403,5 @@ def _tables(B: int, T: int, bounds: tuple[int, ...] | None, chunk: int) -> tuple
     return (
         torch.tensor(sequences, dtype=torch.int64, device="cpu").reshape(-1, 5),
         torch.tensor(chunks, dtype=torch.int64, device="cpu").reshape(-1, 2),
+        max((length for _, _, length, _ in starts), default=0),
     )

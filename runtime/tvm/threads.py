@@ -40,10 +40,12 @@ class Work:
     own: Mapping[int, Tensor] = field(default_factory=dict)
     each: int = 1
 
-    def run(self, thread: int, begin: int, end: int) -> None:
-        """Do these items here and now."""
-        values = [self.own[n][thread] if n in self.own else x for n, x in enumerate(self.values)]
-        self.function(*values, begin * self.each, end * self.each)
+    def given(self, thread: int) -> list[object]:
+        """What that thread calls the function with."""
+        values = list(self.values)
+        for n, rows in self.own.items():
+            values[n] = rows[thread]
+        return values
 
 
 def run(works: Sequence[Work], items: int, threads: int) -> None:
@@ -52,18 +54,22 @@ def run(works: Sequence[Work], items: int, threads: int) -> None:
     Raises:
         RuntimeError: a kernel failed (what it says is lost in its thread).
     """
-    team = None if min(threads, items) <= 1 else _team()
-    if team is not None:
-        _run_by(team, works, items, threads)
-        return
 
     def piece(thread: int, begin: int, end: int) -> None:
         step = 1 if len(works) > 1 else max(end - begin, 1)
+        given = [(work.function, work.given(thread), work.each) for work in works]
         for item in range(begin, end, step):
-            for work in works:
-                work.run(thread, item, item + step)
+            for function, values, each in given:
+                function(*values, item * each, (item + step) * each)
 
-    share(items, min(threads, items), piece)
+    if min(threads, items) <= 1:
+        piece(0, 0, items)
+        return
+    team = _team()
+    if team is None:
+        share(items, min(threads, items), piece)
+    else:
+        _run_by(team, works, items, threads)
 
 
 def _run_by(team: ctypes.CDLL, works: Sequence[Work], items: int, threads: int) -> None:

@@ -38,7 +38,17 @@ class Arguments:
         self, function: Function, values: Sequence[object], own: Mapping[int, Tensor], threads: int
     ) -> None:
         self._kept: list[object] = []
-        words = [word for x in values for word in self._words(x)]
+        words: list[int] = []
+        for x in values:
+            if isinstance(x, Tensor):
+                lent = tvm_ffi.from_dlpack(x)
+                self._kept.append(lent)
+                words += (_TENSOR, lent.__chandle__())
+            elif isinstance(x, float):
+                words += (_FLOAT, *struct.unpack("q", struct.pack("d", x)))
+            else:  # None: each thread has its own
+                assert x is None or isinstance(x, int)
+                words += (_INT, x or 0)
         words += (_INT, 0, _INT, 0)
         self.words = len(words)
         self.function = function
@@ -48,18 +58,6 @@ class Arguments:
             self.memory[2 * position :: self.words] = array("q", (_DLTENSOR,) * threads)
             places = range(first, first + threads * _ROW, _ROW)
             self.memory[2 * position + 1 :: self.words] = array("q", places)
-
-    def _words(self, x: object) -> tuple[int, int]:
-        if isinstance(x, Tensor):
-            lent = tvm_ffi.from_dlpack(x)
-            self._kept.append(lent)
-            return _TENSOR, lent.__chandle__()
-        if x is None:  # each thread has its own
-            return _INT, 0
-        if isinstance(x, float):
-            return _FLOAT, struct.unpack("q", struct.pack("d", x))[0]
-        assert isinstance(x, int)
-        return _INT, x
 
     def _rows(self, rows: Tensor, threads: int) -> int:
         """The address of DLTensors of the rows, one for each thread, side by side."""

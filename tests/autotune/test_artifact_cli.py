@@ -63,15 +63,15 @@ def test_verify_puts_what_is_wrong_into_quarantine(
 ) -> None:
     """A configuration that computes wrong results here serves no more; the others still serve."""
     path = store.save(_artifact(key))
-    original = eager_engine.forward
+    original = eager_engine.ENGINE.forward
 
     def miscompiled(
-        call: Call, config: EagerConfig | None = None
+        call: Call, config: EagerConfig | None = None, segment: int | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        o, finals = original(call, config)
+        o, finals = original(call, config, segment)
         return (o * 1.01 if config == EagerConfig(32) else o), finals
 
-    monkeypatch.setattr(eager_engine, "forward", miscompiled)
+    monkeypatch.setattr(eager_engine.ENGINE, "forward", miscompiled)
     assert cli.main(["verify"]) == 1
     out = capsys.readouterr().out
     assert "WRONG 4 x 512" in out

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from chunkwise.autotune import store
 from chunkwise.codegen.config import Config, Dims, EagerConfig, KernelConfig
 from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime import eager as eager_engine
-from chunkwise.runtime.call import Call
+from chunkwise.runtime.engine import Task
 from chunkwise.runtime.engines import EngineName
 from chunkwise.runtime.tuned import selection
 from chunkwise.runtime.tuned.artifact import Artifact, Key, from_text, to_text
@@ -38,9 +39,9 @@ def chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     used: list[int] = []
 
     class Recorded(eager_engine._Run):
-        def __init__(self, call: Call, chunk: int) -> None:
+        def __init__(self, task: Task, chunk: int, *kernels: Any) -> None:
             used.append(chunk)
-            super().__init__(call, chunk)
+            super().__init__(task, chunk, *kernels)
 
     monkeypatch.setattr(eager_engine, "_Run", Recorded)
     return used

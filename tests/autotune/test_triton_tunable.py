@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,8 @@ from chunkwise.autotune.validation import validation_suite
 from chunkwise.codegen.config import Config, Dims
 from chunkwise.dsl.library import by_name
 from chunkwise.runtime.triton import engine as triton_engine
-from triton.backends.compiler import GPUTarget
+
+from tests.offline_driver import Driver
 
 CPU = torch.device("cpu")
 H100 = GPUS["h100"]
@@ -31,37 +31,6 @@ def tunable(name: str, dtype: torch.dtype, size: Size, *chunks: int) -> TritonTu
     call = example(declaration, dims, dtype, size, CPU)
     suite = partial(validation_suite, declaration, dims, dtype, CPU, tokens=48)
     return TritonTunable(call, H100, suite, chunks=chunks)
-
-
-class Driver:
-    """A CUDA driver that loads and launches nothing."""
-
-    launches = 0
-
-    def __init__(self) -> None:
-        self.utils = self
-        self.launcher_cls = self.launcher
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": H100.shared_program}
-
-    def load_binary(self, *_: object) -> tuple[int, ...]:
-        return (0, 0, 32, 0, 1024)
-
-    def launcher(self, *_: object) -> Any:
-        def launch(*_: object) -> None:
-            self.launches += 1
-
-        return launch
 
 
 @pytest.fixture
@@ -116,10 +85,10 @@ def test_a_first_call_compiles_each_kernel_once_in_threads(driver: Driver) -> No
     threads: list[int] = []
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.listener = lambda **_: threads.append(threading.get_ident())
-        triton_engine.forward(call)
+        triton_engine.ENGINE.forward(call)
         assert driver.launches == len(threads) == kernels
         assert set(threads) != {threading.get_ident()}
-        triton_engine.forward(call)
+        triton_engine.ENGINE.forward(call)
         assert len(threads) == kernels
     assert driver.launches == 2 * kernels
 

@@ -224,13 +224,13 @@ def test_what_is_wrong_only_for_calls_of_few_rows_is_found(monkeypatch: pytest.M
     config = tvm_engine.configuration()
     suite = validation_suite(by_name("delta_rule"), Dims(8, 32), torch.float32, CPU, tokens=20)
     assert validate(suite, ConfiguredEngine(EngineName.TVM, config)).ok
-    forward = tvm_engine.forward
+    forward = tvm_engine.ENGINE.forward
 
-    def spoilt(call: Call, under: TvmConfig) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def spoilt(call: Call, under: TvmConfig, _: None) -> tuple[Tensor, tuple[Tensor, ...]]:
         o, finals = forward(call, under)
         return (o if under == config else 2 * o), finals
 
-    monkeypatch.setattr(tvm_engine, "forward", spoilt)
+    monkeypatch.setattr(tvm_engine.ENGINE, "forward", spoilt)
     certificate = validate(suite, ConfiguredEngine(EngineName.TVM, config))
     assert {f.split(":")[0] for f in certificate.faults} == {
         f"o ({family}, in parts)" for family in certificate.inputs

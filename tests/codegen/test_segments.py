@@ -18,7 +18,9 @@ from chunkwise.dsl import Key, KeyState, Scalar, State, Value
 from chunkwise.dsl.classify import LowRank, classify
 from chunkwise.dsl.library import all_declarations, by_name
 from chunkwise.dsl.normal_form import NormalForm
+from chunkwise.runtime.engine import task_of
 from chunkwise.runtime.engines import EngineName
+from chunkwise.runtime.prepared import Request, Way
 from chunkwise.runtime.triton.launch import Launch
 from chunkwise.runtime.triton.segments import in_parts, segment_of
 from chunkwise.runtime.tuned.artifact import CallSize
@@ -84,8 +86,7 @@ def test_names_of_operands_are_no_names_of_ends() -> None:
 def test_a_segment_is_whole_chunks() -> None:
     """Of 256 tokens too, of which 1152 is no multiple."""
     call = example(by_name("simple_gla"), Dims(16, 16), torch.float32, Size(1, 2304, 1), CPU)
-    launch = Launch(call, 256, {}, 1152)
-    layout = launch._layout({"S": None})
+    layout = Launch(task_of(Request(call, Way.CHUNKS)), (), 256, 1152).layout
     assert (layout.segment, layout.segments) == (5, 2)
 
 

@@ -12,14 +12,8 @@ from typing import Any
 import chunkwise as cw
 import pytest
 import torch
-from chunkwise.runtime.engines import EngineName
 from chunkwise.runtime.ops import REGISTRY
 from torch.utils.checkpoint import checkpoint
-
-
-def _op(op: cw.Recurrence, engine: str, micro: int = 1) -> Any:
-    name = REGISTRY.ensure(op.declaration, EngineName(engine), micro)
-    return getattr(torch.ops.chunkwise, name).default
 
 
 @pytest.mark.parametrize(
@@ -35,15 +29,24 @@ def test_opcheck(kit: Any, engine: str, rule: str, initial: bool, packed: bool) 
     sizes = kit.Sizes(T=5, HV=4, K=3, V=4, initial=initial, dtype=torch.float32)
     inputs = kit.make_inputs(op, sizes.packed(2, 0, 3) if packed else sizes)
     states = inputs.initial or (None,) * len(op.declaration.states)
-    args = (*inputs.operands.values(), *states, inputs.cu_seqlens, None)
-    torch.library.opcheck(_op(op, engine), args)
+    args = (*inputs.operands.values(), *states, inputs.cu_seqlens, engine, None)
+    torch.library.opcheck(REGISTRY.of(op.declaration).forward, args)
+
+
+@pytest.mark.parametrize("rule", ["gated_delta_rule", "gated_delta_product"])
+def test_opcheck_of_steps(kit: Any, rule: str) -> None:
+    op = getattr(cw.library, rule)
+    inputs = kit.make_inputs(op, kit.Sizes(T=1, K=3, V=4, initial=True, dtype=torch.float32))
+    statics = op.declaration.statics.values()
+    args = (*inputs.operands.values(), *inputs.initial, None, *statics, None)
+    torch.library.opcheck(REGISTRY.of(op.declaration).step, args)
 
 
 def test_opcheck_of_several_states_and_parameters(kit: Any) -> None:
     op = cw.library.linear_attention_normalised
     inputs = kit.make_inputs(op, kit.Sizes(T=4, K=3, V=2, initial=True))
-    args = (*inputs.operands.values(), *inputs.initial, None, 1e-6, None)
-    torch.library.opcheck(_op(op, "reference"), args)
+    args = (*inputs.operands.values(), *inputs.initial, None, 1e-6, "reference", None)
+    torch.library.opcheck(REGISTRY.of(op.declaration).forward, args)
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
@@ -248,20 +251,40 @@ def test_two_runs_are_bit_identical(kit: Any, engine: str) -> None:
         assert torch.equal(x, second[name]), name
 
 
-def test_declarations_of_one_meaning_share_their_ops() -> None:
+def test_declarations_of_one_step_share_their_ops() -> None:
     def twin(
         S: cw.State, q: cw.Key, k: cw.Key, v: cw.Value, g: cw.Scalar
     ) -> tuple[cw.State, cw.Value]:
-        S = S * cw.exp(g)
-        return S + cw.outer(k, v), q @ (S + cw.outer(k, v))
+        S = cw.exp(g) * S
+        S = S + cw.outer(k, v)
+        return S, q @ S
 
-    names = {
-        REGISTRY.ensure(cw.recurrence(twin).declaration, EngineName.EAGER, 1) for _ in range(2)
-    }
-    assert len(names) == 1
-    (name,) = names
-    plain = REGISTRY.ensure(cw.library.simple_gla.declaration, EngineName.EAGER, 1)
-    assert name.removeprefix("twin") == plain.removeprefix("simple_gla")
+    ops = {REGISTRY.of(cw.recurrence(twin).declaration) for _ in range(2)}
+    (of_twin,) = ops
+    name = of_twin.forward._schema.name
+    plain = REGISTRY.of(cw.library.simple_gla.declaration).forward._schema.name
+    assert name.removeprefix("chunkwise::twin") == plain.removeprefix("chunkwise::simple_gla")
+
+
+def test_steps_that_differ_under_static_numbers_have_ops_of_their_own() -> None:
+    """Their names are of the default, where they are alike."""
+
+    def declared(factor: float) -> cw.Recurrence:
+        @cw.recurrence
+        def scaled(
+            S: cw.State, q: cw.Key, k: cw.Key, v: cw.Value, *, much: bool = False
+        ) -> tuple[cw.State, cw.Value]:
+            S = S + cw.outer(k, v)
+            return S, (factor if much else 1.0) * (q @ S)
+
+        return scaled
+
+    x = torch.randn(1, 3, 1, 2)
+    twice, thrice = declared(2.0), declared(3.0)
+    plain, _ = twice(x, x, x)
+    for op, factor in ((twice, 2.0), (thrice, 3.0), (twice, 2.0)):
+        torch.testing.assert_close(op(x, x, x, much=True)[0], factor * plain)
+        torch.testing.assert_close(op(x, x, x)[0], plain)
 
 
 def test_names_that_torch_would_not_allow() -> None:
@@ -391,6 +414,41 @@ def test_steps_under_fullgraph(kit: Any, rule: str, keep_time: bool) -> None:
     _agree_compiled(run, *x, inputs.options["initial_state"])
 
 
+@torch.no_grad()
+def test_a_compiled_step_is_a_node_and_takes_the_kernel(
+    kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its own; so does a call of one token."""
+    from chunkwise.runtime import reference
+    from chunkwise.runtime.tvm import engine as tvm_engine
+
+    op, graphs, steps = cw.library.delta_rule, [], []
+    x = kit.make_inputs(op, kit.Sizes(T=1, K=4, V=6, dtype=torch.float32)).operands
+    token = [t[:, 0] for t in x.values()]
+    want, _ = op.step(*token, engine="reference")
+
+    class Token(tvm_engine._Token):
+        def __call__(self, values: Any) -> list[torch.Tensor]:
+            steps.append(self)
+            return super().__call__(values)
+
+    monkeypatch.setattr(tvm_engine, "_Token", Token)
+    monkeypatch.setattr(reference, "forward", None)
+
+    def backend(graph: Any, example: Any) -> Any:
+        graphs.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: op.step(*x)[0], fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(*token), want, rtol=1e-5, atol=1e-6)
+    (targets,) = graphs
+    assert [t for t in targets if t.endswith("_step.default")]
+    assert len(steps) == 1
+    torch.testing.assert_close(op(**x)[0][:, 0], want, rtol=1e-5, atol=1e-6)
+    assert len(steps) == 2
+
+
 def test_a_compiled_step_of_several_tokens_is_refused(kit: Any) -> None:
     op = cw.library.simple_gla
     x = kit.make_inputs(op, kit.Sizes(T=2, dtype=torch.float32)).operands
@@ -427,34 +485,39 @@ def test_systems_sharded_tensors_are_refused(kit: Any, engine: str) -> None:
 
 _LOAD = """
 import sys, torch, chunkwise as cw
-if len(sys.argv) > 2:
-    x = torch.empty(1, 1, 1, 2)
-    cw.library.simple_gla(x, x, x, x[..., 0], engine="eager")
 program = torch.export.load(sys.argv[1])
 torch.manual_seed(0)
-print(program.module()(torch.randn(2, 9, 2, 3)).sum().item())
+x, token, state = torch.randn(2, 9, 2, 3), torch.randn(2, 2, 3), torch.randn(2, 2, 3, 3)
+print([y.sum().item() for y in program.module()(x, token, state)])
 """
 
 
 class _Decays(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return cw.library.simple_gla(x, x, x, -x[..., 0].abs(), engine="eager")[0]
+    def forward(self, x: torch.Tensor, token: torch.Tensor, state: torch.Tensor) -> Any:
+        o, _ = cw.library.simple_gla(x, x, x, -x[..., 0].abs())
+        named, _ = cw.library.simple_gla(x, x, x, -x[..., 0].abs(), engine="eager")
+        return (
+            o,
+            named,
+            *cw.library.delta_rule.step(token, token, token, token[..., 0], state=state),
+        )
 
 
-def test_house_saved_programs_load_after_a_call(tmp_path: Any) -> None:
-    """The first call registers an op: until imports do, a fresh process has to make one."""
+def test_saved_programs_load_in_a_fresh_process(tmp_path: Any) -> None:
+    """The module that declares a recurrence registers its ops; here it is chunkwise itself."""
     layer, file = _Decays(), tmp_path / "program.pt2"
     length = torch.export.Dim("length", min=2, max=64)
+    torch.manual_seed(0)
+    x, token, state = torch.randn(2, 9, 2, 3), torch.randn(2, 2, 3), torch.randn(2, 2, 3, 3)
     program = torch.export.export(
-        layer, (torch.randn(2, 6, 2, 3),), dynamic_shapes={"x": {1: length}}
+        layer,
+        (x[:, :6].clone(), token, state),
+        dynamic_shapes={"x": {1: length}, "token": {}, "state": {}},
     )
     torch.export.save(program, file)
     load = [sys.executable, "-W", "ignore", "-c", _LOAD, str(file)]
-    alone = subprocess.run(load, capture_output=True, text=True, check=False)
-    assert alone.returncode != 0
-    assert "chunkwise" in alone.stderr
-    after = subprocess.run([*load, "call"], capture_output=True, text=True, check=False)
-    assert after.returncode == 0, after.stderr
-    torch.manual_seed(0)
-    want = layer(torch.randn(2, 9, 2, 3)).sum().item()
-    assert float(after.stdout) == pytest.approx(want, rel=1e-5)
+    loaded = subprocess.run(load, capture_output=True, text=True, check=False)
+    assert loaded.returncode == 0, loaded.stderr
+    want = [y.sum().item() for y in layer(x, token, state)]
+    got = [float(y) for y in loaded.stdout.strip("[]\n").split(",")]
+    assert got == pytest.approx(want, rel=1e-4)

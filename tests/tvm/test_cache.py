@@ -22,6 +22,7 @@ from chunkwise.codegen.plan import Hoist, Plan
 from chunkwise.codegen.tir.config import TvmConfig
 from chunkwise.dsl import errors
 from chunkwise.runtime.engines import EngineName
+from chunkwise.runtime.prepared import Records
 from chunkwise.runtime.tuned import selection
 from chunkwise.runtime.tuned.artifact import Artifact
 from chunkwise.runtime.tvm import build as tvm_build
@@ -38,6 +39,7 @@ Spoil = Callable[[Path], None]
 def _agrees(op: Any, *operands: Tensor) -> None:
     """The engine, compiling anew, against the token loop in float64."""
     tvm_engine.compiled.cache_clear()
+    Records.forget()
     want, _ = op(*(x.double() for x in operands), engine="reference")
     got, _ = op(*operands, engine="tvm")
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)

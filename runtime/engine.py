@@ -1,0 +1,352 @@
+"""The base of every engine: calls as kernels see them, once per layout; an engine compiles those.
+
+A layout is a call without contents: its tensors lie on "meta", with the shapes, strides and dtypes
+of the call's. What turns a value of a call into a tensor of a kernel (rows of micro-steps, a copy
+without gaps) is decided on it, so that a call only carries it out.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codegen.config import Dims
+from ..codegen.differentiate import GRADIENT
+from ..codegen.programs import chunk_program
+from ..codegen.token import row_names, token_kernel
+from ..dsl.errors import NotLowered
+from ..dsl.ir import Per
+from ..dsl.normal_form import NormalForm, Operand
+from .call import Call, places_of, values_of
+from .engines import EngineName
+from .micro_steps import as_rows, coarse, coarse_gradient, refined, refined_cotangent
+from .prepared import Records, Request, Run, States, Values, Way
+from .printed import dtypes_of, own_gradient, unprinted
+from .tokens import of_tokens
+from .tuned.artifact import Configuration, Key
+from .tuned.selection import call_size_of, key_here, token_loop_wins
+
+Make = Callable[[Any], Tensor]
+# from the values of a call to a task's results, in its order: each a tensor, or (of a gradient)
+# None where no output depends on the operand
+Execute = Callable[[Values], Sequence[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """A tensor that kernels take.
+
+    Attributes:
+        at: which value of the call it is made of.
+        make: what is made of that; None: it is the value itself.
+        like: how the result lies in memory, without contents; None: there is none.
+    """
+
+    at: int
+    make: Make | None
+    like: Tensor | None
+
+    def then(self, make: Make) -> Feed:
+        """With `make` done to it as well."""
+        first, like = self.make, None if self.like is None else make(self.like)
+        return Feed(self.at, make if first is None else lambda x: make(first(x)), like)
+
+    def dense(self) -> Feed:
+        """Without gaps between its numbers."""
+        if self.like is None or self.like.is_contiguous():
+            return self
+        return self.then(Tensor.contiguous)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """One way of calls of one layout, for an engine to compile.
+
+    Attributes:
+        call, rows: the layout, as called and as kernels take it, a micro-step a row.
+        operands: by name; of a backward also the output's cotangent, `d_o`.
+        starts: first values of what is carried, by name; without a `like` they are zero.
+        params: where floats stand among the values of a call.
+        results: what is to be computed, by the names of kernels: `o` and states, or gradients.
+        time: whether values of tokens have a time axis.
+    """
+
+    way: Way
+    call: Call
+    rows: Call
+    operands: dict[str, Feed]
+    starts: dict[str, Feed]
+    params: dict[str, int]
+    cu_seqlens: Feed | None
+    results: tuple[str, ...]
+    time: bool = True
+
+    @property
+    def per_head(self) -> frozenset[str]:
+        """The operands that have no tokens."""
+        return frozenset(o.name for o in self.rows.step.operands if o.per is Per.HEAD)
+
+    @property
+    def one_token(self) -> bool:
+        """Whether every sequence is a single token, taken as such."""
+        return self.way is Way.TOKENS and is_one_token(self.call)
+
+
+class Engine(ABC):
+    """What an engine offers: ops, the tuner and whoever examines it ask no more of it."""
+
+    name: EngineName
+    has_steps = True  # whether it has kernels of single tokens
+
+    @abstractmethod
+    def refusal(self, call: Call) -> str | None:
+        """Why calls of this layout cannot be served; None if they can."""
+
+    @abstractmethod
+    def token_refusal(self, call: Call) -> str | None:
+        """Why no kernel takes tokens of this layout one at a time; None if one does."""
+
+    @abstractmethod
+    def forward_way(self, call: Call) -> Way:
+        """How the forward of calls of this layout is computed."""
+
+    @abstractmethod
+    def prepare(self, request: Request) -> Run:
+        """What computes calls of a layout that is not refused, from their values.
+
+        Results are the output and final states, or gradients of all operands and of the first
+        states that are given; they share no memory with values.
+        """
+
+    def admit(self, call: Call) -> None:
+        """Refuse calls that the engine cannot serve.
+
+        Raises:
+            NotLowered: says why.
+        """
+        reason = self.refusal(call)
+        if reason is not None:
+            raise NotLowered(
+                f"engine {self.name.value!r} cannot serve this call of {call.declaration.name}",
+                reason,
+                'engine="reference" runs any legal step, token by token',
+            )
+
+    # ---- a checked call, for those who tune, examine and measure ---------------------------------
+
+    def forward(
+        self, call: Call, config: Configuration | None = None, segment: int | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """o [B,T,HV,V] in the call's dtype; final states [N,HV,K,V] (or [N,HV,K]) in float32."""
+        way = self.forward_way(call) if config is None else Way.CHUNKS
+        o, *finals = self._run(Request(call, way, (), config, segment))
+        return o, tuple(finals)
+
+    def forward_by_token(self, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What `forward` returns, one token at a time."""
+        o, *finals = self._run(Request(call, Way.TOKENS))
+        return o, tuple(finals)
+
+    def backward(
+        self,
+        call: Call,
+        do: Tensor,
+        dfinals: States,
+        config: Configuration | None = None,
+        segment: int | None = None,
+    ) -> tuple[dict[str, Tensor], States]:
+        """Gradients of every operand, in its shape and dtype, and of the initial states."""
+        made = self._run(Request(call, Way.BACKWARD, (do, *dfinals), config, segment))
+        rest = iter(made[len(call.operands) :])
+        initials = tuple(None if x is None else next(rest) for x in call.initial)
+        return dict(zip(call.operands, made, strict=False)), initials
+
+    def _run(self, request: Request) -> Sequence[Tensor]:
+        call, values = request.call, values_of(request.call, request.cotangents)
+        tensors = values[: len(values) - len(call.params)]
+        how = (self, call.declaration, call.static, request.way, request.config, request.segment)
+        return _RECORDS.find(tensors, how, lambda: self.prepare(request.bare()))(values)
+
+
+_RECORDS: Records[Run] = Records()
+
+
+class KernelEngine(Engine):
+    """An engine of printed kernels: it says what it takes, and compiles; the rest is here."""
+
+    @abstractmethod
+    def compile(self, task: Task, config: Configuration | None, segment: int | None) -> Execute:
+        """What computes a task, under `config` and `segment` as a request has them."""
+
+    def forward_way(self, call: Call) -> Way:
+        """As `Engine.forward_way`: a token as a token, others in chunks if those are faster."""
+        if is_one_token(call) and self.token_refusal(call) is None:
+            return Way.TOKENS
+        return Way.TOKENS if token_loop_wins(self.key(call), call_size_of(call)) else Way.CHUNKS
+
+    def key(self, call: Call) -> Key:
+        """What artifacts for calls of this layout lie under, here."""
+        return key_here(call.form, self.name, call.dtype, Dims(call.K, call.V), call.device)
+
+    def prepare(self, request: Request) -> Run:
+        """As `Engine.prepare`."""
+        task = task_of(request)
+        execute = self.compile(task, request.config, request.segment)
+        finish = [_finish(task, name) for name in task.results]
+        if not any(finish):
+            return execute
+
+        def run(values: Values) -> list[Tensor]:
+            made = execute(values)
+            return [x if f is None else f(x) for f, x in zip(finish, made, strict=True)]
+
+        return run
+
+
+def is_one_token(call: Call) -> bool:
+    """Whether every sequence of the call is a single token."""
+    return call.T == 1 and call.cu_seqlens is None
+
+
+def task_of(request: Request) -> Task:
+    """What an engine compiles for a request."""
+    call, way, cotangents = request.call, request.way, request.cotangents
+    places = request.places or places_of(call, len(cotangents))
+    tokens = way is Way.TOKENS
+    n = 1 if tokens else len(call.form.micro_steps)
+    operands: dict[str, Feed] = {}
+    for o in call.step.operands:
+        value = Feed(places.operands[o.name], None, call.operands[o.name])
+        if tokens:
+            operands |= _token_feeds(value, o, call.micro, places.time)
+        else:
+            make = as_rows(o, n)
+            operands[o.name] = value if make is None else value.then(make)
+    per_head = {o.name for o in call.step.operands if o.per is Per.HEAD}
+    operands = {name: _strided(f, per_head=name in per_head) for name, f in operands.items()}
+    starts = {
+        s.name: Feed(places.states[s.name], None, x)
+        for s, x in zip(call.step.states, call.initial, strict=True)
+    }
+    results = ["o", *starts]
+    if way is Way.BACKWARD:
+        operands[GRADIENT + "o"] = _cotangent(call, places.cotangents, cotangents[0])
+        results = [GRADIENT + name for name in call.operands]
+        results += [GRADIENT + name for name, feed in starts.items() if feed.like is not None]
+        for at, (name, d) in enumerate(zip(tuple(starts), cotangents[1:], strict=True), 1):
+            starts[GRADIENT + name] = Feed(places.cotangents + at, None, d)
+    bounds = None
+    if call.cu_seqlens is not None:
+        assert places.cu_seqlens is not None
+        bounds = _boundaries(Feed(places.cu_seqlens, None, call.cu_seqlens), call.device, n)
+    rows = of_tokens(call) if tokens else refined(call)
+    return Task(
+        way, call, rows, operands, starts, places.params, bounds, tuple(results), places.time
+    )
+
+
+def _like(feed: Feed) -> Tensor:
+    assert feed.like is not None
+    return feed.like
+
+
+def _strided(feed: Feed, *, per_head: bool) -> Feed:
+    """As kernels take operands: channels without gaps, those per head without any."""
+    x = _like(feed)
+    return feed.dense() if per_head or (x.ndim > 3 and x.stride(-1) != 1) else feed
+
+
+def _token_feeds(value: Feed, o: Operand, micro: int, time: bool) -> dict[str, Feed]:
+    """The tensors of an operand for kernels that take tokens: one for each micro-step.
+
+    Their layout has a time axis, also where values have none.
+    """
+    if not o.micro:
+        return {o.name: value}
+    axis = 2 if time else 1
+
+    def entry(n: int) -> Feed:
+        return Feed(value.at, lambda x: x.select(axis, n), _like(value).select(2, n))
+
+    return {name: entry(n) for n, name in enumerate(row_names(o, micro))}
+
+
+def _cotangent(call: Call, at: int, do: Tensor | None) -> Feed:
+    """The gradient of the rows' output; an expanded one (of a sum, say) has strides of 0."""
+    shape, dtype, device = call.output_shape, call.dtype, call.device
+    if do is None:
+        like = torch.empty(shape, dtype=dtype, device="meta")
+        feed = Feed(at, lambda _: torch.zeros(shape, dtype=dtype, device=device), like)
+    else:
+        feed = Feed(at, None, do).dense()
+    if len(call.form.micro_steps) == 1:
+        return feed
+    return feed.then(lambda x: refined_cotangent(call, x))
+
+
+def _boundaries(feed: Feed, device: torch.device, micro_steps: int) -> Feed:
+    """Of rows, without gaps, where the operands are: they may come from the host."""
+
+    def make(x: Tensor) -> Tensor:
+        x = x.contiguous() if x.is_meta else x.to(device, non_blocking=True).contiguous()
+        return x if micro_steps == 1 else x * micro_steps
+
+    return feed.then(make)
+
+
+def _finish(task: Task, name: str) -> Callable[[Any], Tensor] | None:
+    """What makes a task's result that of the call; None: it is."""
+    call, rows = task.call, task.rows
+    n = 1 if task.way is Way.TOKENS else len(call.form.micro_steps)
+    if name == "o":
+        return None if n == 1 else lambda o: coarse(call, o)
+    if task.way is not Way.BACKWARD:
+        return None
+    name = name.removeprefix(GRADIENT)
+    if name not in rows.operands:
+        (start,) = (
+            x for s, x in zip(call.step.states, call.initial, strict=True) if s.name == name
+        )
+        assert start is not None
+        dtype = start.dtype
+        return None if dtype is call.state_dtype else partial(torch.Tensor.to, dtype=dtype)
+    x, per_head = rows.operands[name], name in task.per_head
+    (operand,) = (o for o in call.form.operands if o.name == name)
+    of_tokens = coarse_gradient(operand, call.T, call.micro, n)
+    shape, dtype, HV, device = x.shape, x.dtype, call.HV, call.device
+
+    def gradient(g: Tensor | None) -> Tensor:
+        if g is None:
+            own = torch.zeros(shape, dtype=dtype, device=device)
+        else:
+            own = own_gradient(g, shape, dtype, HV, per_head=per_head)
+        return (own if of_tokens is None else of_tokens(own)).contiguous()
+
+    return gradient
+
+
+def chunk_refusal(form: NormalForm) -> str | None:
+    """Why no chunk form of `form` is derived; None if one is."""
+    try:
+        chunk_program(form)
+    except NotLowered as refused:
+        return str(refused)
+    return None
+
+
+def printed_token_refusal(call: Call) -> str | None:
+    """Why no kernel is printed for tokens like these; None if one is."""
+    why = unprinted(dtypes_of(call))
+    if why is not None:
+        return why
+    try:
+        token_kernel(call.step)
+    except NotLowered as refused:
+        return str(refused)
+    return None

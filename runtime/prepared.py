@@ -1,0 +1,260 @@
+"""What serves calls of a layout, worked out once: checked shapes, the engine, what it compiled.
+
+Training steps and decoders repeat the layout of the call before, so that a call is one comparison
+and then what its record runs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..dsl import errors
+from .engines import EngineName, choose, load
+
+if TYPE_CHECKING:
+    from .call import Call, Places
+    from .tuned.artifact import Configuration
+
+Values = Sequence[Any]  # tensors (or None) and numbers of a call, in the order of its op
+Run = Callable[[Values], Sequence[Tensor]]  # from values to results
+States = tuple[Tensor | None, ...]
+_R = TypeVar("_R")
+_MOST = 4096  # records that are kept, of each kind
+
+
+class Records(Generic[_R]):
+    """Records by layout: the latest is compared before the others are looked up."""
+
+    _all: ClassVar[weakref.WeakSet[Records[Any]]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], _R] = {}
+        self._latest: tuple[list[object], _R] | None = None
+        self._all.add(self)
+
+    def find(
+        self, tensors: Sequence[Tensor | None], rest: Sequence[object], prepare: Callable[[], _R]
+    ) -> _R:
+        """The record for tensors that lie so in memory, and `rest`; made by `prepare` if need be.
+
+        What `prepare` raises is not kept.
+        """
+        key: list[object] = [torch.get_num_threads(), *rest]
+        try:
+            for x in tensors:
+                if x is None:
+                    key.append(None)
+                else:
+                    key += (x.shape, x.stride(), x.dtype, x.device)
+        except RuntimeError:  # it has no strides; whoever prepares says so
+            return prepare()
+        latest = self._latest
+        return latest[1] if latest is not None and latest[0] == key else self.get(key, prepare)
+
+    def get(self, key: list[object], prepare: Callable[[], _R]) -> _R:
+        """The record of that key; made by `prepare` if need be."""
+        latest = self._latest
+        if latest is not None and latest[0] == key:
+            return latest[1]
+        hashed = tuple(key)
+        if hashed not in self._known:
+            made = prepare()
+            if len(self._known) >= _MOST:
+                self._known.clear()
+            self._known[hashed] = made
+        self._latest = latest = (key, self._known[hashed])
+        return latest[1]
+
+    @classmethod
+    def forget(cls) -> None:
+        """Drop every record of this process: configurations are selected anew."""
+        for records in cls._all:
+            records._latest = None
+            records._known.clear()
+
+
+class Way(Enum):
+    """What of a recurrence is computed, and how."""
+
+    CHUNKS = "forward, in chunks"
+    TOKENS = "forward, token by token"
+    BACKWARD = "backward"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What an engine is to prepare: one way of calls of a layout.
+
+    Attributes:
+        cotangents: of a backward, how those of the output and of the final states lie.
+        config: instead of the one that serves such calls.
+        segment: of a config for a GPU, tokens of a segment (0: none), instead of as many as such
+            calls have.
+        places: where values stand, if not in the order of the op.
+    """
+
+    call: Call
+    way: Way
+    cotangents: States = ()
+    config: Configuration | None = None
+    segment: int | None = None
+    places: Places | None = None
+
+    def bare(self) -> Request:
+        """The same for layouts alone: what is kept must not keep tensors."""
+        call = replace(
+            self.call,
+            operands={n: _bare(x) for n, x in self.call.operands.items()},
+            initial=tuple(map(_bare_if_any, self.call.initial)),
+            cu_seqlens=_bare_if_any(self.call.cu_seqlens),
+        )
+        return replace(self, call=call, cotangents=tuple(map(_bare_if_any, self.cotangents)))
+
+
+def _bare_if_any(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _bare(x)
+
+
+def _bare(x: Tensor) -> Tensor:
+    """A tensor without contents that would lie in memory as `x` does."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """What serves calls of one layout.
+
+    Attributes:
+        run: from the values of a call to the results of its op.
+        device_type: where it runs; autocast there may not change dtypes inside an engine.
+        host_bounds: whether boundaries of packed sequences come from the host, to be looked at.
+    """
+
+    run: Run
+    device_type: str
+    host_bounds: bool = False
+
+    def __call__(self, values: Values) -> Sequence[Tensor]:
+        """The results of a call of that layout."""
+        if torch.is_autocast_enabled(self.device_type):
+            with torch.autocast(self.device_type, enabled=False):
+                return self.run(values)
+        return self.run(values)
+
+
+def chosen(operands: Iterable[Tensor], engine: str | None) -> EngineName:
+    """The engine of a call with these operands: as named, else by their device."""
+    given = list(operands)
+    double = any(x.dtype is torch.float64 for x in given)
+    return choose(given[0].device.type, engine, double=double)
+
+
+def prepare_forward(call: Call, engine: str | None) -> Prepared:
+    """What serves the forward of calls like `call`.
+
+    Raises:
+        NotLowered, EngineUnavailable: as their names say.
+    """
+    serving = load(_with_channels(chosen(call.operands.values(), engine), call))
+    serving.admit(call)
+    if _is_empty(call):
+        run = _empty_forward(call)
+    else:
+        run = serving.prepare(Request(call, serving.forward_way(call)).bare())
+    bounds = call.cu_seqlens
+    return Prepared(run, call.device.type, bounds is not None and bounds.device.type == "cpu")
+
+
+def prepare_backward(call: Call, cotangents: States, engine: str | None) -> Prepared:
+    """What serves the backward of calls like `call`, for cotangents like these.
+
+    The values of such a call are the cotangents, then those of its forward.
+    """
+    serving = load(_with_channels(chosen(call.operands.values(), engine), call))
+    serving.admit(call)
+    if _is_empty(call):
+        return Prepared(_empty_backward(call, len(cotangents)), call.device.type)
+    request = Request(call, Way.BACKWARD, cotangents)
+    return Prepared(serving.prepare(request.bare()), call.device.type)
+
+
+def prepare_step(
+    call: Call,
+    engine: str | None,
+    usual: str | None = None,
+    places: Places | None = None,
+) -> Prepared | None:
+    """What serves single tokens like `call` by a kernel; None: no kernel does.
+
+    Args:
+        engine: must serve, if it has kernels of single tokens at all.
+        usual: serves if it can.
+        places: of the values, if not in the order of the op.
+
+    Raises:
+        EngineUnavailable: the named engine has no kernel for this step.
+    """
+    serving = load(chosen(call.operands.values(), engine or usual))
+    if not serving.has_steps or 0 in (call.B, call.HV, call.K, call.V):
+        return None
+    reason = serving.token_refusal(call)
+    if reason is None:
+        request = Request(call, Way.TOKENS, places=places)
+        return Prepared(serving.prepare(request.bare()), call.device.type)
+    if engine is not None:
+        raise errors.EngineUnavailable(serving.name.value, reason)
+    return None
+
+
+def _with_channels(name: EngineName, call: Call) -> EngineName:
+    """`name`; where there is no channel no kernel has work, and the token loop says what is left.
+
+    (Without Keys reads are zero, and outputs what the step makes of zero.)
+    """
+    return EngineName.REFERENCE if 0 in (call.K, call.V) else name
+
+
+def _is_empty(call: Call) -> bool:
+    """No token in the whole call: an engine never sees it."""
+    return 0 in (call.B, call.T, call.HV)
+
+
+def _empty_forward(call: Call) -> Run:
+    shapes = [call.state_shape(s) for s in call.declaration.states]
+    first, size = len(call.operands), (call.output_shape, call.dtype, call.device)
+    dtype = call.state_dtype
+
+    def run(values: Values) -> list[Tensor]:
+        shape, of, device = size
+        made = [torch.zeros(shape, dtype=of, device=device)]
+        for state, start in zip(shapes, values[first:], strict=False):
+            if start is None:
+                made.append(torch.zeros(state, dtype=dtype, device=device))
+            else:
+                made.append(start.to(dtype, copy=True).contiguous())
+        return made
+
+    return run
+
+
+def _empty_backward(call: Call, cotangents: int) -> Run:
+    """The final state is the initial one, so its gradient passes through."""
+    operands = len(call.operands)
+
+    def run(values: Values) -> list[Tensor]:
+        given = values[cotangents:]
+        grads = [torch.zeros_like(x).contiguous() for x in given[:operands]]
+        for start, dfinal in zip(given[operands:], values[1:cotangents], strict=False):
+            if start is not None:
+                passed = torch.zeros_like(start) if dfinal is None else dfinal
+                grads.append(passed.to(start.dtype, copy=True).contiguous())
+        return grads
+
+    return run
