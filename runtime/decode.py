@@ -82,8 +82,9 @@ class Stepper:
         kept = self._records.get(key, lambda: self._prepare(args, named, state, engine, usual))
         if kept is None:
             return self._by_op(args, named, state, engine)
-        o, *new = kept.run(values + kept.floats)
-        return o, (new[0] if len(new) == 1 else tuple(new))
+        values += kept.floats
+        made = kept.run(values)
+        return made[0], (made[1] if len(made) == 2 else tuple(made[1:]))
 
     def _prepare(
         self,
@@ -182,7 +183,7 @@ def _key(values: Sequence[object]) -> list[object] | None:
     ):
         return None
     gradients = torch.is_grad_enabled()
-    found: list[object] = [torch.get_num_threads()]
+    found: list[object] = []
     for x in values:
         if isinstance(x, Tensor):
             # whether the numbers of `x` are those in its memory, at its strides

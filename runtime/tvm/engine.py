@@ -321,7 +321,9 @@ class _Token:
         given = [values[at] if make is None else make(values[at]) for at, make in self._feeds]
         given += made
         arguments = [given[n] for n in self._slots]
-        rest = [self._heads, *[values[at] for at in self._params]]
+        rest = [self._heads]
+        if self._params:
+            rest += [values[at] for at in self._params]
         if self._alone:
             room = _room(self._scratch)
             self._function(*arguments, *self._fixed, room, *rest, 0, self._items)
