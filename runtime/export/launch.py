@@ -266,7 +266,11 @@ class _Direction:
             x, buffer = self._known[o.name], self._buffers.get(gradient(o.name))
             d = buffer or self._names.fresh(f"{GRADIENT}{o.name}")
             per_head = o.per is Per.HEAD
-            yield f"{d} = support.own_gradient({buffer}, {x}, heads, per_head={per_head})"
+            if buffer is None:  # nothing depends on it
+                yield f"{d} = torch.zeros_like({x})"
+            else:
+                own = f"{buffer}, {x}.shape, {x}.dtype, heads, per_head={per_head}"
+                yield f"{d} = support.own_gradient({own})"
             if o.micro:
                 d = f"support.entries({d}.unflatten(1, (-1, {n})), {self._package.micro})"
             elif n > 1 and not per_head:
