@@ -20,7 +20,7 @@ EVERY     :=
 DEMO      ?=
 BENCH     ?=
 
-.PHONY: setup demo test test-all test-cpu test-interpreter test-gpu lint format bench docs audit clean
+.PHONY: setup demo test test-all test-cpu test-interpreter test-gpu lint format bench docs site audit clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -34,7 +34,7 @@ $(BIN)/python:
 
 $(READY): pyproject.toml $(PINS) | $(BIN)/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_EXTRA) -r $(PINS)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(PINS) -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(PINS) -e '.[dev,docs]'
 	@touch $@
 
 demo: $(READY)
@@ -77,10 +77,16 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
-# Rewrites the printed blocks of the documents, runs their examples and checks their links.
+# Runs every block of the documents and rewrites what they print; then the site.
 docs: $(READY)
 	$(BIN)/python docs/regenerate.py
-	$(BIN)/pytest tests/test_docs.py tests/codegen_audit/test_architecture.py
+	@$(MAKE) --no-print-directory site
+
+# Spelling, links, and the pages as out/site/index.html; no network.
+site: $(READY)
+	$(BIN)/typos docs README.md CHANGELOG.md
+	$(BIN)/pytest tests/test_docs.py -k 'links or targets'
+	$(BIN)/sphinx-build -W --keep-going -q -d out/doctrees docs out/site
 
 # Compiles every emitted kernel for every target, without a GPU.
 audit: $(READY)

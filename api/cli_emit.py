@@ -262,7 +262,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--segments",
         action="store_true",
-        help="print the scans of long sequences with few heads (docs/architecture.md)",
+        help="print the scans of long sequences with few heads (docs/explanation/architecture.md)",
     )
     parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="K=128,V=128")
     parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="bfloat16")

@@ -1,7 +1,18 @@
-"""Rewrites the printed blocks of docs/architecture.md by running the command line again.
+"""Runs every block of the documents, and rewrites what they print.
 
-Between `<!-- printed: ARGUMENTS -->` and `<!-- end -->` is the output of the command line for
-these arguments. `make docs` runs this; a test compares without writing.
+A page is a program: its blocks run in order, in one folder that starts empty, and share one set of
+Python names. A comment on the line before a block says what else it is:
+
+`<!-- file: NAME -->`       the block is written to that file, which later blocks use;
+`<!-- printed: ARGS -->`    the output of `chunkwise ARGS`, rewritten;
+`<!-- output -->`           what the blocks since the last such mark printed, rewritten;
+`<!-- output: varies -->`   the same, in which numbers may differ from run to run;
+`<!-- raises: ERROR -->`    the Python block ends in this error, whose text counts as printed;
+`<!-- run as: COMMAND -->`  a shell block of minutes; this shorter command runs in its place;
+`<!-- not run: REASON -->`  the block needs a GPU, a network or many minutes, as the reason says.
+
+Unmarked blocks of ```python and ```sh run; others are text. `make docs` rewrites the pages, and
+tests/test_docs.py compares without writing.
 """
 
 from __future__ import annotations
@@ -11,53 +22,150 @@ import io
 import os
 import re
 import shlex
+import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from chunkwise import cli
 
 FOLDER = Path(__file__).resolve().parent
-PAGES = (FOLDER / "architecture.md",)
-_BLOCK = re.compile(r"(<!-- printed: (.*?) -->\n).*?(<!-- end -->)", re.S)
+ROOT = FOLDER.parent
+PAGES = (ROOT / "README.md", *sorted(FOLDER.rglob("*.md")))
+_LINKED = ("docs", "examples", "runtime")  # of the checkout, which commands of the pages name
+_BLOCK = re.compile(
+    r"^(?:<!-- (?P<mark>[a-z ]+)(?:: (?P<detail>.*?))? -->\n)?"
+    r"^```(?P<language>[^\n`]*)\n(?P<code>.*?)^```$",
+    re.M | re.S,
+)
+_MARKS = ("file", "printed", "output", "raises", "run as", "not run")
+_NUMBER = re.compile(r"[-−+]?\d[\d.,]*(?:e[-+]?\d+)?")
 
 
 @contextlib.contextmanager
-def _from_root() -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(FOLDER.parent)
+def _inside(folder: Path) -> Iterator[None]:
+    before, path, modules = Path.cwd(), list(sys.path), set(sys.modules)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
     try:
         yield
     finally:
         os.chdir(before)
+        sys.path[:] = path
+        for name in set(sys.modules) - modules:  # the next page may have a file of the same name
+            file = Path(getattr(sys.modules[name], "__file__", None) or sys.executable).resolve()
+            if file.is_relative_to(folder.resolve()) or file.is_relative_to(FOLDER):
+                del sys.modules[name]
 
 
-def printed(arguments: str) -> str:
-    """The output of `chunkwise ARGUMENTS`, run from the repository's root."""
-    out = io.StringIO()
-    with _from_root(), contextlib.redirect_stdout(out):
-        code = cli.main(shlex.split(arguments))
-    if code:
-        raise SystemExit(f"chunkwise {arguments} failed with {code}")
-    return out.getvalue().strip("\n")
+@dataclass
+class _Run:
+    """One run of a page: its folder, its Python names, and what was printed since the last mark."""
+
+    page: Path
+    folder: Path
+    names: dict[str, object] = field(default_factory=lambda: {"__name__": "page"})
+    printed: str = ""
+
+    def block(self, found: re.Match[str]) -> str:
+        """Run one block; its text, with its output anew."""
+        mark, detail, language, code = found.group("mark", "detail", "language", "code")
+        if mark and mark not in _MARKS:
+            raise ValueError(f"{self.page.name}: unknown mark {mark!r}")
+        if mark in ("file", "printed", "raises", "run as", "not run") and not detail:
+            raise ValueError(f"{self.page.name}: {mark!r} needs a word more")
+        if mark == "file":
+            path = self.folder / detail
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(code, encoding="utf-8")
+        elif mark == "printed":
+            prompt = "# $" if language == "python" else "$"
+            return self._rewritten(found, f"{prompt} chunkwise {detail}\n{self._command(detail)}")
+        elif mark == "output":
+            text, self.printed = self.printed, ""
+            if detail == "varies" and _NUMBER.sub("#", text) == _NUMBER.sub("#", code):
+                return found[0]
+            return self._rewritten(found, text)
+        elif mark == "run as":
+            self._shell(detail)
+        elif mark != "not run" and language == "python":
+            self._python(found, code, detail if mark == "raises" else None)
+        elif mark != "not run" and language == "sh":
+            self._shell(code)
+        return found[0]
+
+    def _rewritten(self, found: re.Match[str], text: str) -> str:
+        start, end = found.start("code") - found.start(), found.end("code") - found.start()
+        lines = "\n".join(line.rstrip() for line in text.strip("\n").splitlines())
+        return f"{found[0][:start]}{lines}\n{found[0][end:]}"
+
+    def _python(self, found: re.Match[str], code: str, raises: str | None) -> None:
+        # A file as long as the page: a declaration reads its lines from there, and reports them.
+        line = found.string[: found.start("code")].count("\n")
+        path = self.folder / f"{self.page.stem}.py"
+        path.write_text("\n" * line + code, encoding="utf-8")
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            try:
+                exec(compile("\n" * line + code, str(path), "exec"), self.names)
+            except Exception as error:
+                if type(error).__name__ != raises:
+                    raise
+                out.write("".join(traceback.format_exception_only(error)))
+                raises = None
+        if raises:
+            raise AssertionError(f"{self.page.name}: no {raises} where the page shows one")
+        self.printed += out.getvalue()
+
+    def _shell(self, code: str) -> None:
+        lines = [
+            shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines()
+        ]
+        lines = [line for line in lines if line]
+        if all(line[0] == "chunkwise" for line in lines) and not re.search(r"[|<>;&$`*]", code):
+            for line in lines:  # a process of its own would spend seconds on importing torch
+                self.printed += self._command(shlex.join(line[1:])) + "\n"
+            return
+        tools = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", code],
+            cwd=self.folder,
+            env={**os.environ, "PATH": tools},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise AssertionError(f"{self.page.name}: {code}{done.stdout}{done.stderr}")
+        self.printed += done.stdout
+
+    def _command(self, arguments: str) -> str:
+        """The output of `chunkwise ARGUMENTS`."""
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            code = cli.main(shlex.split(arguments))
+        if code:
+            raise AssertionError(f"{self.page.name}: chunkwise {arguments} ended with {code}")
+        return out.getvalue().strip("\n")
 
 
-def regenerated(page: str) -> str:
-    """`page` with every block printed anew."""
-
-    def block(found: re.Match[str]) -> str:
-        arguments = found[2]
-        language = "python" if re.search(r"--stage (triton|eager)", arguments) else "text"
-        text = printed(arguments)
-        return f"{found[1]}```{language}\n$ chunkwise {arguments}\n{text}\n```\n{found[3]}"
-
-    return _BLOCK.sub(block, page)
+def regenerated(page: Path, folder: Path) -> str:
+    """The text of `page` with every output anew, after its blocks have run in `folder`."""
+    for name in _LINKED:
+        (folder / name).symlink_to(ROOT / name)
+    run = _Run(page, folder)
+    with _inside(folder):
+        return _BLOCK.sub(run.block, page.read_text(encoding="utf-8"))
 
 
 def main() -> int:
     """Rewrite the pages; 0."""
-    for path in PAGES:
-        path.write_text(regenerated(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        with tempfile.TemporaryDirectory() as folder:
+            page.write_text(regenerated(page, Path(folder)), encoding="utf-8")
     return 0
 
 

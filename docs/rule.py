@@ -1,4 +1,4 @@
-"""The recurrence whose stages docs/architecture.md prints."""
+"""The recurrence whose stages docs/explanation/architecture.md prints."""
 
 from __future__ import annotations
 

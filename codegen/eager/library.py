@@ -1,7 +1,7 @@
 """The tile ops that torch has no single function for; printed eager kernels call these.
 
 Decays between two tokens sum the log-decays between them, never differences of prefix sums: one
-reset of -100 would leave its rounding in all differences after it (docs/decisions.md). Ops under
+reset of -100 would leave its rounding in all differences after it (decision 38). Ops under
 a vector gate halve blocks: at each level, rows in the later half of a block meet columns in its
 earlier half, both decayed to the last row of the earlier half. Every exponent is then <= 0 for any
 gate, and each level is one batched product.

@@ -42,7 +42,7 @@ def default_config(body: ChunkProgram, dims: Dims, *, wide_dtype: bool) -> Confi
     f = features(body)
     hoist = Hoist.ALL if f.gated or f.solves else Hoist.NOTHING
     widest = max(padded(dims.K), padded(dims.V))
-    # what holds too many float32 tiles at once is cut where it can be (docs/decisions.md, 12)
+    # what holds too many float32 tiles at once is cut where it can be (decision 12)
     apart = f.vector_gated or wide_dtype or (f.solves and widest > 128)
     forward = Plan(hoist, outputs_in_scan=True, norms_apart=apart)
     backward = Plan(hoist, values_apart=apart, sums_apart=apart, norms_apart=apart)

@@ -1,7 +1,7 @@
 """Memory for what calls on a CPU return: kept by the C library, or new in large pages.
 
 The kernel clears every page at its first touch. Of small pages that takes calls longer than their
-arithmetic (docs/decisions.md, 33).
+arithmetic (decision 33).
 """
 
 from __future__ import annotations
