@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..codegen.config import Config, Dims, KernelConfig, dims_of, padded
+from ..codegen.config import Config, Dims, KernelConfig, Tiles, dims_of, padded
 from ..codegen.interface import Signature
 from ..codegen.plan import Hoist, Kernel, Loop, Plan
 from ..codegen.tile import Axis as TileAxis
@@ -115,8 +115,7 @@ def traits(kernel: Kernel, chunk: int, signature: Signature) -> Traits:
     """Which parameters change the kernel by more than the extents of its tiles."""
 
     def decided(v_tile: int = 16, k_tile: int = 16) -> TiledKernel:
-        tiles = KernelConfig(v_tile=v_tile, k_tile=k_tile)
-        return tile(kernel, signature, Config(chunk, SOME_PLAN, SOME_PLAN, tiles))
+        return tile(kernel, signature, Tiles(chunk, v_tile, k_tile))
 
     narrow, wide_v, wide_k = decided(), decided(v_tile=256), decided(k_tile=256)
     return Traits(

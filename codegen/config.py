@@ -24,6 +24,23 @@ class Precision(Enum):
     IEEE = "ieee"  # where tf32 does not exist
 
 
+class Space(Enum):
+    """Where a target holds tiles while it computes."""
+
+    REGISTERS = "as powers of two, in the dtypes of operands; products add to accumulators"
+    MEMORY = "as wide as their operands, in float32; nothing is taken part by part but by programs"
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """The extents that are asked for: tokens of a chunk, channels of V and of K (None: all)."""
+
+    chunk: int
+    v: int
+    k: int | None = None
+    space: Space = Space.REGISTERS
+
+
 @dataclass(frozen=True, slots=True)
 class KernelConfig:
     """One kernel's tiles: channels of the value axis at a time, warps, pipeline stages.
@@ -68,6 +85,11 @@ class Config:
         own = dict(self.kernels)
         scan = kernel.removesuffix(ENDS).removesuffix(MATRICES)
         return own.get(kernel) or own.get(scan, self.default)
+
+    def tiles(self, kernel: str) -> Tiles:
+        """The extents of its tiles."""
+        own = self.of(kernel)
+        return Tiles(self.chunk, own.v_tile, own.k_tile)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,28 +5,30 @@ from __future__ import annotations
 from collections import Counter
 
 from ..dsl.ir import Op
-from .config import Dims, KernelConfig, padded
+from .config import Dims, Space, Tiles, padded
 from .expressions import ALIASES, unaliased
 from .plan import Kernel, Loop, sums_over
 from .tile import Axis, Tile, TileOp, topological
 
 
 def extents(
-    kernel: Kernel, dims: Dims, chunk: int, config: KernelConfig
+    kernel: Kernel, dims: Dims, tiles: Tiles
 ) -> tuple[Axis | None, dict[Axis, int]]:
     """The channel axis that is taken tile by tile in a loop, if any, and the extents of tiles."""
-    tiles, buffers = kernel.order, kernel.buffers
-    parallel = kernel.loop is Loop.PARALLEL
-    K, V = padded(dims.K), min(config.v_tile, padded(dims.V))
-    sums_v = any(t not in buffers and sums_over(t, Axis.V) for t in tiles)
-    if sums_v and (not parallel or _varies_after_sum(kernel, Axis.V)):
-        V = padded(dims.V)  # a sum over the value axis feeds what varies along it
+    order, buffers = kernel.order, kernel.buffers
+    loops = kernel.loop is Loop.PARALLEL and tiles.space is Space.REGISTERS
+    K, whole, V = padded(dims.K), padded(dims.V), min(tiles.v, padded(dims.V))
+    if tiles.space is Space.MEMORY:  # a part of V per program, where parts are alike
+        K, whole, V = dims.K, dims.V, dims.V if dims.V % tiles.v else tiles.v
+    sums_v = any(t not in buffers and sums_over(t, Axis.V) for t in order)
+    if sums_v and not (loops and not _varies_after_sum(kernel, Axis.V)):
+        V = whole  # a sum over the value axis feeds what varies along it
     channels = Axis.V if sums_v and dims.V > V else None
-    uses_v = any(Axis.V in t.axes for t in tiles)
-    if channels is None and parallel and not uses_v and not _varies_after_sum(kernel, Axis.K):
-        K = min(config.k_tile, K)
+    uses_v = any(Axis.V in t.axes for t in order)
+    if channels is None and loops and not uses_v and not _varies_after_sum(kernel, Axis.K):
+        K = min(tiles.k or K, K)
         channels = Axis.K if dims.K > K else None
-    return channels, {Axis.I: chunk, Axis.J: chunk, Axis.K: K, Axis.V: V}
+    return channels, {Axis.I: tiles.chunk, Axis.J: tiles.chunk, Axis.K: K, Axis.V: V}
 
 
 def _varies_after_sum(kernel: Kernel, axis: Axis) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from .buffers import BufferId
 from .chunk import Carried
-from .config import Config, Precision, dims_of
+from .config import Precision, Space, Tiles, dims_of
 from .expressions import ALIASES, unaliased
 from .interface import Dtype, Signature, intermediate_dtype, segment_end
 from .padding import Padding, padding
@@ -35,7 +35,7 @@ from .tiled import (
 from .vector_gate import DECAYED
 from .verify import verify_tiled
 
-# how the axes of a tile lie, rows first: a scan keeps its state [V, K], split along V
+# how the axes of a tile lie in registers, rows first: a scan keeps its state [V, K], split along V
 _SCAN_ORDER = (Axis.V, Axis.I, Axis.J, Axis.K)
 _PARALLEL_ORDER = (Axis.I, Axis.J, Axis.V, Axis.K)
 _TIMES = (Axis.I, Axis.J)
@@ -44,9 +44,11 @@ _OF_CALL = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM)
 _SOURCES = dict(zip(_OF_CALL, (Source.TOKENS, Source.HEADS, Source.NUMBER), strict=True))
 
 
-def tile(kernel: Kernel, signature: Signature, config: Config) -> TiledKernel:
-    """`kernel`, decided for `signature` under `config`; InvalidIR for a fault of a pass."""
-    decided = _Tiling(kernel, signature, config).kernel()
+def tile(kernel: Kernel, signature: Signature, tiles: Tiles) -> TiledKernel:
+    """`kernel`, decided for `signature` with `tiles`; InvalidIR for a fault of a pass."""
+    if tiles.space is Space.MEMORY:
+        signature = Signature(signature.dims, Dtype.FLOAT32, (), Precision.IEEE)
+    decided = _Tiling(kernel, signature, tiles).kernel()
     verify_tiled(decided)
     return decided
 
@@ -54,18 +56,20 @@ def tile(kernel: Kernel, signature: Signature, config: Config) -> TiledKernel:
 class _Tiling:
     """The decisions for one kernel; statements are made in order, and remember what is clean."""
 
-    def __init__(self, kernel: Kernel, signature: Signature, config: Config) -> None:
+    def __init__(self, kernel: Kernel, signature: Signature, tiles: Tiles) -> None:
         self._kernel, self._signature = kernel, signature
         self._dims = dims_of(kernel, signature.dims)
         self._order, self._buffers = kernel.order, kernel.buffers
         self._is_scan = kernel.loop is not Loop.PARALLEL
-        self._layout = _SCAN_ORDER if self._is_scan else _PARALLEL_ORDER
-        own = config.of(kernel.name)
-        self._channels, self._extents = extents(kernel, self._dims, config.chunk, own)
+        self._channels, self._extents = extents(kernel, self._dims, tiles)
         along = any(Axis.V in t.axes for t in self._order) and self._channels is not Axis.V
         self._v_parts = -(-self._dims.V // self._extents[Axis.V]) if along else 1
         self._cleaned: set[Tile] = set()
-        self._fused = added_products(kernel, self._channels)
+        if tiles.space is Space.REGISTERS:
+            self._layout: Axes = _SCAN_ORDER if self._is_scan else _PARALLEL_ORDER
+            self._fused = added_products(kernel, self._channels)
+        else:
+            self._layout, self._fused = tuple(Axis), {}
 
     def kernel(self) -> TiledKernel:
         """All statements, in order."""

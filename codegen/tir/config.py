@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from ..config import Chunk
+from ..config import Chunk, Space, Tiles
 from ..limits import Within, check
 from ..plan import Hoist, Plan
 
@@ -35,6 +35,11 @@ class TvmConfig:
     def __post_init__(self) -> None:
         """Raise BadConfiguration for a number out of its range."""
         check(self)
+
+    @property
+    def tiles(self) -> Tiles:
+        """The extents of a kernel's tiles."""
+        return Tiles(self.chunk, self.v_tile, space=Space.MEMORY)
 
 
 def default_config(lanes: int) -> TvmConfig:

@@ -72,7 +72,7 @@ def print_triton(kernel: Kernel, signature: Signature, config: Config) -> Triton
 
 class _KernelPrinter(TritonMemory):
     def __init__(self, kernel: Kernel, signature: Signature, config: Config) -> None:
-        super().__init__(tile(kernel, signature, config), Names(_RESERVED))
+        super().__init__(tile(kernel, signature, config.tiles(kernel.name)), Names(_RESERVED))
         self._kernel, self._signature = kernel, signature
         self._config = config.of(kernel.name)
 

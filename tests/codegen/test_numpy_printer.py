@@ -13,7 +13,7 @@ import pytest
 import torch
 from chunkwise import library
 from chunkwise.codegen.buffers import OUTPUT, gradient
-from chunkwise.codegen.config import Config, Dims, KernelConfig, Precision
+from chunkwise.codegen.config import Dims, Precision, Tiles
 from chunkwise.codegen.differentiate import GRADIENT
 from chunkwise.codegen.interface import Dtype, Signature, Storage, stored
 from chunkwise.codegen.plan import Hoist, Kernel, Plan, backward_plans, forward_plans
@@ -40,7 +40,6 @@ _STORAGE = Storage(wide=False, transposed=False)
 # tails of sequences and of channels, parts of V and loops over it or K, groups of heads
 PACKED = Sizes(H=1, HV=2, K=20, V=18, initial=True, dtype=torch.float32).packed(C + 3, 0, 5)
 DENSE = Sizes(B=2, T=C, H=2, HV=2, K=16, V=16, dtype=torch.float32)
-_TILES = KernelConfig(v_tile=16, k_tile=16)
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,6 @@ class _Call:
             sizes["HV"], list(self.sequences), operands, self.numbers, states, self.segment
         )
         signature = Signature(Dims(sizes["K"], sizes["V"]), Dtype.FLOAT32, (), Precision.IEEE)
-        config = Config(C, Plan(Hoist.ALL), Plan(Hoist.ALL), _TILES)
         for kernel in kernels:
             for buffer in stored(kernel, signature, _STORAGE):
                 room = np.full([sizes[n] for n in buffer.shape], np.nan, buffer.dtype.value)
@@ -78,7 +76,7 @@ class _Call:
                 channels = [sizes[a.name] for a in c.start.axes]
                 shape = [len(self.sequences), sizes["HV"], *channels]
                 memory.final[c.name] = np.full(shape, np.nan, np.float32)
-            numpy_printer.run(tile(kernel, signature, config), memory)
+            numpy_printer.run(tile(kernel, signature, Tiles(C, v=16, k=16)), memory)
         return memory
 
 

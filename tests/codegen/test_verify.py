@@ -10,7 +10,7 @@ import pytest
 from chunkwise.codegen import tile as ir
 from chunkwise.codegen.buffers import OUTPUT
 from chunkwise.codegen.chunk import ChunkProgram
-from chunkwise.codegen.config import Config, Dims, KernelConfig, Precision
+from chunkwise.codegen.config import Dims, Precision, Tiles
 from chunkwise.codegen.interface import Dtype, Signature
 from chunkwise.codegen.plan import Hoist, Plan
 from chunkwise.codegen.programs import backward_program, forward_program
@@ -63,7 +63,7 @@ def _tiled(name: str, kernel: str) -> TiledKernel:
     kernels = (*forward_program(form, plan).kernels, *backward_program(form, plan).kernels)
     (found,) = (k for k in kernels if k.name == kernel)
     signature = Signature(Dims(20, 36), Dtype.BFLOAT16, (), Precision.TF32X3)
-    return tile(found, signature, Config(16, plan, plan, KernelConfig(v_tile=16)))
+    return tile(found, signature, Tiles(16, v=16, k=256))
 
 
 def _changed(kernel: TiledKernel, kind: type, change: Callable[[Any], Any]) -> TiledKernel:
