@@ -26,12 +26,14 @@ from pathlib import Path
 import chunkwise as cw
 import torch
 from chunkwise.autotune.measure import CpuDevice
-from chunkwise.codegen.config import EagerConfig
+from chunkwise.codegen.config import Dims, EagerConfig, Precision
+from chunkwise.codegen.interface import Dtype, Signature
 from chunkwise.codegen.plan import Program
 from chunkwise.codegen.programs import backward_program, forward_program
 from chunkwise.codegen.tile import Axis
+from chunkwise.codegen.tiling import tile
 from chunkwise.codegen.tir.config import TvmConfig
-from chunkwise.codegen.tir.schedule import Action, schedule, sides, zero_above
+from chunkwise.codegen.tir.schedule import Solve, schedule, zero_above
 from chunkwise.codegen.vector_gate import DECAYED
 from chunkwise.runtime.call import Call, bind, values_of
 from chunkwise.runtime.engine import Engine
@@ -111,14 +113,15 @@ def flops(call: Call, program: Program, config: TvmConfig) -> float:
     sizes = {Axis.K: call.K, Axis.V: call.V, Axis.I: chunk, Axis.J: chunk}
     total = 0.0
     for kernel in program.kernels:
-        plan = schedule(kernel)
+        signature = Signature(Dims(call.K, call.V), Dtype.FLOAT32, (), Precision.IEEE)
+        plan = schedule(tile(kernel, signature, config.tiles))
         for t in plan.products:
-            for product in plan.summed(t):
-                halved = t in plan.half or zero_above(sides(product)[0])
-                axes = {a for x in product.args for a in x.axes}
+            for s in plan.summed(t):
+                halved = t in plan.half or zero_above(s.left.value)
+                axes = {*s.left.axes, *s.right.axes}
                 total += (1 if halved else 2) * math.prod(sizes[a] for a in axes)
-        for t in (s.tile for s in plan.steps if s.action is Action.COMPUTE):
-            if t in plan.solved or t.op in DECAYED:
+        for t in plan.computed:
+            if isinstance(plan.made[t], Solve) or t.op in DECAYED:
                 total += chunk * chunk * sizes[t.args[-1].axes[-1]]
     return total * call.B * call.HV * -(-call.T // chunk)
 

@@ -11,9 +11,7 @@ from .plan import Kernel, Loop, sums_over
 from .tile import Axis, Tile, TileOp, topological
 
 
-def extents(
-    kernel: Kernel, dims: Dims, tiles: Tiles
-) -> tuple[Axis | None, dict[Axis, int]]:
+def extents(kernel: Kernel, dims: Dims, tiles: Tiles) -> tuple[Axis | None, dict[Axis, int]]:
     """The channel axis that is taken tile by tile in a loop, if any, and the extents of tiles."""
     order, buffers = kernel.order, kernel.buffers
     loops = kernel.loop is Loop.PARALLEL and tiles.space is Space.REGISTERS

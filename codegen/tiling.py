@@ -65,11 +65,10 @@ class _Tiling:
         along = any(Axis.V in t.axes for t in self._order) and self._channels is not Axis.V
         self._v_parts = -(-self._dims.V // self._extents[Axis.V]) if along else 1
         self._cleaned: set[Tile] = set()
-        if tiles.space is Space.REGISTERS:
-            self._layout: Axes = _SCAN_ORDER if self._is_scan else _PARALLEL_ORDER
-            self._fused = added_products(kernel, self._channels)
-        else:
-            self._layout, self._fused = tuple(Axis), {}
+        self._in_memory = tiles.space is Space.MEMORY
+        in_registers = _SCAN_ORDER if self._is_scan else _PARALLEL_ORDER
+        self._layout: Axes = tuple(Axis) if self._in_memory else in_registers
+        self._fused = {} if self._in_memory else added_products(kernel, self._channels)
 
     def kernel(self) -> TiledKernel:
         """All statements, in order."""
@@ -98,6 +97,8 @@ class _Tiling:
     # ---- phases ----------------------------------------------------------------------------------
 
     def _parallel(self) -> tuple[list[Statement], list[Statement], list[Statement]]:
+        if self._in_memory:
+            return [*self._run(self._order), *self._stores(self._order)], [], []
         before, during, after = phases(self._kernel, self._channels)
         if self._channels is None:
             everything = (*before, *during, *after)

@@ -15,11 +15,12 @@ from tvm.tirx import Expr
 from .. import tile
 from ..chunk import LEAST_DECAY
 from ..tile import Axis, Tile, TileOp
+from ..tiled import Compute, Use
 from ..vector_gate import DECAYED
 from .code import Index, broadcast, int32, multiply_add, number, ramp
 from .frame import Frame, Shapes
 from .products import block_product, column_blocks, horizontal_sum, transpose
-from .schedule import Action, ChunkSchedule, Region
+from .schedule import ChunkSchedule, Region
 from .values import Values
 
 # rows of an earlier and of a later half, decayed: room in scratch that such statements share
@@ -45,8 +46,7 @@ def rooms(schedule: ChunkSchedule, shapes: Shapes) -> dict[Region, int]:
 
 def _computed(schedule: ChunkSchedule) -> list[Tile]:
     """The statements of this module, in order; tiles of other kernels are loaded like any tile."""
-    computed = (s.tile for s in schedule.steps if s.action is Action.COMPUTE)
-    return [t for t in computed if t.op in DECAYED]
+    return [t for t in schedule.computed if t.op in DECAYED]
 
 
 def _tables(t: Tile) -> tuple[Region, Region]:
@@ -67,8 +67,9 @@ class _Decayed:
     Decays are computed once for all statements under the same gate, by the first of them.
     """
 
-    def __init__(self, frame: Frame, t: Tile) -> None:
-        self._g, self._exclusive = t.args[-1], t.attrs[-1]
+    def __init__(self, frame: Frame, made: Compute) -> None:
+        t = made.value
+        self._g, self._exclusive = made.args[-1], t.attrs[-1]
         self._flush = t.op is not TileOp.DECAYED_CROSSING and t.attrs[-2]
         self.frame = frame
         self.least = _least(frame.shapes)
@@ -80,9 +81,9 @@ class _Decayed:
         if gates[_tables(t)] == t:
             self._fill()
 
-    def value(self, t: Tile, row: Index, column: Index) -> Expr:
+    def value(self, x: Use, row: Index, column: Index) -> Expr:
         """A vector of an operand: of row `row` on whichever time axis it has."""
-        return self._values.at(t, {Axis.I: row, Axis.J: row, Axis.K: column})
+        return self._values.at(x, {Axis.I: row, Axis.J: row, Axis.K: column})
 
     def between(self, late: Index, early: Index, first: Expr, column: Index) -> Expr:
         """e^(P_late - Q_early), of rows of the block that begins with `first`."""
@@ -168,11 +169,11 @@ class _Decayed:
             yield first + r, first, first + least
 
 
-def decayed_dot(frame: Frame, t: Tile) -> None:
+def decayed_dot(frame: Frame, made: Compute) -> None:
     """A_ij = sum_k x_ik y_jk e^(P_ik - Q_jk) for i > j; zero elsewhere."""
-    x, y = t.args[:2]
+    t, (x, y) = made.value, made.args[:2]
     code, lanes = frame.code, frame.lanes
-    d = _Decayed(frame, t)
+    d = _Decayed(frame, made)
     with (
         code.loop(0, frame.shapes.chunk, "r") as r,
         code.loop(0, frame.shapes.vectors(Axis.J), "c") as c,
@@ -215,11 +216,11 @@ def decayed_dot(frame: Frame, t: Tile) -> None:
                 frame.write(Region(t), point, total.get(), lanes)
 
 
-def decayed_apply(frame: Frame, t: Tile) -> None:
+def decayed_apply(frame: Frame, made: Compute) -> None:
     """z_ik = sum_j A_ij y_jk e^(P_ik - Q_jk), or z_jk = sum_i A_ij x_ik e^(P_ik - Q_jk); i > j."""
-    a, y = t.args[:2]
+    t, (a, y) = made.value, made.args[:2]
     code, lanes = frame.code, frame.lanes
-    d = _Decayed(frame, t)
+    d = _Decayed(frame, made)
     to_rows = t.attrs[0] is Axis.I
     side = Axis.I if to_rows else Axis.J
     singles = Values(frame, None)
@@ -264,35 +265,35 @@ def decayed_apply(frame: Frame, t: Tile) -> None:
                         frame.write(Region(t), point, before + decay * total.get(), lanes)
 
 
-def decayed_crossing(frame: Frame, t: Tile) -> None:
+def decayed_crossing(frame: Frame, made: Compute) -> None:
     """z_tk = sum of A_ij x_ik y_jk e^(P_ik - Q_jk) over i >= t > j; without i if it is left out.
 
     Where no decay of the chunk is stronger than the limit, a difference of sums.
     """
-    limit = t.attrs[0]
+    limit = made.value.attrs[0]
     assert isinstance(limit, float)
     code, lanes = frame.code, frame.lanes
-    d = _Decayed(frame, t)
+    d = _Decayed(frame, made)
     strong = code.accumulator(number(0.0, lanes))
     with (
         code.loop(0, frame.shapes.chunk, "r") as r,
         code.loop(0, frame.shapes.vectors(Axis.K), "c") as c,
     ):
         column = int32(c) * lanes
-        g = d.value(t.args[-1], r, column)
+        g = d.value(made.args[-1], r, column)
         beyond = tirx.Select(g > number(limit, lanes), number(0.0, lanes), number(1.0, lanes))
         code.set(strong, strong.get() + _inside(frame, beyond, column))
     strong_sum = code.bind("strong", horizontal_sum(frame, strong.get()))
     mild = tirx.EQ(strong_sum, number(0.0, 1))
     with code.when(mild):
-        _difference(d, t)
+        _difference(d, made)
     with code.when(tirx.Not(mild)):
-        _crossing(d, t)
+        _crossing(d, made)
 
 
-def _difference(d: _Decayed, t: Tile) -> None:
+def _difference(d: _Decayed, made: Compute) -> None:
     """The sums, from each row on, of x times its gradient less y times its own."""
-    _, x, y, dx, dy = t.args[:5]
+    t, (_, x, y, dx, dy) = made.value, made.args[:5]
     exclusive = bool(t.attrs[-1])
     frame, code, lanes = d.frame, d.frame.code, d.frame.lanes
     with code.loop(0, frame.shapes.vectors(Axis.K), "c") as c:
@@ -310,9 +311,9 @@ def _difference(d: _Decayed, t: Tile) -> None:
                 frame.write(Region(t), point, total.get(), lanes)
 
 
-def _crossing(d: _Decayed, t: Tile) -> None:
+def _crossing(d: _Decayed, made: Compute) -> None:
     """Sums that do not cancel, of blocks on the diagonal and of pairs of halves."""
-    a, x, y = t.args[:3]
+    t, (a, x, y) = made.value, made.args[:3]
     exclusive = bool(t.attrs[-1])
     frame, code, lanes = d.frame, d.frame.code, d.frame.lanes
     singles = Values(frame, None)
@@ -370,7 +371,7 @@ def _crossing(d: _Decayed, t: Tile) -> None:
                         code.set(crossing, crossing.get() + value)
 
 
-def _half(d: _Decayed, room: Tile, x: Tile, size: Index, half: Expr, first: Expr) -> None:
+def _half(d: _Decayed, room: Tile, x: Use, size: Index, half: Expr, first: Expr) -> None:
     """The rows of a half, decayed to or from the last row of the earlier half of the pair."""
     frame = d.frame
     with (

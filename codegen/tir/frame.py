@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tvm.tirx import Buffer, Expr, Var
 
-from ..config import Dims
 from ..tile import Axes, Axis, Tile
+from ..tiled import TiledKernel
 from .code import Code, Index, int32, int64, load
 from .config import TvmConfig
 from .schedule import ChunkSchedule, Region
@@ -27,19 +27,22 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """Sizes of axes; `V` of `dims` is one work item's part of the value axis."""
+    """Sizes of a kernel's tiles, in numbers and in vectors."""
 
-    chunk: int
-    dims: Dims
+    kernel: TiledKernel
     config: TvmConfig
+
+    @property
+    def chunk(self) -> int:
+        return self.kernel.chunk
 
     @property
     def lanes(self) -> int:
         return self.config.lanes
 
     def extent(self, axis: Axis) -> int:
-        """Numbers along an axis."""
-        return {Axis.K: self.dims.K, Axis.V: self.dims.V}.get(axis, self.chunk)
+        """Numbers along an axis; of V, one work item's part."""
+        return self.kernel.extents[axis]
 
     def width(self, axis: Axis) -> int:
         """The same in whole vectors."""
@@ -66,18 +69,17 @@ class Shapes:
         return width + LINE if len(axes) == 2 and width % (4 * LINE) == 0 else width
 
 
-def allocate(
-    schedule: ChunkSchedule, carried: Iterable[Tile], shapes: Shapes
-) -> tuple[dict[Region, Place], int]:
+def allocate(schedule: ChunkSchedule, shapes: Shapes) -> tuple[dict[Region, Place], int]:
     """A place for each region, and how many numbers there are in all.
 
-    Carries keep theirs throughout; others give theirs back after the last step that reads them.
+    What is held from chunk to chunk keeps its place; others give theirs back after the last step
+    that reads them.
     """
     places: dict[Region, Place] = {}
     top = 0
-    for start in carried:
-        places[Region(start)] = placed(Region(start), top, shapes)
-        top += shapes.size(start.axes)
+    for t in schedule.held:
+        places[Region(t)] = placed(Region(t), top, shapes)
+        top += shapes.size(t.axes)
     last: dict[Region, int] = {}
     for n, step in enumerate(schedule.steps):
         for region in (*step.reads, *((step.writes,) if step.writes else ())):

@@ -1,4 +1,4 @@
-"""TileIR as TIR for a CPU: one function per Kernel, over a range of work items.
+"""Tiled kernels as TIR for a CPU: one function per kernel, over a range of work items.
 
 A work item is a sequence (or, of a kernel parallel over chunks, a chunk), a value head and a part
 of the value axis. The caller shares items among its own threads and passes each a piece of scratch:
@@ -16,19 +16,18 @@ from tvm.ir import PrimType
 from tvm.tirx import Buffer, Expr, PrimFunc, Var
 
 from ..buffers import BufferId
-from ..chunk import Carried
-from ..config import Dims
-from ..expressions import unaliased
 from ..interface import Buffer as Stored
-from ..interface import Parameter, Role, Signature, stored
-from ..plan import Kernel, Loop, sums_over
-from ..tile import Axis, Tile, TileOp
+from ..interface import Parameter, Role, Signature, loaded, stored
+from ..plan import Kernel, Loop
+from ..tile import Axes, Axis, Tile
+from ..tiled import Advance, Begin, Finish, Load, Source, Store, Use
+from ..tiling import tile
 from .code import Code, Index, int32, int64
 from .config import TvmConfig
 from .decayed import rooms
 from .frame import LINE, Ahead, Frame, Rows, Shapes, allocate, placed
 from .products import transpose
-from .schedule import Action, Region, Step, schedule
+from .schedule import Made, Region, Transpose, schedule
 from .steps import compute
 from .transfer import STORAGE, Transfers, WorkItem
 from .values import Values
@@ -95,22 +94,23 @@ class _Printer:
         private: frozenset[BufferId],
         one_token: bool,
     ) -> None:
-        self._kernel = kernel
+        self._kernel = tile(kernel, signature, config.tiles)
         self._private = private
         self._signature = signature
         self._one_token = one_token
-        self._v_tile = _v_tile(kernel, signature.dims.V, config.v_tile)
-        dims = Dims(signature.dims.K, self._v_tile)
-        self._shapes = Shapes(config.chunk, dims, config)
-        self._schedule = schedule(kernel)
-        starts = [c.start for c in kernel.carried]
-        self._places, self._size = allocate(self._schedule, starts, self._shapes)
+        self._stores = stored(kernel, signature, STORAGE)
+        self._buffers = {b.name: b for b in (*self._stores, *loaded(kernel, signature, STORAGE))}
+        statements = self._kernel.statements
+        self._ends = [end for s in statements if isinstance(s, Advance) for end in s.ends]
+        self._shapes = Shapes(self._kernel, config)
+        self._schedule = schedule(self._kernel)
+        self._places, self._size = allocate(self._schedule, self._shapes)
         for region, numbers in rooms(self._schedule, self._shapes).items():
             self._places[region] = placed(region, self._size, self._shapes)
             self._size += -(-numbers // LINE) * LINE
         self._outside: dict[Region, Rows] = {}
-        names = dict.fromkeys(str(t.attrs[0]) for t in kernel.order if t.op is TileOp.PARAM)
-        self._numbers = {n: Var(f"number_{n}", "float32") for n in names}
+        loads = (s for s in statements if isinstance(s, Load) and s.source is Source.NUMBER)
+        self._numbers = {str(s.of): Var(f"number_{s.of}", "float32") for s in loads}
         self._heads = Var("HV", "int64")
         self._scratch = tirx.decl_buffer(
             (int64(self._size),), "float32", "scratch", data_alignment=4, layout=None
@@ -126,6 +126,7 @@ class _Printer:
         kernel, entry, code = self._kernel, Code(), Code()
         transfers = Transfers(
             self._signature,
+            self._buffers,
             self._shapes.chunk,
             entry,
             self._heads,
@@ -145,64 +146,64 @@ class _Printer:
         function = function.with_attr("global_symbol", kernel.name)
         return TirKernel(
             name=kernel.name,
-            loop=kernel.loop,
+            loop=kernel.scan,
             function=function.with_attr("tirx.noalias", True),
             parts=tuple(code.parts),
             parameters=tuple(transfers.tensors),
             tensors=tuple(_shown(x.declared) for x in transfers.tensors.values()),
             numbers=tuple(self._numbers),
-            v_programs=self._signature.dims.V // self._v_tile,
+            v_programs=kernel.v_parts,
             chunk=self._shapes.chunk,
             scratch=self._size,
-            stores=stored(kernel, self._signature, STORAGE),
+            stores=self._stores,
             private=self._private,
         )
 
     def _item(self, item: Index) -> None:
-        code = self._code
-        tiles = self._signature.dims.V // self._v_tile
+        code, kernel = self._code, self._kernel
         rest = item
         value: Expr = int64(0)
-        if tiles > 1:
-            value = code.bind("value", tirx.truncmod(item, int64(tiles)) * self._v_tile)
-            rest = code.bind("rest", tirx.truncdiv(item, int64(tiles)))
+        if kernel.v_parts > 1:
+            part = tirx.truncmod(item, int64(kernel.v_parts))
+            value = code.bind("value", part * kernel.extents[Axis.V])
+            rest = code.bind("rest", tirx.truncdiv(item, int64(kernel.v_parts)))
         head = code.bind("head", tirx.truncmod(rest, self._heads))
         number_ = code.bind("number", tirx.truncdiv(rest, self._heads))
-        if self._kernel.loop is Loop.PARALLEL:
+        if kernel.scan is Loop.PARALLEL:
             sequence = code.bind("sequence", self._table(1, number_, 0))
             chunk = code.bind("chunk", self._table(1, number_, 1))
             self._chunk(sequence, head, value, chunk)
             return
         work = self._work(number_, head, value, int64(0))
         frame = self._frame(int32(0), int32(0), {})
-        moved = [c for c in self._kernel.carried if not self._stays(c)]
-        for c in self._kernel.carried:
-            if c not in moved:  # read and written where the call has them
-                ends = (Role.INITIAL, c.start), (Role.FINAL, unaliased(c.end))
-                for role, t in ends:
-                    rows = self._transfers.state(role, c.start, work, number_)
-                    self._outside[Region(t)] = rows
-        for c in moved:
-            self._transfers.first_carry(frame, c.start, work, number_)
+        for start, use in self._ends:
+            if self._stays(start, use.value):  # read and written where the call has them
+                for role, t in ((Role.INITIAL, start), (Role.FINAL, use.value)):
+                    self._outside[Region(t)] = self._transfers.state(role, start, work, number_)
+        for s in kernel.before:
+            if isinstance(s, Load) and Region(s.value) in self._places:
+                self._transfers.load(frame, s, work)
+            elif isinstance(s, Begin) and Region(s.value) not in self._outside:
+                self._transfers.begin(frame, s, work, number_)
         if self._one_token:
             self._chunk(number_, head, value, int64(0))
         else:
             length = code.bind("length", self._table(0, number_, 2))
-            size = int64(self._shapes.chunk)
+            size = int64(kernel.chunk)
             count = code.bind("count", tirx.truncdiv(length + (size - 1), size))
             with code.loop(int64(0), count, "turn", "int64") as turn:
-                reverse = self._kernel.loop is Loop.REVERSE
+                reverse = kernel.scan is Loop.REVERSE
                 chunk = code.bind("chunk", count - 1 - turn) if reverse else turn
                 self._chunk(number_, head, value, chunk)
-        for c in moved:
-            self._transfers.last_carry(frame, c.start, work, number_)
+        for s in kernel.after:
+            if isinstance(s, Finish) and Region(s.value) not in self._outside:
+                self._transfers.finish(frame, s, work, number_)
 
-    def _stays(self, c: Carried) -> bool:
+    def _stays(self, start: Tile, end: Tile) -> bool:
         """Whether a single token's carry needs no copy in scratch: rows are of whole vectors."""
-        end = unaliased(c.end)
         computed = bool(end.args) and end in self._schedule.regions
-        ends = [unaliased(x.end) for x in self._kernel.carried]
-        whole = self._shapes.extent(c.start.axes[-1]) % self._shapes.lanes == 0
+        ends = [use.value for _, use in self._ends]
+        whole = self._shapes.extent(start.axes[-1]) % self._shapes.lanes == 0
         return self._one_token and whole and computed and ends.count(end) == 1
 
     def _table(self, table: int, row: Expr, column: int) -> Expr:
@@ -222,7 +223,6 @@ class _Printer:
             index=bind("index", self._table(0, sequence, 4) + chunk),
             chunk=chunk,
             value=value,
-            split=self._v_tile < self._signature.dims.V,
         )
 
     def _frame(self, valid: Expr, first: Expr, ahead: Mapping[Tile, Sequence[Ahead]]) -> Frame:
@@ -236,25 +236,24 @@ class _Printer:
 
         Products of a row per token share them evenly; a result's own or one before it asks for it.
         """
-        ahead: dict[Tile, list[Ahead]] = {t: [] for t in self._schedule.products if _in_rows(t)}
-        further = -1 if self._kernel.loop is Loop.REVERSE else 1
+        products = [t for t in self._schedule.products if _in_rows(t.axes)]
+        ahead: dict[Tile, list[Ahead]] = {t: [] for t in products}
+        further = -1 if self._kernel.scan is Loop.REVERSE else 1
         done: list[Tile] = []
-        for step in self._schedule.steps:
-            t, asking, name = step.tile, done, step.name
-            if step.action is Action.LOAD:
-                name = self._kernel.buffers.get(t)
-                rows = self._transfers.source(t, work, name)
-                rows = replace(
-                    rows, first=rows.first + rows.stride * (further * self._shapes.chunk)
-                )
-                asking = list(ahead)
-            elif name is not None:
-                rows = self._transfers.buffer(name, t, work)
+        for s in (step.statement for step in self._schedule.steps):
+            if isinstance(s, Load):
+                rows = self._transfers.source(s, work)
+                first = rows.first + rows.stride * (further * self._shapes.chunk)
+                rows = replace(rows, first=first)
+                of, axes, asking = s.of, s.value.axes, products
+            elif isinstance(s, Store):
+                rows = self._transfers.buffer(s.buffer, s.axes, work)
+                of, axes, asking = s.buffer, s.axes, done
             else:
-                done += [t] if t in ahead else []
+                done += [s.value] if s.value in ahead else []
                 continue
-            if asking and _in_rows(t) and name not in self._private:
-                asks = Ahead(rows, write=step.action is Action.STORE)
+            if asking and _in_rows(axes) and of not in self._private:
+                asks = Ahead(rows, write=isinstance(s, Store))
                 ahead[min(asking, key=lambda x: len(ahead[x]))].append(asks)
         return ahead
 
@@ -272,22 +271,22 @@ class _Printer:
                 enough = code.emitted + _PART
                 while steps and code.emitted < enough:
                     step = steps.popleft()
-                    does.append(f"{step.action.name.lower()} {step.name or step.tile.hint or 'x'}")
-                    self._step(frame, step, work)
-        for c in self._kernel.carried:
-            kept = (*self._schedule.in_place, c.start)
-            if unaliased(c.end) not in kept and Region(c.start) not in self._outside:
-                _assign(frame, c.start, c.end)
+                    does.append(step.does)
+                    self._statement(frame, step.statement, work)
+        for start, use in self._ends:
+            kept = (*self._schedule.in_place, start)
+            if use.value not in kept and Region(start) not in self._outside:
+                _assign(frame, start, use)
 
-    def _step(self, frame: Frame, step: Step, work: WorkItem) -> None:
-        if step.action is Action.LOAD:
-            self._transfers.load(frame, step.tile, work, self._kernel.buffers.get(step.tile))
-        elif step.name is not None:
-            self._transfers.store(frame, step.tile, work, step.name)
-        elif step.action is Action.TRANSPOSE:
-            transpose(frame, step.tile)
+    def _statement(self, frame: Frame, s: Load | Made | Transpose | Store, work: WorkItem) -> None:
+        if isinstance(s, Load):
+            self._transfers.load(frame, s, work)
+        elif isinstance(s, Store):
+            self._transfers.store(frame, s, work)
+        elif isinstance(s, Transpose):
+            transpose(frame, s.value)
         else:
-            compute(frame, step.tile)
+            compute(frame, s)
 
 
 def _shown(x: Buffer) -> str:
@@ -295,12 +294,12 @@ def _shown(x: Buffer) -> str:
     return f"[{','.join('*' if '_n' in n else n for n in sizes)}] {x.dtype}"
 
 
-def _in_rows(t: Tile) -> bool:
+def _in_rows(axes: Axes) -> bool:
     """Whether a tile is a row of channels for each token."""
-    return len(t.axes) == 2 and [a in (Axis.I, Axis.J) for a in t.axes] == [True, False]
+    return [a in (Axis.I, Axis.J) for a in axes] == [True, False]
 
 
-def _assign(frame: Frame, start: Tile, end: Tile) -> None:
+def _assign(frame: Frame, start: Tile, end: Use) -> None:
     """The carry of the next chunk."""
     rows, along = (start.axes[0] if len(start.axes) == 2 else None), start.axes[-1]
     with (
@@ -310,12 +309,3 @@ def _assign(frame: Frame, start: Tile, end: Tile) -> None:
         point: dict[Axis, Index] = {} if rows is None else {rows: r}
         point[along] = int32(c) * frame.lanes
         frame.write(Region(start), point, Values(frame, along).at(end, point), frame.lanes)
-
-
-def _v_tile(kernel: Kernel, V: int, wanted: int) -> int:
-    """Channels of the value axis per item: all, unless no sum over them is taken."""
-    tiles = kernel.order
-    buffers = kernel.buffers
-    sums = any(t not in buffers and sums_over(t, Axis.V) for t in tiles)
-    along = any(Axis.V in t.axes for t in tiles)
-    return V if sums or not along or wanted >= V or V % wanted else wanted

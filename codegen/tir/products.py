@@ -13,11 +13,12 @@ from contextlib import nullcontext
 from tvm import tirx
 from tvm.tirx import Expr
 
-from ..tile import Axis, Tile, TileOp
+from ..tile import Axis, Tile
+from ..tiled import Compute, Product, Use
 from .code import Accumulator, Index, broadcast, int32, int64, multiply_add, number, ramp
 from .frame import LINE, Ahead, Frame
-from .schedule import Region, columns_exchanged, sides, zero_above
-from .values import Values
+from .schedule import Region, Solve, columns_exchanged, zero_above
+from .values import Values, renamed
 
 Block = list[list[Accumulator]]
 
@@ -28,7 +29,7 @@ def compute_matrix(frame: Frame, t: Tile) -> None:
     for rows, columns in _blocks(frame, t, plain=not summed):
         for ahead in frame.ahead.get(t, ()):
             _ask(frame, ahead, rows, columns)
-        sums = [(x, _product(frame, x, rows, columns)) for x in summed]
+        sums = [(s.value, _product(frame, s, rows, columns)) for s in summed]
         for a, row in enumerate(rows):
             for b, column in enumerate(columns):
                 known = {x: block[a][b].get() for x, block in sums}
@@ -106,30 +107,30 @@ def column_blocks(frame: Frame, axis: Axis, most: int | None = None) -> Iterator
         yield [int32((turns * wanted + b) * lanes) for b in range(rest)]
 
 
-def _product(frame: Frame, t: Tile, rows: list[Index], columns: list[Index]) -> Block:
+def _product(frame: Frame, s: Product, rows: list[Index], columns: list[Index]) -> Block:
     """The sums of a block of a product, in registers."""
-    x, y = sides(t)
-    (over,) = t.attrs
-    assert isinstance(over, Axis)
-    row_axis, column_axis = t.axes
-    exchanged = columns_exchanged(t)
+    over = s.over
+    row_axis, column_axis = s.value.axes
+    exchanged, changed = columns_exchanged(s), renamed(s.right)
     begin: Index = 0
     end: Index = frame.shapes.extent(over)
-    if zero_above(x):  # rows of the block meet nothing beyond the diagonal
+    if zero_above(s.left.value):  # rows of the block meet nothing beyond the diagonal
         if over is Axis.J:
             end = int32(rows[-1]) + 1
         else:
             begin = rows[0]
     singles, vectors = Values(frame, None), Values(frame, column_axis)
 
-    def single(row: Index, s: Index) -> Expr:
-        return singles.at(x, {row_axis: row, over: s})
+    def single(row: Index, n: Index) -> Expr:
+        return singles.at(s.left, {row_axis: row, over: n})
 
-    def vector(s: Index, column: Index) -> Expr:
-        point = {over: s, column_axis: column}
-        if exchanged:
-            return frame.read(Region(_bare(y), transposed=True), _named(y, point), frame.lanes)
-        return vectors.at(y, point)
+    def vector(n: Index, column: Index) -> Expr:
+        point = {over: n, column_axis: column}
+        if not exchanged:
+            return vectors.at(s.right, point)
+        if changed is not None:
+            point[changed[0]] = point[changed[1]]
+        return frame.read(Region(s.right.value, transposed=True), point, frame.lanes)
 
     return block_product(frame, rows, columns, (begin, end), single, vector)
 
@@ -154,40 +155,23 @@ def block_product(
     return block
 
 
-def _bare(t: Tile) -> Tile:
-    while t.op in (TileOp.RENAME, TileOp.EXPAND):
-        (t,) = t.args
-    return t
-
-
-def _named(t: Tile, point: dict[Axis, Index]) -> dict[Axis, Index]:
-    """`point` in the axes of the tile that `t` renames."""
-    if t.op is TileOp.RENAME:
-        (to,) = t.attrs
-        assert isinstance(to, Axis)
-        source = Axis.I if to is Axis.J else Axis.J
-        return {**point, source: point[to]}
-    return point
-
-
-def solve(frame: Frame, t: Tile) -> None:
+def solve(frame: Frame, s: Solve) -> None:
     """(1 + L)^-1 applied to a tile, or its transpose applied: rows in order, or from the last."""
-    lower, right = frame.schedule.solved[t]
-    row_axis, column_axis = t.axes
+    row_axis, column_axis = s.value.axes
     # applied to rows named J it gives rows named I; the transpose, the other way round
     given = Axis.J if row_axis is Axis.I else Axis.I
     for columns in column_blocks(frame, column_axis):
         values = Values(frame, column_axis)
 
         def start(row: Index, column: Index, values: Values = values) -> Expr:
-            return values.at(right, {given: row, column_axis: column})
+            return values.at(s.right, {given: row, column_axis: column})
 
-        _substitute(frame, t, lower, columns, start)
+        _substitute(frame, s.value, s.lower, columns, start)
 
 
-def invert(frame: Frame, t: Tile) -> None:
+def invert(frame: Frame, s: Compute) -> None:
     """(1 + L)^-1 itself: the solution for the unit matrix."""
-    (lower,) = t.args
+    (lower,) = s.args
     lanes = frame.lanes
 
     def unit(row: Index, column: Index) -> Expr:
@@ -195,13 +179,13 @@ def invert(frame: Frame, t: Tile) -> None:
         return tirx.Select(here, number(1.0, lanes), number(0.0, lanes))
 
     for columns in column_blocks(frame, Axis.J):
-        _substitute(frame, t, lower, columns, unit)
+        _substitute(frame, s.value, lower, columns, unit)
 
 
 def _substitute(
     frame: Frame,
     t: Tile,
-    lower: Tile,
+    lower: Use,
     columns: list[Index],
     start: Callable[[Index, Index], Expr],
 ) -> None:

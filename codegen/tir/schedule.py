@@ -1,38 +1,48 @@
-"""The steps of a kernel per chunk, in order: tiles are kept, inlined, fused or halved.
+"""A tiled kernel refined for a CPU's scratch memory: the steps of one chunk, in order.
 
-A tile is kept (it has a statement and a region of scratch) or inlined in the statement of the one
-tile that uses it. Products run fused with the elementwise statement that uses them. A product with
-an inverse is solved row by row, and the inverse is not formed. Of C x C tiles that are zero above
-the diagonal, or read only below it, no vector beyond the diagonal is computed.
+Loads, values, their order and masks are the tiled kernel's. Added here: a value is kept (it has a
+region of scratch) or inlined in the statement of the one value that uses it, products too where
+that is elementwise; stores follow their values at once, and regions that are dead are reused. A
+product with an inverse is solved row by row, and the inverse is not formed. Of C x C tiles that are
+zero above the diagonal, or read only below it, no vector beyond the diagonal is computed.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
+from typing import TypeAlias
 
 from ...dsl.ir import Op
-from ..buffers import BufferId
-from ..expressions import INLINE, unaliased
-from ..plan import Kernel
+from ..expressions import INLINE
+from ..plan import Loop
 from ..tile import Axes, Axis, Tile, TileOp
+from ..tiled import Advance, Begin, Compute, Load, Product, Store, TiledKernel, Use, uses
 from ..vector_gate import DECAYED
 
 POINTWISE = INLINE
 NUMBERS = (TileOp.CONST, TileOp.EXTENT, TileOp.PARAM)
-_LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.CARRY)
 _SQUARE: Axes = (Axis.I, Axis.J)
 
 
-class Action(Enum):
-    """The action of a step on its tile."""
+@dataclass(frozen=True, slots=True)
+class Solve:
+    """`value` <- (1 + lower)^-1, or its transpose, times `right`."""
 
-    LOAD = "bring a leaf into scratch"
-    COMPUTE = "compute it into scratch"
-    TRANSPOSE = "copy it with rows and columns exchanged"
-    STORE = "write it to the buffer of the step's name"
+    value: Tile
+    lower: Use
+    right: Use
+
+
+@dataclass(frozen=True, slots=True)
+class Transpose:
+    """A copy of `value` with rows and columns exchanged."""
+
+    value: Tile
+
+
+Made: TypeAlias = Compute | Product | Solve
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +60,26 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One action; `reads`: the regions that it needs; `name`: the buffer of a store."""
+    """A statement; `reads`: the regions that it needs."""
 
-    action: Action
-    tile: Tile
+    statement: Load | Made | Transpose | Store
     reads: frozenset[Region]
-    name: BufferId | None = None
 
     @property
     def writes(self) -> Region | None:
         """The region that it fills."""
-        if self.action is Action.STORE:
+        if isinstance(self.statement, Store):
             return None
-        return Region(self.tile, self.action is Action.TRANSPOSE)
+        return Region(self.statement.value, isinstance(self.statement, Transpose))
+
+    @property
+    def does(self) -> str:
+        """Its action, in words."""
+        s = self.statement
+        if isinstance(s, Store):
+            return f"store {s.buffer}"
+        verb = type(s).__name__.lower() if isinstance(s, Load | Transpose) else "compute"
+        return f"{verb} {s.value.hint or 'x'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,44 +87,57 @@ class ChunkSchedule:
     """The steps of one chunk.
 
     Attributes:
-        regions: leaves and kept tiles, which have a place in scratch.
+        held: values that the loop over chunks begins with: carries, and what stays the same.
+        made: the statement of each value that is computed, inlined ones too.
+        regions: values that have a place in scratch.
         fused: products computed within the statement that uses them.
-        solved: applied inverses, and the strictly lower tile and the right-hand side of each.
         half: C x C tiles computed up to the diagonal only.
-        ends: the tiles that carries end as.
+        ends: the values that carries end as.
         in_place: ends that overwrite their start, and that start.
     """
 
     steps: tuple[Step, ...]
+    held: tuple[Tile, ...]
+    made: Mapping[Tile, Made]
     regions: frozenset[Tile]
     fused: frozenset[Tile]
-    solved: dict[Tile, tuple[Tile, Tile]]
     half: frozenset[Tile]
     ends: frozenset[Tile]
     in_place: dict[Tile, Tile]
 
     @property
+    def computed(self) -> list[Tile]:
+        """The values that have steps of their own, in order."""
+        return [s.statement.value for s in self.steps if isinstance(s.statement, Made)]
+
+    @property
     def products(self) -> list[Tile]:
         """The tiles of two axes whose statements sum products, in order."""
-        tiles = (s.tile for s in self.steps if s.action is Action.COMPUTE)
-        return [t for t in tiles if self.summed(t)]
+        return [t for t in self.computed if self.summed(t)]
 
-    def summed(self, t: Tile) -> list[Tile]:
-        """The products that the statement of `t` sums itself: `t`, or those fused with it."""
-        if t.op is TileOp.DOT:
-            return [] if t in self.solved else [t]
-        found: dict[Tile, None] = {}
-        for a in t.args if t.op in POINTWISE else ():
-            if a in self.fused:
-                found[a] = None
-            elif a not in self.regions:
-                found |= dict.fromkeys(self.summed(a))
+    def summed(self, t: Tile) -> list[Product]:
+        """The products that the statement of `t` sums itself: its own, or those fused with it."""
+        s = self.made[t]
+        if isinstance(s, Product):
+            return [s]
+        found: dict[Product, None] = {}
+        for use in inputs(s) if t.op in POINTWISE else ():
+            if use.value in self.fused or use.value in self.made.keys() - self.regions:
+                found |= dict.fromkeys(self.summed(use.value))
         return list(found)
 
 
-def schedule(kernel: Kernel) -> ChunkSchedule:
+def schedule(kernel: TiledKernel) -> ChunkSchedule:
     """The steps of one chunk of `kernel`."""
-    return _Scheduler(kernel).schedule()
+    return _Refinement(kernel).schedule()
+
+
+def inputs(s: Made) -> tuple[Use, ...]:
+    """What a statement uses; decays are sums between rows, and take no prefix sums."""
+    if isinstance(s, Solve):
+        return s.lower, s.right
+    found = tuple(uses(s))
+    return (*found[:-3], found[-1]) if s.value.op in DECAYED else found
 
 
 def zero_above(t: Tile) -> bool:
@@ -123,40 +153,38 @@ def zero_above(t: Tile) -> bool:
     return t.op in (TileOp.ROWS, TileOp.PHASE, TileOp.FLUSH) and zero_above(t.args[0])
 
 
-def sides(product: Tile) -> tuple[Tile, Tile]:
-    """The factors of a product: the one that has its rows, the one that has its columns."""
-    x, y = product.args
-    return (x, y) if product.axes[0] in x.axes else (y, x)
+def columns_exchanged(product: Product) -> bool:
+    """Whether the right factor must be transposed for its columns to lie side by side."""
+    axes = product.right.axes
+    return len(axes) == 2 and axes[-1] is not product.value.axes[-1]
 
 
-def columns_exchanged(product: Tile) -> bool:
-    """Whether the second factor must be transposed for its columns to lie side by side."""
-    _, y = sides(product)
-    both = len(unaliased(y).axes) == 2
-    return both and y.axes[-1] is not product.axes[-1]
-
-
-class _Scheduler:
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
-        self._stored = frozenset(t for _, t in kernel.stored)
-        self._ends = {unaliased(c.end): c.start for c in kernel.carried}
-        self._results = {unaliased(t) for _, t in kernel.stores} | set(self._ends)
-        self._solved = {
-            t: (a.args[0], b)
-            for t in kernel.order
-            if t.op is TileOp.DOT
-            for a, b in (t.args, t.args[::-1])
-            if a.op is TileOp.INVERSE and a not in self._stored
+class _Refinement:
+    def __init__(self, kernel: TiledKernel) -> None:
+        is_scan = kernel.scan is not Loop.PARALLEL
+        statements = kernel.inside if is_scan else kernel.before
+        self._stores = [s for s in statements if isinstance(s, Store)]
+        self._ends = {
+            use.value: start for s in statements if isinstance(s, Advance) for start, use in s.ends
         }
-        self._order = self._reached()
+        self._results = {s.use.value for s in self._stores} | set(self._ends)
+        self._made: dict[Tile, Made] = {}
+        for s in statements:
+            if isinstance(s, Compute | Product):
+                self._made[s.value] = self._solving(s)
+        loads = (s for s in statements if isinstance(s, Load))
+        self._loads = {s.value: s for s in loads if s.value.op not in NUMBERS}
+        before = kernel.before if is_scan else ()
+        begun = [s.value for s in before if isinstance(s, Begin | Load)]
+        self._held = tuple(t for t in begun if t.op not in NUMBERS)
+        self._order = self._needed(s.value for s in statements if isinstance(s, Load | Made))
         self._users: dict[Tile, list[Tile]] = defaultdict(list)
         for t in self._order:
-            for a in self._inputs(t):
+            for a in dict.fromkeys(use.value for use in self._inputs(t)):
                 self._users[a].append(t)
-        kept = [t for t in self._order if not self._leaf(t) and not self._inlined(t)]
-        self._fused = frozenset(f for t in kept for f in self._fusing(t))
-        self._kept = frozenset(kept) - self._fused
+        kept = [t for t in self._order if t in self._made and not self._inlined(t)]
+        self._fused = frozenset(f.value for t in kept for f in self._fusing(t))
+        self._regions = frozenset((*self._held, *self._loads, *kept)) - self._fused
 
     def schedule(self) -> ChunkSchedule:
         in_place = {e: s for e, s in self._ends.items() if self._overwrites(e)}
@@ -168,76 +196,70 @@ class _Scheduler:
             if square and t not in self._results and self._only_below(t, half):
                 half.add(t)
         return ChunkSchedule(
-            steps=self._steps(in_place),
-            regions=self._kept.union(t for t in self._order if self._leaf(t)),
+            steps=tuple(self._steps(in_place)),
+            held=self._held,
+            made=self._made,
+            regions=self._regions,
             fused=self._fused,
-            solved=self._solved,
             half=frozenset(half),
             ends=frozenset(self._ends),
             in_place=in_place,
         )
 
-    # ---- the graph, without aliases and with solves ----------------------------------------------
+    # ---- what is computed: solves, and what they and decays need -------------------------------
 
-    def _leaf(self, t: Tile) -> bool:
-        return t in self._stored or t.op in _LEAVES
+    def _solving(self, s: Compute | Product) -> Made:
+        """A product with an inverse that this kernel computes is a solve."""
+        if isinstance(s, Product):
+            for a, b in ((s.left, s.right), (s.right, s.left)):
+                inverse = self._made.get(a.value)
+                if isinstance(inverse, Compute) and a.value.op is TileOp.INVERSE:
+                    return Solve(s.value, inverse.args[0], b)
+        return s
 
-    def _inputs(self, t: Tile) -> tuple[Tile, ...]:
-        if self._leaf(t):
-            return ()
-        args = self._solved.get(t, t.args)
-        if t.op in DECAYED:  # decays are sums between rows: prefix sums are not needed
-            args = (*args[:-3], args[-1])
-        return tuple(dict.fromkeys(unaliased(a) for a in args))
+    def _inputs(self, t: Tile) -> tuple[Use, ...]:
+        return inputs(self._made[t]) if t in self._made else ()
 
-    def _reached(self) -> list[Tile]:
-        """Every tile that is computed or loaded, arguments first; no numbers, no aliases."""
-        roots = [t for _, t in self._kernel.stores] + [c.end for c in self._kernel.carried]
-        order: dict[Tile, None] = {}
+    def _needed(self, order: Iterable[Tile]) -> list[Tile]:
+        """Those values that results need, in order."""
+        needed = set(self._results)
+        found = []
+        for t in reversed(list(order)):
+            if t in needed and t.op not in NUMBERS:
+                found.append(t)
+                needed.update(use.value for use in self._inputs(t))
+        return found[::-1]
 
-        def visit(t: Tile) -> None:
-            if t in order or t.op in NUMBERS:
-                return
-            for a in self._inputs(t):
-                visit(a)
-            order[t] = None
-
-        for root in roots:
-            visit(unaliased(root))
-        return list(order)
-
-    # ---- where a tile is computed ----------------------------------------------------------------
+    # ---- where a value is computed ---------------------------------------------------------------
 
     def _inlined(self, t: Tile) -> bool:
         if t.op not in POINTWISE or t in self._results or len(self._users[t]) != 1:
             return False
         (user,) = self._users[t]
-        if user in self._solved:
-            lower, right = (unaliased(a) for a in self._solved[user])
-            return t == right != lower
+        s = self._made[user]
+        if isinstance(s, Solve):
+            return t == s.right.value != s.lower.value
         streams = user.op in POINTWISE or user.op in (TileOp.SUM, TileOp.CUMSUM)
         inner = user.args[0] if user.op is TileOp.SUM else user
         return streams and len(t.axes) == len(inner.axes)
 
-    def _fusing(self, root: Tile) -> list[Tile]:
+    def _fusing(self, root: Tile) -> list[Product]:
         """The products used by the statement of `root` alone, entry by entry."""
-        if root.op not in POINTWISE:
-            return []
         found = []
-        for a in root.args:
-            if a.op is TileOp.EXPAND or a.axes != root.axes or self._leaf(a):
+        for use in self._inputs(root) if root.op in POINTWISE else ():
+            x, s = use.value, self._made.get(use.value)
+            if not use.axes == x.axes == root.axes:
                 continue
-            if a.op is TileOp.DOT and a not in self._solved:
-                if self._users[a] == [root] and a not in self._results:
-                    found.append(a)
-            elif a.op in POINTWISE and self._inlined(a):
-                found += self._fusing(a)
+            if isinstance(s, Product) and self._users[x] == [root] and x not in self._results:
+                found.append(s)
+            elif s is not None and x.op in POINTWISE and self._inlined(x):
+                found += self._fusing(x)
         return found
 
     def _only_below(self, t: Tile, half: set[Tile]) -> bool:
         """Whether nobody looks at `t` above the diagonal."""
         for user in self._users[t]:
-            if user in self._solved or user.op in (TileOp.INVERSE, *DECAYED):
+            if isinstance(self._made[user], Solve) or user.op in (TileOp.INVERSE, *DECAYED):
                 continue  # these look below it only
             if user.op is TileOp.CUMSUM and user in half:
                 continue  # from the diagonal on
@@ -251,9 +273,9 @@ class _Scheduler:
     def _overwrites(self, end: Tile) -> bool:
         """Whether `end` can take the place of its start, entry by entry."""
         start = self._ends[end]
-        if end not in self._kept or end.op not in POINTWISE or self._users[end]:
+        if end not in self._made or end.op not in POINTWISE or self._users[end]:
             return False
-        others = (e for e in self._ends if e != end and e in self._kept)
+        others = (e for e in self._ends if e != end and e in self._made)
         if any(Region(start) in self._reads(e) for e in others):
             return False
         read = {r.tile for r in self._factors(end) if not r.transposed}
@@ -264,44 +286,41 @@ class _Scheduler:
     def _factors(self, t: Tile) -> set[Region]:
         """The regions that the products within the statement of `t` read."""
         found: set[Region] = set()
-        for x in (t, *self._fusing(t)):
-            if x.op is TileOp.DOT and x not in self._solved:
-                a, b = (unaliased(s) for s in sides(x))
-                found |= {Region(a), Region(b, columns_exchanged(x))}
+        for s in (self._made[t], *self._fusing(t)):
+            if isinstance(s, Product):
+                found |= {Region(s.left.value), Region(s.right.value, columns_exchanged(s))}
         return found
 
     def _reads(self, t: Tile) -> frozenset[Region]:
         found = self._factors(t)
-        if t.op is not TileOp.DOT or t in self._solved:
+        if not isinstance(self._made[t], Product):
             self._look(t, found)
         return frozenset(found)
 
     def _look(self, t: Tile, found: set[Region]) -> None:
-        for a in self._inputs(t):
-            if self._leaf(a) or a in self._kept:
-                found.add(Region(a))
-            elif a not in self._fused and a.op not in NUMBERS:
-                self._look(a, found)
+        for x in (use.value for use in self._inputs(t)):
+            if x in self._regions:
+                found.add(Region(x))
+            elif x not in self._fused:
+                self._look(x, found)
 
-    def _steps(self, in_place: Mapping[Tile, Tile]) -> tuple[Step, ...]:
-        steps: list[Step] = []
+    def _steps(self, in_place: Mapping[Tile, Tile]) -> Iterator[Step]:
+        """Ends that overwrite their starts come last: nothing else may see their new values."""
         exchanged: set[Tile] = set()
-        ordered = [t for t in self._order if t not in in_place]
-        ordered += [t for t in self._order if t in in_place]
-        stores = [(n, t, unaliased(t)) for n, t in self._kernel.stores]
-        for t in ordered:
-            if self._leaf(t) and (t.op is not TileOp.CARRY or t in self._stored):
-                steps.append(Step(Action.LOAD, t, frozenset()))
-            elif t in self._kept:
+        ordered = sorted(self._order, key=lambda t: t in in_place)
+        for t in (*self._held, *ordered):
+            if t in self._loads:
+                yield Step(self._loads[t], frozenset())
+            elif t in self._made and t in self._regions:
                 reads = self._reads(t)
                 for x in sorted((r.tile for r in reads if r.transposed), key=lambda x: x.key):
                     if x not in exchanged:
                         exchanged.add(x)
-                        steps.append(Step(Action.TRANSPOSE, x, frozenset((Region(x),))))
-                steps.append(Step(Action.COMPUTE, t, reads))
-            for name, shown, base in stores:
-                if base == t:
-                    steps.append(Step(Action.STORE, shown, frozenset((Region(base),)), name))
-        numbers = [(n, t) for n, t, base in stores if base.op in NUMBERS]
-        steps += [Step(Action.STORE, t, frozenset(), n) for n, t in numbers]
-        return tuple(steps)
+                        yield Step(Transpose(x), frozenset((Region(x),)))
+                yield Step(self._made[t], reads)
+            for s in self._stores:
+                if s.use.value == t:
+                    yield Step(s, frozenset((Region(t),)))
+        for s in self._stores:
+            if s.use.value.op in NUMBERS:
+                yield Step(s, frozenset())

@@ -1,44 +1,34 @@
-"""Statements of TileIR other than matrix products: elementwise ones, sums, prefix sums, decays."""
+"""Statements other than matrix products: elementwise ones, sums, prefix sums, decays."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 from tvm import tirx
 
 from ...dsl.ir import Op
 from ..tile import Axis, Tile, TileOp, Which
+from ..tiled import Compute, Use
 from .code import Accumulator, Index, broadcast, int32, multiply_add, number, ramp
 from .decayed import decayed_apply, decayed_crossing, decayed_dot
 from .frame import Frame
 from .products import column_blocks, compute_matrix, horizontal_sum, invert, solve
-from .schedule import Region, zero_above
+from .schedule import Made, Region, Solve, inputs, zero_above
 from .values import Values
 
 _SUMS = 8  # vectors that are summed at a time: an addition takes several cycles
 
 
-def compute(frame: Frame, t: Tile) -> None:
-    """The statement that fills the region of `t`."""
-    if t in frame.schedule.solved:
-        solve(frame, t)
-    elif t.op is TileOp.INVERSE:
-        invert(frame, t)
-    elif t.op is TileOp.DECAYED_DOT:
-        decayed_dot(frame, t)
-    elif t.op is TileOp.DECAYED_APPLY:
-        decayed_apply(frame, t)
-    elif t.op is TileOp.DECAYED_CROSSING:
-        decayed_crossing(frame, t)
-    elif t.op is TileOp.DECAY:
-        _decay(frame, t)
-    elif t.op is TileOp.CUMSUM:
-        _cumsum(frame, t)
-    elif t.op is TileOp.SUM:
-        _sum(frame, t)
-    elif len(t.axes) == 2:
-        compute_matrix(frame, t)
+def compute(frame: Frame, s: Made) -> None:
+    """The statement that fills the region of a value."""
+    if isinstance(s, Solve):
+        solve(frame, s)
+    elif isinstance(s, Compute) and s.value.op in _STATEMENTS:
+        _STATEMENTS[s.value.op](frame, s)
+    elif len(s.value.axes) == 2:
+        compute_matrix(frame, s.value)
     else:
-        assert len(t.axes) < 2, f"a tile of axes {t.axes} has no statement"
-        _vector(frame, t)
+        _vector(frame, s.value)
 
 
 def _vector(frame: Frame, t: Tile) -> None:
@@ -51,13 +41,14 @@ def _vector(frame: Frame, t: Tile) -> None:
         frame.write(Region(t), point, Values(frame, axis).computed(t, point), frame.lanes)
 
 
-def _cumsum(frame: Frame, t: Tile) -> None:
+def _cumsum(frame: Frame, s: Compute) -> None:
     """Row by row; an exclusive sum is stored before its row is added."""
+    t = s.value
     reverse, exclusive = t.attrs
     code, chunk = frame.code, frame.shapes.chunk
     along = t.axes[1] if len(t.axes) == 2 else None
     lanes = 1 if along is None else frame.lanes
-    (x,) = t.args
+    (x,) = s.args
     turns = 1 if along is None else frame.shapes.vectors(along)
     with code.loop(0, turns, "c") as c:
         total = code.accumulator(number(0.0, lanes))
@@ -76,8 +67,9 @@ def _cumsum(frame: Frame, t: Tile) -> None:
                 frame.write(Region(t), point, total.get(), lanes)
 
 
-def _decay(frame: Frame, t: Tile) -> None:
+def _decay(frame: Frame, s: Compute) -> None:
     """Row by row: each column's sum grows by the row's log-decay below the diagonal."""
+    t, (g,) = s.value, s.args
     which, exclusive = t.attrs
     code, lanes = frame.code, frame.lanes
     singles, vectors = Values(frame, None), Values(frame, Axis.J)
@@ -88,8 +80,8 @@ def _decay(frame: Frame, t: Tile) -> None:
         total = code.accumulator(zero)
         with code.loop(begin, int32(frame.shapes.chunk), "r") as r:
             row, columns = broadcast(int32(r), lanes), ramp(column, lanes)
-            g = broadcast(singles.at(t.args[0], {Axis.I: r}), lanes)
-            longer = code.bind("longer", tirx.Select(columns < row, total.get() + g, zero))
+            log = broadcast(singles.at(g, {Axis.I: r}), lanes)
+            longer = code.bind("longer", tirx.Select(columns < row, total.get() + log, zero))
             if not exclusive:
                 code.set(total, longer)
             keep = columns <= row if which is Which.LOWER else columns < row
@@ -99,21 +91,21 @@ def _decay(frame: Frame, t: Tile) -> None:
                 code.set(total, longer)
 
 
-def _sum(frame: Frame, t: Tile) -> None:
-    (x,) = t.args
-    (axes,) = t.attrs
+def _sum(frame: Frame, s: Compute) -> None:
+    (x,) = s.args
+    (axes,) = s.value.attrs
     assert isinstance(axes, tuple)
     if len(x.axes) == 2 and x.axes[1] not in axes:
-        _sum_of_rows(frame, t, x)
+        _sum_of_rows(frame, s.value, x)
     else:
-        _sum_along_rows(frame, t, x)
+        _sum_along_rows(frame, s.value, x)
 
 
-def _sum_of_rows(frame: Frame, t: Tile, x: Tile) -> None:
+def _sum_of_rows(frame: Frame, t: Tile, x: Use) -> None:
     """Over the first axis: vectors along the second, several of them at a time."""
     code, lanes = frame.code, frame.lanes
     row_axis, along = x.axes
-    below = zero_above(x)
+    below = zero_above(x.value)
     for columns in column_blocks(frame, along, 1 if below else _SUMS):
         totals = [code.accumulator(number(0.0, lanes)) for _ in columns]
         begin: Index = columns[0] if below else 0
@@ -124,16 +116,18 @@ def _sum_of_rows(frame: Frame, t: Tile, x: Tile) -> None:
             frame.write(Region(t), {along: column}, total.get(), lanes)
 
 
-def _add(frame: Frame, values: Values, x: Tile, point: dict[Axis, Index], to: Accumulator) -> None:
+def _add(frame: Frame, values: Values, x: Use, point: dict[Axis, Index], to: Accumulator) -> None:
     """Adds `x` at `point`; a product by a multiply-add."""
-    if x.op is TileOp.MAP and x.attrs == (Op.MUL,) and x not in frame.schedule.regions:
-        a, b = (values.at(y, point) for y in x.args)
+    t = x.value
+    inlined = x.axes == t.axes and t not in frame.schedule.regions
+    if inlined and t.op is TileOp.MAP and t.attrs == (Op.MUL,):
+        a, b = (values.at(use, point) for use in inputs(frame.schedule.made[t]))
         frame.code.set(to, multiply_add(a, b, to.get()))
     else:
         frame.code.set(to, to.get() + values.at(x, point))
 
 
-def _sum_along_rows(frame: Frame, t: Tile, x: Tile) -> None:
+def _sum_along_rows(frame: Frame, t: Tile, x: Use) -> None:
     """Over the last axis, and the first too where `t` has none left."""
     code, lanes = frame.code, frame.lanes
     along = x.axes[-1]
@@ -152,12 +146,12 @@ def _sum_along_rows(frame: Frame, t: Tile, x: Tile) -> None:
     frame.write(Region(t), {}, horizontal_sum(frame, total.get()), 1)
 
 
-def _add_row(frame: Frame, x: Tile, at: dict[Axis, Index], along: Axis, total: Accumulator) -> None:
+def _add_row(frame: Frame, x: Use, at: dict[Axis, Index], along: Axis, total: Accumulator) -> None:
     """Adds the vectors of one row to `total`; nothing beyond the diagonal, nor the last channel."""
     code, lanes = frame.code, frame.lanes
     extent = frame.shapes.extent(along)
     whole: Index = extent // lanes
-    if len(x.axes) == 2 and zero_above(x):
+    if len(x.axes) == 2 and zero_above(x.value):
         whole = tirx.truncdiv(int32(at[x.axes[0]]), int32(lanes)) + 1
     values = Values(frame, along)
     with code.loop(0, whole, "c") as c:
@@ -167,3 +161,14 @@ def _add_row(frame: Frame, x: Tile, at: dict[Axis, Index], along: Axis, total: A
         value = values.at(x, {**at, along: first})
         inside = ramp(first, lanes) < number(extent, lanes, "int32")
         code.set(total, total.get() + tirx.Select(inside, value, number(0.0, lanes)))
+
+
+_STATEMENTS: Mapping[TileOp, Callable[[Frame, Compute], None]] = {
+    TileOp.INVERSE: invert,
+    TileOp.DECAY: _decay,
+    TileOp.CUMSUM: _cumsum,
+    TileOp.SUM: _sum,
+    TileOp.DECAYED_DOT: decayed_dot,
+    TileOp.DECAYED_APPLY: decayed_apply,
+    TileOp.DECAYED_CROSSING: decayed_crossing,
+}

@@ -9,19 +9,22 @@ axis HV. Scratch holds float32, for every dtype of the tensors.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.tirx import Buffer, Expr, Var
 
 from ..buffers import BufferId
+from ..interface import Buffer as Stored
 from ..interface import Parameter, Role, Signature, Storage
-from ..interface import buffer as buffer_of
-from ..tile import Axis, Tile, TileOp
+from ..tile import Axes, Axis, Tile
+from ..tiled import Begin, Finish, Load, Source, Store, Use
 from .code import Code, Index, int32, int64, load, number
 from .frame import Frame, Rows
 from .schedule import Region
-from .values import Values
+from .values import Point, Values
 
 STORAGE = Storage(wide=True, transposed=False)
 _TIMES = (Axis.I, Axis.J)
@@ -38,7 +41,7 @@ class WorkItem:
         batch: of the operands; `row`: the chunk's first token in it.
         flat: the same among the tokens of all batches; `start`: among the sequence's tokens.
         index: the chunk's number among all chunks; `chunk`: among the sequence's chunks.
-        value: the first channel along the value axis; `split`: whether there are several.
+        value: the first channel along the value axis.
     """
 
     heads: Expr
@@ -50,7 +53,6 @@ class WorkItem:
     index: Expr
     chunk: Expr
     value: Expr
-    split: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,13 +68,14 @@ class Tensor:
 class Transfers:
     """The tensors of one kernel, gathered as its statements need them.
 
-    `private`: buffers of one sequence and head at a time. `has_time`: whether tensors of tokens
-    have an axis for them; else they hold one token.
+    `buffers`: those that it loads or stores; `private`: those of one sequence and head at a time.
+    `has_time`: whether tensors of tokens have an axis for them; else they hold one token.
     """
 
     def __init__(
         self,
         signature: Signature,
+        buffers: Mapping[BufferId, Stored],
         chunk: int,
         entry: Code,
         heads: Expr,
@@ -81,6 +84,7 @@ class Transfers:
         has_time: bool,
     ) -> None:
         self._signature = signature
+        self._buffers = buffers
         self._private = private
         self._chunk = chunk
         self._has_time = has_time
@@ -118,73 +122,66 @@ class Transfers:
         self.tensors[parameter] = Tensor(declared, self._entry.flat(declared), sizes, strides)
         return self.tensors[parameter]
 
-    # ---- leaves and results --------------------------------------------------------------------
+    # ---- statements ----------------------------------------------------------------------------
 
-    def load(self, frame: Frame, t: Tile, work: WorkItem, buffer: BufferId | None) -> None:
-        """Bring a leaf into scratch; rows beyond the sequence's end become zero."""
-        _copy_in(frame, t, self.source(t, work, buffer))
+    def load(self, frame: Frame, s: Load, work: WorkItem) -> None:
+        """Bring a value into scratch; rows beyond the sequence's end become zero."""
+        _copy_in(frame, s.value, s.mask, self.source(s, work))
 
-    def store(self, frame: Frame, t: Tile, work: WorkItem, buffer: BufferId) -> None:
-        """Write a tile to its buffer; rows beyond the sequence's end are left alone."""
-        rows = self.buffer(buffer, t, work)
-        if work.split and Axis.V not in t.axes:
-            with frame.code.when(tirx.EQ(work.value, int64(0))):
-                _copy_out(frame, t, rows)
-        else:
-            _copy_out(frame, t, rows)
+    def store(self, frame: Frame, s: Store, work: WorkItem) -> None:
+        """Write a value to its buffer; rows beyond the sequence's end are left alone."""
+        rows = self.buffer(s.buffer, s.axes, work)
+        with _by_first(frame, work, once=s.once):
+            _copy_out(frame, s.use, s.axes, s.mask, rows)
 
-    def first_carry(self, frame: Frame, start: Tile, work: WorkItem, sequence: Expr) -> None:
+    def begin(self, frame: Frame, s: Begin, work: WorkItem, sequence: Expr) -> None:
         """The initial state, where the call gives one (its tensor is not empty), else zero."""
-        state = self.state(Role.INITIAL, start, work, sequence)
-        (given,) = (x.shape[0] for p, x in self.tensors.items() if x.flat.same_as(state.buffer))
-        _zero(frame, start)
+        state = self.state(Role.INITIAL, s.value, work, sequence)
+        given = self._state(Role.INITIAL, s.value).shape[0]
+        _zero(frame, s.value)
         with frame.code.when(given > int64(0)):
-            _copy_in(frame, start, state)
+            _copy_in(frame, s.value, s.mask, state)
 
-    def last_carry(self, frame: Frame, start: Tile, work: WorkItem, sequence: Expr) -> None:
+    def finish(self, frame: Frame, s: Finish, work: WorkItem, sequence: Expr) -> None:
         """The final state."""
-        state = self.state(Role.FINAL, start, work, sequence)
-        if work.split and Axis.V not in start.axes:
-            with frame.code.when(tirx.EQ(work.value, int64(0))):
-                _copy_out(frame, start, state)
-        else:
-            _copy_out(frame, start, state)
+        state = self.state(Role.FINAL, s.value, work, sequence)
+        with _by_first(frame, work, once=s.once):
+            _copy_out(frame, Use(s.value, s.value.axes), s.value.axes, s.mask, state)
 
     # ---- where they lie ------------------------------------------------------------------------
 
-    def source(self, t: Tile, work: WorkItem, buffer: BufferId | None) -> Rows:
-        """Rows of a leaf: of a buffer, or of an operand."""
-        if buffer is not None:
-            return self.buffer(buffer, t, work)
-        return self._per_head(t, work) if t.op is TileOp.HEAD else self._per_token(t, work)
+    def source(self, s: Load, work: WorkItem) -> Rows:
+        """Rows of what is loaded."""
+        if isinstance(s.of, BufferId):
+            return self.buffer(s.of, s.value.axes, work)
+        per_head = s.source is Source.HEADS
+        return (self._per_head if per_head else self._per_token)(s.of, s.value.axes, work)
 
-    def _channels(self, t: Tile) -> tuple[int, ...]:
+    def _channels(self, axes: Axes) -> tuple[int, ...]:
         dims = self._signature.dims
         sizes = {Axis.K: dims.K, Axis.V: dims.V}
-        return tuple(sizes[a] for a in t.axes if a in sizes)
+        return tuple(sizes[a] for a in axes if a in sizes)
 
-    def _per_token(self, t: Tile, work: WorkItem) -> Rows:
-        name = str(t.attrs[0])
+    def _per_token(self, name: str, axes: Axes, work: WorkItem) -> Rows:
         outer = 3 if self._has_time else 2  # batches, tokens, heads
-        shape = ((None,) * outer) + self._channels(t)
+        shape = ((None,) * outer) + self._channels(axes)
         dtype = self._signature.of(name).value
         x = self.tensor(Role.OPERAND, name, shape, dtype=dtype, strided=outer)
         per_batch, per_head = x.strides[0], x.strides[outer - 1]
         per_token = x.strides[1] if self._has_time else int64(0)
         head = tirx.truncdiv(work.head, tirx.truncdiv(self._heads, x.shape[outer - 1]))
         first = work.batch * per_batch + work.row * per_token + head * per_head
-        return Rows(x.flat, first + _value_offset(t, work), per_token)
+        return Rows(x.flat, first + _value_offset(axes, work), per_token)
 
-    def _per_head(self, t: Tile, work: WorkItem) -> Rows:
-        name = str(t.attrs[0])
-        shape = (self._heads, *self._channels(t))
+    def _per_head(self, name: str, axes: Axes, work: WorkItem) -> Rows:
+        shape = (self._heads, *self._channels(axes))
         dtype = self._signature.of(name).value
         x = self.tensor(Role.OPERAND, name, shape, dtype=dtype, strided=len(shape))
-        return Rows(x.flat, work.head * x.strides[0] + _value_offset(t, work), int64(0))
+        return Rows(x.flat, work.head * x.strides[0] + _value_offset(axes, work), int64(0))
 
-    def buffer(self, name: BufferId, t: Tile, work: WorkItem) -> Rows:
+    def buffer(self, name: BufferId, axes: Axes, work: WorkItem) -> Rows:
         """Rows of a buffer."""
-        own = buffer_of(name, t, self._signature, STORAGE)
+        own = self._buffers[name]
         times, dtype = "T" in own.shape, own.dtype.value
         size_of = {"C": self._chunk, "K": self._signature.dims.K, "V": self._signature.dims.V}
         sizes = tuple(size_of[n] for n in own.shape[own.shape.index("HV") + 1 :])
@@ -197,29 +194,38 @@ class Transfers:
             at = (work.flat if times else work.index) * self._heads + work.head
             between = self._heads * size
         stride = between if times else int64(self._signature.dims.V)
-        return Rows(x.flat, at * size + _value_offset(t, work), stride)
+        return Rows(x.flat, at * size + _value_offset(axes, work), stride)
+
+    def _state(self, role: Role, start: Tile) -> Tensor:
+        sizes = self._channels(start.axes)
+        return self.tensor(role, str(start.attrs[0]), (None, self._heads, *sizes))
 
     def state(self, role: Role, start: Tile, work: WorkItem, sequence: Expr) -> Rows:
         """The first or the last value of a carry."""
-        sizes = self._channels(start)
-        x = self.tensor(role, str(start.attrs[0]), (None, self._heads, *sizes))
+        x = self._state(role, start)
         at = sequence * self._heads + work.head
-        for n in sizes:
+        for n in self._channels(start.axes):
             at = at * n
-        return Rows(x.flat, at + _value_offset(start, work), int64(self._signature.dims.V))
+        first = at + _value_offset(start.axes, work)
+        return Rows(x.flat, first, int64(self._signature.dims.V))
 
 
-def _value_offset(t: Tile, work: WorkItem) -> Expr:
-    return work.value if Axis.V in t.axes else int64(0)
+def _value_offset(axes: Axes, work: WorkItem) -> Expr:
+    return work.value if Axis.V in axes else int64(0)
 
 
-def _grid(t: Tile) -> tuple[Axis | None, Axis | None]:
+def _by_first(frame: Frame, work: WorkItem, *, once: bool) -> AbstractContextManager[None]:
+    """`once`: by the item of the first part of the value axis alone."""
+    return frame.code.when(tirx.EQ(work.value, int64(0))) if once else nullcontext()
+
+
+def _grid(axes: Axes) -> tuple[Axis | None, Axis | None]:
     """The axes of a tile's rows and of the channels in a row."""
-    if len(t.axes) == 2:
-        return t.axes
-    if not t.axes:
+    if len(axes) == 2:
+        return axes
+    if not axes:
         return None, None
-    (axis,) = t.axes
+    (axis,) = axes
     return (axis, None) if axis in _TIMES else (None, axis)
 
 
@@ -240,76 +246,51 @@ def _zero_row(frame: Frame, t: Tile, at: dict[Axis, Index], columns: Axis | None
         frame.write(Region(t), point, number(0.0, frame.lanes), frame.lanes)
 
 
-def _copy_in(frame: Frame, t: Tile, source: Rows) -> None:
-    code = frame.code
-    rows, columns = _grid(t)
+def _rows(frame: Frame, axes: Axes, mask: Axes, memory: Rows) -> Iterator[tuple[Point, Expr]]:
+    """Within the loop over a tile's rows that exist: the row, and where it begins in memory."""
+    rows, _ = _grid(axes)
     if rows is None:
-        _copy_row_in(frame, t, {}, columns, source.buffer, source.first)
+        yield {}, memory.first
         return
-    extent = frame.shapes.extent(rows)
-    end: Index = frame.valid if rows in _TIMES else extent
-    if columns is None:
+    end: Index = frame.valid if rows in mask else frame.shapes.extent(rows)
+    with frame.code.loop(0, end, "r") as r:
+        yield {rows: r}, memory.first + int64(r) * memory.stride
+
+
+def _vectors(
+    frame: Frame, at: Point, along: Axis | None, first: Expr
+) -> Iterator[tuple[Point, Expr, int]]:
+    """Within loops over a row: point, place in memory and lanes of vectors, then of the rest."""
+    if along is None:
+        yield at, first, 1
+        return
+    first = frame.code.bind("at", first)
+    whole, rest = divmod(frame.shapes.extent(along), frame.lanes)
+    ends = whole * frame.lanes, whole * frame.lanes + rest
+    for begin, end, lanes in ((0, whole, frame.lanes), (*ends, 1)):
+        if begin < end:
+            with frame.code.loop(begin, end, "c") as c:
+                yield {**at, along: int32(c) * lanes}, first + int64(c) * lanes, lanes
+
+
+def _copy_in(frame: Frame, t: Tile, mask: Axes, source: Rows) -> None:
+    rows, columns = _grid(t.axes)
+    if rows is not None and columns is None:
         _zero(frame, t)
-    with code.loop(0, end, "r") as r:
-        first = source.first + int64(r) * source.stride
-        _copy_row_in(frame, t, {rows: r}, columns, source.buffer, first)
-    if rows in _TIMES and columns is not None:
-        with code.loop(end, int32(extent), "r") as r:
+    for at, first in _rows(frame, t.axes, mask, source):
+        if columns is not None and frame.shapes.extent(columns) % frame.lanes:
+            last: Point = {**at, columns: (frame.shapes.vectors(columns) - 1) * frame.lanes}
+            frame.write(Region(t), last, number(0.0, frame.lanes), frame.lanes)
+        for point, place, lanes in _vectors(frame, at, columns, first):
+            frame.write(Region(t), point, load(source.buffer, place, lanes), lanes)
+    if rows in mask and rows is not None and columns is not None:
+        with frame.code.loop(frame.valid, int32(frame.shapes.extent(rows)), "r") as r:
             _zero_row(frame, t, {rows: r}, columns)
 
 
-def _copy_row_in(
-    frame: Frame,
-    t: Tile,
-    at: dict[Axis, Index],
-    columns: Axis | None,
-    buffer: Buffer,
-    first: Expr,
-) -> None:
-    code, lanes = frame.code, frame.lanes
-    if columns is None:
-        frame.write(Region(t), at, load(buffer, first, 1), 1)
-        return
-    first = code.bind("at", first)
-    whole, rest = divmod(frame.shapes.extent(columns), lanes)
-    with code.loop(0, whole, "c") as c:
-        point = {**at, columns: int32(c) * lanes}
-        value = load(buffer, first + int64(c) * lanes, lanes)
-        frame.write(Region(t), point, value, lanes)
-    if rest:
-        frame.write(Region(t), {**at, columns: whole * lanes}, number(0.0, lanes), lanes)
-        with code.loop(whole * lanes, whole * lanes + rest, "c") as c:
-            frame.write(Region(t), {**at, columns: c}, load(buffer, first + int64(c), 1), 1)
-
-
-def _copy_out(frame: Frame, t: Tile, target: Rows) -> None:
-    rows, columns = _grid(t)
-    if rows is None:
-        _copy_row_out(frame, t, {}, columns, target.buffer, target.first)
-        return
-    end: Index = frame.valid if rows in _TIMES else frame.shapes.extent(rows)
-    with frame.code.loop(0, end, "r") as r:
-        first = target.first + int64(r) * target.stride
-        _copy_row_out(frame, t, {rows: r}, columns, target.buffer, first)
-
-
-def _copy_row_out(
-    frame: Frame,
-    t: Tile,
-    at: dict[Axis, Index],
-    columns: Axis | None,
-    buffer: Buffer,
-    first: Expr,
-) -> None:
-    code, lanes = frame.code, frame.lanes
-    if columns is None:
-        code.store(buffer, first, Values(frame, None).at(t, at), 1)
-        return
-    first = code.bind("at", first)
-    whole, rest = divmod(frame.shapes.extent(columns), lanes)
-    with code.loop(0, whole, "c") as c:
-        value = Values(frame, columns).at(t, {**at, columns: int32(c) * lanes})
-        code.store(buffer, first + int64(c) * lanes, value, lanes)
-    if rest:
-        with code.loop(whole * lanes, whole * lanes + rest, "c") as c:
-            code.store(buffer, first + int64(c), Values(frame, None).at(t, {**at, columns: c}), 1)
+def _copy_out(frame: Frame, use: Use, axes: Axes, mask: Axes, target: Rows) -> None:
+    _, columns = _grid(axes)
+    for at, first in _rows(frame, axes, mask, target):
+        for point, place, lanes in _vectors(frame, at, columns, first):
+            along = columns if lanes > 1 else None
+            frame.code.store(target.buffer, place, Values(frame, along).at(use, point), lanes)

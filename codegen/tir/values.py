@@ -1,4 +1,4 @@
-"""Elementwise TileIR as TIR expressions: the value of a tile at a point, or in a vector from it."""
+"""Elementwise statements as TIR expressions: a value at a point, or in a vector from it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ from tvm.tirx import Expr
 
 from ...dsl.ir import Op
 from ..tile import Axis, Tile, TileOp, Which
+from ..tiled import Use
 from .code import Index, broadcast, int32, number, ramp
 from .frame import Frame
 from .math import Math
-from .schedule import Region
+from .schedule import Region, inputs
 
 Point = Mapping[Axis, Index]
-_OTHER = {Axis.I: Axis.J, Axis.J: Axis.I}
+
+
+def renamed(use: Use) -> tuple[Axis, Axis] | None:
+    """The time axis that `use` sees under another name, and that name."""
+    if use.axes == use.value.axes:
+        return None
+    (axis,), (name,) = set(use.value.axes) - set(use.axes), set(use.axes) - set(use.value.axes)
+    return axis, name
 
 
 class Values:
@@ -33,15 +41,22 @@ class Values:
         self._known = known or {}
         self._math = Math(self._lanes, frame.code.bind)
 
-    def at(self, t: Tile, point: Point) -> Expr:
+    def at(self, use: Use, point: Point) -> Expr:
+        """A value at `point`, whose axes are called as in `use`."""
+        changed = renamed(use)
+        if changed is None:
+            return self.of(use.value, point)
+        axis, name = changed
+        point = {**point, axis: point[name]}
+        if self._along is axis:  # one number of the value for all lanes
+            single = Values(self._frame, None, self._known).of(use.value, point)
+            return broadcast(single, self._lanes)
+        along = axis if self._along is name else self._along
+        return Values(self._frame, along, self._known).of(use.value, point)
+
+    def of(self, t: Tile, point: Point) -> Expr:
         """`t` at `point`."""
-        if t in self._known:
-            return self._known[t]
-        if t.op is TileOp.EXPAND:
-            return self.at(t.args[0], point)
-        if t.op is TileOp.RENAME:
-            return self._renamed(t, point)
-        if t in self._frame.schedule.regions:
+        if t not in self._known and t in self._frame.schedule.regions:
             return self.region(Region(t), point)
         return self.computed(t, point)
 
@@ -60,8 +75,12 @@ class Values:
         if t.op is TileOp.MAP:
             (fn,) = t.attrs
             assert isinstance(fn, Op)
-            return self._math.apply(fn, [self.at(a, point) for a in t.args])
-        return self._selected(t, point)
+            return self._math.apply(fn, self._args(t, point))
+        (x,) = self._args(t, point)
+        return self._selected(t, x, point)
+
+    def _args(self, t: Tile, point: Point) -> list[Expr]:
+        return [self.at(use, point) for use in inputs(self._frame.schedule.made[t])]
 
     def region(self, region: Region, point: Point) -> Expr:
         """The numbers in scratch at `point`: a vector, or one number in every lane."""
@@ -71,26 +90,14 @@ class Values:
             return self._frame.read(region, point, self._lanes)
         return broadcast(self._frame.read(region, point, 1), self._lanes)
 
-    def _renamed(self, t: Tile, point: Point) -> Expr:
-        (to,) = t.attrs
-        assert isinstance(to, Axis)
-        source = _OTHER[to]
-        point = {**point, source: point[to]}
-        if self._along is source:  # one number of `t` for all lanes
-            single = Values(self._frame, None, self._known).at(t.args[0], point)
-            return broadcast(single, self._lanes)
-        inner = Values(self._frame, source if self._along is to else self._along, self._known)
-        return inner.at(t.args[0], point)
-
     def _index(self, axis: Axis, point: Point) -> Expr:
         """The place along `axis`, for each lane."""
         if axis is self._along:
             return ramp(point[axis], self._lanes)
         return broadcast(int32(point[axis]), self._lanes)
 
-    def _selected(self, t: Tile, point: Point) -> Expr:
+    def _selected(self, t: Tile, x: Expr, point: Point) -> Expr:
         zero = number(0.0, self._lanes)
-        x = self.at(t.args[0], point)
         if t.op is TileOp.FLOOR:
             (least,) = t.attrs
             assert isinstance(least, float)

@@ -16,7 +16,7 @@ from chunkwise.codegen.buffers import OUTPUT, gradient
 from chunkwise.codegen.config import Dims, Precision, Tiles
 from chunkwise.codegen.differentiate import GRADIENT
 from chunkwise.codegen.interface import Dtype, Signature, Storage, stored
-from chunkwise.codegen.plan import Hoist, Kernel, Plan, backward_plans, forward_plans
+from chunkwise.codegen.plan import Kernel, Plan, backward_plans, forward_plans
 from chunkwise.codegen.programs import (
     backward_program,
     chunk_program,

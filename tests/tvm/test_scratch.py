@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import pytest
 from chunkwise.codegen.config import Dims, Precision
 from chunkwise.codegen.interface import Dtype, Signature
 from chunkwise.codegen.programs import backward_program, forward_program
-from chunkwise.codegen.tile import Tile
 from chunkwise.codegen.tir import kernel as print_tir
 from chunkwise.codegen.tir.config import default_config
 from chunkwise.codegen.tir.frame import Place, Shapes, allocate
@@ -16,15 +13,12 @@ from chunkwise.codegen.tir.schedule import ChunkSchedule, Region
 from chunkwise.dsl.library import by_name
 
 
-def _checked(
-    schedule: ChunkSchedule, carried: Iterable[Tile], shapes: Shapes
-) -> tuple[dict[Region, Place], int]:
-    starts = list(carried)
-    places, top = allocate(schedule, starts, shapes)
+def _checked(schedule: ChunkSchedule, shapes: Shapes) -> tuple[dict[Region, Place], int]:
+    places, top = allocate(schedule, shapes)
     ends = {r: p.offset + shapes.size(p.axes) for r, p in places.items()}
     assert all(end <= top for end in ends.values())
-    first: dict[Region, int] = {Region(s): -1 for s in starts}
-    last: dict[Region, int] = {Region(s): len(schedule.steps) for s in starts}
+    first: dict[Region, int] = {Region(t): -1 for t in schedule.held}
+    last: dict[Region, int] = {Region(t): len(schedule.steps) for t in schedule.held}
     for n, step in enumerate(schedule.steps):
         for region in (*step.reads, *((step.writes,) if step.writes else ())):
             first.setdefault(region, n)
