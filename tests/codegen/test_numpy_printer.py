@@ -13,7 +13,7 @@ import pytest
 import torch
 from chunkwise import library
 from chunkwise.codegen.buffers import OUTPUT, gradient
-from chunkwise.codegen.config import Dims, Precision, Tiles
+from chunkwise.codegen.config import Dims, Precision, Space, Tiles
 from chunkwise.codegen.differentiate import GRADIENT
 from chunkwise.codegen.interface import Dtype, Signature, Storage, stored
 from chunkwise.codegen.plan import Kernel, Plan, backward_plans, forward_plans
@@ -56,6 +56,7 @@ class _Call:
     sizes: Mapping[str, int]
     sequences: tuple[tuple[int, int, int], ...]
     segment: int
+    in_memory: bool = False
 
     def run(
         self, kernels: tuple[Kernel, ...], operands: dict[str, Any], states: dict[str, Any]
@@ -76,7 +77,8 @@ class _Call:
                 channels = [sizes[a.name] for a in c.start.axes]
                 shape = [len(self.sequences), sizes["HV"], *channels]
                 memory.final[c.name] = np.full(shape, np.nan, np.float32)
-            numpy_printer.run(tile(kernel, signature, Tiles(C, v=16, k=16)), memory)
+            tiles = Tiles(C, v=6, space=Space.MEMORY) if self.in_memory else Tiles(C, v=16, k=16)
+            numpy_printer.run(tile(kernel, signature, tiles), memory)
         return memory
 
 
@@ -124,7 +126,13 @@ def _rows(o: Operand, x: Tensor, n: int) -> Tensor:
 
 
 def _computed(
-    op: Any, sizes: Sizes, inputs: Inputs, plans: tuple[Plan, Plan], *, segments: bool = False
+    op: Any,
+    sizes: Sizes,
+    inputs: Inputs,
+    plans: tuple[Plan, Plan],
+    *,
+    segments: bool,
+    in_memory: bool,
 ) -> dict[str, Tensor]:
     """Outputs, states and gradients, by kernels that NumPy runs."""
     declared = op.declaration
@@ -151,20 +159,23 @@ def _computed(
         },
         sequences=packed or tuple((b, 0, sizes.T * n) for b in range(sizes.B)),
         segment=int(segments),
+        in_memory=in_memory,
     )
     rows = [_rows(o, inputs.operands[o.name], n) for o in form.operands]
     o, *finals = _Numpy.apply(call, *rows, *states)
     return results(o[:, n - 1 :: n], tuple(finals), inputs)
 
 
-def _check(name: str, sizes: Sizes, plan: int, *, segments: bool = False) -> None:
+def _check(
+    name: str, sizes: Sizes, plan: int, *, segments: bool = False, in_memory: bool = False
+) -> None:
     op = getattr(library, name)
     declared = op.declaration
     body = chunk_program(declared.normal_form(sizes.micro if declared.has_micro else 1))
     plans = forward_plans(body)[plan], backward_plans(body)[plan]
     inputs = make_inputs(op, sizes)
     with np.errstate(divide="ignore", invalid="ignore"):  # in padding, which is cleaned
-        got = _computed(op, sizes, inputs, plans, segments=segments)
+        got = _computed(op, sizes, inputs, plans, segments=segments, in_memory=in_memory)
     assert_agree(got, engine_results(op, inputs, "eager"), torch.float32)
 
 
@@ -177,6 +188,12 @@ def test_packed_with_states_and_groups_of_heads(name: str, plan: int) -> None:
 @pytest.mark.parametrize("name", LOWERED)
 def test_dense(name: str) -> None:
     _check(name, DENSE, 1)
+
+
+@pytest.mark.parametrize("plan", [0, -1])
+@pytest.mark.parametrize("name", LOWERED)
+def test_tiles_in_memory(name: str, plan: int) -> None:
+    _check(name, PACKED, plan, in_memory=True)
 
 
 def _is_scanned_in_segments(name: str) -> bool:
