@@ -78,9 +78,7 @@ class _Gate:
     def is_factor(self) -> bool:
         """Whether it is the log of a factor, which may be 0."""
         g = self.log_decay
-        return g is not None and any(
-            t.op is TileOp.MAP and t.attrs == (Op.LOG,) for t in tile.topological(g)
-        )
+        return g is not None and any(t.is_map(Op.LOG) for t in tile.topological(g))
 
     def decay(self, x: Tile) -> Tile:
         """`x`, a decay; flushed to 0 below LEAST_DECAY where the gate is a factor."""
@@ -222,7 +220,7 @@ class _StateChunk:
         if len(known) == len(tiles) and len(set(known)) == 1:
             return known[0]
         count = len(tiles)
-        return tile.total([tile.phase(t, m, count) for m, t in enumerate(tiles) if t is not None])
+        return tile.total([tile.phase(t, (m, count)) for m, t in enumerate(tiles) if t is not None])
 
     def _prefixes(self, log_decays: list[Node | None]) -> _Gate:
         if all(n is None for n in log_decays):
@@ -336,18 +334,11 @@ def _bounded(log_decay: Tile) -> Tile:
     below = tile.topological(log_decay)
     if not any(t.op in (TileOp.TOKEN, TileOp.HEAD) for t in below):
         return log_decay  # a number of the call, finite
-    done: dict[Tile, Tile] = {}
-    for t in below:
-        args = tuple(done[a] for a in t.args)
-        done[t] = t if args == t.args else _rebuilt(t, args)
-        if t.op is TileOp.MAP and t.attrs == (Op.MAXIMUM,) and tile.const(SMALLEST) in t.args:
-            done[t] = tile.floor(args[0], LEAST_FACTOR)  # the floor of `dsl.decay`
-    return tile.floor(done[log_decay].named("g"), LEAST_LOG_DECAY)
 
+    def rule(t: Tile, args: tuple[Tile, ...]) -> Tile:
+        if t.is_map(Op.MAXIMUM) and tile.const(SMALLEST) in t.args:
+            return tile.floor(args[0], LEAST_FACTOR)  # the floor of `dsl.decay`
+        return tile.with_args(t, args)
 
-def _rebuilt(t: Tile, args: tuple[Tile, ...]) -> Tile:
-    if t.op is TileOp.MAP:
-        (fn,) = t.attrs
-        assert isinstance(fn, Op)
-        return tile.fmap(fn, *args)
-    return Tile(t.op, args, t.attrs, t.axes, t.hint)
+    bounded = tile.rewritten((log_decay,), rule)[log_decay]
+    return tile.floor(bounded.named("g"), LEAST_LOG_DECAY)

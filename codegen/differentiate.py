@@ -78,9 +78,7 @@ def _propagate(node: Tile, g: Tile) -> Cotangents:
     if solve is not None:
         return solve
     if node.op is TileOp.MAP:
-        fn = node.attrs[0]
-        assert isinstance(fn, Op)
-        parts = FUNCTIONS[fn].gradient(node, g)
+        parts = FUNCTIONS[node.attr(Op)].gradient(node, g)
     else:
         parts = _RULES[node.op](node, g)
     return [(x, _to_axes(part, x)) for x, part in parts]
@@ -121,25 +119,11 @@ def _floor(z: Tile, g: Tile) -> Cotangents:
     The chain rule may multiply that gradient by a large number, so it has to be 0 exactly. It does
     not for an operand, whose gradient is small of itself where the decay is 0.
     """
-    (x,), (least,) = z.args, z.attrs
-    assert isinstance(least, float)
+    (x,), least = z.args, z.attr(float)
     if least > 0.0 or _is_operand(x):
         return [(x, g)]
     below = tile.step(tile.sub(tile.const(least), x))
     return [(x, tile.mul(g, tile.sub(tile.const(1.0), below)))]
-
-
-def _mask(z: Tile, g: Tile) -> Cotangents:
-    (which,) = z.attrs
-    assert isinstance(which, Which)
-    return [(z.args[0], tile.mask(g, which))]
-
-
-def _phase_of(z: Tile) -> tuple[int, int]:
-    micro_step, count = z.attrs
-    assert isinstance(micro_step, int)
-    assert isinstance(count, int)
-    return micro_step, count
 
 
 def _decay(z: Tile, g: Tile) -> Cotangents:
@@ -214,8 +198,8 @@ _RULES: dict[TileOp, Rule] = {
     TileOp.ROWS: lambda z, g: [(z.args[0], tile.rows(g))],
     TileOp.FLOOR: _floor,
     TileOp.FLUSH: lambda z, g: [(z.args[0], g)],
-    TileOp.PHASE: lambda z, g: [(z.args[0], tile.phase(g, *_phase_of(z)))],
-    TileOp.MASK: _mask,
+    TileOp.PHASE: lambda z, g: [(z.args[0], tile.phase(g, z.attrs))],
+    TileOp.MASK: lambda z, g: [(z.args[0], tile.mask(g, z.attr(Which)))],
     TileOp.SUM: lambda z, g: [(z.args[0], tile.expand(g, z.args[0].axes))],
     TileOp.DOT: _dot,
     TileOp.CUMSUM: _cumsum,

@@ -134,9 +134,7 @@ class Expressions(ABC):
         if x.op is TileOp.CONST:
             return repr(x.value) if math.isfinite(x.value) else f'float("{x.value}")'
         if x.op is TileOp.EXTENT:
-            (axis,) = x.attrs
-            assert isinstance(axis, Axis)
-            return self.extent(axis)
+            return self.extent(x.attr(Axis))
         if x.op is TileOp.MAP:
             return self._map(x)
         return self.structural(x)
@@ -155,8 +153,7 @@ class Expressions(ABC):
         return self.place(self.text(x), x.axes, target)
 
     def _map(self, x: Tile) -> str:
-        (fn,) = x.attrs
-        assert isinstance(fn, Op)
+        fn = x.attr(Op)
         target = self.layout(x)
         args = [self.within(a, target) for a in x.args]
         if fn in PYTHON.signs:
@@ -191,9 +188,7 @@ class Expressions(ABC):
             return self.place(rows, (Axis.I,), self.layout(x))
         if x.op is TileOp.PHASE:
             return self.place(f"({self.phase(x)})", (Axis.I,), self.layout(x))
-        (which,) = x.attrs
-        assert isinstance(which, Which)
-        return self.comparison(which, index)
+        return self.comparison(x.attr(Which), index)
 
     def phase(self, x: Tile) -> str:
         """The condition of a PHASE, for a vector of rows."""

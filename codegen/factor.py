@@ -19,43 +19,25 @@ from .tile import Axis, Tile, TileOp
 
 def factor_chunk(body: ChunkProgram) -> ChunkProgram:
     """`body` with its products factored."""
-    done: dict[Tile, Tile] = {}
-    outputs = tuple((name, _rewrite(t, done)) for name, t in body.outputs)
-    return ChunkProgram(outputs, _carried(body.carried, done))
+    roots = [*(t for _, t in body.outputs), *(c.end for c in body.carried)]
+    done = tile.rewritten(roots, _factored)
+    outputs = tuple((name, done[t]) for name, t in body.outputs)
+    return ChunkProgram(outputs, tuple(Carried(c.start, done[c.end]) for c in body.carried))
 
 
 def factor_adjoint(adjoint: Adjoint) -> Adjoint:
     """`adjoint` with its products factored."""
-    done: dict[Tile, Tile] = {}
-    names = [name for name, _ in adjoint.outputs]
-    tiles = _share_products([_rewrite(t, done) for _, t in adjoint.outputs])
-    outputs = tuple(zip(names, tiles, strict=True))
-    return Adjoint(outputs, _carried(adjoint.carried, done), adjoint.saved)
+    body = factor_chunk(ChunkProgram(adjoint.outputs, adjoint.carried))
+    shared = _share_products([t for _, t in body.outputs])
+    outputs = tuple((name, shared[t]) for name, t in body.outputs)
+    return Adjoint(outputs, body.carried, adjoint.saved)
 
 
-def _carried(carried: tuple[Carried, ...], done: dict[Tile, Tile]) -> tuple[Carried, ...]:
-    return tuple(Carried(c.start, _rewrite(c.end, done)) for c in carried)
-
-
-def _rewrite(root: Tile, done: dict[Tile, Tile]) -> Tile:
-    for t in tile.topological(root, stop=frozenset(done)):
-        if t not in done:
-            done[t] = _rebuild(t, [done[a] for a in t.args])
-    return done[root]
-
-
-def _rebuild(t: Tile, args: list[Tile]) -> Tile:
+def _factored(t: Tile, args: tuple[Tile, ...]) -> Tile:
     if t.op is TileOp.DOT:
-        (over,) = t.attrs
-        assert isinstance(over, Axis)
-        return _product(args[0], args[1], over).named(t.hint)
-    if tuple(args) == t.args:
-        return t
-    if t.op is TileOp.MAP:
-        (fn,) = t.attrs
-        assert isinstance(fn, Op)
-        return tile.fmap(fn, *args).named(t.hint)
-    return Tile(t.op, tuple(args), t.attrs, t.axes, t.hint)
+        x, y = args
+        return _product(x, y, t.attr(Axis)).named(t.hint)
+    return tile.with_args(t, args)
 
 
 def _product(x: Tile, y: Tile, over: Axis) -> Tile:
@@ -71,7 +53,7 @@ def _product(x: Tile, y: Tile, over: Axis) -> Tile:
 
 def _vector_factor(x: Tile) -> tuple[Tile, Tile] | None:
     """(a, rest) if `x` is a product of a tile `a` of fewer axes and a full one."""
-    if x.op is TileOp.MAP and x.attrs == (Op.MUL,):
+    if x.is_map(Op.MUL):
         for a, rest in (x.args, x.args[::-1]):
             if len(a.axes) < len(x.axes) and rest.axes == x.axes:
                 return a, rest
@@ -100,19 +82,15 @@ def _sides(x: Tile, y: Tile, over: Axis) -> tuple[Tile, Tile]:
 # ---- sums over the value axis ------------------------------------------------------------------
 
 
-def _share_products(roots: list[Tile]) -> list[Tile]:
+def _share_products(roots: list[Tile]) -> dict[Tile, Tile]:
     """sum_v g_iv (x S)_iv as sum_k x_ik (g S^T)_ik, wherever the product g S^T is needed anyway."""
     products = frozenset(t for t in tile.topological(*roots) if t.op is TileOp.DOT)
-    done: dict[Tile, Tile] = {}
-    for t in tile.topological(*roots):
-        args = [done[a] for a in t.args]
+
+    def rule(t: Tile, args: tuple[Tile, ...]) -> Tile:
         shared = _shared_sum(t, products) if t.op is TileOp.SUM else None
-        done[t] = shared if shared is not None else _with_args(t, args)
-    return [done[r] for r in roots]
+        return shared if shared is not None else tile.with_args(t, args)
 
-
-def _with_args(t: Tile, args: list[Tile]) -> Tile:
-    return t if tuple(args) == t.args else Tile(t.op, tuple(args), t.attrs, t.axes, t.hint)
+    return tile.rewritten(roots, rule)
 
 
 def _shared_sum(t: Tile, products: frozenset[Tile]) -> Tile | None:
@@ -125,7 +103,7 @@ def _shared_sum(t: Tile, products: frozenset[Tile]) -> Tile | None:
 def _product_terms(x: Tile, products: frozenset[Tile]) -> list[Tile] | None:
     """The terms of sum_v x, one through a shared product; None if there is none to share."""
     sign, x = _unsigned(x)
-    if x.op is not TileOp.MAP or x.attrs != (Op.MUL,):
+    if not x.is_map(Op.MUL):
         return None
     for g, rest in (x.args, x.args[::-1]):
         for second, terms in _terms(rest):
@@ -143,24 +121,24 @@ def _product_terms(x: Tile, products: frozenset[Tile]) -> list[Tile] | None:
 
 
 def _unsigned(x: Tile) -> tuple[bool, Tile]:
-    if x.op is TileOp.MAP and x.attrs == (Op.NEG,):
+    if x.is_map(Op.NEG):
         return False, x.args[0]
     return True, x
 
 
 def _terms(x: Tile) -> list[tuple[Tile, list[Tile]]]:
     """Each term of a sum or difference with the others, signed; a single term with none."""
-    if x.op is TileOp.MAP and x.attrs == (Op.SUB,):
+    if x.is_map(Op.SUB):
         a, b = x.args
         return [(a, [tile.neg(b)]), (b, [a])]
-    if x.op is TileOp.MAP and x.attrs == (Op.ADD,):
+    if x.is_map(Op.ADD):
         a, b = x.args
         return [(a, [b]), (b, [a])]
     return [(x, [])]
 
 
 def _positive(whole: Tile, term: Tile) -> bool:
-    return not (whole.op is TileOp.MAP and whole.attrs == (Op.SUB,) and whole.args[1] == term)
+    return not (whole.is_map(Op.SUB) and whole.args[1] == term)
 
 
 def _scaled_product(x: Tile) -> tuple[Tile | None, Tile | None]:

@@ -11,7 +11,7 @@ from .chunk import Carried
 from .config import Dims, Precision
 from .plan import Kernel
 from .segments import Start
-from .tile import Axes, Axis, Tile, TileOp
+from .tile import TIMES, Axes, Axis, Tile, TileOp
 
 
 class Dtype(Enum):
@@ -90,7 +90,7 @@ class Buffer(NamedTuple):
 
         `chunks` and `segments` count those of all sequences.
         """
-        times = [a for a in self.axes if a in (Axis.I, Axis.J)][:1]
+        times = [a for a in self.axes if a in TIMES][:1]
         size = {Axis.I: "C", Axis.J: "C", Axis.K: "K", Axis.V: "V"}
         rows: tuple[str, ...] = ("B", "T") if times else ("chunks",)
         if self.name.kind is BufferKind.SEGMENT_END:

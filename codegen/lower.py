@@ -67,7 +67,7 @@ def lower_expression(node: Node, args: list[Tile]) -> Tile:
         return tile.const(value)
     if node.op is Op.SUM:
         (x,) = args
-        if x.op is tile.TileOp.MAP and x.attrs == (Op.MUL,):
+        if x.is_map(Op.MUL):
             a, b = x.args
             channel = _AXES[node.args[0].kind][0]
             if channel in a.axes and channel in b.axes:

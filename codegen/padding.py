@@ -34,10 +34,8 @@ def padding(x: Tile, axis: Axis) -> Padding:
     if x.op is TileOp.FLUSH:
         return padding(x.args[0], axis)
     if x.op is TileOp.FLOOR:
-        (least,) = x.attrs
-        assert isinstance(least, float)
         inside = padding(x.args[0], axis)
-        return Padding.FINITE if inside is Padding.ZERO and least > 0.0 else inside
+        return Padding.FINITE if inside is Padding.ZERO and x.attr(float) > 0.0 else inside
     if x.op is TileOp.DECAYED_APPLY:  # scaled by its own y (side I) or x (side J)
         return padding(x.args[1], axis)
     if x.op is TileOp.DECAYED_CROSSING:  # scaled by both
@@ -47,8 +45,7 @@ def padding(x: Tile, axis: Axis) -> Padding:
 
 
 def _of_map(x: Tile, axis: Axis) -> Padding:
-    (fn,) = x.attrs
-    assert isinstance(fn, Op)
+    fn = x.attr(Op)
     parts = [padding(a, axis) for a in x.args]
     if Padding.UNSAFE in parts:
         return Padding.UNSAFE

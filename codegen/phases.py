@@ -7,8 +7,8 @@ from collections import Counter
 from ..dsl.ir import Op
 from .config import Dims, Space, Tiles, padded
 from .expressions import ALIASES, unaliased
-from .plan import Kernel, Loop, sums_over
-from .tile import Axis, Tile, TileOp, topological
+from .plan import Kernel, Loop
+from .tile import Axis, Tile, TileOp, summed_axes, topological
 
 
 def extents(kernel: Kernel, dims: Dims, tiles: Tiles) -> tuple[Axis | None, dict[Axis, int]]:
@@ -18,7 +18,7 @@ def extents(kernel: Kernel, dims: Dims, tiles: Tiles) -> tuple[Axis | None, dict
     K, whole, V = padded(dims.K), padded(dims.V), min(tiles.v, padded(dims.V))
     if tiles.space is Space.MEMORY:  # a part of V per program, where parts are alike
         K, whole, V = dims.K, dims.V, dims.V if dims.V % tiles.v else tiles.v
-    sums_v = any(t not in buffers and sums_over(t, Axis.V) for t in order)
+    sums_v = any(t not in buffers and Axis.V in summed_axes(t) for t in order)
     if sums_v and not (loops and not _varies_after_sum(kernel, Axis.V)):
         V = whole  # a sum over the value axis feeds what varies along it
     channels = Axis.V if sums_v and dims.V > V else None
@@ -34,7 +34,7 @@ def _varies_after_sum(kernel: Kernel, axis: Axis) -> bool:
     after: set[Tile] = set()
     buffers = kernel.buffers
     for t in kernel.order:
-        if t not in buffers and (sums_over(t, axis) or any(a in after for a in t.args)):
+        if t not in buffers and (axis in summed_axes(t) or any(a in after for a in t.args)):
             after.add(t)
             if axis in t.axes:
                 return True
@@ -52,7 +52,7 @@ def phases(kernel: Kernel, channels: Axis | None) -> tuple[list[Tile], list[Tile
         return () if t in buffers else t.args
 
     def is_sum(t: Tile) -> bool:
-        return t not in buffers and sums_over(t, axis)
+        return t not in buffers and axis in summed_axes(t)
 
     late: set[Tile] = set()
     along: set[Tile] = set()
@@ -88,12 +88,12 @@ def added_products(kernel: Kernel, channels: Axis | None) -> dict[Tile, Tile]:
     def fits(x: Tile, other: Tile, t: Tile) -> bool:
         if x.op is not TileOp.DOT or x in buffers or users[x] != 1 or unaliased(other) in buffers:
             return False
-        looped = channels is not None and sums_over(x, channels)
+        looped = channels is not None and channels in summed_axes(x)
         return not looped and x.axes == t.axes == other.axes
 
     found = {}
     for t in computed:
-        if t.op is TileOp.MAP and t.attrs == (Op.ADD,):
+        if t.is_map(Op.ADD):
             for x, other in (t.args[::-1], t.args):
                 if t not in found and fits(x, other, t):
                     found[t] = x

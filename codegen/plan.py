@@ -23,7 +23,7 @@ from .buffers import BufferId, BufferKind
 from .chunk import Carried, ChunkProgram, Named
 from .differentiate import Adjoint
 from .segments import Segments, Start, Transitions, segment_transitions
-from .tile import Axis, Tile, TileOp
+from .tile import SQUARE, Axis, Tile, TileOp, summed_axes
 
 # suffixes of the names of scans that compute the ends of segments
 ENDS, MATRICES = "_ends", "_matrices"
@@ -292,7 +292,7 @@ class _Builder:
         along = frozenset(t for t in fresh if t.op in under_gate)
         wanted: dict[Tile, None] = {}
         for s in fresh:
-            late = s.op is TileOp.SUM and sums_over(s, Axis.K) and _depends(s, along)
+            late = s.op is TileOp.SUM and Axis.K in summed_axes(s) and _depends(s, along)
             if late and any(Axis.K in t.axes and _depends(t, frozenset((s,))) for t in fresh):
                 wanted[s] = None
                 (summed,) = s.args
@@ -303,7 +303,7 @@ class _Builder:
     def sums_over_values(self, outputs: Named) -> tuple[Tile, ...]:
         """The sums over the value axis that `outputs` need and nobody stored yet."""
         needed = tile.topological(*(t for _, t in outputs), stop=frozenset(self._stored))
-        return tuple(t for t in needed if t not in self._stored and sums_over(t, Axis.V))
+        return tuple(t for t in needed if t not in self._stored and Axis.V in summed_axes(t))
 
     def prepare(
         self,
@@ -370,8 +370,8 @@ def _is_norm(x: Tile) -> bool:
     if x.axes != (Axis.I,):
         return False
     below = tile.topological(x)
-    return any(t.op is TileOp.SUM and sums_over(t, Axis.K) for t in below) and all(
-        t.op in _ELEMENTWISE or (t.op is TileOp.SUM and sums_over(t, Axis.K)) for t in below
+    return any(t.op is TileOp.SUM and Axis.K in summed_axes(t) for t in below) and all(
+        t.op in _ELEMENTWISE or (t.op is TileOp.SUM and Axis.K in summed_axes(t)) for t in below
     )
 
 
@@ -393,27 +393,17 @@ _ELEMENTWISE = (
 
 def _scores_under_vector_gate(x: Tile) -> bool:
     """Whether `x` is a decayed product of operands, or such products and others added up."""
-    if x.op is TileOp.MAP and x.attrs == (Op.ADD,):
-        return x.axes == (Axis.I, Axis.J) and any(map(_scores_under_vector_gate, x.args))
+    if x.is_map(Op.ADD):
+        return x.axes == SQUARE and any(map(_scores_under_vector_gate, x.args))
     return x.op is TileOp.DECAYED_DOT
 
 
 def _scales_by_prefix(x: Tile) -> bool:
     """Whether `x` is a prefix sum or made from one of its own shape, not merely scaled by it."""
-    if x.op is TileOp.CUMSUM or sums_over(x, Axis.I):
+    if x.op is TileOp.CUMSUM or Axis.I in summed_axes(x):
         return True
     same = [a for a in x.args if a.axes == x.axes or x.op in (TileOp.ROWS, TileOp.MASK)]
     return x.op in (TileOp.MAP, TileOp.FLUSH) and any(_scales_by_prefix(a) for a in same)
-
-
-def sums_over(t: Tile, axis: Axis) -> bool:
-    """Whether `t` is a sum over `axis`."""
-    if t.op is TileOp.SUM:
-        (axes,) = t.attrs
-        return isinstance(axes, tuple) and axis in axes
-    if t.op is TileOp.DOT:
-        return t.attrs == (axis,)
-    return t.op is TileOp.DECAYED_DOT and axis is Axis.K
 
 
 @lru_cache(maxsize=65536)

@@ -93,12 +93,12 @@ def _logarithms(linear: Tile, start: Tile) -> list[Tile] | None:
     """The x of all factors e^x if `linear` is their product with `start`, else None."""
     logs: list[Tile] = []
     while linear != start:
-        if linear.op is not TileOp.MAP or linear.attrs != (Op.MUL,):
+        if not linear.is_map(Op.MUL):
             return None
         x, y = linear.args
         x, y = (t.args[0] if t.op is TileOp.FLUSH else t for t in (x, y))
-        factor, linear = (x, y) if x.op is TileOp.MAP and x.attrs == (Op.EXP,) else (y, x)
-        if factor.op is not TileOp.MAP or factor.attrs != (Op.EXP,):
+        factor, linear = (x, y) if x.is_map(Op.EXP) else (y, x)
+        if not factor.is_map(Op.EXP):
             return None
         logs += factor.args
     return logs
@@ -136,8 +136,7 @@ def _linear(
 def _kept(t: Tile, args: list[Tile | None]) -> Tile | None:
     """`t` of the linear parts of its arguments; None if it is not linear in them."""
     if t.op is TileOp.MAP:
-        (fn,) = t.attrs
-        assert isinstance(fn, Op)
+        fn = t.attr(Op)
         if fn in (Op.ADD, Op.SUB):
             x, y = args
             if x is None or y is None:
@@ -149,13 +148,11 @@ def _kept(t: Tile, args: list[Tile | None]) -> Tile | None:
         return None
     if t.op is TileOp.DOT and None not in args:
         return None
-    if t.op in _LINEAR:
-        return Tile(t.op, tuple(_filled(t, args)), t.attrs, t.axes, t.hint)
-    return None
+    return tile.with_args(t, _filled(t, args)) if t.op in _LINEAR else None
 
 
-def _filled(t: Tile, args: list[Tile | None]) -> list[Tile]:
-    return [a if x is None else x for a, x in zip(t.args, args, strict=True)]
+def _filled(t: Tile, args: list[Tile | None]) -> tuple[Tile, ...]:
+    return tuple(a if x is None else x for a, x in zip(t.args, args, strict=True))
 
 
 def _sure(x: Tile | None) -> Tile:

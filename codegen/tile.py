@@ -9,8 +9,10 @@ every product. A node is its own value, as in StepIR: equal expressions are one 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TypeVar
 
 from ..dsl.elementwise import at_zeros
 from ..dsl.errors import InvalidIR
@@ -27,6 +29,8 @@ class Axis(Enum):
 
 
 Axes = tuple[Axis, ...]
+TIMES: Axes = (Axis.I, Axis.J)
+SQUARE = TIMES  # the axes of a C x C tile
 _ORDER = {axis: n for n, axis in enumerate(Axis)}
 
 
@@ -77,6 +81,7 @@ class TileOp(Enum):
 
 
 Attr = str | int | float | bool | None | Op | Which | Axis | Axes
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,13 +111,21 @@ class Tile:
             return self
         return Tile(self.op, self.args, self.attrs, self.axes, hint)
 
+    def attr(self, kind: type[_Kind]) -> _Kind:
+        """The first attribute, which is of that type."""
+        value = self.attrs[0]
+        assert isinstance(value, kind), f"{self.op.name} with {value!r}, no {kind.__name__}"
+        return value
+
     @property
     def value(self) -> float:
         """The number of a CONST."""
         assert self.op is TileOp.CONST
-        (value,) = self.attrs
-        assert isinstance(value, float)
-        return value
+        return self.attr(float)
+
+    def is_map(self, fn: Op) -> bool:
+        """Whether it is that elementwise function of others."""
+        return self.op is TileOp.MAP and self.attrs == (fn,)
 
 
 def topological(*roots: Tile, stop: frozenset[Tile] = frozenset()) -> list[Tile]:
@@ -129,6 +142,36 @@ def topological(*roots: Tile, stop: frozenset[Tile] = frozenset()) -> list[Tile]
             stack.append((node, True))
             stack.extend((a, False) for a in reversed(node.args))
     return list(order)
+
+
+def rewritten(
+    roots: Iterable[Tile], rule: Callable[[Tile, tuple[Tile, ...]], Tile]
+) -> dict[Tile, Tile]:
+    """Every tile below `roots`, made anew by `rule` from its arguments, made anew."""
+    done: dict[Tile, Tile] = {}
+    for t in topological(*roots):
+        done[t] = rule(t, tuple(done[a] for a in t.args))
+    return done
+
+
+def with_args(t: Tile, args: tuple[Tile, ...]) -> Tile:
+    """The op of `t` on other arguments, which have the axes of its own."""
+    if args == t.args:
+        return t
+    if t.op is TileOp.MAP:
+        return fmap(t.attr(Op), *args).named(t.hint)
+    return Tile(t.op, args, t.attrs, t.axes, t.hint)
+
+
+def summed_axes(t: Tile) -> Axes:
+    """The axes that a sum or a matrix product sums over; none of other tiles."""
+    if t.op is TileOp.SUM:
+        return t.attr(tuple)
+    if t.op is TileOp.DOT:
+        return (t.attr(Axis),)
+    if t.op is TileOp.DECAYED_APPLY:
+        return (Axis.J,) if t.attrs[0] is Axis.I else (Axis.I,)
+    return (Axis.K,) if t.op is TileOp.DECAYED_DOT else ()
 
 
 # ---- constructors: each checks its axes and folds trivial cases -------------------------------
@@ -188,27 +231,27 @@ def _fold(fn: Op, args: tuple[Tile, ...]) -> Tile | None:
             return neg(y)
         if _is_const(y, -1.0):
             return neg(x)
-        if _is_neg(x):
+        if x.is_map(Op.NEG):
             return neg(mul(x.args[0], y))
-        if _is_neg(y):
+        if y.is_map(Op.NEG):
             return neg(mul(x, y.args[0]))
     if fn is Op.DIV and _is_const(y, 1.0):
         return x
-    if fn is Op.NEG and _is_neg(x):
+    if fn is Op.NEG and x.is_map(Op.NEG):
         return x.args[0]
     if fn is Op.ADD:
         if _is_const(x, 0.0):
             return y
         if _is_const(y, 0.0):
             return x
-        if _is_neg(y):
+        if y.is_map(Op.NEG):
             return sub(x, y.args[0])
-        if _is_neg(x):
+        if x.is_map(Op.NEG):
             return sub(y, x.args[0])
     if fn is Op.SUB:
         if _is_const(y, 0.0):
             return x
-        if _is_neg(y):
+        if y.is_map(Op.NEG):
             return add(x, y.args[0])
     if fn in (Op.ADD, Op.SUB):
         return _common_factor(fn, x, y)
@@ -217,21 +260,13 @@ def _fold(fn: Op, args: tuple[Tile, ...]) -> Tile | None:
 
 def _common_factor(fn: Op, x: Tile, y: Tile) -> Tile | None:
     """a*b + a*c as a*(b + c), where `a` is broadcast: one product fewer, on the larger tile."""
-    if not (_is_product(x) and _is_product(y)):
+    if not (x.is_map(Op.MUL) and y.is_map(Op.MUL)):
         return None
     for a in x.args:
         if a in y.args and len(a.axes) < len(x.axes):
             b, c = (z.args[1] if z.args[0] == a else z.args[0] for z in (x, y))
             return mul(a, fmap(fn, b, c))
     return None
-
-
-def _is_product(x: Tile) -> bool:
-    return x.op is TileOp.MAP and x.attrs == (Op.MUL,)
-
-
-def _is_neg(x: Tile) -> bool:
-    return x.op is TileOp.MAP and x.attrs == (Op.NEG,)
 
 
 def add(x: Tile, y: Tile) -> Tile:
@@ -266,7 +301,7 @@ def step(x: Tile) -> Tile:
 
 def total(parts: list[Tile]) -> Tile:
     """The sum of a non-empty list, positive terms first so that no chain begins with a minus."""
-    ordered = [p for p in parts if not _is_neg(p)] + [p for p in parts if _is_neg(p)]
+    ordered = [p for p in parts if not p.is_map(Op.NEG)] + [p for p in parts if p.is_map(Op.NEG)]
     result = ordered[0]
     for part in ordered[1:]:
         result = add(result, part)
@@ -283,18 +318,21 @@ def expand(x: Tile, axes: Axes) -> Tile:
     return Tile(TileOp.EXPAND, (x,), (axes,), axes, x.hint)
 
 
+def renamed(axes: Axes, to: Axis) -> Axes:
+    """`axes`, the one of time called `to`."""
+    return tuple(to if a in TIMES else a for a in axes)
+
+
 def rename(x: Tile, to: Axis) -> Tile:
     """`x` with its time axis called `to`; a tile without one is itself."""
-    source = Axis.I if to is Axis.J else Axis.J
-    if source not in x.axes:
+    if to in x.axes or not set(TIMES) & set(x.axes):
+        assert not set(TIMES) <= set(x.axes), "rows and columns of a C x C tile keep their names"
         return x
-    assert to not in x.axes, "a score matrix has both time axes: it cannot be renamed"
     if x.op is TileOp.RENAME:
         return x.args[0]
     if x.op is TileOp.EXPAND:
-        return expand(rename(x.args[0], to), axes_of(*(to if a is source else a for a in x.axes)))
-    axes = axes_of(*(to if a is source else a for a in x.axes))
-    return Tile(TileOp.RENAME, (x,), (to,), axes, x.hint)
+        return expand(rename(x.args[0], to), renamed(x.axes, to))
+    return Tile(TileOp.RENAME, (x,), (to,), renamed(x.axes, to), x.hint)
 
 
 def rows(x: Tile) -> Tile:
@@ -309,20 +347,20 @@ def rows(x: Tile) -> Tile:
     return Tile(TileOp.ROWS, (x,), (), axes_of(Axis.I, *x.axes), x.hint)
 
 
-def phase(x: Tile, micro_step: int, count: int) -> Tile:
-    """`x` in the rows of one micro-step; each token is expanded to `count` rows."""
+def phase(x: Tile, which: tuple[Attr, ...]) -> Tile:
+    """`x` in the rows of one micro-step of as many: `which` has its number, and how many."""
     if x.op is TileOp.EXPAND:
-        return expand(phase(x.args[0], micro_step, count), x.axes)
-    return Tile(TileOp.PHASE, (x,), (micro_step, count), axes_of(Axis.I, *x.axes), x.hint)
+        return expand(phase(x.args[0], which), x.axes)
+    return Tile(TileOp.PHASE, (x,), which, axes_of(Axis.I, *x.axes), x.hint)
 
 
 def _zero_beyond_end(x: Tile) -> bool:
     if x.op in (TileOp.ROWS, TileOp.TOKEN):
         return True
-    if _is_neg(x) or x.op is TileOp.PHASE or _is_floor_below_zero(x):
+    if x.is_map(Op.NEG) or x.op is TileOp.PHASE or _is_floor_below_zero(x):
         return _zero_beyond_end(x.args[0])
     return (
-        _is_product(x)
+        x.is_map(Op.MUL)
         and any(_zero_beyond_end(a) for a in x.args)
         and all(finite_at_zero(a) and not _of_heads(a) for a in x.args)
     )
@@ -334,11 +372,7 @@ def _of_heads(x: Tile) -> bool:
 
 
 def _is_floor_below_zero(x: Tile) -> bool:
-    if x.op is not TileOp.FLOOR:
-        return False
-    (least,) = x.attrs
-    assert isinstance(least, float)
-    return least <= 0.0
+    return x.op is TileOp.FLOOR and x.attr(float) <= 0.0
 
 
 def finite_at_zero(x: Tile, stop: frozenset[Tile] = frozenset()) -> bool:
@@ -365,9 +399,9 @@ def _within(x: Tile, which: Which) -> bool:
         return True
     if x.op in (TileOp.MASK, TileOp.DECAY):
         return x.attrs[0] in (which, Which.STRICT)
-    if _is_neg(x) or x.op is TileOp.FLUSH:
+    if x.is_map(Op.NEG) or x.op is TileOp.FLUSH:
         return _within(x.args[0], which)
-    return _is_product(x) and any(_within(a, which) for a in x.args)
+    return x.is_map(Op.MUL) and any(_within(a, which) for a in x.args)
 
 
 def reduce(x: Tile, axes: Axes) -> Tile:
@@ -392,12 +426,12 @@ def contract(x: Tile, y: Tile, over: Axis) -> Tile:
     Raises InvalidIR for the product of two C x C tiles, for which there is no third time axis.
     """
     x, y = (t.args[0] if t.op is TileOp.EXPAND and over in t.args[0].axes else t for t in (x, y))
-    if _is_neg(x):
+    if x.is_map(Op.NEG):
         return neg(contract(x.args[0], y, over))
-    if _is_neg(y):
+    if y.is_map(Op.NEG):
         return neg(contract(x, y.args[0], over))
     shared = set(x.axes) & set(y.axes)
-    if over in (Axis.I, Axis.J) and shared >= {Axis.I, Axis.J}:
+    if over in TIMES and shared >= set(TIMES):
         raise InvalidIR("the product of two C x C tiles, whose rows and columns have one name each")
     if shared == {over} and len(x.axes) == len(y.axes) == 2:
         axes = axes_of(*(a for a in (*x.axes, *y.axes) if a is not over))
@@ -427,7 +461,7 @@ def decay(g: Tile, which: Which, *, exclusive: bool = False) -> Tile:
     """
     assert g.axes == (Axis.I,)
     assert which is Which.STRICT or (which is Which.LOWER and not exclusive)
-    return Tile(TileOp.DECAY, (g,), (which, exclusive), (Axis.I, Axis.J))
+    return Tile(TileOp.DECAY, (g,), (which, exclusive), SQUARE)
 
 
 def crossing(w: Tile, *, exclusive: bool = False) -> Tile:
@@ -436,11 +470,11 @@ def crossing(w: Tile, *, exclusive: bool = False) -> Tile:
     No sum cancels: a token's own is as exact as the entries of `w` that it belongs to, however
     small they are. `exclusive`: i > t > j.
     """
-    assert w.axes == (Axis.I, Axis.J)
+    assert w.axes == SQUARE
     later = cumsum(w, reverse=True, exclusive=exclusive)
     return reduce(mask(later, Which.STRICT), (Axis.J,))
 
 
 def inverse(lower: Tile) -> Tile:
-    assert lower.axes == (Axis.I, Axis.J)
+    assert lower.axes == SQUARE
     return Tile(TileOp.INVERSE, (lower,), (), lower.axes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from . import tiled
 from .buffers import BufferId
 from .chunk import Carried
 from .config import Precision, Space, Tiles, dims_of
@@ -11,40 +12,26 @@ from .expressions import ALIASES, unaliased
 from .interface import Dtype, Signature, intermediate_dtype, segment_end
 from .padding import Padding, padding
 from .phases import added_products, extents, phases
-from .plan import Kernel, Loop, sums_over
+from .plan import Kernel, Loop
 from .segments import Segments, Start
-from .tile import Axes, Axis, Tile, TileOp
-from .tiled import (
-    Advance,
-    Arrive,
-    Begin,
-    Clean,
-    Compute,
-    Finish,
-    Load,
-    Passed,
-    Product,
-    Source,
-    Statement,
-    Store,
-    TiledKernel,
-    Use,
-    Zero,
-    is_padded,
-)
+from .tile import TIMES, Axes, Axis, Tile, TileOp, summed_axes
 from .vector_gate import DECAYED
 from .verify import verify_tiled
 
 # how the axes of a tile lie in registers, rows first: a scan keeps its state [V, K], split along V
 _SCAN_ORDER = (Axis.V, Axis.I, Axis.J, Axis.K)
 _PARALLEL_ORDER = (Axis.I, Axis.J, Axis.V, Axis.K)
-_TIMES = (Axis.I, Axis.J)
 _NUMBERS = (TileOp.CONST, TileOp.EXTENT)
-_OF_CALL = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM)
-_SOURCES = dict(zip(_OF_CALL, (Source.TOKENS, Source.HEADS, Source.NUMBER), strict=True))
+_SOURCES = {
+    TileOp.TOKEN: tiled.Source.TOKENS,
+    TileOp.HEAD: tiled.Source.HEADS,
+    TileOp.PARAM: tiled.Source.NUMBER,
+}
+_Statements = list[tiled.Statement]
+_Phases = tuple[_Statements, _Statements, _Statements]  # before, in and after the loop
 
 
-def tile(kernel: Kernel, signature: Signature, tiles: Tiles) -> TiledKernel:
+def tile(kernel: Kernel, signature: Signature, tiles: Tiles) -> tiled.TiledKernel:
     """`kernel`, decided for `signature` with `tiles`; InvalidIR for a fault of a pass."""
     if tiles.space is Space.MEMORY:
         signature = Signature(signature.dims, Dtype.FLOAT32, (), Precision.IEEE)
@@ -70,7 +57,7 @@ class _Tiling:
         self._layout: Axes = tuple(Axis) if self._in_memory else in_registers
         self._fused = {} if self._in_memory else added_products(kernel, self._channels)
 
-    def kernel(self) -> TiledKernel:
+    def kernel(self) -> tiled.TiledKernel:
         """All statements, in order."""
         statements = self._scan() if self._is_scan else self._parallel()
         before, inside, after = map(tuple, statements)
@@ -78,7 +65,7 @@ class _Tiling:
         if low is not Dtype.FLOAT32 and precision is not Precision.IEEE:
             precision = Precision.TF32  # enough between roundings to 16 bits
         tokens = [t for t in self._order if t.op is TileOp.TOKEN]
-        return TiledKernel(
+        return tiled.TiledKernel(
             name=self._kernel.name,
             scan=self._kernel.loop,
             by_token=any(Axis.I not in t.axes for t in tokens),
@@ -96,71 +83,71 @@ class _Tiling:
 
     # ---- phases ----------------------------------------------------------------------------------
 
-    def _parallel(self) -> tuple[list[Statement], list[Statement], list[Statement]]:
+    def _parallel(self) -> _Phases:
         if self._in_memory:
             return [*self._run(self._order), *self._stores(self._order)], [], []
         before, during, after = phases(self._kernel, self._channels)
         if self._channels is None:
             everything = (*before, *during, *after)
             return [*self._run(everything), *self._stores(self._order)], [], []
-        summed = [t for t in during if t not in self._buffers and sums_over(t, self._channels)]
-        first = [*self._run(before), *map(Zero, summed)]
+        summed = [t for t in during if t not in self._buffers and self._channels in summed_axes(t)]
+        first = [*self._run(before), *map(tiled.Zero, summed)]
         inside = [*self._run(during, frozenset(summed))]
         inside += self._stores([t for t in during if t not in summed])
         last = [*self._run(after), *self._stores([*before, *summed, *after])]
         return first, inside, last
 
-    def _scan(self) -> tuple[list[Statement], list[Statement], list[Statement]]:
+    def _scan(self) -> _Phases:
         carried, segments = self._kernel.carried, self._kernel.segments
         starts = [c.start for c in carried]
-        before: list[Statement] = [self._begin(s) for s in starts]
+        before: _Statements = [self._begin(s) for s in starts]
         if segments is not None and not segments.ends:
             before.append(self._arrive(segments))
         same = (TileOp.HEAD, TileOp.PARAM, *_NUMBERS)  # from chunk to chunk
         before += self._run(t for t in self._order if t.op in same)
         inside = [*self._stores(starts), *self._run(t for t in self._order if t.op not in same)]
         inside += self._stores([t for t in self._order if t not in starts])
-        inside.append(Advance(tuple((c.start, self._end(c)) for c in carried)))
+        inside.append(tiled.Advance(tuple((c.start, self._end(c)) for c in carried)))
         return before, inside, [self._finish(c) for c in carried]
 
     # ---- what a scan carries ---------------------------------------------------------------------
 
-    def _begin(self, start: Tile) -> Begin:
+    def _begin(self, start: Tile) -> tiled.Begin:
         segments = self._kernel.segments
         identity = segments is not None and segments.start is Start.IDENTITY
         from_call = segments is None or not segments.ends
-        return Begin(start, self._mask(start.axes), from_call, identity)
+        return tiled.Begin(start, self._mask(start.axes), from_call, identity)
 
-    def _arrive(self, segments: Segments) -> Arrive:
+    def _arrive(self, segments: Segments) -> tiled.Arrive:
         passed = []
         for c, p in zip(self._kernel.carried, segments.transitions, strict=True):
-            by = Passed(c.start, segment_end(c).name, self._mask(c.start.axes))
+            by = tiled.Passed(c.start, segment_end(c).name, self._mask(c.start.axes))
             if p is not None:
                 factor, axes = segment_end(p.carried).name, p.carried.start.axes
                 by = by._replace(factor=factor, axes=axes, is_matrix=p.matrix)
             passed.append(by)
         # in all of float32's digits: what rounding takes here, every segment after takes again
-        return Arrive(tuple(passed), self._signature.precision)
+        return tiled.Arrive(tuple(passed), self._signature.precision)
 
-    def _end(self, carried: Carried) -> Use:
+    def _end(self, carried: Carried) -> tiled.Use:
         """What a carry ends a chunk as: zero beyond the last channel, like what is loaded."""
         value = unaliased(carried.end)
         clean = tuple(a for a in value.axes if self._padding(value, a) is not Padding.ZERO)
-        return Use(value, value.axes, clean)
+        return tiled.Use(value, value.axes, clean)
 
-    def _finish(self, carried: Carried) -> Finish:
+    def _finish(self, carried: Carried) -> tiled.Finish:
         start, segments = carried.start, self._kernel.segments
         once = Axis.V not in start.axes and self._v_parts > 1
         ends = segments is not None and segments.ends
         end = segment_end(carried).name if ends else None
         last = segments is not None and not ends
-        return Finish(start, end, self._mask(start.axes), once, last)
+        return tiled.Finish(start, end, self._mask(start.axes), once, last)
 
     # ---- statements ------------------------------------------------------------------------------
 
-    def _run(self, tiles: Iterable[Tile], summed: frozenset[Tile] = frozenset()) -> list[Statement]:
+    def _run(self, tiles: Iterable[Tile], summed: frozenset[Tile] = frozenset()) -> _Statements:
         """Loads and computations of `tiles`, in order; those of `summed` add up over the loop."""
-        made: list[Statement] = []
+        made: _Statements = []
         fused = set(self._fused.values())
         for t in tiles:
             if t in self._buffers or t.op in _SOURCES:
@@ -169,54 +156,48 @@ class _Tiling:
                 made += self._compute(t, adds=t in summed)
         return made
 
-    def _load(self, t: Tile) -> Load:
+    def _load(self, t: Tile) -> tiled.Load:
         mask = self._mask(t.axes)
         if t in self._buffers:
             dtype = intermediate_dtype(t, self._signature.dtype)
-            return Load(t, Source.BUFFER, self._buffers[t], dtype, mask)
+            return tiled.Load(t, tiled.Source.BUFFER, self._buffers[t], dtype, mask)
         name, source = str(t.attrs[0]), _SOURCES[t.op]
-        dtype = self._signature.of(name) if source is Source.TOKENS else Dtype.FLOAT32
-        return Load(t, source, name, dtype, mask)
+        dtype = self._signature.of(name) if source is tiled.Source.TOKENS else Dtype.FLOAT32
+        return tiled.Load(t, source, name, dtype, mask)
 
     def _mask(self, axes: Axes) -> Axes:
         """The axes along which a tile may have entries that do not exist in memory."""
-        time = [a for a in axes if a in _TIMES][:1]
+        time = [a for a in axes if a in TIMES][:1]
         return tuple(a for a in axes if a in time or self._is_padded(a))
 
     def _is_padded(self, axis: Axis) -> bool:
-        return is_padded(self._dims, self._extents, axis)
+        return tiled.is_padded(self._dims, self._extents, axis)
 
-    def _stores(self, tiles: Iterable[Tile]) -> list[Statement]:
+    def _stores(self, tiles: Iterable[Tile]) -> _Statements:
         """Stores of those buffers whose value is among `tiles`."""
         present = {unaliased(t) for t in tiles}
         return [self._store(n, t) for n, t in self._kernel.stores if unaliased(t) in present]
 
-    def _store(self, name: BufferId, t: Tile) -> Store:
+    def _store(self, name: BufferId, t: Tile) -> tiled.Store:
         once = self._v_parts > 1 and Axis.V not in t.axes
-        return Store(name, _use(t), t.axes, self._mask(t.axes), once)
+        return tiled.Store(name, _use(t), t.axes, self._mask(t.axes), once)
 
-    def _compute(self, t: Tile, *, adds: bool) -> Iterator[Statement]:
+    def _compute(self, t: Tile, *, adds: bool) -> Iterator[tiled.Statement]:
         if t.op is TileOp.DOT or t in self._fused:
             yield from self._product(t, adds=adds)
             return
-        clean: Axes = ()
-        if t.op is TileOp.SUM:
-            (axes,) = t.attrs
-            assert isinstance(axes, tuple)
-            clean = axes
-        elif t.op in DECAYED:
-            clean = (Axis.K,)
+        clean = (Axis.K,) if t.op in DECAYED else summed_axes(t)
         dtype = Dtype.FLOAT32
         if t.op is TileOp.DECAYED_DOT and self._signature.dtype is Dtype.BFLOAT16:
             dtype = Dtype.BFLOAT16  # decayed factors underflow in float16 (math.md)
-        yield Compute(t, tuple(self._cleaned_use(a, clean) for a in t.args), dtype, adds)
+        yield tiled.Compute(t, tuple(self._cleaned_use(a, clean) for a in t.args), dtype, adds)
 
-    def _cleaned_use(self, x: Tile, axes: Axes) -> Use:
-        along = (a for a in axes if a in x.axes and a not in _TIMES)
+    def _cleaned_use(self, x: Tile, axes: Axes) -> tiled.Use:
+        along = (a for a in axes if a in x.axes and a not in TIMES)
         needed = (a for a in along if self._padding(x, a) is not Padding.ZERO)
         return _use(x)._replace(clean=tuple(needed))
 
-    def _product(self, t: Tile, *, adds: bool) -> Iterator[Statement]:
+    def _product(self, t: Tile, *, adds: bool) -> Iterator[tiled.Statement]:
         """A product, and before it what has to be cleaned for all that follows.
 
         Zeros of one factor are enough in the padding of the axis that is summed, where those of
@@ -227,21 +208,20 @@ class _Tiling:
             (other,) = (a for a in t.args if a != product)
             start = _use(other)
         x, y = product.args
-        (over,) = product.attrs
-        assert isinstance(over, Axis)
+        over = product.attr(Axis)
         rows = min(product.axes, key=self._layout.index)
         if rows not in x.axes:
             x, y = y, x
         left, right = _use(x), _use(y)
-        if over not in _TIMES:
+        if over not in TIMES:
             of_x, of_y = self._padding(x, over), self._padding(y, over)
             if Padding.ZERO not in (of_x, of_y) or Padding.UNSAFE in (of_x, of_y):
                 if of_y is Padding.UNSAFE and self._is_padded(over):
-                    yield Clean(right.value, over)
+                    yield tiled.Clean(right.value, over)
                     self._cleaned.add(right.value)
                 if of_x is not Padding.ZERO:
                     left = left._replace(clean=(over,))
-        yield Product(t, left, right, over, self._signature.dtype, start, adds)
+        yield tiled.Product(t, left, right, over, self._signature.dtype, start, adds)
 
     def _padding(self, x: Tile, axis: Axis) -> Padding:
         """As `padding`; what was loaded from a buffer, or cleaned, has zeros there."""
@@ -251,8 +231,8 @@ class _Tiling:
         return padding(x, axis)
 
 
-def _use(x: Tile) -> Use:
+def _use(x: Tile) -> tiled.Use:
     """`x` as it is seen, its axes by the names that they have there, constant ones left out."""
     while x.op is TileOp.EXPAND:
         (x,) = x.args
-    return Use(unaliased(x), x.axes)
+    return tiled.Use(unaliased(x), x.axes)

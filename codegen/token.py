@@ -86,7 +86,7 @@ def _lowered(node: Node, args: list[Tile]) -> Tile:
 
 def _scaled(x: Tile, factor: Tile) -> Tile:
     """`factor * x`, the factor on a smaller tile where `x` is made from one that has its axes."""
-    if x.op is TileOp.MAP and x.attrs == (Op.MUL,):
+    if x.is_map(Op.MUL):
         for a, b in (x.args, x.args[::-1]):
             if len(a.axes) < len(x.axes) and set(factor.axes) <= set(a.axes):
                 return tile.mul(_scaled(a, factor), b)
@@ -99,8 +99,7 @@ def _read(x: Tile, state: Tile, over: Axis) -> Tile:
         return tile.reduce(tile.mul(x, state), (over,))
     if state.op is not TileOp.MAP:
         return tile.reduce(tile.mul(x, state), (over,))
-    (fn,) = state.attrs
-    assert isinstance(fn, Op)
+    fn = state.attr(Op)
     if fn in (Op.ADD, Op.SUB, Op.NEG):
         return tile.fmap(fn, *(_read(x, part, over) for part in state.args))
     if fn is Op.MUL:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .tile import Axis, Tile, TileOp, axes_of, rename
+from .tile import SQUARE, Axis, Tile, TileOp, axes_of, rename
 
 DECAYED = (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY, TileOp.DECAYED_CROSSING)
 
@@ -33,7 +33,7 @@ def decayed_dot(x: Tile, y: Tile, gate: Gate) -> Tile:
     """Scores under a vector gate, strictly lower; x and y are [I, K], y is renamed here."""
     args = (x, rename(y, Axis.J), *gate.args)
     attrs = (gate.factor, gate.exclusive)
-    return Tile(TileOp.DECAYED_DOT, args, attrs, (Axis.I, Axis.J))
+    return Tile(TileOp.DECAYED_DOT, args, attrs, SQUARE)
 
 
 def decayed_apply(a: Tile, y: Tile, gate: Gate, side: Axis) -> Tile:

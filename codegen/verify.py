@@ -12,31 +12,25 @@ from typing import Any
 
 from ..dsl.errors import InvalidIR
 from ..dsl.ir import Op
+from . import tiled
 from .chunk import ChunkProgram
 from .differentiate import Adjoint
 from .padding import Padding, padding
-from .plan import Kernel, Loop, sums_over
-from .tile import Axes, Axis, Tile, TileOp, axes_of, topological
-from .tiled import (
-    Advance,
-    Arrive,
-    Begin,
-    Clean,
-    Compute,
-    Finish,
-    Load,
-    Product,
-    Statement,
-    Store,
-    TiledKernel,
-    Use,
-    Zero,
-    uses,
+from .plan import Kernel, Loop
+from .tile import (
+    SQUARE,
+    TIMES,
+    Axes,
+    Axis,
+    Tile,
+    TileOp,
+    axes_of,
+    renamed,
+    summed_axes,
+    topological,
 )
 from .vector_gate import DECAYED
 
-_TIMES = (Axis.I, Axis.J)
-_SQUARE: Axes = (Axis.I, Axis.J)
 _NUMBERS = (TileOp.CONST, TileOp.EXTENT)
 
 
@@ -63,9 +57,7 @@ def _shown(t: Tile) -> str:
 
 def _arity(t: Tile) -> int:
     if t.op is TileOp.MAP:
-        (fn,) = t.attrs
-        assert isinstance(fn, Op)
-        return fn.arity
+        return t.attr(Op).arity
     fixed = {TileOp.DOT: 2, TileOp.DECAYED_DOT: 5, TileOp.DECAYED_APPLY: 5}
     return fixed.get(t.op, 8 if t.op is TileOp.DECAYED_CROSSING else int(t.op not in _LEAVES))
 
@@ -92,8 +84,8 @@ def _gated(side: Axes) -> Callable[..., bool]:
 _LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM, TileOp.CONST, TileOp.CARRY, TileOp.EXTENT)
 _TILES: Mapping[TileOp, Callable[..., bool]] = {
     TileOp.TOKEN: lambda t: Axis.J not in t.axes,
-    TileOp.HEAD: lambda t: not set(_TIMES) & set(t.axes),
-    TileOp.CARRY: lambda t: not set(_TIMES) & set(t.axes),
+    TileOp.HEAD: lambda t: not set(TIMES) & set(t.axes),
+    TileOp.CARRY: lambda t: not set(TIMES) & set(t.axes),
     TileOp.PARAM: lambda t: not t.axes,
     TileOp.CONST: lambda t: not t.axes,
     TileOp.EXTENT: lambda t: not t.axes,
@@ -102,33 +94,29 @@ _TILES: Mapping[TileOp, Callable[..., bool]] = {
     TileOp.FLOOR: lambda t, x: t.axes == x.axes,
     TileOp.FLUSH: lambda t, x: t.axes == x.axes,
     TileOp.EXPAND: lambda t, x: set(t.axes) > set(x.axes),
-    TileOp.RENAME: lambda t, x: len(set(x.axes) & set(_TIMES)) == 1 and t.axes == _renamed(t, x),
+    TileOp.RENAME: lambda t, x: (
+        len(set(x.axes) & set(TIMES)) == 1 and t.axes == renamed(x.axes, t.attr(Axis))
+    ),
     TileOp.ROWS: lambda t, x: t.axes == axes_of(Axis.I, *x.axes),
     TileOp.PHASE: lambda t, x: t.axes == axes_of(Axis.I, *x.axes),
-    TileOp.MASK: lambda t, x: t.axes == axes_of(*_SQUARE, *x.axes),
+    TileOp.MASK: lambda t, x: t.axes == axes_of(*SQUARE, *x.axes),
     TileOp.SUM: lambda t, x: (
         set(t.attrs[0]) | set(t.axes) == set(x.axes) and not set(t.attrs[0]) & set(t.axes)
     ),
     TileOp.DOT: _product,
     TileOp.CUMSUM: lambda t, x: t.axes == x.axes and Axis.I in t.axes,
-    TileOp.DECAY: lambda t, g: t.axes == _SQUARE and g.axes == (Axis.I,),
-    TileOp.INVERSE: lambda t, x: t.axes == x.axes == _SQUARE,
-    TileOp.DECAYED_DOT: _gated(_SQUARE),
+    TileOp.DECAY: lambda t, g: t.axes == SQUARE and g.axes == (Axis.I,),
+    TileOp.INVERSE: lambda t, x: t.axes == x.axes == SQUARE,
+    TileOp.DECAYED_DOT: _gated(SQUARE),
     TileOp.DECAYED_APPLY: _gated(()),
     TileOp.DECAYED_CROSSING: _gated((Axis.I, Axis.K)),
 }
 
 
-def _renamed(t: Tile, x: Tile) -> Axes:
-    (to,) = t.attrs
-    assert isinstance(to, Axis)
-    return tuple(to if a in _TIMES else a for a in x.axes)
-
-
 # ---- tiled kernels -------------------------------------------------------------------------------
 
 
-def verify_tiled(kernel: TiledKernel) -> None:
+def verify_tiled(kernel: tiled.TiledKernel) -> None:
     """Raises InvalidIR unless every statement finds its values, and loses none of their entries."""
     checked = _Checked(kernel)
     for inside, phase in ((False, kernel.before), (True, kernel.inside), (False, kernel.after)):
@@ -138,9 +126,11 @@ def verify_tiled(kernel: TiledKernel) -> None:
                 raise InvalidIR(f"{kernel.name}: {type(s).__name__} {wrong}")
         if inside and kernel.channels is not None:  # parts, of which one is left
             checked.known = {t for t in checked.known if kernel.channels not in t.axes}
-    carries = [s.value for s in kernel.statements if isinstance(s, Begin)]
-    ends = [s.value for s in kernel.statements if isinstance(s, Finish)]
-    next_ = [start for s in kernel.statements if isinstance(s, Advance) for start, _ in s.ends]
+    carries = [s.value for s in kernel.statements if isinstance(s, tiled.Begin)]
+    ends = [s.value for s in kernel.statements if isinstance(s, tiled.Finish)]
+    next_ = [
+        start for s in kernel.statements if isinstance(s, tiled.Advance) for start, _ in s.ends
+    ]
     if not carries == ends == next_:
         raise InvalidIR(f"{kernel.name}: carries that do not begin, advance and finish once")
 
@@ -149,14 +139,14 @@ def verify_tiled(kernel: TiledKernel) -> None:
 class _Checked:
     """What is known of values so far: defined, added up in the loop, zero in their padding."""
 
-    kernel: TiledKernel
+    kernel: tiled.TiledKernel
     known: set[Tile] = field(default_factory=set)
     sums: set[Tile] = field(default_factory=set)
     zero: set[Tile] = field(default_factory=set)
 
-    def wrong(self, s: Statement, *, inside: bool) -> str:
+    def wrong(self, s: tiled.Statement, *, inside: bool) -> str:
         """What is wrong with the next statement; empty if nothing is."""
-        for use in uses(s):
+        for use in tiled.uses(s):
             if use.value not in self.known and use.value.op not in _NUMBERS:
                 return f"uses {_shown(use.value)}, which is not there"
             if len(use.axes) != len(use.value.axes):
@@ -173,30 +163,30 @@ class _Checked:
 
     def masks(self, axes: Axes, mask: Axes) -> str:
         """Entries that may not exist: the rows of a tile, and its channels where it is wider."""
-        rows = [a for a in axes if a in _TIMES][:1]
+        rows = [a for a in axes if a in TIMES][:1]
         needed = {a for a in axes if a in rows or self.kernel.is_padded(a)}
         return "" if needed == set(mask) else f"of {axes} masks {mask}"
 
-    def fetch(self, s: Load | Begin, inside: bool) -> str:
+    def fetch(self, s: tiled.Load | tiled.Begin, inside: bool) -> str:
         self.zero.add(s.value)
         return self.masks(s.value.axes, s.mask) or self.define(s.value)
 
-    def start(self, s: Zero, inside: bool) -> str:
+    def start(self, s: tiled.Zero, inside: bool) -> str:
         self.sums.add(s.value)
         self.known.add(s.value)
         return ""
 
-    def compute(self, s: Compute, inside: bool) -> str:
+    def compute(self, s: tiled.Compute, inside: bool) -> str:
         if s.adds and not inside:
             return "adds outside the loop"
-        summed = tuple(a for a in (Axis.K, Axis.V) if sums_over(s.value, a))
+        summed = tuple(a for a in summed_axes(s.value) if a not in TIMES)
         for axis in (Axis.K,) if s.value.op in DECAYED else summed:
             for use in s.args if self.kernel.is_padded(axis) else ():
                 if axis in use.axes and self.padding(use, axis) is not Padding.ZERO:
                     return f"sums the padding of {_shown(use.value)}"
         return self.whole(summed, s.adds) or self.define(s.value, s.adds)
 
-    def product(self, s: Product, inside: bool) -> str:
+    def product(self, s: tiled.Product, inside: bool) -> str:
         rows = min(s.value.axes, key=self.kernel.order.index)
         if s.over in s.value.axes or not all(s.over in u.axes for u in (s.left, s.right)):
             return f"sums {_shown(s.value)} over {s.over}"
@@ -214,38 +204,38 @@ class _Checked:
             return "sums a part of V"
         return "sums one tile of several" if (self.kernel.channels in axes) != adds else ""
 
-    def padding(self, use: Use, axis: Axis) -> Padding:
+    def padding(self, use: tiled.Use, axis: Axis) -> Padding:
         known = axis in use.clean or (axis in use.axes and use.value in self.zero)
         return Padding.ZERO if known else padding(use.value, axis)
 
-    def clean(self, s: Clean, inside: bool) -> str:
+    def clean(self, s: tiled.Clean, inside: bool) -> str:
         self.zero.add(s.value)
         return "" if s.value in self.known else f"of {_shown(s.value)}, which is not there"
 
-    def store(self, s: Store, inside: bool) -> str:
+    def store(self, s: tiled.Store, inside: bool) -> str:
         if s.once != (self.kernel.v_parts > 1 and Axis.V not in s.axes):
             return f"to {s.buffer} by all parts of V, or too few"
         return self.masks(s.axes, s.mask)
 
-    def arrive(self, s: Arrive, inside: bool) -> str:
+    def arrive(self, s: tiled.Arrive, inside: bool) -> str:
         return "" if all(c.value in self.known for c in s.carries) else "before all have begun"
 
-    def advance(self, s: Advance, inside: bool) -> str:
+    def advance(self, s: tiled.Advance, inside: bool) -> str:
         return "" if inside and self.kernel.scan is not Loop.PARALLEL else "outside of the scan"
 
-    def finish(self, s: Finish, inside: bool) -> str:
+    def finish(self, s: tiled.Finish, inside: bool) -> str:
         return self.masks(s.value.axes, s.mask)
 
 
 _STATEMENTS: Mapping[type, Callable[[_Checked, Any, bool], str]] = {
-    Load: _Checked.fetch,
-    Zero: _Checked.start,
-    Compute: _Checked.compute,
-    Product: _Checked.product,
-    Clean: _Checked.clean,
-    Store: _Checked.store,
-    Begin: _Checked.fetch,
-    Arrive: _Checked.arrive,
-    Advance: _Checked.advance,
-    Finish: _Checked.finish,
+    tiled.Load: _Checked.fetch,
+    tiled.Zero: _Checked.start,
+    tiled.Compute: _Checked.compute,
+    tiled.Product: _Checked.product,
+    tiled.Clean: _Checked.clean,
+    tiled.Store: _Checked.store,
+    tiled.Begin: _Checked.fetch,
+    tiled.Arrive: _Checked.arrive,
+    tiled.Advance: _Checked.advance,
+    tiled.Finish: _Checked.finish,
 }

@@ -15,7 +15,7 @@ from ..chunk import LEAST_DECAY, Named
 from ..elementwise import FUNCTIONS
 from ..expressions import Expressions, Names, is_number, unaliased
 from ..plan import Kernel
-from ..tile import Axes, Axis, Tile, TileOp, Which
+from ..tile import Axes, Axis, Tile, TileOp, Which, renamed, summed_axes
 
 # with a number, which torch's functions of two tensors do not take
 _BOUNDS = {Op.MAXIMUM: "min", Op.AT_LEAST: "min", Op.MINIMUM: "max", Op.AT_MOST: "max"}
@@ -115,10 +115,8 @@ class _Torch(Expressions):
 
     def _sum(self, x: Tile) -> str:
         (inner,) = x.args
-        (axes,) = x.attrs
-        assert isinstance(axes, tuple)
         layout = self.layout(inner)
-        dims = tuple(layout.index(a) - len(layout) for a in axes)
+        dims = tuple(layout.index(a) - len(layout) for a in summed_axes(x))
         if len(dims) == 1:
             return f"torch.sum({self.text(inner)}, {dims[0]})"
         return f"torch.sum({self.text(inner)}, {dims})"
@@ -144,10 +142,7 @@ def _held(x: Tile) -> Axes:
     if x.op is TileOp.EXPAND:
         return _held(x.args[0])
     if x.op is TileOp.RENAME:
-        (to,) = x.attrs
-        assert isinstance(to, Axis)
-        time = (Axis.I, Axis.J)
-        return tuple(to if a in time else a for a in _held(x.args[0]))
+        return renamed(_held(x.args[0]), x.attr(Axis))
     return x.axes
 
 

@@ -20,7 +20,7 @@ from ..chunk import Carried, ChunkProgram, Named
 from ..differentiate import GRADIENT, Adjoint
 from ..expressions import Names, identifier
 from ..plan import Kernel, Loop, Program
-from ..tile import Axes, Axis, Tile, TileOp, Which
+from ..tile import TIMES, Axes, Axis, Tile, TileOp, Which
 
 _NOTATION = Notation({Op.ADD: " + ", Op.SUB: " − ", Op.MUL: "·", Op.DIV: "/"}, "−")
 _COMPARISON = {Which.LOWER: "≥", Which.STRICT: ">", Which.DIAGONAL: "="}
@@ -118,7 +118,7 @@ class _Printer:
 
     def _clashes(self, t: Tile) -> bool:
         """Whether the index that `t` sums over might meet itself in the expression around it."""
-        bound = set(_bound(t))
+        bound = set(tile.summed_axes(t))
         while self._uses[t] == 1 and t not in self._roots:
             ((user, renamed),) = self._users[t]
             if user.op not in _ELEMENTWISE:
@@ -133,10 +133,8 @@ class _Printer:
     def _text(self, x: Tile, letters: _Letters) -> Text:
         while x.op in _ALIASES and x not in self.known:
             if x.op is TileOp.RENAME:
-                (to,) = x.attrs
-                source = Axis.I if to is Axis.J else Axis.J
-                assert isinstance(to, Axis)
-                letters = {**letters, source: letters[to]}
+                to = x.attr(Axis)
+                letters = {**letters, **dict.fromkeys(TIMES, letters[to])}
             (x,) = x.args
         if x in self.known:
             return Text(self._reference(self.known[x], x.axes, letters))
@@ -144,9 +142,7 @@ class _Printer:
             text = f"{x.value:g}"
             return Text(text) if x.value >= 0 else _NOTATION.negative(Text(text[1:]))
         if x.op is TileOp.EXTENT:
-            (axis,) = x.attrs
-            assert isinstance(axis, Axis)
-            return Text(axis.value.upper())
+            return Text(x.attr(Axis).value.upper())
         return self._expression(x, letters)
 
     def _reference(self, name: str, axes: Axes, letters: _Letters) -> str:
@@ -183,7 +179,7 @@ class _Printer:
         if x.op is TileOp.INVERSE:
             (lower,) = x.args
             return Text(f"(1 + {self.name(lower)})⁻¹[{letters[Axis.I]},{letters[Axis.J]}]")
-        over = ",".join(letters[a] for a in _bound(x))
+        over = ",".join(letters[a] for a in tile.summed_axes(x))
         over = f"{{{over}}}" if "," in over else over
         return Text(f"Σ_{over} {self._summand(x, letters)}", Level.SERIES)
 
@@ -196,8 +192,7 @@ class _Printer:
         return f"{first}·{second}·exp({p} − {q}) [i > j]"
 
     def _map(self, x: Tile, letters: _Letters) -> Text:
-        (fn,) = x.attrs
-        assert isinstance(fn, Op)
+        fn = x.attr(Op)
         args = [self._text(a, letters) for a in x.args]
         if fn is Op.ADD and args[1].text.startswith("−"):  # a + −b + c is a − b + c
             return Text(f"{args[0].text} − {args[1].text[1:]}", Level.SUM)
@@ -228,25 +223,8 @@ def _shown(x: Tile, known: Container[Tile] = ()) -> Tile:
     return x
 
 
-def _bound(x: Tile) -> Axes:
-    """The axes that `x` sums over."""
-    if x.op is TileOp.SUM:
-        (axes,) = x.attrs
-        assert isinstance(axes, tuple)
-        return axes
-    if x.op is TileOp.DOT:
-        (axis,) = x.attrs
-        assert isinstance(axis, Axis)
-        return (axis,)
-    if x.op is TileOp.DECAYED_APPLY:
-        return (Axis.J,) if x.attrs[0] is Axis.I else (Axis.I,)
-    return (Axis.K,)
-
-
 def _condition(x: Tile) -> str:
-    which = x.attrs[0]
-    assert isinstance(which, Which)
-    return f"i {_COMPARISON[which]} j"
+    return f"i {_COMPARISON[x.attr(Which)]} j"
 
 
 def _renames(x: Tile) -> bool:

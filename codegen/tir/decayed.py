@@ -270,8 +270,7 @@ def decayed_crossing(frame: Frame, made: Compute) -> None:
 
     Where no decay of the chunk is stronger than the limit, a difference of sums.
     """
-    limit = made.value.attrs[0]
-    assert isinstance(limit, float)
+    limit = made.value.attr(float)
     code, lanes = frame.code, frame.lanes
     d = _Decayed(frame, made)
     strong = code.accumulator(number(0.0, lanes))

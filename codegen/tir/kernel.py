@@ -19,7 +19,7 @@ from ..buffers import BufferId
 from ..interface import Buffer as Stored
 from ..interface import Parameter, Role, Signature, loaded, stored
 from ..plan import Kernel, Loop
-from ..tile import Axes, Axis, Tile
+from ..tile import TIMES, Axes, Axis, Tile
 from ..tiled import Advance, Begin, Finish, Load, Source, Store, Use
 from ..tiling import tile
 from .code import Code, Index, int32, int64
@@ -296,7 +296,7 @@ def _shown(x: Buffer) -> str:
 
 def _in_rows(axes: Axes) -> bool:
     """Whether a tile is a row of channels for each token."""
-    return [a in (Axis.I, Axis.J) for a in axes] == [True, False]
+    return [a in TIMES for a in axes] == [True, False]
 
 
 def _assign(frame: Frame, start: Tile, end: Use) -> None:

@@ -17,13 +17,12 @@ from typing import TypeAlias
 from ...dsl.ir import Op
 from ..expressions import INLINE
 from ..plan import Loop
-from ..tile import Axes, Axis, Tile, TileOp
+from ..tile import SQUARE, Axes, Tile, TileOp
 from ..tiled import Advance, Begin, Compute, Load, Product, Store, TiledKernel, Use, uses
 from ..vector_gate import DECAYED
 
 POINTWISE = INLINE
 NUMBERS = (TileOp.CONST, TileOp.EXTENT, TileOp.PARAM)
-_SQUARE: Axes = (Axis.I, Axis.J)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +145,7 @@ def zero_above(t: Tile) -> bool:
         return True
     if t.op is TileOp.MAP:
         (fn,) = t.attrs
-        square = [zero_above(a) for a in t.args if a.axes == _SQUARE]
+        square = [zero_above(a) for a in t.args if a.axes == SQUARE]
         if fn is Op.MUL:
             return any(square)
         return fn in (Op.ADD, Op.SUB, Op.NEG) and len(square) == len(t.args) and all(square)
@@ -190,7 +189,7 @@ class _Refinement:
         in_place = {e: s for e, s in self._ends.items() if self._overwrites(e)}
         half: set[Tile] = set()
         for t in reversed(self._order):
-            square = t.axes == _SQUARE and t.op is not TileOp.INVERSE
+            square = t.axes == SQUARE and t.op is not TileOp.INVERSE
             if t.op is TileOp.CUMSUM and not (t.attrs[0] or zero_above(t.args[0])):
                 square = False  # entries above the diagonal count
             if square and t not in self._results and self._only_below(t, half):

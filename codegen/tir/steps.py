@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from tvm import tirx
 
 from ...dsl.ir import Op
-from ..tile import Axis, Tile, TileOp, Which
+from ..tile import Axis, Tile, TileOp, Which, summed_axes
 from ..tiled import Compute, Use
 from .code import Accumulator, Index, broadcast, int32, multiply_add, number, ramp
 from .decayed import decayed_apply, decayed_crossing, decayed_dot
@@ -93,9 +93,7 @@ def _decay(frame: Frame, s: Compute) -> None:
 
 def _sum(frame: Frame, s: Compute) -> None:
     (x,) = s.args
-    (axes,) = s.value.attrs
-    assert isinstance(axes, tuple)
-    if len(x.axes) == 2 and x.axes[1] not in axes:
+    if len(x.axes) == 2 and x.axes[1] not in summed_axes(s.value):
         _sum_of_rows(frame, s.value, x)
     else:
         _sum_along_rows(frame, s.value, x)
@@ -120,7 +118,7 @@ def _add(frame: Frame, values: Values, x: Use, point: dict[Axis, Index], to: Acc
     """Adds `x` at `point`; a product by a multiply-add."""
     t = x.value
     inlined = x.axes == t.axes and t not in frame.schedule.regions
-    if inlined and t.op is TileOp.MAP and t.attrs == (Op.MUL,):
+    if inlined and t.is_map(Op.MUL):
         a, b = (values.at(use, point) for use in inputs(frame.schedule.made[t]))
         frame.code.set(to, multiply_add(a, b, to.get()))
     else:

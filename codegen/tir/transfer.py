@@ -19,7 +19,7 @@ from tvm.tirx import Buffer, Expr, Var
 from ..buffers import BufferId
 from ..interface import Buffer as Stored
 from ..interface import Parameter, Role, Signature, Storage
-from ..tile import Axes, Axis, Tile
+from ..tile import TIMES, Axes, Axis, Tile
 from ..tiled import Begin, Finish, Load, Source, Store, Use
 from .code import Code, Index, int32, int64, load, number
 from .frame import Frame, Rows
@@ -27,7 +27,6 @@ from .schedule import Region
 from .values import Point, Values
 
 STORAGE = Storage(wide=True, transposed=False)
-_TIMES = (Axis.I, Axis.J)
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # callers align tensors to no more
 _PREFIX = {Role.INITIAL: "first_", Role.FINAL: "last_"}
 
@@ -226,7 +225,7 @@ def _grid(axes: Axes) -> tuple[Axis | None, Axis | None]:
     if not axes:
         return None, None
     (axis,) = axes
-    return (axis, None) if axis in _TIMES else (None, axis)
+    return (axis, None) if axis in TIMES else (None, axis)
 
 
 def _zero(frame: Frame, t: Tile) -> None:

@@ -67,15 +67,11 @@ class Values:
         if t.op is TileOp.CONST:
             return number(t.value, self._lanes)
         if t.op is TileOp.EXTENT:
-            (axis,) = t.attrs
-            assert isinstance(axis, Axis)
-            return number(self._frame.shapes.extent(axis), self._lanes)
+            return number(self._frame.shapes.extent(t.attr(Axis)), self._lanes)
         if t.op is TileOp.PARAM:
             return broadcast(self._frame.params[str(t.attrs[0])], self._lanes)
         if t.op is TileOp.MAP:
-            (fn,) = t.attrs
-            assert isinstance(fn, Op)
-            return self._math.apply(fn, self._args(t, point))
+            return self._math.apply(t.attr(Op), self._args(t, point))
         (x,) = self._args(t, point)
         return self._selected(t, x, point)
 
@@ -99,13 +95,9 @@ class Values:
     def _selected(self, t: Tile, x: Expr, point: Point) -> Expr:
         zero = number(0.0, self._lanes)
         if t.op is TileOp.FLOOR:
-            (least,) = t.attrs
-            assert isinstance(least, float)
-            return self._math.most(self._frame.code.bind("x", x), least)
+            return self._math.most(self._frame.code.bind("x", x), t.attr(float))
         if t.op is TileOp.FLUSH:
-            (least,) = t.attrs
-            assert isinstance(least, float)
-            return self.flushed(x, least)
+            return self.flushed(x, t.attr(float))
         if t.op is TileOp.STEP:
             return tirx.Select(x > zero, number(1.0, self._lanes), zero)
         if t.op is TileOp.MASK:

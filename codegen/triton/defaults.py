@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from .. import tile
 from ..chunk import ChunkProgram
 from ..config import Config, Dims, KernelConfig, padded
-from ..plan import Hoist, Kernel, Plan, sums_over
-from ..tile import Axis, TileOp
+from ..plan import Hoist, Kernel, Plan
+from ..tile import Axis, TileOp, summed_axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def token_config(kernel: Kernel, dims: Dims) -> Config:
     A warp then holds 32 numbers a thread; where sums over the value axis need all of its columns,
     eight warps do.
     """
-    whole = any(sums_over(t, Axis.V) for t in kernel.order)
+    whole = any(Axis.V in summed_axes(t) for t in kernel.order)
     tile = max(8, min(padded(dims.V), 512 // padded(dims.K)))
     nothing = Plan(Hoist.NOTHING, outputs_in_scan=True)
     return Config(1, nothing, nothing, KernelConfig(tile, 8 if whole else 1, 3))

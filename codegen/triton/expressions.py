@@ -8,7 +8,7 @@ from ..chunk import LEAST_DECAY
 from ..elementwise import FUNCTIONS
 from ..expressions import Expressions, Names, is_number
 from ..interface import Dtype
-from ..tile import Axis, Tile, TileOp, Which
+from ..tile import Axis, Tile, TileOp, Which, summed_axes
 from ..tiled import Compute, Load, Product, TiledKernel, Use
 from . import library as triton_library
 
@@ -167,15 +167,14 @@ class TritonExpressions(Expressions):
 
     def _sum(self, s: Compute) -> str:
         (inner,) = s.args
-        (axes,) = s.value.attrs
-        assert isinstance(axes, tuple)
         text = self.cleaned(inner, self.text(inner.value))
         if len(inner.axes) == 1 and self._of_products(inner.value):
             # a sum of row sums of products: on sm_100 Triton 3.7 fails to compile it as a vector's
             name = self.names.fresh("x")
             self.lines.append(f"{name} = {text}")
             return f"tl.sum(tl.sum({name}[None, :], 1), 0)"
-        for position in sorted((self.laid(inner.axes).index(a) for a in axes), reverse=True):
+        positions = map(self.laid(inner.axes).index, summed_axes(s.value))
+        for position in sorted(positions, reverse=True):
             text = f"tl.sum({text}, {position})"
         return text
 

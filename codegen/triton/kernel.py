@@ -11,26 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .. import tiled
 from ..config import Config, KernelConfig
 from ..expressions import Names, identifier
 from ..interface import Buffer, Parameter, Signature, Storage, stored
 from ..plan import Kernel, Loop
 from ..tile import Axis, Tile, TileOp
-from ..tiled import (
-    Advance,
-    Arrive,
-    Begin,
-    Clean,
-    Compute,
-    Finish,
-    Load,
-    Product,
-    Statement,
-    Store,
-    Use,
-    Zero,
-    uses,
-)
 from ..tiling import tile
 from . import library as triton_library
 from .memory import RANGE, TritonMemory
@@ -77,23 +63,23 @@ class _KernelPrinter(TritonMemory):
         self._config = config.of(kernel.name)
 
     def print(self) -> TritonKernel:
-        kernel, tiled = self._kernel, self.tiled
+        kernel, own = self._kernel, self.tiled
         buffers = kernel.buffers
         for t in kernel.order:  # operands get their names first
             if t.op in _LEAVES or t in buffers:
                 name = buffers[t].label if t in buffers else str(t.attrs[0])
                 self.known[t] = self.names.fresh(identifier(name))
-        self.uses.update(use.value for s in tiled.statements for use in uses(s))
+        self.uses.update(use.value for s in own.statements for use in tiled.uses(s))
         body = self._parallel_body() if kernel.loop is Loop.PARALLEL else self._scan_body()
         source = self._header(body)
-        dims, BK, BV = tiled.dims, tiled.extents[Axis.K], tiled.extents[Axis.V]
-        sizes = {"K": dims.K, "V": dims.V, "C": tiled.chunk, "BK": BK, "BV": BV}
+        dims, BK, BV = own.dims, own.extents[Axis.K], own.extents[Axis.V]
+        sizes = {"K": dims.K, "V": dims.V, "C": own.chunk, "BK": BK, "BV": BV}
         return TritonKernel(
             name=kernel.name,
             loop=kernel.loop,
             source=source,
             parameters=tuple(self.parameters.values()),
-            v_programs=tiled.v_parts,
+            v_programs=own.v_parts,
             constants=(*sizes.items(), ("NV", -(-dims.V // BV))),
             config=self._config,
             stores=stored(kernel, self._signature, STORAGE),
@@ -125,45 +111,45 @@ class _KernelPrinter(TritonMemory):
             f"{text}\n"
         )
 
-    def _run(self, statements: Iterable[Statement]) -> list[str]:
+    def _run(self, statements: Iterable[tiled.Statement]) -> list[str]:
         """The lines of `statements`."""
         for s in statements:
             _ROWS[type(s)](self, s)
         return self.flush()
 
-    def compute(self, s: Compute | Product) -> None:
+    def compute(self, s: tiled.Compute | tiled.Product) -> None:
         """An assignment, or nothing where it is printed where it is used."""
         if not s.adds:
             self.define(s.value)
             return
         name = self.known.pop(s.value)
-        if isinstance(s, Product):
+        if isinstance(s, tiled.Product):
             self.lines.append(f"{name} = {self.product(s, name)}")
         else:
             self.lines.append(f"{name} += {self.structural(s.value)}")
         self.known[s.value] = name
 
-    def zero(self, s: Zero) -> None:
+    def zero(self, s: tiled.Zero) -> None:
         """What a loop adds to."""
         self.known[s.value] = name = self.names.fresh(s.value.hint or "x")
         self.lines.append(f"{name} = {self.zeros(s.value.axes)}")
 
-    def clean(self, s: Clean) -> None:
+    def clean(self, s: tiled.Clean) -> None:
         """Another name for a value, which later statements know it by."""
         x = s.value
         name = self.names.fresh(x.hint or "x")
-        use = Use(x, x.axes, (s.axis,))
+        use = tiled.Use(x, x.axes, (s.axis,))
         self.lines.append(f"{name} = {self.cleaned(use, self.text(x))}")
         self.known[x] = name
         self.dtypes.pop(x, None)
 
-    def advance(self, s: Advance) -> None:
+    def advance(self, s: tiled.Advance) -> None:
         """The next carries; where there are several, none may see another's new value."""
         several = len(s.ends) > 1
         ends = [(self.known[start], self._next(start, use, several)) for start, use in s.ends]
         self.lines += [f"{name} = {end}" for name, end in ends if name != end]
 
-    def _next(self, start: Tile, use: Use, assign: bool) -> str:
+    def _next(self, start: Tile, use: tiled.Use, assign: bool) -> str:
         x = use.value
         if x.op is TileOp.CONST:
             return f"tl.full({self.shape(start.axes)}, {x.value}, dtype=tl.float32)"
@@ -243,16 +229,16 @@ class _KernelPrinter(TritonMemory):
 
 
 _ROWS: Mapping[type, Callable[[_KernelPrinter, Any], None]] = {
-    Load: _KernelPrinter.load,
-    Zero: _KernelPrinter.zero,
-    Compute: _KernelPrinter.compute,
-    Product: _KernelPrinter.compute,
-    Clean: _KernelPrinter.clean,
-    Store: _KernelPrinter.store,
-    Begin: _KernelPrinter.begin,
-    Arrive: _KernelPrinter.arrive,
-    Advance: _KernelPrinter.advance,
-    Finish: _KernelPrinter.finish,
+    tiled.Load: _KernelPrinter.load,
+    tiled.Zero: _KernelPrinter.zero,
+    tiled.Compute: _KernelPrinter.compute,
+    tiled.Product: _KernelPrinter.compute,
+    tiled.Clean: _KernelPrinter.clean,
+    tiled.Store: _KernelPrinter.store,
+    tiled.Begin: _KernelPrinter.begin,
+    tiled.Arrive: _KernelPrinter.arrive,
+    tiled.Advance: _KernelPrinter.advance,
+    tiled.Finish: _KernelPrinter.finish,
 }
 _OF_SEQUENCE = [
     "n = (pid // HV).to(tl.int64)  # the sequence",

@@ -10,12 +10,11 @@ from ..buffers import BufferId
 from ..expressions import Names, identifier
 from ..interface import Dtype, Parameter, Role
 from ..plan import Loop
-from ..tile import Axes, Axis
+from ..tile import TIMES, Axes, Axis
 from ..tiled import Arrive, Begin, Finish, Load, Source, Store, TiledKernel
 from .expressions import TritonExpressions
 
 RANGE = {Axis.I: "oi", Axis.J: "oj", Axis.V: "ov", Axis.K: "ok"}
-_TIMES = (Axis.I, Axis.J)
 _SIZE = {Axis.I: "C", Axis.J: "C", Axis.V: "BV", Axis.K: "BK"}
 
 
@@ -48,7 +47,7 @@ class TritonMemory(TritonExpressions):
         layout = self.laid(axes)
         conditions = []
         for axis in self.laid(mask):
-            condition = "rows" if axis in _TIMES else self.tail(axis)
+            condition = "rows" if axis in TIMES else self.tail(axis)
             assert condition is not None
             text = f"({condition})" if " " in condition and len(layout) > 1 else condition
             conditions.append(self.place(text, (axis,), layout))
@@ -98,7 +97,7 @@ class TritonMemory(TritonExpressions):
 
     def _buffer_address(self, pointer: str, axes: Axes) -> str:
         layout = self.laid(axes)
-        time = [a for a in layout if a in _TIMES]
+        time = [a for a in layout if a in TIMES]
         if not time:
             size = {(): "1", (Axis.K,): "K", (Axis.V,): "V", (Axis.K, Axis.V): "K * V"}[axes]
             index = "index" if self.tiled.scan is Loop.PARALLEL else "(index + chunk)"
@@ -106,7 +105,7 @@ class TritonMemory(TritonExpressions):
             if axes == (Axis.K, Axis.V):
                 return f"{base} + (ov[:, None] * K + ok[None, :])"
             return base + "".join(f" + {RANGE[a]}" for a in layout)
-        channel = [a for a in layout if a not in _TIMES]
+        channel = [a for a in layout if a not in TIMES]
         size = channel[0].value.upper() if channel else ("C" if len(time) == 2 else "1")
         width = "" if size == "1" else f" * {size}"
         offsets = self._offsets(axes, f"(HV{width})")
