@@ -28,7 +28,8 @@ from ..runtime.prepared import Request, Way
 from ..runtime.printed import dtypes_of
 from ..runtime.triton import engine as triton_engine
 from ..runtime.triton.launch import Launch
-from ..runtime.triton.launch_plan import Bound, New
+from ..runtime.triton.launch_plan import LoadedKernel, New
+from ..runtime.triton.printed import buffer_of, kernel_of
 from ..runtime.triton.segments import in_parts
 from ..runtime.tuned.artifact import Certificate, Configuration
 from ..runtime.tuned.selection import call_size_of
@@ -167,13 +168,13 @@ class TritonTunable:
         choice = self._choice(part, point)
         kernel = printed(choice.kernel, choice.tiles, choice.chunk, self._signature)
         unit = import_source(offline.unit(kernel))
-        bound = Bound(kernel, vars(unit)[offline.UNIT])
-        given = loaded(choice.kernel, self._signature, STORAGE)
-        launch = Launch(self._task, (bound,), choice.chunk, self._segment, given)
+        alone = LoadedKernel(kernel_of(kernel), vars(unit)[offline.UNIT])
+        given = tuple(map(buffer_of, loaded(choice.kernel, self._signature, STORAGE)))
+        launch = Launch(self._task, (alone,), choice.chunk, self._segment, given)
         tensors = launch.tensors(self._values)
-        (launched,) = launch.plan.launches
-        tensors += self._arena.take(launched.new)
-        return lambda: launched.run(tensors, aligned=True)
+        (spec,) = launch.plan.launches
+        tensors += self._arena.take(spec.new)
+        return lambda: spec.run(tensors, aligned=True)
 
     # ---- whole configurations --------------------------------------------------------------------
 

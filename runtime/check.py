@@ -12,7 +12,8 @@ from ..dsl import errors, oracle
 from ..dsl.ir import Kind, Node, Op, Per, topological
 from ..dsl.normal_form import expressions
 from ..dsl.step import operand_leaf, param_leaf
-from .call import Call, check_boundaries
+from .call import Call
+from .sizes import check_boundaries
 
 CHECK_VARIABLE = "CHUNKWISE_CHECK"
 

@@ -25,10 +25,10 @@ from ..dsl.ir import Per
 from ..dsl.normal_form import NormalForm, Operand
 from .call import Call, places_of, values_of
 from .engines import EngineName
-from .micro_steps import as_rows, coarse, coarse_gradient, refined, refined_cotangent
+from .micro_steps import by_entry, expanded, rows_of
 from .prepared import Records, Request, Run, States, Values, Way
-from .printed import dtypes_of, own_gradient, unprinted
-from .tokens import of_tokens
+from .printed import dtypes_of, unsupported_dtype
+from .rows import as_kernels_read, in_last_rows, last_rows
 from .tuned.artifact import Configuration, Key
 from .tuned.selection import call_size_of, key_here, token_loop_wins
 
@@ -226,7 +226,7 @@ def task_of(request: Request) -> Task:
         if tokens:
             operands |= _token_feeds(value, o, call.micro, places.time)
         else:
-            make = as_rows(o, n)
+            make = rows_of(call, o).make
             operands[o.name] = value if make is None else value.then(make)
     per_head = {o.name for o in call.step.operands if o.per is Per.HEAD}
     operands = {name: _strided(f, per_head=name in per_head) for name, f in operands.items()}
@@ -245,7 +245,7 @@ def task_of(request: Request) -> Task:
     if call.cu_seqlens is not None:
         assert places.cu_seqlens is not None
         bounds = _boundaries(Feed(places.cu_seqlens, None, call.cu_seqlens), call.device, n)
-    rows = of_tokens(call) if tokens else refined(call)
+    rows = by_entry(call) if tokens else expanded(call)
     return Task(
         way, call, rows, operands, starts, places.params, bounds, tuple(results), places.time
     )
@@ -258,8 +258,7 @@ def _like(feed: Feed) -> Tensor:
 
 def _strided(feed: Feed, *, per_head: bool) -> Feed:
     """As kernels take operands: channels without gaps, those per head without any."""
-    x = _like(feed)
-    return feed.dense() if per_head or (x.ndim > 3 and x.stride(-1) != 1) else feed
+    return feed if as_kernels_read(_like(feed), per_head=per_head) else feed.dense()
 
 
 def _token_feeds(value: Feed, o: Operand, micro: int, time: bool) -> dict[str, Feed]:
@@ -285,9 +284,8 @@ def _cotangent(call: Call, at: int, do: Tensor | None) -> Feed:
         feed = Feed(at, lambda _: torch.zeros(shape, dtype=dtype, device=device), like)
     else:
         feed = Feed(at, None, do).dense()
-    if len(call.form.micro_steps) == 1:
-        return feed
-    return feed.then(lambda x: refined_cotangent(call, x))
+    n = len(call.form.micro_steps)
+    return feed if n == 1 else feed.then(lambda x: in_last_rows(x, n))
 
 
 def _boundaries(feed: Feed, device: torch.device, micro_steps: int) -> Feed:
@@ -305,7 +303,7 @@ def _finish(task: Task, name: str) -> Callable[[Any], Tensor] | None:
     call, rows = task.call, task.rows
     n = 1 if task.way is Way.TOKENS else len(call.form.micro_steps)
     if name == "o":
-        return None if n == 1 else lambda o: coarse(call, o)
+        return None if n == 1 else partial(last_rows, n=n)
     if task.way is not Way.BACKWARD:
         return None
     name = name.removeprefix(GRADIENT)
@@ -316,19 +314,10 @@ def _finish(task: Task, name: str) -> Callable[[Any], Tensor] | None:
         assert start is not None
         dtype = start.dtype
         return None if dtype is call.state_dtype else partial(torch.Tensor.to, dtype=dtype)
-    x, per_head = rows.operands[name], name in task.per_head
+    x = rows.operands[name]
     (operand,) = (o for o in call.form.operands if o.name == name)
-    of_tokens = coarse_gradient(operand, call.T, call.micro, n)
-    shape, dtype, HV, device = x.shape, x.dtype, call.HV, call.device
-
-    def gradient(g: Tensor | None) -> Tensor:
-        if g is None:
-            own = torch.zeros(shape, dtype=dtype, device=device)
-        else:
-            own = own_gradient(g, shape, dtype, HV, per_head=per_head)
-        return (own if of_tokens is None else of_tokens(own)).contiguous()
-
-    return gradient
+    gradient = rows_of(call, operand).gradient
+    return partial(gradient, shape=x.shape, dtype=x.dtype, device=call.device, HV=call.HV)
 
 
 def chunk_refusal(form: NormalForm) -> str | None:
@@ -342,7 +331,7 @@ def chunk_refusal(form: NormalForm) -> str | None:
 
 def printed_token_refusal(call: Call) -> str | None:
     """Why no kernel is printed for tokens like these; None if one is."""
-    why = unprinted(dtypes_of(call))
+    why = unsupported_dtype(dtypes_of(call))
     if why is not None:
         return why
     try:

@@ -27,10 +27,6 @@ class EngineName(Enum):
     TVM = "tvm"
 
 
-class CannotRun(RuntimeError):
-    """A kernel that does not compile, or needs more than the device has."""
-
-
 # the table that a new engine joins: its module, and the devices that choose it by themselves
 _MODULES = {
     EngineName.REFERENCE: "reference",

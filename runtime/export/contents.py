@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...codegen.config import Config, Dims
@@ -13,12 +12,6 @@ from ...dsl.ir import Kind, Per
 from ...dsl.normal_form import NormalForm, Operand
 from ..sizes import letters
 from ..tuned.artifact import Certificate
-
-# what the printed modules call their own things
-RESERVED = (
-    *("batch", "chunk_offsets", "chunk_table", "chunks", "cu_seqlens", "device", "heads"),
-    *("kernels", "sequences", "shared", "support", "tokens", "torch", "C", "K", "V"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,24 +73,10 @@ class Package:
         ]
 
     @property
-    def rows_per_token(self) -> int:
-        """How many rows of a kernel's tiles a token takes."""
-        return len(self.form.micro_steps)
-
-    @property
     def lead(self) -> str:
         """The operand whose dtype is that of the output: the first Value per token."""
         values = [o for o in self.form.operands if o.kind is Kind.VALUE and o.per is Per.TOKEN]
         return (values or list(self.form.operands))[0].name
-
-    def size(self, letter: str, variables: Mapping[str, str]) -> str:
-        """An expression for the size of an axis; `variables` by operand."""
-        for o in self.form.operands:
-            if letter in letters(o):
-                return f"{variables[o.name]}.shape[{letters(o).index(letter)}]"
-        assert letter == "HV", "no operand has this axis"
-        heads = [f"{variables[o.name]}.shape[{letters(o).index('H')}]" for o in self.form.operands]
-        return f"max({', '.join(heads)})"
 
     def header(self, what: str) -> list[str]:
         """A module's docstring: what it is for, where it comes from, and how to print it anew."""

@@ -7,7 +7,7 @@ exporting again gives the same bytes.
 from __future__ import annotations
 
 import hashlib
-import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -25,14 +25,13 @@ from ...codegen.triton.fit import H100_SHARED, fit
 from ...dsl.declaration import Declaration
 from ...dsl.ir import Kind, Op, Per, topological
 from ...dsl.normal_form import NormalForm
-from .. import micro_steps, packing, printed
 from ..cache import write_atomically
 from ..engines import EngineName
 from ..tuned.artifact import CallSize, Certificate, Key
 from ..tuned.machine import Machine, machine_of
 from ..tuned.selection import find, folders, nearest, select_config
 from .contents import Package, Served
-from .launch import print_launchers
+from .launches import print_launches
 from .op import print_layer, print_op
 from .readme import (
     LICENSE,
@@ -90,7 +89,7 @@ def export(declaration: Declaration, request: Request) -> dict[str, str]:
     if not package.name.isidentifier() or iskeyword(package.name) or package.name in _MODULES:
         raise ValueError(f"{package.name!r} cannot name the function: choose another (--name)")
     for operand in (*package.operands, *package.params):
-        if operand in _USED:
+        if operand in (*_USED, *_MODULES):
             raise ValueError(f"{operand!r} cannot name an operand of an exported op: rename it")
     files = _sources(package)
     hub = request.layout is Layout.HUB
@@ -188,16 +187,21 @@ def _command(request: Request, *, has_micro: bool) -> str:
     return " ".join(words)
 
 
-_MODULES = ("layers", "op", "reference", "support")
+# files of the runtime that packages carry as they are (read, not imported: they need triton)
+_CARRIED = (
+    *("cannot_run.py", "packing.py", "rows.py", "shapes.py"),
+    *("triton/kernels.py", "triton/launch_plan.py", "export/support.py", "export/token_loop.py"),
+)
+_MODULES = ("layers", "op", "reference", *(Path(name).stem for name in _CARRIED))
 # what the printed functions that have operands as arguments use
-_USED = ("OPS", "ValueError", "float", "len", "range", "self", "step", "torch", "tuple", "zip")
+_USED = ("AXES", "OPS", "RECURRENCE", "STATES", "dtype", "operands", "self", "step", "torch")
 
 
 def _sources(package: Package) -> dict[str, str]:
     """The modules of the package, and its configurations."""
     files = {f"kernels_{s.suffix}.py": s.emitted.source for s in package.served}
-    files |= {f"launch_{s.suffix}.py": print_launchers(package, s) for s in package.served}
-    files["support.py"] = _support()
+    files |= {f"launch_{s.suffix}.py": print_launches(package, s) for s in package.served}
+    files |= {Path(name).name: _carried(name) for name in _CARRIED}
     files["op.py"] = print_op(package, files)
     files["__init__.py"] = print_init(package)
     files["layers.py"] = print_layer(package)
@@ -207,13 +211,11 @@ def _sources(package: Package) -> dict[str, str]:
     return files
 
 
-def _support() -> str:
-    """`support` as it stands (not imported: it needs triton), and functions of the runtime."""
-    parts = [Path(__file__).with_name("support.py").read_text(encoding="utf-8")]
-    tables = (packing.chunk_bound, packing.chunk_table)
-    shared = (*tables, micro_steps.entries, printed.own_gradient)
-    parts += [inspect.getsource(f) for f in shared]
-    return "\n\n\n".join(p.strip("\n") for p in parts) + "\n"
+def _carried(name: str) -> str:
+    """The source of a file of the runtime, all that it imports of ours taken from beside it."""
+    text = (Path(__file__).parent.parent / name).read_text(encoding="utf-8")
+    text = re.sub(r"^from \.+\w*\.(\w+) import", r"from .\1 import", text, flags=re.MULTILINE)
+    return re.sub(r"^from \.\.(\w*) import", r"from .\1 import", text, flags=re.MULTILINE)
 
 
 def _hub(package: Package, files: Mapping[str, str]) -> dict[str, str]:

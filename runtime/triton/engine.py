@@ -24,11 +24,12 @@ from ..call import Call
 from ..engine import Execute, KernelEngine, Task, chunk_refusal, printed_token_refusal
 from ..engines import EngineName
 from ..prepared import Way
-from ..printed import PRINTED, Dtypes, dtypes_of, unprinted
+from ..printed import PRINTED, Dtypes, dtypes_of, unsupported_dtype
 from ..tuned.artifact import CallSize, Configuration
 from ..tuned.selection import call_size_of, key_here, select_config
 from .launch import Launch
-from .launch_plan import Bound
+from .launch_plan import LoadedKernel
+from .printed import kernel_of
 from .segments import segment_of
 
 
@@ -40,8 +41,8 @@ class _Compiled:
     """
 
     chunk: int
-    forward: tuple[Bound, ...]
-    backward: tuple[Bound, ...]
+    forward: tuple[LoadedKernel, ...]
+    backward: tuple[LoadedKernel, ...]
     segment: int = 0
 
 
@@ -51,7 +52,7 @@ class _Triton(KernelEngine):
     name = EngineName.TRITON
 
     def refusal(self, call: Call) -> str | None:
-        why = _no_device(call.device) or unprinted(dtypes_of(call))
+        why = _no_device(call.device) or unsupported_dtype(dtypes_of(call))
         if why is not None:
             return why
         if triton.knobs.runtime.interpret and torch.bfloat16 in dict(dtypes_of(call)).values():
@@ -182,7 +183,7 @@ def _compile_token(step: Step, dims: Dims, dtype: torch.dtype, dtypes: Dtypes) -
 def _imported(emitted: Emitted, chunk: int) -> _Compiled:
     module = import_source(emitted.source)
     forward, backward = (
-        tuple(Bound(k, getattr(module, k.name)) for k in kernels)
+        tuple(LoadedKernel(kernel_of(k), getattr(module, k.name)) for k in kernels)
         for kernels in (emitted.forward, emitted.backward)
     )
     return _Compiled(chunk, forward, backward)

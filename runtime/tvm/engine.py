@@ -28,7 +28,7 @@ from ..call import Call
 from ..engine import Execute, Feed, KernelEngine, Task, chunk_refusal, printed_token_refusal
 from ..engines import EngineName
 from ..prepared import Values, Way
-from ..printed import PRINTED, TORCH, Dtypes, dtypes_of, unprinted
+from ..printed import PRINTED, TORCH, Dtypes, dtypes_of, unsupported_dtype
 from ..tuned.artifact import Configuration
 from ..tuned.selection import call_size_of, select_config
 from .allocator import LARGE_BLOCK, empty, in_large_pages, keep_freed_memory
@@ -53,7 +53,7 @@ class _Tvm(KernelEngine):
     name = EngineName.TVM
 
     def refusal(self, call: Call) -> str | None:
-        return _no_cpu(call) or unprinted(dtypes_of(call)) or chunk_refusal(call.form)
+        return _no_cpu(call) or unsupported_dtype(dtypes_of(call)) or chunk_refusal(call.form)
 
     def token_refusal(self, call: Call) -> str | None:
         return _no_cpu(call) or printed_token_refusal(call)
