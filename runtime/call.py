@@ -21,7 +21,7 @@ from ..dsl import errors
 from ..dsl.ir import Kind
 from ..dsl.normal_form import NormalForm, StateDecl
 from .shapes import Form
-from .sizes import Sizes, kind_name, measure, measured, shape_of
+from .sizes import Sizes, measure, measured, shape_of
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
@@ -79,14 +79,16 @@ class Call(Sizes):
 
     def state_shape(self, state: StateDecl) -> tuple[int, ...]:
         """`[N,HV,K,V]`, or `[N,HV,K]` for a KeyState."""
-        tail = (self.K, self.V) if state.kind is Kind.STATE else (self.K,)
-        return (self.N, self.HV, *tail)
+        return (self.N, self.HV, *self.channels(state.kind))
+
+    def channels(self, kind: Kind) -> tuple[int, ...]:
+        """The sizes of the channel axes of a kind."""
+        return tuple({"K": self.K, "V": self.V}[a] for a in kind.axes)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
         """`[B,T,HV,V]` for an output that is a Value."""
-        tail = {Kind.VALUE: (self.V,), Kind.KEY: (self.K,)}.get(self.step.output.kind, ())
-        return (self.B, self.T, self.HV, *tail)
+        return (self.B, self.T, self.HV, *self.channels(self.step.output.kind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,7 @@ def arrange(
     for x in declaration.operands:
         value = given.pop(x.name, None)
         if value is None:
-            raise errors.MissingOperand(x.name, kind_name(x), shape_of(x), op=title)
+            raise errors.MissingOperand(x.name, x.spelled, shape_of(x), op=title)
         if not isinstance(value, Tensor):
             raise errors.BadDtype(x.name, type(value).__name__, f"a tensor {shape_of(x)}")
         plain = type(value) in PLAIN and not value.is_nested

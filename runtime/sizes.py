@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..dsl import errors
 from ..dsl.ir import Kind, Per
-from ..dsl.normal_form import Operand, StateDecl
+from ..dsl.normal_form import Operand
 from . import shapes
 from .shapes import Form, pattern
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_TRAILING = {Kind.SCALAR: (), Kind.KEY: ("K",), Kind.VALUE: ("V",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,30 +44,9 @@ class Sizes:
     device: torch.device
 
 
-def kind_name(x: Operand) -> str:
-    """The operand's kind as the user wrote it."""
-    bare = x.kind.name.title()
-    if x.micro:
-        return f"tuple[{bare}, ...]"
-    return f"Head{bare}" if x.per is Per.HEAD else bare
-
-
-def letters(x: Operand) -> tuple[str, ...]:
-    """An operand's axes; n counts micro-steps, H the heads of Keys, which may divide the others."""
-    if x.per is Per.HEAD:
-        return ("HV", *_TRAILING[x.kind])
-    micro = ("n",) if x.micro else ()
-    return ("B", "T", *micro, "H" if x.kind is Kind.KEY else "HV", *_TRAILING[x.kind])
-
-
-def state_letters(state: StateDecl) -> tuple[str, ...]:
-    """A state's axes: `N HV K V`, or `N HV K`."""
-    return ("N", "HV", "K", "V") if state.kind is Kind.STATE else ("N", "HV", "K")
-
-
 def shape_of(x: Operand) -> str:
     """The shape an operand must have, in letters: `[B,T,H|HV,K]`."""
-    return pattern(letters(x))
+    return pattern(x.axes)
 
 
 def measure(
@@ -92,13 +70,13 @@ def measure(
 
     def refuse(fault: str, name: str, got: Any, expected: str) -> Exception:
         if fault == "shape" and name in declared:
-            return errors.BadShape(name, got, expected, kind=kind_name(declared[name]))
+            return errors.BadShape(name, got, expected, kind=declared[name].spelled)
         return refusal(fault, name, got, expected)
 
     sizes = shapes.measure(
-        {x.name: letters(x) for x in declaration.operands},
+        {x.name: x.axes for x in declaration.operands},
         operands,
-        {s.name: state_letters(s) for s in declaration.states},
+        {s.name: s.axes for s in declaration.states},
         states,
         cu_seqlens,
         refuse,

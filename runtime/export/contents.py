@@ -10,7 +10,6 @@ from ...codegen.triton.emit import Emitted
 from ...dsl.declaration import Declaration
 from ...dsl.ir import Kind, Per
 from ...dsl.normal_form import NormalForm, Operand
-from ..sizes import letters
 from ..tuned.artifact import Certificate
 
 
@@ -91,4 +90,4 @@ class Package:
 
 def axes(o: Operand, micro_steps: int = 1) -> tuple[str, ...]:
     """An operand's axes in letters, the number of micro-steps written out."""
-    return tuple(str(micro_steps) if a == "n" else a for a in letters(o))
+    return tuple(str(micro_steps) if a == "n" else a for a in o.axes)

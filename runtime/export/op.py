@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator, Mapping
 
 from ...dsl.normal_form import Operand
-from ..sizes import state_letters
 from .contents import Package, axes
 from .text import module, wrapped
 
@@ -72,7 +71,7 @@ def _tables(package: Package, sources: Mapping[str, str]) -> Iterator[str]:
     for o in package.form.operands:
         yield f'    "{o.name}": "{" ".join(axes(o, package.micro))}",'
     yield "}"
-    states = [f'"{s.name}": "{" ".join(state_letters(s))}"' for s in package.form.states]
+    states = [f'"{s.name}": "{" ".join(s.axes)}"' for s in package.form.states]
     yield from wrapped("STATES = {", states, "}")
     narrow = tuple(o for o in package.operands if o in package.narrow)
     yield "# in the dtype of the products; the other operands are widened to float32"
@@ -99,8 +98,8 @@ def _tables(package: Package, sources: Mapping[str, str]) -> Iterator[str]:
 
 
 def _kind(o: Operand) -> str:
-    name = o.kind.name.title()
-    return f"{name} of every micro-step" if o.micro else f"{name}, per {o.per.value}"
+    per = "of every micro-step" if o.micro else f", per {o.per.value}"
+    return f"{o.kind.spelled} {per}".replace(" ,", ",")
 
 
 def _signature(package: Package) -> list[str]:
@@ -121,7 +120,7 @@ def _public(package: Package) -> Iterator[str]:
         yield f"        {p.name}: a Python number."
     for n, s in enumerate(package.form.states):
         name = "initial_state" + (f"[{n}]" if several else "")
-        yield f"        {name}: `[{','.join(state_letters(s))}]`; zero where absent."
+        yield f"        {name}: `[{','.join(s.axes)}]`; zero where absent."
     yield "        output_final_state: return the state after the last token too."
     yield "        cu_seqlens: int32 or int64 `[N+1]`, N sequences packed along T, with B = 1."
     yield ""

@@ -23,7 +23,7 @@ from ...codegen.triton.defaults import default_config
 from ...codegen.triton.emit import emit
 from ...codegen.triton.fit import H100_SHARED, fit
 from ...dsl.declaration import Declaration
-from ...dsl.ir import Kind, Op, Per, topological
+from ...dsl.ir import Kind, Per, operands_of
 from ...dsl.normal_form import NormalForm
 from ..cache import write_atomically
 from ..engines import EngineName
@@ -118,14 +118,7 @@ def _package(declaration: Declaration, request: Request) -> Package:
 
 def _narrow(form: NormalForm) -> frozenset[str]:
     """Keys and Values per token, but for gates: what products take in the dtype of the call."""
-    gates = {
-        str(leaf.attrs[0])
-        for micro_step in form.micro_steps
-        for update in micro_step.updates
-        if update.log_decay is not None
-        for leaf in topological(update.log_decay)
-        if leaf.op is Op.OPERAND
-    }
+    gates = operands_of(*(log_decay for _, log_decay in form.log_decays))
     return frozenset(
         o.name
         for o in form.operands

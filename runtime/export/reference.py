@@ -17,8 +17,6 @@ _OWN = ("K", "V", "step", "torch")  # what the printed step calls its own things
 # of numbers: Python computes it, without tensors
 _ARITHMETIC = (*PYTHON.signs, Op.NEG, Op.WITHIN, Op.CONST, Op.PARAM)
 _READS = {Op.READ: "...k,...kv->...v", Op.READ_VALUE: "...kv,...v->...k"}
-_RANK = {Kind.SCALAR: 0, Kind.KEY: 1, Kind.VALUE: 1, Kind.KEY_STATE: 1, Kind.STATE: 2}
-_AXES = {Kind.SCALAR: "", Kind.KEY: "K", Kind.VALUE: "V", Kind.KEY_STATE: "K", Kind.STATE: "K,V"}
 _LONG = 36  # an expression longer than this gets a name of its own
 
 
@@ -58,9 +56,9 @@ class _StepPrinter:
         yield f'    """One token of every head: the new state{_plural(step)}, and the output.'
         yield ""
         for s in step.states:
-            yield f"    {self._known[s.name]}: `[…,{_AXES[s.kind]}]`."
+            yield f"    {self._known[s.name]}: `[{','.join(('…', *s.kind.axes))}]`."
         for o in step.operands:
-            axes = ",".join(part for part in ("…", _AXES[o.kind]) if part)
+            axes = ",".join(("…", *o.kind.axes))
             micro = "; a tuple, one of each micro-step" if o.micro else ""
             yield f"    {self._known[o.name]}: `[{axes}]`{micro}."
         yield '    """'
@@ -127,7 +125,7 @@ class _StepPrinter:
 
     def _lifted(self, node: Node, kind: Kind) -> Text:
         """An argument that broadcasts against what has `kind`."""
-        missing = _RANK[kind] - _RANK[node.kind]
+        missing = len(kind.axes) - len(node.kind.axes)
         if missing == 0 or _is_number(node):
             return self._texts[node]
         if node.kind is Kind.VALUE:

@@ -9,7 +9,6 @@ from ...dsl import errors
 from ...dsl.ir import Kind
 from ...dsl.normal_form import NormalForm, StateDecl
 from ..inputs import Ranges, kinds_only, ranges, usual_params
-from ..sizes import state_letters
 from .contents import Package, axes
 from .text import module, wrapped
 
@@ -87,7 +86,7 @@ def print_test(package: Package) -> str:
 
 
 def _state(state: StateDecl) -> str:
-    text = f"normal(random, {', '.join(state_letters(state))})"
+    text = f"normal(random, {', '.join(state.axes)})"
     return text if state.kind is Kind.STATE else f"{text}.abs()"
 
 
