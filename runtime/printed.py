@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..codegen.interface import Dtype
+from ..codegen.config import Dims, Precision
+from ..codegen.interface import Dtype, Signature
 from .call import Call
 
 TORCH = {
@@ -28,3 +29,11 @@ def unsupported_dtype(dtypes: Dtypes) -> str | None:
         if dtype not in PRINTED:
             return f"{name} is {dtype}; kernels take float32, bfloat16 and float16"
     return None
+
+
+def signature_of(
+    dims: Dims, dtype: torch.dtype, dtypes: Dtypes, precision: Precision = Precision.IEEE
+) -> Signature:
+    """What kernels are printed for, from the dtypes of a call and of its operands."""
+    named = tuple((name, PRINTED[d]) for name, d in dtypes)
+    return Signature(dims, PRINTED[dtype], named, precision)

@@ -18,10 +18,8 @@ import torch
 
 from ...codegen.config import Config, Dims, Precision
 from ...codegen.interface import Dtype, Signature
-from ...codegen.programs import chunk_program
-from ...codegen.triton.defaults import default_config
 from ...codegen.triton.emit import emit
-from ...codegen.triton.fit import H100_SHARED, fit
+from ...codegen.triton.fit import H100_SHARED, untuned_config
 from ...dsl.declaration import Declaration
 from ...dsl.ir import Kind, Per, operands_of
 from ...dsl.normal_form import NormalForm
@@ -148,12 +146,7 @@ def _configuration(
         shared = about.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in stubs
     key = Key(form.digest, EngineName.TRITON, dtype.value, dims, machine)
 
-    def default() -> Config:
-        wide = dtype is Dtype.FLOAT32
-        plain = default_config(chunk_program(form), dims, wide_dtype=wide)
-        return fit(form, plain, dims, 4 if wide else 2, shared)
-
-    config = select_config(Config, key, TRAINING, default)
+    config = select_config(Config, key, TRAINING, lambda: untuned_config(form, dims, dtype, shared))
     artifact = find(key, folders()).artifact
     tuned = None if artifact is None else nearest(artifact, TRAINING)
     if artifact is None or tuned is None:

@@ -5,7 +5,7 @@ Runs on a GPU; on a CPU only under Triton's interpreter (TRITON_INTERPRET=1), fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -13,10 +13,8 @@ import triton
 
 from ...codegen.config import Config, Dims, Precision
 from ...codegen.interface import Signature
-from ...codegen.programs import chunk_program
-from ...codegen.triton.defaults import default_config
 from ...codegen.triton.emit import Emitted, emit, emit_token
-from ...codegen.triton.fit import H100_SHARED, fit
+from ...codegen.triton.fit import H100_SHARED, untuned_config
 from ...dsl.normal_form import NormalForm
 from ...dsl.step import Step
 from ..cache import import_source
@@ -24,9 +22,9 @@ from ..call import Call
 from ..engine import Execute, KernelEngine, Task, chunk_refusal, printed_token_refusal
 from ..engines import EngineName
 from ..prepared import Way
-from ..printed import PRINTED, Dtypes, dtypes_of, unsupported_dtype
-from ..tuned.artifact import CallSize, Configuration
-from ..tuned.selection import call_size_of, key_here, select_config
+from ..printed import PRINTED, Dtypes, dtypes_of, signature_of, unsupported_dtype
+from ..tuned.artifact import Configuration
+from ..tuned.selection import call_size_of, select_config
 from .launch import Launch
 from .launch_plan import LoadedKernel
 from .printed import kernel_of
@@ -89,8 +87,7 @@ def configuration(
     form: NormalForm, dims: Dims, dtype: torch.dtype, shared: int = H100_SHARED
 ) -> Config:
     """The configuration for calls of `form`, untuned, where a program has `shared` bytes."""
-    config = default_config(chunk_program(form), dims, wide_dtype=dtype is torch.float32)
-    return fit(form, config, dims, dtype.itemsize, shared)
+    return untuned_config(form, dims, PRINTED[dtype], shared)
 
 
 @lru_cache(maxsize=16)
@@ -113,8 +110,13 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def _compiled_for(call: Call) -> _Compiled:
-    size = call_size_of(call)
-    return _compile(call.form, call.K, call.V, call.dtype, dtypes_of(call), call.device, size)
+    form, dims = call.form, Dims(call.K, call.V)
+
+    def default() -> Config:
+        return configuration(form, dims, call.dtype, shared_memory(call.device))
+
+    config = select_config(Config, ENGINE.key(call), call_size_of(call), default)
+    return _compiled_with(call, config, None)
 
 
 def _compiled_with(call: Call, config: Config, segment: int | None) -> _Compiled:
@@ -124,27 +126,7 @@ def _compiled_with(call: Call, config: Config, segment: int | None) -> _Compiled
     return compile_with(call.form, dims, call.dtype, dtypes_of(call), config, segment)
 
 
-@lru_cache(maxsize=8192)
-def _compile(
-    form: NormalForm,
-    K: int,
-    V: int,
-    dtype: torch.dtype,
-    dtypes: Dtypes,
-    device: torch.device,
-    size: CallSize,
-) -> _Compiled:
-    dims = Dims(K, V)
-    config = select_config(
-        Config,
-        key_here(form, EngineName.TRITON, dtype, dims, device),
-        size,
-        lambda: configuration(form, dims, dtype, shared_memory(device)),
-    )
-    segment = segment_of(form, dims, size, multiprocessors(device))
-    return compile_with(form, dims, dtype, dtypes, config, segment)
-
-
+@lru_cache(maxsize=512)
 def compile_with(
     form: NormalForm,
     dims: Dims,
@@ -157,22 +139,8 @@ def compile_with(
 
     `segment`: tokens of a segment, to have scans run on segments; else 0.
     """
-    kernels = _kernels(form, dims, dtype, dtypes, config, segments=segment > 0)
-    return replace(kernels, segment=segment)
-
-
-@lru_cache(maxsize=512)
-def _kernels(
-    form: NormalForm,
-    dims: Dims,
-    dtype: torch.dtype,
-    dtypes: Dtypes,
-    config: Config,
-    *,
-    segments: bool,
-) -> _Compiled:
-    emitted = emit(form, signature(dims, dtype, dtypes), config, segments=segments)
-    return _imported(emitted, config.chunk)
+    emitted = emit(form, signature(dims, dtype, dtypes), config, segments=segment > 0)
+    return _imported(emitted, config.chunk, segment)
 
 
 @lru_cache(maxsize=512)
@@ -180,23 +148,16 @@ def _compile_token(step: Step, dims: Dims, dtype: torch.dtype, dtypes: Dtypes) -
     return _imported(emit_token(step, signature(dims, dtype, dtypes)), 1)
 
 
-def _imported(emitted: Emitted, chunk: int) -> _Compiled:
+def _imported(emitted: Emitted, chunk: int, segment: int = 0) -> _Compiled:
     module = import_source(emitted.source)
     forward, backward = (
         tuple(LoadedKernel(kernel_of(k), getattr(module, k.name)) for k in kernels)
         for kernels in (emitted.forward, emitted.backward)
     )
-    return _Compiled(chunk, forward, backward)
+    return _Compiled(chunk, forward, backward, segment)
 
 
 def signature(dims: Dims, dtype: torch.dtype, dtypes: Dtypes) -> Signature:
     """What kernels are printed for, from the dtypes of a call and of its operands."""
-    named = tuple((name, PRINTED[d]) for name, d in dtypes)
-    return Signature(dims, PRINTED[dtype], named, _precision())
-
-
-@lru_cache(maxsize=1)
-def _precision() -> Precision:
-    if torch.version.hip or triton.knobs.runtime.interpret:
-        return Precision.IEEE
-    return Precision.TF32X3
+    exact = torch.version.hip or triton.knobs.runtime.interpret
+    return signature_of(dims, dtype, dtypes, Precision.IEEE if exact else Precision.TF32X3)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ...codegen.buffers import BufferId
-from ...codegen.config import Dims, Precision
+from ...codegen.config import Dims
 from ...codegen.differentiate import GRADIENT
-from ...codegen.interface import Buffer, Role, Signature
+from ...codegen.interface import Buffer, Role
 from ...codegen.plan import Loop, Program
 from ...codegen.programs import backward_program, forward_program
 from ...codegen.tir.config import TvmConfig, default_config, spread, token_config
@@ -28,7 +28,7 @@ from ..call import Call
 from ..engine import Execute, Feed, KernelEngine, Task, chunk_refusal, printed_token_refusal
 from ..engines import EngineName
 from ..prepared import Values, Way
-from ..printed import PRINTED, TORCH, Dtypes, dtypes_of, unsupported_dtype
+from ..printed import TORCH, Dtypes, dtypes_of, signature_of, unsupported_dtype
 from ..tuned.artifact import Configuration
 from ..tuned.selection import call_size_of, select_config
 from .allocator import LARGE_BLOCK, empty, in_large_pages, keep_freed_memory
@@ -109,7 +109,7 @@ def compiled(
     backward: bool,
 ) -> _Compiled:
     keep_freed_memory()
-    signature = _signature(dims, dtype, dtypes)
+    signature = signature_of(dims, dtype, dtypes)
     program: Program = (
         backward_program(form, config.backward)
         if backward
@@ -131,15 +131,10 @@ def compiled_token(
     keep_freed_memory()
     config = token_config(lanes_of(host_cpu()))
     kernel = print_tir(
-        token_kernel(step), _signature(dims, dtype, dtypes), config, one_token=one_token
+        token_kernel(step), signature_of(dims, dtype, dtypes), config, one_token=one_token
     )
     (function,) = functions([kernel], host_cpu())
     return _Compiled(config, (((kernel, function),),))
-
-
-def _signature(dims: Dims, dtype: torch.dtype, dtypes: Dtypes) -> Signature:
-    named = tuple((name, PRINTED[d]) for name, d in dtypes)
-    return Signature(dims, PRINTED[dtype], named, Precision.IEEE)
 
 
 class _Kernel(NamedTuple):
