@@ -47,7 +47,7 @@ _FORWARD, _BACKWARD = "forward", "backward"
 
 
 @dataclass(frozen=True, slots=True)
-class _Subject:
+class _PartKernel:
     """A part's kernel and chunk length, and the parameters that change the printed kernel."""
 
     kernel: Kernel
@@ -82,7 +82,7 @@ class TritonTunable:
             call.form, self._dims, call.dtype, gpu.shared_program
         )
         self._known = (self.default, *neighbours)
-        self._subjects: dict[str, _Subject] = {}
+        self._subjects: dict[str, _PartKernel] = {}
         self._keys: dict[Hashable, str] = {}
         self._plans: dict[Alternative, Plan] = {}
         self._arena = _Arena(call.device)
@@ -136,7 +136,7 @@ class TritonTunable:
             digest = hashlib.blake2b(unit.encode(), digest_size=5).hexdigest()
             key = f"C={chunk}/{kernel.name}-{digest}"
             self._keys[same] = key
-            self._subjects[key] = _Subject(kernel, chunk, traits(kernel, chunk, self._signature))
+            self._subjects[key] = _PartKernel(kernel, chunk, traits(kernel, chunk, self._signature))
         return self._keys[same]
 
     # ---- parts -----------------------------------------------------------------------------------

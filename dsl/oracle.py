@@ -273,18 +273,27 @@ def _written(key_node: Node, key: Tensor, value: Tensor | None, kind: Kind) -> T
 # ---------------------------------------------------------------- all tokens
 
 
-def _run(
+def run(
     form: Step | NormalForm,
-    token: _Token,
-    roots: Sequence[Node],
     operands: Mapping[str, Tensor],
-    params: Mapping[str, float | Tensor],
-    initial: Sequence[Tensor | None] | None,
-    cu_seqlens: Tensor | None,
-    dtype: torch.dtype,
+    params: Mapping[str, float | Tensor] | None = None,
+    initial: Sequence[Tensor | None] | None = None,
+    cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The declared step, or a normal form, token by token; differentiable.
+
+    `operands` by name in the layouts of `kinds` (a micro operand is `[B,T,n,…]`); `initial` one
+    state per sequence, `[N,HV,K,V]` or `[N,HV,K]`, None for zeros; `cu_seqlens` packs N sequences
+    into B = 1. Returns o `[B,T,HV,V]` in `dtype`, and the final states. Gradients are checkpointed
+    every √T tokens. Raises MissingOperand, BadShape, HeadMismatch.
+    """
+    if isinstance(form, Step):
+        token, roots = _step_token(form), list(form.roots)
+    else:
+        token, roots = _form_token(form), [*expressions(form), form.output]
     dims = dims_of(form.operands, operands, form.states, initial)
-    env = leaves(form, operands, params, dtype, dims)
+    env = leaves(form, operands, params or {}, dtype, dims)
     dependent = _state_dependent(roots)
     # the preamble runs once for all tokens; expressions of the state run token by token
     preamble = [n for n in topological(*roots) if n not in dependent]
@@ -341,49 +350,3 @@ def _run(
 def _has_tokens(node: Node, form: Step | NormalForm) -> bool:
     per_token = {o.name for o in form.operands if o.per is Per.TOKEN}
     return not per_token.isdisjoint(operands_of(node))
-
-
-def run(
-    step: Step,
-    operands: Mapping[str, Tensor],
-    params: Mapping[str, float | Tensor] | None = None,
-    initial: Sequence[Tensor | None] | None = None,
-    cu_seqlens: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The declared step, token by token; differentiable, checkpointed every √T tokens.
-
-    `operands` by name in the layouts of `kinds` (a micro operand is `[B,T,n,…]`); `initial` one
-    state per sequence, `[N,HV,K,V]` or `[N,HV,K]`, None for zeros; `cu_seqlens` packs N sequences
-    into B = 1. Returns o `[B,T,HV,V]` in `dtype`, and the final states.
-    Raises MissingOperand, BadShape, HeadMismatch.
-    """
-    roots = list(step.roots)
-    return _run(step, _step_token(step), roots, operands, params or {}, initial, cu_seqlens, dtype)
-
-
-def run_form(
-    form: NormalForm,
-    operands: Mapping[str, Tensor],
-    params: Mapping[str, float | Tensor] | None = None,
-    initial: Sequence[Tensor | None] | None = None,
-    cu_seqlens: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The same for a normal form, micro-step by micro-step. Arguments and returns as in `run`."""
-    roots = [*expressions(form), form.output]
-    return _run(form, _form_token(form), roots, operands, params or {}, initial, cu_seqlens, dtype)
-
-
-def step_once(
-    step: Step,
-    operands: Mapping[str, Tensor],
-    states: Sequence[Tensor | None] | None = None,
-    params: Mapping[str, float | Tensor] | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One token: operands without their token axis (`[B,H,K]`, …). Returns o `[B,HV,V]`, states."""
-    per_head = {o.name for o in step.operands if o.per is Per.HEAD}
-    one = {n: x if n in per_head else x.unsqueeze(1) for n, x in operands.items()}
-    out, new = run(step, one, params, states, dtype=dtype)
-    return out[:, 0], new

@@ -290,8 +290,8 @@ def _growth(
     random = torch.Generator().manual_seed(2)
     starts = [_normal([sizes[a] for a in s.axes], random) for s in form.states]
     with torch.no_grad():
-        _, moved = oracle.run_form(form, exact, params, starts, bounds)
-        _, still = oracle.run_form(form, exact, params, None, bounds)
+        _, moved = oracle.run(form, exact, params, starts, bounds)
+        _, still = oracle.run(form, exact, params, None, bounds)
     return max(
         float(((a - b).flatten(2).norm(dim=2) / s.flatten(2).norm(dim=2)).max())
         for a, b, s in zip(moved, still, starts, strict=True)

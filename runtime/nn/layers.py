@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...dsl.ir import Kind, Node, Op, Per, operands_of
 from ...dsl.normal_form import NormalForm, Operand
+from ..packing import token_sequences
 
 if TYPE_CHECKING:
     from ..recurrence import Recurrence, States
@@ -64,8 +65,8 @@ def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 def positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """The sequence of every packed token and its position there, both `[T]`, without a sync."""
     t = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    sequence = torch.bucketize(t, cu_seqlens[1:].contiguous(), right=True)
-    return sequence, t - cu_seqlens[:-1][sequence]
+    sequence = token_sequences(cu_seqlens, tokens)
+    return sequence, t - cu_seqlens[sequence]
 
 
 class ShortConvolution(nn.Module):
