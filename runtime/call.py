@@ -93,9 +93,9 @@ class Call(Sizes):
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the values of a call stand: operands, first states and floats by name.
+    """The positions of a call's values: operands, first states and floats by name.
 
-    `cotangents`: where that of the output stands, those of the final states behind it. `time`:
+    `cotangents`: the position of the output's cotangent, before those of the final states. `time`:
     whether values of tokens have a time axis.
     """
 

@@ -1,8 +1,8 @@
 """The base of every engine: calls as kernels see them, once per layout; an engine compiles those.
 
 A layout is a call without contents: its tensors lie on "meta", with the shapes, strides and dtypes
-of the call's. What turns a value of a call into a tensor of a kernel (rows of micro-steps, a copy
-without gaps) is decided on it, so that a call only carries it out.
+of the call's. From the layout follows how each value of a call becomes a tensor of a kernel (as
+rows of micro-steps, by a copy without gaps); a call only carries this out.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ Execute = Callable[[Values], Sequence[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """A tensor that kernels take.
+    """How a tensor that kernels take is made of a value of the call.
 
     Attributes:
-        at: which value of the call it is made of.
-        make: what is made of that; None: it is the value itself.
-        like: how the result lies in memory, without contents; None: there is none.
+        at: the number of the value.
+        make: the function from the value to the tensor; None where the tensor is the value.
+        like: a tensor of the same layout without contents; None where the value is None.
     """
 
     at: int
@@ -69,11 +69,11 @@ class Task:
     """One way of calls of one layout, for an engine to compile.
 
     Attributes:
-        call, rows: the layout, as called and as kernels take it, a micro-step a row.
-        operands: by name; of a backward also the output's cotangent, `d_o`.
-        starts: first values of what is carried, by name; without a `like` they are zero.
-        params: where floats stand among the values of a call.
-        results: what is to be computed, by the names of kernels: `o` and states, or gradients.
+        call, rows: the layout as called, and as kernels take it: with a row for each micro-step.
+        operands: the operands by name; a backward has the output's cotangent too, as `d_o`.
+        starts: the first values of carries by name; a start without a `like` is zero.
+        params: the numbers of floats among the values of a call.
+        results: the names that kernels give to the results: `o` and states, or gradients.
         time: whether values of tokens have a time axis.
     """
 
@@ -99,7 +99,7 @@ class Task:
 
 
 class Engine(ABC):
-    """What an engine offers: ops, the tuner and whoever examines it ask no more of it."""
+    """The interface of engines, for ops, for the tuner and for validation."""
 
     name: EngineName
     has_steps = True  # whether it has kernels of single tokens
@@ -178,7 +178,7 @@ _RECORDS: Records[Run] = Records()
 
 
 class KernelEngine(Engine):
-    """An engine of printed kernels: it says what it takes, and compiles; the rest is here."""
+    """The base of engines that print kernels: a subclass refuses calls and compiles tasks."""
 
     @abstractmethod
     def compile(self, task: Task, config: Configuration | None, segment: int | None) -> Execute:
@@ -299,7 +299,7 @@ def _boundaries(feed: Feed, device: torch.device, micro_steps: int) -> Feed:
 
 
 def _finish(task: Task, name: str) -> Callable[[Any], Tensor] | None:
-    """What makes a task's result that of the call; None: it is."""
+    """The function from a task's result to the call's; None where both are the same."""
     call, rows = task.call, task.rows
     n = 1 if task.way is Way.TOKENS else len(call.form.micro_steps)
     if name == "o":

@@ -93,7 +93,8 @@ def measure(
     )
     lead = next(values, operands[0])
     axes = {a: sizes[a] for a in ("B", "T", "H", "HV", "K", "V", "N")}
-    return Sizes(**axes, micro=sizes.get("n", 1), dtype=lead.dtype, device=operands[0].device)
+    micro = int(sizes.get("n", 1))  # of torch.compile's symbols too: it decides what is traced
+    return Sizes(**axes, micro=micro, dtype=lead.dtype, device=operands[0].device)
 
 
 measured = lru_cache(maxsize=4096)(measure)

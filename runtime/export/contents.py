@@ -1,4 +1,4 @@
-"""What is exported, as data that every printer of the package reads."""
+"""The contents of an exported package, as data that its printers share."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Package:
     """A recurrence with all kernels that are exported for it.
 
     Attributes:
-        name: of the function that users call.
-        micro: how many micro-steps a token has.
-        command: what regenerates the package.
-        narrow: the operands that come in the dtype of products; the others are widened to float32.
+        name: the name of the function that users call.
+        micro: the number of micro-steps of a token.
+        command: the command line that regenerates the package.
+        narrow: the operands in the dtype of products; the others are widened to float32.
     """
 
     name: str

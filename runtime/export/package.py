@@ -60,10 +60,10 @@ class Request:
     """What to export.
 
     Attributes:
-        target: as it is written in the command that regenerates the package.
-        name: of the function; by default that of the recurrence.
+        target: the recurrence as command lines name it.
+        name: the name of the function; None: the recurrence's.
         micro: micro-steps per token, where operands are tuples.
-        config: instead of the tuned or default ones.
+        config: a configuration to use in place of the tuned or default ones.
     """
 
     target: str
@@ -157,7 +157,7 @@ def _configuration(
 
 
 def _command(request: Request, *, has_micro: bool) -> str:
-    """What regenerates the package; a file is named without its folder."""
+    """The command line that regenerates the package; it names a file without its folder."""
     file, colon, name = request.target.rpartition(":")
     target = f"{Path(file).name}:{name}" if colon else Path(request.target).name
     words = ["chunkwise", "export", target, "-o", "FOLDER"]

@@ -50,7 +50,7 @@ class Recurrence:
         params: the names of its floats.
         narrow: operands in the dtype of products; the others are widened to float32.
         lead: the operand whose dtype the output has.
-        rows: how many rows of a kernel's tiles a token takes, one for each micro-step.
+        rows: rows of a kernel's tiles that a token takes: one for each micro-step.
         kernels: by dtype, K and V.
     """
 

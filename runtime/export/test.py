@@ -17,7 +17,7 @@ _TOLERANCES = {Dtype.FLOAT32: 1e-4, Dtype.BFLOAT16: 2e-2, Dtype.FLOAT16: 1e-2}
 
 
 def _ranges(form: NormalForm) -> Ranges:
-    """What is known of the operands; of those without a known range, no more than their kinds."""
+    """The ranges of the operands; their kinds alone where no ranges are found to be legal."""
     try:
         return ranges(form, usual_params(form))
     except errors.NotLowered:

@@ -1,4 +1,4 @@
-"""The Triton engine: which kernels serve a call. Emits them, imports them, has them launched.
+"""The Triton engine: selects a call's configuration, emits its kernels and imports them.
 
 Runs on a GPU; on a CPU only under Triton's interpreter (TRITON_INTERPRET=1), for tests.
 """
@@ -33,9 +33,9 @@ from .segments import segment_of
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    """What serves calls of one form, dimensions and dtypes.
+    """The kernels for calls of one form, dimensions and dtypes.
 
-    `segment`: tokens of a segment, where scans run on segments; else 0.
+    `chunk`: rows of a chunk; `segment`: tokens of a segment, where scans run on segments; else 0.
     """
 
     chunk: int
@@ -103,7 +103,7 @@ def shared_memory(device: torch.device) -> int:
 
 @lru_cache(maxsize=16)
 def multiprocessors(device: torch.device) -> int:
-    """How many of them `device` has; of no GPU, those of an H100."""
+    """The number of multiprocessors of `device`; that of an H100 where it is no GPU."""
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count

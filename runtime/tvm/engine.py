@@ -140,8 +140,9 @@ def compiled_token(
 class _Kernel(NamedTuple):
     """A kernel of a task, its tensors by their numbers among those of a call.
 
-    `own`: by position, which of the stage's buffers of threads it is. `each`: its items for one of
-    the stage.
+    Attributes:
+        own: arguments of which each thread has its own: position, number among the stage's.
+        each: work items of the kernel in one of the stage's.
     """
 
     function: Function
@@ -152,7 +153,7 @@ class _Kernel(NamedTuple):
 
 
 class _New(NamedTuple):
-    """A buffer, new for each call: a row per token or per chunk, and the axes behind that."""
+    """A buffer that is new in each call: a row per token or per chunk, with these axes."""
 
     by_token: bool
     axes: list[int]
@@ -160,10 +161,15 @@ class _New(NamedTuple):
 
 
 class _Stage(NamedTuple):
-    """Kernels that run for one sequence and head, all of them, then for the next.
+    """Kernels that all run for one sequence and head before they run for the next.
 
-    `ends`: last values of carries; `new`: buffers that they are first to write; `passed`: those of
-    which each thread has one.
+    Attributes:
+        ends: shapes and dtypes of the carries' last values.
+        new: the buffers that these kernels write first.
+        passed: the buffers that only they read; each thread has its own.
+        parallel: whether a work item is a chunk; else it is a sequence.
+        parts: work items along the value axis.
+        scratch: float32 numbers of scratch memory that a thread needs.
     """
 
     kernels: list[_Kernel]
