@@ -17,7 +17,7 @@ from .autotune.store import save, versions_here
 from .autotune.validation import ConfiguredEngine, ValidationSuite, validate, validation_suite
 from .cli_command import Command, UsageError, add_json, find, print_json
 from .dsl.declaration import Declaration
-from .runtime.engines import CannotRun
+from .runtime.cannot_run import CannotRun
 from .runtime.tuned.artifact import Artifact, Certificate, Configuration, Error, Rejected
 from .runtime.tuned.machine import Machine, machine_of
 from .runtime.tuned.selection import folders, read, scan

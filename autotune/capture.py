@@ -53,9 +53,7 @@ class TritonJob:
                 source, target=GPUTarget(*self.target), options=dict(self.options)
             )
         except VERDICTS as why:
-            lines = [line for line in str(why).splitlines() if line.strip()]
-            text = f"{type(why).__name__}: {lines[-1] if lines else ''}"[:200]
-            return Built(error=text, seconds=time.monotonic() - started)
+            return Built.failed(why, started)
         if compiled.metadata.shared > self.shared:
             text = "more shared memory than a program may use"
             return Built(error=text, seconds=time.monotonic() - started)

@@ -101,7 +101,5 @@ class TvmJob:
         try:
             compiled(self.form, self.dims, self.dtype, self.dtypes, self.config, self.backward)
         except (RuntimeError, ValueError) as why:  # the compiler rejects the configuration
-            lines = [line for line in str(why).splitlines() if line.strip()]
-            text = f"{type(why).__name__}: {lines[-1] if lines else ''}"[:200]
-            return Built(error=text, seconds=time.monotonic() - started)
+            return Built.failed(why, started)
         return Built(seconds=time.monotonic() - started)

@@ -24,7 +24,7 @@ _BEST = 5  # plans that are listed
 
 
 @dataclass(frozen=True, slots=True)
-class _Subject:
+class _Setting:
     form: NormalForm
     signature: Signature
     gpu: Gpu
@@ -40,7 +40,7 @@ def explain_cost(form: NormalForm, dims: Dims, dtype: Dtype, size: CallSize, gpu
     """
     target = Target.GFX942 if gpu.warp == 64 else Target.SM90
     segment, parts = in_parts(form, dims, size, gpu.multiprocessors)
-    subject = _Subject(form, signature_for(form, dims, dtype, target), gpu, parts, segment > 0)
+    setting = _Setting(form, signature_for(form, dims, dtype, target), gpu, parts, segment > 0)
     config = untuned_config(form, dims, dtype, gpu.shared_program)
     title = (
         f"predicted on {gpu.name}, for {size.rows} sequences x heads of {size.tokens} tokens, "
@@ -48,23 +48,23 @@ def explain_cost(form: NormalForm, dims: Dims, dtype: Dtype, size: CallSize, gpu
     )
     if segment:
         title += f"; scans take segments of {segment}"
-    lines = [title, *_indented(_kernels(subject, config))]
-    lines += ["", "the plans ahead, with default tiles", *_indented(_plans(subject, config))]
+    lines = [title, *_indented(_kernels(setting, config))]
+    lines += ["", "the plans ahead, with default tiles", *_indented(_plans(setting, config))]
     rules = [("rule", "why"), *((r.name, r.reason) for r in RULES)]
     lines += ["", "tiles are not tried that break a rule", *_indented(table(rules))]
     return "\n".join(lines)
 
 
-def _kernels(subject: _Subject, config: Config) -> list[str]:
+def _kernels(setting: _Setting, config: Config) -> list[str]:
     rows: list[tuple[str, ...]] = [
         (
             *("kernel", "tiles", "programs", "resident", "steps", "shared KiB"),
             *("memory us", "products us", "in sequence us", "us", "waits for"),
         )
     ]
-    for program in (_forward(subject, config.forward), _backward(subject, config.backward)):
+    for program in (_forward(setting, config.forward), _backward(setting, config.backward)):
         total = 0.0
-        for name, p in _predictions(subject, program, config):
+        for name, p in _predictions(setting, program, config):
             total += p.us
             times = (p.memory_us, p.products_us, p.serial_us, p.us)
             counts = (str(p.programs), str(p.resident), str(p.steps), f"{p.shared / 1024:.0f}")
@@ -74,14 +74,14 @@ def _kernels(subject: _Subject, config: Config) -> list[str]:
     return table(rows)
 
 
-def _plans(subject: _Subject, config: Config) -> list[str]:
-    body = chunk_program(subject.form)
-    forward = [(p, _forward(subject, p)) for p in forward_plans(body)]
-    backward = [(p, _backward(subject, p)) for p in backward_plans(body)]
+def _plans(setting: _Setting, config: Config) -> list[str]:
+    body = chunk_program(setting.form)
+    forward = [(p, _forward(setting, p)) for p in forward_plans(body)]
+    backward = [(p, _backward(setting, p)) for p in backward_plans(body)]
     rows = [("direction", "plan", "us")]
     for direction, plans in (("forward", forward), ("backward", backward)):
         totals = [
-            (sum(p.us for _, p in _predictions(subject, program, config)), plan.label)
+            (sum(p.us for _, p in _predictions(setting, program, config)), plan.label)
             for plan, program in plans
         ]
         rows += [(direction, label, f"{us:.0f}") for us, label in sorted(totals)[:_BEST]]
@@ -89,21 +89,21 @@ def _plans(subject: _Subject, config: Config) -> list[str]:
 
 
 def _predictions(
-    subject: _Subject, program: Program, config: Config
+    setting: _Setting, program: Program, config: Config
 ) -> Iterator[tuple[str, Prediction]]:
     for kernel in program.kernels:
         own = config.of(kernel.name)
-        choice = Choice(kernel, own, config.chunk, subject.signature, subject.gpu)
-        found = traits(kernel, config.chunk, subject.signature)
-        yield kernel.name, predict(choice, found, subject.size)
+        choice = Choice(kernel, own, config.chunk, setting.signature, setting.gpu)
+        found = traits(kernel, config.chunk, setting.signature)
+        yield kernel.name, predict(choice, found, setting.size)
 
 
-def _forward(subject: _Subject, plan: Plan) -> Program:
-    return forward_program(subject.form, plan, segments=subject.segments)
+def _forward(setting: _Setting, plan: Plan) -> Program:
+    return forward_program(setting.form, plan, segments=setting.segments)
 
 
-def _backward(subject: _Subject, plan: Plan) -> Program:
-    return backward_program(subject.form, plan, segments=subject.segments)
+def _backward(setting: _Setting, plan: Plan) -> Program:
+    return backward_program(setting.form, plan, segments=setting.segments)
 
 
 def _indented(lines: list[str]) -> list[str]:

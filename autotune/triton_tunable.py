@@ -28,7 +28,8 @@ from ..runtime.prepared import Request, Way
 from ..runtime.printed import dtypes_of
 from ..runtime.triton import engine as triton_engine
 from ..runtime.triton.launch import Launch
-from ..runtime.triton.launch_plan import Bound, New
+from ..runtime.triton.launch_plan import LoadedKernel, New
+from ..runtime.triton.printed import buffer_of, kernel_of
 from ..runtime.triton.segments import in_parts
 from ..runtime.tuned.artifact import Certificate, Configuration
 from ..runtime.tuned.selection import call_size_of
@@ -46,7 +47,7 @@ _FORWARD, _BACKWARD = "forward", "backward"
 
 
 @dataclass(frozen=True, slots=True)
-class _Subject:
+class _PartKernel:
     """A part's kernel and chunk length, and the parameters that change the printed kernel."""
 
     kernel: Kernel
@@ -81,7 +82,7 @@ class TritonTunable:
             call.form, self._dims, call.dtype, gpu.shared_program
         )
         self._known = (self.default, *neighbours)
-        self._subjects: dict[str, _Subject] = {}
+        self._subjects: dict[str, _PartKernel] = {}
         self._keys: dict[Hashable, str] = {}
         self._plans: dict[Alternative, Plan] = {}
         self._arena = _Arena(call.device)
@@ -135,7 +136,7 @@ class TritonTunable:
             digest = hashlib.blake2b(unit.encode(), digest_size=5).hexdigest()
             key = f"C={chunk}/{kernel.name}-{digest}"
             self._keys[same] = key
-            self._subjects[key] = _Subject(kernel, chunk, traits(kernel, chunk, self._signature))
+            self._subjects[key] = _PartKernel(kernel, chunk, traits(kernel, chunk, self._signature))
         return self._keys[same]
 
     # ---- parts -----------------------------------------------------------------------------------
@@ -167,13 +168,13 @@ class TritonTunable:
         choice = self._choice(part, point)
         kernel = printed(choice.kernel, choice.tiles, choice.chunk, self._signature)
         unit = import_source(offline.unit(kernel))
-        bound = Bound(kernel, vars(unit)[offline.UNIT])
-        given = loaded(choice.kernel, self._signature, STORAGE)
-        launch = Launch(self._task, (bound,), choice.chunk, self._segment, given)
+        alone = LoadedKernel(kernel_of(kernel), vars(unit)[offline.UNIT])
+        given = tuple(map(buffer_of, loaded(choice.kernel, self._signature, STORAGE)))
+        launch = Launch(self._task, (alone,), choice.chunk, self._segment, given)
         tensors = launch.tensors(self._values)
-        (launched,) = launch.plan.launches
-        tensors += self._arena.take(launched.new)
-        return lambda: launched.run(tensors, aligned=True)
+        (spec,) = launch.plan.launches
+        tensors += self._arena.take(spec.new)
+        return lambda: spec.run(tensors, aligned=True)
 
     # ---- whole configurations --------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ chunk length). An engine joins by one implementation of `Tunable`; the search do
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -60,6 +61,13 @@ class Built:
     code: str | None = None
     error: str | None = None
     seconds: float = 0.0
+
+    @classmethod
+    def failed(cls, why: Exception, started: float) -> Built:
+        """The result of a compiler that raised `why`; `started` by `time.monotonic`."""
+        lines = [line for line in str(why).splitlines() if line.strip()]
+        text = f"{type(why).__name__}: {lines[-1] if lines else ''}"[:200]
+        return cls(error=text, seconds=time.monotonic() - started)
 
 
 # a compilation; it is pickled and called in another process

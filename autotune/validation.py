@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..codegen.config import Dims
 from ..codegen.programs import transition_of
 from ..codegen.tir.config import TvmConfig, spread
-from ..dsl import oracle
 from ..dsl.declaration import Declaration
 from ..runtime.call import Call
 from ..runtime.engines import EngineName, load
@@ -69,7 +68,7 @@ class ConfiguredEngine:
     """
 
     engine: EngineName
-    config: Configuration
+    config: Configuration | None
     segment: int | None = None
     how: str = ""
 
@@ -177,9 +176,9 @@ def validate(suite: ValidationSuite, runs: Runs) -> Certificate:
     faults = []
     for case, way in cases(suite, runs):
         with _Filled(_NAN):
-            first = _answers(case, way)
+            first = _answers(way, case.call, case.do, case.dfinals)
         with _Filled(_NUMBER):
-            second = _answers(case, way)
+            second = _answers(way, case.call, case.do, case.dfinals)
         where = case.family.name.lower()
         if isinstance(way, ConfiguredEngine) and way.how:
             where += f", {way.how}"
@@ -200,35 +199,12 @@ def validate(suite: ValidationSuite, runs: Runs) -> Certificate:
     return Certificate(tuple(worst.items()), families, tuple(faults))
 
 
-def validate_configuration(
-    declaration: Declaration,
-    engine: EngineName,
-    config: Configuration,
-    dims: Dims,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Certificate:
-    """The certificate of one configuration of an engine."""
-    return validate(
-        validation_suite(declaration, dims, dtype, device), ConfiguredEngine(engine, config)
-    )
-
-
-def _answers(case: ValidationCase, runs: Runs) -> dict[str, Tensor]:
-    call = case.call
-    o, finals = runs.forward(call)
-    grads, dinitials = runs.backward(call, case.do, case.dfinals)
-    return _named(call, o, finals, grads, dinitials)
-
-
-def _named(
-    call: Call,
-    o: Tensor,
-    finals: Sequence[Tensor],
-    grads: Mapping[str, Tensor],
-    dinitials: Sequence[Tensor | None],
+def _answers(
+    runs: Runs, call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
 ) -> dict[str, Tensor]:
     """The results by name, on the CPU, in the dtypes and shapes of the call."""
+    o, finals = runs.forward(call)
+    grads, dinitials = runs.backward(call, do, dfinals)
     names = [s.name for s in call.form.states]
     named: dict[str, Tensor | None] = {"o": o}
     named |= {f"final {n}": x for n, x in zip(names, finals, strict=True)}
@@ -238,20 +214,21 @@ def _named(
 
 
 def _expected(call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
-    def leaf(x: Tensor) -> Tensor:
-        return x.detach().cpu().double().requires_grad_()
+    """The token loop's results in float64, on the CPU."""
 
-    operands = {n: leaf(x) for n, x in call.operands.items()}
-    initial = tuple(None if x is None else leaf(x) for x in call.initial)
-    cu = None if call.cu_seqlens is None else call.cu_seqlens.cpu()
-    o, finals = oracle.run(call.step, operands, call.params, initial, cu)
-    leaves = [*operands.values(), *(x for x in initial if x is not None)]
-    cotangents = [x.cpu().double() for x in (do, *dfinals) if x is not None]
-    taken = torch.autograd.grad([o, *finals], leaves, cotangents, materialize_grads=True)
-    grads = dict(zip(operands, taken, strict=False))
-    rest = iter(taken[len(operands) :])
-    dinitials = [None if x is None else next(rest) for x in initial]
-    return _named(call, o, finals, grads, dinitials)
+    def exact(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach().cpu().double()
+
+    engine = ConfiguredEngine(EngineName.REFERENCE, None)
+    call = replace(
+        call,
+        operands={n: x.detach().cpu().double() for n, x in call.operands.items()},
+        initial=tuple(map(exact, call.initial)),
+        cu_seqlens=None if call.cu_seqlens is None else call.cu_seqlens.cpu(),
+        dtype=torch.float64,
+        device=torch.device("cpu"),
+    )
+    return _answers(engine, call, do.cpu().double(), tuple(map(exact, dfinals)))
 
 
 def _limit(name: str, family: Family, dtype: torch.dtype, small: frozenset[str]) -> float:

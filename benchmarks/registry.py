@@ -11,7 +11,6 @@ from chunkwise.dsl.ir import Kind, Op, Per
 from chunkwise.dsl.library import by_name
 from chunkwise.dsl.normal_form import NormalForm, Operand
 from chunkwise.runtime.inputs import ranges, usual_params
-from chunkwise.runtime.sizes import letters
 from torch import Tensor
 
 from . import peers
@@ -102,7 +101,7 @@ CASES = {
 def sizes(x: Operand, s: Shape) -> tuple[int, ...]:
     """The shape of operand `x` at `s`."""
     by_letter = {"B": s.B, "T": s.T, "H": s.H, "HV": s.H, "K": s.D, "V": s.D}
-    return tuple(by_letter[a] for a in letters(x))
+    return tuple(by_letter[a] for a in x.axes)
 
 
 def dtype_of(x: Operand, dtype: torch.dtype) -> torch.dtype:

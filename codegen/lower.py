@@ -14,13 +14,7 @@ from ..dsl.normal_form import NormalForm
 from . import tile
 from .tile import Axes, Axis, Tile
 
-_AXES: dict[Kind, Axes] = {
-    Kind.SCALAR: (),
-    Kind.KEY: (Axis.K,),
-    Kind.VALUE: (Axis.V,),
-    Kind.STATE: (Axis.K, Axis.V),
-    Kind.KEY_STATE: (Axis.K,),
-}
+_AXES: dict[Kind, Axes] = {kind: tuple(Axis[a] for a in kind.axes) for kind in Kind}
 
 
 def kind_axes(kind: Kind) -> Axes:

@@ -22,7 +22,7 @@ from ..dsl import prove as forms
 from ..dsl.declaration import Declaration
 from ..dsl.elementwise import many_digits
 from ..dsl.errors import NotLowered, ProofFailed
-from ..dsl.ir import Kind, Node, Op, Per, topological
+from ..dsl.ir import Kind, Node, Op, Per, bounds_of, promises_of
 from ..dsl.normal_form import NormalForm, Operand
 from ..dsl.step import Step, operand_leaf, param_leaf, state_leaf
 from . import buffers
@@ -133,10 +133,10 @@ def _resets(step: Step, form: NormalForm) -> dict[str, Decimal]:
     Empty if something else that the step makes of them does not exist there.
     """
     resets = {}
-    for log in (u.log_decay for m in form.micro_steps for u in m.updates):
-        if log is not None and log.op is Op.OPERAND:
+    for _, log in form.log_decays:
+        if log.op is Op.OPERAND:
             resets[str(log.attrs[0])] = -Decimal("Infinity")
-        elif log is not None and log.op is Op.LOG and log.args[0].op is Op.MAXIMUM:
+        elif log.op is Op.LOG and log.args[0].op is Op.MAXIMUM:
             factor, _ = log.args[0].args  # and the least one, of dsl.decay
             if factor.op is Op.WITHIN and factor.args[0].op is Op.OPERAND:
                 resets[str(factor.args[0].attrs[0])] = Decimal(0)
@@ -174,7 +174,7 @@ def _drawn(step: Step, tokens: int, scale: int, resets: Mapping[str, Decimal]) -
         shape = Sizes(rows, _KEY, _VALUE).shape((Axis.I, *kind_axes(kind)))
         return np.array([pick() for _ in range(math.prod(shape))], dtype=object).reshape(shape)
 
-    promises = _promises(step)
+    promises = promises_of(*step.roots)
     layouts = {o.name: (_rows(o, step.micro, tokens), o.kind) for o in step.operands}
     states = {s.name: (1, s.kind) for s in step.states}
     point = _Point(
@@ -210,22 +210,6 @@ def _rows(o: Operand, micro: int, tokens: int) -> int:
     return tokens * micro if o.micro else tokens
 
 
-def _promises(step: Step) -> dict[str, tuple[float, float]]:
-    """The bounds that the declaration promises of operands themselves."""
-    return {
-        str(n.args[0].attrs[0]): _bounds(n)
-        for n in topological(*step.roots)
-        if n.op is Op.WITHIN and n.args[0].op is Op.OPERAND
-    }
-
-
-def _bounds(within: Node) -> tuple[float, float]:
-    low, high = within.attrs
-    assert isinstance(low, float)
-    assert isinstance(high, float)
-    return low, high
-
-
 def _within(
     bounds: tuple[float, float] | None,
     width: Decimal,
@@ -249,7 +233,7 @@ def _is_sound(point: _Point) -> bool:
             return False
         for n, xs in token.known.items():
             if n.op is Op.WITHIN:
-                low, high = _bounds(n)
+                low, high = bounds_of(n)
                 if not all(low <= x <= high for x in xs.flat):
                     return False
     return True

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from .intervals import Interval
-from .ir import Kind, Node, Op, Per, topological
+from .ir import Kind, Node, Per, operands_of
 from .normal_form import NormalForm, Update
 
 
@@ -101,9 +101,8 @@ def decay_class(form: NormalForm, log_decay: Node | None) -> DecayClass:
     if log_decay.kind is Kind.VALUE:
         return DecayClass.VALUE
     per_token = {o.name for o in form.operands if o.per is Per.TOKEN}
-    leaves = (n for n in topological(log_decay) if n.op is Op.OPERAND)
-    moving = any(n.attrs[0] in per_token for n in leaves)
-    return DecayClass.SCALAR if moving else DecayClass.PER_HEAD
+    constant = per_token.isdisjoint(operands_of(log_decay))
+    return DecayClass.PER_HEAD if constant else DecayClass.SCALAR
 
 
 def _low_rank(state: str, updates: Sequence[Update]) -> LowRank:

@@ -11,6 +11,7 @@ from .normal_form import NormalForm, Operand, Param, StateDecl
 from .normalise import normalise
 from .step import Step
 from .trace import read_signature, trace, where
+from .verify import verify_form, verify_step
 
 
 class Declaration:
@@ -61,10 +62,14 @@ class Declaration:
         return self._normalise(micro, _ordered(static))
 
     def _trace_once(self, micro: int, static: tuple[tuple[str, int | bool], ...]) -> Step:
-        return trace(self.function, micro, dict(static))
+        step = trace(self.function, micro, dict(static))
+        verify_step(step)
+        return step
 
     def _normalise_once(self, micro: int, static: tuple[tuple[str, int | bool], ...]) -> NormalForm:
-        return normalise(self._trace(micro, static))
+        form = normalise(self._trace(micro, static))
+        verify_form(form)
+        return form
 
     def __repr__(self) -> str:
         return f"<recurrence {self.name}({', '.join(o.name for o in self.operands)})>"

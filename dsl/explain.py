@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from . import algebra
 from .classify import DecayClass, classify, decay_class
 from .decay import SMALLEST
-from .ir import Kind, Node, Op, Per, topological
-from .normal_form import Correction, NormalForm, Operand, Phase, Update, Write, expressions
+from .ir import Kind, Node, Op, topological
+from .normal_form import Correction, NormalForm, Phase, Update, Write, expressions
 from .notation import Level
 from .printing import infix, printed
 from .step import Step
@@ -17,13 +17,6 @@ from .step import Step
 if TYPE_CHECKING:
     from .declaration import Declaration
 
-_AXES = {
-    Kind.SCALAR: "",
-    Kind.KEY: "K",
-    Kind.VALUE: "V",
-    Kind.STATE: "K,V",
-    Kind.KEY_STATE: "K",
-}
 _WHEN = {
     Phase.BEFORE: "before the decay",
     Phase.DECAYED: "after the decay, before the writes",
@@ -33,9 +26,10 @@ _WHEN = {
 
 def print_step(step: Step) -> str:
     """StepIR, one node a line, with the user's line beside it."""
-    states = ", ".join(f"{s.name}[{_AXES[s.kind]}]" for s in step.states)
+    states = ", ".join(f"{s.name}[{','.join(s.kind.axes)}]" for s in step.states)
     operands = ", ".join(
-        f"{o.name}{f'({step.micro})' if o.micro else ''}[{_AXES[o.kind]}]" for o in step.operands
+        f"{o.name}{f'({step.micro})' if o.micro else ''}[{','.join(o.kind.axes)}]"
+        for o in step.operands
     )
     params = "".join(f", {p.name}" for p in step.params)
     lines = [f"step {step.name}({states}; {operands}{params})"]
@@ -48,7 +42,7 @@ def print_step(step: Step) -> str:
         names_of_args = {a: names[a] for a in node.args if a in names}
         text = _line(node, names_of_args)
         names[node] = f"%{len(names) + 1}"
-        kind = ends.get(node, f": {'×'.join(_AXES[node.kind].split(',')) or '1'}")
+        kind = ends.get(node, f": {'×'.join(node.kind.axes) or '1'}")
         where = "" if node.loc is None else f"{node.loc.file.rpartition('/')[2]}:{node.loc.line}"
         lines.append(f"  {names[node]:>3} = {text:<30} {kind:<8} {where}".rstrip())
     return "\n".join(lines)
@@ -191,29 +185,15 @@ def explain(what: Declaration | NormalForm) -> str:
     return "\n".join([*head, "", *body])
 
 
-_SPELLED = {Kind.SCALAR: "Scalar", Kind.KEY: "Key", Kind.VALUE: "Value"}
-
-
-def shape_of(operand: Operand) -> str:
-    """The shape of an operand's tensor, as the documents write it."""
-    axes = [] if operand.per is Per.HEAD else ["B", "T"]
-    axes += ["n"] if operand.micro else []
-    axes += ["H" if operand.kind is Kind.KEY and operand.per is Per.TOKEN else "HV"]
-    axes += [_AXES[operand.kind]] if operand.kind is not Kind.SCALAR else []
-    return "[" + ",".join(axes) + "]"
-
-
 def _operands(form: NormalForm) -> str:
     rows = []
     for o in form.operands:
-        kind = ("Head" if o.per is Per.HEAD else "") + _SPELLED[o.kind]
-        rows.append((o.name, f"tuple[{kind}, ...]" if o.micro else kind, shape_of(o)))
+        rows.append((o.name, o.spelled, f"[{','.join(o.axes)}]"))
     for p in form.params:
         default = "required" if p.default is None else f"default {p.default:g}"
         rows.append((p.name, "float", default))
     for s in form.states:
-        shape = "[N,HV,K,V]" if s.kind is Kind.STATE else "[N,HV,K]"
-        rows.append((s.name, "State" if s.kind is Kind.STATE else "KeyState", f"{shape} float32"))
+        rows.append((s.name, s.kind.spelled, f"[{','.join(s.axes)}] float32"))
     width = max(len(r[0]) for r in rows)
     return "\n".join(f"  {n:<{width}}  {k:<18} {s}" for n, k, s in rows)
 

@@ -25,6 +25,16 @@ class Kind(Enum):
     def is_state(self) -> bool:
         return self in (Kind.STATE, Kind.KEY_STATE)
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The channel axes in order, by letter."""
+        return tuple(self.value.rstrip("'"))
+
+    @property
+    def spelled(self) -> str:
+        """The kind as users write it: `KeyState`."""
+        return self.name.title().replace("_", "")
+
 
 class Per(Enum):
     """How often an operand changes."""
@@ -121,6 +131,26 @@ class Node:
 def constant(value: float) -> Node:
     """The number `value` as a Scalar."""
     return Node(Op.CONST, (), (float(value),), Kind.SCALAR)
+
+
+def operands_of(*roots: Node) -> dict[str, None]:
+    """The names of the operands below `roots`, each once, in a stable order."""
+    return {str(n.attrs[0]): None for n in topological(*roots) if n.op is Op.OPERAND}
+
+
+def bounds_of(within: Node) -> tuple[float, float]:
+    """The bounds that a WITHIN promises."""
+    lo, hi = (float(x) for x in within.attrs if isinstance(x, (int, float)))
+    return lo, hi
+
+
+def promises_of(*roots: Node) -> dict[str, tuple[float, float]]:
+    """The bounds that are promised of operands themselves, by name."""
+    return {
+        str(n.args[0].attrs[0]): bounds_of(n)
+        for n in topological(*roots)
+        if n.op is Op.WITHIN and n.args[0].op is Op.OPERAND
+    }
 
 
 def topological(*roots: Node) -> list[Node]:

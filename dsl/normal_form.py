@@ -30,6 +30,21 @@ class Operand:
     per: Per
     micro: bool = False
 
+    @property
+    def spelled(self) -> str:
+        """The operand's kind as users write it: `HeadKey`, `tuple[Key, ...]`."""
+        if self.micro:
+            return f"tuple[{self.kind.spelled}, ...]"
+        return f"Head{self.kind.spelled}" if self.per is Per.HEAD else self.kind.spelled
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The tensor's axes by letter: n counts micro-steps, H the heads of Keys of tokens."""
+        if self.per is Per.HEAD:
+            return ("HV", *self.kind.axes)
+        micro = ("n",) if self.micro else ()
+        return ("B", "T", *micro, "H" if self.kind is Kind.KEY else "HV", *self.kind.axes)
+
 
 @dataclass(frozen=True, slots=True)
 class Param:
@@ -45,6 +60,11 @@ class StateDecl:
 
     name: str
     kind: Kind
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The tensor's axes by letter; N counts sequences."""
+        return ("N", "HV", *self.kind.axes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +163,12 @@ class NormalForm:
         text = repr([_text(x) for x in (*fields, self.micro_steps, self.output)])
         digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
         object.__setattr__(self, "digest", digest)
+
+    @property
+    def log_decays(self) -> list[tuple[str, Node]]:
+        """Every log-decay with its state, micro-step by micro-step."""
+        updates = (u for m in self.micro_steps for u in m.updates)
+        return [(u.state, u.log_decay) for u in updates if u.log_decay is not None]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, NormalForm):

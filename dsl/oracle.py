@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import errors
 from .elementwise import ELEMENTWISE
-from .ir import Kind, Node, Op, Per, topological
+from .ir import Kind, Node, Op, Per, operands_of, topological
 from .normal_form import Correction, NormalForm, Operand, Phase, StateDecl, expressions, result_leaf
 from .step import Step, operand_leaf, param_leaf, state_leaf
 
@@ -35,6 +35,10 @@ class CallDims:
     value: int
     micro: int
 
+    def channels(self, kind: Kind) -> list[int]:
+        """The channels of a value of that kind."""
+        return [{"K": self.key, "V": self.value}[a] for a in kind.axes]
+
 
 # ---------------------------------------------------------------- ops on tensors
 
@@ -42,14 +46,13 @@ _FUNCTIONS: dict[Op, Callable[..., Tensor]] = {
     op: eval(f"lambda x, y=None: {row.torch.format(x='x', y='y')}", {"torch": torch})
     for op, row in ELEMENTWISE.items()
 }
-_RANK = {Kind.SCALAR: 0, Kind.KEY: 1, Kind.VALUE: 1, Kind.STATE: 2, Kind.KEY_STATE: 1}
 
 
 def _lifted(x: Tensor, have: Kind, want: Kind) -> Tensor:
     """A value with trailing axes of 1 so that it broadcasts against one of kind `want`."""
     if have is Kind.VALUE and want is Kind.STATE:
         return x.unsqueeze(-2)
-    for _ in range(_RANK[want] - _RANK[have]):
+    for _ in range(len(want.axes) - len(have.axes)):
         x = x.unsqueeze(-1)
     return x
 
@@ -111,11 +114,9 @@ def dims_of(
         if o.name not in operands:
             raise errors.MissingOperand(o.name, o.kind.name, "of its kind's shape")
         shape = list(operands[o.name].shape)
-        channels = o.kind is not Kind.SCALAR
-        rank = (3 + o.micro if o.per is Per.TOKEN else 1) + channels
-        if len(shape) != rank:
-            raise errors.BadShape(o.name, shape, f"{rank} axes")
-        if channels:
+        if len(shape) != len(o.axes):
+            raise errors.BadShape(o.name, shape, f"{len(o.axes)} axes")
+        if o.kind.axes:
             last = shape.pop()
             key, value = (last, value) if o.kind is Kind.KEY else (key, last)
         heads = max(heads, shape.pop())
@@ -132,18 +133,21 @@ def dims_of(
     return CallDims(batch, tokens, heads, key, value, micro)
 
 
-def _leaves(
-    declared: Sequence[Operand],
+def leaves(
+    form: Step | NormalForm,
     operands: Mapping[str, Tensor],
     params: Mapping[str, float | Tensor],
-    form: Step | NormalForm,
-    dims: CallDims,
     dtype: torch.dtype,
-) -> _Env:
-    """Operands as `[B,T,HV,…]` in `dtype`, Keys repeated to the value heads."""
+    dims: CallDims | None = None,
+) -> dict[Node, Tensor]:
+    """Operands as `[B,T,HV,…]` in `dtype`, Keys repeated to the value heads; floats.
+
+    `dims`: where states may say more than operands. Raises HeadMismatch, MissingOperand.
+    """
+    dims = dims or dims_of(form.operands, operands)
     env: _Env = {}
     device = next(iter(operands.values())).device if operands else torch.device("cpu")
-    for o in declared:
+    for o in form.operands:
         x = operands[o.name].to(dtype)
         if o.per is Per.HEAD:
             x = x[None, None]
@@ -166,8 +170,7 @@ def _leaves(
 
 
 def _zero_state(state: StateDecl, count: int, dims: CallDims, like: Tensor) -> Tensor:
-    shape = [count, dims.heads, dims.key]
-    return like.new_zeros([*shape, dims.value] if state.kind is Kind.STATE else shape)
+    return like.new_zeros([count, dims.heads, *dims.channels(state.kind)])
 
 
 def _state_dependent(roots: Sequence[Node]) -> dict[Node, None]:
@@ -270,18 +273,27 @@ def _written(key_node: Node, key: Tensor, value: Tensor | None, kind: Kind) -> T
 # ---------------------------------------------------------------- all tokens
 
 
-def _run(
+def run(
     form: Step | NormalForm,
-    token: _Token,
-    roots: Sequence[Node],
     operands: Mapping[str, Tensor],
-    params: Mapping[str, float | Tensor],
-    initial: Sequence[Tensor | None] | None,
-    cu_seqlens: Tensor | None,
-    dtype: torch.dtype,
+    params: Mapping[str, float | Tensor] | None = None,
+    initial: Sequence[Tensor | None] | None = None,
+    cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The declared step, or a normal form, token by token; differentiable.
+
+    `operands` by name in the layouts of `kinds` (a micro operand is `[B,T,n,…]`); `initial` one
+    state per sequence, `[N,HV,K,V]` or `[N,HV,K]`, None for zeros; `cu_seqlens` packs N sequences
+    into B = 1. Returns o `[B,T,HV,V]` in `dtype`, and the final states. Gradients are checkpointed
+    every √T tokens. Raises MissingOperand, BadShape, HeadMismatch.
+    """
+    if isinstance(form, Step):
+        token, roots = _step_token(form), list(form.roots)
+    else:
+        token, roots = _form_token(form), [*expressions(form), form.output]
     dims = dims_of(form.operands, operands, form.states, initial)
-    env = _leaves(form.operands, operands, params, form, dims, dtype)
+    env = leaves(form, operands, params or {}, dtype, dims)
     dependent = _state_dependent(roots)
     # the preamble runs once for all tokens; expressions of the state run token by token
     preamble = [n for n in topological(*roots) if n not in dependent]
@@ -299,11 +311,7 @@ def _run(
         _zero_state(s, count, dims, like) if x is None else x.to(dtype)
         for s, x in zip(form.states, initial or [None] * len(form.states), strict=True)
     ]
-    shape = [dims.batch, dims.heads] + {
-        Kind.SCALAR: [],
-        Kind.KEY: [dims.key],
-        Kind.VALUE: [dims.value],
-    }[form.output.kind]
+    shape = [dims.batch, dims.heads, *dims.channels(form.output.kind)]
 
     def scan(columns: list[Tensor], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         outs = []
@@ -341,50 +349,4 @@ def _run(
 
 def _has_tokens(node: Node, form: Step | NormalForm) -> bool:
     per_token = {o.name for o in form.operands if o.per is Per.TOKEN}
-    return any(n.op is Op.OPERAND and n.attrs[0] in per_token for n in topological(node))
-
-
-def run(
-    step: Step,
-    operands: Mapping[str, Tensor],
-    params: Mapping[str, float | Tensor] | None = None,
-    initial: Sequence[Tensor | None] | None = None,
-    cu_seqlens: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The declared step, token by token; differentiable, checkpointed every √T tokens.
-
-    `operands` by name in the layouts of `kinds` (a micro operand is `[B,T,n,…]`); `initial` one
-    state per sequence, `[N,HV,K,V]` or `[N,HV,K]`, None for zeros; `cu_seqlens` packs N sequences
-    into B = 1. Returns o `[B,T,HV,V]` in `dtype`, and the final states.
-    Raises MissingOperand, BadShape, HeadMismatch.
-    """
-    roots = list(step.roots)
-    return _run(step, _step_token(step), roots, operands, params or {}, initial, cu_seqlens, dtype)
-
-
-def run_form(
-    form: NormalForm,
-    operands: Mapping[str, Tensor],
-    params: Mapping[str, float | Tensor] | None = None,
-    initial: Sequence[Tensor | None] | None = None,
-    cu_seqlens: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The same for a normal form, micro-step by micro-step. Arguments and returns as in `run`."""
-    roots = [*expressions(form), form.output]
-    return _run(form, _form_token(form), roots, operands, params or {}, initial, cu_seqlens, dtype)
-
-
-def step_once(
-    step: Step,
-    operands: Mapping[str, Tensor],
-    states: Sequence[Tensor | None] | None = None,
-    params: Mapping[str, float | Tensor] | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One token: operands without their token axis (`[B,H,K]`, …). Returns o `[B,HV,V]`, states."""
-    per_head = {o.name for o in step.operands if o.per is Per.HEAD}
-    one = {n: x if n in per_head else x.unsqueeze(1) for n, x in operands.items()}
-    out, new = run(step, one, params, states, dtype=dtype)
-    return out[:, 0], new
+    return not per_token.isdisjoint(operands_of(node))

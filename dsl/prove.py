@@ -74,7 +74,7 @@ def prove(what: Declaration, chunk: int = 3) -> Proof:
         raise errors.NotLowered(
             f"{form.name}: the proof does not cover coupled states",
             "their decays between two tokens are products of small matrices, not of numbers",
-            "compare numerically: dsl.oracle.run against dsl.oracle.run_form, in float64",
+            "compare numerically: dsl.oracle.run of the step and of the form, in float64",
         )
     _prove_affine(step)
     # the polynomials grow with the micro-steps of a chunk, so more of those make for fewer tokens

@@ -14,7 +14,7 @@ from .kinds import annotations_of, kind_annotation
 from .normal_form import Operand, Param, StateDecl
 from .source import definition, last_return
 from .step import Step
-from .traced import KIND_NAMES, Traced
+from .traced import Traced
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ def _unpack(
 ) -> tuple[tuple[Node, ...], Node]:
     loc = _return_line(function)
     states = signature.states
-    wanted = " and ".join(f"a {KIND_NAMES[s.kind]} ({s.name})" for s in states)
+    wanted = " and ".join(f"a {s.kind.spelled} ({s.name})" for s in states)
     if len(states) > 1:
         wanted = f"a tuple of {wanted}"
     expected = f"{wanted}, then the output"
@@ -179,7 +179,7 @@ def _is_state(x: object, states: tuple[StateDecl, ...]) -> bool:
 
 def _describe(x: object) -> str:
     if isinstance(x, Traced):
-        return f"a {KIND_NAMES[x.kind]}"
+        return f"a {x.kind.spelled}"
     if isinstance(x, tuple):
         return "(" + ", ".join(_describe(y) for y in x) + ")"
     return f"a {type(x).__name__}"

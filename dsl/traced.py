@@ -10,14 +10,6 @@ from . import errors
 from .ir import Attr, Kind, Node, Op, constant
 from .source import here
 
-KIND_NAMES = {
-    Kind.SCALAR: "Scalar",
-    Kind.KEY: "Key",
-    Kind.VALUE: "Value",
-    Kind.STATE: "State",
-    Kind.KEY_STATE: "KeyState",
-}
-
 
 class Traced:
     """A value of the step while it is traced: a node of StepIR, and nothing else.
@@ -37,7 +29,7 @@ class Traced:
         return self.node.kind
 
     def __repr__(self) -> str:
-        return f"<traced {KIND_NAMES[self.kind]}: {self.node.op.name.lower()}>"
+        return f"<traced {self.kind.spelled}: {self.node.op.name.lower()}>"
 
     # ------------------------------------------------------------ arithmetic
     def __add__(self, other: Traced | float) -> Traced:
@@ -163,7 +155,7 @@ def lift(x: object) -> Traced:
 
 def name_of(x: Traced) -> str:
     """The kind of a value, for messages."""
-    return KIND_NAMES[x.kind]
+    return x.kind.spelled
 
 
 def build(op: Op, *args: Traced, attrs: tuple[Attr, ...] = (), kind: Kind | None = None) -> Traced:

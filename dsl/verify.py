@@ -1,4 +1,4 @@
-"""The verifier: invariants of StepIR and of normal forms, checked after each pass in tests."""
+"""The verifier: invariants of StepIR and of normal forms, checked after each pass."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """One bound and checked call: every mistake a caller can make is named before an engine runs.
 
-Only `check_boundaries` reads what a tensor holds; all else is shapes, and waits for no device.
+Only shapes, dtypes and devices are read here: nothing waits for what a device computes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 from ..dsl import errors
 from ..dsl.ir import Kind
 from ..dsl.normal_form import NormalForm, StateDecl
-from .sizes import Form, kind_name, measure, measured, pattern
+from .shapes import Form
+from .sizes import Sizes, measure, measured, shape_of
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
@@ -31,13 +32,12 @@ Static = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class Call(Sizes):
     """A call of a recurrence whose shapes, dtypes and devices agree.
 
     `operands` are as the user passed them: Key `[B,T,H,K]` or `[B,T,HV,K]`, Value `[B,T,HV,V]`,
     Scalar `[B,T,HV]`, per head `[HV]`, `[HV,K]`, `[HV,V]`; those of micro-steps `[B,T,n,...]`.
-    `initial` has one entry per state, `[N,HV,K,V]` or `[N,HV,K]`. N is B, or the number of packed
-    sequences. `dtype` is that of the first Value operand, and of the output.
+    `initial` has one entry per state, `[N,HV,K,V]` or `[N,HV,K]`.
     """
 
     declaration: Declaration
@@ -45,16 +45,6 @@ class Call:
     params: dict[str, float]
     initial: tuple[Tensor | None, ...]
     cu_seqlens: Tensor | None
-    B: int
-    T: int
-    H: int
-    HV: int
-    K: int
-    V: int
-    N: int
-    micro: int
-    dtype: torch.dtype
-    device: torch.device
     static: Static = ()
 
     def of(self, values: Sequence[Any]) -> Call:
@@ -89,21 +79,23 @@ class Call:
 
     def state_shape(self, state: StateDecl) -> tuple[int, ...]:
         """`[N,HV,K,V]`, or `[N,HV,K]` for a KeyState."""
-        tail = (self.K, self.V) if state.kind is Kind.STATE else (self.K,)
-        return (self.N, self.HV, *tail)
+        return (self.N, self.HV, *self.channels(state.kind))
+
+    def channels(self, kind: Kind) -> tuple[int, ...]:
+        """The sizes of the channel axes of a kind."""
+        return tuple({"K": self.K, "V": self.V}[a] for a in kind.axes)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
         """`[B,T,HV,V]` for an output that is a Value."""
-        tail = {Kind.VALUE: (self.V,), Kind.KEY: (self.K,)}.get(self.step.output.kind, ())
-        return (self.B, self.T, self.HV, *tail)
+        return (self.B, self.T, self.HV, *self.channels(self.step.output.kind))
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the values of a call stand: operands, first states and floats by name.
+    """The positions of a call's values: operands, first states and floats by name.
 
-    `cotangents`: where that of the output stands, those of the final states behind it. `time`:
+    `cotangents`: the position of the output's cotangent, before those of the final states. `time`:
     whether values of tokens have a time axis.
     """
 
@@ -161,9 +153,9 @@ def arrange(
     for x in declaration.operands:
         value = given.pop(x.name, None)
         if value is None:
-            raise errors.MissingOperand(x.name, kind_name(x), pattern(x), op=title)
+            raise errors.MissingOperand(x.name, x.spelled, shape_of(x), op=title)
         if not isinstance(value, Tensor):
-            raise errors.BadDtype(x.name, type(value).__name__, f"a tensor {pattern(x)}")
+            raise errors.BadDtype(x.name, type(value).__name__, f"a tensor {shape_of(x)}")
         plain = type(value) in PLAIN and not value.is_nested
         operands[x.name] = value if plain else whole(x.name, value)
     params: dict[str, float] = {}
@@ -318,40 +310,11 @@ def describe(
         None if cu_seqlens is None else Form.of(cu_seqlens),
     )
     return Call(
+        **{name: getattr(sizes, name) for name in Sizes.__slots__},
         declaration=declaration,
         operands=operands,
         params=params,
         initial=initial,
         cu_seqlens=cu_seqlens,
-        B=sizes.B,
-        T=sizes.T,
-        H=sizes.H,
-        HV=sizes.HV,
-        K=sizes.K,
-        V=sizes.V,
-        N=sizes.N,
-        micro=sizes.micro,
-        dtype=sizes.dtype,
-        device=sizes.device,
         static=static,
     )
-
-
-def check_boundaries(cu_seqlens: Tensor, T: int) -> None:
-    """That `cu_seqlens` rises from 0 to T; waits for its device, so only for CPU tensors or checks.
-
-    Raises:
-        BadCuSeqlens: names the first entry at fault.
-    """
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0:
-        raise errors.BadCuSeqlens(f"{bounds[0]} at [0]", "0")
-    for n in range(1, len(bounds)):
-        if bounds[n] < bounds[n - 1]:
-            raise errors.BadCuSeqlens(
-                f"{bounds[n]} at [{n}] after {bounds[n - 1]}", "offsets that do not decrease"
-            )
-    if bounds[-1] != T:
-        raise errors.BadCuSeqlens(
-            f"{bounds[-1]} at [{len(bounds) - 1}]", f"T = {T}, the length of the packed operands"
-        )

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..dsl import errors, oracle
-from ..dsl.ir import Kind, Node, Op, Per, topological
+from ..dsl.ir import Node, Op, bounds_of, operands_of, topological
 from ..dsl.normal_form import expressions
-from ..dsl.step import operand_leaf, param_leaf
-from .call import Call, check_boundaries
+from .call import Call
+from .sizes import check_boundaries
 
 CHECK_VARIABLE = "CHUNKWISE_CHECK"
 
@@ -60,7 +60,7 @@ def _check_finite(call: Call) -> None:
     named = [*call.operands.items(), *((f"initial_state ({n})", x) for n, x in states)]
     decays = [node for _, node in _log_decays(call)]
     others = [] if not decays else [n for n in _expressions(call) if n not in decays]
-    gates, elsewhere = _names_of(decays), _names_of(others)
+    gates, elsewhere = operands_of(*decays), operands_of(*others)
     for name, x in named:
         if x is None:
             continue
@@ -77,30 +77,23 @@ def _expressions(call: Call) -> list[Node]:
     return [*expressions(call.form), call.form.output]
 
 
-def _names_of(nodes: Sequence[Node]) -> set[object]:
-    """The operands of expressions."""
-    return {n.attrs[0] for n in topological(*nodes) if n.op is Op.OPERAND}
-
-
 def _log_decays(call: Call) -> list[tuple[str, Node]]:
     """Of each state that decays; none without a normal form: then nothing relies on a gate."""
     if call.declaration.any_step:
         return []
-    updates = (u for m in call.form.micro_steps for u in m.updates)
-    return [(u.state, u.log_decay) for u in updates if u.log_decay is not None]
+    return call.form.log_decays
 
 
 def _check_promises(call: Call) -> None:
     """Log-decays are at most 0, and what `within` promises holds."""
-    env = _leaves(call)
+    env = oracle.leaves(call.step, call.operands, call.params, call.state_dtype)
     for node in topological(*call.step.roots):
         if node.op is Op.WITHIN and not _reads_a_state(node):
-            lo, hi = (float(x) for x in node.attrs if isinstance(x, (int, float)))
             (x,) = oracle.evaluate([node.args[0]], dict(env))
-            _check_range(f"within(…) of {_operands_of(node)}", x, lo, hi)
+            _check_range(f"within(…) of {_named(node)}", x, *bounds_of(node))
     for state, log_decay in _log_decays(call):
         (g,) = oracle.evaluate([log_decay], dict(env))
-        what = f"the log-decay of state {state!r} (from {_operands_of(log_decay)})"
+        what = f"the log-decay of state {state!r} (from {_named(log_decay)})"
         _check_range(what, g, float("-inf"), 0.0)
 
 
@@ -122,27 +115,5 @@ def _reads_a_state(node: Node) -> bool:
     return any(n.op is Op.STATE for n in topological(node))
 
 
-def _operands_of(node: Node) -> str:
-    names = {str(n.attrs[0]): None for n in topological(node) if n.op is Op.OPERAND}
-    return ", ".join(repr(n) for n in names) or "constants"
-
-
-def _leaves(call: Call) -> dict[Node, Tensor]:
-    """Operands as `[B,T,HV,…]` in the state's dtype, Keys repeated to the value heads."""
-    env: dict[Node, Tensor] = {}
-    for x in call.declaration.operands:
-        tensor = call.operands[x.name].to(call.state_dtype)
-        if x.per is Per.HEAD:
-            tensor = tensor[None, None]
-        heads = -1 if x.kind is Kind.SCALAR else -2
-        if tensor.shape[heads] != call.HV:
-            tensor = tensor.repeat_interleave(call.HV // tensor.shape[heads], dim=heads)
-        if x.micro:
-            env |= {operand_leaf(x, i): tensor[:, :, i] for i in range(call.micro)}
-        else:
-            env[operand_leaf(x)] = tensor
-    for p in call.declaration.params:
-        env[param_leaf(p)] = torch.tensor(
-            call.params[p.name], dtype=call.state_dtype, device=call.device
-        )
-    return env
+def _named(node: Node) -> str:
+    return ", ".join(map(repr, operands_of(node))) or "constants"

@@ -41,11 +41,7 @@ class Stepper:
         self._records: Records[_Kept | None] = Records()
         self._no_states = (None,) * len(declaration.states)
         # axes of operands of tokens, with that of time
-        self._axes = {
-            x.name: 3 + bool(x.kind.value) + x.micro
-            for x in declaration.operands
-            if x.per is Per.TOKEN
-        }
+        self._axes = {x.name: len(x.axes) for x in declaration.operands if x.per is Per.TOKEN}
 
     def __call__(
         self,

@@ -165,8 +165,7 @@ class _Run:
         self._starts = []
         for name, f in task.starts.items():
             kind = kinds[name.removeprefix(GRADIENT)]
-            axes = {"K": call.K, "V": call.V}
-            shape = (call.N * call.HV, *(axes[a] for a in kind.value.rstrip("'")))
+            shape = (call.N * call.HV, *call.channels(kind))
             self._starts.append((name, None if f.like is None else f.at, shape))
 
     def __call__(self, values: Values) -> list[Tensor | None]:

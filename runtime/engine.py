@@ -1,8 +1,8 @@
 """The base of every engine: calls as kernels see them, once per layout; an engine compiles those.
 
 A layout is a call without contents: its tensors lie on "meta", with the shapes, strides and dtypes
-of the call's. What turns a value of a call into a tensor of a kernel (rows of micro-steps, a copy
-without gaps) is decided on it, so that a call only carries it out.
+of the call's. From the layout follows how each value of a call becomes a tensor of a kernel (as
+rows of micro-steps, by a copy without gaps); a call only carries this out.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ..dsl.ir import Per
 from ..dsl.normal_form import NormalForm, Operand
 from .call import Call, places_of, values_of
 from .engines import EngineName
-from .micro_steps import as_rows, coarse, coarse_gradient, refined, refined_cotangent
+from .micro_steps import by_entry, expanded, rows_of
 from .prepared import Records, Request, Run, States, Values, Way
-from .printed import dtypes_of, own_gradient, unprinted
-from .tokens import of_tokens
+from .printed import dtypes_of, unsupported_dtype
+from .rows import as_kernels_read, in_last_rows, last_rows
 from .tuned.artifact import Configuration, Key
 from .tuned.selection import call_size_of, key_here, token_loop_wins
 
@@ -40,12 +40,12 @@ Execute = Callable[[Values], Sequence[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """A tensor that kernels take.
+    """How a tensor that kernels take is made of a value of the call.
 
     Attributes:
-        at: which value of the call it is made of.
-        make: what is made of that; None: it is the value itself.
-        like: how the result lies in memory, without contents; None: there is none.
+        at: the number of the value.
+        make: the function from the value to the tensor; None where the tensor is the value.
+        like: a tensor of the same layout without contents; None where the value is None.
     """
 
     at: int
@@ -69,11 +69,11 @@ class Task:
     """One way of calls of one layout, for an engine to compile.
 
     Attributes:
-        call, rows: the layout, as called and as kernels take it, a micro-step a row.
-        operands: by name; of a backward also the output's cotangent, `d_o`.
-        starts: first values of what is carried, by name; without a `like` they are zero.
-        params: where floats stand among the values of a call.
-        results: what is to be computed, by the names of kernels: `o` and states, or gradients.
+        call, rows: the layout as called, and as kernels take it: with a row for each micro-step.
+        operands: the operands by name; a backward has the output's cotangent too, as `d_o`.
+        starts: the first values of carries by name; a start without a `like` is zero.
+        params: the numbers of floats among the values of a call.
+        results: the names that kernels give to the results: `o` and states, or gradients.
         time: whether values of tokens have a time axis.
     """
 
@@ -99,7 +99,7 @@ class Task:
 
 
 class Engine(ABC):
-    """What an engine offers: ops, the tuner and whoever examines it ask no more of it."""
+    """The interface of engines, for ops, for the tuner and for validation."""
 
     name: EngineName
     has_steps = True  # whether it has kernels of single tokens
@@ -178,7 +178,7 @@ _RECORDS: Records[Run] = Records()
 
 
 class KernelEngine(Engine):
-    """An engine of printed kernels: it says what it takes, and compiles; the rest is here."""
+    """The base of engines that print kernels: a subclass refuses calls and compiles tasks."""
 
     @abstractmethod
     def compile(self, task: Task, config: Configuration | None, segment: int | None) -> Execute:
@@ -226,7 +226,7 @@ def task_of(request: Request) -> Task:
         if tokens:
             operands |= _token_feeds(value, o, call.micro, places.time)
         else:
-            make = as_rows(o, n)
+            make = rows_of(call, o).make
             operands[o.name] = value if make is None else value.then(make)
     per_head = {o.name for o in call.step.operands if o.per is Per.HEAD}
     operands = {name: _strided(f, per_head=name in per_head) for name, f in operands.items()}
@@ -245,7 +245,7 @@ def task_of(request: Request) -> Task:
     if call.cu_seqlens is not None:
         assert places.cu_seqlens is not None
         bounds = _boundaries(Feed(places.cu_seqlens, None, call.cu_seqlens), call.device, n)
-    rows = of_tokens(call) if tokens else refined(call)
+    rows = by_entry(call) if tokens else expanded(call)
     return Task(
         way, call, rows, operands, starts, places.params, bounds, tuple(results), places.time
     )
@@ -258,8 +258,7 @@ def _like(feed: Feed) -> Tensor:
 
 def _strided(feed: Feed, *, per_head: bool) -> Feed:
     """As kernels take operands: channels without gaps, those per head without any."""
-    x = _like(feed)
-    return feed.dense() if per_head or (x.ndim > 3 and x.stride(-1) != 1) else feed
+    return feed if as_kernels_read(_like(feed), per_head=per_head) else feed.dense()
 
 
 def _token_feeds(value: Feed, o: Operand, micro: int, time: bool) -> dict[str, Feed]:
@@ -285,9 +284,8 @@ def _cotangent(call: Call, at: int, do: Tensor | None) -> Feed:
         feed = Feed(at, lambda _: torch.zeros(shape, dtype=dtype, device=device), like)
     else:
         feed = Feed(at, None, do).dense()
-    if len(call.form.micro_steps) == 1:
-        return feed
-    return feed.then(lambda x: refined_cotangent(call, x))
+    n = len(call.form.micro_steps)
+    return feed if n == 1 else feed.then(lambda x: in_last_rows(x, n))
 
 
 def _boundaries(feed: Feed, device: torch.device, micro_steps: int) -> Feed:
@@ -301,11 +299,11 @@ def _boundaries(feed: Feed, device: torch.device, micro_steps: int) -> Feed:
 
 
 def _finish(task: Task, name: str) -> Callable[[Any], Tensor] | None:
-    """What makes a task's result that of the call; None: it is."""
+    """The function from a task's result to the call's; None where both are the same."""
     call, rows = task.call, task.rows
     n = 1 if task.way is Way.TOKENS else len(call.form.micro_steps)
     if name == "o":
-        return None if n == 1 else lambda o: coarse(call, o)
+        return None if n == 1 else partial(last_rows, n=n)
     if task.way is not Way.BACKWARD:
         return None
     name = name.removeprefix(GRADIENT)
@@ -316,19 +314,10 @@ def _finish(task: Task, name: str) -> Callable[[Any], Tensor] | None:
         assert start is not None
         dtype = start.dtype
         return None if dtype is call.state_dtype else partial(torch.Tensor.to, dtype=dtype)
-    x, per_head = rows.operands[name], name in task.per_head
+    x = rows.operands[name]
     (operand,) = (o for o in call.form.operands if o.name == name)
-    of_tokens = coarse_gradient(operand, call.T, call.micro, n)
-    shape, dtype, HV, device = x.shape, x.dtype, call.HV, call.device
-
-    def gradient(g: Tensor | None) -> Tensor:
-        if g is None:
-            own = torch.zeros(shape, dtype=dtype, device=device)
-        else:
-            own = own_gradient(g, shape, dtype, HV, per_head=per_head)
-        return (own if of_tokens is None else of_tokens(own)).contiguous()
-
-    return gradient
+    gradient = rows_of(call, operand).gradient
+    return partial(gradient, shape=x.shape, dtype=x.dtype, device=call.device, HV=call.HV)
 
 
 def chunk_refusal(form: NormalForm) -> str | None:
@@ -342,7 +331,7 @@ def chunk_refusal(form: NormalForm) -> str | None:
 
 def printed_token_refusal(call: Call) -> str | None:
     """Why no kernel is printed for tokens like these; None if one is."""
-    why = unprinted(dtypes_of(call))
+    why = unsupported_dtype(dtypes_of(call))
     if why is not None:
         return why
     try:

@@ -17,9 +17,8 @@ from torch.nn.functional import normalize, softplus
 
 from ..dsl import errors, oracle
 from ..dsl.declaration import Declaration
-from ..dsl.ir import Kind, Node, Op, Per, topological
+from ..dsl.ir import Kind, Node, Op, Per, bounds_of, operands_of, promises_of, topological
 from ..dsl.normal_form import NormalForm, Operand, expressions
-from .sizes import letters, state_letters
 
 _SAMPLES, _CHANNELS = 512, 4
 # of a state over the sequence: rounding grows alike, and is not to be taken for an error
@@ -144,14 +143,14 @@ def ranges(form: NormalForm, params: Mapping[str, float]) -> Ranges:
     Raises:
         NotLowered: there are none among those that are tried.
     """
-    decays = [u.log_decay for m in form.micro_steps for u in m.updates if u.log_decay is not None]
+    decays = [node for _, node in form.log_decays]
     every = topological(*expressions(form), form.output)
     promised = [n for n in every if n.op is Op.WITHIN and not _reads(n)]
-    names = _operands(*decays, *promised)
+    names = operands_of(*decays, *promised).keys()
     gates = [o for o in form.operands if o.name in names]
     random = torch.Generator().manual_seed(0)
     normal = {o.name: _normal((_SAMPLES,), random, torch.float32).double() for o in form.operands}
-    declared = {str(n.args[0].attrs[0]): Range(*_promise(n)) for n in promised if _direct(n)}
+    declared = {name: Range(*bounds) for name, bounds in promises_of(*every).items()}
     tried = [(declared[o.name],) if o.name in declared else _USUAL for o in gates]
     for chosen in itertools.product(*tried):
         samples = {name: torch.cat((x, x)) for name, x in normal.items()}
@@ -186,7 +185,7 @@ def _legal(
     if not env:
         return True
     values = oracle.evaluate([*decays, *inside], env)
-    bounds = [(-math.inf, 0.0)] * len(decays) + [_promise(n) for n in promised]
+    bounds = [(-math.inf, 0.0)] * len(decays) + [bounds_of(n) for n in promised]
     # written so that a NaN is not legal
     return all(
         bool(((x >= lo) & (x <= hi)).all()) for x, (lo, hi) in zip(values, bounds, strict=True)
@@ -195,20 +194,6 @@ def _legal(
 
 def _reads(node: Node) -> bool:
     return any(n.op is Op.RESULT for n in topological(node))
-
-
-def _direct(within: Node) -> bool:
-    return within.args[0].op is Op.OPERAND
-
-
-def _promise(within: Node) -> tuple[float, float]:
-    lo, hi = (float(x) for x in within.attrs if isinstance(x, (int, float)))
-    return lo, hi
-
-
-def _operands(*nodes: Node) -> set[str]:
-    """The names of the operands below expressions."""
-    return {str(n.attrs[0]) for n in topological(*nodes) if n.op is Op.OPERAND}
 
 
 def draw(
@@ -220,7 +205,7 @@ def draw(
 ) -> dict[str, Tensor]:
     """The operands of a call, float64 on the CPU; `sizes` by letter (B, T, n, H, HV, K, V)."""
     return {
-        o.name: found.entries(o, _normal([sizes[a] for a in letters(o)], random), extremes)
+        o.name: found.entries(o, _normal([sizes[a] for a in o.axes], random), extremes)
         for o in declared.operands
     }
 
@@ -229,7 +214,7 @@ def draw_states(
     declared: Declared, found: Ranges, sizes: Mapping[str, int], random: torch.Generator
 ) -> list[Tensor]:
     """Initial states of a call, float64 on the CPU; `sizes` by letter (N, HV, K, V)."""
-    drawn = [_normal([sizes[a] for a in state_letters(s)], random) for s in declared.states]
+    drawn = [_normal([sizes[a] for a in s.axes], random) for s in declared.states]
     return [x.abs() for x in drawn] if found.positive_keys else drawn
 
 
@@ -258,8 +243,8 @@ def contracted(
         for w in u.writes
         if w.correction is not None
     ]
-    read = _operands(*(n for f in corrections for n in (f.key, f.scale)))
-    halved = read - {name for name, _ in found.gates}
+    read = operands_of(*(n for f in corrections for n in (f.key, f.scale)))
+    halved = read.keys() - {name for name, _ in found.gates}
 
     def growth(x: Mapping[str, Tensor]) -> float:
         return _growth(form, x, params, sizes, cu_seqlens)
@@ -303,10 +288,10 @@ def _growth(
     exact = {n: x.double().cpu() for n, x in operands.items()}
     bounds = None if cu_seqlens is None else cu_seqlens.cpu()
     random = torch.Generator().manual_seed(2)
-    starts = [_normal([sizes[a] for a in state_letters(s)], random) for s in form.states]
+    starts = [_normal([sizes[a] for a in s.axes], random) for s in form.states]
     with torch.no_grad():
-        _, moved = oracle.run_form(form, exact, params, starts, bounds)
-        _, still = oracle.run_form(form, exact, params, None, bounds)
+        _, moved = oracle.run(form, exact, params, starts, bounds)
+        _, still = oracle.run(form, exact, params, None, bounds)
     return max(
         float(((a - b).flatten(2).norm(dim=2) / s.flatten(2).norm(dim=2)).max())
         for a, b, s in zip(moved, still, starts, strict=True)

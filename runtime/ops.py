@@ -249,9 +249,7 @@ def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
         from . import reference
 
         (do, *dfinals), inputs = args[:given], args[given:]
-        call = flat.call(inputs).of(inputs)
-        of_operands, of_initial = reference.differentiate(call, do, tuple(dfinals))
-        return [*of_operands.values(), *(g for g in of_initial if g is not None)]
+        return reference.differentiate(flat.call(inputs).of(inputs), do, tuple(dfinals))
 
     def is_reference(args: Sequence[Any], engine: str | None) -> bool:
         return chosen(args[: flat.operands], engine) is EngineName.REFERENCE

@@ -1,7 +1,7 @@
-"""What serves calls of a layout, worked out once: checked shapes, the engine, what it compiled.
+"""Records of layouts of calls: the shapes are checked and the kernels compiled once for each.
 
-Training steps and decoders repeat the layout of the call before, so that a call is one comparison
-and then what its record runs.
+Training steps and decoders repeat the layout of the call before, so that a call compares its layout
+with that of the latest record and then runs the record.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Records(Generic[_R]):
     ) -> _R:
         """The record for tensors that lie so in memory, and `rest`; made by `prepare` if need be.
 
-        What `prepare` raises is not kept.
+        An error that `prepare` raises is not kept: the next such call prepares again.
         """
         key: list[object] = [torch.get_num_threads(), *rest]
         try:
@@ -53,7 +53,7 @@ class Records(Generic[_R]):
                     key.append(None)
                 else:
                     key += (x.shape, x.stride(), x.dtype, x.device)
-        except RuntimeError:  # it has no strides; whoever prepares says so
+        except RuntimeError:  # a tensor without strides, which `prepare` refuses by name
             return prepare()
         latest = self._latest
         return latest[1] if latest is not None and latest[0] == key else self.get(key, prepare)
@@ -129,7 +129,7 @@ def _bare(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """What serves calls of one layout.
+    """The compiled computation of calls of one layout.
 
     Attributes:
         run: from the values of a call to the results of its op.

@@ -48,8 +48,7 @@ class _Reference(Engine):
 
         def backwards(values: Values) -> list[Tensor]:
             do, *dfinals = values[:count]
-            of_operands, of_initial = backward(call.of(values[count:]), do, tuple(dfinals))
-            return [*of_operands.values(), *(g for g in of_initial if g is not None)]
+            return backward(call.of(values[count:]), do, tuple(dfinals))
 
         return backwards if request.way is Way.BACKWARD else forwards
 
@@ -64,10 +63,8 @@ def forward(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
     return o.to(call.dtype, copy=True), tuple(f.to(call.state_dtype, copy=True) for f in finals)
 
 
-def backward(
-    call: Call, do: Tensor | None, dfinals: tuple[Tensor | None, ...]
-) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
-    """Gradients by autograd through a second run of the token loop."""
+def backward(call: Call, do: Tensor | None, dfinals: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """Gradients of operands and given first states, by autograd through a second token loop."""
     return _with_autograd(
         lambda: _pulled_back(call, lambda x: x.detach().requires_grad_(), do, dfinals, again=False)
     )
@@ -75,7 +72,7 @@ def backward(
 
 def differentiate(
     call: Call, do: Tensor | None, dfinals: tuple[Tensor | None, ...]
-) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+) -> list[Tensor]:
     """What `backward` returns, itself differentiable, in any mode and at any level of torch.func.
 
     Operands may be computed from one another, hence a view of each: its gradient is its own.
@@ -104,7 +101,7 @@ def _pulled_back(
     dfinals: tuple[Tensor | None, ...],
     *,
     again: bool,
-) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+) -> list[Tensor]:
     with torch.enable_grad():
         operands = {n: leaf(x) for n, x in call.operands.items()}
         initial = tuple(None if s is None else leaf(s) for s in call.initial)
@@ -115,21 +112,12 @@ def _pulled_back(
             outputs.append(y)
             cotangents.append(dy.to(y.dtype))
     leaves = [*operands.values(), *(s for s in initial if s is not None)]
-    if outputs:
-        grads = torch.autograd.grad(
-            outputs,
-            leaves,
-            cotangents,
-            create_graph=again,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    else:  # T = 0 and nothing asked of the final state
-        grads = tuple(torch.zeros_like(x) for x in leaves)
-    remaining = iter(grads)
-    of_operands = {n: next(remaining) for n in operands}
-    of_initial = tuple(None if s is None else next(remaining) for s in initial)
-    return of_operands, of_initial
+    if not outputs:  # T = 0 and nothing asked of the final state
+        return [torch.zeros_like(x) for x in leaves]
+    grads = torch.autograd.grad(
+        outputs, leaves, cotangents, create_graph=again, allow_unused=True, materialize_grads=True
+    )
+    return list(grads)
 
 
 def _with_autograd(work: Callable[[], _R]) -> _R:

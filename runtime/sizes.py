@@ -5,42 +5,32 @@ A pure function of what never changes from one training step to the next, hence 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..dsl import errors
 from ..dsl.ir import Kind, Per
-from ..dsl.normal_form import Operand, StateDecl
+from ..dsl.normal_form import Operand
+from . import shapes
+from .shapes import Form, pattern
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_TRAILING = {Kind.SCALAR: (), Kind.KEY: ("K",), Kind.VALUE: ("V",)}
-
-
-class Form(NamedTuple):
-    """What is known of a tensor without looking into it."""
-
-    shape: Sequence[int]
-    dtype: torch.dtype
-    device: torch.device
-    layout: torch.layout = torch.strided
-
-    @classmethod
-    def of(cls, x: Tensor) -> Form:
-        """That of a tensor."""
-        return cls(x.shape, x.dtype, x.device, x.layout)
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The sizes of a call (`Call` says what each is), its output's dtype, its device."""
+    """The sizes of a call by the letters of `shapes`, and `micro`, the entries of its tuples.
+
+    N is B, or the number of packed sequences. `dtype` is that of the first Value operand, and of
+    the output.
+    """
 
     B: int
     T: int
@@ -54,30 +44,9 @@ class Sizes:
     device: torch.device
 
 
-def kind_name(x: Operand) -> str:
-    """The operand's kind as the user wrote it."""
-    bare = x.kind.name.title()
-    if x.micro:
-        return f"tuple[{bare}, ...]"
-    return f"Head{bare}" if x.per is Per.HEAD else bare
-
-
-def letters(x: Operand) -> tuple[str, ...]:
-    """An operand's axes; n counts micro-steps, H the heads of Keys, which may divide the others."""
-    if x.per is Per.HEAD:
-        return ("HV", *_TRAILING[x.kind])
-    micro = ("n",) if x.micro else ()
-    return ("B", "T", *micro, "H" if x.kind is Kind.KEY else "HV", *_TRAILING[x.kind])
-
-
-def state_letters(state: StateDecl) -> tuple[str, ...]:
-    """A state's axes: `N HV K V`, or `N HV K`."""
-    return ("N", "HV", "K", "V") if state.kind is Kind.STATE else ("N", "HV", "K")
-
-
-def pattern(x: Operand) -> str:
+def shape_of(x: Operand) -> str:
     """The shape an operand must have, in letters: `[B,T,H|HV,K]`."""
-    return "[" + ",".join("H|HV" if a == "H" else a for a in letters(x)) + "]"
+    return pattern(x.axes)
 
 
 def measure(
@@ -89,132 +58,67 @@ def measure(
     """Compare the operands' forms, in the declaration's order, and name the sizes.
 
     Raises:
-        BadShape, BadDtype, BadDevice, HeadMismatch, BadBatch, BadCuSeqlens: as their names say.
+        MissingOperand: no operand has tokens.
+        BadShape, BadDtype, BadDevice, BadLayout, HeadMismatch, BadBatch, BadCuSeqlens: as their
+            names say.
     """
-    device = operands[0].device
-    sizes: dict[str, tuple[int, str]] = {}
-    key_heads: dict[str, int] = {}
-    for x, form in zip(declaration.operands, operands, strict=True):
-        _check_placement(x.name, form, device)
-        _compare(x, form.shape, sizes, key_heads)
-    if "T" not in sizes:
+    declared = {x.name: x for x in declaration.operands}
+    if all(x.per is Per.HEAD for x in declaration.operands):
         raise errors.MissingOperand(
             "per token", "Key, Value or Scalar", "[B,T,...]", op=declaration.name
         )
-    if "HV" not in sizes:
-        widest = max(key_heads, key=lambda n: key_heads[n])
-        sizes["HV"] = (key_heads[widest], widest)
-    B, T, HV = (sizes[s][0] for s in ("B", "T", "HV"))
-    # no operand says so only where no state has the axis
-    K, V = (sizes.get(s, (1, ""))[0] for s in ("K", "V"))
-    if cu_seqlens is not None:
-        _check_packing(cu_seqlens, B, sizes["B"][1], device)
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    for state, start in zip(declaration.states, states, strict=True):
-        if start is not None:
-            what = f"initial_state ({state.name})"
-            _check_placement(what, start, device)
-            axes = state_letters(state)
-            expected = [{"N": N, "HV": HV, "K": K, "V": V}[a] for a in axes]
-            if list(start.shape) != expected:
-                raise errors.BadShape(what, start.shape, f"[{','.join(axes)}] = {expected}")
-    lead = next(
-        (
-            form
-            for x, form in zip(declaration.operands, operands, strict=True)
-            if x.kind is Kind.VALUE and x.per is Per.TOKEN
-        ),
-        operands[0],
+
+    def refuse(fault: str, name: str, got: Any, expected: str) -> Exception:
+        if fault == "shape" and name in declared:
+            return errors.BadShape(name, got, expected, kind=declared[name].spelled)
+        return refusal(fault, name, got, expected)
+
+    sizes = shapes.measure(
+        {x.name: x.axes for x in declaration.operands},
+        operands,
+        {s.name: s.axes for s in declaration.states},
+        states,
+        cu_seqlens,
+        refuse,
     )
-    return Sizes(
-        B=B,
-        T=T,
-        H=_key_heads(key_heads, HV, sizes["HV"][1]),
-        HV=HV,
-        K=K,
-        V=V,
-        N=N,
-        micro=int(sizes.get("n", (1, ""))[0]),
-        dtype=lead.dtype,
-        device=device,
+    starts = (f"initial_state ({s.name})" for s in declaration.states)
+    for name, form in zip((*declared, *starts), (*operands, *states), strict=True):
+        if form is not None and form.dtype not in FLOATS:
+            expected = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
+            raise errors.BadDtype(name, str(form.dtype), f"one of {expected}")
+    values = (
+        form
+        for x, form in zip(declaration.operands, operands, strict=True)
+        if x.kind is Kind.VALUE and x.per is Per.TOKEN
     )
+    lead = next(values, operands[0])
+    axes = {a: sizes[a] for a in ("B", "T", "H", "HV", "K", "V", "N")}
+    micro = int(sizes.get("n", 1))  # of torch.compile's symbols too: it decides what is traced
+    return Sizes(**axes, micro=micro, dtype=lead.dtype, device=operands[0].device)
 
 
 measured = lru_cache(maxsize=4096)(measure)
 
 
-def _check_placement(name: str, form: Form, device: torch.device) -> None:
-    _check_layout(name, form)
-    if form.dtype not in FLOATS:
-        raise errors.BadDtype(
-            name, str(form.dtype), "one of " + ", ".join(str(d)[len("torch.") :] for d in FLOATS)
-        )
-    if form.device != device:
-        raise errors.BadDevice(name, str(form.device), str(device))
+def refusal(fault: str, name: str, got: Any, expected: str) -> Exception:
+    """The error of a fault that `shapes` found."""
+    if fault == "shape":
+        return errors.BadShape(name, got, expected)
+    if fault == "layout":
+        return errors.BadLayout(name, f"a tensor of layout {got}")
+    if fault == "device":
+        return errors.BadDevice(name, str(got), expected)
+    if fault == "heads":
+        return errors.HeadMismatch(name, got, expected)
+    if fault == "batch":
+        return errors.BadBatch(name, got, expected, help="reshape the operands to [1, B*T, ...]")
+    return errors.BadCuSeqlens(str(got), expected)
 
 
-def _check_layout(name: str, form: Form) -> None:
-    if form.layout is not torch.strided:
-        raise errors.BadLayout(name, f"a tensor of layout {form.layout}")
+def check_boundaries(cu_seqlens: Tensor, T: int) -> None:
+    """That `cu_seqlens` rises from 0 to T; waits for its device, so only for CPU tensors or checks.
 
-
-def _compare(
-    x: Operand, shape: Sequence[int], sizes: dict[str, tuple[int, str]], key_heads: dict[str, int]
-) -> None:
-    """Compare one operand's shape with the sizes known so far; add those it is first to show."""
-    axes = letters(x)
-    if len(shape) != len(axes):
-        raise errors.BadShape(x.name, shape, f"{pattern(x)}, {len(axes)} axes", kind=kind_name(x))
-    for letter, size in zip(axes, shape, strict=True):
-        if letter == "H":
-            key_heads[x.name] = size
-            continue
-        known = sizes.setdefault(letter, (size, x.name))
-        if known[0] != size:
-            raise errors.BadShape(
-                x.name,
-                shape,
-                f"{pattern(x)} with {letter} = {known[0]}, as in operand {known[1]!r}",
-                kind=kind_name(x),
-            )
-    if x.micro and shape[2] == 0:
-        raise errors.BadShape(
-            x.name, shape, f"{pattern(x)} with at least one micro-step", kind=kind_name(x)
-        )
-
-
-def _key_heads(key_heads: dict[str, int], HV: int, witness: str) -> int:
-    """H: the head count of the Keys that do not belong to the value heads."""
-    grouped = {n: h for n, h in key_heads.items() if h != HV}
-    if not grouped:
-        return HV
-    first, H = next(iter(grouped.items()))
-    for name, h in grouped.items():
-        if h != H:
-            raise errors.HeadMismatch(
-                name, h, f"{H} as operand {first!r} has, or {HV} as operand {witness!r} has"
-            )
-    if H == 0 or HV % H != 0:
-        raise errors.HeadMismatch(
-            first, H, f"{HV} as operand {witness!r} has, or a divisor of that"
-        )
-    return H
-
-
-def _check_packing(cu_seqlens: Form, B: int, witness: str, device: torch.device) -> None:
-    _check_layout("cu_seqlens", cu_seqlens)
-    if cu_seqlens.device != device and cu_seqlens.device.type != "cpu":
-        raise errors.BadDevice("cu_seqlens", str(cu_seqlens.device), str(device))
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise errors.BadCuSeqlens(f"of dtype {cu_seqlens.dtype}", "int32 or int64")
-    if len(cu_seqlens.shape) != 1 or cu_seqlens.shape[0] < 2:
-        raise errors.BadCuSeqlens(
-            f"of shape {list(cu_seqlens.shape)}", "[N+1], the boundaries of N >= 1 sequences"
-        )
-    if B != 1:
-        raise errors.BadBatch(
-            witness,
-            B,
-            "1, as cu_seqlens packs sequences along T",
-            help="reshape the operands to [1, B*T, ...]",
-        )
+    Raises:
+        BadCuSeqlens: names the first entry at fault.
+    """
+    shapes.check_boundaries(cu_seqlens, T, refusal)

@@ -30,8 +30,8 @@ class Derivative:
         save: `(ctx, inputs)`, keeps what `pull_back` needs.
         pull_back: `(ctx, *cotangents)`, a gradient or None for every input.
         in_torch: the op as torch operations.
-        by_torch: whether those are what serves a call with such inputs. They are then what is
-            recorded for tangents, and for gradients too if `records_itself`.
+        by_torch: whether these operations serve a call with such inputs. Torch then
+            differentiates them for tangents, and for gradients too if `records_itself`.
     """
 
     title: str

@@ -149,9 +149,7 @@ def _by_form(form: NormalForm, made: Made, truth: dict[str, Tensor]) -> Verdict 
     """A step that no engine lowers must still mean what its normal form does; None if so."""
     exact = made.inputs.copied("cpu", torch.float64)
     with torch.no_grad():
-        o, finals = oracle.run_form(
-            form, exact.operands, exact.params, exact.initial, exact.cu_seqlens
-        )
+        o, finals = oracle.run(form, exact.operands, exact.params, exact.initial, exact.cu_seqlens)
     got = {n: x.detach() for n, x in (("o", o), *_numbered(finals))}
     try:
         assert_agree(got, {n: truth[n] for n in got}, FLOAT64_RANDOM)

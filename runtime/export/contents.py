@@ -1,8 +1,7 @@
-"""What is exported, as data that every printer of the package reads."""
+"""The contents of an exported package, as data that its printers share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...codegen.config import Config, Dims
@@ -11,14 +10,7 @@ from ...codegen.triton.emit import Emitted
 from ...dsl.declaration import Declaration
 from ...dsl.ir import Kind, Per
 from ...dsl.normal_form import NormalForm, Operand
-from ..sizes import letters
 from ..tuned.artifact import Certificate
-
-# what the printed modules call their own things
-RESERVED = (
-    *("batch", "chunk_offsets", "chunk_table", "chunks", "cu_seqlens", "device", "heads"),
-    *("kernels", "sequences", "shared", "support", "tokens", "torch", "C", "K", "V"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +35,10 @@ class Package:
     """A recurrence with all kernels that are exported for it.
 
     Attributes:
-        name: of the function that users call.
-        micro: how many micro-steps a token has.
-        command: what regenerates the package.
-        narrow: the operands that come in the dtype of products; the others are widened to float32.
+        name: the name of the function that users call.
+        micro: the number of micro-steps of a token.
+        command: the command line that regenerates the package.
+        narrow: the operands in the dtype of products; the others are widened to float32.
     """
 
     name: str
@@ -80,24 +72,10 @@ class Package:
         ]
 
     @property
-    def rows_per_token(self) -> int:
-        """How many rows of a kernel's tiles a token takes."""
-        return len(self.form.micro_steps)
-
-    @property
     def lead(self) -> str:
         """The operand whose dtype is that of the output: the first Value per token."""
         values = [o for o in self.form.operands if o.kind is Kind.VALUE and o.per is Per.TOKEN]
         return (values or list(self.form.operands))[0].name
-
-    def size(self, letter: str, variables: Mapping[str, str]) -> str:
-        """An expression for the size of an axis; `variables` by operand."""
-        for o in self.form.operands:
-            if letter in letters(o):
-                return f"{variables[o.name]}.shape[{letters(o).index(letter)}]"
-        assert letter == "HV", "no operand has this axis"
-        heads = [f"{variables[o.name]}.shape[{letters(o).index('H')}]" for o in self.form.operands]
-        return f"max({', '.join(heads)})"
 
     def header(self, what: str) -> list[str]:
         """A module's docstring: what it is for, where it comes from, and how to print it anew."""
@@ -112,4 +90,4 @@ class Package:
 
 def axes(o: Operand, micro_steps: int = 1) -> tuple[str, ...]:
     """An operand's axes in letters, the number of micro-steps written out."""
-    return tuple(str(micro_steps) if a == "n" else a for a in letters(o))
+    return tuple(str(micro_steps) if a == "n" else a for a in o.axes)

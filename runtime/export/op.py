@@ -1,4 +1,4 @@
-"""Prints the op of an exported package: the function that users call, checks, autograd, a layer."""
+"""Prints the function that users of an exported package call, its tables, and a layer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 
 from ...dsl.normal_form import Operand
-from ..sizes import state_letters
 from .contents import Package, axes
-from .custom_ops import Ops
 from .text import module, wrapped
 
 _OPTIONS = ("initial_state", "output_final_state", "cu_seqlens")
@@ -30,7 +28,6 @@ def print_op(package: Package, sources: Mapping[str, str]) -> str:
             *_tables(package, sources),
         ],
         _public(package),
-        Ops(package).lines(),
     )
 
 
@@ -65,31 +62,44 @@ def print_layer(package: Package) -> str:
 
 
 def _tables(package: Package, sources: Mapping[str, str]) -> Iterator[str]:
-    yield f"COMMAND = {package.command!r}"
     digest = hashlib.blake2b(digest_size=6)
     for name in sorted(sources):
         digest.update(f"{name}\n{sources[name]}".encode())
-    yield "# of this version and this import alone: several can be loaded side by side"
     version = f"{package.name}_{digest.hexdigest()}_"
-    yield f'NAMESPACE = "{version}" + re.sub(r"\\W", "_", __name__)'
     yield "# axes by operand; H, the heads of a Key, divides HV, those of the Values"
     yield "AXES = {"
     for o in package.form.operands:
         yield f'    "{o.name}": "{" ".join(axes(o, package.micro))}",'
     yield "}"
-    narrow = [f'"{o}"' for o in package.operands if o in package.narrow]
+    states = [f'"{s.name}": "{" ".join(s.axes)}"' for s in package.form.states]
+    yield from wrapped("STATES = {", states, "}")
+    narrow = tuple(o for o in package.operands if o in package.narrow)
     yield "# in the dtype of the products; the other operands are widened to float32"
-    yield from wrapped("NARROW = (", [*narrow, ""] if len(narrow) == 1 else narrow, ")")
-    yield "KERNELS = {"
+    yield f"NARROW = {narrow!r}"
+    yield "RECURRENCE = support.Recurrence("
+    yield f"    name={package.name!r},"
+    yield f"    command={package.command!r},"
+    yield "    axes=AXES,"
+    yield "    states=STATES,"
+    yield f"    params={package.params!r},"
+    yield "    narrow=NARROW,"
+    yield f"    lead={package.lead!r},"
+    yield f"    rows={len(package.form.micro_steps)},"
+    yield "    kernels={"
     for s in package.served:
         key = f"(torch.{s.dtype.value}, {s.dims.K}, {s.dims.V})"
-        yield f"    {key}: launch_{s.suffix},"
-    yield "}"
+        yield f"        {key}: launch_{s.suffix}.KERNELS,"
+    yield "    },"
+    yield ")"
+    yield "# of this version and this import alone: several can be loaded side by side"
+    yield f'NAMESPACE = "{version}" + re.sub(r"\\W", "_", __name__)'
+    yield "LIBRARY = support.register(RECURRENCE, NAMESPACE)"
+    yield "OPS = getattr(torch.ops, NAMESPACE)"
 
 
 def _kind(o: Operand) -> str:
-    name = o.kind.name.title()
-    return f"{name} of every micro-step" if o.micro else f"{name}, per {o.per.value}"
+    per = "of every micro-step" if o.micro else f", per {o.per.value}"
+    return f"{o.kind.spelled} {per}".replace(" ,", ",")
 
 
 def _signature(package: Package) -> list[str]:
@@ -110,7 +120,7 @@ def _public(package: Package) -> Iterator[str]:
         yield f"        {p.name}: a Python number."
     for n, s in enumerate(package.form.states):
         name = "initial_state" + (f"[{n}]" if several else "")
-        yield f"        {name}: `[{','.join(state_letters(s))}]`; zero where absent."
+        yield f"        {name}: `[{','.join(s.axes)}]`; zero where absent."
     yield "        output_final_state: return the state after the last token too."
     yield "        cu_seqlens: int32 or int64 `[N+1]`, N sequences packed along T, with B = 1."
     yield ""
@@ -121,23 +131,10 @@ def _public(package: Package) -> Iterator[str]:
     yield "        ValueError, TypeError: they name the operand, what it is and what was expected."
     yield "        RuntimeError: no kernel of this package can serve the call; says why."
     yield '    """'
-    count = len(package.states)
-    if several:
-        names = ", ".join(package.states)
-        yield f"    starts = (None,) * {count} if initial_state is None else tuple(initial_state)"
-        yield f"    if len(starts) != {count}:"
-        yield "        raise ValueError("
-        yield f'            f"{package.name}: initial_state has {{len(starts)}} entries, "'
-        yield f'            "expected {count}: {names}"'
-        yield "        )"
-    starts = "*starts" if several else "initial_state"
-    tensors = ", ".join([*package.operands, starts])
-    yield from wrapped(f'support.check_transforms("{package.name}", [', [tensors], "])", "    ")
-    arguments = [*package.operands, starts, "cu_seqlens", *(f"float({p})" for p in package.params)]
-    finals = "*finals" if several else "final"
-    yield from wrapped(f"    o, {finals} = OPS.forward(", arguments, ")")
-    returned = "tuple(finals)" if several else "final"
-    yield f"    return o, ({returned} if output_final_state else None)"
+    arguments = ["RECURRENCE", "OPS.forward", f"({', '.join(package.operands)},)"]
+    yield from wrapped(
+        "return support.call(", [*arguments, *_OPTIONS, *package.params], ")", "    "
+    )
 
 
 def _summary(package: Package) -> str:

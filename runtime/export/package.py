@@ -7,7 +7,7 @@ exporting again gives the same bytes.
 from __future__ import annotations
 
 import hashlib
-import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -18,21 +18,18 @@ import torch
 
 from ...codegen.config import Config, Dims, Precision
 from ...codegen.interface import Dtype, Signature
-from ...codegen.programs import chunk_program
-from ...codegen.triton.defaults import default_config
 from ...codegen.triton.emit import emit
-from ...codegen.triton.fit import H100_SHARED, fit
+from ...codegen.triton.fit import H100_SHARED, untuned_config
 from ...dsl.declaration import Declaration
-from ...dsl.ir import Kind, Op, Per, topological
+from ...dsl.ir import Kind, Per, operands_of
 from ...dsl.normal_form import NormalForm
-from .. import micro_steps, packing, printed
 from ..cache import write_atomically
 from ..engines import EngineName
 from ..tuned.artifact import CallSize, Certificate, Key
 from ..tuned.machine import Machine, machine_of
 from ..tuned.selection import find, folders, nearest, select_config
 from .contents import Package, Served
-from .launch import print_launchers
+from .launches import print_launches
 from .op import print_layer, print_op
 from .readme import (
     LICENSE,
@@ -63,10 +60,10 @@ class Request:
     """What to export.
 
     Attributes:
-        target: as it is written in the command that regenerates the package.
-        name: of the function; by default that of the recurrence.
+        target: the recurrence as command lines name it.
+        name: the name of the function; None: the recurrence's.
         micro: micro-steps per token, where operands are tuples.
-        config: instead of the tuned or default ones.
+        config: a configuration to use in place of the tuned or default ones.
     """
 
     target: str
@@ -90,7 +87,7 @@ def export(declaration: Declaration, request: Request) -> dict[str, str]:
     if not package.name.isidentifier() or iskeyword(package.name) or package.name in _MODULES:
         raise ValueError(f"{package.name!r} cannot name the function: choose another (--name)")
     for operand in (*package.operands, *package.params):
-        if operand in _USED:
+        if operand in (*_USED, *_MODULES):
             raise ValueError(f"{operand!r} cannot name an operand of an exported op: rename it")
     files = _sources(package)
     hub = request.layout is Layout.HUB
@@ -119,14 +116,7 @@ def _package(declaration: Declaration, request: Request) -> Package:
 
 def _narrow(form: NormalForm) -> frozenset[str]:
     """Keys and Values per token, but for gates: what products take in the dtype of the call."""
-    gates = {
-        str(leaf.attrs[0])
-        for micro_step in form.micro_steps
-        for update in micro_step.updates
-        if update.log_decay is not None
-        for leaf in topological(update.log_decay)
-        if leaf.op is Op.OPERAND
-    }
+    gates = operands_of(*(log_decay for _, log_decay in form.log_decays))
     return frozenset(
         o.name
         for o in form.operands
@@ -156,12 +146,7 @@ def _configuration(
         shared = about.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in stubs
     key = Key(form.digest, EngineName.TRITON, dtype.value, dims, machine)
 
-    def default() -> Config:
-        wide = dtype is Dtype.FLOAT32
-        plain = default_config(chunk_program(form), dims, wide_dtype=wide)
-        return fit(form, plain, dims, 4 if wide else 2, shared)
-
-    config = select_config(Config, key, TRAINING, default)
+    config = select_config(Config, key, TRAINING, lambda: untuned_config(form, dims, dtype, shared))
     artifact = find(key, folders()).artifact
     tuned = None if artifact is None else nearest(artifact, TRAINING)
     if artifact is None or tuned is None:
@@ -172,7 +157,7 @@ def _configuration(
 
 
 def _command(request: Request, *, has_micro: bool) -> str:
-    """What regenerates the package; a file is named without its folder."""
+    """The command line that regenerates the package; it names a file without its folder."""
     file, colon, name = request.target.rpartition(":")
     target = f"{Path(file).name}:{name}" if colon else Path(request.target).name
     words = ["chunkwise", "export", target, "-o", "FOLDER"]
@@ -188,16 +173,21 @@ def _command(request: Request, *, has_micro: bool) -> str:
     return " ".join(words)
 
 
-_MODULES = ("layers", "op", "reference", "support")
+# files of the runtime that packages carry as they are (read, not imported: they need triton)
+_CARRIED = (
+    *("cannot_run.py", "packing.py", "rows.py", "shapes.py"),
+    *("triton/kernels.py", "triton/launch_plan.py", "export/support.py", "export/token_loop.py"),
+)
+_MODULES = ("layers", "op", "reference", *(Path(name).stem for name in _CARRIED))
 # what the printed functions that have operands as arguments use
-_USED = ("OPS", "ValueError", "float", "len", "range", "self", "step", "torch", "tuple", "zip")
+_USED = ("AXES", "OPS", "RECURRENCE", "STATES", "dtype", "operands", "self", "step", "torch")
 
 
 def _sources(package: Package) -> dict[str, str]:
     """The modules of the package, and its configurations."""
     files = {f"kernels_{s.suffix}.py": s.emitted.source for s in package.served}
-    files |= {f"launch_{s.suffix}.py": print_launchers(package, s) for s in package.served}
-    files["support.py"] = _support()
+    files |= {f"launch_{s.suffix}.py": print_launches(package, s) for s in package.served}
+    files |= {Path(name).name: _carried(name) for name in _CARRIED}
     files["op.py"] = print_op(package, files)
     files["__init__.py"] = print_init(package)
     files["layers.py"] = print_layer(package)
@@ -207,13 +197,11 @@ def _sources(package: Package) -> dict[str, str]:
     return files
 
 
-def _support() -> str:
-    """`support` as it stands (not imported: it needs triton), and functions of the runtime."""
-    parts = [Path(__file__).with_name("support.py").read_text(encoding="utf-8")]
-    tables = (packing.chunk_bound, packing.chunk_table)
-    shared = (*tables, micro_steps.entries, printed.own_gradient)
-    parts += [inspect.getsource(f) for f in shared]
-    return "\n\n\n".join(p.strip("\n") for p in parts) + "\n"
+def _carried(name: str) -> str:
+    """The source of a file of the runtime, all that it imports of ours taken from beside it."""
+    text = (Path(__file__).parent.parent / name).read_text(encoding="utf-8")
+    text = re.sub(r"^from \.+\w*\.(\w+) import", r"from .\1 import", text, flags=re.MULTILINE)
+    return re.sub(r"^from \.\.(\w*) import", r"from .\1 import", text, flags=re.MULTILINE)
 
 
 def _hub(package: Package, files: Mapping[str, str]) -> dict[str, str]:

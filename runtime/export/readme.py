@@ -92,10 +92,11 @@ float dtype, and are computed in float32. `reference.step` is one token, for dec
 
 | file | |
 |---|---|
-| `op.py` | the function, its checks, two custom ops, autograd |
+| `op.py` | the function, and the tables that describe its recurrence |
 | `kernels_*.py` | kernels, readable, for one dtype and one pair of dimensions each |
-| `launch_*.py` | their buffers, grids and arguments |
-| `support.py` | checks that name what is wrong; chunk tables of packed batches |
+| `launch_*.py` | the parameters, buffers and grids of these kernels |
+| `support.py` | the checks that name what is wrong, two custom ops, autograd |
+| `launch_plan.py`, ... | launches, chunk tables, shapes: the same in every package |
 | `layers.py` | `{layer}`, a stateless `nn.Module` |
 | `reference.py` | the step, token by token in plain torch, for any device |
 | `test_{name}.py` | the kernels against the reference |

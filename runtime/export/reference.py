@@ -7,38 +7,32 @@ from collections.abc import Iterator
 
 from ...codegen.expressions import Names
 from ...dsl.elementwise import ELEMENTWISE
-from ...dsl.ir import Kind, Node, Op, Per, topological
+from ...dsl.ir import Kind, Node, Op, topological
 from ...dsl.notation import PYTHON, Level, Text, read
 from ...dsl.step import Step
-from ..sizes import state_letters
 from .contents import Package
-from .text import indented, module, wrapped
+from .text import module, wrapped
 
-# what the printed functions call their own things
-_OWN = (
-    *("K", "V", "batch", "bounds", "count", "cu_seqlens", "dtype", "ends", "first", "heads"),
-    *("index", "initial_state", "last", "o", "outputs", "own", "run", "starts", "states"),
-    *("step", "t", "tokens", "torch", "zeros"),
-)
+_OWN = ("K", "V", "step", "torch")  # what the printed step calls its own things
 # of numbers: Python computes it, without tensors
 _ARITHMETIC = (*PYTHON.signs, Op.NEG, Op.WITHIN, Op.CONST, Op.PARAM)
 _READS = {Op.READ: "...k,...kv->...v", Op.READ_VALUE: "...kv,...v->...k"}
-_RANK = {Kind.SCALAR: 0, Kind.KEY: 1, Kind.VALUE: 1, Kind.KEY_STATE: 1, Kind.STATE: 2}
-_AXES = {Kind.SCALAR: "", Kind.KEY: "K", Kind.VALUE: "V", Kind.KEY_STATE: "K", Kind.STATE: "K,V"}
 _LONG = 36  # an expression longer than this gets a name of its own
 
 
 def print_reference(package: Package) -> str:
     """The module `reference.py`: `step`, one token, and the recurrence over whole sequences."""
-    printer = _StepPrinter(package.declaration.step(package.micro))
     return module(
         [
             *package.header(f"{package.name}, token by token in plain torch: slow, on any device."),
             "",
             "import torch",
+            "",
+            "from . import token_loop",
+            "from .op import AXES, STATES",
         ],
-        printer.lines(),
-        _loop(package, printer),
+        _StepPrinter(package.declaration.step(package.micro)).lines(),
+        _over_sequences(package),
     )
 
 
@@ -49,7 +43,7 @@ class _StepPrinter:
         self._step = step
         names = Names(_OWN)
         own = [*(s.name for s in step.states), *(o.name for o in step.operands)]
-        self.known = {name: names.fresh(name) for name in (*own, *(p.name for p in step.params))}
+        self._known = {name: names.fresh(name) for name in (*own, *(p.name for p in step.params))}
         self._names = names
         self._texts: dict[Node, Text] = {}
         order = topological(*step.roots)
@@ -58,15 +52,15 @@ class _StepPrinter:
 
     def lines(self) -> Iterator[str]:
         step = self._step
-        yield from wrapped("def step(", [*self.known.values()], "):")
+        yield from wrapped("def step(", [*self._known.values()], "):")
         yield f'    """One token of every head: the new state{_plural(step)}, and the output.'
         yield ""
         for s in step.states:
-            yield f"    {self.known[s.name]}: `[…,{_AXES[s.kind]}]`."
+            yield f"    {self._known[s.name]}: `[{','.join(('…', *s.kind.axes))}]`."
         for o in step.operands:
-            axes = ",".join(part for part in ("…", _AXES[o.kind]) if part)
+            axes = ",".join(("…", *o.kind.axes))
             micro = "; a tuple, one of each micro-step" if o.micro else ""
-            yield f"    {self.known[o.name]}: `[{axes}]`{micro}."
+            yield f"    {self._known[o.name]}: `[{axes}]`{micro}."
         yield '    """'
         for node in topological(*step.roots):
             self._texts[node] = self._print(node)
@@ -81,7 +75,7 @@ class _StepPrinter:
         """States are called like the state that they become, whatever else is x."""
         for state, end in zip(self._step.states, self._step.next_states, strict=True):
             if node == end or (node.kind is state.kind and node.kind.is_state):
-                return self.known[state.name]
+                return self._known[state.name]
         return "x"
 
     def _named(self, node: Node, text: str) -> bool:
@@ -95,10 +89,10 @@ class _StepPrinter:
             (value,) = node.attrs
             return read(repr(value))
         if op in (Op.STATE, Op.PARAM):
-            return Text(self.known[str(node.attrs[0])])
+            return Text(self._known[str(node.attrs[0])])
         if op is Op.OPERAND:
             name, index = node.attrs
-            text = self.known[str(name)]
+            text = self._known[str(name)]
             return Text(text if index is None else f"{text}[{index}]")
         if op is Op.WITHIN:
             return self._texts[args[0]]
@@ -131,7 +125,7 @@ class _StepPrinter:
 
     def _lifted(self, node: Node, kind: Kind) -> Text:
         """An argument that broadcasts against what has `kind`."""
-        missing = _RANK[kind] - _RANK[node.kind]
+        missing = len(kind.axes) - len(node.kind.axes)
         if missing == 0 or _is_number(node):
             return self._texts[node]
         if node.kind is Kind.VALUE:
@@ -142,7 +136,7 @@ class _StepPrinter:
         """An argument of a function that takes tensors only."""
         if not all(n.op in _ARITHMETIC for n in topological(node)):
             return self._lifted(node, kind).text
-        like = next(iter(self.known.values()))
+        like = next(iter(self._known.values()))
         return f"{like}.new_tensor({self._texts[node].text})"
 
 
@@ -155,10 +149,8 @@ def _plural(step: Step) -> str:
     return "" if len(step.states) == 1 else "s"
 
 
-def _loop(package: Package, printer: _StepPrinter) -> Iterator[str]:
+def _over_sequences(package: Package) -> Iterator[str]:
     """The function over whole sequences, packed or not."""
-    known, form = printer.known, package.form
-    several = len(form.states) > 1
     options = ["initial_state=None", "cu_seqlens=None", "dtype=torch.float64"]
     arguments = [*package.operands, "*", *package.keywords, *options]
     yield from wrapped(f"def {package.name}(", arguments, "):")
@@ -166,64 +158,8 @@ def _loop(package: Package, printer: _StepPrinter) -> Iterator[str]:
     yield ""
     yield f"    Arguments as those of `op.{package.name}`; differentiable as often as you like."
     yield '    """'
-    measured = ", ".join(package.size(letter, known) for letter in ("B", "HV", "K", "V"))
-    lead = known[package.lead]
-    # an operand that is called like a variable below makes room for it
-    given = (*package.operands, *package.params)
-    body = [f"{known[name]} = {name}" for name in given if known[name] != name]
-    body.append(f"batch, heads, K, V = {measured}")
-    for o in form.operands:
-        x = known[o.name]
-        text = f"{x}.to(dtype)"
-        if o.per is Per.TOKEN and o.kind is Kind.KEY:
-            axis = 3 if o.micro else 2
-            text += f".repeat_interleave(heads // {x}.shape[{axis}], dim={axis})"
-        body.append(f"{x} = {text}")
-    body += [
-        "bounds = None if cu_seqlens is None else cu_seqlens.tolist()",
-        "count = batch if bounds is None else len(bounds) - 1",
-    ]
-    initial = "starts" if several else "[initial_state]"
-    if several:
-        body.append(f"starts = initial_state or (None,) * {len(form.states)}")
-    sizes = {"N": "count", "HV": "heads"}
-    shapes = [", ".join(sizes.get(a, a) for a in state_letters(s)) for s in form.states]
-    made = [f"{lead}.new_zeros({shape})" for shape in shapes]
-    body += [
-        *wrapped("zeros = [", made, "]"),
-        f"states = [z if s is None else s.to(dtype) for s, z in zip({initial}, zeros)]",
-        "",
-        "def run(first, last, states):",
-        "    outputs = []",
-        "    for t in range(first, last):",
-        *_call(package, known, indent="        "),
-        "        outputs.append(o.expand(*o.shape[:-2], heads, V))",
-        "    return outputs, states",
-        "",
-        "if bounds is None:",
-        f"    outputs, states = run(0, {package.size('T', known)}, states)",
-        "else:",
-        "    outputs, ends = [], []",
-        "    for index in range(count):",
-        "        own = [s[index : index + 1] for s in states]",
-        "        own, last = run(bounds[index], bounds[index + 1], own)",
-        "        outputs += own",
-        "        ends.append(last)",
-        "    states = [torch.cat(s) for s in zip(*ends)]",
-        f"o = torch.stack(outputs, 1) if outputs else {lead}.new_zeros(batch, 0, heads, V)",
-        "return o, " + ("tuple(states)" if several else "states[0]"),
-    ]
-    yield from indented(body)
-
-
-def _call(package: Package, known: dict[str, str], indent: str) -> Iterator[str]:
-    arguments = ["*states"]
-    for o in package.form.operands:
-        x = known[o.name]
-        if o.micro:
-            x = f"{x}[:, t].unbind(1)"
-        elif o.per is Per.TOKEN:
-            x = f"{x}[:, t]"
-        arguments.append(x)
-    arguments += [known[p] for p in package.params]
-    yield from wrapped("*states, o = step(", arguments, ")", indent)
+    operands = [f'"{name}": {name}' for name in package.operands]
+    yield from wrapped("operands = {", operands, "}", "    ")
+    given = f"({', '.join([*package.params, ''])})" if package.params else "()"
+    call = ["step", "AXES", "STATES", "operands", given, "initial_state", "cu_seqlens", "dtype"]
+    yield from wrapped("return token_loop.run(", call, ")", "    ")

@@ -1,134 +1,347 @@
-"""What the launchers of an exported package need beside kernels: checks that name what is wrong.
+"""The ops of an exported package: what a call must be, the kernels that serve it, its gradient.
 
-Axes are written in letters: `B T H K` is a Key, whose heads H divide those of the Values, HV.
+Packages carry this file as it is, and so those that it imports; they need torch and triton only.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from triton.runtime.errors import OutOfResources
+
+from .. import shapes
+from ..rows import Rows, as_kernels_read, in_last_rows, last_rows
+from ..triton.launch_plan import Layout, LoadedKernel, OperandLayout, plan_launches
+
+# how a fault that `shapes` found says what a tensor has
+_HAS = {
+    "shape": "has shape {}",
+    "heads": "has {} heads",
+    "layout": "has layout {}",
+    "batch": "has batch size {}",
+    "device": "is on {}",
+    "cu_seqlens": "is {}",
+}
 
 
-def measure(op: str, axes: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The sizes of a call by letter (B, T, HV, K, V), from its operands.
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels for one dtype, K and V, in the order of their launches; the rows of a chunk."""
 
-    Raises:
-        ValueError: an operand has other axes than `axes` says, or does not agree with another.
+    chunk: int
+    forward: tuple[LoadedKernel, ...]
+    backward: tuple[LoadedKernel, ...]
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """What a package knows of its recurrence.
+
+    Attributes:
+        name: of the function that users call.
+        command: what makes the package.
+        axes: of every operand, in the letters of `shapes`, with blanks between them.
+        states: the axes of every state.
+        params: the names of its floats.
+        narrow: operands in the dtype of products; the others are widened to float32.
+        lead: the operand whose dtype the output has.
+        rows: rows of a kernel's tiles that a token takes: one for each micro-step.
+        kernels: by dtype, K and V.
     """
-    sizes: dict[str, int] = {}
-    witness: dict[str, str] = {}
-    groups: dict[str, int] = {}
-    for name, x in tensors.items():
-        letters = axes[name].split()
-        pattern = f"[{','.join(letters)}]"
-        if x.dim() != len(letters):
-            raise ValueError(f"{op}: {name} has shape {list(x.shape)}, expected {pattern}")
-        for axis, letter in enumerate(letters):
-            size = x.shape[axis]
-            if letter == "H":
-                groups[name] = size
-                continue
-            if letter.isdigit():  # micro-steps, as many as kernels were printed for
-                sizes[letter], witness[letter] = int(letter), "every call"
-            if sizes.setdefault(letter, size) != size:
-                raise ValueError(
-                    f"{op}: {name} has shape {list(x.shape)}, expected {pattern} with "
-                    f"{letter} = {sizes[letter]} as in {witness[letter]}"
-                )
-            witness.setdefault(letter, name)
-    if "HV" not in sizes:
-        sizes["HV"] = max(groups.values())
-    for name, heads in groups.items():
-        if heads == 0 or sizes["HV"] % heads:
-            raise ValueError(
-                f"{op}: {name} has {heads} heads, expected {sizes['HV']} or a divisor of that"
-            )
-    if len(set(groups.values()) - {sizes["HV"]}) > 1:
-        raise ValueError(f"{op}: Keys have {groups} heads, expected {sizes['HV']} or one divisor")
-    return sizes
+
+    name: str
+    command: str
+    axes: Mapping[str, str]
+    states: Mapping[str, str]
+    params: tuple[str, ...]
+    narrow: tuple[str, ...]
+    lead: str
+    rows: int
+    kernels: Mapping[tuple[torch.dtype, int, int], Kernels]
+
+    def refuse(self, fault: str, name: str, got: object, expected: str) -> Exception:
+        """The error of a fault that `shapes` found."""
+        error = TypeError if fault == "layout" else ValueError
+        has = _HAS[fault].format(list(got) if isinstance(got, torch.Size) else got)
+        return error(f"{self.name}: {name} {has}, expected {expected}")
+
+    def layout_of(self, operand: str) -> Rows:
+        """How kernels take an operand."""
+        letters = self.axes[operand].split()
+        micro = next((int(a) for a in letters if a.isdigit()), None)
+        return Rows(self.rows, micro, per_head=letters[0] == "HV")
 
 
-def check_tensors(
-    op: str, tensors: Mapping[str, Tensor], narrow: Sequence[str], dtype: torch.dtype
-) -> None:
-    """That dtypes and devices agree: `narrow` operands in `dtype`, the others in any float dtype.
+class _Call:
+    """A checked call of the ops, from their inputs."""
 
-    Raises:
-        TypeError: a dtype is wrong.
-        ValueError: an operand lies on another device.
-    """
-    devices = {name: x.device for name, x in tensors.items()}
-    first = next(iter(devices))
-    for name, x in tensors.items():
-        if name in narrow and x.dtype != dtype:
-            raise TypeError(f"{op}: {name} is {x.dtype}, expected {dtype}, the dtype of its Values")
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"{op}: {name} is {x.dtype}, expected float32, bfloat16 or float16")
-        if x.device != devices[first]:
-            raise ValueError(f"{op}: {name} is on {x.device}, but {first} on {devices[first]}")
-        if x.layout != torch.strided:
-            raise TypeError(f"{op}: {name} has layout {x.layout}, expected a dense tensor")
+    def __init__(self, of: Recurrence, inputs: Sequence[Any]) -> None:
+        """Check shapes, dtypes and places, and choose the kernels.
 
-
-def check_packing(
-    op: str, cu_seqlens: Tensor, batch: int, tokens: int, device: torch.device
-) -> None:
-    """That `cu_seqlens` can be boundaries; on the host (only there it costs no wait) what it holds.
-
-    Raises:
-        TypeError: its dtype is not an integer's.
-        ValueError: its shape, the batch, or what it holds is wrong; it is neither on `device` nor
-            on the host.
-    """
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: cu_seqlens is {cu_seqlens.dtype}, expected int32 or int64")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"{op}: cu_seqlens has shape {list(cu_seqlens.shape)}, expected [N+1]")
-    if cu_seqlens.device != device and cu_seqlens.device.type != "cpu":
-        raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, expected {device}")
-    if batch != 1:
-        raise ValueError(f"{op}: the batch is {batch}, expected 1, as cu_seqlens packs sequences")
-    if cu_seqlens.device.type == "cpu" and type(cu_seqlens) is Tensor:
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
-            raise ValueError(f"{op}: cu_seqlens is {bounds}, expected a rise from 0 to {tokens}")
-
-
-def check_state(
-    op: str, name: str, state: Tensor | None, shape: Sequence[int], device: torch.device
-) -> None:
-    """That an initial state, if there is one, is a float tensor of `shape` on `device`.
-
-    Raises:
-        TypeError: its dtype is wrong.
-        ValueError: its shape or its device is wrong.
-    """
-    if state is None:
-        return
-    if state.layout != torch.strided:
-        raise TypeError(f"{op}: initial_state ({name}) has layout {state.layout}, expected strided")
-    if not state.dtype.is_floating_point or state.dtype == torch.float64:
-        raise TypeError(f"{op}: initial_state ({name}) is {state.dtype}, expected float32")
-    if list(state.shape) != list(shape):
-        raise ValueError(
-            f"{op}: initial_state ({name}) has shape {list(state.shape)}, expected {list(shape)}"
+        Raises:
+            ValueError, TypeError: they name the tensor, what it is and what was expected.
+            RuntimeError: the package has no kernels for such a call.
+        """
+        self.of = of
+        self.operands: dict[str, Tensor] = dict(zip(of.axes, inputs, strict=False))
+        count, bounds = len(of.axes), len(of.axes) + len(of.states)
+        self.starts: dict[str, Tensor | None] = dict(
+            zip(of.states, inputs[count:bounds], strict=True)
         )
-    if state.device != device:
-        raise ValueError(f"{op}: initial_state ({name}) is on {state.device}, expected {device}")
+        self.cu_seqlens: Tensor | None = inputs[bounds]
+        self.params: list[float] = list(inputs[bounds + 1 :])
+        self.lead = self.operands[of.lead]
+        self._check_dtypes()
+        form = shapes.Form.of
+        self.sizes = shapes.measure(
+            {name: letters.split() for name, letters in of.axes.items()},
+            [form(x) for x in self.operands.values()],
+            {name: letters.split() for name, letters in of.states.items()},
+            [None if x is None else form(x) for x in self.starts.values()],
+            None if self.cu_seqlens is None else form(self.cu_seqlens),
+            of.refuse,
+        )
+        x = self.cu_seqlens
+        if x is not None and x.device.type == "cpu" and type(x) is Tensor:  # costs no wait
+            shapes.check_boundaries(x, self.sizes["T"], of.refuse)
+        dtype, K, V = self.lead.dtype, self.sizes["K"], self.sizes["V"]
+        kernels = of.kernels.get((dtype, K, V))
+        if kernels is None:
+            raise RuntimeError(
+                f"{of.name}: no kernels for K={K}, V={V}, {dtype}; "
+                f"this package has {list(of.kernels)}, and is made by: {of.command}"
+            )
+        self.kernels = kernels
+
+    def _check_dtypes(self) -> None:
+        floats = (torch.float32, torch.bfloat16, torch.float16)
+        states = {f"initial_state ({n})": x for n, x in self.starts.items() if x is not None}
+        for name, x in {**self.operands, **states}.items():
+            expected = "float32, bfloat16 or float16"
+            if name in self.of.narrow and x.dtype != self.lead.dtype:
+                expected = f"{self.lead.dtype}, the dtype of its Values"
+            elif x.dtype in floats:
+                continue
+            raise TypeError(f"{self.of.name}: {name} is {x.dtype}, expected {expected}")
+
+    @property
+    def output_shape(self) -> list[int]:
+        """`[B,T,HV,V]`."""
+        return [self.sizes[a] for a in ("B", "T", "HV", "V")]
+
+    def state_shape(self, state: str) -> tuple[int, ...]:
+        """`[N,HV,K,V]`, or `[N,HV,K]`."""
+        return tuple(self.sizes[a] for a in self.of.states[state].split())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the call has no token: the final states are the initial ones."""
+        return 0 in self.output_shape[:3]
+
+    def check_device(self) -> None:
+        """That kernels run here: on an NVIDIA GPU, or in Triton's interpreter.
+
+        Raises:
+            RuntimeError: they do not.
+        """
+        op, device = self.of.name, self.lead.device
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if device.type == "cuda" and torch.version.hip:
+            raise RuntimeError(
+                f"{op}: these kernels were printed for NVIDIA GPUs (tf32 products); "
+                f"reference.{op} computes the same, slowly, on any device"
+            )
+        if device.type != "cuda" and not interpreted:
+            raise RuntimeError(
+                f"{op}: its kernels need a GPU, and the operands are on {device}; "
+                f"reference.{op} of this package computes the same, token by token, on any device "
+                "(TRITON_INTERPRET=1 runs the kernels themselves on a CPU, for tests)"
+            )
+        if interpreted and self.lead.dtype == torch.bfloat16:
+            raise RuntimeError(
+                f"{op}: Triton's interpreter computes bfloat16 products wrongly; "
+                "export float32 or float16 to test on a CPU"
+            )
+
+    def in_rows(self, name: str) -> Tensor:
+        """An operand as kernels take it, in the dtype that they were printed for."""
+        x, rows = self.operands[name], self.of.layout_of(name)
+        x = x if name in self.of.narrow else x.float()
+        x = x if rows.make is None else rows.make(x)
+        return x if as_kernels_read(x, per_head=rows.per_head) else x.contiguous()
+
+    def run(
+        self,
+        kernels: tuple[LoadedKernel, ...],
+        operands: Mapping[str, Tensor],
+        cotangents: Mapping[str, Tensor | None],
+    ) -> dict[str, Tensor]:
+        """Launch `kernels`; what they leave to the caller, by name.
+
+        `operands`: in rows; `cotangents`: of the final states.
+        """
+        of, sizes, bounds = self.of, self.sizes, self.cu_seqlens
+        if bounds is not None:
+            bounds = bounds.to(self.lead.device, non_blocking=True).contiguous() * of.rows
+        starts = {
+            name: None if x is None else x.contiguous()
+            for name, x in {**self.starts, **cotangents}.items()
+        }
+        layout = Layout(
+            *(sizes["B"], sizes["T"] * of.rows, sizes["HV"], sizes["K"], sizes["V"], sizes["N"]),
+            chunk=self.kernels.chunk,
+            segment=0,
+            packed=None if bounds is None else bounds.dtype,
+            device=self.lead.device,
+            operands=tuple(
+                OperandLayout.of(n, x, per_head=n in of.axes and of.layout_of(n).per_head)
+                for n, x in operands.items()
+            ),
+            carries=tuple(
+                (n, self.state_shape(n.removeprefix("d_")), None if x is None else x.dtype)
+                for n, x in starts.items()
+            ),
+            params=of.params,
+        )
+        tables = (None,) * 4 if bounds is None else layout.tables(bounds)
+        tensors: list[Any] = [*operands.values(), *starts.values(), *tables, *self.params]
+        plan = plan_launches(kernels, layout)
+        plan.run(tensors)
+        return {name: tensors[n] for name, n in plan.results.items()}
 
 
-def check_transforms(op: str, tensors: Iterable[Tensor | None]) -> None:
-    """That no transform of torch.func and no tangent is at work: the ops here would lose them.
+def register(of: Recurrence, namespace: str) -> torch.library.Library:
+    """Register the ops `forward` and `backward` of a recurrence; they live as long as the library.
+
+    Their inputs are operands, initial states, cu_seqlens and floats; those of a backward begin
+    with the cotangents of the output and of the final states.
+    """
+    count, given = len(of.axes) + len(of.states), 1 + len(of.states)
+    parts = [f"Tensor x{n}" for n in range(len(of.axes))]
+    parts += [f"Tensor? initial{n}" for n in range(len(of.states))]
+    parts += ["Tensor? cu_seqlens", *(f"float p{n}" for n in range(len(of.params)))]
+    schema = ", ".join(parts)
+    library = torch.library.Library(namespace, "FRAGMENT")
+    library.define(f"forward({schema}) -> ({', '.join(['Tensor'] * given)})")
+    cotangents = ", ".join(f"Tensor? d{n}" for n in range(given))
+    library.define(f"backward({cotangents}, {schema}) -> Tensor[]")
+    ops = getattr(torch.ops, namespace)
+
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        call = _Call(of, inputs)
+        call.check_device()
+        if call.is_empty:
+            new = call.lead.new_zeros
+            ends = (
+                new(call.state_shape(name), dtype=torch.float32)
+                if x is None
+                else x.to(torch.float32, copy=True)
+                for name, x in call.starts.items()
+            )
+            return new(call.output_shape), *ends
+        made = call.run(call.kernels.forward, {name: call.in_rows(name) for name in of.axes}, {})
+        return last_rows(made["o"], of.rows), *(made[name] for name in of.states)
+
+    def forward_shapes(*inputs: Any) -> tuple[Tensor, ...]:
+        call = _Call(of, inputs)
+        new = call.lead.new_empty
+        ends = (new(call.state_shape(name), dtype=torch.float32) for name in of.states)
+        return new(call.output_shape), *ends
+
+    def backward(*args: Any) -> list[Tensor]:
+        (do, *dfinals), inputs = args[:given], args[given:]
+        call = _Call(of, inputs)
+        ends = {f"d_{name}": d for name, d in zip(of.states, dfinals, strict=True)}
+        if call.is_empty:
+            gradients = [torch.zeros_like(x) for x in call.operands.values()]
+        else:
+            do = call.lead.new_zeros(call.output_shape) if do is None else do.contiguous()
+            rows = {name: call.in_rows(name) for name in of.axes}
+            operands = {**rows, "d_o": in_last_rows(do, of.rows)}
+            ends = call.run(call.kernels.backward, operands, ends)
+            gradients = [
+                of.layout_of(name)
+                .gradient(ends.get(f"d_{name}"), x.shape, x.dtype, x.device, call.sizes["HV"])
+                .to(call.operands[name].dtype)
+                for name, x in rows.items()
+            ]
+        for name, x in call.starts.items():
+            if x is not None:
+                d = ends[f"d_{name}"]
+                gradients.append(
+                    torch.zeros_like(x) if d is None else d.to(x.dtype, copy=True).contiguous()
+                )
+        return gradients
+
+    def backward_shapes(*args: Any) -> list[Tensor]:
+        return [x.new_empty(x.shape) for x in args[given : given + count] if x is not None]
+
+    def save(ctx: Any, inputs: Sequence[Any], output: object) -> None:
+        ctx.save_for_backward(*inputs[: count + 1])
+        ctx.params = inputs[count + 1 :]
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        gradients = iter(ops.backward(*cotangents, *saved, *ctx.params))
+        differentiable = [None if x is None else next(gradients) for x in saved[:count]]
+        return (*differentiable, *(None,) * (1 + len(of.params)))  # boundaries and numbers
+
+    def save_nothing(ctx: Any, inputs: Sequence[Any], output: object) -> None:
+        pass
+
+    def refuse(ctx: Any, *cotangents: object) -> None:
+        raise RuntimeError(
+            f"the gradient of {of.name} was differentiated again, and its kernels have no "
+            f"derivative; differentiate once, or take higher derivatives of reference.{of.name}"
+        )
+
+    for name, run, fake, pull_back, keep in (
+        ("forward", forward, forward_shapes, differentiate, save),
+        ("backward", backward, backward_shapes, refuse, save_nothing),
+    ):
+        op = f"{namespace}::{name}"
+        library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(op, fake, lib=library)
+        torch.library.register_autograd(op, pull_back, setup_context=keep, lib=library)
+    return library
+
+
+def call(
+    of: Recurrence,
+    forward: Callable[..., Any],
+    operands: Sequence[Tensor],
+    initial_state: Any,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    *params: float,
+) -> tuple[Tensor, Any]:
+    """The output, and the final state (a tuple of several) or None, by the op `forward`.
 
     Raises:
-        RuntimeError: one is.
+        ValueError: the number of initial states is wrong.
+        RuntimeError: a transform of torch.func or a tangent is at work, which the op would lose.
     """
+    several = len(of.states) > 1
+    starts = (None,) * len(of.states) if initial_state is None else (initial_state,)
+    if several and initial_state is not None:
+        starts = tuple(initial_state)
+    if len(starts) != len(of.states):
+        expected = f"{len(of.states)}: {', '.join(of.states)}"
+        raise ValueError(f"{of.name}: initial_state has {len(starts)} entries, expected {expected}")
+    _check_transforms(of.name, (*operands, *starts))
+    o, *ends = forward(*operands, *starts, cu_seqlens, *map(float, params))
+    if not output_final_state:
+        return o, None
+    return o, tuple(ends) if several else ends[0]
+
+
+def _check_transforms(op: str, tensors: Iterable[Tensor | None]) -> None:
     if torch._C._are_functorch_transforms_active():
         what = "torch.func (grad, vmap, jvp, ...)"
     elif forward_ad._current_level >= 0 and any(
@@ -141,65 +354,3 @@ def check_transforms(op: str, tensors: Iterable[Tensor | None]) -> None:
         f"{op}: its kernels compute outputs, and gradients for torch.autograd, but cannot be "
         f"called under {what}; reference.{op} of this package can"
     )
-
-
-def check_device(op: str, device: torch.device, dtype: torch.dtype) -> None:
-    """That kernels run here: on a GPU, or in Triton's interpreter.
-
-    Raises:
-        RuntimeError: they do not.
-    """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type == "cuda" and torch.version.hip:
-        raise RuntimeError(
-            f"{op}: these kernels were printed for NVIDIA GPUs (tf32 products); "
-            f"reference.{op} computes the same, slowly, on any device"
-        )
-    if device.type != "cuda" and not interpreted:
-        raise RuntimeError(
-            f"{op}: its kernels need a GPU, and the operands are on {device}; "
-            f"reference.{op} of this package computes the same, token by token, on any device "
-            "(TRITON_INTERPRET=1 runs the kernels themselves on a CPU, for tests)"
-        )
-    if interpreted and dtype == torch.bfloat16:
-        raise RuntimeError(
-            f"{op}: Triton's interpreter computes bfloat16 products wrongly; "
-            "export float32 or float16 to test on a CPU"
-        )
-
-
-def launch(kernel: Any, grid: int, stages: int, /, **arguments: Any) -> None:
-    """Launch `grid` programs of `kernel`, its loop pipelined in `stages`.
-
-    In fewer, where the GPU's shared memory is smaller than that of the one they were chosen for.
-    Fused multiply-adds are asked for, because their default changes with Triton 3.10.
-    """
-    while True:
-        if "STAGES" in kernel.arg_names:  # a scan
-            arguments["STAGES"] = stages
-        try:
-            kernel[(grid,)](**arguments, num_stages=stages, enable_fp_fusion=True)
-        except OutOfResources:
-            if stages == 1:
-                raise
-            stages -= 1
-        else:
-            return
-
-
-def passed_on(state: Tensor | None, like: Tensor, shape: Sequence[int]) -> Tensor:
-    """The state after no token at all: the initial one, or zero."""
-    if state is None:
-        return like.new_zeros(shape, dtype=torch.float32)
-    return state.to(torch.float32, copy=True)
-
-
-def rows(x: Tensor) -> Tensor:
-    """`x` with its channels side by side, as kernels read them; copied only if they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def key_gradient(x: Tensor, heads: int) -> Tensor:
-    """Room for the gradient of a Key, per value head; float32 where groups are added up."""
-    dtype = x.dtype if x.shape[2] == heads else torch.float32
-    return x.new_empty((*x.shape[:2], heads, x.shape[3]), dtype=dtype)

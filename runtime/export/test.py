@@ -9,7 +9,6 @@ from ...dsl import errors
 from ...dsl.ir import Kind
 from ...dsl.normal_form import NormalForm, StateDecl
 from ..inputs import Ranges, kinds_only, ranges, usual_params
-from ..sizes import state_letters
 from .contents import Package, axes
 from .text import module, wrapped
 
@@ -18,7 +17,7 @@ _TOLERANCES = {Dtype.FLOAT32: 1e-4, Dtype.BFLOAT16: 2e-2, Dtype.FLOAT16: 1e-2}
 
 
 def _ranges(form: NormalForm) -> Ranges:
-    """What is known of the operands; of those without a known range, no more than their kinds."""
+    """The ranges of the operands; their kinds alone where no ranges are found to be legal."""
     try:
         return ranges(form, usual_params(form))
     except errors.NotLowered:
@@ -87,7 +86,7 @@ def print_test(package: Package) -> str:
 
 
 def _state(state: StateDecl) -> str:
-    text = f"normal(random, {', '.join(state_letters(state))})"
+    text = f"normal(random, {', '.join(state.axes)})"
     return text if state.kind is Kind.STATE else f"{text}.abs()"
 
 

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...dsl.ir import Kind, Node, Op, Per
+from ...dsl.ir import Kind, Node, Op, Per, operands_of
 from ...dsl.normal_form import NormalForm, Operand
+from ..packing import token_sequences
 
 if TYPE_CHECKING:
     from ..recurrence import Recurrence, States
@@ -64,8 +65,8 @@ def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 def positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """The sequence of every packed token and its position there, both `[T]`, without a sync."""
     t = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    sequence = torch.bucketize(t, cu_seqlens[1:].contiguous(), right=True)
-    return sequence, t - cu_seqlens[:-1][sequence]
+    sequence = token_sequences(cu_seqlens, tokens)
+    return sequence, t - cu_seqlens[sequence]
 
 
 class ShortConvolution(nn.Module):
@@ -134,14 +135,7 @@ def _decay_roles(log_decay: Node) -> dict[str, OperandRole]:
         return _decay_roles(node.args[0]) | _decay_roles(node.args[1])
     if node.op is Op.LOG and _strip(node.args[0]).op is Op.OPERAND:
         return {str(_strip(node.args[0]).attrs[0]): OperandRole.UNIT}
-    roles: dict[str, OperandRole] = {}
-    stack = [node]
-    while stack:
-        below = stack.pop()
-        stack.extend(below.args)
-        if below.op is Op.OPERAND:
-            roles[str(below.attrs[0])] = OperandRole.RAW
-    return roles
+    return dict.fromkeys(operands_of(node), OperandRole.RAW)
 
 
 def default_roles(form: NormalForm) -> dict[str, OperandRole]:
@@ -155,11 +149,9 @@ def default_roles(form: NormalForm) -> dict[str, OperandRole]:
         for x in form.operands
         if x.per is Per.TOKEN
     }
-    for micro_step in form.micro_steps:
-        for update in micro_step.updates:
-            if update.log_decay is not None:
-                decays = _decay_roles(update.log_decay)
-                roles |= {name: role for name, role in decays.items() if name in roles}
+    for _, log_decay in form.log_decays:
+        decays = _decay_roles(log_decay)
+        roles |= {name: role for name, role in decays.items() if name in roles}
     return roles
 
 
@@ -310,10 +302,8 @@ class RecurrentLayer(nn.Module):
         factor = 1 - 2.0 ** (-5 - torch.arange(self.value_heads, dtype=torch.float32, device=None))
         factor = factor.reshape(-1, *([1] * (len(shape) - 1))).expand(shape)
         role = OperandRole.RAW
-        for micro_step in form.micro_steps:
-            for update in micro_step.updates:
-                if update.log_decay is not None:
-                    role = _decay_roles(update.log_decay).get(x.name, role)
+        for _, log_decay in form.log_decays:
+            role = _decay_roles(log_decay).get(x.name, role)
         self.roles[x.name] = role
         if role is OperandRole.LOG_DECAY:
             return nn.Parameter(torch.log(torch.expm1(-factor.log())))  # -softplus(p) = log factor

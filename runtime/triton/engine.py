@@ -1,11 +1,11 @@
-"""The Triton engine: which kernels serve a call. Emits them, imports them, has them launched.
+"""The Triton engine: selects a call's configuration, emits its kernels and imports them.
 
 Runs on a GPU; on a CPU only under Triton's interpreter (TRITON_INTERPRET=1), for tests.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -13,10 +13,8 @@ import triton
 
 from ...codegen.config import Config, Dims, Precision
 from ...codegen.interface import Signature
-from ...codegen.programs import chunk_program
-from ...codegen.triton.defaults import default_config
 from ...codegen.triton.emit import Emitted, emit, emit_token
-from ...codegen.triton.fit import H100_SHARED, fit
+from ...codegen.triton.fit import H100_SHARED, untuned_config
 from ...dsl.normal_form import NormalForm
 from ...dsl.step import Step
 from ..cache import import_source
@@ -24,24 +22,25 @@ from ..call import Call
 from ..engine import Execute, KernelEngine, Task, chunk_refusal, printed_token_refusal
 from ..engines import EngineName
 from ..prepared import Way
-from ..printed import PRINTED, Dtypes, dtypes_of, unprinted
-from ..tuned.artifact import CallSize, Configuration
-from ..tuned.selection import call_size_of, key_here, select_config
+from ..printed import PRINTED, Dtypes, dtypes_of, signature_of, unsupported_dtype
+from ..tuned.artifact import Configuration
+from ..tuned.selection import call_size_of, select_config
 from .launch import Launch
-from .launch_plan import Bound
+from .launch_plan import LoadedKernel
+from .printed import kernel_of
 from .segments import segment_of
 
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    """What serves calls of one form, dimensions and dtypes.
+    """The kernels for calls of one form, dimensions and dtypes.
 
-    `segment`: tokens of a segment, where scans run on segments; else 0.
+    `chunk`: rows of a chunk; `segment`: tokens of a segment, where scans run on segments; else 0.
     """
 
     chunk: int
-    forward: tuple[Bound, ...]
-    backward: tuple[Bound, ...]
+    forward: tuple[LoadedKernel, ...]
+    backward: tuple[LoadedKernel, ...]
     segment: int = 0
 
 
@@ -51,7 +50,7 @@ class _Triton(KernelEngine):
     name = EngineName.TRITON
 
     def refusal(self, call: Call) -> str | None:
-        why = _no_device(call.device) or unprinted(dtypes_of(call))
+        why = _no_device(call.device) or unsupported_dtype(dtypes_of(call))
         if why is not None:
             return why
         if triton.knobs.runtime.interpret and torch.bfloat16 in dict(dtypes_of(call)).values():
@@ -88,8 +87,7 @@ def configuration(
     form: NormalForm, dims: Dims, dtype: torch.dtype, shared: int = H100_SHARED
 ) -> Config:
     """The configuration for calls of `form`, untuned, where a program has `shared` bytes."""
-    config = default_config(chunk_program(form), dims, wide_dtype=dtype is torch.float32)
-    return fit(form, config, dims, dtype.itemsize, shared)
+    return untuned_config(form, dims, PRINTED[dtype], shared)
 
 
 @lru_cache(maxsize=16)
@@ -105,15 +103,20 @@ def shared_memory(device: torch.device) -> int:
 
 @lru_cache(maxsize=16)
 def multiprocessors(device: torch.device) -> int:
-    """How many of them `device` has; of no GPU, those of an H100."""
+    """The number of multiprocessors of `device`; that of an H100 where it is no GPU."""
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _compiled_for(call: Call) -> _Compiled:
-    size = call_size_of(call)
-    return _compile(call.form, call.K, call.V, call.dtype, dtypes_of(call), call.device, size)
+    form, dims = call.form, Dims(call.K, call.V)
+
+    def default() -> Config:
+        return configuration(form, dims, call.dtype, shared_memory(call.device))
+
+    config = select_config(Config, ENGINE.key(call), call_size_of(call), default)
+    return _compiled_with(call, config, None)
 
 
 def _compiled_with(call: Call, config: Config, segment: int | None) -> _Compiled:
@@ -123,27 +126,7 @@ def _compiled_with(call: Call, config: Config, segment: int | None) -> _Compiled
     return compile_with(call.form, dims, call.dtype, dtypes_of(call), config, segment)
 
 
-@lru_cache(maxsize=8192)
-def _compile(
-    form: NormalForm,
-    K: int,
-    V: int,
-    dtype: torch.dtype,
-    dtypes: Dtypes,
-    device: torch.device,
-    size: CallSize,
-) -> _Compiled:
-    dims = Dims(K, V)
-    config = select_config(
-        Config,
-        key_here(form, EngineName.TRITON, dtype, dims, device),
-        size,
-        lambda: configuration(form, dims, dtype, shared_memory(device)),
-    )
-    segment = segment_of(form, dims, size, multiprocessors(device))
-    return compile_with(form, dims, dtype, dtypes, config, segment)
-
-
+@lru_cache(maxsize=512)
 def compile_with(
     form: NormalForm,
     dims: Dims,
@@ -156,22 +139,8 @@ def compile_with(
 
     `segment`: tokens of a segment, to have scans run on segments; else 0.
     """
-    kernels = _kernels(form, dims, dtype, dtypes, config, segments=segment > 0)
-    return replace(kernels, segment=segment)
-
-
-@lru_cache(maxsize=512)
-def _kernels(
-    form: NormalForm,
-    dims: Dims,
-    dtype: torch.dtype,
-    dtypes: Dtypes,
-    config: Config,
-    *,
-    segments: bool,
-) -> _Compiled:
-    emitted = emit(form, signature(dims, dtype, dtypes), config, segments=segments)
-    return _imported(emitted, config.chunk)
+    emitted = emit(form, signature(dims, dtype, dtypes), config, segments=segment > 0)
+    return _imported(emitted, config.chunk, segment)
 
 
 @lru_cache(maxsize=512)
@@ -179,23 +148,16 @@ def _compile_token(step: Step, dims: Dims, dtype: torch.dtype, dtypes: Dtypes) -
     return _imported(emit_token(step, signature(dims, dtype, dtypes)), 1)
 
 
-def _imported(emitted: Emitted, chunk: int) -> _Compiled:
+def _imported(emitted: Emitted, chunk: int, segment: int = 0) -> _Compiled:
     module = import_source(emitted.source)
     forward, backward = (
-        tuple(Bound(k, getattr(module, k.name)) for k in kernels)
+        tuple(LoadedKernel(kernel_of(k), getattr(module, k.name)) for k in kernels)
         for kernels in (emitted.forward, emitted.backward)
     )
-    return _Compiled(chunk, forward, backward)
+    return _Compiled(chunk, forward, backward, segment)
 
 
 def signature(dims: Dims, dtype: torch.dtype, dtypes: Dtypes) -> Signature:
     """What kernels are printed for, from the dtypes of a call and of its operands."""
-    named = tuple((name, PRINTED[d]) for name, d in dtypes)
-    return Signature(dims, PRINTED[dtype], named, _precision())
-
-
-@lru_cache(maxsize=1)
-def _precision() -> Precision:
-    if torch.version.hip or triton.knobs.runtime.interpret:
-        return Precision.IEEE
-    return Precision.TF32X3
+    exact = torch.version.hip or triton.knobs.runtime.interpret
+    return signature_of(dims, dtype, dtypes, Precision.IEEE if exact else Precision.TF32X3)

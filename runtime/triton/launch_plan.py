@@ -1,45 +1,53 @@
-"""What one direction of a call launches: grids, arguments and buffers, once per layout of a call.
+"""Launches of printed kernels: grids, arguments and buffers, worked out once per layout of a call.
 
 A training step repeats the layout of the step before, so that a call has only tensors to put in.
+
+This file imports torch, triton and files of the same kind, because exported packages carry it as it
+is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
-from ...codegen.buffers import BufferId, BufferKind
-from ...codegen.interface import Buffer, Role
-from ...codegen.plan import Loop
-from ...codegen.triton.kernel import STAGES, TritonKernel
-from ..engines import CannotRun
-from ..printed import TORCH
+from ..cannot_run import CannotRun
+from ..packing import chunk_bound, chunk_table
+from .kernels import Buffer, Kernel, Source
 
 TABLES = ("cu_seqlens", "chunk_offsets", "chunk_table", "segment_table")
+STAGES = "STAGES"  # the parameter of scans that says how deep their loop is pipelined
+_COMPILING = threading.Lock()
+
+Given = Tensor | float | None  # what a kernel is given: a tensor, a float of the call, nothing
 
 
 @dataclass(slots=True, eq=False)
-class Bound:
-    """An emitted kernel and its function (a triton.JITFunction: Triton has no types).
+class LoadedKernel:
+    """A printed kernel and its function (a triton.JITFunction: Triton has no types).
 
     `stages`: of its pipelined loop; fewer than configured where shared memory turned out too small.
     """
 
-    kernel: TritonKernel
+    kernel: Kernel
     function: Any
     stages: int = 0
 
     def __post_init__(self) -> None:
-        self.stages = self.stages or self.kernel.config.stages
+        self.stages = self.stages or self.kernel.options["num_stages"]
 
     def launch(self, grid: tuple[int, int, int], arguments: list[object]) -> Any:
         """Compile if need be, and launch; the machine code that served (None if interpreted).
@@ -53,7 +61,7 @@ class Bound:
         while True:
             self._set_stages(arguments)
             try:
-                return self.function[grid](*arguments, **self.kernel.config.options(self.stages))
+                return self.function[grid](*arguments, **self._options)
             except OutOfResources as lack:
                 if self.stages == 1:
                     name = self.kernel.name
@@ -69,13 +77,16 @@ class Bound:
         Triton keeps what it hashes meanwhile, whole or not.
         """
         self._set_stages(arguments)
-        options = self.kernel.config.options(self.stages)
         with contextlib.suppress(Exception):
-            self.function.warmup(*arguments, grid=grid, **options)
+            self.function.warmup(*arguments, grid=grid, **self._options)
 
     def identify(self) -> str:
         """Triton's hash of the kernel and of all that it calls, taken once."""
         return str(self.function.cache_key)
+
+    @property
+    def _options(self) -> dict[str, int | bool]:
+        return {**self.kernel.options, "num_stages": self.stages}
 
     def _set_stages(self, arguments: list[object]) -> None:
         names = self.function.arg_names
@@ -91,14 +102,24 @@ class OperandLayout(NamedTuple):
     heads: int
     strides: tuple[int, ...]
 
+    @classmethod
+    def of(cls, name: str, x: Tensor, *, per_head: bool) -> OperandLayout:
+        """That of an operand in rows."""
+        heads, strides = (0, ()) if per_head else (x.shape[2], x.stride())
+        return cls(name, x.dtype, heads, strides)
+
 
 class Layout(NamedTuple):
     """What of a call decides its launches, all but what its tensors hold.
 
-    `chunks`, `segments`: of all sequences together; `segment`: chunks of one of these; `packed`:
-    the dtype of `cu_seqlens`; `carries`: name, shape of the state, dtype of the first value if one
-    is given. In the order in which a call's tensors are numbered: operands, carries, tables,
-    params.
+    A call's tensors are numbered in this order: operands, carries, tables, params.
+
+    Attributes:
+        T: rows of a sequence, or of all packed ones; N: sequences.
+        chunk: rows of a chunk.
+        segment: chunks of a segment, where scans run on segments; else 0.
+        packed: the dtype of `cu_seqlens`; None where sequences are not packed.
+        carries: what scans carry: name, shape, dtype of the first value; None where that is zero.
     """
 
     B: int
@@ -108,24 +129,41 @@ class Layout(NamedTuple):
     V: int
     N: int
     chunk: int
-    chunks: int
     segment: int
-    segments: int
     packed: torch.dtype | None
-    dtype: torch.dtype
     device: torch.device
     operands: tuple[OperandLayout, ...]
     carries: tuple[tuple[str, tuple[int, ...], torch.dtype | None], ...]
     params: tuple[str, ...]
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes by letter, and numbers of programs; `chunks`, `segments`: of all sequences."""
+        segments = self._pieces(self.segment * self.chunk) if self.segment else 0
+        return {
+            **{"B": self.B, "T": self.T, "HV": self.HV, "K": self.K, "V": self.V, "C": self.chunk},
+            **{"chunks": self._pieces(self.chunk), "segments": segments, "sequences": self.N},
+        }
+
+    def _pieces(self, rows: int) -> int:
+        if self.packed is not None:
+            return chunk_bound(self.T, self.N, rows)
+        return self.N * -(-self.T // rows)
+
+    def tables(self, cu_seqlens: Tensor) -> tuple[Tensor | None, ...]:
+        """The tables of packed sequences, as `TABLES` names them."""
+        offsets, table = chunk_table(cu_seqlens, self.T, self.chunk)
+        of_segments = None
+        if self.segment:
+            rows = self.segment * self.chunk
+            _, of_segments = chunk_table(cu_seqlens, self.T, rows, least=1)
+        return cu_seqlens, offsets, table, of_segments
+
 
 class New(NamedTuple):
-    """A tensor that a kernel is first to write; `zeroed` where it does not write all of it.
+    """A tensor that a launch makes: `Buffer` says what its fields mean."""
 
-    `scratch`: only kernels of the same direction read it.
-    """
-
-    name: BufferId | str
+    source: Source
     shape: tuple[int, ...]
     dtype: torch.dtype
     zeroed: bool = False
@@ -136,16 +174,21 @@ class New(NamedTuple):
         """Its size, rounded up so that what lies behind it is aligned."""
         return -(-math.prod(self.shape) * self.dtype.itemsize // 256) * 256
 
+    def make(self, device: torch.device) -> Tensor:
+        """The tensor."""
+        made = torch.empty(self.shape, dtype=self.dtype, device=device)
+        return made.zero_() if self.zeroed else made
+
 
 @dataclass(slots=True, eq=False)
-class Launched:
-    """A kernel of a known layout: `slots` say which argument takes which of the call's tensors.
+class LaunchSpec:
+    """The launch of a kernel for one layout: `slots` say which argument takes which tensor.
 
     `again`: launches the machine code that served it, given arguments and a stream, for calls
     whose pointers are aligned like those. `seen`: whether it was compiled for any call.
     """
 
-    bound: Bound
+    loaded: LoadedKernel
     grid: tuple[int, int, int]
     values: tuple[object, ...]
     slots: tuple[tuple[int, int], ...]
@@ -153,17 +196,17 @@ class Launched:
     again: Any = None
     seen: bool = False
 
-    def compile(self, tensors: Sequence[Tensor | float | None]) -> None:
+    def compile(self, tensors: Sequence[Given]) -> None:
         """Compile for a call with these tensors, on the current device."""
-        self.bound.compile(self.grid, self._arguments(tensors))
+        self.loaded.compile(self.grid, self._arguments(tensors))
 
-    def run(self, tensors: Sequence[Tensor | float | None], *, aligned: bool) -> None:
+    def run(self, tensors: Sequence[Given], *, aligned: bool) -> None:
         """Launch on the current device and stream; `aligned`: every pointer is."""
-        compiled = self.bound.launch(self.grid, self._arguments(tensors))
+        compiled = self.loaded.launch(self.grid, self._arguments(tensors))
         if aligned and compiled is not None:
             self.again = compiled[self.grid]
 
-    def _arguments(self, given: Sequence[Tensor | float | None]) -> list[object]:
+    def _arguments(self, given: Sequence[Given]) -> list[object]:
         arguments = list(self.values)
         for argument, number in self.slots:
             arguments[argument] = given[number]
@@ -172,114 +215,162 @@ class Launched:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LaunchPlan:
-    """The launches of one direction; `buffers` and `ends`: where its results are numbered.
+    """The launches of one direction, for calls of one layout.
 
-    `scratch`: bytes of the buffers that are none.
+    Attributes:
+        device: where calls of that layout are; index: of a GPU, its number.
+        results: the numbers of the buffers and last states that callers take, by name.
+        scratch: bytes of all buffers that only these kernels read.
     """
 
-    launches: tuple[Launched, ...]
-    buffers: tuple[tuple[BufferId, int], ...]
-    ends: tuple[tuple[str, int], ...]
+    device: torch.device
+    index: int | None
+    launches: tuple[LaunchSpec, ...]
+    results: Mapping[str, int]
     scratch: int
 
-    @property
-    def compiled(self) -> bool:
-        """Whether every kernel has run before."""
-        return None not in [x.again for x in self.launches]
+    def run(self, tensors: list[Any]) -> None:
+        """Launch the kernels in order on the tensors of a call; the new ones are added to those.
+
+        All tensors but operands are contiguous.
+        """
+        pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in tensors]
+        aligned = True
+        for p in pointers:
+            if isinstance(p, int) and p % 16:
+                aligned = False
+        if self.index is not None and torch.cuda.current_device() != self.index:
+            with torch.cuda.device(self.index):
+                self._launch(tensors, pointers, aligned=aligned)
+        else:
+            self._launch(tensors, pointers, aligned=aligned)
+
+    def _launch(self, tensors: list[Given], pointers: list[float | None], *, aligned: bool) -> None:
+        device = self.device
+        if not aligned or None in [x.again for x in self.launches]:
+            for spec in self.launches:
+                tensors += [b.make(device) for b in spec.new]
+            _compile(self.launches, tensors, self.index)
+            for spec in self.launches:
+                spec.run(tensors, aligned=aligned)
+            return
+        # one piece of memory for all that is no result, and numbers for arguments: less to do
+        scratch = torch.empty(self.scratch // 4, dtype=torch.float32, device=device)
+        free = scratch.data_ptr()
+        stream = triton.runtime.driver.active.get_current_stream(self.index or 0)
+        for spec in self.launches:
+            for b in spec.new:
+                if b.scratch:
+                    tensors.append(None)
+                    pointers.append(free)
+                    free += b.bytes
+                else:
+                    made = torch.empty(b.shape, dtype=b.dtype, device=device)
+                    if b.zeroed:
+                        made.zero_()
+                    tensors.append(made)
+                    pointers.append(made.data_ptr())
+            arguments = list(spec.values)
+            for argument, number in spec.slots:
+                arguments[argument] = pointers[number]
+            spec.again(*arguments, stream=stream)
+
+
+def _compile(specs: Sequence[LaunchSpec], tensors: Sequence[Given], index: int | None) -> None:
+    """Compile kernels that were not before, at the same time: passes and assembler are not Python.
+
+    The first call of a direction then takes as long as its slowest kernel, or as there are cores.
+    """
+    if all(x.seen for x in specs):
+        return
+
+    def compile_one(spec: LaunchSpec) -> None:
+        # each thread has a current device of its own
+        with contextlib.nullcontext() if index is None else torch.cuda.device(index):
+            spec.compile(tensors)
+
+    with _COMPILING:  # a first call in another thread would hash while these are parsed
+        fresh = [x for x in specs if not x.seen]
+        if len(fresh) > 1 and not triton.knobs.runtime.interpret:
+            for spec in fresh:
+                spec.loaded.identify()
+            with ThreadPoolExecutor(min(len(fresh), os.cpu_count() or 1)) as pool:
+                list(pool.map(compile_one, fresh))
+        for spec in fresh:
+            spec.seen = True
 
 
 @lru_cache(maxsize=1024)
 def plan_launches(
-    kernels: tuple[Bound, ...], layout: Layout, given: tuple[Buffer, ...] = ()
+    kernels: tuple[LoadedKernel, ...], layout: Layout, given: tuple[Buffer, ...] = ()
 ) -> LaunchPlan:
     """The launches of `kernels`, in order, for calls of `layout`.
 
     `given`: buffers that none of them stores (those of kernels left out): the first one's new.
     """
     operands = {o.name: o for o in layout.operands}
-    number: dict[tuple[Role | None, BufferId | str], int] = {}
-    for role, names in (
-        (Role.OPERAND, [o.name for o in layout.operands]),
-        (Role.INITIAL, [name for name, _, _ in layout.carries]),
-        (None, TABLES),
-        (Role.PARAM, layout.params),
-    ):
-        for name in names:
-            number[role, name] = len(number)
     shapes = {name: shape for name, shape, _ in layout.carries}
-    launches = []
-    for bound in kernels:
-        kernel = bound.kernel
-        buffers = (*given, *kernel.stores) if bound is kernels[0] else kernel.stores
-        new = [_buffer(b, layout, operands) for b in buffers]
-        new = [b for b in new if (Role.BUFFER, b.name) not in number]
+    sources: list[Source] = [("operand", name) for name in operands]
+    sources += [("initial", name) for name in shapes]
+    sources += [("table", name) for name in TABLES]
+    sources += [("param", name) for name in layout.params]
+    number = {source: n for n, source in enumerate(sources)}
+    launches: list[LaunchSpec] = []
+    for loaded in kernels:
+        kernel = loaded.kernel
+        buffers = kernel.stores if launches else (*given, *kernel.stores)
+        new = [_new(b, layout, operands) for b in buffers if ("buffer", b.name) not in number]
+        ends = [source for source in kernel.sources.values() if source[0] == "final"]
+        new += [New(source, shapes[source[1]], torch.float32) for source in ends]
         for b in new:
-            number[Role.BUFFER, b.name] = len(number)
-        for p in kernel.parameters:
-            if p.role is Role.FINAL:
-                number[Role.FINAL, p.of] = len(number)
-                new.append(New(p.of, shapes[str(p.of)], torch.float32))
-        launches.append(_launched(bound, layout, operands, number, tuple(new)))
+            number[b.source] = len(sources)
+            sources.append(b.source)
+        launches.append(_spec(loaded, layout, operands, number, tuple(new)))
     made = [b for x in launches for b in x.new]
+    device = layout.device
     return LaunchPlan(
+        device,
+        device.index if device.type == "cuda" else None,
         tuple(launches),
-        tuple(
-            (b.name, number[Role.BUFFER, b.name])
-            for b in made
-            if not b.scratch and isinstance(b.name, BufferId)
-        ),
-        tuple((str(name), i) for (role, name), i in number.items() if role is Role.FINAL),
+        {b.source[1]: number[b.source] for b in made if not b.scratch},
         sum(b.bytes for b in made if b.scratch),
     )
 
 
-def _launched(
-    bound: Bound,
+def _spec(
+    loaded: LoadedKernel,
     layout: Layout,
-    operands: dict[str, OperandLayout],
-    number: dict[tuple[Role | None, BufferId | str], int],
+    operands: Mapping[str, OperandLayout],
+    number: Mapping[Source, int],
     new: tuple[New, ...],
-) -> Launched:
-    kernel = bound.kernel
+) -> LaunchSpec:
+    kernel = loaded.kernel
     fixed: dict[str, object] = {
-        **dict(kernel.constants),
+        **kernel.constants,
         "TOKENS": layout.T,
         "chunks": -(-layout.T // layout.chunk),
         "HV": layout.HV,
         "SEGMENT": layout.segment,
         "PACKED": layout.packed is not None,
     }
-    tensors = {name: number[None, name] for name in TABLES}
-    for p in kernel.parameters:
-        if p.role in _STRIDES:
-            fixed[p.name] = operands[str(p.of)].strides[_STRIDES[p.role]]
-        elif p.role is Role.GROUP:
-            fixed[p.name] = layout.HV // operands[str(p.of)].heads
-        else:
-            tensors[p.name] = number[p.role, p.of]
-    names = list(bound.function.arg_names)
-    programs = layout.chunks if kernel.loop is Loop.PARALLEL else layout.N
-    programs = layout.segments if kernel.segments else programs
-    return Launched(
-        bound=bound,
-        grid=(programs * layout.HV * kernel.v_programs, 1, 1),
+    for parameter, (name, axis) in kernel.strides.items():
+        fixed[parameter] = operands[name].strides[axis]
+    for parameter, name in kernel.groups.items():
+        fixed[parameter] = layout.HV // operands[name].heads
+    numbers = {name: number["table", name] for name in TABLES}
+    numbers |= {parameter: number[source] for parameter, source in kernel.sources.items()}
+    names = list(loaded.function.arg_names)
+    return LaunchSpec(
+        loaded,
+        grid=(layout.sizes[kernel.programs] * layout.HV * kernel.parts, 1, 1),
         values=tuple(fixed.get(name) for name in names),
-        slots=tuple((names.index(name), i) for name, i in tensors.items() if name in names),
+        slots=tuple((names.index(name), n) for name, n in numbers.items() if name in names),
         new=new,
     )
 
 
-_STRIDES = {Role.STRIDE_BATCH: 0, Role.STRIDE_TOKEN: 1, Role.STRIDE_HEAD: 2}
-
-
-def _buffer(buffer: Buffer, layout: Layout, operands: dict[str, OperandLayout]) -> New:
-    size = {
-        **{"B": layout.B, "T": layout.T, "HV": layout.HV, "K": layout.K, "V": layout.V},
-        **{"C": layout.chunk, "chunks": layout.chunks, "segments": layout.segments},
-    }
-    shape, dtype = tuple(size[n] for n in buffer.shape), TORCH[buffer.dtype]
-    if buffer.name.kind is BufferKind.GRADIENT and not buffer.is_partial:
-        grouped = operands[buffer.name.of].heads != layout.HV
-        dtype = torch.float32 if grouped else dtype
-    scratch = not buffer.is_result
-    return New(buffer.name, shape, dtype, zeroed=buffer.is_partial, scratch=scratch)
+def _new(b: Buffer, layout: Layout, operands: Mapping[str, OperandLayout]) -> New:
+    sizes = layout.sizes
+    grouped = b.gradient_of is not None and operands[b.gradient_of].heads != layout.HV
+    dtype = torch.float32 if grouped else b.dtype
+    return New(("buffer", b.name), tuple(sizes[n] for n in b.shape), dtype, b.zeroed, b.scratch)

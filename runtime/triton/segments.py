@@ -37,9 +37,9 @@ def segment_of(form: NormalForm, dims: Dims, size: CallSize, multiprocessors: in
 def in_parts(
     form: NormalForm, dims: Dims, size: CallSize, multiprocessors: int
 ) -> tuple[int, CallSize]:
-    """Tokens of a segment (0: none), and what scans of such calls take: how many, and how long.
+    """The tokens of a segment (0: none), and the size of a call that has segments for sequences.
 
-    Tokens of several micro-steps count as so many.
+    Each micro-step of a token counts as a token.
     """
     segment = segment_of(form, dims, size, multiprocessors)
     tokens = size.tokens * len(form.micro_steps)

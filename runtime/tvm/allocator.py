@@ -22,7 +22,7 @@ _LARGE = 2 << 20  # of a large page
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt
 
 
-# by which the environment says the same, and who says it there is left alone
+# glibc's environment variables for the same thresholds: a user's setting stays
 _SAID = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
 
 

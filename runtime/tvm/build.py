@@ -31,7 +31,7 @@ from ...dsl import errors
 from ..cache import do_without, keep, own_folder, read_file
 
 Function = Callable[..., None]
-# functions called from outside, and functions called by those or by their address
+# entry functions, which programs call by name, and the functions that entry functions call
 _Unit: TypeAlias = tuple[Sequence[PrimFunc], Sequence[PrimFunc]]
 
 _LOG = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ...codegen.buffers import BufferId
-from ...codegen.config import Dims, Precision
+from ...codegen.config import Dims
 from ...codegen.differentiate import GRADIENT
-from ...codegen.interface import Buffer, Role, Signature
+from ...codegen.interface import Buffer, Role
 from ...codegen.plan import Loop, Program
 from ...codegen.programs import backward_program, forward_program
 from ...codegen.tir.config import TvmConfig, default_config, spread, token_config
@@ -28,7 +28,7 @@ from ..call import Call
 from ..engine import Execute, Feed, KernelEngine, Task, chunk_refusal, printed_token_refusal
 from ..engines import EngineName
 from ..prepared import Values, Way
-from ..printed import PRINTED, TORCH, Dtypes, dtypes_of, unprinted
+from ..printed import TORCH, Dtypes, dtypes_of, signature_of, unsupported_dtype
 from ..tuned.artifact import Configuration
 from ..tuned.selection import call_size_of, select_config
 from .allocator import LARGE_BLOCK, empty, in_large_pages, keep_freed_memory
@@ -53,7 +53,7 @@ class _Tvm(KernelEngine):
     name = EngineName.TVM
 
     def refusal(self, call: Call) -> str | None:
-        return _no_cpu(call) or unprinted(dtypes_of(call)) or chunk_refusal(call.form)
+        return _no_cpu(call) or unsupported_dtype(dtypes_of(call)) or chunk_refusal(call.form)
 
     def token_refusal(self, call: Call) -> str | None:
         return _no_cpu(call) or printed_token_refusal(call)
@@ -109,7 +109,7 @@ def compiled(
     backward: bool,
 ) -> _Compiled:
     keep_freed_memory()
-    signature = _signature(dims, dtype, dtypes)
+    signature = signature_of(dims, dtype, dtypes)
     program: Program = (
         backward_program(form, config.backward)
         if backward
@@ -131,22 +131,18 @@ def compiled_token(
     keep_freed_memory()
     config = token_config(lanes_of(host_cpu()))
     kernel = print_tir(
-        token_kernel(step), _signature(dims, dtype, dtypes), config, one_token=one_token
+        token_kernel(step), signature_of(dims, dtype, dtypes), config, one_token=one_token
     )
     (function,) = functions([kernel], host_cpu())
     return _Compiled(config, (((kernel, function),),))
 
 
-def _signature(dims: Dims, dtype: torch.dtype, dtypes: Dtypes) -> Signature:
-    named = tuple((name, PRINTED[d]) for name, d in dtypes)
-    return Signature(dims, PRINTED[dtype], named, Precision.IEEE)
-
-
 class _Kernel(NamedTuple):
     """A kernel of a task, its tensors by their numbers among those of a call.
 
-    `own`: by position, which of the stage's buffers of threads it is. `each`: its items for one of
-    the stage.
+    Attributes:
+        own: arguments of which each thread has its own: position, number among the stage's.
+        each: work items of the kernel in one of the stage's.
     """
 
     function: Function
@@ -157,7 +153,7 @@ class _Kernel(NamedTuple):
 
 
 class _New(NamedTuple):
-    """A buffer, new for each call: a row per token or per chunk, and the axes behind that."""
+    """A buffer that is new in each call: a row per token or per chunk, with these axes."""
 
     by_token: bool
     axes: list[int]
@@ -165,10 +161,15 @@ class _New(NamedTuple):
 
 
 class _Stage(NamedTuple):
-    """Kernels that run for one sequence and head, all of them, then for the next.
+    """Kernels that all run for one sequence and head before they run for the next.
 
-    `ends`: last values of carries; `new`: buffers that they are first to write; `passed`: those of
-    which each thread has one.
+    Attributes:
+        ends: shapes and dtypes of the carries' last values.
+        new: the buffers that these kernels write first.
+        passed: the buffers that only they read; each thread has its own.
+        parallel: whether a work item is a chunk; else it is a sequence.
+        parts: work items along the value axis.
+        scratch: float32 numbers of scratch memory that a thread needs.
     """
 
     kernels: list[_Kernel]

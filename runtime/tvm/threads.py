@@ -29,10 +29,11 @@ _PROCESS = os.getpid()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """A kernel and what it is given: all of `values`, then the first item to do and the last + 1.
+    """A kernel with its arguments: `values`, then the first work item and the one after the last.
 
-    `own`: by position among the values, tensors of which each thread has one row, [threads, ...].
-    `each`: items of the kernel that make one of the work that is shared.
+    Attributes:
+        own: by position among the values, tensors `[threads, ...]`: a thread passes its own row.
+        each: work items of the kernel in one item that threads share.
     """
 
     function: Function
@@ -41,7 +42,7 @@ class Work:
     each: int = 1
 
     def given(self, thread: int) -> list[object]:
-        """What that thread calls the function with."""
+        """The arguments of a thread, without the items."""
         values = list(self.values)
         for n, rows in self.own.items():
             values[n] = rows[thread]
@@ -49,7 +50,7 @@ class Work:
 
 
 def run(works: Sequence[Work], items: int, threads: int) -> None:
-    """Have all items done, on no more than that many threads; of several works, one item by all.
+    """Run `works` on all items, on at most `threads` threads: each item by all works in turn.
 
     Raises:
         RuntimeError: a kernel failed (what it says is lost in its thread).

@@ -12,7 +12,6 @@ from chunkwise.autotune.validation import (
     ConfiguredEngine,
     ValidationSuite,
     validate,
-    validate_configuration,
     validation_suite,
 )
 from chunkwise.codegen.config import Dims, EagerConfig
@@ -83,7 +82,8 @@ def test_defaults_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     dims, gpu = Dims(128, 128), torch.device("cuda")
     form = by_name(name).normal_form(by_name(name).default_micro)
     config = triton_engine.configuration(form, dims, dtype, triton_engine.shared_memory(gpu))
-    certificate = validate_configuration(by_name(name), EngineName.TRITON, config, dims, dtype, gpu)
+    suite = validation_suite(by_name(name), dims, dtype, gpu)
+    certificate = validate(suite, ConfiguredEngine(EngineName.TRITON, config))
     assert certificate.ok, certificate.faults
 
 

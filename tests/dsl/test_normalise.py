@@ -38,8 +38,8 @@ def both(d: Declaration, micro: int = 1) -> None:
     initial = [torch.randn(s, dtype=torch.float64).requires_grad_() for s in shapes]
     leaves = [*operands.values(), *initial]
     results = []
-    for fn, what in ((oracle.run, step), (oracle.run_form, form)):
-        o, finals = fn(what, operands, {}, initial)
+    for what in (step, form):
+        o, finals = oracle.run(what, operands, {}, initial)
         torch.manual_seed(1)
         loss = sum((x * torch.randn_like(x)).sum() for x in (o, *finals))
         results.append((o, *finals, *torch.autograd.grad(loss, leaves)))

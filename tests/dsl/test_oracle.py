@@ -93,7 +93,7 @@ def test_a_single_neuron_is_a_key_state() -> None:
     )
     for o, (end,) in (
         oracle.run(d.step(), operands),
-        oracle.run_form(d.normal_form(), operands),
+        oracle.run(d.normal_form(), operands),
     ):
         torch.testing.assert_close(o, expected[..., 0])
         torch.testing.assert_close(end, expected_end[..., 0])
@@ -156,8 +156,8 @@ def test_decoding_is_the_loop() -> None:
     o, (end,) = oracle.run(step, x)
     states: tuple[Tensor | None, ...] = (None,)
     for t in range(4):
-        o_t, states = oracle.step_once(step, {n: y[:, t] for n, y in x.items()}, states)
-        torch.testing.assert_close(o_t, o[:, t])
+        o_t, states = oracle.run(step, {n: y[:, t : t + 1] for n, y in x.items()}, {}, states)
+        torch.testing.assert_close(o_t, o[:, t : t + 1])
     torch.testing.assert_close(states[0], end)
 
 

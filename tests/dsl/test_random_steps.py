@@ -127,7 +127,7 @@ def agree(d: Declaration) -> None:
     }
     initial = [draw(1, 2, 3, *([2] if s.kind is Kind.STATE else [])) for s in d.states]
     o, finals = oracle.run(step, operands, {}, initial)
-    again, finals_again = oracle.run_form(form, operands, {}, initial)
+    again, finals_again = oracle.run(form, operands, {}, initial)
     torch.testing.assert_close(again, o, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(finals_again, finals, rtol=1e-9, atol=1e-9)
 

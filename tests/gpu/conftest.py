@@ -9,6 +9,7 @@ import pytest
 from chunkwise.codegen.config import Dims
 from chunkwise.codegen.programs import transition_of
 from chunkwise.dsl.normal_form import NormalForm
+from chunkwise.runtime.prepared import Records
 from chunkwise.runtime.triton import engine as triton_engine
 
 
@@ -20,6 +21,6 @@ def in_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return 64 if transition_of(form, dims) else 0
 
     monkeypatch.setattr(triton_engine, "segment_of", short)
-    triton_engine._compile.cache_clear()
+    Records.forget()
     yield
-    triton_engine._compile.cache_clear()
+    Records.forget()

@@ -16,6 +16,7 @@ from chunkwise.autotune.inputs import Family
 from chunkwise.codegen.config import Config, Dims
 from chunkwise.codegen.plan import Plan
 from chunkwise.codegen.programs import transition_of
+from chunkwise.codegen.triton.fit import H100_SHARED, fit
 from chunkwise.dsl import oracle
 from chunkwise.dsl.library import all_declarations, by_name
 from chunkwise.dsl.normal_form import NormalForm
@@ -122,9 +123,7 @@ def test_every_plan(name: str, plans: tuple[Plan, Plan], monkeypatch: pytest.Mon
         dims = Dims(call.K, call.V)
         usual = triton_engine.configuration(call.form, dims, call.dtype)
         config = Config(usual.chunk, forward, backward, usual.default, usual.kernels)
-        fitted = triton_engine.fit(
-            call.form, config, dims, call.dtype.itemsize, triton_engine.H100_SHARED
-        )
+        fitted = fit(call.form, config, dims, call.dtype.itemsize, H100_SHARED)
         dtypes = tuple((n, x.dtype) for n, x in call.operands.items())
         return triton_engine.compile_with(call.form, dims, call.dtype, dtypes, fitted)
 

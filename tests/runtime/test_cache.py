@@ -247,7 +247,7 @@ def test_kernels_run_from_memory(top: Path, caplog: pytest.LogCaptureFixture) ->
     top.parent.mkdir()
     top.touch()
     cache.import_source.cache_clear()
-    triton_engine._compile.cache_clear()
+    triton_engine.compile_with.cache_clear()
     q, k, v = (torch.randn(1, 20, 1, 4, dtype=torch.float64) for _ in range(3))
     want, _ = cw.library.linear_attention(q, k, v, engine="reference")
     got, _ = cw.library.linear_attention(q.float(), k.float(), v.float(), engine="triton")

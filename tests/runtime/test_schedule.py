@@ -7,20 +7,23 @@ from collections.abc import Callable
 import pytest
 from chunkwise.codegen.config import KernelConfig
 from chunkwise.codegen.plan import Loop
-from chunkwise.codegen.triton.kernel import STAGES, TritonKernel
-from chunkwise.runtime.triton.launch_plan import Bound
+from chunkwise.codegen.triton.kernel import TritonKernel
+from chunkwise.runtime.triton.launch_plan import STAGES, LoadedKernel
+from chunkwise.runtime.triton.printed import kernel_of
 from triton.runtime.errors import OutOfResources
 
-SCAN = TritonKernel(
-    name="forward_scan",
-    loop=Loop.FORWARD,
-    source="",
-    parameters=(),
-    v_programs=1,
-    constants=(),
-    config=KernelConfig(stages=4),
-    stores=(),
-    functions=frozenset(),
+SCAN = kernel_of(
+    TritonKernel(
+        name="forward_scan",
+        loop=Loop.FORWARD,
+        source="",
+        parameters=(),
+        v_programs=1,
+        constants=(),
+        config=KernelConfig(stages=4),
+        stores=(),
+        functions=frozenset(),
+    )
 )
 
 
@@ -48,13 +51,13 @@ class Fits:
 
 def test_fewer_stages_and_no_second_try() -> None:
     function = Fits(2)
-    bound = Bound(SCAN, function)
-    assert bound.launch((8, 1, 1), ["x", None]) == "machine code"
+    loaded = LoadedKernel(SCAN, function)
+    assert loaded.launch((8, 1, 1), ["x", None]) == "machine code"
     assert [x[2:] for x in function.launched] == [(4, 4, 4), (3, 4, 3), (2, 4, 2)]
-    bound.launch((8, 1, 1), ["x", None])
+    loaded.launch((8, 1, 1), ["x", None])
     assert len(function.launched) == 4
 
 
 def test_what_never_fits_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"forward_scan does not fit this GPU.*232448"):
-        Bound(SCAN, Fits(0)).launch((8, 1, 1), ["x", None])
+        LoadedKernel(SCAN, Fits(0)).launch((8, 1, 1), ["x", None])

@@ -1,0 +1,50 @@
+"""From printed Triton kernels to what launches have to know of them."""
+
+from __future__ import annotations
+
+from ...codegen import interface
+from ...codegen.buffers import BufferKind
+from ...codegen.interface import Role
+from ...codegen.plan import Loop
+from ...codegen.triton.kernel import TritonKernel
+from ..printed import TORCH
+from .kernels import Buffer, Kernel
+
+_AXES = {Role.STRIDE_BATCH: 0, Role.STRIDE_TOKEN: 1, Role.STRIDE_HEAD: 2}
+_SOURCES = {
+    Role.OPERAND: "operand",
+    Role.INITIAL: "initial",
+    Role.PARAM: "param",
+    Role.BUFFER: "buffer",
+    Role.FINAL: "final",
+}
+
+
+def kernel_of(printed: TritonKernel) -> Kernel:
+    """What launches have to know of a printed kernel."""
+    parameters = printed.parameters
+    programs = "chunks" if printed.loop is Loop.PARALLEL else "sequences"
+    return Kernel(
+        printed.name,
+        "segments" if printed.segments else programs,
+        printed.v_programs,
+        dict(printed.constants),
+        printed.config.options(printed.config.stages),
+        {p.name: (_SOURCES[p.role], str(p.of)) for p in parameters if p.role in _SOURCES},
+        {p.name: (str(p.of), _AXES[p.role]) for p in parameters if p.role in _AXES},
+        {p.name: str(p.of) for p in parameters if p.role is Role.GROUP},
+        tuple(map(buffer_of, printed.stores)),
+    )
+
+
+def buffer_of(b: interface.Buffer) -> Buffer:
+    """A buffer as launches make it."""
+    whole = b.name.kind is BufferKind.GRADIENT and not b.is_partial
+    return Buffer(
+        str(b.name),
+        b.shape,
+        TORCH[b.dtype],
+        b.name.of if whole else None,
+        zeroed=b.is_partial,
+        scratch=not b.is_result,
+    )
