@@ -9,10 +9,11 @@ log-decays and flushes to 0 are not shown: they change no number that float32 ca
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...dsl.ir import Op
+from ...dsl.latex import LATEX, Equation
 from ...dsl.notation import Level, Notation, Text
 from .. import tile
 from ..buffers import BufferId
@@ -31,9 +32,26 @@ _SUMS = (TileOp.DOT, TileOp.SUM)
 _NEVER_ASSIGNED = (*_ALIASES, TileOp.CONST, TileOp.EXTENT)
 _LONGEST = 58  # an inlined expression longer than this is hard to read
 _WRAP = 96
-_LETTERS = {axis: axis.value for axis in Axis}
 
-_Letters = Mapping[Axis, str]
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The letters of the axes where a tile is printed, and the notation."""
+
+    letters: Mapping[Axis, str]
+    notation: Notation
+
+    def renamed(self, axes: Axes, letter: str) -> _View:
+        """The view where `axes` have another letter."""
+        return _View({**self.letters, **dict.fromkeys(axes, letter)}, self.notation)
+
+    def indices(self, axes: Axes) -> list[str]:
+        """The letters of `axes`."""
+        return [self.letters[a] for a in axes]
+
+
+_PLAIN = _View({axis: axis.value for axis in Axis}, _NOTATION)
+_TYPESET = _View(_PLAIN.letters, LATEX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,28 +101,29 @@ class _Printer:
                     self._uses[shown] += 1
                     self._users.setdefault(shown, []).append((t, _renames(a)))
 
-    def leaf(self, t: Tile) -> str:
+    def leaf(self, t: Tile, view: _View = _PLAIN) -> str:
         """A leaf with its axes."""
-        return self._reference(self.known[t], t.axes, _LETTERS)
+        return view.notation.symbol(self.known[t], view.indices(t.axes))
 
-    def lines(self) -> list[_Line]:
+    def lines(self, view: _View = _PLAIN) -> list[_Line]:
         """The assignments, each before its uses."""
         leaves = dict(self.known)
         lines = []
         for t in self._order:
             if t in leaves or t.op in _NEVER_ASSIGNED or self._inlined(t):
                 continue
-            right = self._expression(t, _LETTERS).text
+            right = self._expression(t, view).text
             self.known[t] = self._wanted.get(t) or self._names.fresh(t.hint or "x")
-            lines.append(_Line(t, self.leaf(t), right))
+            lines.append(_Line(t, self.leaf(t, view), right))
         return lines
 
     def name(self, t: Tile) -> str:
         """A root: the name it was given, or the number it is."""
         t = _shown(t, self.known)
-        return self.known[t] if t in self.known else self._text(t, _LETTERS).text
+        return self.known[t] if t in self.known else self._text(t, _PLAIN).text
 
     def _inlined(self, t: Tile) -> bool:
+        """Whether `t` is printed within the line of its only user, by its length as plain text."""
         if self._uses[t] > 1 or t in self._roots:
             return False
         ((user, _),) = self._users[t]
@@ -114,7 +133,7 @@ class _Printer:
             return False
         if t.op not in (*_ELEMENTWISE, *_SUMS):
             return False
-        return len(self._expression(t, _LETTERS).text) <= _LONGEST
+        return len(self._expression(t, _PLAIN).text) <= _LONGEST
 
     def _clashes(self, t: Tile) -> bool:
         """Whether the index that `t` sums over might meet itself in the expression around it."""
@@ -130,90 +149,84 @@ class _Printer:
 
     # ---- expressions -----------------------------------------------------------------------------
 
-    def _text(self, x: Tile, letters: _Letters) -> Text:
+    def _text(self, x: Tile, view: _View) -> Text:
         while x.op in _ALIASES and x not in self.known:
             if x.op is TileOp.RENAME:
-                to = x.attr(Axis)
-                letters = {**letters, **dict.fromkeys(TIMES, letters[to])}
+                view = view.renamed(TIMES, view.letters[x.attr(Axis)])
             (x,) = x.args
         if x in self.known:
-            return Text(self._reference(self.known[x], x.axes, letters))
+            return Text(self.leaf(x, view))
         if x.op is TileOp.CONST:
-            text = f"{x.value:g}"
-            return Text(text) if x.value >= 0 else _NOTATION.negative(Text(text[1:]))
+            return view.notation.number(x.value)
         if x.op is TileOp.EXTENT:
             return Text(x.attr(Axis).value.upper())
-        return self._expression(x, letters)
+        return self._expression(x, view)
 
-    def _reference(self, name: str, axes: Axes, letters: _Letters) -> str:
-        return f"{name}[{','.join(letters[a] for a in axes)}]" if axes else name
-
-    def _expression(self, x: Tile, letters: _Letters) -> Text:
+    def _expression(self, x: Tile, view: _View) -> Text:
+        notation, row = view.notation, view.letters[Axis.I]
         if x.op is TileOp.MAP:
-            return self._map(x, letters)
+            return self._map(x, view)
         if x.op is TileOp.STEP:
-            return Text(f"step({self._text(x.args[0], letters).text})")
+            return notation.positive(self._text(x.args[0], view))
         if x.op is TileOp.ROWS:
-            return self._where(f"{letters[Axis.I]} < n", x.args[0], letters)
+            return notation.where(self._factor(x.args[0], view), f"{row} < n")
         if x.op is TileOp.PHASE:
             micro_step, count = x.attrs
-            condition = f"{letters[Axis.I]} mod {count} = {micro_step}"
-            return self._where(condition, x.args[0], letters)
+            condition = f"{row} mod {count} = {micro_step}"
+            return notation.where(self._factor(x.args[0], view), condition)
         if x.op is TileOp.MASK:
-            return self._where(_condition(x), x.args[0], letters)
+            return notation.where(self._factor(x.args[0], view), _condition(x))
         if x.op is TileOp.CUMSUM:
-            return self._cumsum(x, letters)
+            return self._cumsum(x, view)
+        late = view.renamed((Axis.I,), "t")
         if x.op is TileOp.DECAY:
-            (g,) = x.args
-            inner = self._factor(g, {**letters, Axis.I: "t"})
             last = "<" if x.attrs[-1] else "≤"
-            span = f"{letters[Axis.J]}<t{last}{letters[Axis.I]}"
-            return Text(f"exp(Σ_{{{span}}} {inner}) [{_condition(x)}]", Level.PRODUCT)
+            span = f"{view.letters[Axis.J]}<t{last}{row}"
+            decay = notation.series(span, self._factor(x.args[0], late))
+            return notation.where(notation.function(Op.EXP, [decay]).text, _condition(x))
         if x.op is TileOp.DECAYED_CROSSING:
-            late = {**letters, Axis.I: "t"}
-            factors = "·".join(self._factor(a, late) for a in x.args[:3])
-            p, q = (self._text(a, late).text for a in x.args[-3:-1])
             last = ">" if x.attrs[-1] else "≥"
-            span = f"t{last}{letters[Axis.I]}>j"
-            return Text(f"Σ_{{{span}}} {factors}·exp({p} − {q})", Level.SERIES)
+            factors = [self._factor(a, late) for a in x.args[:3]]
+            return notation.series(
+                f"t{last}{row}>j", notation.product([*factors, self._relative(x.args[-3:-1], late)])
+            )
         if x.op is TileOp.INVERSE:
-            (lower,) = x.args
-            return Text(f"(1 + {self.name(lower)})⁻¹[{letters[Axis.I]},{letters[Axis.J]}]")
-        over = ",".join(letters[a] for a in tile.summed_axes(x))
-        over = f"{{{over}}}" if "," in over else over
-        return Text(f"Σ_{over} {self._summand(x, letters)}", Level.SERIES)
+            lower = notation.symbol(self.name(x.args[0]))
+            return notation.unit_inverse(lower, view.indices((Axis.I, Axis.J)))
+        return notation.series(",".join(view.indices(tile.summed_axes(x))), self._summand(x, view))
 
-    def _summand(self, x: Tile, letters: _Letters) -> str:
+    def _summand(self, x: Tile, view: _View) -> str:
+        product = view.notation.product
         if x.op in (TileOp.SUM, TileOp.DOT):
-            return "·".join(self._factor(a, letters) for a in x.args)
+            return product([self._factor(a, view) for a in x.args])
         assert x.op in (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY), f"no text for {x.op.name}"
-        first, second = (self._factor(a, letters) for a in x.args[:2])
-        p, q = (self._text(a, letters).text for a in x.args[2:4])
-        return f"{first}·{second}·exp({p} − {q}) [i > j]"
+        factors = [self._factor(a, view) for a in x.args[:2]]
+        factors.append(self._relative(x.args[2:4], view))
+        return view.notation.where(product(factors), "i > j").text
 
-    def _map(self, x: Tile, letters: _Letters) -> Text:
+    def _relative(self, logs: Sequence[Tile], view: _View) -> str:
+        """exp of the difference of two logs."""
+        difference = view.notation.binary(Op.SUB, *(self._text(a, view) for a in logs))
+        return view.notation.function(Op.EXP, [difference]).text
+
+    def _map(self, x: Tile, view: _View) -> Text:
         fn = x.attr(Op)
-        args = [self._text(a, letters) for a in x.args]
-        if fn is Op.ADD and args[1].text.startswith("−"):  # a + −b + c is a − b + c
-            return Text(f"{args[0].text} − {args[1].text[1:]}", Level.SUM)
-        if fn in _NOTATION.signs:
-            return _NOTATION.binary(fn, *args)
-        if fn is Op.NEG:
-            return _NOTATION.negative(*args)
-        return Text(f"{fn.name.lower()}({', '.join(a.text for a in args)})")
+        notation, args = view.notation, [self._text(a, view) for a in x.args]
+        if fn is Op.ADD and args[1].text.startswith(notation.minus):  # a + −b + c is a − b + c
+            positive = args[1].text.removeprefix(notation.minus)
+            return Text(f"{args[0].text}{notation.signs[Op.SUB]}{positive}", Level.SUM)
+        if fn in notation.signs:
+            return notation.binary(fn, *args)
+        return notation.negative(*args) if fn is Op.NEG else notation.function(fn, args)
 
-    def _factor(self, x: Tile, letters: _Letters) -> str:
-        return self._text(x, letters).at(Level.QUOTIENT)
+    def _factor(self, x: Tile, view: _View) -> str:
+        return self._text(x, view).at(Level.QUOTIENT)
 
-    def _where(self, condition: str, x: Tile, letters: _Letters) -> Text:
-        return Text(f"{self._factor(x, letters)} [{condition}]", Level.PRODUCT)
-
-    def _cumsum(self, x: Tile, letters: _Letters) -> Text:
+    def _cumsum(self, x: Tile, view: _View) -> Text:
         reverse, exclusive = x.attrs
         sign = {(False, False): "≤", (False, True): "<", (True, False): "≥", (True, True): ">"}
-        bound = f"t{sign[bool(reverse), bool(exclusive)]}{letters[Axis.I]}"
-        inner = self._factor(x.args[0], {**letters, Axis.I: "t"})
-        return Text(f"Σ_{{{bound}}} {inner}", Level.SERIES)
+        bound = f"t{sign[bool(reverse), bool(exclusive)]}{view.letters[Axis.I]}"
+        return view.notation.series(bound, self._factor(x.args[0], view.renamed((Axis.I,), "t")))
 
 
 def _shown(x: Tile, known: Container[Tile] = ()) -> Tile:
@@ -255,6 +268,14 @@ def print_chunk(body: ChunkProgram) -> str:
     marked = _marked(lines, starts, body.carried)
     notes = _ends(printer, body.outputs, body.carried)
     return "\n".join(head + _aligned(lines, marked, notes))
+
+
+def chunk_equations(body: ChunkProgram) -> tuple[Equation, ...]:
+    """The same in LaTeX, each row with where its value goes."""
+    printer = _Printer(body.outputs, body.carried, {})
+    lines = printer.lines(_TYPESET)
+    notes = _ends(printer, body.outputs, body.carried)
+    return tuple(Equation(x.left, x.right, notes.get(x.tile, "")) for x in lines)
 
 
 def print_adjoint(adjoint: Adjoint) -> str:

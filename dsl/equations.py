@@ -1,0 +1,143 @@
+"""A step and its normal form as equations in the notation of papers: S_t from S_{t-1}."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from . import algebra
+from .ir import Kind, Node, Op, Per, topological
+from .latex import LATEX, Equation
+from .normal_form import NormalForm, Phase, Update, Write
+from .printing import printed
+from .step import Step, operand_leaf, state_leaf
+
+
+def equations(step: Step) -> tuple[Equation, ...]:
+    """The declared step, and last its output o.
+
+    A state that is used more than once between the old and the new one has a row of its own.
+    Operands of tokens have an index t; above it stands the number of their micro-step.
+    """
+    names = _leaves(step)
+    order = [n for n in topological(*step.roots) if n.args]
+    uses = Counter(a for n in order for a in n.args)
+    ends = dict(zip(step.next_states, step.states, strict=True))
+    between = [n for n in order if n.kind.is_state and uses[n] > 1 and n not in ends]
+    totals = Counter(_state_of(n) for n in between)
+    passed: Counter[str] = Counter()
+    rows = []
+    for node in order:
+        if node in ends:
+            label = LATEX.symbol(ends[node].name, ["t"])
+        elif node in between:
+            state = _state_of(node)
+            passed[state] += 1
+            name = f"{state}_bar" if totals[state] == 1 else f"{state}_{passed[state]}"
+            label = LATEX.symbol(name, ["t"])
+        else:
+            continue
+        rows.append(Equation(label, printed(node, names, LATEX).text))
+        names[node] = label
+    for state_decl, node in zip(step.states, step.next_states, strict=True):
+        if not node.args:  # another state, or itself, as it was
+            rows.append(Equation(LATEX.symbol(state_decl.name, ["t"]), names[node]))
+    return (*rows, Equation("o_{t}", printed(step.output, names, LATEX).text))
+
+
+def _leaves(step: Step) -> dict[Node, str]:
+    names = {state_leaf(s): LATEX.symbol(s.name, ["t-1"]) for s in step.states}
+    for o in step.operands:
+        token = ["t"] if o.per is Per.TOKEN else []
+        for index in range(step.micro) if o.micro else [None]:
+            name = o.name if index is None else f"{o.name}_{index + 1}"
+            names[operand_leaf(o, index)] = LATEX.symbol(name, token)
+    return names
+
+
+def _state_of(node: Node) -> str:
+    """The state that an expression of states is an update of: the first that it adds to."""
+    while node.args:
+        node = next(a for a in node.args if a.kind.is_state) if _has_state(node) else node.args[0]
+    return str(node.attrs[0])
+
+
+def _has_state(node: Node) -> bool:
+    return any(a.kind.is_state for a in node.args)
+
+
+# ---- the normal form -----------------------------------------------------------------------------
+
+
+def as_step(form: NormalForm) -> Step:
+    """The step that a normal form describes: decays, then writes, then reads, and the output."""
+    now = {s.name: state_leaf(s) for s in form.states}
+    micro = max((o.micro for o in form.operands), default=False) and len(form.micro_steps)
+    reads: dict[int, Node] = {}
+
+    def read(index: int, phase: Phase, states: dict[str, Node]) -> None:
+        for n, r in enumerate(form.reads):
+            if r.micro_step == index and r.phase is phase:
+                reads[n] = _recall(r.key, states[r.state])
+
+    for index, micro_step in enumerate(form.micro_steps):
+        read(index, Phase.BEFORE, now)
+        decayed = {**now, **{u.state: _decayed(u, now[u.state]) for u in micro_step.updates}}
+        read(index, Phase.DECAYED, decayed)
+        now = {**decayed, **{u.state: _updated(u, now, decayed) for u in micro_step.updates}}
+        read(index, Phase.AFTER, now)
+    return Step(
+        form.name,
+        form.operands,
+        form.params,
+        form.states,
+        tuple(now[s.name] for s in form.states),
+        _with_results(form.output, reads),
+        micro or 1,
+    )
+
+
+def _decayed(update: Update, state: Node) -> Node:
+    if update.log_decay is None:
+        return state
+    return Node(Op.SCALE, (state, algebra.unary(Op.EXP, update.log_decay)), (), state.kind)
+
+
+def _updated(update: Update, now: dict[str, Node], decayed: dict[str, Node]) -> Node:
+    state = decayed[update.state]
+    terms = [Node(Op.SCALE, (now[m.state], m.factor), (), state.kind) for m in update.mixes]
+    terms += [_written(w, now, decayed, state.kind) for w in update.writes]
+    for term in terms:
+        state = Node(Op.ADD, (state, term), (), state.kind)
+    return state
+
+
+def _written(write: Write, now: dict[str, Node], decayed: dict[str, Node], kind: Kind) -> Node:
+    value = write.value
+    if write.correction is not None:
+        c = write.correction
+        recalled = _recall(c.key, (decayed if c.decayed else now)[c.state])
+        step_size = algebra.neg(c.scale)
+        if value is not None and value.op is Op.MUL and value.args[0] == step_size:
+            value = algebra.mul(step_size, algebra.add(value.args[1], algebra.neg(recalled)))
+        else:
+            recalled = algebra.mul(c.scale, recalled)
+            value = recalled if value is None else algebra.add(value, recalled)
+    assert value is not None, "a write has a value or a correction"
+    pair = (value, write.key) if write.key.kind is Kind.VALUE else (write.key, value)
+    return Node(Op.OUTER, pair, (), kind)
+
+
+def _recall(key: Node, state: Node) -> Node:
+    if key.kind is Kind.VALUE:
+        return Node(Op.READ_VALUE, (state, key), (), Kind.KEY)
+    kind = Kind.SCALAR if state.kind is Kind.KEY_STATE else Kind.VALUE
+    return Node(Op.READ, (key, state), (), kind)
+
+
+def _with_results(node: Node, reads: dict[int, Node]) -> Node:
+    if node.op is Op.RESULT:
+        index = node.attrs[0]
+        assert isinstance(index, int)
+        return reads[index]
+    args = tuple(_with_results(a, reads) for a in node.args)
+    return Node(node.op, args, node.attrs, node.kind, node.loc)
