@@ -68,7 +68,7 @@ lint: $(READY) links
 links:
 	@rm -rf .links && mkdir -p $(LINKS)
 	@cd $(LINKS) && ln -s ../../api/*.py ../../api/py.typed . && \
-	    for d in dsl codegen autotune runtime; do ln -s ../../$$d $$d; done
+	    for d in dsl codegen autotune runtime report; do ln -s ../../$$d $$d; done
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -13,6 +13,7 @@ from .cli_doctor import DOCTOR
 from .cli_emit import EMIT
 from .cli_export import EXPORT
 from .cli_inspect import EXPLAIN, LIST, PROVE
+from .cli_report import REPORT
 from .cli_tune import TUNE
 from .cli_verify import VERIFY
 from .dsl.errors import ChunkwiseError
@@ -23,6 +24,7 @@ COMMANDS: tuple[Command, ...] = (
     LIST,
     EXPLAIN,
     PROVE,
+    REPORT,
     EMIT,
     EXPORT,
     TUNE,

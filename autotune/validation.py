@@ -176,9 +176,9 @@ def validate(suite: ValidationSuite, runs: Runs) -> Certificate:
     faults = []
     for case, way in cases(suite, runs):
         with _Filled(_NAN):
-            first = _answers(way, case.call, case.do, case.dfinals)
+            first = answers(way, case.call, case.do, case.dfinals)
         with _Filled(_NUMBER):
-            second = _answers(way, case.call, case.do, case.dfinals)
+            second = answers(way, case.call, case.do, case.dfinals)
         where = case.family.name.lower()
         if isinstance(way, ConfiguredEngine) and way.how:
             where += f", {way.how}"
@@ -199,7 +199,7 @@ def validate(suite: ValidationSuite, runs: Runs) -> Certificate:
     return Certificate(tuple(worst.items()), families, tuple(faults))
 
 
-def _answers(
+def answers(
     runs: Runs, call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
 ) -> dict[str, Tensor]:
     """The results by name, on the CPU, in the dtypes and shapes of the call."""
@@ -228,7 +228,7 @@ def _expected(call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]) -> dic
         dtype=torch.float64,
         device=torch.device("cpu"),
     )
-    return _answers(engine, call, do.cpu().double(), tuple(map(exact, dfinals)))
+    return answers(engine, call, do.cpu().double(), tuple(map(exact, dfinals)))
 
 
 def _limit(name: str, family: Family, dtype: torch.dtype, small: frozenset[str]) -> float:

@@ -185,15 +185,21 @@ def explain(what: Declaration | NormalForm) -> str:
     return "\n".join([*head, "", *body])
 
 
-def _operands(form: NormalForm) -> str:
+def operand_rows(declared: NormalForm | Step) -> list[tuple[str, str, str]]:
+    """Name, kind and shape of every operand, run-time float and state."""
     rows = []
-    for o in form.operands:
+    for o in declared.operands:
         rows.append((o.name, o.spelled, f"[{','.join(o.axes)}]"))
-    for p in form.params:
+    for p in declared.params:
         default = "required" if p.default is None else f"default {p.default:g}"
         rows.append((p.name, "float", default))
-    for s in form.states:
+    for s in declared.states:
         rows.append((s.name, s.kind.spelled, f"[{','.join(s.axes)}] float32"))
+    return rows
+
+
+def _operands(form: NormalForm) -> str:
+    rows = operand_rows(form)
     width = max(len(r[0]) for r in rows)
     return "\n".join(f"  {n:<{width}}  {k:<18} {s}" for n, k, s in rows)
 

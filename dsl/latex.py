@@ -15,6 +15,7 @@ _GREEK = (
     *("omega", "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega"),
 )
 _LETTERS = {name: rf"\{name}" for name in _GREEK} | {"eps": r"\varepsilon", "lam": r"\lambda"}
+_BEGIN, _NEXT, _END = "\\begin{aligned}\n", " \\\\\n", "\n\\end{aligned}"
 _LEFT = 'style="text-align: left"'
 _ACCENTS = {name: rf"\{name}" for name in ("hat", "bar", "tilde")}
 _RELATIONS = {"≤": r"\le ", "≥": r"\ge ", " mod ": r" \bmod "}
@@ -182,25 +183,26 @@ def _stretched(latex: str) -> str:
 def aligned(equations: Iterable[Equation]) -> str:
     """Equations below one another, aligned at their signs: one display in LaTeX."""
     rows = [f"{e.left} &= {_stretched(e.right)}" for e in equations]
-    return "\\begin{aligned}\n" + " \\\\\n".join(rows) + "\n\\end{aligned}"
+    return _BEGIN + _NEXT.join(rows) + _END
 
 
-def mathml(equations: Iterable[Equation]) -> str:
-    """The same display as a <math> element, for pages of HTML: a table, a row for each equation."""
+def mathml(latex: str, *, display: bool = True) -> str:
+    """LaTeX, perhaps of `aligned`, as a <math> element: a block, or within a line of text."""
+    if not latex.startswith(_BEGIN):
+        return _converted(latex, display=display)
     rows = ""
-    for e in equations:
-        left, right = (_inner(inline_mathml(x)) for x in (e.left, _stretched(e.right)))
+    for row in latex.removeprefix(_BEGIN).removesuffix(_END).split(_NEXT):
+        left, right = (_inner(_converted(x, display=False)) for x in row.split(" &= "))
         cells = (left, f"<mrow><mo>=</mo>{right}</mrow>")
         rows += f"<mtr>{''.join(f'<mtd {_LEFT}>{x}</mtd>' for x in cells)}</mtr>"
     table = f'<mtable displaystyle="true">{rows}</mtable>'
     return f'<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">{table}</math>'
 
 
-def inline_mathml(latex: str) -> str:
-    """One expression as a <math> element within a line of HTML."""
+def _converted(latex: str, *, display: bool) -> str:
     from latex2mathml.converter import convert
 
-    return str(convert(latex))
+    return str(convert(latex, display="block" if display else "inline"))
 
 
 def _inner(element: str) -> str:

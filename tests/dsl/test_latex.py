@@ -67,7 +67,7 @@ def test_every_recurrence_has_well_formed_mathml(declared: Declaration) -> None:
         latex = aligned(page)
         assert latex.count("{") == latex.count("}")
         assert latex.count(r"\left(") == latex.count(r"\right)")
-        element = ElementTree.fromstring(mathml(page))
+        element = ElementTree.fromstring(mathml(latex))
         table = next(iter(element))
         assert len(table) == len(page)
         text = "".join(element.itertext())
