@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .cli_command import Command, UsageError, add_target, find
 from .cli_emit import dims
@@ -22,6 +23,9 @@ from .report import facts, page
 from .report.pictures import plan_costs
 from .runtime.engine import chunk_refusal
 from .runtime.tuned.machine import processor, version
+
+if TYPE_CHECKING:
+    from .codegen.triton.offline import Outcome
 
 _TOKENS, _HEADS = 1024, 4  # of the call that is timed
 _QUICK_TOKENS = 80  # of the sequences whose results are compared
@@ -91,28 +95,35 @@ def _resources(form: NormalForm, arguments: argparse.Namespace) -> page.Section:
     from .codegen.triton import offline
     from .codegen.triton.resources import Target
 
-    rows = [("target", "kernel", "shared memory", "of", "registers", "spills", "")]
+    columns = {}
     for target in Target:
         name = target.name.lower()
         subject = Subject(form, arguments.dims, Dtype(arguments.dtype), target, packed=False)
         jobs = {k: subject.job(k, subject.default) for k in subject.kernels(subject.default)}
         _say(f"compiling {len(jobs)} kernels for {name}")
         outcomes = offline.run_jobs({j.key: j for j in jobs.values()}, arguments.jobs)
-        limit = f"{target.shared_limit // 1024} KiB"
-        for kernel, job in jobs.items():
-            outcome, r = outcomes[job.key], outcomes[job.key].resources
-            if r is None:
-                rows.append((name, kernel, "-", limit, "-", "-", outcome.error))
-                continue
-            shared = f"{r.shared / 1024:.1f} KiB"
-            registers, spills = ("-" if x is None else str(x) for x in (r.registers, r.spills))
-            verdict = "fits" if r.fits else "does not fit"
-            rows.append((name, kernel, shared, limit, registers, spills, verdict))
+        column = {kernel: _taken(outcomes[job.key]) for kernel, job in jobs.items()}
+        columns[f"{name}, of {target.shared_limit // 1024} KiB"] = column
+    kernels = dict.fromkeys(kernel for column in columns.values() for kernel in column)
+    rows = [(k, *(column.get(k, "-") for column in columns.values())) for k in kernels]
     note = (
-        f"By default, {arguments.dtype}, K={arguments.dims.K}, V={arguments.dims.V}; compiled "
-        "without a GPU. Registers and spills (in bytes) are of a thread, and known for NVIDIA's."
+        f"Shared memory of a program, registers and spills of a thread; by default, "
+        f"{arguments.dtype}, K={arguments.dims.K}, V={arguments.dims.V}, compiled without a GPU. "
+        "Registers and spills are known for NVIDIA's GPUs."
     )
-    return page.table_section(title, rows, note)
+    return page.table_section(title, [("kernel", *columns), *rows], note)
+
+
+def _taken(outcome: Outcome) -> str:
+    r = outcome.resources
+    if r is None:
+        return outcome.error
+    text = f"{r.shared / 1024:.0f} KiB"
+    if r.registers is not None:
+        text += f", {r.registers} registers"
+    if r.spills:
+        text += f", {r.spills} B spilled"
+    return text if r.fits else f"does not fit: {text}"
 
 
 def _agreement(declared: Declaration, *, quick: bool) -> page.Section:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -43,9 +44,14 @@ table { border-collapse: collapse; font-size: .88rem; }
 th, td { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--rule); }
 th { color: var(--faint); font-weight: 600; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td:first-child { min-width: 8rem; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 """
+
+_VERDICTS = {"right": "good", "WRONG": "bad"}
+# a number or two, perhaps with a unit; a dash where there is none
+_NUMBER = re.compile(r"-|[\d.,e+-]+( KiB)?|[\d,]+( ×|,) [\d,]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,16 +185,20 @@ def table_section(title: str, rows: Sequence[Sequence[str]], note: str = "") -> 
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as a table; the first is the heading, numbers are flush right."""
-    head = "".join(f"<th>{escape(x)}</th>" for x in rows[0])
-    body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows[1:])
-    return f'<div class="scroll"><table><tr>{head}</tr>\n{body}\n</table></div>'
+    """Rows as a table; the first is the heading, columns of numbers are flush right."""
+    columns = list(zip(*rows[1:], strict=True)) or [()] * len(rows[0])
+    styles = ["number" if all(map(_NUMBER.fullmatch, column)) else "" for column in columns]
+    lines = [_row("th", rows[0], styles), *(_row("td", row, styles) for row in rows[1:])]
+    return f'<div class="scroll"><table>\n{"".join(lines)}</table></div>'
 
 
-def _cell(text: str) -> str:
-    number = text[:1].isdigit() and not any(c.isalpha() and c not in "eKiBM" for c in text)
-    style = {"right": "good", "WRONG": "bad"}.get(text, "number" if number else "")
-    return f'<td class="{style}">{escape(text)}</td>' if style else f"<td>{escape(text)}</td>"
+def _row(tag: str, row: Sequence[str], styles: Sequence[str]) -> str:
+    cells = ""
+    for text, style in zip(row, styles, strict=True):
+        style = _VERDICTS.get(text, style)
+        attribute = f' class="{style}"' if style else ""
+        cells += f"<{tag}{attribute}>{escape(text)}</{tag}>"
+    return f"<tr>{cells}</tr>\n"
 
 
 def _equations(rows: Sequence[Equation]) -> str:
