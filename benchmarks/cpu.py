@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from chunkwise.runtime.tuned.artifact import Configuration
 from chunkwise.runtime.tvm import engine as tvm_engine
 from torch import Tensor
 
-from . import machine, measure
+from . import machine, measure, report
 from .registry import CASES, Shape, draw
 from .run import _names
 
@@ -83,7 +83,10 @@ def _sides(
     return {name: measure.Side(torch.no_grad()(run), lambda: None) for name, run in runs.items()}
 
 
-def _contest(name: str, shape: Shape, repeats: int, sgemm: float, compiled: Sequence[int]) -> None:
+def _contest(
+    name: str, shape: Shape, repeats: int, sgemm: float, compiled: Sequence[int]
+) -> Iterator[dict[str, object]]:
+    """Print the times of both directions; a row of medians and least times for each."""
     call = _call(name, shape)
     config = tvm_engine.configuration()
     forward_flops = flops(call, forward_program(call.form, config.forward), config)
@@ -95,6 +98,7 @@ def _contest(name: str, shape: Shape, repeats: int, sgemm: float, compiled: Sequ
         clock = CpuDevice()
         clock.rounds(runs, 2, resets)
         samples = clock.rounds(runs, repeats, resets)
+        row: dict[str, object] = {"recurrence": name, "D": shape.D, "mode": label}
         for what, of in (("median", statistics.median), ("least", min)):
             times = [of(x) / 1e3 for x in samples]
             ours, (best, fastest) = times[0], min(zip(times[1:], list(sides)[1:], strict=True))
@@ -105,6 +109,12 @@ def _contest(name: str, shape: Shape, repeats: int, sgemm: float, compiled: Sequ
                 f"torch {best:8.2f} ms ({fastest})   ratio {best / ours:5.1f}",
                 flush=True,
             )
+            if what == "median":
+                row |= {"tvm_ms": ours, "torch_ms": best, "ratio": best / ours}
+                row |= {"torch": fastest, "of_sgemm": rate / sgemm}
+            else:
+                row |= {"tvm_least_ms": ours, "torch_least_ms": best}
+        yield row
 
 
 def flops(call: Call, program: Program, config: TvmConfig) -> float:
@@ -275,24 +285,30 @@ def parser() -> argparse.ArgumentParser:
     lengths = "torch.compile too, at these chunk lengths: minutes for each"
     p.add_argument("--compile", type=_numbers, default=(), metavar="C,C", help=lengths)
     p.add_argument("--only", choices=("calls", "steps", "memory", "compilation"), default=None)
+    p.add_argument("--json", type=Path, default=None, help="write the times of calls there")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the machine, and the measurements that the options select."""
     options = parser().parse_args(argv)
+    command = ("python", "-m", "benchmarks.cpu", *(sys.argv[1:] if argv is None else argv))
     torch.set_num_threads(options.threads)
     torch._dynamo.config.recompile_limit = 256  # a graph for each operand's shape, no fallback
-    for key, value in machine.describe(CPU).items():
+    described = {**machine.describe(CPU), "load": os.getloadavg()[0]}
+    for key, value in described.items():
         print(f"{key:<14} {value}")
-    print(f"load           {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
     sgemm = _sgemm()
+    described["sgemm_gflops"] = sgemm
     print(f"sgemm          {sgemm:.0f} GFLOP/s on {options.threads} threads\n")
+    rows: list[dict[str, object]] = []
     for name in options.ops:
         for D in options.channels:
             shape = Shape("cpu", 1, options.tokens, 8, D)
             if options.only in (None, "calls"):
-                _contest(name, shape, options.repeats, sgemm, options.compile)
+                rows += _contest(name, shape, options.repeats, sgemm, options.compile)
+                if options.json is not None:
+                    report.write(options.json, command, described, rows)
             if options.only in (None, "compilation"):
                 _compilation(name, shape)
             if options.only in (None, "memory"):

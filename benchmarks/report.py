@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -87,13 +88,22 @@ def notes(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _entry(row: Row) -> dict[str, object]:
+def entry(row: Row) -> dict[str, object]:
+    """A row for JSON, with its ratios."""
     return {**asdict(row), "ratio": row.ratio, "device_ratio": row.device_ratio}
 
 
-def write(path: Path, machine: dict[str, object], rows: Sequence[Row]) -> None:
-    """Write the run as one JSON file, atomically: it is written beside `path` and renamed."""
-    content = {"machine": machine, "rows": [_entry(r) for r in rows]}
+def write(
+    path: Path,
+    command: Sequence[str],
+    machine: Mapping[str, object],
+    rows: Sequence[Mapping[str, object]],
+) -> None:
+    """Write a run as one JSON file, atomically: it is written beside `path` and renamed.
+
+    The files of docs/results/ have this form; `python -m docs.tables` makes their tables.
+    """
+    content = {"command": shlex.join(command), "machine": machine, "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmarks; returns 0 if all our results were right, else 1."""
     args = parser().parse_args(argv)
+    command = ("python", "-m", "benchmarks.run", *(sys.argv[1:] if argv is None else argv))
     if not args.peer_dispatch:
         # fla reads this variable when it is imported
         os.environ["FLA_DISABLE_BACKEND_DISPATCH"] = "1"
@@ -99,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(report.table(found), report.notes(found), sep="\n", flush=True)
             if args.json is not None:
                 # written after every recurrence, so that an interrupted run keeps its results
-                report.write(args.json, described, rows)
+                entries = [report.entry(r) for r in rows]
+                report.write(args.json, command, described, entries)
     print("\n" + report.table(rows))
     for mode in sorted({r.mode for r in rows}):
         of_mode = [r for r in rows if r.mode == mode]

@@ -100,7 +100,7 @@ def bars(
         decades = math.log10(most / least) or 1.0
         return span * max(math.log10(max(value, least) / least), 0.01) / decades
 
-    drawing = Drawing(left + span + right)
+    drawing = Drawing(max(left + span + right, 1.1 * text_width(title)))
     drawing.text(0, 16, title, "strong")
     y = 30.0
     x = 0.0
