@@ -12,9 +12,9 @@ LINE = 18  # from one line of text to the next
 # of a letter, in sizes of text; measured widths of common fonts lie below these
 _WIDE, _MONO = 0.6, 0.62
 _STYLE = """
-.picture { color: #1f2328; font: 13px system-ui, "DejaVu Sans", sans-serif; }
-@media (prefers-color-scheme: dark) { .picture { color: #e6edf3; } }
-@media print { .picture { color: #000; } }
+.picture { color: #1f2328; background: #fff; font: 13px system-ui, "DejaVu Sans", sans-serif; }
+@media (prefers-color-scheme: dark) { .picture { color: #e6edf3; background: #0d1117; } }
+@media print { .picture { color: #000; background: #fff; } }
 .picture text { fill: currentColor; white-space: pre; }
 .picture .code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 12px; }
 .picture .strong { font-weight: 600; }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from chunkwise.dsl.latex import mathml
 from docutils import nodes
-from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.util.typing import ExtensionMetadata
 from sphinx.writers.html5 import HTML5Translator
@@ -14,7 +14,7 @@ _TAG = re.compile(r"\\tag\{(.*?)\}")
 
 
 def _inline(self: HTML5Translator, node: nodes.math) -> None:
-    self.body.append(convert(node.astext()))
+    self.body.append(mathml(node.astext(), display=False))
     raise nodes.SkipNode
 
 
@@ -22,7 +22,7 @@ def _block(self: HTML5Translator, node: nodes.math_block) -> None:
     text = node.astext()
     tag = _TAG.search(text)
     number = f'<span class="eqno">({tag[1]})</span>' if tag else ""
-    equation = convert(_TAG.sub("", text), display="block")
+    equation = mathml(_TAG.sub("", text).strip())
     self.body.append(f'<div class="equation">{equation}{number}</div>\n')
     raise nodes.SkipNode
 
