@@ -73,8 +73,6 @@ Speed, [as measured](../measured.md): "×" is the time of flash-linear-attention
 or of torch, over ours, so that more is better; "tuned" is the time of the shipped configuration,
 for so many sequences times heads × tokens.
 
-![The road of gated_delta_rule through the compiler](../pictures/road.svg)
-
 {matrix}
 """
 

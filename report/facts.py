@@ -20,7 +20,7 @@ from ..dsl.errors import BadArtifact, ChunkwiseError
 from ..dsl.normal_form import NormalForm
 from ..runtime.call import Call
 from ..runtime.engine import chunk_refusal
-from ..runtime.engines import EngineName, available, load
+from ..runtime.engines import CannotRun, EngineName, available, load
 from ..runtime.tuned.artifact import Artifact, Error
 from ..runtime.tuned.selection import folders, scan
 
@@ -92,6 +92,9 @@ def agreement(
                             worst[result] = error
         except ChunkwiseError as refused:
             yield Agreement(name, device.type, left_out=refused.headline)
+            continue
+        except CannotRun as failed:
+            yield Agreement(name, device.type, left_out=str(failed))
             continue
         yield Agreement(name, device.type, tuple(worst.items()))
 

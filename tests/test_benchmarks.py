@@ -163,3 +163,21 @@ def test_the_command_names_what_it_does_not_know(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         run.main(["--ops", "softmax"])
     assert "no recurrence 'softmax'" in capsys.readouterr().err
+
+
+def test_the_command_of_cpus(tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    from benchmarks import cpu
+
+    path = tmp_path / "cpu.json"
+    threads = torch.get_num_threads()
+    command = ["--ops", "linear_attention", "--channels", "16", "--tokens", "64", "--repeats", "1"]
+    try:
+        assert cpu.main([*command, "--only", "calls", "--threads", "1", "--json", str(path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    content = json.loads(path.read_text())
+    assert content["command"].startswith("python -m benchmarks.cpu --ops linear_attention")
+    assert content["machine"]["date"]
+    assert [row["mode"] for row in content["rows"]] == ["forward", "forward+backward"]
+    assert all(row["ratio"] > 0 for row in content["rows"])

@@ -1,0 +1,163 @@
+"""Makes the sections of a report, those that prove, compile, run and time included."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .codegen.config import Dims
+from .codegen.interface import Dtype
+from .codegen.prove import prove
+from .dsl.declaration import Declaration
+from .dsl.errors import ChunkwiseError, NotLowered
+from .dsl.normal_form import NormalForm
+from .report import facts, page
+from .report.pictures import plan_costs
+from .runtime.engine import chunk_refusal
+from .runtime.engines import CannotRun
+from .runtime.tuned.machine import processor, version
+
+if TYPE_CHECKING:
+    from .codegen.triton.offline import Outcome
+
+_TOKENS, _HEADS = 1024, 4  # of the call that is timed
+_QUICK_TOKENS = 80  # of the sequences whose results are compared
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The dimensions and dtype of plan and resources; `quick`: nothing compiled for GPUs or timed.
+
+    `jobs`: processes that compile.
+    """
+
+    dims: Dims
+    dtype: Dtype
+    quick: bool
+    jobs: int
+
+
+def sections(declared: Declaration, options: Options) -> Iterator[page.Section]:
+    """Every section that applies, in order; those that take long say so on stderr first."""
+    yield page.step_section(declared)
+    yield page.table_section("Features", [("feature", ""), *facts.features(declared)])
+    if declared.any_step:
+        return
+    form = declared.normal_form(declared.default_micro)
+    yield page.form_section(form)
+    refused = chunk_refusal(form)
+    if refused is None:
+        yield page.chunk_section(form)
+    else:
+        yield page.table_section("Chunk form", (), f"There is none: {refused}")
+    yield _proof(declared, quick=options.quick)
+    if refused is None:
+        costs = plan_costs(form, options.dims, options.dtype)
+        yield page.plan_section(form.name, costs)
+        yield _resources(form, options)
+        tuned = facts.tuned_rows(form)
+        none = "" if len(tuned) > 1 else "Nothing was tuned: defaults serve."
+        yield page.table_section("Tuned configurations", tuned, none)
+    yield _agreement(declared, quick=options.quick)
+    if refused is None and not options.quick:
+        yield _speed(declared)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _proof(declared: Declaration, *, quick: bool) -> page.Section:
+    _say("proving that the chunk form equals the step")
+    start = time.perf_counter()
+    try:
+        proof = prove(declared, 2 if quick else 3)
+    except NotLowered as refused:
+        return page.table_section("Proof", (), f"Left out: {refused.headline}: {refused.why}")
+    return page.proof_section(str(proof), time.perf_counter() - start)
+
+
+def _resources(form: NormalForm, options: Options) -> page.Section:
+    title = "Resources per target"
+    if options.quick:
+        return page.table_section(title, (), "Left out: --quick compiles nothing for GPUs.")
+    if importlib.util.find_spec("triton") is None:
+        return page.table_section(title, (), "Left out: Triton is not installed here.")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return page.table_section(title, (), "Left out: TRITON_INTERPRET=1 replaces the compiler.")
+    from .audit import Subject
+    from .codegen.triton import offline
+    from .codegen.triton.resources import Target
+
+    columns = {}
+    for target in Target:
+        name = target.name.lower()
+        subject = Subject(form, options.dims, options.dtype, target, packed=False)
+        jobs = {k: subject.job(k, subject.default) for k in subject.kernels(subject.default)}
+        _say(f"compiling {len(jobs)} kernels for {name}")
+        outcomes = offline.run_jobs({j.key: j for j in jobs.values()}, options.jobs)
+        column = {kernel: _taken(outcomes[job.key]) for kernel, job in jobs.items()}
+        columns[f"{name}, of {target.shared_limit // 1024} KiB"] = column
+    kernels = dict.fromkeys(kernel for column in columns.values() for kernel in column)
+    rows = [(k, *(column.get(k, "-") for column in columns.values())) for k in kernels]
+    note = (
+        f"Shared memory of a program, registers and spills of a thread; by default, "
+        f"{options.dtype.value}, K={options.dims.K}, V={options.dims.V}, compiled without a GPU. "
+        "Registers and spills are known for NVIDIA's GPUs."
+    )
+    return page.table_section(title, [("kernel", *columns), *rows], note)
+
+
+def _taken(outcome: Outcome) -> str:
+    r = outcome.resources
+    if r is None:
+        return outcome.error
+    text = f"{r.shared / 1024:.0f} KiB"
+    if r.registers is not None:
+        text += f", {r.registers} registers"
+    if r.spills:
+        text += f", {r.spills} B spilled"
+    return text if r.fits else f"does not fit: {text}"
+
+
+def _agreement(declared: Declaration, *, quick: bool) -> page.Section:
+    size = Dims(16, 16) if quick else Dims(64, 64)
+    tokens = _QUICK_TOKENS if quick else facts.TOKENS
+    _say("comparing the engines with the token loop in float64")
+    try:
+        found = list(facts.agreement(declared, size, torch.float32, tokens))
+    except NotLowered as refused:
+        note = f"Left out: {refused.headline}: {refused.why}"
+        return page.table_section("Agreement of engines", (), note)
+    limits = (
+        "Against the declared step, token by token in float64, on ordinary, hard and packed "
+        f"inputs of {tokens} tokens; float32, K={size.K}, V={size.V}. `d q` is the gradient of q."
+    )
+    return page.agreement_section(found, limits)
+
+
+def _speed(declared: Declaration) -> page.Section:
+    size = Dims(64, 64)
+    _say("timing the engines that run here")
+    try:
+        found = list(facts.speed(declared, size, torch.float32, _TOKENS, _HEADS))
+    except (ChunkwiseError, CannotRun) as refused:
+        return page.table_section("Speed here", (), f"Left out: {refused}")
+    sizes = f"one sequence of {_TOKENS:,} tokens, {_HEADS} heads, K={size.K}, V={size.V}, float32"
+    return page.speed_section(found, sizes)
+
+
+def made() -> str:
+    """With which versions, when and on what a page was made."""
+    packages = {name: version(name) for name in ("chunkwise", "torch", "triton", "apache-tvm")}
+    versions = ", ".join(f"{n} {v}" for n, v in packages.items() if v is not None)
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return f"Made by `chunkwise report` on {today}, on {processor()}: {versions}."
