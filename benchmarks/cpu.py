@@ -27,6 +27,7 @@ import chunkwise as cw
 import torch
 from chunkwise.autotune.measure import CpuDevice
 from chunkwise.codegen.config import Dims, EagerConfig, Precision
+from chunkwise.codegen.gates import DECAYED
 from chunkwise.codegen.interface import Dtype, Signature
 from chunkwise.codegen.plan import Program
 from chunkwise.codegen.programs import backward_program, forward_program
@@ -34,7 +35,6 @@ from chunkwise.codegen.tile import Axis
 from chunkwise.codegen.tiling import tile
 from chunkwise.codegen.tir.config import TvmConfig
 from chunkwise.codegen.tir.schedule import Solve, schedule, zero_above
-from chunkwise.codegen.vector_gate import DECAYED
 from chunkwise.runtime.call import Call, bind, values_of
 from chunkwise.runtime.engine import Engine
 from chunkwise.runtime.engines import EngineName, load

@@ -25,11 +25,11 @@ from ..dsl.decay import SMALLEST
 from ..dsl.errors import NotLowered
 from ..dsl.ir import Kind, Node, Op, topological
 from ..dsl.normal_form import Correction, NormalForm, Phase, Read, Update, Write
-from . import tile
+from . import gates, tile
 from .buffers import OUTPUT, BufferId
+from .gates import Gate, decayed_dot
 from .lower import kind_axes, lower
 from .tile import Axis, Tile, TileOp, Which
-from .vector_gate import Gate, decayed_dot
 
 # e^-110 is 0 in float32. A log-decay below is as good as this one, and sums of it stay finite.
 LEAST_LOG_DECAY = -110.0
@@ -82,7 +82,7 @@ class _Gate:
 
     def decay(self, x: Tile) -> Tile:
         """`x`, a decay; flushed to 0 below LEAST_DECAY where the gate is a factor."""
-        return tile.flush(x, LEAST_DECAY) if self.is_factor else x
+        return gates.flush(x, LEAST_DECAY) if self.is_factor else x
 
     def exp(self, total: Tile) -> Tile:
         """The decay of a sum of log-decays."""
@@ -228,9 +228,9 @@ class _StateChunk:
         g = tile.rows(self._in_rows(log_decays, _bounded)).named("g")
         return _Gate(
             log_decay=g,
-            inclusive=tile.cumsum(g).named("G"),
-            exclusive=tile.cumsum(g, exclusive=True).named("G_before"),
-            following=tile.cumsum(g, reverse=True, exclusive=True).named("H"),
+            inclusive=gates.cumsum(g).named("G"),
+            exclusive=gates.cumsum(g, exclusive=True).named("G_before"),
+            following=gates.cumsum(g, reverse=True, exclusive=True).named("H"),
             whole=tile.reduce(g, (Axis.I,)).named("G_C"),
         )
 
@@ -249,9 +249,9 @@ class _StateChunk:
         if Axis.K not in g.axes:
             products = tile.contract(x, tile.rename(key, Axis.J), Axis.K)
             if not exclusive:  # one D, with its diagonal, for all scores of the chunk
-                decay = self._gate.decay(tile.decay(g, Which.LOWER).named("D"))
+                decay = self._gate.decay(gates.decay(g, Which.LOWER).named("D"))
                 return tile.mask(tile.mul(products, decay), which)
-            decay = self._gate.decay(tile.decay(g, which, exclusive=True).named("D_before"))
+            decay = self._gate.decay(gates.decay(g, which, exclusive=True).named("D_before"))
             return tile.mul(products, decay)
         gate = Gate(g, to, inclusive, exclusive, self._gate.is_factor)
         strict = decayed_dot(x, key, gate)
@@ -337,8 +337,8 @@ def _bounded(log_decay: Tile) -> Tile:
 
     def rule(t: Tile, args: tuple[Tile, ...]) -> Tile:
         if t.is_map(Op.MAXIMUM) and tile.const(SMALLEST) in t.args:
-            return tile.floor(args[0], LEAST_FACTOR)  # the floor of `dsl.decay`
+            return gates.floor(args[0], LEAST_FACTOR)  # the floor of `dsl.decay`
         return tile.with_args(t, args)
 
     bounded = tile.rewritten((log_decay,), rule)[log_decay]
-    return tile.floor(bounded.named("g"), LEAST_LOG_DECAY)
+    return gates.floor(bounded.named("g"), LEAST_LOG_DECAY)

@@ -18,15 +18,15 @@ from . import tile
 from .chunk import ChunkProgram
 from .config import Dims
 from .differentiate import Adjoint
+from .gates import DECAYED
 from .interface import Dtype, intermediate_dtype
 from .plan import Kernel, Program
-from .tile import Axes, Axis, Tile, TileOp
+from .tile import ALIASES, NUMBERS, Axes, Axis, Tile, TileOp
 
 Expr: TypeAlias = Any  # SymPy carries no types
 C, K, V, LEVELS = sympy.symbols("C K V ℓ", positive=True)
 _SIZE = {Axis.I: C, Axis.J: C, Axis.K: K, Axis.V: V}
-_BYTES = {Dtype.FLOAT32: 4, Dtype.BFLOAT16: 2, Dtype.FLOAT16: 2}
-_FREE = (TileOp.RENAME, TileOp.EXPAND, TileOp.CONST, TileOp.EXTENT)
+_FREE = (*ALIASES, *NUMBERS)
 _OPERANDS = (TileOp.TOKEN, TileOp.HEAD)
 
 
@@ -60,7 +60,7 @@ def kernel_cost(kernel: Kernel, dtype: Dtype) -> Cost:
     products = elementwise = read = sympy.Integer(0)
     for t in kernel.order:
         if t in stored:
-            read += _size(t.axes) * _BYTES[intermediate_dtype(t, dtype)]
+            read += _size(t.axes) * intermediate_dtype(t, dtype).itemsize
         elif t.op in _OPERANDS:
             read += _size(t.axes) * _operand_bytes(t, dtype)
         elif t.op is TileOp.CARRY:
@@ -109,11 +109,11 @@ def _size(axes: Iterable[Axis]) -> Expr:
 def _operand_bytes(t: Tile, dtype: Dtype) -> int:
     """Scalars and per-head operands come in float32 (as `offline.signature_for` has it)."""
     narrow = t.op is TileOp.TOKEN and len(t.axes) == 2
-    return _BYTES[dtype if narrow else Dtype.FLOAT32]
+    return (dtype if narrow else Dtype.FLOAT32).itemsize
 
 
 def _stored_bytes(t: Tile, dtype: Dtype) -> Expr:
-    return _size(t.axes) * _BYTES[intermediate_dtype(t, dtype)]
+    return _size(t.axes) * intermediate_dtype(t, dtype).itemsize
 
 
 def _products(t: Tile) -> Expr:
@@ -132,7 +132,7 @@ def _products(t: Tile) -> Expr:
 def _elementwise(t: Tile) -> Expr:
     if t.op in _FREE or t.op is TileOp.DOT or not t.args:
         return sympy.Integer(0)
-    if t.op in (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY, TileOp.DECAYED_CROSSING):
+    if t.op in DECAYED:
         return 4 * LEVELS * C * K  # difference, exponential, two factors
     if t.op is TileOp.INVERSE:
         return 2 * LEVELS * C * C

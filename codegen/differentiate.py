@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..dsl.ir import Op
-from . import tile
+from . import gates, tile
 from .buffers import gradient
 from .chunk import Carried, ChunkProgram, Named
 from .elementwise import FUNCTIONS, Cotangents, Rule
+from .gates import decayed_apply, decayed_crossing, gate_of
 from .tile import Axis, Tile, TileOp, Which
-from .vector_gate import decayed_apply, decayed_crossing, gate_of
 
 GRADIENT = "d_"  # the gradient of x is called d_x; of an output, it is an operand of that name
 
@@ -110,7 +110,7 @@ def _cumsum(z: Tile, g: Tile) -> Cotangents:
     reverse, exclusive = z.attrs
     g = tile.expand(g, z.axes)
     assert g.op is not TileOp.EXPAND, "the gradient of a prefix sum varies over tokens"
-    return [(z.args[0], tile.cumsum(g, reverse=not reverse, exclusive=bool(exclusive)))]
+    return [(z.args[0], gates.cumsum(g, reverse=not reverse, exclusive=bool(exclusive)))]
 
 
 def _floor(z: Tile, g: Tile) -> Cotangents:
@@ -129,7 +129,7 @@ def _floor(z: Tile, g: Tile) -> Cotangents:
 def _decay(z: Tile, g: Tile) -> Cotangents:
     """Every entry that crosses a token is proportional to its decay; the diagonal crosses none."""
     _, exclusive = z.attrs
-    crossing = tile.crossing(tile.mask(tile.mul(g, z), Which.STRICT), exclusive=bool(exclusive))
+    crossing = gates.crossing(tile.mask(tile.mul(g, z), Which.STRICT), exclusive=bool(exclusive))
     return [(z.args[0], crossing)]
 
 

@@ -15,19 +15,9 @@ from collections.abc import Iterable, Mapping
 
 from ..dsl.ir import Op
 from ..dsl.notation import PYTHON, Level, read
-from .tile import Axes, Axis, Tile, TileOp, Which
+from .tile import ALIASES, NUMBERS, POINTWISE, Axes, Axis, Tile, TileOp, Which
 
 _LONGEST = 60  # an inlined expression longer than this is hard to read
-ALIASES = (TileOp.RENAME, TileOp.EXPAND)
-INLINE = (
-    TileOp.MAP,
-    TileOp.FLOOR,
-    TileOp.FLUSH,
-    TileOp.STEP,
-    TileOp.ROWS,
-    TileOp.PHASE,
-    TileOp.MASK,
-)
 
 
 def unaliased(x: Tile) -> Tile:
@@ -102,11 +92,11 @@ class Expressions(ABC):
 
     def inlined(self, x: Tile) -> bool:
         """Whether `x` is printed where it is used rather than assigned to a name."""
-        return x.op in INLINE and self.uses[x] <= 1
+        return x.op in POINTWISE and self.uses[x] <= 1
 
     def define(self, x: Tile) -> None:
         """Assign `x` to a name, unless it is a leaf that has one, an alias, or is inlined."""
-        if x in self.known or x.op in (*ALIASES, TileOp.CONST, TileOp.EXTENT):
+        if x in self.known or x.op in (*ALIASES, *NUMBERS):
             return
         if self.inlined(x) and len(self.text(x)) <= _LONGEST:
             return
@@ -203,6 +193,6 @@ class Expressions(ABC):
 def is_number(x: Tile) -> bool:
     """Whether `x` prints as a plain number rather than as a tensor without axes."""
     x = unaliased(x)
-    return x.op in (TileOp.CONST, TileOp.PARAM, TileOp.EXTENT) or (
+    return x.op in (*NUMBERS, TileOp.PARAM) or (
         x.op is TileOp.MAP and all(is_number(a) for a in x.args)
     )

@@ -6,9 +6,9 @@ from collections import Counter
 
 from ..dsl.ir import Op
 from .config import Dims, Space, Tiles, padded
-from .expressions import ALIASES, unaliased
+from .expressions import unaliased
 from .plan import Kernel, Loop
-from .tile import Axis, Tile, TileOp, summed_axes, topological
+from .tile import ALIASES, Axis, Tile, TileOp, summed_axes, topological
 
 
 def extents(kernel: Kernel, dims: Dims, tiles: Tiles) -> tuple[Axis | None, dict[Axis, int]]:

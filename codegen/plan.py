@@ -23,7 +23,7 @@ from .buffers import BufferId, BufferKind
 from .chunk import Carried, ChunkProgram, Named
 from .differentiate import Adjoint
 from .segments import Segments, Start, Transitions, segment_transitions
-from .tile import SQUARE, Axis, Tile, TileOp, summed_axes
+from .tile import LEAVES, NUMBERS, POINTWISE, SQUARE, Axis, Tile, TileOp, summed_axes
 
 # suffixes of the names of scans that compute the ends of segments
 ENDS, MATRICES = "_ends", "_matrices"
@@ -370,25 +370,9 @@ def _is_norm(x: Tile) -> bool:
     if x.axes != (Axis.I,):
         return False
     below = tile.topological(x)
-    return any(t.op is TileOp.SUM and Axis.K in summed_axes(t) for t in below) and all(
-        t.op in _ELEMENTWISE or (t.op is TileOp.SUM and Axis.K in summed_axes(t)) for t in below
-    )
-
-
-_ELEMENTWISE = (
-    TileOp.MAP,
-    TileOp.FLOOR,
-    TileOp.FLUSH,
-    TileOp.STEP,
-    TileOp.ROWS,
-    TileOp.PHASE,
-    TileOp.EXPAND,
-    TileOp.TOKEN,
-    TileOp.HEAD,
-    TileOp.PARAM,
-    TileOp.CONST,
-    TileOp.EXTENT,
-)
+    sums = {t for t in below if t.op is TileOp.SUM and Axis.K in summed_axes(t)}
+    elementwise = {*POINTWISE, *LEAVES, *NUMBERS, TileOp.EXPAND} - {TileOp.CARRY}
+    return bool(sums) and all(t in sums or t.op in elementwise for t in below)
 
 
 def _scores_under_vector_gate(x: Tile) -> bool:

@@ -14,7 +14,7 @@ from enum import Enum
 from ..dsl.ir import Op
 from . import tile
 from .chunk import Carried
-from .tile import Axis, Tile, TileOp
+from .tile import ALIASES, MASKS, Axis, Tile, TileOp
 
 FADE, MATRIX = ".fade", ".matrix"  # suffixes of the carries of A, behind their state's name
 
@@ -160,12 +160,4 @@ def _sure(x: Tile | None) -> Tile:
     return x
 
 
-_LINEAR = (
-    TileOp.DOT,
-    TileOp.SUM,
-    TileOp.EXPAND,
-    TileOp.RENAME,
-    TileOp.ROWS,
-    TileOp.PHASE,
-    TileOp.MASK,
-)
+_LINEAR = (TileOp.DOT, TileOp.SUM, *ALIASES, *MASKS)

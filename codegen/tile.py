@@ -80,6 +80,12 @@ class TileOp(Enum):
     DECAYED_CROSSING = "sum A_ij x_ik y_jk e^(..) over decays that cross t; (A, x, y, dx, dy, ..)"
 
 
+LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM, TileOp.CARRY)  # given to the chunk
+NUMBERS = (TileOp.CONST, TileOp.EXTENT)
+ALIASES = (TileOp.RENAME, TileOp.EXPAND)  # the same numbers, seen over other axes
+MASKS = (TileOp.ROWS, TileOp.PHASE, TileOp.MASK)
+POINTWISE = (TileOp.MAP, TileOp.STEP, TileOp.FLOOR, TileOp.FLUSH, *MASKS)
+
 Attr = str | int | float | bool | None | Op | Which | Axis | Axes
 _Kind = TypeVar("_Kind")
 
@@ -437,42 +443,6 @@ def contract(x: Tile, y: Tile, over: Axis) -> Tile:
         axes = axes_of(*(a for a in (*x.axes, *y.axes) if a is not over))
         return Tile(TileOp.DOT, (x, y), (over,), axes)
     return reduce(mul(x, y), (over,))
-
-
-def cumsum(x: Tile, *, reverse: bool = False, exclusive: bool = False) -> Tile:
-    assert Axis.I in x.axes, "a prefix sum runs over tokens"
-    return Tile(TileOp.CUMSUM, (x,), (reverse, exclusive), x.axes)
-
-
-def floor(x: Tile, least: float) -> Tile:
-    """The larger of `x` and `least`, NaN kept; the gradient passes below a `least` above 0."""
-    return Tile(TileOp.FLOOR, (x,), (least,), x.axes, x.hint)
-
-
-def flush(x: Tile, least: float) -> Tile:
-    """`x`, but 0 where it is smaller than `least`, NaN kept; the gradient passes as of `x`."""
-    return Tile(TileOp.FLUSH, (x,), (least,), x.axes, x.hint)
-
-
-def decay(g: Tile, which: Which, *, exclusive: bool = False) -> Tile:
-    """The C x C matrix of decays from token j to token i under a scalar gate's log-decay.
-
-    `exclusive`: without the decay of token i itself; then only below the diagonal.
-    """
-    assert g.axes == (Axis.I,)
-    assert which is Which.STRICT or (which is Which.LOWER and not exclusive)
-    return Tile(TileOp.DECAY, (g,), (which, exclusive), SQUARE)
-
-
-def crossing(w: Tile, *, exclusive: bool = False) -> Tile:
-    """sum over i >= t > j of w_ij, for each t: the gradient of the sums g_j+1 + ... + g_i.
-
-    No sum cancels: a token's own is as exact as the entries of `w` that it belongs to, however
-    small they are. `exclusive`: i > t > j.
-    """
-    assert w.axes == SQUARE
-    later = cumsum(w, reverse=True, exclusive=exclusive)
-    return reduce(mask(later, Which.STRICT), (Axis.J,))
 
 
 def inverse(lower: Tile) -> Tile:

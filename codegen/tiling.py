@@ -8,20 +8,19 @@ from . import tiled
 from .buffers import BufferId
 from .chunk import Carried
 from .config import Precision, Space, Tiles, dims_of
-from .expressions import ALIASES, unaliased
+from .expressions import unaliased
+from .gates import DECAYED
 from .interface import Dtype, Signature, intermediate_dtype, segment_end
 from .padding import Padding, padding
 from .phases import added_products, extents, phases
 from .plan import Kernel, Loop
 from .segments import Segments, Start
-from .tile import TIMES, Axes, Axis, Tile, TileOp, summed_axes
-from .vector_gate import DECAYED
+from .tile import ALIASES, NUMBERS, TIMES, Axes, Axis, Tile, TileOp, summed_axes
 from .verify import verify_tiled
 
 # how the axes of a tile lie in registers, rows first: a scan keeps its state [V, K], split along V
 _SCAN_ORDER = (Axis.V, Axis.I, Axis.J, Axis.K)
 _PARALLEL_ORDER = (Axis.I, Axis.J, Axis.V, Axis.K)
-_NUMBERS = (TileOp.CONST, TileOp.EXTENT)
 _SOURCES = {
     TileOp.TOKEN: tiled.Source.TOKENS,
     TileOp.HEAD: tiled.Source.HEADS,
@@ -103,7 +102,7 @@ class _Tiling:
         before: _Statements = [self._begin(s) for s in starts]
         if segments is not None and not segments.ends:
             before.append(self._arrive(segments))
-        same = (TileOp.HEAD, TileOp.PARAM, *_NUMBERS)  # from chunk to chunk
+        same = (TileOp.HEAD, TileOp.PARAM, *NUMBERS)  # from chunk to chunk
         before += self._run(t for t in self._order if t.op in same)
         inside = [*self._stores(starts), *self._run(t for t in self._order if t.op not in same)]
         inside += self._stores([t for t in self._order if t not in starts])

@@ -15,9 +15,12 @@ from ..dsl.ir import Op
 from . import tiled
 from .chunk import ChunkProgram
 from .differentiate import Adjoint
+from .gates import DECAYED
 from .padding import Padding, padding
 from .plan import Kernel, Loop
 from .tile import (
+    LEAVES,
+    NUMBERS,
     SQUARE,
     TIMES,
     Axes,
@@ -29,10 +32,6 @@ from .tile import (
     summed_axes,
     topological,
 )
-from .vector_gate import DECAYED
-
-_NUMBERS = (TileOp.CONST, TileOp.EXTENT)
-
 
 # ---- TileIR --------------------------------------------------------------------------------------
 
@@ -59,7 +58,8 @@ def _arity(t: Tile) -> int:
     if t.op is TileOp.MAP:
         return t.attr(Op).arity
     fixed = {TileOp.DOT: 2, TileOp.DECAYED_DOT: 5, TileOp.DECAYED_APPLY: 5}
-    return fixed.get(t.op, 8 if t.op is TileOp.DECAYED_CROSSING else int(t.op not in _LEAVES))
+    fixed |= {TileOp.DECAYED_CROSSING: 8, **dict.fromkeys((*LEAVES, *NUMBERS), 0)}
+    return fixed.get(t.op, 1)
 
 
 def _product(t: Tile, x: Tile, y: Tile) -> bool:
@@ -81,7 +81,6 @@ def _gated(side: Axes) -> Callable[..., bool]:
     return rule
 
 
-_LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM, TileOp.CONST, TileOp.CARRY, TileOp.EXTENT)
 _TILES: Mapping[TileOp, Callable[..., bool]] = {
     TileOp.TOKEN: lambda t: Axis.J not in t.axes,
     TileOp.HEAD: lambda t: not set(TIMES) & set(t.axes),
@@ -147,7 +146,7 @@ class _Checked:
     def wrong(self, s: tiled.Statement, *, inside: bool) -> str:
         """What is wrong with the next statement; empty if nothing is."""
         for use in tiled.uses(s):
-            if use.value not in self.known and use.value.op not in _NUMBERS:
+            if use.value not in self.known and use.value.op not in NUMBERS:
                 return f"uses {_shown(use.value)}, which is not there"
             if len(use.axes) != len(use.value.axes):
                 return f"sees {_shown(use.value)} over {use.axes}"

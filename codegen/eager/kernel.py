@@ -15,13 +15,12 @@ from ..chunk import LEAST_DECAY, Named
 from ..elementwise import FUNCTIONS
 from ..expressions import Expressions, Names, is_number, unaliased
 from ..plan import Kernel
-from ..tile import Axes, Axis, Tile, TileOp, Which, renamed, summed_axes
+from ..tile import LEAVES, MASKS, Axes, Axis, Tile, TileOp, Which, renamed, summed_axes
 
 # with a number, which torch's functions of two tensors do not take
 _BOUNDS = {Op.MAXIMUM: "min", Op.AT_LEAST: "min", Op.MINIMUM: "max", Op.AT_MOST: "max"}
 # arguments of every kernel after its tiles: which rows exist, their numbers, sizes and dtype
 CONTEXT = ("rows", "at", "extent_k", "extent_v", "dtype")
-LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM, TileOp.CARRY)
 _INDEX = {Axis.I: "at[..., :, None]", Axis.J: "at[..., None, :]"}
 
 
@@ -71,7 +70,7 @@ class _Torch(Expressions):
         return text if is_number(bare) else self.place(text, axes, self.layout(x))
 
     def structural(self, x: Tile) -> str:
-        if x.op in (TileOp.ROWS, TileOp.PHASE, TileOp.MASK, TileOp.STEP):
+        if x.op in (*MASKS, TileOp.STEP):
             # torch.where of two numbers has torch's default dtype, not the run's
             if x.op is TileOp.STEP:
                 return f"{self.masked(x, 'rows', _INDEX)}.to(dtype)"

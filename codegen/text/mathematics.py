@@ -21,15 +21,14 @@ from ..chunk import Carried, ChunkProgram, Named
 from ..differentiate import GRADIENT, Adjoint
 from ..expressions import Names, identifier
 from ..plan import Kernel, Loop, Program
-from ..tile import TIMES, Axes, Axis, Tile, TileOp, Which
+from ..tile import ALIASES, LEAVES, NUMBERS, POINTWISE, TIMES, Axes, Axis, Tile, TileOp, Which
 
 _NOTATION = Notation({Op.ADD: " + ", Op.SUB: " − ", Op.MUL: "·", Op.DIV: "/"}, "−")
 _COMPARISON = {Which.LOWER: "≥", Which.STRICT: ">", Which.DIAGONAL: "="}
-_LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM, TileOp.CARRY)
-_ALIASES = (TileOp.RENAME, TileOp.EXPAND, TileOp.FLOOR, TileOp.FLUSH)
-_ELEMENTWISE = (TileOp.MAP, TileOp.STEP, TileOp.ROWS, TileOp.PHASE, TileOp.MASK)
+_ALIASES = (*ALIASES, TileOp.FLOOR, TileOp.FLUSH)
+_ELEMENTWISE = tuple(op for op in POINTWISE if op not in _ALIASES)
 _SUMS = (TileOp.DOT, TileOp.SUM)
-_NEVER_ASSIGNED = (*_ALIASES, TileOp.CONST, TileOp.EXTENT)
+_NEVER_ASSIGNED = (*_ALIASES, *NUMBERS)
 _LONGEST = 58  # an inlined expression longer than this is hard to read
 _WRAP = 96
 
@@ -85,7 +84,7 @@ class _Printer:
         for t in self._order:
             if t in named:
                 self.known[t] = self._names.fresh(named[t].label)
-            elif t.op in _LEAVES:
+            elif t.op in LEAVES:
                 self.known[t] = self._names.fresh(identifier(_leaf_name(t)))
         self._wanted = {
             t: self._names.fresh(name) for t, name in wanted.items() if t not in self.known

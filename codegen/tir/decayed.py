@@ -14,9 +14,9 @@ from tvm.tirx import Expr
 
 from .. import tile
 from ..chunk import LEAST_DECAY
+from ..gates import DECAYED
 from ..tile import Axis, Tile, TileOp
 from ..tiled import Compute, Use
-from ..vector_gate import DECAYED
 from .code import Index, broadcast, int32, multiply_add, number, ramp
 from .frame import Frame, Shapes
 from .products import block_product, column_blocks, horizontal_sum, transpose

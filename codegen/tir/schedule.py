@@ -15,14 +15,12 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ...dsl.ir import Op
-from ..expressions import INLINE
+from ..gates import DECAYED
 from ..plan import Loop
-from ..tile import SQUARE, Axes, Tile, TileOp
+from ..tile import NUMBERS, POINTWISE, SQUARE, Axes, Tile, TileOp
 from ..tiled import Advance, Begin, Compute, Load, Product, Store, TiledKernel, Use, uses
-from ..vector_gate import DECAYED
 
-POINTWISE = INLINE
-NUMBERS = (TileOp.CONST, TileOp.EXTENT, TileOp.PARAM)
+_NUMBERS = (*NUMBERS, TileOp.PARAM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +170,10 @@ class _Refinement:
             if isinstance(s, Compute | Product):
                 self._made[s.value] = self._solving(s)
         loads = (s for s in statements if isinstance(s, Load))
-        self._loads = {s.value: s for s in loads if s.value.op not in NUMBERS}
+        self._loads = {s.value: s for s in loads if s.value.op not in _NUMBERS}
         before = kernel.before if is_scan else ()
         begun = [s.value for s in before if isinstance(s, Begin | Load)]
-        self._held = tuple(t for t in begun if t.op not in NUMBERS)
+        self._held = tuple(t for t in begun if t.op not in _NUMBERS)
         self._order = self._needed(s.value for s in statements if isinstance(s, Load | Made))
         self._users: dict[Tile, list[Tile]] = defaultdict(list)
         for t in self._order:
@@ -224,7 +222,7 @@ class _Refinement:
         needed = set(self._results)
         found = []
         for t in reversed(list(order)):
-            if t in needed and t.op not in NUMBERS:
+            if t in needed and t.op not in _NUMBERS:
                 found.append(t)
                 needed.update(use.value for use in self._inputs(t))
         return found[::-1]
@@ -321,5 +319,5 @@ class _Refinement:
                 if s.use.value == t:
                     yield Step(s, frozenset((Region(t),)))
         for s in self._stores:
-            if s.use.value.op in NUMBERS:
+            if s.use.value.op in _NUMBERS:
                 yield Step(s, frozenset())

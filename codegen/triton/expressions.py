@@ -8,7 +8,7 @@ from ..chunk import LEAST_DECAY
 from ..elementwise import FUNCTIONS
 from ..expressions import Expressions, Names, is_number
 from ..interface import Dtype
-from ..tile import Axis, Tile, TileOp, Which, summed_axes
+from ..tile import MASKS, Axis, Tile, TileOp, Which, summed_axes
 from ..tiled import Compute, Load, Product, TiledKernel, Use
 from . import library as triton_library
 
@@ -101,7 +101,7 @@ class TritonExpressions(Expressions):
         return self.product(s, text)
 
     def structural(self, x: Tile) -> str:
-        if x.op in (TileOp.ROWS, TileOp.PHASE, TileOp.MASK, TileOp.STEP):
+        if x.op in (*MASKS, TileOp.STEP):
             return self.masked(x, "rows", _INDEX)
         made = self._made[x]
         if isinstance(made, Product):

@@ -16,14 +16,13 @@ from ..config import Config, KernelConfig
 from ..expressions import Names, identifier
 from ..interface import Buffer, Parameter, Signature, Storage, stored
 from ..plan import Kernel, Loop
-from ..tile import Axis, Tile, TileOp
+from ..tile import LEAVES, Axis, Tile, TileOp
 from ..tiling import tile
 from . import library as triton_library
 from .memory import RANGE, TritonMemory
 
 STORAGE = Storage(wide=False, transposed=True)
 STAGES = "STAGES"  # the parameter of scans that says how deep their loop is pipelined
-_LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.CARRY, TileOp.PARAM)
 _RESERVED = frozenset(triton_library.FUNCTIONS).union(
     ("tl", "triton", "pid", "n", "h", "index", "chunk", "chunks", "first", "length", "batch"),
     ("at", "row", "rows", "step", "i", "oi", "oj", "ok", "ov", "i_v", "K", "V", "C", "BK", "BV"),
@@ -66,7 +65,7 @@ class _KernelPrinter(TritonMemory):
         kernel, own = self._kernel, self.tiled
         buffers = kernel.buffers
         for t in kernel.order:  # operands get their names first
-            if t.op in _LEAVES or t in buffers:
+            if t.op in LEAVES or t in buffers:
                 name = buffers[t].label if t in buffers else str(t.attrs[0])
                 self.known[t] = self.names.fresh(identifier(name))
         self.uses.update(use.value for s in own.statements for use in tiled.uses(s))

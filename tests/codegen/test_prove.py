@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 from chunkwise import cli, dsl
-from chunkwise.codegen import chunk, differentiate, evaluate, factor, prove, tile
+from chunkwise.codegen import chunk, differentiate, evaluate, factor, gates, prove, tile
 from chunkwise.codegen.elementwise import FUNCTIONS, Cotangents, Function, Rule
+from chunkwise.codegen.gates import Gate, decayed_dot
 from chunkwise.codegen.tile import Axis, Tile, TileOp
-from chunkwise.codegen.vector_gate import Gate, decayed_dot
 from chunkwise.dsl import (
     Declaration,
     Key,
@@ -289,7 +289,7 @@ def test_wrong_tiles(op: TileOp, d: Declaration, monkeypatch: pytest.MonkeyPatch
 def test_a_prefix_sum_the_wrong_way(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(z: Tile, g: Tile) -> Cotangents:
         reverse, exclusive = z.attrs
-        return [(z.args[0], tile.cumsum(g, reverse=bool(reverse), exclusive=bool(exclusive)))]
+        return [(z.args[0], gates.cumsum(g, reverse=bool(reverse), exclusive=bool(exclusive)))]
 
     monkeypatch.setitem(differentiate._RULES, TileOp.CUMSUM, wrong)
     refused(library.simple_gla, "the gradient of g ")
@@ -354,9 +354,9 @@ def test_a_gradient_that_stops_at_a_bound(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_wrong_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    cumsum = tile.cumsum
+    cumsum = gates.cumsum
     monkeypatch.setattr(
-        tile, "cumsum", lambda x, *, reverse=False, exclusive=False: cumsum(x, reverse=reverse)
+        gates, "cumsum", lambda x, *, reverse=False, exclusive=False: cumsum(x, reverse=reverse)
     )
     refused(library.simple_gla, "the final S of tiles derived, in chunks of 2 rows")
 
@@ -378,7 +378,7 @@ def test_a_value_without_its_axes_is_refused() -> None:
 
 def test_prefix_sums_of_another_gate_are_refused() -> None:
     g, x = tile.token("g", (Axis.K,)), tile.token("x", (Axis.K,))
-    before = Gate(g, tile.cumsum(g), tile.cumsum(g), exclusive=True, factor=False)
+    before = Gate(g, gates.cumsum(g), gates.cumsum(g), exclusive=True, factor=False)
     with pytest.raises(errors.InvalidIR, match="prefix sums that are not"):
         evaluate.evaluate(
             [decayed_dot(x, x, before)],

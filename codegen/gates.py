@@ -1,12 +1,51 @@
-"""TileIR's ops under a vector gate: scores between tokens whose channels decay one by one."""
+"""Decays in TileIR: sums of log-decays, decays between tokens, and products under a vector gate."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .tile import SQUARE, Axis, Tile, TileOp, axes_of, rename
+from .tile import SQUARE, Axis, Tile, TileOp, Which, axes_of, mask, reduce, rename
 
 DECAYED = (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY, TileOp.DECAYED_CROSSING)
+
+
+def cumsum(x: Tile, *, reverse: bool = False, exclusive: bool = False) -> Tile:
+    assert Axis.I in x.axes, "a prefix sum runs over tokens"
+    return Tile(TileOp.CUMSUM, (x,), (reverse, exclusive), x.axes)
+
+
+def floor(x: Tile, least: float) -> Tile:
+    """The larger of `x` and `least`, NaN kept; the gradient passes below a `least` above 0."""
+    return Tile(TileOp.FLOOR, (x,), (least,), x.axes, x.hint)
+
+
+def flush(x: Tile, least: float) -> Tile:
+    """`x`, but 0 where it is smaller than `least`, NaN kept; the gradient passes as of `x`."""
+    return Tile(TileOp.FLUSH, (x,), (least,), x.axes, x.hint)
+
+
+def decay(g: Tile, which: Which, *, exclusive: bool = False) -> Tile:
+    """The C x C matrix of decays from token j to token i under a scalar gate's log-decay.
+
+    `exclusive`: without the decay of token i itself; then only below the diagonal.
+    """
+    assert g.axes == (Axis.I,)
+    assert which is Which.STRICT or (which is Which.LOWER and not exclusive)
+    return Tile(TileOp.DECAY, (g,), (which, exclusive), SQUARE)
+
+
+def crossing(w: Tile, *, exclusive: bool = False) -> Tile:
+    """sum over i >= t > j of w_ij, for each t: the gradient of the sums g_j+1 + ... + g_i.
+
+    No sum cancels: a token's own is as exact as the entries of `w` that it belongs to, however
+    small they are. `exclusive`: i > t > j.
+    """
+    assert w.axes == SQUARE
+    later = cumsum(w, reverse=True, exclusive=exclusive)
+    return reduce(mask(later, Which.STRICT), (Axis.J,))
+
+
+# ---- under a vector gate: scores between tokens whose channels decay one by one ------------------
 
 
 @dataclass(frozen=True, slots=True)
