@@ -21,8 +21,8 @@ from .dsl.errors import ChunkwiseError, NotLowered
 from .dsl.normal_form import NormalForm
 from .report import facts, page
 from .report.pictures import plan_costs
+from .runtime.cannot_run import CannotRun
 from .runtime.engine import chunk_refusal
-from .runtime.engines import CannotRun
 from .runtime.tuned.machine import processor, version
 
 if TYPE_CHECKING:

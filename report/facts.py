@@ -19,8 +19,9 @@ from ..dsl.declaration import Declaration
 from ..dsl.errors import BadArtifact, ChunkwiseError
 from ..dsl.normal_form import NormalForm
 from ..runtime.call import Call
+from ..runtime.cannot_run import CannotRun
 from ..runtime.engine import chunk_refusal
-from ..runtime.engines import CannotRun, EngineName, available, load
+from ..runtime.engines import EngineName, available, load
 from ..runtime.tuned.artifact import Artifact, Error
 from ..runtime.tuned.selection import folders, scan
 
