@@ -1,4 +1,5 @@
-"""The chunkwise form of a normal form, for any of its classes: math.md equations (3) to (7).
+"""The chunkwise form of a normal form, for any of its classes: equations (3) to (7) of
+docs/explanation/mathematics.md.
 
 For each state, G is the inclusive prefix sum of the log-decay from the chunk's start, H its sum
 over the tokens after one, and u_j the value that token j writes, corrected by its recall (the UT
@@ -257,7 +258,7 @@ class _StateChunk:
         strict = decayed_dot(x, key, gate)
         if which is Which.STRICT:
             return strict
-        diagonal = tile.contract(x, key, Axis.K)  # e^0 for every gate: never formed (math.md)
+        diagonal = tile.contract(x, key, Axis.K)  # e^0 for every gate: never formed
         return tile.add(strict, tile.mask(diagonal, Which.DIAGONAL))
 
     def _recall(self, x: Tile, *, exclusive: bool) -> Tile:

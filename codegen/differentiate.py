@@ -1,8 +1,8 @@
 """The backward of a chunk, derived: vector-Jacobian rules for TileIR, and the scan run in reverse.
 
-Reverse the scan over chunks: its body becomes the VJP of the body (math.md, Adjoint). It carries
-R, the gradient of the state as the chunk ends, and needs S, the state as the chunk began. Rules are
-a table by op. One rule is for a pattern: the solve, a product of (1+L)^-1 and a right-hand side.
+Reverse the scan over chunks: its body becomes the VJP of the body (mathematics, the gradient). It
+carries R, the gradient of the state as the chunk ends, and needs S, the state as the chunk began.
+Rules are a table by op. One rule is for a pattern: the solve, a product of (1+L)^-1 and a right-hand side.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A printer gives an order of axes (a tile's physical layout is its axes sorted by that order), the
 names of functions and one method per structural op. Values used once are printed inside the
-expression that uses them; the others become assignments under the names of math.md.
+expression that uses them; the others become assignments under their names in the mathematics.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from ..dsl.ir import Op
 class Axis(Enum):
     """A named axis; the order of declaration is the canonical order of a tile's axes."""
 
-    I = "i"  # noqa: E741 - tokens of the chunk, as in math.md
+    I = "i"  # noqa: E741 - tokens of the chunk
     J = "j"
     K = "k"
     V = "v"

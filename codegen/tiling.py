@@ -188,7 +188,7 @@ class _Tiling:
         clean = (Axis.K,) if t.op in DECAYED else summed_axes(t)
         dtype = Dtype.FLOAT32
         if t.op is TileOp.DECAYED_DOT and self._signature.dtype is Dtype.BFLOAT16:
-            dtype = Dtype.BFLOAT16  # decayed factors underflow in float16 (math.md)
+            dtype = Dtype.BFLOAT16  # decayed factors underflow in float16 (mathematics, numerics 7)
         yield tiled.Compute(t, tuple(self._cleaned_use(a, clean) for a in t.args), dtype, adds)
 
     def _cleaned_use(self, x: Tile, axes: Axes) -> tiled.Use:

@@ -31,6 +31,7 @@ html_static_path = ["_static"]
 html_css_files = ["chunkwise.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
 copybutton_prompt_text = "$ "

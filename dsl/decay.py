@@ -1,4 +1,4 @@
-"""Pass: a multiplier of the state to its log-decay, by rule (math.md, numerics 7)."""
+"""Pass: a multiplier of the state to its log-decay, by rule (mathematics, numerics 7)."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ Per head and token, a list of micro-steps; in each, for every state,
     S <- decay . S + sum_other mix * S_other + sum_w  key_w (value_w + scale_w * (b_w^T S_read))^T
 
 with reads of the state at stated moments and an output that is an elementwise function of them
-(math.md equations (1), (2); the low-rank term a (b^T S) is a write whose value is a correction).
+(mathematics, (1) and (2); the low-rank term a (b^T S) is a write whose value is a correction).
 All vectors, gates and the output are StepIR expressions over the operands: the preamble and the
 postamble. When `transposed`, the roles of the Key and Value axes are exchanged: `Write.key`,
 `Correction.key` are Values and `Write.value` is a Key.
@@ -72,7 +72,7 @@ class Correction:
     """`scale * (key^T S)`, added to a write: it recalls `state` as the micro-step begins.
 
     `decayed`: the reading sees `decay . S` (this micro-step's decay), not `S`. The decay is then
-    not multiplied into `key`: the chunk form reads with the inclusive prefix instead (math.md,
+    not multiplied into `key`: the chunk form reads with the inclusive prefix instead (mathematics,
     after (6)). Without a decay it is True.
     """
 

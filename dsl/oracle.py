@@ -199,7 +199,7 @@ def _step_token(step: Step) -> _Token:
 
 
 def _form_token(form: NormalForm) -> _Token:
-    """One token of a normal form: math.md (1), (2), as written."""
+    """One token of a normal form: mathematics, (1) and (2), as written."""
     kinds = {s.name: s.kind for s in form.states}
     order = [s.name for s in form.states]
     after_reads = list(_state_dependent([form.output]))

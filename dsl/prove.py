@@ -1,8 +1,8 @@
 """Proof on small symbolic sizes: the chunk form of a declaration equals its step.
 
 Two independent derivations meet here. One side runs the traced step token by token on symbols. The
-other takes the normal form and applies math.md's (3) to (6) to a whole chunk: scores between
-tokens, the unit-triangular inverse, prefixes of the decays. The decays are symbols themselves
+other takes the normal form and applies (3) to (6) of docs/explanation/mathematics.md to a whole
+chunk: scores between tokens, the unit-triangular inverse, prefixes of the decays. The decays are symbols themselves
 (multipliers, not logarithms), so that everything is polynomial and `expand` decides equality.
 Functions without a polynomial (exp, sigmoid, a division) are symbols, equal where their arguments
 are equal.
@@ -84,7 +84,7 @@ def prove(what: Declaration, chunk: int = 3) -> Proof:
         _prove_chunk(step, form, length)
     claims = (
         "every returned state is a polynomial of degree 1 in the incoming state",
-        "the outputs of the chunk form (math.md, (3) to (5)) equal those of the step",
+        "the outputs of the chunk form (mathematics, (3) to (5)) equal those of the step",
         "the final state of the chunk form (6) equals that of the step",
     )
     return Proof(what.name, chunks, *_sizes(form), claims)
@@ -286,7 +286,7 @@ def _agree(form: NormalForm, what: str, ours: _Expr, theirs: _Expr) -> None:
 
 
 class _Chunk:
-    """One state over a chunk, by math.md (3) to (6): every write of every token is one row of one
+    """One state over a chunk, by (3) to (6): every write of every token is one row of one
     triangular system, with n micro-steps of n rows a token. A transposed form is the same with the
     state transposed: its rows are the axis that decays and is recalled."""
 

@@ -122,7 +122,7 @@ def test_the_gradient_of_the_solve_is_folded(name: str) -> None:
 
 
 def test_products_of_the_gated_delta_rule() -> None:
-    """As many as by hand: 7 of the forward; of the backward what math.md's adjoint lists."""
+    """As many as by hand: 7 of the forward; of the backward as the equations."""
     form = by_name("gated_delta_rule").normal_form()
     body, adjoint = chunk_program(form), chunk_adjoint(form)
     # scores twice, X, U, the next state, and two parts of the output

@@ -159,7 +159,7 @@ def test_a_state_that_nothing_forgets_passes_many_segments(name: str, dtype: tor
 @pytest.mark.parametrize("shape", ["B", "C", "F", "D", "P6"])
 @pytest.mark.parametrize("name", list(CASES))
 def test_large_shapes(name: str, shape: str, dtype: torch.dtype) -> None:
-    """A fixed sample of (batch, head) pairs against the token loop (math.md, numerics 8).
+    """A fixed sample of (batch, head) pairs against the token loop (mathematics, numerics 8).
 
     One or two workers at a time: more token loops do not fit a GPU beside one another.
     """
