@@ -2,7 +2,8 @@
 
 Reverse the scan over chunks: its body becomes the VJP of the body (mathematics, the gradient). It
 carries R, the gradient of the state as the chunk ends, and needs S, the state as the chunk began.
-Rules are a table by op. One rule is for a pattern: the solve, a product of (1+L)^-1 and a right-hand side.
+Rules are a table by op. One rule is for a pattern: the solve, a product of (1+L)^-1 and a
+right-hand side.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class _Run:
                 raises = None
         if raises:
             raise AssertionError(f"{self.page.name}: no {raises} where the page shows one")
-        self.printed += out.getvalue()
+        self.printed += out.getvalue().replace(f"{self.folder}/", "")
 
     def _shell(self, code: str) -> None:
         lines = [

@@ -2,8 +2,9 @@
 
 Two independent derivations meet here. One side runs the traced step token by token on symbols. The
 other takes the normal form and applies (3) to (6) of docs/explanation/mathematics.md to a whole
-chunk: scores between tokens, the unit-triangular inverse, prefixes of the decays. The decays are symbols themselves
-(multipliers, not logarithms), so that everything is polynomial and `expand` decides equality.
+chunk: scores between tokens, the unit-triangular inverse, prefixes of the decays. The decays are
+symbols themselves (multipliers, not logarithms), so that everything is polynomial and `expand`
+decides equality.
 Functions without a polynomial (exp, sigmoid, a division) are symbols, equal where their arguments
 are equal.
 """

@@ -55,6 +55,12 @@ def test_make_targets_exist(page: Path) -> None:
         assert re.search(rf"^{target}:", MAKEFILE, re.M), target
 
 
+def test_the_citation_names_the_version() -> None:
+    stated = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert stated
+    assert f"\nversion: {stated[1]}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def _page(folder: Path, text: str) -> str:
     page = folder / "page.md"
     page.write_text(text)
