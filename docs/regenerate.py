@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import linecache
 import os
 import re
 import shlex
@@ -92,7 +93,7 @@ class _Run:
         elif mark == "run as":
             self._shell(detail)
         elif mark != "not run" and language == "python":
-            self._python(found, code, detail if mark == "raises" else None)
+            self._python(code, detail if mark == "raises" else None)
         elif mark != "not run" and language == "sh":
             self._shell(code)
         return found[0]
@@ -102,15 +103,14 @@ class _Run:
         lines = "\n".join(line.rstrip() for line in text.strip("\n").splitlines())
         return f"{found[0][:start]}{lines}\n{found[0][end:]}"
 
-    def _python(self, found: re.Match[str], code: str, raises: str | None) -> None:
-        # A file as long as the page: a declaration reads its lines from there, and reports them.
-        line = found.string[: found.start("code")].count("\n")
-        path = self.folder / f"{self.page.stem}.py"
-        path.write_text("\n" * line + code, encoding="utf-8")
+    def _python(self, code: str, raises: str | None) -> None:
+        path = self.folder / f"{self.page.stem}.py"  # declarations read their lines from there
+        path.write_text(code, encoding="utf-8")
+        linecache.clearcache()
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             try:
-                exec(compile("\n" * line + code, str(path), "exec"), self.names)
+                exec(compile(code, str(path), "exec"), self.names)
             except Exception as error:
                 if type(error).__name__ != raises:
                     raise
