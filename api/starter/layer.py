@@ -1,0 +1,42 @@
+"""A layer of `my_rule`, in a small language model that learns to repeat a random text.
+
+Run it: python layer.py
+"""
+
+from __future__ import annotations
+
+import torch
+from chunkwise.nn import LanguageModel, RecurrentLayer
+from my_rule import my_rule
+from torch.nn.functional import cross_entropy
+
+VOCABULARY, HIDDEN, HEADS, HALF = 16, 64, 2, 24
+
+
+def layer() -> RecurrentLayer:
+    """A layer with K = 16, V = 32: `[B, T, HIDDEN]` to the same; its keys have length 1."""
+    return RecurrentLayer(my_rule, HIDDEN, HEADS, 16, 32, normalise=("q", "k"))
+
+
+def train(steps: int = 60) -> tuple[float, float]:
+    """The loss on the repeated half of a text, before and after `steps` steps."""
+    torch.manual_seed(0)
+    model = LanguageModel(VOCABULARY, HIDDEN, [layer(), layer()])
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for step in range(steps):
+        half = torch.randint(VOCABULARY, (8, HALF))
+        text = torch.cat([half, half], dim=1)
+        logits = model(text)[:, HALF - 1 : -1]  # each predicts the token after it
+        loss = cross_entropy(logits.flatten(0, 1), half.flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+        if step % 20 == 0 or step == steps - 1:
+            print(f"step {step:3}  loss {losses[-1]:.3f}", flush=True)
+    return losses[0], losses[-1]
+
+
+if __name__ == "__main__":
+    train()
