@@ -5,21 +5,20 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import keyword
-from importlib import resources
 from pathlib import Path
 
 from .cli_command import Command, UsageError
 
+_STARTER = Path(__file__).resolve().parent / "starter"
 _NAME = "my_rule"  # of the recurrence in the folder `starter`
 
 
 def starter(name: str) -> dict[str, str]:
     """The files of a starter whose recurrence is called `name`: names and texts."""
-    folder = resources.files(__package__) / "starter"
-    files = (f for f in folder.iterdir() if f.name.endswith((".py", ".md")))
+    files = (f for f in sorted(_STARTER.iterdir()) if f.suffix in (".py", ".md"))
     return {
         f.name.replace(_NAME, name): f.read_text(encoding="utf-8").replace(_NAME, name)
-        for f in sorted(files, key=lambda f: f.name)
+        for f in files
     }
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from ..dsl import errors
+from ..dsl.diagnostic import did_you_mean
 from .extras import how_to_install
 
 if TYPE_CHECKING:
@@ -78,9 +79,10 @@ def choose(
     try:
         return EngineName(requested)
     except ValueError:
-        known = ", ".join(n.value for n in EngineName)
+        names = [n.value for n in EngineName]
+        help = f"{did_you_mean(str(requested), names)} engines: {', '.join(names)}".strip()
         raise errors.EngineUnavailable(
-            str(requested), "there is no engine of that name", help=f"engines: {known}"
+            str(requested), "there is no engine of that name", help=help
         ) from None
 
 
