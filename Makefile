@@ -20,7 +20,7 @@ EVERY     :=
 DEMO      ?=
 BENCH     ?=
 
-.PHONY: setup demo test test-all test-cpu test-interpreter test-gpu lint format bench docs site audit clean
+.PHONY: setup demo wheel test test-all test-cpu test-interpreter test-gpu lint format bench docs site audit clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -39,6 +39,10 @@ $(READY): pyproject.toml $(PINS) | $(BIN)/python
 
 demo: $(READY)
 	$(BIN)/python examples/mqar.py $(DEMO)
+
+# sdist and wheel, in dist/; the wheel is installed in a fresh environment and used.
+wheel: $(READY)
+	$(BIN)/python -m tests.wheel
 
 # Both halves run even if one fails; the exit status says whether one did.
 test: $(READY)
