@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from .cli_audit import AUDIT
 from .cli_command import Command, UsageError
+from .cli_completion import COMPLETION
 from .cli_crossover import CROSSOVER
 from .cli_doctor import DOCTOR
 from .cli_emit import EMIT
@@ -35,6 +36,7 @@ COMMANDS: tuple[Command, ...] = (
     CROSSOVER,
     AUDIT,
     DOCTOR,
+    COMPLETION,
 )
 
 _EXAMPLES = """\

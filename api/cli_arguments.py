@@ -59,7 +59,7 @@ def dims(text: str) -> Dims:
 def add_dims(parser: argparse.ArgumentParser, default: Dims, help: str = "") -> None:
     """The --dims option, `arguments.dims`."""
     said = f"key and value channels of a head{help}; default: K={default.K},V={default.V}"
-    parser.add_argument("--dims", type=dims, default=default, metavar="K=K,V=V", help=said)
+    parser.add_argument("--dims", type=dims, default=default, metavar="K=N,V=N", help=said)
 
 
 def count(text: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import library
 from .cli_arguments import dims, dtype
-from .cli_command import Command, UsageError, unknown_name
+from .cli_command import TARGET, Command, UsageError, unknown_name
 from .cli_emit import add_targets, targets, triton_compiler
 from .codegen.config import Dims
 from .codegen.interface import Dtype
@@ -51,14 +51,14 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="recurrences of the library (default: all)"
+        "names", nargs="*", metavar=TARGET, help="recurrences of the library (default: all)"
     )
     parser.add_argument("--quick", action="store_true", help="one recurrence per class, bf16")
     parser.add_argument(
         "--dims",
         type=dims,
         action="append",
-        metavar="K=K,V=V",
+        metavar="K=N,V=N",
         help="key and value channels of a head, repeatable; default: K=128,V=128",
     )
     parser.add_argument(

@@ -18,6 +18,8 @@ from .dsl.diagnostic import did_you_mean
 from .dsl.errors import BadFile, ChunkwiseError
 from .runtime.recurrence import Recurrence
 
+TARGET = "TARGET"  # in usages: a name of the library, or FILE.py:NAME
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
@@ -39,7 +41,7 @@ def add_target(parser: argparse.ArgumentParser, *, several: bool = False) -> Non
     parser.add_argument(
         "target",
         nargs="+" if several else None,
-        metavar="TARGET",
+        metavar=TARGET,
         help="a recurrence of the library, or FILE.py:NAME",
     )
 

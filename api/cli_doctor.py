@@ -16,7 +16,7 @@ import torch
 from . import library
 from .autotune.store import versions_here
 from .cli_arguments import add_dims, add_dtype
-from .cli_command import Command, add_json, find, print_json
+from .cli_command import TARGET, Command, add_json, find, print_json
 from .cli_progress import Progress
 from .codegen.config import Dims
 from .codegen.interface import Dtype
@@ -262,7 +262,7 @@ def _serves(arguments: argparse.Namespace) -> list[str]:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", nargs="?", metavar="TARGET", help="also show what serves it")
+    parser.add_argument("target", nargs="?", metavar=TARGET, help="also show what serves it")
     parser.add_argument("--artifacts", action="store_true", help="list every artifact")
     add_dims(parser, Dims(128, 128), " (of TARGET)")
     add_dtype(parser, Dtype.BFLOAT16, "of TARGET; default: bfloat16")

@@ -88,7 +88,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--dims",
         type=dims,
         action="append",
-        metavar="K=K,V=V",
+        metavar="K=N,V=N",
         help="key and value channels of a head, repeatable; default: K=128,V=128",
     )
     parser.add_argument(

@@ -13,7 +13,7 @@ import torch
 from . import library
 from .autotune.store import save, versions_here
 from .autotune.validation import ConfiguredEngine, ValidationSuite, validate, validation_suite
-from .cli_command import Command, UsageError, add_json, find, print_json
+from .cli_command import TARGET, Command, UsageError, add_json, find, print_json
 from .cli_progress import Progress
 from .dsl.declaration import Declaration
 from .runtime.cannot_run import CannotRun
@@ -197,8 +197,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target",
         nargs="?",
-        metavar="FILE | TARGET",
-        help="an artifact, or a recurrence; by default every artifact for this machine",
+        metavar=TARGET,
+        help="an artifact's file, or a recurrence; by default every artifact for this machine",
     )
     parser.add_argument(
         "--recurrence", metavar="FILE.py:NAME", help="the recurrence of FILE, if not of the library"

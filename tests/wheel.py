@@ -1,8 +1,8 @@
-"""Builds sdist and wheel, installs the wheel in a fresh environment, and uses it as a newcomer would.
+"""Builds sdist and wheel, installs the wheel in a fresh environment, and uses it.
 
-`python -m tests.wheel` (`make wheel`) leaves both files in dist/. The wheel is built from the sdist,
-so that both are known to be whole. The fresh environment borrows torch and all else from this one,
-which has chunkwise itself in a way that a path does not show.
+`python -m tests.wheel` (`make wheel`) leaves both files in dist/. The wheel is built from the
+sdist, so that both are known to be whole. The fresh environment borrows torch and all else from
+this one by a path, which does not show this one's own chunkwise.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = {"api": "", "dsl": "dsl/", "codegen": "codegen/", "runtime": "runtime/"}
-SOURCES["autotune"] = "autotune/"
+# folders of the sources, by their place in the wheel
+SOURCES = {"api": "", **{name: f"{name}/" for name in ("dsl", "codegen", "runtime", "autotune")}}
 CALL = """
 import torch, chunkwise as cw
 q, k, v = (torch.randn(1, 50, 2, 8, requires_grad=True) for _ in range(3))
@@ -96,7 +96,7 @@ def main() -> int:
                 text=True,
                 check=False,
             )
-            print(f"$ {' '.join(command[:3])}\n{done.stdout.splitlines()[-1:]}")
+            print("$", *(command if len(command) < 4 and command[1] != "-c" else command[:2]))
             if done.returncode:
                 raise SystemExit(done.stdout + done.stderr)
         if str(home) not in done.stdout:
