@@ -106,11 +106,12 @@ def tune(
     findings = search(tunable, parts, task.storage, task.study, within, progress)
     finalists: list[Finalist] = []
     winner: Finalist | None = None
-    worthwhile = bool(findings.combinations) or time.monotonic() < deadline
+    # without a measurement the default is examined only where the search had nothing left to try
+    worthwhile = bool(findings.combinations) or findings.seconds < within.seconds
     heats = _heats(tunable, findings, task.rejected) if worthwhile else iter(())
     with Compilers[int](budget.workers) as compilers:
         for heat in heats:
-            stage = f"racing {len(heat) - 1} of the fastest against the default"
+            stage = f"racing the default and {len(heat) - 1} others"
             if findings.interrupted:
                 stage = f"interrupted: {stage} (Ctrl-C again leaves at once)"
             announce(stage)

@@ -1,4 +1,4 @@
-"""A layer of `my_rule`, in a small language model that learns to repeat a random text.
+"""A layer of `my_rule`, in a small language model that learns to count in steps of 1 to 3.
 
 Run it: python layer.py
 """
@@ -10,7 +10,7 @@ from chunkwise.nn import LanguageModel, RecurrentLayer
 from my_rule import my_rule
 from torch.nn.functional import cross_entropy
 
-VOCABULARY, HIDDEN, HEADS, HALF = 16, 64, 2, 24
+VOCABULARY, HIDDEN, HEADS, TOKENS = 16, 64, 2, 32
 
 
 def layer() -> RecurrentLayer:
@@ -18,17 +18,22 @@ def layer() -> RecurrentLayer:
     return RecurrentLayer(my_rule, HIDDEN, HEADS, 16, 32, normalise=("q", "k"))
 
 
+def texts(count: int) -> torch.Tensor:
+    """Texts that count on from any number, modulo VOCABULARY: `[count, TOKENS]`."""
+    first, stride = torch.randint(VOCABULARY, (count, 1)), torch.randint(1, 4, (count, 1))
+    return (first + stride * torch.arange(TOKENS)) % VOCABULARY
+
+
 def train(steps: int = 60) -> tuple[float, float]:
-    """The loss on the repeated half of a text, before and after `steps` steps."""
+    """The loss before and after `steps` steps."""
     torch.manual_seed(0)
-    model = LanguageModel(VOCABULARY, HIDDEN, [layer(), layer()])
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    model = LanguageModel(VOCABULARY, HIDDEN, [layer()])
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for step in range(steps):
-        half = torch.randint(VOCABULARY, (8, HALF))
-        text = torch.cat([half, half], dim=1)
-        logits = model(text)[:, HALF - 1 : -1]  # each predicts the token after it
-        loss = cross_entropy(logits.flatten(0, 1), half.flatten())
+        text = texts(8)
+        logits = model(text)[:, :-1]  # each predicts the token after it
+        loss = cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
