@@ -29,14 +29,15 @@ def _new(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{name!r} cannot name a recurrence: it must be a name in Python")
     if list(files).count(f"{name}.py") != 1 or len(files) != len(starter(_NAME)):
         raise UsageError(f"{name}.py is another file of the starter; choose another name")
-    if importlib.util.find_spec(name) is not None:
+    if folder.exists():
+        raise UsageError(f"{folder} exists: nothing was written; -o names another")
+    spec = importlib.util.find_spec(name)
+    if spec is not None and spec.origin is not None:  # None: a folder here that is no package
         raise UsageError(f"a module {name!r} is installed, which {name}.py would hide")
     try:
         folder.mkdir(parents=True)
         for file, text in files.items():
             (folder / file).write_text(text, encoding="utf-8")
-    except FileExistsError:
-        raise UsageError(f"{folder} exists: nothing was written; -o names another") from None
     except OSError as why:
         raise UsageError(f"{folder} cannot be written: {why.strerror or why}") from None
     for file in files:

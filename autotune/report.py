@@ -46,7 +46,11 @@ def _tried(tuning: Tuning) -> str:
     rows = [("part", "tried", "best us", "worst us", "configuration", "registers", "spills", "")]
     for part, measured in tuning.findings.parts:
         if part.key in chosen:
-            rows.append(_row(", ".join(names[part.key]), measured, chosen[part.key]))
+            best = chosen[part.key]
+            rows.append(_row(", ".join(names[part.key]), measured, best))
+            first = next((m for m in measured if m.point in part.first[:1]), None)
+            if first is not None and first.point != best.point:
+                rows.append(_row("  tried first", [first], first))
     others = [(p, m) for p, m in tuning.findings.parts if p.key not in chosen and m]
     more = sum(len(m) for _, m in others)
     note = f"and {more} configurations of {len(others)} parts of other plans" if others else ""

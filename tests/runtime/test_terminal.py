@@ -144,6 +144,6 @@ def test_names_that_a_starter_cannot_have(
 
 
 def test_a_starter_overwrites_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli.main(["new", "tiny_rule", "-o", str(tmp_path)]) == 2
+    assert cli.main(["new", "another_rule", "-o", str(tmp_path)]) == 2
     assert "exists: nothing was written" in capsys.readouterr().err
     assert starter("tiny_rule").keys() >= {"tiny_rule.py", "test_tiny_rule.py", "README.md"}
