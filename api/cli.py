@@ -14,9 +14,9 @@ from .cli_doctor import DOCTOR
 from .cli_emit import EMIT
 from .cli_export import EXPORT
 from .cli_inspect import EXPLAIN, LIST, PROVE
-from .cli_report import REPORT
 from .cli_new import NEW
 from .cli_parser import Parser
+from .cli_report import REPORT
 from .cli_tune import TUNE
 from .cli_verify import VERIFY
 from .dsl.errors import ChunkwiseError

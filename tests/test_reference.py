@@ -18,8 +18,8 @@ PRODUCT = ("api", "dsl", "codegen", "runtime", "autotune")
 
 
 def _pages():
-    path = ROOT / "docs" / "reference_pages.py"
-    spec = importlib.util.spec_from_file_location("reference_pages", path)
+    path = ROOT / "docs" / "commands.py"
+    spec = importlib.util.spec_from_file_location("commands", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
