@@ -20,7 +20,7 @@ EVERY     :=
 DEMO      ?=
 BENCH     ?=
 
-.PHONY: setup demo test test-all test-cpu test-interpreter test-gpu lint format bench docs site audit clean
+.PHONY: setup demo wheel test test-all test-cpu test-interpreter test-gpu lint format bench docs site audit clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -39,6 +39,10 @@ $(READY): pyproject.toml $(PINS) | $(BIN)/python
 
 demo: $(READY)
 	$(BIN)/python examples/mqar.py $(DEMO)
+
+# sdist and wheel, in dist/; the wheel is installed in a fresh environment and used.
+wheel: $(READY)
+	$(BIN)/python -m tests.wheel
 
 # Both halves run even if one fails; the exit status says whether one did.
 test: $(READY)
@@ -79,7 +83,7 @@ bench: $(READY)
 
 # Runs every block of the documents and rewrites what they print; then the site.
 docs: $(READY)
-	for made in tables pictures gallery; do $(BIN)/python -m docs.$$made || exit 1; done
+	for made in tables pictures gallery commands; do $(BIN)/python -m docs.$$made || exit 1; done
 	$(BIN)/python docs/regenerate.py
 	@$(MAKE) --no-print-directory site
 

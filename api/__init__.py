@@ -5,7 +5,10 @@ from __future__ import annotations
 from . import fla, library, nn
 from .dsl import errors
 from .dsl import functions as _functions
+from .dsl.diagnostic import did_you_mean
 from .dsl.functions import *  # noqa: F403
+from .dsl.functions import abs as abs
+from .dsl.functions import sum as sum
 from .dsl.kinds import HeadKey, HeadScalar, HeadValue, Key, KeyState, Scalar, State, Value
 from .runtime.engines import EngineName
 from .runtime.recurrence import Recurrence, recurrence
@@ -28,6 +31,9 @@ __all__ = [
     "recurrence",
 ]
 __all__ += _functions.__all__
+# `from chunkwise import *` must not hide Python's own; type checkers read these very calls
+__all__.remove("abs")
+__all__.remove("sum")
 
 
 def __getattr__(name: str) -> str:
@@ -35,4 +41,8 @@ def __getattr__(name: str) -> str:
         from importlib.metadata import version
 
         return version("chunkwise")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    near = did_you_mean(name, (*__all__, *_functions.__all__, *library.names()))
+    if not near and not name.startswith("_"):
+        near = f"functions of a step are {', '.join(_functions.__all__)}"
+    text = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(f"{text}; {near}" if near else text)

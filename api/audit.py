@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from .cli_progress import watched
 from .codegen.config import Config, Dims, KernelConfig
 from .codegen.interface import Dtype
 from .codegen.programs import Transition, chunk_program, transition_of
@@ -157,6 +158,11 @@ class Search:
         self.failed = name
 
     @property
+    def finished(self) -> bool:
+        """Whether a configuration that fits is found, or none is left to try."""
+        return bool(self.failed) or self.found.keys() == self.rungs.keys()
+
+    @property
     def passed(self) -> bool:
         """Whether every kernel compiles, and fits in the configuration that the runtime chooses."""
         return not (self.failed or self.errors or self.changes)
@@ -178,18 +184,24 @@ class Search:
 # ---- running -------------------------------------------------------------------------------------
 
 
-def audit(subjects: Iterable[Subject], workers: int) -> list[Search]:
-    """Compile until every subject has a configuration that fits, or none is left to try."""
-    searches = [Search(s) for s in subjects]
+def audit(searches: Sequence[Search], workers: int) -> None:
+    """Compile until every search has a configuration that fits, or none is left to try."""
     known: dict[str, Outcome] = {}
-    while True:
-        wanted = [(s, name, job) for s in searches for name, job in s.pending()]
-        if not wanted:
-            return searches
-        fresh = {job.key: job for _, _, job in wanted if job.key not in known}
-        known |= run_jobs(fresh, workers)
-        for search, name, job in wanted:
-            search.learn(name, known[job.key])
+    while any(not s.finished for s in searches):
+        fresh: dict[str, Job] = {}
+        waiting: dict[str, list[tuple[Search, str]]] = {}
+        for search in searches:
+            for name, job in list(search.pending()):
+                if job.key in known:
+                    search.learn(name, known[job.key])
+                else:
+                    fresh[job.key] = job
+                    waiting.setdefault(job.key, []).append((search, name))
+        outcomes = run_jobs(fresh, workers)
+        for key, outcome in watched(outcomes, "compiling", len(fresh), "kernel"):
+            known[key] = outcome
+            for search, name in waiting[key]:
+                search.learn(name, outcome)
 
 
 # ---- which subjects ------------------------------------------------------------------------------

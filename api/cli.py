@@ -1,4 +1,4 @@
-"""The command line: a table of commands, `chunkwise list | explain | emit | tune | export …`."""
+"""The command line: a table of commands, `chunkwise new | list | explain | tune | export …`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Sequence
 
 from .cli_audit import AUDIT
 from .cli_command import Command, UsageError
+from .cli_completion import COMPLETION
 from .cli_crossover import CROSSOVER
 from .cli_doctor import DOCTOR
 from .cli_emit import EMIT
 from .cli_export import EXPORT
 from .cli_inspect import EXPLAIN, LIST, PROVE
+from .cli_new import NEW
+from .cli_parser import Parser
 from .cli_report import REPORT
 from .cli_tune import TUNE
 from .cli_verify import VERIFY
@@ -21,6 +24,7 @@ from .runtime.tuned.machine import version
 
 # a new command joins here
 COMMANDS: tuple[Command, ...] = (
+    NEW,
     LIST,
     EXPLAIN,
     PROVE,
@@ -32,10 +36,12 @@ COMMANDS: tuple[Command, ...] = (
     CROSSOVER,
     AUDIT,
     DOCTOR,
+    COMPLETION,
 )
 
 _EXAMPLES = """\
 A TARGET is a name of the library, or a file and a name in it:
+  chunkwise new my_rule
   chunkwise list
   chunkwise explain gated_delta_rule
   chunkwise explain my_rules.py:my_rule
@@ -49,7 +55,7 @@ A TARGET is a name of the library, or a file and a name in it:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="chunkwise",
         description="A compiler for linear-attention recurrences.",
         epilog=_EXAMPLES,
@@ -86,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ChunkwiseError as error:
         print(error.render(), file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("chunkwise: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:  # its text says what is kept
+        print(": ".join(["chunkwise: interrupted", *interrupt.args]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader has closed the pipe, as in `chunkwise list | head`
         sys.stderr.close()

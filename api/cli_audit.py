@@ -7,15 +7,20 @@ import json
 import time
 from pathlib import Path
 
-from .cli_command import Command
-from .cli_emit import add_targets, dims, targets, triton_compiler
+from . import library
+from .cli_arguments import dims, dtype
+from .cli_command import TARGET, Command, UsageError, unknown_name
+from .cli_emit import add_targets, targets, triton_compiler
 from .codegen.config import Dims
 from .codegen.interface import Dtype
 
 
 def _audit(arguments: argparse.Namespace) -> int:
     with triton_compiler():
-        from .audit import all_subjects, as_json, audit, quick_subjects, report
+        from .audit import Search, all_subjects, as_json, audit, quick_subjects, report
+    for name in arguments.names:
+        if name not in library.names():
+            raise UsageError(unknown_name(name))
     if arguments.quick:
         subjects = quick_subjects()
         if arguments.names:
@@ -24,24 +29,45 @@ def _audit(arguments: argparse.Namespace) -> int:
         subjects = all_subjects(
             arguments.names,
             arguments.dims or [Dims(128, 128)],
-            [Dtype(d) for d in arguments.dtype or ("bfloat16", "float32")],
+            arguments.dtype or [Dtype.BFLOAT16, Dtype.FLOAT32],
             list(targets(arguments.for_target).values()),
         )
     started = time.perf_counter()
-    searches = audit(subjects, arguments.jobs)
+    searches, interrupted = [Search(s) for s in subjects], False
+    try:
+        audit(searches, arguments.jobs)
+    except KeyboardInterrupt:
+        interrupted = True
+        searches = [s for s in searches if s.finished]
     print(report(searches))
-    print(f"in {time.perf_counter() - started:.0f} s")
+    print(f"in {time.perf_counter() - started:.0f} s", flush=True)
     if arguments.json:
         text = json.dumps([as_json(s) for s in searches], indent=1)
         arguments.json.write_text(text + "\n", encoding="utf-8")
+    if interrupted:
+        raise KeyboardInterrupt
     return 0 if all(s.passed for s in searches) else 1
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", help="recurrences of the library (default: all)")
+    parser.add_argument(
+        "names", nargs="*", metavar=TARGET, help="recurrences of the library (default: all)"
+    )
     parser.add_argument("--quick", action="store_true", help="one recurrence per class, bf16")
-    parser.add_argument("--dims", type=dims, action="append", help="K=128,V=128 (repeatable)")
-    parser.add_argument("--dtype", choices=[d.value for d in Dtype], action="append")
+    parser.add_argument(
+        "--dims",
+        type=dims,
+        action="append",
+        metavar="K=N,V=N",
+        help="key and value channels of a head, repeatable; default: K=128,V=128",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=dtype,
+        action="append",
+        metavar="DTYPE",
+        help="as for emit, repeatable; default: bfloat16 and float32",
+    )
     add_targets(parser)
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers here")
 
@@ -51,7 +77,7 @@ AUDIT = Command(
     "Compile every kernel for every target, without a GPU, and report which do not fit.",
     (
         "chunkwise audit --quick",
-        "chunkwise audit kda --dtype bfloat16 --target sm90 --json audit.json",
+        "chunkwise audit kda --dtype bf16 --target sm90 --json audit.json",
     ),
     _arguments,
     _audit,

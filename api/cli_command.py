@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import library
 from .dsl.declaration import Declaration
+from .dsl.diagnostic import did_you_mean
 from .dsl.errors import BadFile, ChunkwiseError
-from .dsl.ir import Loc
 from .runtime.recurrence import Recurrence
+
+TARGET = "TARGET"  # in usages: a name of the library, or FILE.py:NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ def add_target(parser: argparse.ArgumentParser, *, several: bool = False) -> Non
     parser.add_argument(
         "target",
         nargs="+" if several else None,
-        metavar="TARGET",
+        metavar=TARGET,
         help="a recurrence of the library, or FILE.py:NAME",
     )
 
@@ -66,10 +69,7 @@ def find(target: str) -> Recurrence:
         file, name = target, ""
     if not file:
         if name not in library.names():
-            raise UsageError(
-                f"no recurrence {name!r} in the library (chunkwise list shows them); "
-                "one of your own is FILE.py:NAME"
-            )
+            raise UsageError(unknown_name(name))
         found = getattr(library, name)
         assert isinstance(found, Recurrence)
         return found
@@ -77,10 +77,28 @@ def find(target: str) -> Recurrence:
     if not name and len(declared) == 1:
         return next(iter(declared.values()))
     if name not in declared:
-        listed = ", ".join(declared) or "none"
-        what = f"no recurrence {name!r} in {file}" if name else f"which recurrence of {file}?"
-        raise UsageError(f"{what} It declares: {listed}. Write {file}:NAME")
+        if not declared:
+            raise UsageError(f"{file} declares no recurrence (a function under @recurrence)")
+        listed = ", ".join(declared)
+        if not name:
+            raise UsageError(f"which recurrence of {file}? It declares {listed}: {file}:NAME")
+        near = did_you_mean(name, declared) or f"it declares {listed}"
+        raise UsageError(f"no recurrence {name!r} in {file}; {near}")
     return declared[name]
+
+
+def no_such(what: str, word: str, known: Iterable[str]) -> str:
+    """The message for a word that is none of the known ones."""
+    near = did_you_mean(word, known) or f"there are {', '.join(known)}"
+    return f"no {what} {word!r}; {near}"
+
+
+def unknown_name(name: str) -> str:
+    """The message for a name that the library does not have."""
+    if name.endswith(".json"):
+        return f"{name} is no recurrence: `chunkwise verify {name}` takes an artifact"
+    near = did_you_mean(name, library.names()) or "`chunkwise list` shows what there is"
+    return f"no recurrence {name!r} in the library; {near} (one of your own is FILE.py:NAME)"
 
 
 def _recurrences_of(file: Path) -> dict[str, Recurrence]:
@@ -98,7 +116,7 @@ def _recurrences_of(file: Path) -> dict[str, Recurrence]:
     except ChunkwiseError:
         raise
     except (Exception, SystemExit) as raised:  # the user's own code may raise anything
-        raise BadFile(file.name, raised, _line_of(raised, file)) from raised
+        raise BadFile(file.name, _users_traceback(raised)) from raised
     found: dict[str, Recurrence] = {}
     for name, value in vars(module).items():
         if isinstance(value, Recurrence):
@@ -108,10 +126,23 @@ def _recurrences_of(file: Path) -> dict[str, Recurrence]:
     return found
 
 
-def _line_of(raised: BaseException, file: Path) -> Loc | None:
-    """The last line of the user's file in the traceback of `raised`, if there is one."""
-    path = str(file)
-    if isinstance(raised, SyntaxError) and raised.filename == path and raised.lineno:
-        return Loc(path, raised.lineno, file.name)
-    frames = [f for f in traceback.extract_tb(raised.__traceback__) if f.filename == path]
-    return Loc(path, frames[-1].lineno or 1, frames[-1].name) if frames else None
+def _users_traceback(raised: BaseException) -> str:
+    """The traceback as Python prints it, without frames of chunkwise and of the import."""
+    ours = {
+        os.path.dirname(module.__file__ or "")
+        for name, module in list(sys.modules.items())
+        if f"{name}.".startswith(f"{__package__}.") and hasattr(module, "__file__")
+    }
+    whole = traceback.TracebackException.from_exception(raised)
+    pending: list[traceback.TracebackException | None] = [whole]
+    while pending:
+        part = pending.pop()
+        if part is not None:
+            part.stack[:] = [
+                f
+                for f in part.stack
+                if not f.filename.startswith("<frozen importlib")
+                and os.path.dirname(f.filename) not in ours
+            ]
+            pending += [part.__cause__, part.__context__]
+    return "".join(whole.format())

@@ -9,8 +9,9 @@ import torch
 from .autotune.crossover import LENGTHS, Bracket, contest, search, sweep
 from .autotune.store import save
 from .autotune.subject import Size, subject
+from .cli_arguments import add_dims, add_dtype, count
 from .cli_command import Command, add_json, add_target, find, print_json
-from .cli_emit import dims
+from .cli_progress import Progress
 from .codegen.config import Dims
 from .codegen.interface import Dtype
 from .codegen.tir.config import TvmConfig, spread
@@ -31,7 +32,7 @@ def _crossover(arguments: argparse.Namespace) -> int:
         )
     if engine is not EngineName.TRITON:
         device = torch.device("cpu")
-    dtype = getattr(torch, arguments.dtype)
+    dtype = getattr(torch, arguments.dtype.value)
     size = Size(1, LENGTHS[-1], arguments.heads)
     about = subject(op.declaration, engine, arguments.dims, dtype, size, device)
     _, clock = about.devices
@@ -57,8 +58,9 @@ def _crossover(arguments: argparse.Namespace) -> int:
         clock.rounds,
         rows=arguments.heads,
     )
-    found = search(wins, LENGTHS)
-    swept = sweep(wins, LENGTHS) if arguments.compare else None
+    with Progress("timing chunks and token loop", quiet=arguments.json):
+        found = search(wins, LENGTHS)
+        swept = sweep(wins, LENGTHS) if arguments.compare else None
     known = Crossover(arguments.heads, found.low, found.high, found.confidence, found.timings)
     path = save(Artifact(op.__name__, about.key, crossovers=(known,)))
     if arguments.json:
@@ -86,9 +88,9 @@ def _sentence(found: Bracket) -> str:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
-    parser.add_argument("--dims", type=dims, default=Dims(64, 64), help="K=64,V=64")
-    parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="float32")
-    parser.add_argument("--heads", type=int, default=8, help="heads of the timed call")
+    add_dims(parser, Dims(64, 64))
+    add_dtype(parser, Dtype.FLOAT32)
+    parser.add_argument("--heads", type=count, default=8, help="heads of the timed call")
     parser.add_argument(
         "--engine", choices=[e.value for e in EngineName], help="the engine to time"
     )

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli_command import Command, UsageError, add_target, find
+from .cli_arguments import add_dims, add_dtype, count
+from .cli_command import Command, UsageError, add_target, find, no_such
+from .cli_progress import watched
 from .codegen.config import Config, Dims, Precision
 from .codegen.eager.kernel import print_eager
 from .codegen.interface import Dtype, Signature
@@ -32,6 +34,7 @@ from .codegen.triton.kernel import print_triton
 from .dsl.explain import print_form, print_step
 from .dsl.normal_form import NormalForm
 from .dsl.step import Step
+from .runtime.extras import how_to_install
 
 if TYPE_CHECKING:
     from .codegen.triton.resources import Target
@@ -78,7 +81,7 @@ class _Request:
             return programs
         names = [k.name for p in programs.values() for k in p.kernels]
         if self.kernel not in names:
-            raise UsageError(f"no kernel {self.kernel!r}; there are {', '.join(names)}")
+            raise UsageError(no_such("kernel", self.kernel, names))
         chosen = {
             label: replace(p, kernels=tuple(k for k in p.kernels if k.name == self.kernel))
             for label, p in programs.items()
@@ -109,7 +112,7 @@ def _triton(request: _Request) -> str:
 def _tir(request: _Request) -> str:
     """TVM's functions for a CPU with AVX2: each kernel, after the functions that it calls."""
     if importlib.util.find_spec("tvm") is None:
-        raise UsageError('stage tir is printed by TVM: pip install "chunkwise[tvm]"')
+        raise UsageError(f"stage tir is printed by TVM: {how_to_install('tvm')}")
     from .codegen.tir.config import default_config as default_tvm
     from .codegen.tir.kernel import print_tir
 
@@ -142,18 +145,6 @@ _STAGES: dict[str, Callable[[_Request], str]] = {
 }
 
 
-def dims(text: str) -> Dims:
-    """`K=128,V=128` as dimensions."""
-    try:
-        sizes = dict(part.split("=") for part in text.split(","))
-        found = Dims(int(sizes.pop("K")), int(sizes.pop("V")))
-    except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not like K=128,V=128") from None
-    if sizes or found.K < 1 or found.V < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like K=128,V=128")
-    return found
-
-
 def _emit(arguments: argparse.Namespace) -> int:
     if arguments.stage is None and not arguments.resources:
         arguments.stage = "triton"
@@ -163,7 +154,7 @@ def _emit(arguments: argparse.Namespace) -> int:
         declared.step(micro),
         declared.normal_form(micro),
         arguments.dims,
-        Dtype(arguments.dtype),
+        arguments.dtype,
         arguments.kernel,
         arguments.segments,
     )
@@ -203,7 +194,7 @@ def targets(text: str | None) -> dict[str, Target]:
     names = text.split(",") if text else list(known)
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise UsageError(f"no target {unknown[0]!r}; there are {', '.join(known)}")
+        raise UsageError(no_such("target", unknown[0], known))
     return {name: known[name] for name in names}
 
 
@@ -212,7 +203,9 @@ def add_targets(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", dest="for_target", metavar="T,T", help="sm80, sm90, sm100, sm120, gfx942"
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument(
+        "--jobs", type=count, default=os.cpu_count() or 1, help="compilations at a time"
+    )
 
 
 def _resources(request: _Request, arguments: argparse.Namespace) -> int:
@@ -231,11 +224,19 @@ def _resources(request: _Request, arguments: argparse.Namespace) -> int:
         for kernel in subject.kernels(config):
             jobs[name, kernel] = subject.job(kernel, config)
     unique = {job.key: job for job in jobs.values()}
-    outcomes = offline.run_jobs(unique, arguments.jobs)
+    outcomes: dict[str, offline.Outcome] = {}
+    interrupted = False
+    try:
+        run = offline.run_jobs(unique, arguments.jobs)
+        outcomes.update(watched(run, "compiling", len(unique), "kernel"))
+    except KeyboardInterrupt:
+        interrupted = True
     rows = [("kernel", "target", "shared", "limit", "registers", "spills", "")]
     failed = False
     for (name, kernel), job in jobs.items():
-        outcome = outcomes[job.key]
+        outcome = outcomes.get(job.key)
+        if outcome is None:  # the interrupt came before it
+            continue
         limit = f"{job.target.shared_limit // 1024} KiB"
         if outcome.resources is None:
             rows.append((kernel, name, "-", limit, "-", "-", outcome.error))
@@ -247,7 +248,9 @@ def _resources(request: _Request, arguments: argparse.Namespace) -> int:
             verdict = "" if r.fits else "does not fit"
             rows.append((kernel, name, shared, limit, registers, spills, verdict))
         failed |= not outcome.fits
-    print("\n".join(table(rows)))
+    print("\n".join(table(rows)), flush=True)
+    if interrupted:
+        raise KeyboardInterrupt
     return 1 if failed else 0
 
 
@@ -264,9 +267,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the scans of long sequences with few heads (docs/explanation/architecture.md)",
     )
-    parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="K=128,V=128")
-    parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="bfloat16")
-    parser.add_argument("--micro", type=int, metavar="N", help="micro-steps of tuple operands")
+    add_dims(parser, Dims(128, 128))
+    add_dtype(parser, Dtype.BFLOAT16)
+    parser.add_argument("--micro", type=count, metavar="N", help="micro-steps of tuple operands")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the stage here")
     parser.add_argument(
         "--resources",
@@ -281,7 +284,7 @@ EMIT = Command(
     "Print a recurrence at any stage of the compiler, or the resources of its kernels.",
     (
         "chunkwise emit gated_delta_rule --stage chunk",
-        "chunkwise emit kda --dims K=128,V=64 --dtype float16 -o kda_kernels.py",
+        "chunkwise emit kda --dims K=128,V=64 --dtype fp16 -o kda_kernels.py",
         "chunkwise emit my_rules.py:my_rule --resources --target sm90,gfx942",
     ),
     _arguments,

@@ -6,40 +6,33 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from .cli_arguments import count, dims, dtypes
 from .cli_command import Command, UsageError, add_target, find
-from .cli_emit import dims
+from .cli_progress import Progress
 from .codegen.config import Dims
 from .codegen.interface import Dtype
 from .runtime.export.package import Layout, Request, export, write
-
-_SHORT = {"bf16": Dtype.BFLOAT16, "fp16": Dtype.FLOAT16, "fp32": Dtype.FLOAT32}
-
-
-def dtypes(text: str) -> tuple[Dtype, ...]:
-    """`bf16,float32` as dtypes, each once."""
-    known = {**_SHORT, **{d.value: d for d in Dtype}}
-    unknown = [word for word in text.split(",") if word not in known]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no dtype {unknown[0]!r}; there are {', '.join(known)}")
-    return tuple(dict.fromkeys(known[word] for word in text.split(",")))
+from .runtime.extras import how_to_install
 
 
 def _library(arguments: argparse.Namespace) -> int:
     """Write a shared library for a CPU, and print the parameters of its functions."""
     declaration = find(arguments.target).declaration
     sizes = arguments.dims or [Dims(128, 128)]
-    dtypes = arguments.dtype or (Dtype.FLOAT32,)
-    if len(sizes) > 1 or len(dtypes) > 1:
+    asked = arguments.dtype or (Dtype.FLOAT32,)
+    if len(sizes) > 1 or len(asked) > 1:
         raise UsageError("a library holds one pair of dimensions and one dtype")
     if arguments.name or arguments.layout != Layout.PACKAGE.value:
         raise UsageError("--name and --layout are for packages; a library has neither")
     if importlib.util.find_spec("tvm") is None:
-        raise UsageError('--target llvm needs TVM: pip install "chunkwise[tvm]"')
+        raise UsageError(f"--target llvm needs TVM: {how_to_install('tvm')}")
     from .runtime.tvm.export import export_library
 
     micro = arguments.micro or declaration.default_micro
     form = declaration.normal_form(micro)
-    print(export_library(form, sizes[0], arguments.output, dtype=dtypes[0], cpu=arguments.cpu))
+    with Progress("compiling the library"):
+        said = export_library(form, sizes[0], arguments.output, dtype=asked[0], cpu=arguments.cpu)
+    print(said)
     return 0
 
 
@@ -58,7 +51,8 @@ def _export(arguments: argparse.Namespace) -> int:
         layout=Layout(arguments.layout),
     )
     try:
-        files = export(declaration, request)
+        with Progress("printing kernels"):
+            files = export(declaration, request)
     except ValueError as why:
         if type(why) is not ValueError:  # errors of the catalogue are shown as they are
             raise
@@ -91,15 +85,21 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cpu", help="the library's CPU, as x86-64-v3 (default: this one)")
     parser.add_argument(
-        "--dims", type=dims, action="append", help="K=128,V=128; repeat for further dimensions"
+        "--dims",
+        type=dims,
+        action="append",
+        metavar="K=N,V=N",
+        help="key and value channels of a head, repeatable; default: K=128,V=128",
     )
     parser.add_argument(
         "--dtype",
         type=dtypes,
-        help="bf16, fp16, fp32, or several: bf16,fp32 (default: bf16; fp32 for a library)",
+        metavar="DTYPE,DTYPE",
+        help="bfloat16 (bf16), float16 (fp16), float32 (fp32), or several; default: bfloat16, "
+        "and float32 for a library",
     )
     parser.add_argument("--name", help="the function's name (default: the recurrence's)")
-    parser.add_argument("--micro", type=int, metavar="N", help="micro-steps of tuple operands")
+    parser.add_argument("--micro", type=count, metavar="N", help="micro-steps of tuple operands")
     parser.add_argument(
         "--layout",
         choices=[layout.value for layout in Layout],

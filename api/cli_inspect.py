@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import TypedDict
 
 from . import library
-from .cli_command import Command, UsageError, add_json, add_target, find, print_json
-from .cli_emit import dims
+from .cli_arguments import add_dims, add_dtype, counts
+from .cli_command import Command, UsageError, add_json, add_target, find, no_such, print_json
+from .cli_progress import Progress
 from .codegen.config import Dims
 from .codegen.interface import Dtype
 from .dsl.classify import classify
 from .dsl.declaration import Declaration
-from .dsl.explain import explain
+from .dsl.explain import equations, explain
 from .runtime.explanation import sections
 
 _SECTIONS = ("explanation", "chunk", "costs", "engines")
 
 
+_Row = TypedDict("_Row", {"name": str, "about": str, "equations": list[str], "class": str})
+
+
 def _list(arguments: argparse.Namespace) -> int:
-    rows = []
+    rows: list[_Row] = []
     for name in library.names():
         declared = getattr(library, name).declaration
         form = declared.normal_form(declared.default_micro)
-        first_line = declared.doc.partition("\n")[0]
-        rows.append({"name": name, "class": str(classify(form)), "about": first_line})
+        rows.append(
+            {
+                "name": name,
+                "about": declared.doc.partition("\n")[0],
+                "equations": equations(declared.step(declared.default_micro)),
+                "class": str(classify(form)),
+            }
+        )
     if arguments.json:
         print_json(rows)
         return 0
-    width = max(len(row["name"]) for row in rows)
     for row in rows:
-        print(f"{row['name']:<{width}}  {row['about']}")
-        print(f"{'':<{width}}  {row['class']}")
+        print(f"{row['name']}: {row['about']}")
+        for equation in row["equations"]:
+            print(f"    {equation}")
+        print(f"    ({row['class']})")
     return 0
 
 
@@ -60,17 +72,14 @@ def _cost(declared: Declaration, arguments: argparse.Namespace) -> str:
     from .runtime.tuned.artifact import CallSize
 
     if arguments.cost not in GPUS:
-        raise UsageError(f"no GPU {arguments.cost!r}; there are {', '.join(GPUS)}")
+        raise UsageError(no_such("GPU", arguments.cost, GPUS))
     form = declared.normal_form(declared.default_micro)
-    dtype, size = Dtype(arguments.dtype), CallSize(*arguments.size)
+    dtype, size = arguments.dtype, CallSize(*arguments.size)
     return explain_cost(form, arguments.dims, dtype, size, GPUS[arguments.cost])
 
 
 def _size(text: str) -> tuple[int, int]:
-    try:
-        rows, tokens = (int(x) for x in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not ROWS,TOKENS, as in 64,4096") from None
+    rows, tokens = counts(text, "ROWS,TOKENS", "64,4096")
     return rows, tokens
 
 
@@ -78,7 +87,8 @@ def _prove(arguments: argparse.Namespace) -> int:
     proofs = []
     for op in [find(target) for target in arguments.target]:
         start = time.perf_counter()
-        proof = op.prove(arguments.chunk)
+        with Progress(f"proving {op.__name__}", quiet=arguments.json):
+            proof = op.prove(arguments.chunk)
         seconds = time.perf_counter() - start
         proofs.append({"name": op.__name__, "proof": proof, "seconds": round(seconds, 3)})
         if not arguments.json:
@@ -94,8 +104,8 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cost", metavar="GPU", help="only the cost model's account: h100, h200, a100, b200, …"
     )
-    parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="for --cost: K=128,V=128")
-    parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="bfloat16")
+    add_dims(parser, Dims(128, 128), " (for --cost)")
+    add_dtype(parser, Dtype.BFLOAT16, "for --cost; default: bfloat16")
     parser.add_argument(
         "--size",
         type=_size,
@@ -120,7 +130,7 @@ def _prove_arguments(parser: argparse.ArgumentParser) -> None:
 
 LIST = Command(
     "list",
-    "List the recurrences of the library, each with its class.",
+    "List the recurrences of the library, each with its equations and its class.",
     ("chunkwise list", "chunkwise list --json"),
     add_json,
     _list,

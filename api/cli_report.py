@@ -6,8 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from .cli_arguments import add_dims, add_dtype, count
 from .cli_command import Command, UsageError, add_target, find
-from .cli_emit import dims
 from .codegen.config import Dims
 from .codegen.interface import Dtype
 
@@ -22,9 +22,7 @@ def _report(arguments: argparse.Namespace) -> int:
         output /= f"{declared.name}.html"
     if not output.parent.is_dir():
         raise UsageError(f"no folder {output.parent}")
-    options = reporting.Options(
-        arguments.dims, Dtype(arguments.dtype), arguments.quick, arguments.jobs
-    )
+    options = reporting.Options(arguments.dims, arguments.dtype, arguments.quick, arguments.jobs)
     sections = list(reporting.sections(declared, options))
     output.write_text(page(declared, sections, reporting.made()), encoding="utf-8")
     print(f"{output}: {len(sections)} sections, {output.stat().st_size / 1024:.0f} KiB")
@@ -36,14 +34,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="write here (default: NAME.html)"
     )
-    parser.add_argument(
-        "--dims", type=dims, default=Dims(128, 128), help="of the plan: K=128,V=128"
-    )
-    parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="bfloat16")
+    add_dims(parser, Dims(128, 128), " (of the plan)")
+    add_dtype(parser, Dtype.BFLOAT16)
     parser.add_argument(
         "--quick", action="store_true", help="nothing compiled for GPUs or timed; small proofs"
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument(
+        "--jobs", type=count, default=os.cpu_count() or 1, help="compilations at a time"
+    )
 
 
 REPORT = Command(

@@ -6,28 +6,25 @@ import argparse
 import importlib.util
 import math
 import os
-import sys
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
+from .cli_arguments import add_dims, add_dtype, count, counts
 from .cli_command import Command, UsageError, add_json, add_target, find, print_json
-from .cli_emit import dims
+from .cli_progress import Progress
 from .codegen.config import Dims
+from .codegen.interface import Dtype
 from .runtime.cache import cache_folder, own_folder
 from .runtime.engines import EngineName, choose
+from .runtime.extras import how_to_install
 
-_DTYPES = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-}
+if TYPE_CHECKING:
+    from .autotune.tunable import Tunable
+
 _ON_GPU, _ON_CPU = (4, 4096, 16), (1, 1024, 4)
 
 
@@ -44,7 +41,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     from .runtime.tuned.json import to_plain
 
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        raise UsageError('--plot needs matplotlib: pip install "chunkwise[plot]"')
+        raise UsageError(f"--plot needs matplotlib: {how_to_install('plot')}")
     start_early()
     op = find(arguments.target)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +49,8 @@ def _tune(arguments: argparse.Namespace) -> int:
     if engine is not EngineName.TRITON:
         device = torch.device("cpu")
     on_gpu = device.type == "cuda"
-    dtype = _DTYPES[arguments.dtype or ("bf16" if on_gpu else "fp32")]
+    usual = Dtype.BFLOAT16 if on_gpu else Dtype.FLOAT32
+    dtype = getattr(torch, (arguments.dtype or usual).value)
     B, T, H = arguments.shape or (_ON_GPU if on_gpu else _ON_CPU)
     size = Size(B, T, H)
     about = subject(
@@ -82,12 +80,20 @@ def _tune(arguments: argparse.Namespace) -> int:
     )
     left = arguments.budget - (time.monotonic() - started)
     budget = Budget(max(left, 1.0), arguments.jobs, arguments.exhaustive, arguments.seed)
+    what, quiet = f"tuning {op.__name__}", arguments.json
     try:
-        with _Bar(budget.seconds, arguments.json) as bar:
-            tuning = tune(about.tunable, about.devices, task, budget, bar.update)
+        with Progress(what, seconds=budget.seconds, quiet=quiet) as progress:
+
+            def watch(part: object, us: float | None, best_us: float | None, trials: int) -> None:
+                best = "" if best_us is None else f", best {best_us:.0f} us"
+                progress.say(f"{trials} trials{best}")
+
+            tuning = tune(about.tunable, about.devices, task, budget, watch, progress.tell)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the trials are kept: --resume goes on with them") from None
     finally:
         close_storage(storage)
-    path = save(tuning.artifact)
+    path = save(tuning.artifact) if tuning.finalists else None
     if arguments.plot:
         from .autotune.plot import plot
 
@@ -95,33 +101,25 @@ def _tune(arguments: argparse.Namespace) -> int:
     if arguments.json:
         document = to_plain(tuning.artifact)
         seconds = round(time.monotonic() - started, 1)
-        print_json({"file": str(path), "seconds": seconds, "artifact": document})
+        file = None if path is None else str(path)
+        print_json({"file": file, "seconds": seconds, "artifact": document})
     else:
         print(report(tuning))
-        print(f"\n{time.monotonic() - started:.0f} s in all; artifact: {path}")
+        seconds = time.monotonic() - started
+        print(f"\n{seconds:.0f} s in all; artifact: {path or 'none'}", flush=True)
+        if arguments.chunk and (named := _default_chunk(about.tunable, arguments.chunk)):
+            print(named)
+    if tuning.findings.interrupted:
+        raise KeyboardInterrupt("the result above is kept; --resume goes on with its trials")
     return 0 if tuning.winner is not None else 1
 
 
-class _Bar:
-    """A progress bar over the budget's seconds, on a terminal."""
-
-    def __init__(self, seconds: float, quiet: bool) -> None:
-        hidden = quiet or not sys.stderr.isatty()
-        layout = "{desc} {bar} {n:.0f}/{total:.0f} s{postfix}"
-        self._bar = tqdm(total=seconds, disable=hidden, bar_format=layout)
-        self._started = time.monotonic()
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def update(self, part: object, us: float | None, best_us: float | None, trials: int) -> None:
-        """A trial ended."""
-        self._bar.n = min(time.monotonic() - self._started, self._bar.total)
-        best = "" if best_us is None else f", best {best_us:.0f} us"
-        self._bar.set_postfix_str(f"{trials} trials{best}")
+def _default_chunk(tunable: Tunable, chunks: tuple[int, ...]) -> str:
+    """A sentence about the default, where --chunk does not name its chunk length."""
+    default = tunable.default.chunk
+    if default in chunks:
+        return ""
+    return f"--chunk limits what is tried; the default races with its own chunk, {default}"
 
 
 def _storage(arguments: argparse.Namespace, path: str) -> str:
@@ -145,19 +143,8 @@ def _shown(url: str) -> str:
 
 
 def _shape(text: str) -> tuple[int, int, int]:
-    try:
-        B, T, H = (int(x) for x in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not B,T,H, as in 4,4096,16") from None
-    if min(B, T, H) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: B, T and H are at least 1")
+    B, T, H = counts(text, "B,T,H", "4,4096,16")
     return B, T, H
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _seconds(text: str) -> float:
@@ -182,8 +169,8 @@ def _chunks(text: str) -> tuple[int, ...]:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
-    parser.add_argument("--dims", type=dims, default=Dims(128, 128), help="K=128,V=128")
-    parser.add_argument("--dtype", choices=list(_DTYPES), help="bf16 on a GPU, else fp32")
+    add_dims(parser, Dims(128, 128))
+    add_dtype(parser, None, "default: bfloat16 on a GPU, else float32")
     parser.add_argument(
         "--shape", type=_shape, metavar="B,T,H", help="the size of the call to tune for"
     )
@@ -200,11 +187,16 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="journal:///path or a database's URL: workers that share it divide the work",
     )
     parser.add_argument(
-        "--jobs", type=_count, default=os.cpu_count() or 1, help="compilations at a time"
+        "--jobs", type=count, default=os.cpu_count() or 1, help="compilations at a time"
     )
-    parser.add_argument("--chunk", type=_chunks, metavar="C,C", help="only these chunk lengths")
     parser.add_argument(
-        "--plans", type=_count, metavar="N", help="at most N plans per direction, by least memory"
+        "--chunk",
+        type=_chunks,
+        metavar="C,C",
+        help="try only these chunk lengths (the default races them with its own)",
+    )
+    parser.add_argument(
+        "--plans", type=count, metavar="N", help="at most N plans per direction, by least memory"
     )
     parser.add_argument(
         "--exhaustive", action="store_true", help="every configuration of every plan, in order"

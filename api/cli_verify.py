@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from . import library
 from .autotune.store import save, versions_here
 from .autotune.validation import ConfiguredEngine, ValidationSuite, validate, validation_suite
-from .cli_command import Command, UsageError, add_json, find, print_json
+from .cli_command import TARGET, Command, UsageError, add_json, find, print_json
+from .cli_progress import Progress
 from .dsl.declaration import Declaration
 from .runtime.cannot_run import CannotRun
 from .runtime.tuned.artifact import Artifact, Certificate, Configuration, Error, Rejected
@@ -55,8 +54,11 @@ class _Page:
 
 def _verify(arguments: argparse.Namespace) -> int:
     pages = []
-    for path, artifact in _chosen(arguments.target):
-        page = _page(path, artifact, arguments.recurrence or arguments.target)
+    chosen = list(_chosen(arguments.target))
+    for n, (path, artifact) in enumerate(chosen, 1):
+        what = f"validating {artifact.recurrence}, artifact {n} of {len(chosen)}"
+        with Progress(what, quiet=arguments.json):
+            page = _page(path, artifact, arguments.recurrence or arguments.target)
         pages.append(page)
         if not arguments.json:
             _print(page)
@@ -133,10 +135,9 @@ def _check(artifact: Artifact, declared: Declaration) -> tuple[_Checked, ...]:
     for t in artifact.tuned:
         sizes.setdefault(t.config, []).append(f"{t.bucket.rows} x {t.bucket.tokens}")
     suite = validation_suite(declared, key.dims, getattr(torch, key.dtype), device)
-    bar = tqdm(sizes.items(), unit="configuration", disable=not sys.stderr.isatty(), leave=False)
     return tuple(
         _Checked(config, tuple(serves), _certificate(suite, ConfiguredEngine(key.engine, config)))
-        for config, serves in bar
+        for config, serves in sizes.items()
     )
 
 
@@ -175,7 +176,7 @@ def _plain(page: _Page) -> dict[str, object]:
 
 
 def _print(page: _Page) -> None:
-    print(page.path)
+    print(page.path, flush=True)
     print(f"  {page.artifact.recurrence}: {page.artifact.key}")
     if page.refused is not None:
         print(f"  not checked: {page.refused}")
@@ -196,8 +197,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target",
         nargs="?",
-        metavar="FILE | TARGET",
-        help="an artifact, or a recurrence; by default every artifact for this machine",
+        metavar=TARGET,
+        help="an artifact's file, or a recurrence; by default every artifact for this machine",
     )
     parser.add_argument(
         "--recurrence", metavar="FILE.py:NAME", help="the recurrence of FILE, if not of the library"

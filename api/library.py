@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .dsl import library as declarations
+from .dsl.diagnostic import did_you_mean
 from .runtime.recurrence import Recurrence
 
 
@@ -14,9 +15,8 @@ def names() -> tuple[str, ...]:
 def __getattr__(name: str) -> Recurrence:
     op = _OPS.get(name)
     if op is None:
-        raise AttributeError(
-            f"chunkwise.library has no recurrence {name!r}; it has {', '.join(names())}"
-        )
+        near = did_you_mean(name, names()) or f"it has {', '.join(names())}"
+        raise AttributeError(f"chunkwise.library has no recurrence {name!r}; {near}")
     return op
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .cli_progress import watched
 from .codegen.config import Dims
 from .codegen.interface import Dtype
 from .codegen.prove import prove
@@ -102,8 +103,9 @@ def _resources(form: NormalForm, options: Options) -> page.Section:
         name = target.name.lower()
         subject = Subject(form, options.dims, options.dtype, target, packed=False)
         jobs = {k: subject.job(k, subject.default) for k in subject.kernels(subject.default)}
-        _say(f"compiling {len(jobs)} kernels for {name}")
-        outcomes = offline.run_jobs({j.key: j for j in jobs.values()}, options.jobs)
+        unique = {j.key: j for j in jobs.values()}
+        run = offline.run_jobs(unique, options.jobs)
+        outcomes = dict(watched(run, f"compiling for {name}", len(unique), "kernel"))
         column = {kernel: _taken(outcomes[job.key]) for kernel, job in jobs.items()}
         columns[f"{name}, of {target.shared_limit // 1024} KiB"] = column
     kernels = dict.fromkeys(kernel for column in columns.values() for kernel in column)

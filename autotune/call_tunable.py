@@ -62,6 +62,10 @@ class CallTunable:
         self.default = space.default
         self.alternatives = (Alternative("", _KEY, "", (_KEY,), (_KEY,)),)
 
+    def prepare(self) -> None:
+        """As `Tunable.prepare`."""
+        self._suite()
+
     def part(self, key: str) -> Part:
         """As `Tunable.part`."""
         return Part(key, f"{self._engine.value} {key}", self._space.axes, self._space.first)

@@ -85,6 +85,10 @@ class Compilers(Generic[K]):
         trace: TracebackType | None,
     ) -> None:
         """Kill the compilations that still run."""
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Forget all orders, and kill the compilations that still run."""
         for pipe in list(self._workers):
             self._dismiss(pipe)
         self._orders.clear()

@@ -25,8 +25,9 @@ def report(tuning: Tuning) -> str:
         refused = ", ".join(f"{why} ({n})" for why, n in findings.refused[:5])
         pages[0] += f"\nrefused: {refused}"
     pages.append(_tried(tuning))
-    pages.append(_race(tuning.finalists))
-    pages.append(_verdict(tuning))
+    if tuning.finalists:
+        pages.append(_race(tuning.finalists))
+        pages.append(_verdict(tuning))
     return "\n\n".join(p for p in pages if p)
 
 
@@ -36,7 +37,7 @@ def _tried(tuning: Tuning) -> str:
     if combination is None:
         combination = next(iter(tuning.findings.combinations), None)
     if combination is None:
-        return "nothing was measured: is the budget too small?"
+        return "nothing was measured: no configuration ran within the budget"
     chosen = dict(combination.points)
     names: dict[str, list[str]] = {}
     for _, alternative in combination.chosen:
@@ -45,7 +46,11 @@ def _tried(tuning: Tuning) -> str:
     rows = [("part", "tried", "best us", "worst us", "configuration", "registers", "spills", "")]
     for part, measured in tuning.findings.parts:
         if part.key in chosen:
-            rows.append(_row(", ".join(names[part.key]), measured, chosen[part.key]))
+            best = chosen[part.key]
+            rows.append(_row(", ".join(names[part.key]), measured, best))
+            first = next((m for m in measured if m.point in part.first[:1]), None)
+            if first is not None and first.point != best.point:
+                rows.append(_row("  tried first", [first], first))
     others = [(p, m) for p, m in tuning.findings.parts if p.key not in chosen and m]
     more = sum(len(m) for _, m in others)
     note = f"and {more} configurations of {len(others)} parts of other plans" if others else ""
@@ -72,7 +77,7 @@ def _race(finalists: tuple[Finalist, ...]) -> str:
     rows = [("whole call", "us", "95 % interval", "verdict")]
     for f in sorted(finalists, key=lambda f: f.timing.median):
         t = f.timing
-        label = "default" if f.combination is None else describe(f.config)
+        label = f"default: {describe(f.config)}" if f.combination is None else describe(f.config)
         rows.append((label, f"{t.median:.1f}", f"{t.low:.1f} to {t.high:.1f}", f.why))
     return "\n".join(table(rows))
 

@@ -141,10 +141,13 @@ class _Search:
     # ---- the loop --------------------------------------------------------------------------------
 
     def _loop(self, compilers: Compilers[tuple[str, Point]]) -> None:
-        more = True
+        more, prepared = True, False
         while not self._over:
             while more and compilers.hungry and not self._over:
                 more = self._order(compilers)
+            if not prepared:  # early: the finals must not find that it takes more than is left
+                self._tunable.prepare()
+                prepared = True
             if not compilers.orders:
                 return
             done: dict[str, list[tuple[Point, tuple[Built, ...]]]] = {}

@@ -141,6 +141,10 @@ class TritonTunable:
 
     # ---- parts -----------------------------------------------------------------------------------
 
+    def prepare(self) -> None:
+        """As `Tunable.prepare`."""
+        self._suite()
+
     def part(self, key: str) -> Part:
         """As `Tunable.part`."""
         subject = self._subjects[key]

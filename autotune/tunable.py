@@ -86,6 +86,9 @@ class Tunable(Protocol):
     def default(self) -> Configuration:
         """The configuration that serves if nothing was tuned."""
 
+    def prepare(self) -> None:
+        """Make what `validate` compares with; the search calls it while workers compile."""
+
     def part(self, key: str) -> Part:
         """The part that alternatives name by `key`."""
 

@@ -7,7 +7,8 @@ reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -36,6 +37,7 @@ from .tunable import Job, Tunable
 _FINALISTS = 3  # configurations of a heat, beside the default
 _HEATS = 3  # heats at most: another one follows if validation rejected a finalist
 _FOR_RACE = 0.1  # share of the budget
+_LEAST_RACE = 1.0  # seconds
 _FOR_FINALS = 0.35  # share of the budget: compiling whole configurations, races and validation
 
 
@@ -89,22 +91,40 @@ def tune(
     task: Task,
     budget: Budget,
     progress: Progress = unwatched,
+    announce: Callable[[str], None] = lambda stage: None,
 ) -> Tuning:
-    """Search, race and validate within the budget; `devices` time parts and whole calls."""
+    """Search, race and validate within the budget; `devices` time parts and whole calls.
+
+    `announce` is told of each stage after the search. Where the time was over before anything was
+    measured, the default is not examined either, and nothing is kept.
+    """
     parts, whole = devices
+    deadline = time.monotonic() + budget.seconds
     within = Budget(
         budget.seconds * (1 - _FOR_FINALS), budget.workers, budget.exhaustive, budget.seed
     )
     findings = search(tunable, parts, task.storage, task.study, within, progress)
     finalists: list[Finalist] = []
     winner: Finalist | None = None
+    # without a measurement the default is examined only where the search had nothing left to try
+    worthwhile = bool(findings.combinations) or findings.seconds < within.seconds
+    heats = _heats(tunable, findings, task.rejected) if worthwhile else iter(())
     with Compilers[int](budget.workers) as compilers:
-        for heat in _heats(tunable, findings, task.rejected):
-            ranked = _raced(tunable, whole, compilers, heat, _FOR_RACE * budget.seconds)
-            validated, winner = _validated(tunable, compilers, ranked)
+        for heat in heats:
+            stage = f"racing the default and {len(heat) - 1} others"
+            if findings.interrupted:
+                stage = f"interrupted: {stage} (Ctrl-C again leaves at once)"
+            announce(stage)
+            left = deadline - time.monotonic()
+            seconds = min(_FOR_RACE * budget.seconds, max(left / 3, _LEAST_RACE))
+            ranked = _raced(tunable, whole, compilers, heat, seconds, deadline)
+            announce("validating the fastest")
+            validated, winner = _validated(tunable, compilers, ranked, deadline)
             finalists += validated
             rejected = any(f.certificate is not None and not f.certificate.ok for f in validated)
             if not rejected or (winner is not None and winner.config != tunable.default):
+                break
+            if time.monotonic() > deadline:
                 break
     return Tuning(findings, tuple(finalists), winner, _artifact(task, findings, finalists, winner))
 
@@ -131,14 +151,21 @@ def _raced(
     compilers: Compilers[int],
     heat: list[tuple[Configuration, Combination | None]],
     seconds: float,
+    deadline: float,
 ) -> list[Finalist]:
-    """The finalists with their times, the fastest first; those that cannot run are left out."""
+    """The finalists with their times, the fastest first.
+
+    Those that cannot run are left out, and those that are not compiled by the deadline.
+    """
     likely = heat[-1 if len(heat) == 1 else 1][0]
     orders = [partial(tunable.whole_jobs, config) for config, _ in heat]
     # the validation suite is made while whole configurations compile
-    _compiled(compilers, [*orders, partial(tunable.validation_jobs, likely)])
+    orders.append(partial(tunable.validation_jobs, likely))
+    late = _late(compilers, orders, deadline)
     running = []
-    for config, combination in heat:
+    for n, (config, combination) in enumerate(heat):
+        if n in late and config != tunable.default:
+            continue
         run = tunable.whole(config)
         try:
             run()
@@ -156,7 +183,7 @@ def _raced(
 
 
 def _validated(
-    tunable: Tunable, compilers: Compilers[int], ranked: list[Finalist]
+    tunable: Tunable, compilers: Compilers[int], ranked: list[Finalist], deadline: float
 ) -> tuple[list[Finalist], Finalist | None]:
     """The finalists with verdicts, and the winner: the fastest that is surely faster and right."""
     default = next((f.timing for f in ranked if f.config == tunable.default), None)
@@ -170,7 +197,9 @@ def _validated(
         if not own and default is not None and not f.timing.surely_below(default):
             validated.append(_judged(f, None, "not faster than the default by more than the noise"))
             continue
-        _compiled(compilers, [partial(tunable.validation_jobs, f.config)])
+        if _late(compilers, [partial(tunable.validation_jobs, f.config)], deadline) and not own:
+            validated.append(_judged(f, None, "the budget ended before its validation"))
+            continue
         certificate = tunable.validate(f.config)
         if certificate.ok:
             why = "the default keeps its place" if own else "faster than the default, and right"
@@ -189,13 +218,21 @@ def _slower(f: Finalist, winner: Finalist) -> str:
     return f"{f.timing.median / winner.timing.median - 1:.1%}"
 
 
-def _compiled(compilers: Compilers[int], orders: list[Callable[[], tuple[Job, ...]]]) -> None:
-    """Wait until all jobs are compiled; a failure shows when the configuration runs."""
+def _late(
+    compilers: Compilers[int], orders: Sequence[Callable[[], tuple[Job, ...]]], deadline: float
+) -> set[int]:
+    """Wait until all jobs are compiled; the orders that are not by the deadline.
+
+    A failure shows when the configuration runs.
+    """
+    late = set(range(len(orders)))
     for n, jobs in enumerate(orders):
         compilers.order(n, jobs())
     while compilers.orders:
-        for _ in compilers.done(1.0):
-            pass
+        late -= {n for n, _ in compilers.done(0.2)}
+        if late and time.monotonic() > deadline:
+            compilers.cancel()
+    return late
 
 
 def _artifact(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .diagnostic import ChunkwiseError
+from .diagnostic import ChunkwiseError, did_you_mean
+
+OPTION_NAMES = ("initial_state", "output_final_state", "cu_seqlens", "engine", "check")
 
 
 class CallError(ChunkwiseError):
@@ -24,8 +26,11 @@ class BadShape(CallError, ValueError):
         declared = f", declared {kind}," if kind else ""
         if kind == "Scalar" and len(got) == 4 and not help:
             help = f"a gate per channel is declared `{operand}: Key` (or Value)"
-        if kind == "Key" and len(got) == 3 and not help:
-            help = f"one number per head is declared `{operand}: Scalar`"
+            if got[-1] == 1:
+                help = f"one number per head has no axis of its own: {operand}.squeeze(-1)"
+        if kind in ("Key", "Value") and len(got) == 3 and not help:
+            help = f"is the batch missing? {operand}[None] has B = 1"
+            help += f" (one number per head is declared `{operand}: Scalar`)"
         super().__init__(
             f"operand {operand!r}{declared} has shape {_shape(got)}, expected {expected}", help=help
         )
@@ -36,6 +41,18 @@ class BadDtype(CallError, TypeError):
 
     def __init__(self, operand: str, got: str, expected: str, *, help: str = "") -> None:
         super().__init__(f"operand {operand!r} has dtype {got}, expected {expected}", help=help)
+
+
+class NotATensor(BadDtype):
+    """An operand that is no tensor: an array of numpy, a list, a number."""
+
+    def __init__(self, operand: str, got: str, expected: str) -> None:
+        make = "torch.from_numpy" if got == "ndarray" else "torch.tensor"
+        CallError.__init__(
+            self,
+            f"operand {operand!r} is of type {got}, expected {expected}",
+            help=f"pass {make}({operand})",
+        )
 
 
 class BadDevice(CallError, ValueError):
@@ -119,7 +136,8 @@ class UnknownOperand(CallError, TypeError):
 
     def __init__(self, operand: str, expected: Sequence[str], *, op: str = "") -> None:
         super().__init__(
-            f"{op or 'the op'} got the operand {operand!r}, expected only {', '.join(expected)}"
+            f"{op or 'the op'} got the operand {operand!r}, expected only {', '.join(expected)}",
+            help=did_you_mean(operand, [*expected, *OPTION_NAMES]),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .diagnostic import ChunkwiseError
+from .diagnostic import ChunkwiseError, did_you_mean
 from .ir import Loc
 
 FUNCTION_NAMES: set[str] = set()  # of the language, for hints: `functions` fills it
@@ -18,14 +18,23 @@ class DeclarationError(ChunkwiseError):
 
 
 class WrongSide(DeclarationError, TypeError):
-    """`S @ q` or `v @ S`: the vector stands on the wrong side of the state."""
+    """`S @ q` or `v @ S`: the vector stands on the wrong side of the state.
 
-    def __init__(self, left: str, right: str, loc: Loc | None) -> None:
+    `texts` are the two sides as the user wrote them, where they are names.
+    """
+
+    def __init__(
+        self, left: str, right: str, loc: Loc | None, texts: tuple[str, str] = ("", "")
+    ) -> None:
+        at_state = left.endswith("State")
+        vector = texts[1] if at_state else texts[0]
+        state = (texts[0] if at_state else texts[1]) or "S"
+        swapped = f"{vector or 'q'} @ {state}" if at_state else f"{state} @ {vector or 'v'}"
         super().__init__(
             f"{left} @ {right} does not contract: a Key stands left of the state, a Value right",
             loc=loc,
             why="the state is K×V: k @ S sums over K and gives a Value, S @ v sums over V",
-            help="write `q @ S`" if left.endswith("State") else "write `S @ v`",
+            help=f"write `{swapped}`",
         )
 
 
@@ -56,17 +65,31 @@ class MatmulOfVectors(DeclarationError, TypeError):
         super().__init__(
             f"{left} @ {right}: `@` reads a state, and neither side is one",
             loc=loc,
-            why="" if both else "Python reads `k @ exp(g) * S` as `(k @ exp(g)) * S`",
+            why="Python reads `k @ exp(g) * S` as `(k @ exp(g)) * S`" if "Scalar" in right else "",
             help="the inner product of two vectors is `dot(x, y)`"
             if both
+            else "the matrix k vᵀ is `outer(k, v)`"
+            if {left, right} == {"Key", "Value"}
             else "write `k @ (exp(g) * S)`, or name the decayed state first",
         )
 
 
 class OuterOrder(DeclarationError, TypeError):
-    """`outer(v, k)`: the Key comes first."""
+    """`outer(v, k)`, where the Key comes first, or `outer(k, k)`, which is no state.
 
-    def __init__(self, left: str, right: str, loc: Loc | None) -> None:
+    `text` is the second operand as the user wrote it, where it is a name.
+    """
+
+    def __init__(self, left: str, right: str, loc: Loc | None, text: str = "") -> None:
+        if left == right == "Key":
+            k = text or "k"
+            super().__init__(
+                "outer(Key, Key) is a K×K matrix: there are only K×V states and their rows",
+                loc=loc,
+                why=f"the papers' (I − β k kᵀ) S is S − β k (kᵀ S), where `{k} @ S` is a Value",
+                help=f"for `outer(k, {k}) @ S` write `outer(k, {k} @ S)`",
+            )
+            return
         super().__init__(
             f"outer({left}, {right}): the Key comes first, then the Value",
             loc=loc,
@@ -139,6 +162,31 @@ class TracedIteration(DeclarationError, TypeError):
         )
 
 
+class InPlace(DeclarationError, TypeError):
+    """`S[:] = …`, `S.add_(…)`: a traced value is changed, as tensors can be."""
+
+    def __init__(self, what: str, loc: Loc | None) -> None:
+        super().__init__(
+            f"{what} changes a traced value in place",
+            loc=loc,
+            why="a step says what the new state is; nothing is stored while it is traced",
+            help="give the new value a name: `S = S + outer(k, v)` (`S += …` does that too)",
+        )
+
+
+class UnknownName(DeclarationError, NameError):
+    """A name in the step that Python does not know: a function that was not imported, a typo."""
+
+    def __init__(self, name: str, loc: Loc | None) -> None:
+        if name in FUNCTION_NAMES:
+            help = f"import it: `from chunkwise import {name}`"
+        else:
+            near = did_you_mean(name, FUNCTION_NAMES)
+            known = f"functions of a step are {', '.join(sorted(FUNCTION_NAMES))}"
+            help = f"{near} {known}" if near else known
+        super().__init__(f"the name {name!r} is not defined", loc=loc, help=help)
+
+
 class NoAttribute(DeclarationError, AttributeError):
     """`k.T`, `k.exp()`: a traced value has operators, not tensor methods."""
 
@@ -150,7 +198,9 @@ class NoAttribute(DeclarationError, AttributeError):
         elif name in FUNCTION_NAMES:
             help = f"write `{name}(x)` with `from chunkwise import {name}`"
         else:
-            help = "see the operators and functions of the language"
+            near = did_you_mean(name, FUNCTION_NAMES)
+            known = f"functions of a step are {', '.join(sorted(FUNCTION_NAMES))}"
+            help = f"{near} {known}" if near else known
         super().__init__(f"a traced value has no attribute {name!r}", loc=loc, help=help)
 
 
@@ -198,6 +248,9 @@ class MissingAnnotation(DeclarationError, TypeError):
         super().__init__(
             f"the parameter {name!r} has no annotation",
             loc=loc,
+            why="a step is a plain function of states and operands, no method"
+            if name == "self"
+            else "",
             help="say what it is: State, KeyState, Key, Value, Scalar, HeadScalar, HeadKey or "
             "HeadValue; a keyword-only number is a float, int or bool",
         )

@@ -102,11 +102,15 @@ class LinkerFailed(ChunkwiseError, RuntimeError):
 
 
 class BadFile(ChunkwiseError, ImportError):
-    """A user's file that cannot be run: bad syntax, a failed import, an exception of its own."""
+    """A user's file that cannot be run: bad syntax, a failed import, an exception of its own.
 
-    def __init__(self, file: str, raised: BaseException, loc: Loc | None) -> None:
-        super().__init__(
-            f"{file} cannot be run: {type(raised).__name__}: {raised}",
-            loc=loc,
-            help="it is run as `python FILE.py` would, from its own folder: mend it there first",
-        )
+    `trace` is the traceback of that exception, without frames of chunkwise.
+    """
+
+    def __init__(self, file: str, trace: str) -> None:
+        super().__init__(f"{file} cannot be run")
+        self.trace = trace
+
+    def render(self) -> str:
+        """The user's own traceback, and the name of the file."""
+        return f"{self.trace.rstrip()}\n{super().render()}"

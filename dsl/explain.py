@@ -61,6 +61,16 @@ def _line(node: Node, names: dict[Node, str]) -> str:
     return f"{node.op.name.lower()} {', '.join(args)}"
 
 
+def equations(step: Step) -> list[str]:
+    """The step as equations, `S = exp(g)*S + outer(k, v)` and `o = q @ S`, one a line.
+
+    On the right of a state's equation are the states of the token before.
+    """
+    lines = [f"{s.name} = {infix(n)}" for s, n in zip(step.states, step.next_states, strict=True)]
+    names = {n: s.name for s, n in zip(step.states, step.next_states, strict=True)}
+    return [*lines, f"o = {infix(step.output, names)}"]
+
+
 def print_form(form: NormalForm) -> str:
     """The normal form, one decay, write or read a line, and the class it falls in."""
     lines: list[str] = []

@@ -8,7 +8,7 @@ import numbers
 from . import errors
 from .ir import Kind, Op
 from .source import here
-from .traced import Traced, binary, build, lift, name_of, unary
+from .traced import Traced, binary, build, lift, name_if_leaf, name_of, unary
 
 __all__ = [
     "abs",
@@ -203,5 +203,5 @@ def outer(k: Traced, v: Traced | float) -> Traced:
         if z.kind.is_state:
             raise errors.StateAsVector("outer", name_of(z), here())
     if a.kind is not Kind.KEY or b.kind is Kind.KEY:
-        raise errors.OuterOrder(name_of(a), name_of(b), here())
+        raise errors.OuterOrder(name_of(a), name_of(b), here(), name_if_leaf(b))
     return build(Op.OUTER, a, b, kind=Kind.STATE if b.kind is Kind.VALUE else Kind.KEY_STATE)

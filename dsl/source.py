@@ -17,10 +17,14 @@ _BUILDERS = frozenset(
 )
 
 
+def _builds(module: str) -> bool:
+    return module in _BUILDERS or module.partition(".")[0] in ("torch", "numpy")
+
+
 def here() -> Loc | None:
     """The innermost line that is not part of the tracing machinery."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") in _BUILDERS:
+    while frame is not None and _builds(str(frame.f_globals.get("__name__"))):
         frame = frame.f_back
     if frame is None:
         return None
@@ -34,6 +38,16 @@ def here() -> Loc | None:
             if end != start:
                 end_col = None
     return Loc(code.co_filename, line, code.co_name, col, end_col)
+
+
+def raised_in(error: BaseException, code: CodeType) -> Loc | None:
+    """The line of `code` that raised `error`; None if it was raised elsewhere."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or last.tb_frame.f_code is not code:
+        return None
+    return Loc(code.co_filename, last.tb_lineno, code.co_name)
 
 
 def definition(code: CodeType, parameter: str = "") -> Loc:

@@ -12,7 +12,7 @@ from . import step as step_ir
 from .ir import Loc, Node, Op, topological
 from .kinds import annotations_of, kind_annotation
 from .normal_form import Operand, Param, StateDecl
-from .source import definition, last_return
+from .source import definition, last_return, raised_in
 from .step import Step
 from .traced import Traced
 
@@ -116,7 +116,13 @@ def trace(
         if n not in signature.keyword_only
     ]
     keywords = {n: symbols[n] for n in signature.keyword_only}
-    result = function(*positional, **keywords)
+    try:
+        result = function(*positional, **keywords)
+    except NameError as error:
+        loc = raised_in(error, function.__code__) if inspect.isfunction(function) else None
+        if loc is None or isinstance(error, errors.ChunkwiseError):
+            raise
+        raise errors.UnknownName(str(error.name), loc) from None
     next_states, output = _unpack(result, function, signature)
     step = Step(
         function.__name__,

@@ -133,9 +133,17 @@ class Traced:
     def __getitem__(self, index: object) -> NoReturn:
         raise errors.TracedIteration("indexing", here())
 
+    def __setitem__(self, index: object, value: object) -> NoReturn:
+        raise errors.InPlace("an assignment to an element or a slice", here())
+
+    def __delitem__(self, index: object) -> NoReturn:
+        raise errors.InPlace("del", here())
+
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):  # protocols probe for these
             raise AttributeError(name)
+        if name.endswith("_"):
+            raise errors.InPlace(f".{name}()", here())
         raise errors.NoAttribute(name, here())
 
 
@@ -156,6 +164,12 @@ def lift(x: object) -> Traced:
 def name_of(x: Traced) -> str:
     """The kind of a value, for messages."""
     return x.kind.spelled
+
+
+def name_if_leaf(x: Traced) -> str:
+    """The name of an operand or a state; empty for other values."""
+    named = x.node.op in (Op.OPERAND, Op.STATE)
+    return str(x.node.attrs[0]) if named else ""
 
 
 def build(op: Op, *args: Traced, attrs: tuple[Attr, ...] = (), kind: Kind | None = None) -> Traced:
@@ -266,7 +280,7 @@ def _read(x: Traced | float, y: Traced | float) -> Traced:
     if a.kind is Kind.STATE and b.kind is Kind.VALUE:
         return build(Op.READ_VALUE, a, b, kind=Kind.KEY)
     if a.kind.is_state or b.kind.is_state:
-        raise errors.WrongSide(name_of(a), name_of(b), here())
+        raise errors.WrongSide(name_of(a), name_of(b), here(), (name_if_leaf(a), name_if_leaf(b)))
     raise errors.MatmulOfVectors(name_of(a), name_of(b), here())
 
 

@@ -1,4 +1,4 @@
-"""The demo: declare two recurrences, train both on associative recall, time them, tune one.
+"""The demo: two declarations, the race of their accuracies, what the compiler made of them, tuning.
 
 Multi-query associative recall: the text binds values to keys, `k1 v1 k2 v2 ...`, and then asks for
 keys; the right answer to a key is the value that it was bound to last. There are more bindings
@@ -7,15 +7,16 @@ every value that a key ever had; the delta rule first takes away what the key re
 Irie, Schmidhuber 2021; Yang et al. 2024).
 
 Both models are the same but for the declared step: sizes, data, steps, seed, and learning rates
-from the same sweep (`--sweep` repeats it).
+from the same sweep (`--sweep` repeats it). They take their training steps in turns.
 
-Then the engine that trained them is timed against plain torch operations, and the delta rule's
-kernels are tuned for this machine.
+Then the compiler explains both, the engine that trained them is timed against plain torch
+operations, and the delta rule's kernels are tuned for this machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import sys
 import time
@@ -28,10 +29,10 @@ import torch
 import torch.nn.functional as F
 from chunkwise import Key, Scalar, State, Value, outer
 from chunkwise.cli import main as chunkwise_command
+from chunkwise.cli_progress import Progress
 from chunkwise.nn import LanguageModel, RecurrentLayer
 from chunkwise.runtime.engines import choose
 from torch import Tensor
-from tqdm import tqdm
 
 
 @cw.recurrence
@@ -49,6 +50,7 @@ def delta_rule(S: State, q: Key, k: Key, v: Value, beta: Scalar) -> tuple[State,
 KEYS, VALUES, PAIRS, QUERIES = 16, 32, 32, 16
 HIDDEN, HEADS, KEY_DIM, VALUE_DIM = 64, 1, 16, 16
 BATCH, WARMUP, LAST = 32, 50, 50
+EVERY_S = 3.0  # seconds between two lines of the race
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 MODELS = {"additive attention": additive_attention, "delta rule": delta_rule}
 # the best of LEARNING_RATES for each, over 600 steps, by `--sweep`
@@ -84,38 +86,74 @@ def model(op: cw.Recurrence, engine: str | None) -> LanguageModel:
     return LanguageModel(KEYS + VALUES, HIDDEN, [layer], width=0)
 
 
-def train(name: str, rate: float, args: argparse.Namespace) -> Result:
-    """Train one model from scratch, then measure it on text that it has not seen."""
-    torch.manual_seed(args.seed)
-    data = torch.Generator().manual_seed(args.seed)
-    net = model(MODELS[name], args.engine).to(args.device)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.0)
-    started, curve = time.perf_counter(), []
-    bar = tqdm(range(args.steps), desc=f"{name:20}", disable=not sys.stderr.isatty())
-    for step in bar:
-        decay = 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        for group in optimiser.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / WARMUP) * decay
-        tokens, answers, _ = (x.to(args.device) for x in text(BATCH, data))
-        logits = net(tokens)[:, 2 * PAIRS :]
-        loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimiser.step()
-        curve.append((logits.argmax(-1) == answers).float().mean().item())
-        if step % 10 == 9:
-            bar.set_postfix(accuracy=f"{sum(curve[-LAST:]) / len(curve[-LAST:]):.3f}")
-    seconds = time.perf_counter() - started
+class Racer:
+    """A model in training; `curve` has its accuracy at every step, `seconds` its share of time."""
 
-    fresh = torch.Generator().manual_seed(args.seed + 1_000_000)
-    tokens, answers, bindings = (x.to(args.device) for x in text(512, fresh))
-    with torch.no_grad():
-        right = (net(tokens)[:, 2 * PAIRS :].argmax(-1) == answers).float()
-    by_bindings = {
-        n: right[bindings == n].mean().item() for n in range(1, 6) if (bindings == n).any()
-    }
-    return Result(tuple(curve), right.mean().item(), by_bindings, seconds)
+    def __init__(self, name: str, rate: float, args: argparse.Namespace) -> None:
+        torch.manual_seed(args.seed)
+        self.name, self.rate, self.args = name, rate, args
+        self.data = torch.Generator().manual_seed(args.seed)
+        self.net = model(MODELS[name], args.engine).to(args.device)
+        self.optimiser = torch.optim.AdamW(self.net.parameters(), lr=rate, weight_decay=0.0)
+        self.curve: list[float] = []
+        self.seconds = 0.0
+
+    def step(self) -> None:
+        """One training step, on texts of the racer's own."""
+        started = time.perf_counter()
+        decay = 0.5 * (1 + math.cos(math.pi * len(self.curve) / self.args.steps))
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate * min(1.0, (len(self.curve) + 1) / WARMUP) * decay
+        tokens, answers, _ = (x.to(self.args.device) for x in text(BATCH, self.data))
+        logits = self.net(tokens)[:, 2 * PAIRS :]
+        loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
+        self.optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimiser.step()
+        self.curve.append((logits.argmax(-1) == answers).float().mean().item())
+        self.seconds += time.perf_counter() - started
+
+    @property
+    def recent(self) -> float:
+        """The accuracy over the last steps."""
+        last = self.curve[-LAST:]
+        return sum(last) / max(len(last), 1)
+
+    def result(self) -> Result:
+        """Its accuracy on text that it has not seen."""
+        fresh = torch.Generator().manual_seed(self.args.seed + 1_000_000)
+        tokens, answers, bindings = (x.to(self.args.device) for x in text(512, fresh))
+        with torch.no_grad():
+            right = (self.net(tokens)[:, 2 * PAIRS :].argmax(-1) == answers).float()
+        by_bindings = {
+            n: right[bindings == n].mean().item() for n in range(1, 6) if (bindings == n).any()
+        }
+        return Result(tuple(self.curve), right.mean().item(), by_bindings, self.seconds)
+
+
+def race(racers: Sequence[Racer], steps: int) -> list[Result]:
+    """Train all of them, step by step in turns, and print how they do every few seconds."""
+    said = time.perf_counter()
+    for step in range(1, steps + 1):
+        with Progress("the first step compiles kernels", quiet=step > 1):
+            for racer in racers:
+                racer.step()
+        if step == steps or time.perf_counter() - said > EVERY_S:
+            said = time.perf_counter()
+            standings = (f"{r.name} {r.recent:.2f} {_bar(r.recent)}" for r in racers)
+            print(f"step {step:4}/{steps}  {'  '.join(standings)}", flush=True)
+    return [racer.result() for racer in racers]
+
+
+def _bar(accuracy: float, width: int = 20) -> str:
+    return ("█" * round(accuracy * width)).ljust(width, "·")
+
+
+def declarations() -> str:
+    """The source of both declarations, from this file."""
+    functions = (op.declaration.function for op in MODELS.values())
+    return "\n".join(inspect.getsource(f) for f in functions)
 
 
 def timed(op: cw.Recurrence, engine: str | None, device: str) -> float:
@@ -152,10 +190,11 @@ def tune(args: argparse.Namespace) -> int:
     size = f"{BATCH},{2 * PAIRS + QUERIES},{HEADS}"
     command = ["tune", f"{__file__}:delta_rule", "--dims", f"K={KEY_DIM},V={VALUE_DIM}"]
     command += ["--dtype", "fp32", "--shape", size, "--budget", str(args.tune)]
-    picture = args.out.with_name("tuning.png")
+    picture = args.out.with_name("tuning.svg")
     print(f"\nchunkwise {' '.join(command)}", flush=True)
     done = chunkwise_command([*command, "--plot", str(picture)])
-    print(f"plot: {picture}")
+    if picture.exists():
+        print(f"picture of the search: {picture}")
     return done
 
 
@@ -164,6 +203,7 @@ def plot(results: dict[str, Result], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "mqar"  # the same picture for the same numbers
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
@@ -179,14 +219,16 @@ def plot(results: dict[str, Result], path: Path) -> None:
     right.set(xlabel="times the key was bound", title="after training, unseen text")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    undated = {"Date": None} if path.suffix == ".svg" else None
+    figure.savefig(path, dpi=130, metadata=undated)
+    print(f"picture of the race: {path}")
 
 
 def sweep(args: argparse.Namespace) -> None:
     """Both models at every learning rate."""
     for name in MODELS:
         for rate in LEARNING_RATES:
-            result = train(name, rate, args)
+            (result,) = race([Racer(name, rate, args)], args.steps)
             print(f"{name:20} lr {rate:.0e}  accuracy {result.accuracy:.3f}", flush=True)
 
 
@@ -198,7 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine", default=None, help="reference, eager, tvm or triton")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out/mqar.png"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/mqar.svg"), help="the picture: .svg, .png, …"
+    )
     parser.add_argument("--tune", type=int, default=40, help="seconds to tune for; 0: not at all")
     parser.add_argument("--sweep", action="store_true", help="try every learning rate, then stop")
     args = parser.parse_args(argv)
@@ -209,14 +253,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sweep(args)
         return 0
 
-    for op in MODELS.values():
-        print(op.explain(), end="\n\n")
+    print(declarations())
     print(
         f"{PAIRS} bindings of {KEYS} keys, {QUERIES} questions; one layer, K = {KEY_DIM}, "
-        f"V = {VALUE_DIM}; {args.steps} steps of {BATCH} texts, on {args.device}",
+        f"V = {VALUE_DIM}; {args.steps} steps of {BATCH} texts, on {args.device}\n",
         flush=True,
     )
-    results = {name: train(name, BEST[name], args) for name in MODELS}
+    racers = [Racer(name, BEST[name], args) for name in MODELS]
+    results = dict(zip(MODELS, race(racers, args.steps), strict=True))
+    print("\non unseen text:")
     for name, result in results.items():
         size = sum(p.numel() for p in model(MODELS[name], args.engine).parameters())
         bound = ", ".join(f"{n}x {a:.2f}" for n, a in result.by_bindings.items())
@@ -225,7 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{size} parameters, {result.seconds:.0f} s"
         )
     plot(results, args.out)
-    print(f"plot: {args.out}")
+    for op in MODELS.values():
+        print(f"\n{op.explain()}")
     compare(args)
     return tune(args) if args.tune else 0
 

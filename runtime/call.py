@@ -155,7 +155,7 @@ def arrange(
         if value is None:
             raise errors.MissingOperand(x.name, x.spelled, shape_of(x), op=title)
         if not isinstance(value, Tensor):
-            raise errors.BadDtype(x.name, type(value).__name__, f"a tensor {shape_of(x)}")
+            raise errors.NotATensor(x.name, type(value).__name__, f"a tensor {shape_of(x)}")
         plain = type(value) in PLAIN and not value.is_nested
         operands[x.name] = value if plain else whole(x.name, value)
     params: dict[str, float] = {}

@@ -20,7 +20,7 @@ from ..codegen.config import Dims
 from ..codegen.differentiate import GRADIENT
 from ..codegen.programs import chunk_program
 from ..codegen.token import row_names, token_kernel
-from ..dsl.errors import NotLowered
+from ..dsl.errors import EngineUnavailable, NotLowered
 from ..dsl.ir import Per
 from ..dsl.normal_form import NormalForm, Operand
 from .call import Call, places_of, values_of
@@ -108,6 +108,10 @@ class Engine(ABC):
     def refusal(self, call: Call) -> str | None:
         """Why calls of this layout cannot be served; None if they can."""
 
+    def device_refusal(self, call: Call) -> str | None:
+        """Why the engine serves no call on this device; None if it serves some."""
+        return None
+
     @abstractmethod
     def token_refusal(self, call: Call) -> str | None:
         """Why no kernel takes tokens of this layout one at a time; None if one does."""
@@ -128,14 +132,25 @@ class Engine(ABC):
         """Refuse calls that the engine cannot serve.
 
         Raises:
-            NotLowered: says why.
+            EngineUnavailable: it runs on another kind of device.
+            NotLowered: it has no kernels for such a call.
         """
+        elsewhere = self.device_refusal(call)
+        if elsewhere is not None:
+            raise EngineUnavailable(
+                self.name.value,
+                elsewhere,
+                help="name no engine: the device of the operands then chooses its own",
+            )
         reason = self.refusal(call)
         if reason is not None:
+            help = 'engine="reference" runs any legal step, token by token'
+            if self.has_steps and self.token_refusal(call) is None:
+                help = f"{call.declaration.name}.step runs it by a kernel, one token a call; {help}"
             raise NotLowered(
                 f"engine {self.name.value!r} cannot serve this call of {call.declaration.name}",
                 reason,
-                'engine="reference" runs any legal step, token by token',
+                help,
             )
 
     # ---- a checked call, for those who tune, examine and measure ---------------------------------

@@ -11,6 +11,8 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from ..dsl import errors
+from ..dsl.diagnostic import did_you_mean
+from .extras import how_to_install
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -45,8 +47,8 @@ def _has_tvm() -> bool:
     if importlib.util.find_spec("tvm") is not None:
         return True
     _LOG.warning(
-        'CPU calls run as torch operations; pip install "chunkwise[tvm]" compiles them, '
-        "several times as fast"
+        "CPU calls run as torch operations; TVM compiles them, several times as fast: %s",
+        how_to_install("tvm"),
     )
     return False
 
@@ -77,9 +79,10 @@ def choose(
     try:
         return EngineName(requested)
     except ValueError:
-        known = ", ".join(n.value for n in EngineName)
+        names = [n.value for n in EngineName]
+        help = f"{did_you_mean(str(requested), names)} engines: {', '.join(names)}".strip()
         raise errors.EngineUnavailable(
-            str(requested), "there is no engine of that name", help=f"engines: {known}"
+            str(requested), "there is no engine of that name", help=help
         ) from None
 
 
@@ -93,8 +96,10 @@ def load(name: EngineName) -> Engine:
     try:
         module = importlib.import_module(f".{_MODULES[name]}", __package__)
     except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        how = how_to_install("tvm") if package.startswith("tvm") else f"pip install {package}"
         raise errors.EngineUnavailable(
-            name.value, f"it needs the module {missing.name!r}, which is not installed"
+            name.value, f"it needs the module {package!r}, which is not installed: {how}"
         ) from missing
     engine: Engine = module.ENGINE
     return engine
@@ -107,7 +112,7 @@ def available() -> dict[EngineName, str | None]:
         try:
             load(name)
         except errors.EngineUnavailable as why:
-            found[name] = str(why)
+            found[name] = why.why
         else:
             found[name] = None
     return found

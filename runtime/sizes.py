@@ -5,6 +5,8 @@ A pure function of what never changes from one training step to the next, hence 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -70,7 +72,8 @@ def measure(
 
     def refuse(fault: str, name: str, got: Any, expected: str) -> Exception:
         if fault == "shape" and name in declared:
-            return errors.BadShape(name, got, expected, kind=declared[name].spelled)
+            kind, help = declared[name].spelled, _other_order(got, expected)
+            return errors.BadShape(name, got, expected, kind=kind, help=help)
         return refusal(fault, name, got, expected)
 
     sizes = shapes.measure(
@@ -100,10 +103,23 @@ def measure(
 measured = lru_cache(maxsize=4096)(measure)
 
 
+def _other_order(got: Sequence[int], expected: str) -> str:
+    """What mends a shape whose axes are in another library's order; empty for other shapes."""
+    tokens = re.search(r"with T = (\d+)", expected)
+    if tokens is not None and len(got) > 2 and str(got[2]) == tokens[1]:
+        return (
+            "time comes before heads: a head-first tensor [B,H,T,…] is passed as x.transpose(1, 2)"
+        )
+    state = re.search(r"= \[(\d+), (\d+), (\d+), (\d+)\]$", expected)
+    if state is not None and [str(n) for n in got] == [state[n] for n in (1, 2, 4, 3)]:
+        return "states are K×V: a V×K state is passed as x.transpose(-1, -2)"
+    return ""
+
+
 def refusal(fault: str, name: str, got: Any, expected: str) -> Exception:
     """The error of a fault that `shapes` found."""
     if fault == "shape":
-        return errors.BadShape(name, got, expected)
+        return errors.BadShape(name, got, expected, help=_other_order(got, expected))
     if fault == "layout":
         return errors.BadLayout(name, f"a tensor of layout {got}")
     if fault == "device":

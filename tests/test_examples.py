@@ -9,12 +9,13 @@ from examples import mqar
 
 
 def test_the_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plot = tmp_path / "out" / "mqar.png"
+    plot = tmp_path / "out" / "mqar.svg"
     assert mqar.main(["--steps", "3", "--out", str(plot), "--tune", "0"]) == 0
     printed = capsys.readouterr().out
     assert "rank 1 (one write, symmetric)" in printed  # explain()
     assert "additive attention   accuracy 0." in printed
-    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in plot.read_text(encoding="utf-8")
+    assert printed.index("S = S + outer(k, v)") < printed.index("step ") < printed.index("rank 1")
 
 
 def test_answers_are_the_last_binding() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import signal
 import sys
 import tempfile
 import time
@@ -19,7 +20,6 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from tqdm import tqdm
 from triton.errors import TritonError
 
 from ...dsl.ir import Kind, Per
@@ -136,31 +136,40 @@ def _import(source: str) -> ModuleType:
     return import_file(name, path)
 
 
-def run_jobs(jobs: Mapping[str, Job], workers: int) -> dict[str, Outcome]:
-    """Every job's outcome by key; a compiler that takes its process down is an outcome too."""
-    outcomes: dict[str, Outcome] = {}
+def run_jobs(jobs: Mapping[str, Job], workers: int) -> Iterator[tuple[str, Outcome]]:
+    """Every job's key and outcome; a compiler that takes its process down is an outcome too."""
+    done = set()
     # longest first is unknown; by target, so that equal work is spread over the pool
-    with tqdm(total=len(jobs), unit="kernel", disable=not sys.stderr.isatty()) as bar:
-        try:
-            for key, outcome in _pooled(jobs, workers):
-                outcomes[key] = outcome
-                bar.update()
-        except BrokenProcessPool:
-            for key, job in jobs.items():
-                if key not in outcomes:
-                    outcomes[key] = _alone(key, job)
-                    bar.update()
-    return outcomes
+    try:
+        for key, outcome in _pooled(jobs, workers):
+            done.add(key)
+            yield key, outcome
+    except BrokenProcessPool:
+        for key, job in jobs.items():
+            if key not in done:
+                yield key, _alone(key, job)
 
 
 def _pooled(jobs: Mapping[str, Job], workers: int) -> Iterator[tuple[str, Outcome]]:
     context = multiprocessing.get_context("spawn")  # a fork would share LLVM's threads
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    before = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, context, _ignore_interrupts) as pool:
         futures: dict[Future[Outcome], str] = {
             pool.submit(compile_job, job): key for key, job in jobs.items()
         }
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except (KeyboardInterrupt, GeneratorExit):  # nobody waits for the others
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - before:
+                process.kill()
+            raise
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches all processes of a terminal; the one that reads the outcomes decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _alone(key: str, job: Job) -> Outcome:

@@ -50,15 +50,18 @@ class _Triton(KernelEngine):
     name = EngineName.TRITON
 
     def refusal(self, call: Call) -> str | None:
-        why = _no_device(call.device) or unsupported_dtype(dtypes_of(call))
+        why = self.device_refusal(call) or unsupported_dtype(dtypes_of(call))
         if why is not None:
             return why
         if triton.knobs.runtime.interpret and torch.bfloat16 in dict(dtypes_of(call)).values():
             return "Triton's interpreter computes bfloat16 products wrongly: use float32 or float16"
         return chunk_refusal(call.form)
 
+    def device_refusal(self, call: Call) -> str | None:
+        return _no_device(call.device)
+
     def token_refusal(self, call: Call) -> str | None:
-        return _no_device(call.device) or printed_token_refusal(call)
+        return self.device_refusal(call) or printed_token_refusal(call)
 
     def compile(self, task: Task, config: Configuration | None, segment: int | None) -> Execute:
         call = task.call

@@ -104,7 +104,7 @@ KNOWN_BAD = (
     KnownBad(
         (("apache-tvm", "0.27.0"), ("apache-tvm-ffi", "0.1.15.post2")),
         "tvm.ir.save_json crashes",
-        'pip install "chunkwise[tvm]" takes 0.1.14.post1',
+        'pip install "apache-tvm-ffi==0.1.14.post1"',
     ),
 )
 

@@ -53,10 +53,16 @@ class _Tvm(KernelEngine):
     name = EngineName.TVM
 
     def refusal(self, call: Call) -> str | None:
-        return _no_cpu(call) or unsupported_dtype(dtypes_of(call)) or chunk_refusal(call.form)
+        why = self.device_refusal(call) or unsupported_dtype(dtypes_of(call))
+        return why or chunk_refusal(call.form)
+
+    def device_refusal(self, call: Call) -> str | None:
+        if call.device.type != "cpu":
+            return f"its code runs on a CPU, and the operands are on {call.device}"
+        return None
 
     def token_refusal(self, call: Call) -> str | None:
-        return _no_cpu(call) or printed_token_refusal(call)
+        return self.device_refusal(call) or printed_token_refusal(call)
 
     def compile(self, task: Task, config: Configuration | None, segment: int | None) -> Execute:
         call, dims = task.call, Dims(task.call.K, task.call.V)
@@ -72,12 +78,6 @@ class _Tvm(KernelEngine):
 
 
 ENGINE = _Tvm()
-
-
-def _no_cpu(call: Call) -> str | None:
-    if call.device.type != "cpu":
-        return f"its code runs on a CPU, and the operands are on {call.device}"
-    return None
 
 
 def configuration() -> TvmConfig:

@@ -98,6 +98,9 @@ class Fake:
         point = (("chunk", config.chunk), ("warps", config.default.warps))
         return Timed(3 * microseconds("fast/a", point))
 
+    def prepare(self) -> None:
+        pass
+
     def validation_jobs(self, config: Configuration) -> tuple[Job, ...]:
         return self.jobs_of
 

@@ -10,8 +10,9 @@ import torch
 from chunkwise.autotune.plot import plot
 from chunkwise.autotune.report import report
 from chunkwise.autotune.search import Budget
+from chunkwise.autotune.space import Point
 from chunkwise.autotune.subject import Size, subject
-from chunkwise.autotune.tunable import Run
+from chunkwise.autotune.tunable import Part, Run
 from chunkwise.autotune.tune import Task, Tuning, tune
 from chunkwise.autotune.validation import validate, validation_suite
 from chunkwise.codegen.config import Dims, EagerConfig
@@ -86,8 +87,20 @@ def test_nothing_wins_where_everything_is_wrong() -> None:
 
 
 def test_the_default_serves_where_nothing_could_be_measured() -> None:
-    tuning = tuned(Fake(), seconds=0.0)
+    class Illegal(Fake):
+        def excess(self, part: Part, point: Point) -> dict[str, float]:
+            return {"too much": 1.0}
+
+    tuning = tuned(Illegal())
     assert [t.config for t in tuning.artifact.tuned] == [DEFAULT]
+    assert "nothing was measured" in report(tuning)
+
+
+def test_nothing_is_examined_after_the_budget() -> None:
+    tuning = tuned(Fake(), seconds=0.0)
+    assert tuning.finalists == ()
+    assert tuning.artifact.tuned == ()
+    assert "winner" not in report(tuning)
 
 
 def test_the_picture(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from chunkwise import cli, library
+from chunkwise.codegen.interface import Dtype
 
 RULES = """\
 from __future__ import annotations
@@ -66,7 +68,11 @@ def test_prove(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHUNKWISE_CHECK", "1")
     assert cli.main(["doctor"]) == 0
-    assert "agrees with the oracle" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("healthy: chunkwise ")
+    assert "right on cpu" in out
+    assert "--artifacts lists all" in out
+    assert ".json" not in out
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["healthy"] is True
@@ -79,9 +85,12 @@ def test_targets_that_are_not_there(capsys: pytest.CaptureFixture[str], tmp_path
     file = tmp_path / "two.py"
     file.write_text(RULES + SECOND)
     for target, hint in (
-        ("delta", "chunkwise list"),
+        ("delta", "did you mean delta_rule or delta_product?"),
+        ("gated_delta_ruel", "did you mean gated_delta_rule"),
+        ("softmax", "`chunkwise list` shows"),
         (str(tmp_path / "none.py"), "no file"),
-        (f"{file}:ours", "mine, yours"),
+        (f"{file}:ours", "did you mean yours?"),
+        (f"{file}:theirs", "it declares mine, yours"),
         (str(file), "which recurrence"),
     ):
         assert cli.main(["explain", target]) == 2
@@ -103,23 +112,26 @@ def test_a_mistake_in_the_users_file(capsys: pytest.CaptureFixture[str], tmp_pat
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("import chunkwise\nthis is no Python\n", ("SyntaxError", "2 | this is no Python")),
-        ("import no_such_package\n", ("ModuleNotFoundError", "1 | import no_such_package")),
-        ("x = {}\nx['rule']\n", ("KeyError: 'rule'", "2 | x['rule']")),
-        ("import sys\nsys.exit(3)\n", ("SystemExit: 3", "2 | sys.exit(3)")),
-        ("def half(x):\n    return 1 / 0\nhalf(1)\n", ("ZeroDivisionError", "return 1 / 0")),
+        ("import chunkwise\nthis is no Python\n", ("SyntaxError", "line 2", "this is no Python")),
+        ("import no_such_package\n", ("ModuleNotFoundError", "import no_such_package")),
+        ("x = {}\nx['rule']\n", ("KeyError: 'rule'", "line 2", "x['rule']")),
+        ("import sys\nsys.exit(3)\n", ("SystemExit: 3", "sys.exit(3)")),
+        ("def half(x):\n    return 1 / 0\nhalf(1)\n", ("ZeroDivisionError", "half(1)", "1 / 0")),
+        (RULES.replace("exp(g) * S", "{}['decay'] * S"), ("KeyError: 'decay'", "in mine")),
     ],
 )
 def test_a_file_that_cannot_be_run(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, said: tuple[str, ...]
 ) -> None:
-    """The catalogue's error with the user's own line, and no traceback of ours."""
+    """The user's own traceback, without a frame of ours."""
     file = tmp_path / "cannot_be_run.py"
     file.write_text(text)
     assert cli.main(["explain", f"{file}:rule"]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("BadFile: cannot_be_run.py cannot be run: ")
-    assert "Traceback" not in err
+    assert err.endswith("\nBadFile: cannot_be_run.py cannot be run\n")
+    files = re.findall(r'File "([^"]+)"', err)
+    assert files
+    assert set(files) == {str(file)}
     for part in said:
         assert part in err
 
@@ -171,3 +183,38 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: list[str
         cli.main([*command, "--help"])
     assert stopped.value.code == 0
     assert f"chunkwise {' '.join(command)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "meant"),
+    [
+        (["explian", "kda"], "did you mean explain?"),
+        (["emit", "kda", "--stage", "chunks"], "did you mean chunk?"),
+        (["emit", "kda", "--stgae", "chunk"], "did you mean --stage?"),
+        (["emit", "kda", "--dtype", "bflota16"], "did you mean bfloat16 or float16?"),
+        (["tune", "kda", "--dtype", "int8"], "there are bfloat16 (bf16), float16 (fp16)"),
+        (["audit", "--dtype", "f64"], "no dtype 'f64'"),
+        (["tune", "kda", "--shape", "1,2"], "is not B,T,H, as in 4,4096,16"),
+        (["export", "kda", "-o", "x", "--lyaout", "hub"], "did you mean --layout?"),
+    ],
+)
+def test_what_was_meant(capsys: pytest.CaptureFixture[str], command: list[str], meant: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command)
+    assert stopped.value.code == 2
+    assert meant in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["bf16", "bfloat16", "BF16", "torch.bfloat16"])
+def test_spellings_of_dtypes(text: str) -> None:
+    """Every command that takes a dtype reads all of them."""
+    for command in ("emit", "explain", "crossover", "doctor", "tune"):
+        assert cli.parser().parse_args([command, "kda", "--dtype", text]).dtype is Dtype.BFLOAT16
+    arguments = cli.parser().parse_args(["export", "kda", "-o", "x", "--dtype", f"{text},fp32"])
+    assert arguments.dtype == (Dtype.BFLOAT16, Dtype.FLOAT32)
+    assert cli.parser().parse_args(["audit", "--dtype", text]).dtype == [Dtype.BFLOAT16]
+
+
+def test_names_of_the_library_that_audit_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["audit", "delta_rul"]) == 2
+    assert "did you mean delta_rule" in capsys.readouterr().err

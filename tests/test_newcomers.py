@@ -1,0 +1,409 @@
+"""Mistakes of the first hour: each has its class, and a help that names what to write."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import chunkwise as cw
+import numpy as np
+import pytest
+import torch
+from chunkwise import HeadScalar, Key, Scalar, State, Value, errors, exp, outer, softplus
+from torch import Tensor
+
+B, T, H, K, V = 2, 8, 3, 4, 6
+Mistake = tuple[type[errors.ChunkwiseError], str, Callable[[], object]]
+MISTAKES: list[Mistake] = []
+
+
+def mistake(
+    error: type[errors.ChunkwiseError], said: str
+) -> Callable[[Callable[[], object]], Callable[[], object]]:
+    """Registers code that must fail with `error` and a message that contains `said`."""
+
+    def register(code: Callable[[], object]) -> Callable[[], object]:
+        MISTAKES.append((error, said, code))
+        return code
+
+    return register
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float32)
+
+
+def call(**changed: object) -> object:
+    """A right call of the gated delta rule, but for what is changed."""
+    operands: dict[str, object] = {
+        "q": normal(B, T, H, K),
+        "k": normal(B, T, H, K),
+        "v": normal(B, T, H, V),
+        "g": -normal(B, T, H).abs(),
+        "beta": normal(B, T, H).sigmoid(),
+    }
+    return cw.library.gated_delta_rule(**{**operands, **changed})
+
+
+# ---- declarations --------------------------------------------------------------------------------
+
+
+@mistake(errors.OuterOrder, "for `outer(k, k) @ S` write `outer(k, k @ S)`")
+def the_papers_notation() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value, beta: Scalar):
+        S = S - beta * outer(k, k) @ S + outer(k, v)
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.WrongSide, "write `k @ S`")
+def state_before_key() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value, beta: Scalar):
+        S = S + beta * outer(k, v - S @ k)
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.MatmulOfVectors, "the matrix k vᵀ is `outer(k, v)`")
+def key_at_value() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value):
+        S = S + k @ v
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.KeyTimesValue, "the matrix k vᵀ is `outer(k, v)`")
+def key_times_value() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value):
+        S = S + k * v
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.InPlace, "give the new value a name: `S = S + outer(k, v)`")
+def slice_assignment() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value):
+        S[:] = S + outer(k, v)
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.InPlace, ".add_() changes a traced value in place")
+def in_place_method() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value):
+        S.add_(outer(k, v))
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.UnknownName, "functions of a step are abs, clamp")
+def function_that_is_not_there() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value):
+        S = S + outer(softmax(k), v)  # noqa: F821
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.UnknownName, "import it: `from chunkwise import sigmoid`")
+def function_that_was_not_imported() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value, x: Scalar):
+        S = sigmoid(x) * S + outer(k, v)  # noqa: F821
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.ForeignFunction, "from chunkwise import sigmoid")
+def function_of_torch() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value, x: Scalar):
+        S = torch.sigmoid(x) * S + outer(k, v)
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.ForeignFunction, "test_newcomers.py")  # not a line of torch
+def einsum() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value):
+        S = S + torch.einsum("k,v->kv", k, v)
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.NoAttribute, "write `sigmoid(x)`")
+def method_of_a_tensor() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value, x: Scalar):
+        S = x.sigmoid() * S + outer(k, v)
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.NoAttribute, "did you mean softplus?")
+def method_with_a_typo() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value, x: Scalar):
+        S = exp(-x.sofplus()) * S + outer(k, v)
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.TracedBranch, "use `maximum`, `minimum` or `clamp`")
+def branch_on_a_symbol() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value, g: Scalar):
+        if g > 0:
+            S = exp(g) * S
+        return S + outer(k, v), q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.NothingReturned, "end with `return S, o`")
+def missing_return() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value):
+        S = S + outer(k, v)
+        q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.ReturnOrder, "write `return S, o`")
+def output_first() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value):
+        S = S + outer(k, v)
+        return q @ S, S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.MissingAnnotation, "say what it is: State, KeyState, Key")
+def no_kinds() -> object:
+    def rule(S, q, k, v):
+        return S + outer(k, v), q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.MissingAnnotation, "a step is a plain function")
+def method_of_a_class() -> object:
+    def rule(self, S: State, q: Key, k: Key, v: Value):
+        return S + outer(k, v), q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.BadAnnotation, "kinds are State, KeyState, Key")
+def annotated_as_a_tensor() -> object:
+    def rule(S: State, q: Key, k: Tensor, v: Value):
+        return S + outer(k, v), q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.CapturedTensor, "HeadScalar, HeadKey or HeadValue")
+def tensor_from_outside() -> object:
+    decay = torch.full((H,), 0.9, dtype=torch.float32)
+
+    def rule(S: State, q: Key, k: Key, v: Value):
+        S = S * decay + outer(k, v)
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.NotAffine, 'run it token by token with engine="reference"')
+def step_that_is_not_affine() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value):
+        S = S + outer(k, v - cw.tanh(k @ S))
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.StateGrows, "is a sign forgotten?")
+def forgotten_sign() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value, x: Scalar, a: HeadScalar):
+        S = exp(exp(a) * softplus(x)) * S + outer(k, v)
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+# ---- calls ---------------------------------------------------------------------------------------
+
+
+@mistake(errors.BadShape, "g.squeeze(-1)")
+def gate_with_an_axis_of_one() -> object:
+    return call(g=-normal(B, T, H, 1).abs())
+
+
+@mistake(errors.BadShape, "a gate per channel is declared `g: Key`")
+def gate_per_channel() -> object:
+    return call(g=-normal(B, T, H, K).abs())
+
+
+@mistake(errors.BadShape, "is passed as x.transpose(1, 2)")
+def head_first() -> object:
+    return call(k=normal(B, H, T, K))
+
+
+@mistake(errors.BadShape, "q[None] has B = 1")
+def no_batch() -> object:
+    return call(q=normal(T, H, K))
+
+
+@mistake(errors.BadShape, "with K = 4, as in operand 'q'")
+def another_width() -> object:
+    return call(k=normal(B, T, H, K + 1))
+
+
+@mistake(errors.NotATensor, "pass torch.from_numpy(q)")
+def numpy_array() -> object:
+    return call(q=np.zeros((B, T, H, K), dtype=np.float32))
+
+
+@mistake(errors.BadDtype, "expected one of float32, bfloat16, float16, float64")
+def integers() -> object:
+    return call(q=torch.ones(B, T, H, K, dtype=torch.int64))
+
+
+@mistake(errors.BadDevice, "move it: k.to('meta')")
+def another_device() -> object:
+    return call(q=normal(B, T, H, K).to("meta"))
+
+
+@mistake(errors.UnknownOperand, "did you mean beta?")
+def typo_of_an_operand() -> object:
+    return call(bta=normal(B, T, H))
+
+
+@mistake(errors.UnknownOperand, "did you mean output_final_state?")
+def typo_of_an_option() -> object:
+    return call(output_final_stat=True)
+
+
+@mistake(errors.MissingOperand, "needs the operand 'beta' (Scalar)")
+def operand_left_out() -> object:
+    return cw.library.gated_delta_rule(
+        normal(B, T, H, K), normal(B, T, H, K), normal(B, T, H, V), -normal(B, T, H).abs()
+    )
+
+
+@mistake(errors.BadShape, "expected [N,HV,K,V] = [2, 3, 4, 6]")
+def state_without_sequences() -> object:
+    return call(initial_state=normal(H, K, V))
+
+
+@mistake(errors.BadShape, "a V×K state is passed as x.transpose(-1, -2)")
+def state_of_another_library() -> object:
+    return call(initial_state=normal(B, H, V, K))
+
+
+@mistake(errors.BadCuSeqlens, "expected int32 or int64")
+def boundaries_in_floats() -> object:
+    return call(cu_seqlens=torch.tensor([0.0, 16.0], dtype=torch.float32))
+
+
+@mistake(errors.BadCuSeqlens, "an int32 or int64 tensor")
+def boundaries_in_a_list() -> object:
+    return call(cu_seqlens=[0, 8])
+
+
+@mistake(errors.BadBatch, "reshape the operands to [1, B*T, ...]")
+def packed_with_a_batch() -> object:
+    return call(cu_seqlens=torch.tensor([0, T], dtype=torch.int32))
+
+
+@mistake(errors.EngineUnavailable, "did you mean triton")
+def typo_of_an_engine() -> object:
+    return call(engine="trition")
+
+
+@mistake(errors.PositiveGate, "is a sign forgotten? pass -softplus(x)")
+def gate_of_the_wrong_sign() -> object:
+    return call(g=normal(B, T, H).abs(), check=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "code"), MISTAKES, ids=lambda x: getattr(x, "__name__", "")
+)
+def test_mistake(error: type[errors.ChunkwiseError], said: str, code: Callable[[], object]) -> None:
+    with pytest.raises(errors.ChunkwiseError) as caught:
+        code()
+    assert type(caught.value) is error
+    assert said in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tensors on a CPU can be on a GPU too")
+def test_a_gpus_engine_on_a_cpu() -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(errors.EngineUnavailable, match="run on a GPU, and the operands are on cpu"):
+        call(engine="triton")
+
+
+def test_a_step_without_chunks_is_told_of_its_kernel() -> None:
+    """Coupled states have no chunk form, and one kernel that takes a token a call."""
+    pytest.importorskip("tvm")
+
+    @cw.recurrence
+    def coupled(S: State, M: State, q: Key, k: Key, v: Value, eta: Scalar):
+        M = M + outer(k, v)
+        S = S + eta * M
+        return (S, M), q @ S
+
+    with pytest.raises(errors.NotLowered, match=r"coupled.step runs it by a kernel"):
+        coupled(
+            normal(B, T, H, K),
+            normal(B, T, H, K),
+            normal(B, T, H, V),
+            normal(B, T, H),
+            engine="tvm",
+        )
+
+
+def test_names_that_are_not_there() -> None:
+    with pytest.raises(AttributeError, match="did you mean gated_delta_rule"):
+        _ = cw.library.gated_delta
+    with pytest.raises(AttributeError, match="did you mean softplus"):
+        _ = cw.sofplus
+    with pytest.raises(AttributeError, match="functions of a step are"):
+        _ = cw.argsort
+
+
+def test_a_star_import_hides_no_builtin() -> None:
+    names: dict[str, object] = {}
+    exec("from chunkwise import *", names)
+    assert "sum" not in names
+    assert "abs" not in names
+    assert names["exp"] is exp
+    assert cw.sum is not sum
+
+
+def test_advice_names_what_an_index_has(tmp_path: Path) -> None:
+    """Without TVM the first call on a CPU says once how to install it, by a name of an index."""
+    code = """
+import sys
+sys.modules["tvm"] = None
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "tvm" else found(name, *rest)
+import torch, chunkwise as cw
+x = torch.ones(1, 4, 1, 4)
+for _ in range(3):
+    cw.library.linear_attention(x, x, x)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stderr.count('pip install "apache-tvm') == 1
+    assert "chunkwise[" not in done.stderr

@@ -1,0 +1,101 @@
+"""The pages on the command line and on environment variables say what the product has."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from chunkwise import cli_completion
+from chunkwise.environment import VARIABLES
+
+ROOT = Path(__file__).resolve().parent.parent
+PRODUCT = ("api", "dsl", "codegen", "runtime", "autotune")
+
+
+def _pages():
+    path = ROOT / "docs" / "commands.py"
+    spec = importlib.util.spec_from_file_location("commands", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["command-line.md", "environment.md"])
+def test_pages_are_up_to_date(name: str) -> None:
+    page = (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8")
+    assert page == _pages().PAGES[name](), "make docs writes it anew"
+
+
+def _read_variables(path: Path) -> set[str]:
+    """The names in `os.environ.get(NAME)`, `os.environ[NAME]` and sets that it is compared with."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    top = "chunkwise" if module.startswith("api.") else f"chunkwise.{module.partition('.')[0]}"
+    dotted = f"{top}.{module.partition('.')[2]}".removesuffix(".__init__")
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        argument: ast.expr | None = None
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "os.environ.get",
+            "os.getenv",
+        ):
+            argument = node.args[0]
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
+            argument = node.slice
+        elif isinstance(node, ast.BinOp) and "os.environ.keys()" in ast.unparse(node.left):
+            argument = node.right
+        if isinstance(argument, ast.Constant):
+            found.add(str(argument.value))
+        elif isinstance(argument, ast.Name):
+            value = getattr(importlib.import_module(dotted), argument.id, ())
+            found |= {value} if isinstance(value, str) else set(value)
+    return found
+
+
+def test_every_variable_that_is_read_is_in_the_table() -> None:
+    read: set[str] = set()
+    for path in (p for folder in PRODUCT for p in (ROOT / folder).rglob("*.py")):
+        if "environ" in path.read_text(encoding="utf-8"):
+            read |= _read_variables(path)
+    assert read == {v.name for v in VARIABLES}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("chunkwise ex", "explain export"),
+        ("chunkwise explain gated_delta", "gated_delta_product gated_delta_rule"),
+        ("chunkwise emit kda --st", "--stage"),
+        ("chunkwise emit kda --stage c", "chunk"),
+        ("chunkwise tune kda --dtype b", "bfloat16"),
+        ("chunkwise explain my_r", "my_rules.py"),
+    ],
+)
+def test_bash_completes(typed: str, offered: str, tmp_path: Path) -> None:
+    (tmp_path / "my_rules.py").touch()
+    words = typed.split()
+    code = f"""{cli_completion.script("bash")}
+COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; COMP_LINE='{typed}'; COMPREPLY=()
+_shtab_chunkwise
+printf '%s\\n' "${{COMPREPLY[@]}}" | sort | xargs
+"""
+    done = subprocess.run(
+        ["bash", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout.strip() == offered
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_scripts_know_every_command(shell: str) -> None:
+    from chunkwise.cli import COMMANDS
+
+    script = cli_completion.script(shell)
+    assert all(command.name in script for command in COMMANDS)
