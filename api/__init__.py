@@ -1,4 +1,8 @@
-"""Declare one step of a linear-attention recurrence; get a differentiable chunkwise op."""
+"""Declare one step of a linear-attention recurrence; get a differentiable chunkwise op.
+
+Names that Python has as well (`sum`, `abs`) are `chunkwise.sum` and `chunkwise.abs`: a star import
+leaves Python's own in place.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ from . import fla, library, nn
 from .dsl import errors
 from .dsl import functions as _functions
 from .dsl.functions import *  # noqa: F403
+from .dsl.functions import abs as abs
+from .dsl.functions import sum as sum
 from .dsl.kinds import HeadKey, HeadScalar, HeadValue, Key, KeyState, Scalar, State, Value
 from .runtime.engines import EngineName
 from .runtime.recurrence import Recurrence, recurrence
@@ -28,6 +34,8 @@ __all__ = [
     "recurrence",
 ]
 __all__ += _functions.__all__
+__all__.remove("abs")  # Python's own stay what they are under `from chunkwise import *`
+__all__.remove("sum")
 
 
 def __getattr__(name: str) -> str:
