@@ -1,0 +1,159 @@
+"""What `help`, a notebook and an editor show of one recurrence: its operands, not just `*args`."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..dsl.classify import classify
+from ..dsl.ir import Kind, Op, Per, topological
+from ..dsl.normal_form import Operand, StateDecl, expressions
+from .sizes import kind_name, letters, state_letters
+
+if TYPE_CHECKING:
+    from ..dsl.declaration import Declaration
+
+_SIZES = """B sequences of T tokens, H key heads, HV value heads (a multiple of H), K and V
+channels of a head, n micro-steps; N is B, or the number of sequences that `cu_seqlens` packs."""
+_NO_FORM = "not affine in its state: the reference engine runs it, token by token"
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """An annotation of a signature, shown as written: `Key[B,T,H,K]`."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def shape(x: Operand, *, time: bool = True) -> str:
+    """The shape of an operand's tensor: `[B,T,H,K]`; of one token, `[B,H,K]`, without `time`."""
+    return "[" + ",".join(a for a in letters(x) if time or a != "T") + "]"
+
+
+def state_shape(state: StateDecl) -> str:
+    """The shape of a state's tensor: `[N,HV,K,V]`, or `[N,HV,K]`."""
+    return "[" + ",".join(state_letters(state)) + "]"
+
+
+def class_of(declaration: Declaration) -> str:
+    """The class of a recurrence in words, as `explain` prints it."""
+    if declaration.any_step:
+        return _NO_FORM
+    return str(classify(declaration.normal_form(declaration.default_micro)))
+
+
+def short(declaration: Declaration) -> str:
+    """A recurrence in one line: its name, its operands with their kinds, its class."""
+    operands = [f"{x.name}: {kind_name(x)}" for x in declaration.operands]
+    numbers = [*(p.name for p in declaration.params), *declaration.statics]
+    listed = ", ".join([*operands, *(["*", *numbers] if numbers else [])])
+    return f"<recurrence {declaration.name}({listed}): {class_of(declaration)}>"
+
+
+def signature(
+    declaration: Declaration, options: tuple[inspect.Parameter, ...], *, time: bool = True
+) -> inspect.Signature:
+    """The signature of a call, or of a step (without `time`), with kinds and shapes."""
+    either, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(
+            x.name,
+            either,
+            annotation=Annotation(kind_name(replace(x, micro=False)) + shape(x, time=time)),
+        )
+        for x in declaration.operands
+    ]
+    for p in declaration.params:
+        default = inspect.Parameter.empty if p.default is None else p.default
+        parameters.append(inspect.Parameter(p.name, keyword, default=default, annotation=float))
+    for name, constant in declaration.statics.items():
+        kind = type(constant)
+        parameters.append(inspect.Parameter(name, keyword, default=constant, annotation=kind))
+    state = "final_state" if time else "state"
+    returned = Annotation(f"(o{_output(declaration, time)}, {state})")
+    return inspect.Signature([*parameters, *options], return_annotation=returned)
+
+
+def docstring(declaration: Declaration, of: Callable[..., object], *, time: bool = True) -> str:
+    """The docstring of a call or a step: the user's own, every operand, and what `of` says.
+
+    `of` is the method of all recurrences, whose docstring says what its options, results and errors
+    are.
+    """
+    general = inspect.getdoc(of) or ""
+    option = "initial_state" if time else "state"
+    _, _, rest = general.partition(f"    {option}:")
+    notes = _notes(declaration)
+    rows = [f"{_row(x, time)}{notes.get(x.name, '')}" for x in declaration.operands]
+    for p in declaration.params:
+        default = "required" if p.default is None else f"{p.default:g} by default"
+        rows.append(f"{p.name} (float): a run-time number without a gradient, {default}")
+    for name, constant in declaration.statics.items():
+        kind = type(constant).__name__
+        rows.append(f"{name} ({kind}): fixed when the step is traced, {constant} by default")
+    states = ", ".join(f"{s.name} `{state_shape(s)}`" for s in declaration.states)
+    return "\n".join(
+        [
+            declaration.doc or f"The recurrence {declaration.name}.",
+            "",
+            f"Class: {class_of(declaration)}. State: {states}.",
+            "",
+            f"Sizes: {_SIZES}",
+            "",
+            "Args:",
+            *(f"    {row}." for row in rows),
+            f"    {option}:{rest}",
+        ]
+    )
+
+
+def documented(
+    method: Callable[..., Any], signature: inspect.Signature, doc: str
+) -> types.FunctionType:
+    """A copy of a method with a signature and a docstring of its own; it runs the same code."""
+    assert isinstance(method, types.FunctionType)
+    copy = types.FunctionType(
+        method.__code__, method.__globals__, method.__name__, method.__defaults__
+    )
+    copy.__kwdefaults__, copy.__annotations__ = method.__kwdefaults__, {}
+    copy.__qualname__, copy.__module__, copy.__doc__ = method.__qualname__, method.__module__, doc
+    # an operand may be called self
+    own = "self" if "self" not in signature.parameters else "self_"
+    first = inspect.Parameter(own, inspect.Parameter.POSITIONAL_ONLY)
+    parameters = [first, *signature.parameters.values()]
+    copy.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return copy
+
+
+def _row(x: Operand, time: bool) -> str:
+    grouped = x.kind is Kind.KEY and x.per is Per.TOKEN
+    either = f", or `{shape(x, time=time).replace('H,', 'HV,')}`" if grouped else ""
+    return f"{x.name} ({kind_name(x)}): `{shape(x, time=time)}`{either}"
+
+
+def _notes(declaration: Declaration) -> dict[str, str]:
+    """What operands must hold, by name: log-decays, and those with promised bounds."""
+    if declaration.any_step:
+        return {}
+    form = declaration.normal_form(declaration.default_micro)
+    notes: dict[str, str] = {}
+    for u in (u for m in form.micro_steps for u in m.updates):
+        if u.log_decay is not None and u.log_decay.op is Op.OPERAND:
+            notes[str(u.log_decay.attrs[0])] = f"; the log-decay of {u.state}, at most 0"
+    for node in topological(*expressions(form), form.output):
+        if node.op is Op.WITHIN and node.args[0].op is Op.OPERAND:
+            low, high = node.attrs
+            notes[str(node.args[0].attrs[0])] = f"; promised to lie in [{low}, {high}]"
+    return notes
+
+
+def _output(declaration: Declaration, time: bool) -> str:
+    kind = declaration.step(declaration.default_micro).output.kind
+    tail = {Kind.VALUE: ("V",), Kind.KEY: ("K",)}.get(kind, ())
+    return "[" + ",".join(["B", *(["T"] if time else []), "HV", *tail]) + "]"
