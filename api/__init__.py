@@ -6,8 +6,7 @@ leaves Python's own in place.
 
 from __future__ import annotations
 
-from . import fla, library, nn
-from .dsl import errors
+from . import errors, fla, library, nn
 from .dsl import functions as _functions
 from .dsl.functions import *  # noqa: F403
 from .dsl.functions import abs as abs

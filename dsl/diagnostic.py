@@ -18,6 +18,9 @@ class ChunkwiseError(Exception):
         help (str): the remedy, or nothing.
     """
 
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = "chunkwise.errors"  # where users find it, and what tracebacks print
+
     def __init__(
         self, headline: str, *, loc: Loc | None = None, why: str = "", help: str = ""
     ) -> None:

@@ -64,6 +64,7 @@ class Recurrence:
         cls, declaration: Declaration, engine: EngineName | str | None = None
     ) -> Recurrence:
         """A class of its own per op, whose methods have the op's operands in their signatures."""
+        _refuse_reserved(declaration)
         called = documentation.signature(declaration, OPTIONS)
         stepped = documentation.signature(declaration, STEP_OPTIONS, time=False)
         of_call = documentation.docstring(declaration, cls.__call__)
@@ -80,7 +81,6 @@ class Recurrence:
     __signature__: inspect.Signature
 
     def __init__(self, declaration: Declaration, engine: EngineName | str | None = None) -> None:
-        _refuse_reserved(declaration)
         self.declaration = declaration
         self._engine = engine.value if isinstance(engine, EngineName) else engine
         self.__name__ = declaration.name

@@ -304,6 +304,22 @@ def test_names_that_torch_would_not_allow() -> None:
     torch.testing.assert_close(o, want)
 
 
+def test_names_of_functions_that_kernels_call() -> None:
+    """An operand may be called like one: its gate is not taken for a function of the engine's."""
+
+    @cw.recurrence
+    def rule(
+        S: cw.State, q: cw.Key, flush: cw.Key, prefix_sum: cw.Value, exp: cw.Scalar, *, decay: float
+    ) -> tuple[cw.State, cw.Value]:
+        S = cw.within(decay, 0, 1) * cw.exp(exp) * S + cw.outer(flush, prefix_sum)
+        return S, q @ S
+
+    x = torch.randn(1, 3, 1, 2)
+    given = (x, x, x, -torch.rand(1, 3, 1))
+    want, _ = rule(*given, decay=0.5, engine="reference")
+    torch.testing.assert_close(rule(*given, decay=0.5, engine="eager")[0], want)
+
+
 def test_importing_is_light() -> None:
     """`import chunkwise`, declaring and calling on the CPU need none of the heavy machinery."""
     program = (
