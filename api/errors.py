@@ -1,4 +1,4 @@
-"""The catalogue of mistakes, a class each: what is wrong, the user's line, the reason, the remedy."""
+"""The catalogue of mistakes: what is wrong, the user's line, the reason, the remedy."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import re
 import textwrap
@@ -159,6 +160,20 @@ def test_every_public_name_is_documented() -> None:
     missing = {path: found for path, x in PUBLIC.items() if (found := lacks(path, x))}
     listed = "\n".join(f"{path} lacks {', '.join(found)}" for path, found in missing.items())
     assert not missing, f"{len(missing)} of {len(PUBLIC)} public names:\n{listed}"
+
+
+def test_the_page_of_the_api_is_current() -> None:
+    path = Path(__file__).resolve().parent.parent / "docs" / "api.py"
+    spec = importlib.util.spec_from_file_location("docs_api", path)
+    assert spec is not None
+    assert spec.loader is not None
+    api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(api)
+    page = api.page()
+    assert page == api.PAGE.read_text(encoding="utf-8"), "run `make docs`"
+    for path in PUBLIC.keys() - {"chunkwise"}:
+        name = path.removeprefix("chunkwise.errors.")  # a row each
+        assert f"`{path}`" in page or f"`{name}`" in page, path
 
 
 @pytest.mark.parametrize("name", cw.fla.__all__)

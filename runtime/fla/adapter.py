@@ -74,7 +74,12 @@ def adapter(
     # a signature that is text becomes a function whose calls Python itself checks
     function: Callable[..., R] = eval(f"lambda {parameters}: call({arguments})", {"call": call})
     function.__name__ = function.__qualname__ = name
-    function.__module__, function.__doc__ = __package__, docstring(doc, names, own)
+    function.__module__, function.__doc__ = (
+        __package__,
+        docstring(
+            doc, names, {"**kwargs": f"may hold {', '.join(known)}; others are refused.", **own}
+        ),
+    )
     return function
 
 

@@ -41,8 +41,6 @@ _ARGUMENTS = {
     "cu_seqlens": "int `[N+1]`, boundaries of N sequences packed along T; then B = 1.",
     "return_intermediate_states": "refused unless False: the planner chooses what is stored.",
     "cp_context": "refused unless None: sequences are not split over devices.",
-    "**kwargs": "older spellings of arguments (transpose_state_layout) and hints; others are "
-    "refused.",
 }
 _HINTS = (
     "chunk_indices",
