@@ -1,4 +1,4 @@
-"""The functions of `chunkwise.fla`: a signature of flash-linear-attention and its steps, a row each."""
+"""The functions of `chunkwise.fla`: a row each, of a signature and the steps that it calls."""
 
 from __future__ import annotations
 
