@@ -6,10 +6,13 @@ import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ..dsl.classify import classify
+from ..dsl.equations import equations
 from ..dsl.ir import Kind, Op, Per, topological
+from ..dsl.latex import aligned, mathml
 from ..dsl.normal_form import Operand, StateDecl, expressions
 from .sizes import kind_name, letters, state_letters
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 _SIZES = """B sequences of T tokens, H key heads, HV value heads (a multiple of H), K and V
 channels of a head, n micro-steps; N is B, or the number of sequences that `cu_seqlens` packs."""
+_STATES = {Kind.STATE: "State", Kind.KEY_STATE: "KeyState"}
 _NO_FORM = "not affine in its state: the reference engine runs it, token by token"
 
 
@@ -113,6 +117,28 @@ def docstring(declaration: Declaration, of: Callable[..., object], *, time: bool
     )
 
 
+def html(declaration: Declaration) -> str:
+    """A recurrence for a notebook: its equations as MathML, its operands, its class."""
+    step = declaration.step(declaration.default_micro)
+    typeset = mathml(aligned(equations(step)))
+    notes = _notes(declaration)
+    rows = [(x.name, kind_name(x), shape(x), notes.get(x.name, "")) for x in declaration.operands]
+    for p in declaration.params:
+        default = "" if p.default is None else f"; {p.default:g} by default"
+        rows.append((p.name, "float", "", default))
+    rows += [(n, type(c).__name__, "", f"; {c} by default") for n, c in declaration.statics.items()]
+    rows += [(s.name, _STATES[s.kind], state_shape(s), "; carried") for s in declaration.states]
+    cells = "".join(
+        f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in (*row, note.removeprefix('; ')))}</tr>"
+        for *row, note in rows
+    )
+    said, *_ = (declaration.doc or "A recurrence.").splitlines()
+    return (
+        f"<div><p><b>{escape(declaration.name)}</b>: {escape(said)}</p>{typeset}"
+        f"<table>{cells}</table><p>{escape(class_of(declaration))}</p></div>"
+    )
+
+
 def documented(
     method: Callable[..., Any], signature: inspect.Signature, doc: str
 ) -> types.FunctionType:
@@ -142,10 +168,11 @@ def _notes(declaration: Declaration) -> dict[str, str]:
     if declaration.any_step:
         return {}
     form = declaration.normal_form(declaration.default_micro)
-    notes: dict[str, str] = {}
+    decayed: dict[str, list[str]] = {}
     for u in (u for m in form.micro_steps for u in m.updates):
         if u.log_decay is not None and u.log_decay.op is Op.OPERAND:
-            notes[str(u.log_decay.attrs[0])] = f"; the log-decay of {u.state}, at most 0"
+            decayed.setdefault(str(u.log_decay.attrs[0]), []).append(u.state)
+    notes = {n: f"; the log-decay of {' and '.join(s)}, at most 0" for n, s in decayed.items()}
     for node in topological(*expressions(form), form.output):
         if node.op is Op.WITHIN and node.args[0].op is Op.OPERAND:
             low, high = node.attrs

@@ -233,6 +233,10 @@ class Recurrence:
     def __repr__(self) -> str:
         return documentation.short(self.declaration)
 
+    def _repr_html_(self) -> str:
+        """The recurrence in a notebook: its equations, its operands, its class."""
+        return documentation.html(self.declaration)
+
 
 @overload
 def recurrence(function: Callable[..., object], /) -> Recurrence: ...
