@@ -128,15 +128,16 @@ def html(declaration: Declaration) -> str:
         rows.append((p.name, "float", "", default))
     rows += [(n, type(c).__name__, "", f"; {c} by default") for n, c in declaration.statics.items()]
     rows += [(s.name, _STATES[s.kind], state_shape(s), "; carried") for s in declaration.states]
-    cells = "".join(
-        f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in (*row, note.removeprefix('; ')))}</tr>"
-        for *row, note in rows
-    )
+    cells = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     said, *_ = (declaration.doc or "A recurrence.").splitlines()
     return (
         f"<div><p><b>{escape(declaration.name)}</b>: {escape(said)}</p>{typeset}"
         f"<table>{cells}</table><p>{escape(class_of(declaration))}</p></div>"
     )
+
+
+def _cell(text: str) -> str:
+    return f'<td style="text-align: left">{escape(text.removeprefix("; "))}</td>'
 
 
 def documented(
