@@ -109,11 +109,12 @@ def _errors() -> Iterator[str]:
 
 def _entry(path: str, x: Any, *, level: int = 3) -> str:
     """A heading, the signature, the text and the sections of a docstring."""
-    name = path.removesuffix(".__call__")
+    name = path.removesuffix(".__call__").rpartition(".")[2]
+    name = f"op.{name}" if path.startswith("chunkwise.Recurrence.") else name
     lines = [f"{'#' * level} `{path}`", ""]
     bare = inspect.isclass(x) and (hasattr(x, "__members__") or issubclass(x, Exception))
     if callable(x) and not bare:
-        lines += ["```text", f"{name.rpartition('.')[2]}{_signature(x)}", "```", ""]
+        lines += ["```text", f"{name.removesuffix('.Recurrence')}{_signature(x)}", "```", ""]
     sections = griffe.Docstring(_doc(x), parser="google").parse(
         warnings=False, returns_multiple_items=False
     )
