@@ -169,10 +169,10 @@ def _notes(declaration: Declaration) -> dict[str, str]:
     if declaration.any_step:
         return {}
     form = declaration.normal_form(declaration.default_micro)
-    decayed: dict[str, list[str]] = {}
+    decayed: dict[str, dict[str, None]] = {}
     for u in (u for m in form.micro_steps for u in m.updates):
         if u.log_decay is not None and u.log_decay.op is Op.OPERAND:
-            decayed.setdefault(str(u.log_decay.attrs[0]), []).append(u.state)
+            decayed.setdefault(str(u.log_decay.attrs[0]), {})[u.state] = None
     notes = {n: f"; the log-decay of {' and '.join(s)}, at most 0" for n, s in decayed.items()}
     for node in topological(*expressions(form), form.output):
         if node.op is Op.WITHIN and node.args[0].op is Op.OPERAND:
