@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..dsl.classify import classify
 from ..dsl.equations import equations
-from ..dsl.ir import Kind, Op, Per, topological
+from ..dsl.ir import Kind, Op, Per, bounds_of, topological
 from ..dsl.latex import aligned, mathml
 from ..dsl.normal_form import Operand, StateDecl, expressions
-from .sizes import kind_name, letters, state_letters
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
 
 _SIZES = """B sequences of T tokens, H key heads, HV value heads (a multiple of H), K and V
 channels of a head, n micro-steps; N is B, or the number of sequences that `cu_seqlens` packs."""
-_STATES = {Kind.STATE: "State", Kind.KEY_STATE: "KeyState"}
 _NO_FORM = "not affine in its state: the reference engine runs it, token by token"
 
 
@@ -37,12 +35,12 @@ class Annotation:
 
 def shape(x: Operand, *, time: bool = True) -> str:
     """The shape of an operand's tensor: `[B,T,H,K]`; of one token, `[B,H,K]`, without `time`."""
-    return "[" + ",".join(a for a in letters(x) if time or a != "T") + "]"
+    return "[" + ",".join(a for a in x.axes if time or a != "T") + "]"
 
 
 def state_shape(state: StateDecl) -> str:
     """The shape of a state's tensor: `[N,HV,K,V]`, or `[N,HV,K]`."""
-    return "[" + ",".join(state_letters(state)) + "]"
+    return "[" + ",".join(state.axes) + "]"
 
 
 def class_of(declaration: Declaration) -> str:
@@ -54,7 +52,7 @@ def class_of(declaration: Declaration) -> str:
 
 def short(declaration: Declaration) -> str:
     """A recurrence in one line: its name, its operands with their kinds, its class."""
-    operands = [f"{x.name}: {kind_name(x)}" for x in declaration.operands]
+    operands = [f"{x.name}: {x.spelled}" for x in declaration.operands]
     numbers = [*(p.name for p in declaration.params), *declaration.statics]
     listed = ", ".join([*operands, *(["*", *numbers] if numbers else [])])
     return f"<recurrence {declaration.name}({listed}): {class_of(declaration)}>"
@@ -69,7 +67,7 @@ def signature(
         inspect.Parameter(
             x.name,
             either,
-            annotation=Annotation(kind_name(replace(x, micro=False)) + shape(x, time=time)),
+            annotation=Annotation(replace(x, micro=False).spelled + shape(x, time=time)),
         )
         for x in declaration.operands
     ]
@@ -122,12 +120,12 @@ def html(declaration: Declaration) -> str:
     step = declaration.step(declaration.default_micro)
     typeset = mathml(aligned(equations(step)))
     notes = _notes(declaration)
-    rows = [(x.name, kind_name(x), shape(x), notes.get(x.name, "")) for x in declaration.operands]
+    rows = [(x.name, x.spelled, shape(x), notes.get(x.name, "")) for x in declaration.operands]
     for p in declaration.params:
         default = "" if p.default is None else f"; {p.default:g} by default"
         rows.append((p.name, "float", "", default))
     rows += [(n, type(c).__name__, "", f"; {c} by default") for n, c in declaration.statics.items()]
-    rows += [(s.name, _STATES[s.kind], state_shape(s), "; carried") for s in declaration.states]
+    rows += [(s.name, s.kind.spelled, state_shape(s), "; carried") for s in declaration.states]
     cells = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     said, *_ = (declaration.doc or "A recurrence.").splitlines()
     return (
@@ -161,7 +159,7 @@ def documented(
 def _row(x: Operand, time: bool) -> str:
     grouped = x.kind is Kind.KEY and x.per is Per.TOKEN
     either = f", or `{shape(x, time=time).replace('H,', 'HV,')}`" if grouped else ""
-    return f"{x.name} ({kind_name(x)}): `{shape(x, time=time)}`{either}"
+    return f"{x.name} ({x.spelled}): `{shape(x, time=time)}`{either}"
 
 
 def _notes(declaration: Declaration) -> dict[str, str]:
@@ -170,18 +168,17 @@ def _notes(declaration: Declaration) -> dict[str, str]:
         return {}
     form = declaration.normal_form(declaration.default_micro)
     decayed: dict[str, dict[str, None]] = {}
-    for u in (u for m in form.micro_steps for u in m.updates):
-        if u.log_decay is not None and u.log_decay.op is Op.OPERAND:
-            decayed.setdefault(str(u.log_decay.attrs[0]), {})[u.state] = None
+    for state, log_decay in form.log_decays:
+        if log_decay.op is Op.OPERAND:
+            decayed.setdefault(str(log_decay.attrs[0]), {})[state] = None
     notes = {n: f"; the log-decay of {' and '.join(s)}, at most 0" for n, s in decayed.items()}
     for node in topological(*expressions(form), form.output):
         if node.op is Op.WITHIN and node.args[0].op is Op.OPERAND:
-            low, high = node.attrs
+            low, high = bounds_of(node)
             notes[str(node.args[0].attrs[0])] = f"; promised to lie in [{low}, {high}]"
     return notes
 
 
 def _output(declaration: Declaration, time: bool) -> str:
-    kind = declaration.step(declaration.default_micro).output.kind
-    tail = {Kind.VALUE: ("V",), Kind.KEY: ("K",)}.get(kind, ())
-    return "[" + ",".join(["B", *(["T"] if time else []), "HV", *tail]) + "]"
+    output = declaration.step(declaration.default_micro).output.kind
+    return "[" + ",".join(["B", *(["T"] if time else []), "HV", *output.axes]) + "]"
