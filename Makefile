@@ -83,7 +83,7 @@ bench: $(READY)
 
 # Runs every block of the documents and rewrites what they print; then the site.
 docs: $(READY)
-	for made in tables pictures gallery commands; do $(BIN)/python -m docs.$$made || exit 1; done
+	for made in tables pictures gallery commands api; do $(BIN)/python -m docs.$$made || exit 1; done
 	$(BIN)/python docs/regenerate.py
 	@$(MAKE) --no-print-directory site
 

@@ -1,9 +1,12 @@
-"""Declare one step of a linear-attention recurrence; get a differentiable chunkwise op."""
+"""Declare one step of a linear-attention recurrence; get a differentiable chunkwise op.
+
+Names that Python has as well (`sum`, `abs`) are `chunkwise.sum` and `chunkwise.abs`: a star import
+leaves Python's own in place.
+"""
 
 from __future__ import annotations
 
-from . import fla, library, nn
-from .dsl import errors
+from . import errors, fla, library, nn
 from .dsl import functions as _functions
 from .dsl.diagnostic import did_you_mean
 from .dsl.functions import *  # noqa: F403
@@ -31,8 +34,7 @@ __all__ = [
     "recurrence",
 ]
 __all__ += _functions.__all__
-# `from chunkwise import *` must not hide Python's own; type checkers read these very calls
-__all__.remove("abs")
+__all__.remove("abs")  # Python's own stay what they are under `from chunkwise import *`
 __all__.remove("sum")
 
 

@@ -1,4 +1,12 @@
-"""flash-linear-attention's names and signatures on chunkwise's engines (see `runtime.fla`)."""
+"""Names and signatures of flash-linear-attention 0.6, so that a model changes engine by an import.
+
+What differs on purpose: nothing is ignored silently. Hints of how to compute (`chunk_size`,
+`cu_seqlens_cpu`, `disable_recompute`, ...) are accepted, since they do not change the result; what
+would change it and is not offered (`reverse`, `cp_context`, `head_first`, ...) is refused.
+
+In all of them q, k are `[B,T,H,K]`, v `[B,T,HV,V]`, gates natural-log decays, `scale=None` means
+K^-0.5, and the result is `(o, final_state)` with final_state None unless asked for.
+"""
 
 from __future__ import annotations
 

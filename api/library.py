@@ -8,7 +8,11 @@ from .runtime.recurrence import Recurrence
 
 
 def names() -> tuple[str, ...]:
-    """The names of the library's recurrences, in the order of `dsl/library.py`."""
+    """The names of the library's recurrences.
+
+    Returns:
+        The names, simplest first: attributes of this module.
+    """
     return tuple(_OPS)
 
 

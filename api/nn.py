@@ -1,4 +1,4 @@
-"""Layers and models of recurrences and of softmax attention (see `runtime.nn`)."""
+"""Layers and models of recurrences and of softmax attention, for torch."""
 
 from __future__ import annotations
 

@@ -48,16 +48,34 @@ def _log(f: Node, loc: Loc | None) -> Node:
         return algebra.add(_log(f.args[0], loc), _log(f.args[1], loc))
     if f.op is Op.SQRT:
         return algebra.mul(constant(0.5), _log(f.args[0], loc))
-    if f.op is Op.DIV and algebra.number(f.args[1]) is not None:
-        return algebra.add(_log(f.args[0], loc), algebra.neg(_log(f.args[1], loc)))
+    if f.op is Op.DIV:
+        divisor = _exponent(f.args[1])
+        if divisor is not None:
+            return algebra.add(_log(f.args[0], loc), algebra.neg(divisor))
     bound = interval(f)
     if bound.inside(0.0, 1.0):
         return algebra.unary(Op.LOG, _at_least(f, SMALLEST))
-    if math.isinf(bound.lo) or math.isinf(bound.hi):
+    if bound.lo < 1.0 and math.inf in (-bound.lo, bound.hi):
         raise errors.UnboundedDecay(infix(f), f.loc or loc)
     if bound.lo < 0.0:
         raise errors.DecayNotPositive(infix(f), bound.lo, bound.hi, f.loc or loc)
     raise errors.StateGrows(infix(f), bound.lo, bound.hi, f.loc or loc)
+
+
+def _exponent(f: Node) -> Node | None:
+    """The log of a product, quotient or root of powers of e and positive numbers; of no other."""
+    value = algebra.number(f)
+    if value is not None:
+        return constant(math.log(value)) if value > 0.0 else None
+    if f.op is Op.EXP:
+        return f.args[0]
+    logs = [_exponent(a) for a in f.args] if f.op in (Op.MUL, Op.DIV, Op.SQRT) else [None]
+    if None in logs:
+        return None
+    first, *second = (n for n in logs if n is not None)
+    if f.op is Op.SQRT:
+        return algebra.mul(constant(0.5), first)
+    return algebra.add(first, second[0] if f.op is Op.MUL else algebra.neg(second[0]))
 
 
 def _at_least(f: Node, floor: float) -> Node:

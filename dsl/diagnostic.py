@@ -21,8 +21,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 class ChunkwiseError(Exception):
     """Base of every error of chunkwise.
 
-    Attributes: `headline` (one sentence), `loc` (the user's line, or None), `why`, `help`.
+    Attributes:
+        headline (str): the mistake in one sentence, with what was got and what was expected.
+        loc (Loc | None): the user's own line, where there is one.
+        why (str): the reason, or nothing.
+        help (str): the remedy, or nothing.
     """
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = "chunkwise.errors"  # where users find it, and what tracebacks print
 
     def __init__(
         self, headline: str, *, loc: Loc | None = None, why: str = "", help: str = ""
@@ -37,7 +44,11 @@ class ChunkwiseError(Exception):
         return "\n".join([self.headline, *self._details()])
 
     def render(self) -> str:
-        """The message as the command line prints it, the name of the mistake first."""
+        """The message as the command line prints it.
+
+        Returns:
+            The name of the mistake, the sentence, the user's line, the reason, the remedy.
+        """
         return "\n".join([f"{type(self).__name__}: {self.headline}", *self._details()])
 
     def _details(self) -> list[str]:

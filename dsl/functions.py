@@ -38,92 +38,270 @@ errors.FUNCTION_NAMES.update(__all__)
 
 
 def exp(x: Traced | float) -> Traced:
-    """e**x, elementwise."""
+    """e**x of every channel.
+
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+
+    Returns:
+        A value of the kind of x.
+
+    Raises:
+        CapturedTensor: x is a tensor from outside the step.
+    """
     return unary(Op.EXP, x)
 
 
 def log(x: Traced | float) -> Traced:
-    """Natural logarithm, elementwise."""
+    """The natural logarithm of every channel; NaN below 0, −∞ at 0.
+
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+
+    Returns:
+        A value of the kind of x.
+
+    Raises:
+        CapturedTensor: x is a tensor from outside the step.
+    """
     return unary(Op.LOG, x)
 
 
 def log2(x: Traced | float) -> Traced:
-    """Logarithm to base 2, elementwise."""
+    """The logarithm to base 2 of every channel.
+
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+
+    Returns:
+        A value of the kind of x.
+
+    Raises:
+        CapturedTensor: x is a tensor from outside the step.
+    """
     return unary(Op.LOG, x) * (1.0 / math.log(2.0))
 
 
 def expm1(x: Traced | float) -> Traced:
-    """e**x - 1, exact for small x."""
+    """e**x − 1 of every channel, to full precision for small x.
+
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+
+    Returns:
+        A value of the kind of x.
+
+    Raises:
+        CapturedTensor: x is a tensor from outside the step.
+    """
     return unary(Op.EXPM1, x)
 
 
 def log1p(x: Traced | float) -> Traced:
-    """log(1 + x), exact for small x."""
+    """log(1 + x) of every channel, to full precision for small x.
+
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+
+    Returns:
+        A value of the kind of x.
+
+    Raises:
+        CapturedTensor: x is a tensor from outside the step.
+    """
     return unary(Op.LOG1P, x)
 
 
 def sigmoid(x: Traced | float) -> Traced:
-    """1 / (1 + e**-x), in (0, 1)."""
+    """1 / (1 + e**−x) of every channel, in (0, 1).
+
+    As a multiplier of a state it is a decay: `sigmoid(x) * S` has the log-decay `logsigmoid(x)`.
+
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+
+    Returns:
+        A value of the kind of x.
+
+    Raises:
+        CapturedTensor: x is a tensor from outside the step.
+    """
     return unary(Op.SIGMOID, x)
 
 
 def logsigmoid(x: Traced | float) -> Traced:
-    """log sigmoid(x), a log-decay by construction: it is at most 0."""
+    """log sigmoid(x) of every channel: a log-decay by construction, for it is at most 0.
+
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+
+    Returns:
+        A value of the kind of x.
+
+    Raises:
+        CapturedTensor: x is a tensor from outside the step.
+    """
     return unary(Op.LOGSIGMOID, x)
 
 
 def softplus(x: Traced | float) -> Traced:
-    """log(1 + e**x), at least 0."""
+    """log(1 + e**x) of every channel: at least 0.
+
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+
+    Returns:
+        A value of the kind of x.
+
+    Raises:
+        CapturedTensor: x is a tensor from outside the step.
+    """
     return unary(Op.SOFTPLUS, x)
 
 
 def silu(x: Traced | float) -> Traced:
-    """x * sigmoid(x)."""
+    """x · sigmoid(x) of every channel (Elfwing, Uchibe, Doya 2017).
+
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+
+    Returns:
+        A value of the kind of x.
+
+    Raises:
+        KindMismatch: x is a state.
+    """
     y = lift(x)
     return y * unary(Op.SIGMOID, y)
 
 
 def tanh(x: Traced | float) -> Traced:
-    """Hyperbolic tangent."""
+    """The hyperbolic tangent of every channel, in (−1, 1).
+
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+
+    Returns:
+        A value of the kind of x.
+
+    Raises:
+        CapturedTensor: x is a tensor from outside the step.
+    """
     return unary(Op.TANH, x)
 
 
 def relu(x: Traced | float) -> Traced:
-    """The larger of x and 0; its derivative at 0 is 0."""
+    """The larger of x and 0, of every channel; its derivative at 0 is 0.
+
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+
+    Returns:
+        A value of the kind of x.
+
+    Raises:
+        StateAsVector: x is a state.
+    """
     return binary(Op.AT_LEAST, 0.0, x, "relu")
 
 
 def sqrt(x: Traced | float) -> Traced:
-    """Square root."""
+    """The square root of every channel; also written `x ** 0.5`.
+
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+
+    Returns:
+        A value of the kind of x.
+
+    Raises:
+        CapturedTensor: x is a tensor from outside the step.
+    """
     return unary(Op.SQRT, x)
 
 
 def rsqrt(x: Traced | float) -> Traced:
-    """1 / sqrt(x)."""
+    """1 / sqrt(x) of every channel; also written `x ** -0.5`.
+
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+
+    Returns:
+        A value of the kind of x.
+
+    Raises:
+        CapturedTensor: x is a tensor from outside the step.
+    """
     return unary(Op.RSQRT, x)
 
 
 def abs(x: Traced | float) -> Traced:
-    """|x|; its derivative at 0 is 0."""
+    """|x| of every channel; its derivative at 0 is 0.
+
+    Python's own `abs` does the same on a value of a step.
+
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+
+    Returns:
+        A value of the kind of x.
+
+    Raises:
+        CapturedTensor: x is a tensor from outside the step.
+    """
     return unary(Op.ABS, x)
 
 
 def maximum(x: Traced | float, y: Traced | float) -> Traced:
-    """The larger of x and y, elementwise; where they are equal, each has half of the gradient."""
+    """The larger of x and y, of every channel; equal ones have half of the gradient each.
+
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+        y: the same, of the kind of x, or one of the two a Scalar.
+
+    Returns:
+        A value of the kind of x and y; a Scalar is compared with every channel.
+
+    Raises:
+        StateAsVector: x or y is a state.
+        KindMismatch: one is a Key and the other a Value.
+    """
     return binary(Op.MAXIMUM, x, y, "maximum")
 
 
 def minimum(x: Traced | float, y: Traced | float) -> Traced:
-    """The smaller of x and y, elementwise; where they are equal, each has half of the gradient."""
+    """The smaller of x and y, of every channel; equal ones have half of the gradient each.
+
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+        y: the same, of the kind of x, or one of the two a Scalar.
+
+    Returns:
+        A value of the kind of x and y; a Scalar is compared with every channel.
+
+    Raises:
+        StateAsVector: x or y is a state.
+        KindMismatch: one is a Key and the other a Value.
+    """
     return binary(Op.MINIMUM, x, y, "minimum")
 
 
 def clamp(x: Traced | float, lo: float | None = None, hi: float | None = None) -> Traced:
-    """x moved into [lo, hi]; the bound is applied, and known to the compiler.
+    """x moved into [lo, hi], of every channel; the compiler knows the bounds.
 
     The derivative is 1 at the bounds too, as torch.clamp's in torch 2.13 (in 2.15 it is 0 there).
 
-    Raises BadBounds unless lo and hi are Python numbers (or None) with lo <= hi.
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+        lo: the lower bound, a Python number; None for none.
+        hi: the upper bound, a Python number; None for none.
+
+    Returns:
+        A value of the kind of x.
+
+    Raises:
+        StateAsVector: x is a state.
+        BadBounds: lo and hi are no Python numbers with lo <= hi.
     """
     result = lift(x)
     low, high = _bounds("clamp", lo, hi)
@@ -135,9 +313,20 @@ def clamp(x: Traced | float, lo: float | None = None, hi: float | None = None) -
 
 
 def within(x: Traced | float, lo: float | None = None, hi: float | None = None) -> Traced:
-    """x, promised to lie in [lo, hi]: checked under CHUNKWISE_CHECK, trusted otherwise.
+    """x itself, promised to lie in [lo, hi]: the compiler knows the bounds.
 
-    Raises BadBounds unless lo and hi are Python numbers (or None) with lo <= hi.
+    CHUNKWISE_CHECK (or `check=True`) looks whether the promise holds; otherwise it is trusted.
+
+    Args:
+        x: a Key, Value or Scalar, or a Python number.
+        lo: the lower bound, a Python number; None for none.
+        hi: the upper bound, a Python number; None for none.
+
+    Returns:
+        A value of the kind of x.
+
+    Raises:
+        BadBounds: lo and hi are no Python numbers with lo <= hi.
     """
     return build(Op.WITHIN, lift(x), attrs=_bounds("within", lo, hi))
 
@@ -155,9 +344,19 @@ def _plain(x: object) -> object:
 
 
 def sum(x: Traced) -> Traced:
-    """Sum over the channels of a Key or a Value: a Scalar.
+    """The sum over the channels of a Key or a Value.
 
-    Raises StateAsVector for a state, KindMismatch for a Scalar, which has no channels.
+    Python's own `sum` is refused on a value of a step.
+
+    Args:
+        x: a Key or a Value.
+
+    Returns:
+        A Scalar.
+
+    Raises:
+        StateAsVector: x is a state.
+        KindMismatch: x is a Scalar, which has no channels.
     """
     y = lift(x)
     if y.kind.is_state:
@@ -168,7 +367,19 @@ def sum(x: Traced) -> Traced:
 
 
 def dot(x: Traced, y: Traced) -> Traced:
-    """Inner product of two Keys or two Values: a Scalar. With a KeyState, the same as `q @ z`."""
+    """The inner product of two Keys or of two Values; of a Key and a KeyState, the same as `q @ z`.
+
+    Args:
+        x: a Key or a Value; or a Key or a KeyState.
+        y: the same; or the other of the two.
+
+    Returns:
+        A Scalar.
+
+    Raises:
+        StateAsVector: one of them is a State.
+        KindMismatch: one is a Key and the other a Value, or one is a Scalar.
+    """
     a, b = lift(x), lift(y)
     if a.kind is Kind.KEY_STATE and b.kind is Kind.KEY:
         a, b = b, a
@@ -189,14 +400,35 @@ def dot(x: Traced, y: Traced) -> Traced:
 
 
 def l2norm(x: Traced, eps: float = 1e-6) -> Traced:
-    """x * rsqrt(sum(x²) + eps): a Key or Value scaled to length 1."""
+    """x · rsqrt(sum(x²) + eps): a Key or Value scaled to length 1.
+
+    Args:
+        x: a Key or a Value.
+        eps: what keeps a zero vector from a division by 0.
+
+    Returns:
+        A value of the kind of x.
+
+    Raises:
+        StateAsVector: x is a state.
+        KindMismatch: x is a Scalar.
+    """
     return x * rsqrt(dot(x, x) + eps)
 
 
 def outer(k: Traced, v: Traced | float) -> Traced:
-    """The rank-one state k vᵀ of a Key and a Value; of a Key and a Scalar, a KeyState.
+    """The rank-one state k vᵀ: what a step writes.
 
-    Raises OuterOrder when the Key does not come first.
+    Args:
+        k: a Key.
+        v: a Value; or a Scalar or a Python number, for a KeyState.
+
+    Returns:
+        A State of a Key and a Value; a KeyState of a Key and a Scalar.
+
+    Raises:
+        OuterOrder: the Key does not come first.
+        StateAsVector: one of them is a state.
     """
     a, b = lift(k), lift(v)
     for z in (a, b):

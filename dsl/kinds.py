@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -23,21 +27,32 @@ class KindAnnotation:
 
 
 Key = Annotated[Traced, KindAnnotation("Key", Kind.KEY, Per.TOKEN)]
-"""Per token, K channels: `[B,T,H,K]`, or `[B,T,HV,K]` when it belongs to the value heads."""
+"""K channels per token: a query, a key, a gate per key channel.
+
+The tensor of the call is `[B,T,H,K]`, or `[B,T,HV,K]` where it belongs to the value heads (HV is a
+multiple of H, and value head j uses key head j // (HV/H)).
+"""
 Value = Annotated[Traced, KindAnnotation("Value", Kind.VALUE, Per.TOKEN)]
-"""Per token, V channels: `[B,T,HV,V]`."""
+"""V channels per token: what is written and read. The tensor of the call is `[B,T,HV,V]`."""
 Scalar = Annotated[Traced, KindAnnotation("Scalar", Kind.SCALAR, Per.TOKEN)]
-"""Per token, one number: `[B,T,HV]`."""
+"""One number per head and token: a gate, a step size. The tensor of the call is `[B,T,HV]`."""
 HeadScalar = Annotated[Traced, KindAnnotation("HeadScalar", Kind.SCALAR, Per.HEAD)]
-"""Per head, one number: `[HV]`."""
+"""One number per head, for all tokens: a parameter. The tensor of the call is `[HV]`."""
 HeadKey = Annotated[Traced, KindAnnotation("HeadKey", Kind.KEY, Per.HEAD)]
-"""Per head, K channels: `[HV,K]`."""
+"""K channels per head, for all tokens: a parameter. The tensor of the call is `[HV,K]`."""
 HeadValue = Annotated[Traced, KindAnnotation("HeadValue", Kind.VALUE, Per.HEAD)]
-"""Per head, V channels: `[HV,V]`."""
+"""V channels per head, for all tokens: a parameter. The tensor of the call is `[HV,V]`."""
 State = Annotated[Traced, KindAnnotation("State", Kind.STATE, Per.TOKEN)]
-"""The carried matrix: `[N,HV,K,V]`."""
+"""The matrix that is carried from token to token: K×V per sequence and head, in float32.
+
+The initial and the final state of a call are `[N,HV,K,V]`; N is B, or the number of packed
+sequences.
+"""
 KeyState = Annotated[Traced, KindAnnotation("KeyState", Kind.KEY_STATE, Per.TOKEN)]
-"""A carried vector: `[N,HV,K]`."""
+"""A vector of K channels that is carried from token to token: a sum of keys, a normaliser.
+
+The initial and the final state of a call are `[N,HV,K]`, in float32.
+"""
 
 _ALIASES = {
     "Key": Key,
@@ -49,6 +64,26 @@ _ALIASES = {
     "State": State,
     "KeyState": KeyState,
 }
+
+
+def _document() -> None:
+    """Gives each kind the string below it as `__doc__`, which `help(Key)` shows; editors read it.
+
+    A module without its source keeps undocumented kinds.
+    """
+    try:
+        body = ast.parse(inspect.getsource(sys.modules[__name__])).body
+    except OSError:
+        return
+    for assignment, below in itertools.pairwise(body):
+        if isinstance(assignment, ast.Assign) and isinstance(below, ast.Expr):
+            (target,) = assignment.targets
+            kind = _ALIASES.get(ast.unparse(target))
+            if kind is not None:
+                kind.__doc__ = inspect.cleandoc(ast.literal_eval(below.value))
+
+
+_document()
 
 
 def kind_annotation(annotation: object) -> KindAnnotation | None:

@@ -142,7 +142,10 @@ def comba(
 
 @declaration
 def dplr(S: State, q: Key, k: Key, v: Value, a: Key, b: Key, g: Key) -> tuple[State, Value]:
-    """Diagonal plus low rank: a is written, b reads the undecayed state (fla's a and b swapped)."""
+    """Diagonal plus low rank (Peng et al. 2025): a is written, b reads the undecayed state.
+
+    flash-linear-attention swaps the names a and b.
+    """
     S = exp(g) * S + outer(a, b @ S) + outer(k, v)
     return S, q @ S
 
@@ -210,7 +213,10 @@ def momentum_delta(
     beta: Scalar,
     eta: Scalar,
 ) -> tuple[tuple[State, State], Value]:
-    """The delta rule with momentum: the correction v − pᵀS is averaged in M, and M moves S."""
+    """The delta rule with momentum: M averages the corrections v − pᵀS, and M moves S.
+
+    Momentum is Polyak's (1964).
+    """
     M, S_old = exp(log_mu) * M + eta * outer(k, v - p @ S), S
     S = exp(log_alpha) * S_old + beta * M
     return (S, M), q @ S

@@ -52,6 +52,7 @@ def raised_in(error: BaseException, code: CodeType) -> Loc | None:
 
 def definition(code: CodeType, parameter: str = "") -> Loc:
     """The `def` line of a function (below its decorators), or where it names `parameter`."""
+    linecache.checkcache(code.co_filename)  # the file may have changed since it was read
     first = code.co_firstlineno
     lines = {n: linecache.getline(code.co_filename, n) for n in range(first, first + 60)}
     at = next((n for n, text in lines.items() if text.lstrip().startswith("def ")), first)

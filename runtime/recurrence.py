@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import overload
+from typing import Any, overload
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from ..dsl import errors
 from ..dsl.declaration import Declaration
 from ..dsl.explain import explain
 from ..dsl.trace import where
+from . import documentation
 from .call import arrange, boundaries, initial_states
 from .decode import Stepper
 from .engines import EngineName, choose
@@ -21,52 +22,71 @@ from .ops import REGISTRY
 States = Tensor | tuple[Tensor, ...]
 GivenStates = Tensor | Sequence[Tensor | None] | None
 
+
+def _option(name: str, default: object, annotation: object = inspect.Parameter.empty) -> Any:
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=default, annotation=annotation)
+
+
 # keyword arguments that every recurrence has, so that no operand may be called like one of them
 OPTIONS = (
-    inspect.Parameter("initial_state", inspect.Parameter.KEYWORD_ONLY, default=None),
-    inspect.Parameter("output_final_state", inspect.Parameter.KEYWORD_ONLY, default=False),
-    inspect.Parameter("cu_seqlens", inspect.Parameter.KEYWORD_ONLY, default=None),
-    inspect.Parameter("engine", inspect.Parameter.KEYWORD_ONLY, default=None),
-    inspect.Parameter("check", inspect.Parameter.KEYWORD_ONLY, default=None),
+    _option("initial_state", None),
+    _option("output_final_state", False, bool),
+    _option("cu_seqlens", None),
+    _option("engine", None),
+    _option("check", None),
 )
+STEP_OPTIONS = (_option("state", None), _option("engine", None))
 
 
 class Recurrence:
     """A linear-attention recurrence, declared as one step and callable on whole sequences.
 
-    Calling it takes the operands in the order of the declaration (or by name), the declaration's
-    keyword-only floats, and
+    `recurrence` makes one of a function; `chunkwise.library` has those of the literature. The
+    declared function is the meaning of the op: no hidden scale, no hidden norm. `help(op)` shows
+    the operands of a recurrence with their kinds and shapes.
 
-        initial_state: `[N,HV,K,V]` (`[N,HV,K]` for a KeyState); a tuple for several states.
-            Zero where absent.
-        output_final_state: return the state after the last token too.
-        cu_seqlens: int32 or int64 `[N+1]`, boundaries of N sequences packed along T, with B = 1.
-        engine: "reference", "eager", "tvm" or "triton"; by default the device's own
-            (CHUNKWISE_ENGINE).
-        check: look for NaN in operands and growth in gates first, and for overflow in results,
-            which waits for the device; by default as CHUNKWISE_CHECK says.
-
-    and returns `(o, final_state)`: o `[B,T,HV,V]` in the dtype of the first Value operand, the
-    final state in float32 (a tuple for several states), or None where it was not asked for.
     Everything is differentiable once, in reverse mode: each operand, the initial state, through the
     final state; also under torch.func and vmap. engine="reference" has derivatives of every order
-    and forward mode too; other engines raise NoTransform and DoubleBackward for those.
-    Under autocast the operands are used in the dtype they come in. Kernels on a GPU multiply states
-    and cotangents in the dtype of the operands: with float16, both have to lie in its range (2**-24
-    to 65504), as bfloat16's and float32's do not.
+    and forward mode too. Under autocast the operands are used in the dtype they come in. Kernels on
+    a GPU multiply states and cotangents in the dtype of the operands: with float16, both have to
+    lie in its range (2**-24 to 65504), as bfloat16's and float32's do not.
 
-    Raises: the classes of `chunkwise.errors`, each naming operand, what it got, what it expected.
+    Args:
+        declaration: the step with what is derived from it.
+        engine: the engine of calls that name none; None lets the device choose.
+
+    Attributes:
+        declaration (Declaration): the step, its operands, its normal form.
     """
+
+    def __new__(
+        cls, declaration: Declaration, engine: EngineName | str | None = None
+    ) -> Recurrence:
+        """A class of its own per op, whose methods have the op's operands in their signatures."""
+        _refuse_reserved(declaration)
+        called = documentation.signature(declaration, OPTIONS)
+        stepped = documentation.signature(declaration, STEP_OPTIONS, time=False)
+        of_call = documentation.docstring(declaration, cls.__call__)
+        of_step = documentation.docstring(declaration, cls.step, time=False)
+        methods = {
+            "__call__": documentation.documented(cls.__call__, called, of_call),
+            "step": documentation.documented(cls.step, stepped, of_step),
+        }
+        own = type(cls.__name__, (cls,), {"__module__": cls.__module__, **methods})
+        op: Recurrence = object.__new__(own)
+        op.__signature__, op.__doc__ = called, of_call
+        return op
+
+    __signature__: inspect.Signature
 
     def __init__(self, declaration: Declaration, engine: EngineName | str | None = None) -> None:
         self.declaration = declaration
         self._engine = engine.value if isinstance(engine, EngineName) else engine
         self.__name__ = declaration.name
         self.__qualname__ = declaration.function.__qualname__
-        self.__doc__ = declaration.function.__doc__
         self.__module__ = declaration.function.__module__
         self.__wrapped__ = declaration.function
-        self.__signature__ = _signature(declaration)
         self._ops = REGISTRY.of(declaration)
         self._step = Stepper(declaration, self._ops, self._engine)
         self._no_states = (None,) * len(declaration.states)
@@ -82,6 +102,47 @@ class Recurrence:
         check: bool | None = None,
         **named: Tensor | float,
     ) -> tuple[Tensor, States | None]:
+        """The recurrence over whole sequences.
+
+        Args:
+            *args: the operands in the order of the declaration, of the shapes that their kinds say
+                (`[B,T,H,K]` for a Key).
+            **named: operands by name, and the declaration's keyword-only numbers.
+            initial_state: the state before the first token, `[N,HV,K,V]` (`[N,HV,K]` for a
+                KeyState); a tuple for several states, in which None is zero; all zero where absent.
+            output_final_state: return the state after the last token too.
+            cu_seqlens: int32 or int64 `[N+1]`, boundaries of N sequences packed along T; then
+                B = 1.
+            engine: "reference", "eager", "tvm" or "triton"; by default CHUNKWISE_ENGINE, else the
+                device's own.
+            check: look for NaN in operands and growth in gates first, and for overflow in results,
+                which waits for the device; by default as CHUNKWISE_CHECK says.
+
+        Returns:
+            `(o, final_state)`: o `[B,T,HV,V]` in the dtype of the first Value operand; the final
+            state `[N,HV,K,V]` in float32 (a tuple for several states), or None where it was not
+            asked for.
+
+        Raises:
+            MissingOperand: an operand or a number without a default was left out.
+            UnknownOperand: there is one too many, or one of another name.
+            BadShape: an operand or state is not of the shape that its kind says.
+            HeadMismatch: HV is no multiple of H.
+            BadBatch: counts of sequences or states do not agree.
+            BadCuSeqlens: boundaries that are no offsets from 0 to T.
+            BadDtype: an operand is no tensor of floats, or a number no number.
+            BadDevice: operands on two devices.
+            BadLayout: an operand is sparse, nested or sharded.
+            BadNumber: a number that is infinite or NaN.
+            BadOption: `check` is no bool.
+            NanOperand: `check` found NaN or infinities in an operand.
+            PositiveGate: `check` found a log-decay above 0, or a broken promise of `within`.
+            Overflow: `check` found results that are not finite.
+            EngineUnavailable: the engine does not serve this call.
+            NotLowered: the step has no kernels yet; engine="reference" runs it.
+            DoubleBackward: a gradient was differentiated again.
+            NoTransform: the call is under forward mode.
+        """
         if check is not None and not isinstance(check, bool):
             raise errors.BadOption("check", check, "True, False or None")
         operands, params, static = arrange(self.declaration, args, named)
@@ -109,27 +170,40 @@ class Recurrence:
         engine: EngineName | str | None = None,
         **named: Tensor | float,
     ) -> tuple[Tensor, States]:
-        """One token, for decoding: `(o, new_state)`.
+        """One token, for decoding.
 
         A kernel computes it (of any declaration, on a CPU with TVM and on a GPU), or torch in
         float64. Where gradients are recorded, under torch.func and under torch.compile it is an op:
         the same kernel, whose gradient torch computes.
 
         Args:
-            *args, **named: the operands of a call without their T axis (`[B,H,K]`, `[B,HV,V]`,
-                `[B,HV]`; per-head ones unchanged) or with T = 1, and the declaration's floats.
-            state: as `initial_state` of a call, N = B; zero where absent.
+            *args: the operands of a call without their T axis (`[B,H,K]`, `[B,HV,V]`, `[B,HV]`;
+                per-head ones unchanged), or all of them with T = 1.
+            **named: operands by name, and the declaration's keyword-only numbers.
+            state: the state before this token, `[B,HV,K,V]` (`[B,HV,K]` for a KeyState); a tuple
+                for several states; zero where absent.
             engine: "tvm" or "triton" for a kernel or else an error, "reference" for torch.
 
         Returns:
-            o `[B,HV,V]` (`[B,1,HV,V]` where the operands have T) and the float32 state.
+            `(o, new_state)`: o `[B,HV,V]` (`[B,1,HV,V]` where the operands have T) in the dtype of
+            the first Value operand, and the state `[B,HV,K,V]` in float32 (a tuple for several).
+
+        Raises:
+            CallError: what a call raises, in terms of T = 1.
+            EngineUnavailable: the named engine has no kernel for this step, or gradients are wanted
+                of it.
         """
         return self._step(
             args, named, state, engine.value if isinstance(engine, EngineName) else engine
         )
 
     def explain(self) -> str:
-        """What was understood and what will run: class, equations, gates' bounds, costs."""
+        """A page on what was understood and what will run.
+
+        Returns:
+            The step, its normal form and class, the operands with their shapes, the bounds of the
+            gates, the chunk form, and per kernel FLOPs, and bytes read and written.
+        """
         made = sections(self.declaration)
         return "\n\n".join([explain(self.declaration), *made.values()])
 
@@ -138,8 +212,15 @@ class Recurrence:
 
         The chunk form with symbols, the tiles of a chunk and of its adjoint at random points.
 
+        Args:
+            chunk: the largest number of tokens; time grows steeply with it.
+
+        Returns:
+            What was proved, a line each.
+
         Raises:
-            NotLowered: the proof does not cover the recurrence. ProofFailed: it does not hold.
+            NotLowered: the proof does not cover the recurrence.
+            ProofFailed: it does not hold, a fault of the compiler.
         """
         from ..codegen.prove import prove  # SymPy takes half a second to import
 
@@ -150,7 +231,11 @@ class Recurrence:
         return self.__qualname__
 
     def __repr__(self) -> str:
-        return f"<recurrence {self.__name__}{self.__signature__}>"
+        return documentation.short(self.declaration)
+
+    def _repr_html_(self) -> str:
+        """The recurrence in a notebook: its equations, its operands, its class."""
+        return documentation.html(self.declaration)
 
 
 @overload
@@ -191,7 +276,7 @@ def _declare(function: Callable[..., object], engine: EngineName | str | None) -
     return Recurrence(Declaration(function, any_step=any_step), engine)
 
 
-def _signature(declaration: Declaration) -> inspect.Signature:
+def _refuse_reserved(declaration: Declaration) -> None:
     names = [*(x.name for x in declaration.operands), *(p.name for p in declaration.params)]
     states = [s.name for s in declaration.states]
     reserved = {p.name for p in OPTIONS} | {"state", "o"}
@@ -200,11 +285,3 @@ def _signature(declaration: Declaration) -> inspect.Signature:
     for name in (*names, *declaration.statics):
         if name in reserved | taken:
             raise errors.ReservedName(name, sorted(reserved), where(declaration.function))
-    either, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    parameters = [inspect.Parameter(x.name, either) for x in declaration.operands]
-    for p in declaration.params:
-        default = inspect.Parameter.empty if p.default is None else p.default
-        parameters.append(inspect.Parameter(p.name, keyword, default=default))
-    for name, constant in declaration.statics.items():
-        parameters.append(inspect.Parameter(name, keyword, default=constant))
-    return inspect.Signature([*parameters, *OPTIONS])

@@ -16,6 +16,7 @@ from ..elementwise import FUNCTIONS
 from ..expressions import Expressions, Names, is_number, unaliased
 from ..plan import Kernel
 from ..tile import LEAVES, MASKS, Axes, Axis, Tile, TileOp, Which, renamed, summed_axes
+from . import library
 
 # with a number, which torch's functions of two tensors do not take
 _BOUNDS = {Op.MAXIMUM: "min", Op.AT_LEAST: "min", Op.MINIMUM: "max", Op.AT_MOST: "max"}
@@ -149,7 +150,7 @@ def print_eager(kernel: Kernel) -> EagerKernel:
     """`kernel` as a torch function."""
     order = kernel.order
     buffers = kernel.buffers
-    printer = _Torch(tuple(Axis), Names(("torch", "F", *CONTEXT)))
+    printer = _Torch(tuple(Axis), Names(("torch", "F", *CONTEXT, *library.__all__)))
     arguments: list[tuple[str, Tile]] = []
     for t in order:
         if t in buffers or t.op in LEAVES:

@@ -14,6 +14,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+__all__ = [
+    "decay",
+    "decayed_apply",
+    "decayed_apply_transposed",
+    "decayed_crossing",
+    "decayed_dot",
+    "flush",
+    "prefix_sum",
+    "suffix_sum",
+    "unit_lower_inverse",
+]
+
 
 def unit_lower_inverse(lower: Tensor) -> Tensor:
     """(1 + L)^-1 for strictly lower L, [..., C, C]."""

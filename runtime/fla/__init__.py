@@ -1,12 +1,4 @@
-"""Names and signatures of flash-linear-attention 0.6, so that a model changes engine by an import.
-
-What differs on purpose: nothing is ignored silently. Hints of how to compute (`chunk_size`,
-`cu_seqlens_cpu`, `disable_recompute`, ...) are accepted, since they do not change the result; what
-would change it and is not offered (`reverse`, `cp_context`, `head_first`, ...) is refused.
-
-In all of them q, k are `[B,T,H,K]`, v `[B,T,HV,V]`, gates natural-log decays, `scale=None` means
-K^-0.5, and the result is `(o, final_state)` with final_state None unless asked for.
-"""
+"""The functions of `chunkwise.fla`: a row each, of a signature and the steps that it calls."""
 
 from __future__ import annotations
 
@@ -58,6 +50,7 @@ _CU = "cu_seqlens=None"
 _CU_CPU = f"{_CU}, cu_seqlens_cpu=None"
 _TRANSPOSED = "transpose_state_layout"  # what state_v_first was called before
 _GATE = "A_log dt_bias"
+_PER_KEY = "natural-log decays per key channel, `[B,T,HV,K]`, at most 0."
 
 
 def _linear(name: str, given: Given) -> tuple[Tensor, Tensor | tuple[Tensor | None, Tensor] | None]:
@@ -105,7 +98,7 @@ chunk_linear_attn = fused_chunk_linear_attn = adapter(
     "chunk_linear_attn",
     f"q, k, v, {_RUN}, normalize=True, {_CU}",
     _linear,
-    "Linear attention; with `normalize`, the state is (S, z), z `[N,1,H,K]` the sum of keys.",
+    "Linear attention (Katharopoulos, Vyas, Pappas, Fleuret 2020), by default normalised.",
 )
 fused_recurrent_linear_attn = adapter(
     "fused_recurrent_linear_attn",
@@ -119,7 +112,7 @@ chunk_retention = adapter(
     "chunk_retention",
     f"q, k, v, {_RUN}, {_CU}, **kwargs",
     _RETENTION,
-    "Retention: head h decays by 1 - 2^(-5-h).",
+    "Retention (Sun et al. 2023): head h decays by 1 - 2^(-5-h).",
 )
 fused_chunk_retention = adapter(
     "fused_chunk_retention", f"q, k, v, {_RUN}, {_CU}", _RETENTION, "As `chunk_retention`."
@@ -137,7 +130,7 @@ chunk_lightning_attn = adapter(
     "chunk_lightning_attn",
     f"q, k, v, layer_idx, num_layers, {_RUN}, {_CU}, **kwargs",
     _LIGHTNING,
-    "Lightning attention: a slope per head, flatter in later layers.",
+    "Lightning attention (Qin et al. 2024): a slope per head, flatter in later layers.",
 )
 fused_recurrent_lightning_attn = adapter(
     "fused_recurrent_lightning_attn",
@@ -151,7 +144,7 @@ chunk_simple_gla = adapter(
     "chunk_simple_gla",
     f"q, k, v, g=None, g_gamma=None, {_RUN}, state_v_first=False, {_CU_CPU}, **kwargs",
     _SIMPLE_GLA,
-    "A scalar gate `[B,T,H]`, a fixed decay per head `g_gamma` `[H]`, both, or neither.",
+    "Linear attention (Dao, Gu 2024) with a scalar gate, a fixed decay per head, both, or neither.",
     _TRANSPOSED,
 )
 fused_chunk_simple_gla = adapter(
@@ -172,13 +165,14 @@ chunk_gla = adapter(
     "chunk_gla",
     f"q, k, v, g, {_RUN}, state_v_first=False, {_CU_CPU}",
     steps("gla: q k v g"),
-    "Gated linear attention: a log-decay per key channel, `[B,T,H,K]`.",
+    "Gated linear attention (Yang, Wang, Shen, Panda, Kim 2024): a gate per key channel.",
+    g=_PER_KEY,
 )
 fused_recurrent_gla = adapter(
     "fused_recurrent_gla",
     f"q, k, v, gk=None, gv=None, {_RUN}, reverse=False, state_v_first=False, {_CU}, **kwargs",
     steps("gla: q k v gk", "value_gla: q k v gv", "linear_attention: q k v"),
-    "A log-decay per key channel `gk`, per value channel `gv`, or neither; not both.",
+    "As `chunk_gla`, gated per key channel (`gk`), per value channel (`gv`), or not at all.",
     _TRANSPOSED,
 )
 
@@ -187,7 +181,7 @@ chunk_rwkv6 = adapter(
     "chunk_rwkv6",
     f"r, k, v, w, u, {_RUN}, {_CU_CPU}, **kwargs",
     _RWKV6,
-    "RWKV-6: w `[B,T,H,K]` the log-decay, u `[H,K]` the bonus of the current token.",
+    "RWKV-6 (Peng et al. 2024): the current token counts with a bonus, not with a decay.",
 )
 fused_recurrent_rwkv6 = adapter(
     "fused_recurrent_rwkv6",
@@ -201,13 +195,13 @@ chunk_delta_rule = adapter(
     "chunk_delta_rule",
     f"q, k, v, beta, {_RUN}, {_L2}, {_CU_CPU}, **kwargs",
     _DELTA,
-    "The delta rule; beta `[B,T,H]`.",
+    "The delta rule (Schlag, Irie, Schmidhuber 2021).",
 )
 fused_recurrent_delta_rule = adapter(
     "fused_recurrent_delta_rule",
     f"q, k, v, beta=None, {_RUN}, {_L2}, {_CU}",
     _DELTA,
-    "As `chunk_delta_rule`; beta = 1 where it is absent.",
+    "As `chunk_delta_rule`; beta may be absent.",
 )
 
 chunk_gated_delta_rule = chunk_gdn = adapter(
@@ -215,7 +209,7 @@ chunk_gated_delta_rule = chunk_gdn = adapter(
     f"q, k, v, g, beta, {_RUN}, {_L2}, {_BETA}, state_v_first=False, {_CU_CPU}, "
     "chunk_indices=None, cp_context=None, **kwargs",
     steps("gated_delta_rule: q k v g beta"),
-    "Gated delta rule; g, beta `[B,T,HV]`; g is raw, with A_log, if `use_gate_in_kernel`.",
+    "Gated delta rule (Yang, Kautz, Hatamizadeh 2024).",
     f"{_TRANSPOSED} {_GATE} use_gate_in_kernel",
 )
 fused_recurrent_gated_delta_rule = fused_recurrent_gdn = adapter(
@@ -235,8 +229,9 @@ chunk_kda = adapter(
     f"state_v_first=False, {_CU_CPU}, cp_context=None, use_graph=False, max_num_seqs=None, "
     "**kwargs",
     _KDA,
-    "Kimi delta attention; g `[B,T,HV,K]`, beta `[B,T,HV]`. `safe_gate` promises g >= -5.",
+    "Kimi delta attention (Kimi Team 2025): the delta rule with a gate per key channel.",
     f"{_TRANSPOSED} {_GATE}",
+    g=_PER_KEY,
 )
 fused_recurrent_kda = adapter(
     "fused_recurrent_kda",
@@ -245,6 +240,7 @@ fused_recurrent_kda = adapter(
     _KDA,
     "As `chunk_kda`.",
     _TRANSPOSED,
+    g=_PER_KEY,
 )
 
 _COMBA = steps("comba: q k v p g beta", "comba: q k v k g beta")
@@ -252,7 +248,7 @@ chunk_comba = adapter(
     "chunk_comba",
     f"q, k, v, p, g, beta=None, {_RUN}, {_L2}, {_CU_CPU}",
     _COMBA,
-    "Comba: p `[B,T,H,K]` reads what is erased. `fused_recurrent_comba` has p before v.",
+    "Comba (Hu et al. 2025): p reads what is erased. `fused_recurrent_comba` has p before v.",
 )
 fused_recurrent_comba = adapter(
     "fused_recurrent_comba",
@@ -267,7 +263,7 @@ chunk_dplr_delta_rule = adapter(
     f"q, k, v, a, b, gk, {_RUN}, {_CU_CPU}, safe_gate=False, chunk_size=None, "
     "disable_recompute=False, cp_context=None, lower_bound=None, **kwargs",
     _DPLR,
-    "Diagonal plus low rank: `a` reads the undecayed state, `b` writes what was read.",
+    "Diagonal plus low rank (Peng et al. 2025): `b` writes what `a` reads.",
 )
 fused_recurrent_dplr_delta_rule = adapter(
     "fused_recurrent_dplr_delta_rule",
@@ -283,7 +279,7 @@ chunk_rwkv7 = adapter(
     f"{_CU_CPU}, safe_gate=False, chunk_size=None, disable_recompute=False, cp_context=None, "
     "lower_bound=None",
     _RWKV7,
-    "RWKV-7: as `chunk_dplr_delta_rule` with r for q and w the log-decay; not scaled.",
+    "RWKV-7 (Peng et al. 2025): as `chunk_dplr_delta_rule`, with r for q and w for gk; not scaled.",
 )
 fused_recurrent_rwkv7 = adapter(
     "fused_recurrent_rwkv7",
@@ -298,12 +294,19 @@ chunk_gdn2 = adapter(
     "lower_bound=None, disable_recompute=False, return_intermediate_states=False, "
     "state_v_first=False, cp_context=None, **kwargs",
     steps("gdn2: q k v g b w"),
-    "Gated delta with an erase gate b per key channel and a write gate w per value channel.",
+    "Gated DeltaNet-2 (Hatamizadeh, Choi, Kautz 2026): gates of what is erased and written.",
     f"{_TRANSPOSED} {_GATE}",
+    g=_PER_KEY,
+    b="gates of what is erased per key channel, `[B,T,HV,K]`.",
+    w="gates of what is written per value channel, `[B,T,HV,V]`.",
 )
 chunk_gated_delta_product = adapter(
     "chunk_gated_delta_product",
     f"q, k, v, g, beta, num_householder, {_RUN}, {_L2}, {_CU_CPU}, cp_context=None",
     steps("gated_delta_product: q k v g beta", "delta_product: q k v beta", first=_by_micro_steps),
-    "n delta steps per token: k, v, beta have length T*n; `cu_seqlens` counts tokens of q.",
+    "Gated DeltaProduct (Siems et al. 2025): n delta steps per token.",
+    k="keys of all delta steps, `[B,T*n,H,K]`.",
+    v="values of all delta steps, `[B,T*n,HV,V]`.",
+    beta="step sizes of all delta steps, `[B,T*n,HV]`.",
+    cu_seqlens="int `[N+1]`, boundaries of N sequences in tokens of q; then B = 1.",
 )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...dsl import errors
+from .arguments import docstring
 from .rules import rule
 
 Given = dict[str, Any]  # the arguments of a call by name
@@ -43,12 +44,17 @@ _REFUSED = {
 
 
 def adapter(
-    name: str, parameters: str, means: Callable[[str, Given], R], doc: str, extras: str = ""
+    name: str,
+    parameters: str,
+    means: Callable[[str, Given], R],
+    doc: str,
+    extras: str = "",
+    **own: str,
 ) -> Callable[..., R]:
     """The function `name` with the peer's own `parameters`, as Python spells them.
 
     `means` computes the result from the name and the arguments; `extras` are those that may come as
-    `**kwargs` beside `chunk_size`.
+    `**kwargs` beside `chunk_size`; `own` describes arguments that mean something else here.
     """
     known = sorted({"chunk_size", *extras.split()})
 
@@ -63,12 +69,17 @@ def adapter(
                 raise errors.NotLowered(f"{name} got {what}", why, instead)
         return means(name, _read(name, given))
 
-    passed = [p.lstrip("*").partition("=")[0] for p in parameters.split(", ")]
-    arguments = ", ".join(f"{p}={p}" for p in passed)
+    names = [p.partition("=")[0] for p in parameters.split(", ")]
+    arguments = ", ".join("{0}={0}".format(n.lstrip("*")) for n in names)
     # a signature that is text becomes a function whose calls Python itself checks
     function: Callable[..., R] = eval(f"lambda {parameters}: call({arguments})", {"call": call})
     function.__name__ = function.__qualname__ = name
-    function.__module__, function.__doc__ = __package__, doc
+    function.__module__, function.__doc__ = (
+        __package__,
+        docstring(
+            doc, names, {"**kwargs": f"may hold {', '.join(known)}; others are refused.", **own}
+        ),
+    )
     return function
 
 

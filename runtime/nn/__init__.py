@@ -12,11 +12,10 @@ from .layers import (
     LayerState,
     OperandRole,
     RecurrentLayer,
-    RMSNorm,
-    ShortConvolution,
     default_roles,
 )
 from .model import Block, LanguageModel, Mixer, SwiGLU
+from .parts import RMSNorm, ShortConvolution
 
 __all__ = [
     "Attention",

@@ -13,12 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import positions, wide
+from .parts import positions, wide
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionState:
-    """The visible keys (rotated) and values, `[B, H, S, D]`, and the position of the next token."""
+    """The state of attention between two tokens.
+
+    Attributes:
+        keys: the visible keys, rotated, `[B, H, S, D]`.
+        values: their values, `[B, H, S, D]`.
+        position: the position of the next token.
+    """
 
     keys: Tensor
     values: Tensor
@@ -36,7 +42,7 @@ def rotate(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal softmax attention, `[B, T, hidden] -> [B, T, hidden]`, with rotary positions.
+    """Causal softmax attention (Vaswani et al. 2017) with rotary positions (Su et al. 2021).
 
     Args:
         hidden: size of the token vectors.
@@ -71,7 +77,16 @@ class Attention(nn.Module):
         return y
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """`x [B, T, hidden]`; with `cu_seqlens [N + 1]`, B = 1 and sequences are independent."""
+        """The outputs of whole sequences.
+
+        Args:
+            x: `[B, T, hidden]`.
+            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences, which are independent; then
+                B = 1.
+
+        Returns:
+            `[B, T, hidden]`.
+        """
         tokens = x.shape[1]
         sequence, position = None, torch.arange(tokens, dtype=torch.int64, device=x.device)
         if cu_seqlens is not None:
@@ -86,7 +101,14 @@ class Attention(nn.Module):
         return self._join(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
     def prefill(self, x: Tensor) -> tuple[Tensor, AttentionState]:
-        """The result of `forward`, and the state from which `step` continues."""
+        """The result of `forward`, and the state from which `step` continues.
+
+        Args:
+            x: `[B, T, hidden]`.
+
+        Returns:
+            The outputs `[B, T, hidden]`, and the state after the last token.
+        """
         tokens = x.shape[1]
         _, k, v = self._qkv(x, torch.arange(tokens, dtype=torch.int64, device=x.device))
         seen = tokens if self.window is None else min(tokens, self.window - 1)
@@ -94,13 +116,28 @@ class Attention(nn.Module):
         return self(x), AttentionState(k[:, :, keep], v[:, :, keep], tokens)
 
     def initial_state(self, batch: int) -> AttentionState:
-        """The state before the first token of `batch` sequences."""
+        """The state before the first token.
+
+        Args:
+            batch: number of sequences B.
+
+        Returns:
+            A state without keys.
+        """
         weight = self.project.weight
         empty = weight.new_zeros(batch, self.heads, 0, weight.shape[1] // self.heads)
         return AttentionState(empty, empty, 0)
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
-        """The output `[B, hidden]` of one token `x [B, hidden]`, and the state after it."""
+        """One token of every sequence.
+
+        Args:
+            x: `[B, hidden]`.
+            state: the state before it.
+
+        Returns:
+            The output `[B, hidden]`, and the state after it.
+        """
         position = torch.full((1,), state.position, dtype=torch.int64, device=x.device)
         q, k, v = self._qkv(x[:, None], position)
         keys, values = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
@@ -111,14 +148,25 @@ class Attention(nn.Module):
 
 
 class GlobalAttention(Attention):
-    """Attention over the whole past."""
+    """Attention over the whole past.
+
+    Args:
+        hidden: size of the token vectors.
+        heads: query heads; `hidden` is a multiple of `2 * heads`.
+    """
 
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__(hidden, heads)
 
 
 class SlidingWindowAttention(Attention):
-    """Attention over the last `window` tokens, at a cost linear in T."""
+    """Attention over the last tokens, at a cost linear in T.
+
+    Args:
+        hidden: size of the token vectors.
+        heads: query heads; `hidden` is a multiple of `2 * heads`.
+        window: each token sees itself and the `window - 1` tokens before it.
+    """
 
     def __init__(self, hidden: int, heads: int, window: int) -> None:
         super().__init__(hidden, heads, window)

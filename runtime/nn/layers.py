@@ -1,4 +1,4 @@
-"""Torch modules around a declared recurrence: the layer, its convolution and its norm.
+"""The torch module around a declared recurrence: projections, the recurrence, a norm.
 
 `RecurrentLayer` reads the declaration. The operands, their kinds and their roles determine its
 projections, so that a new recurrence needs no new code here. Every mixer has three methods of one
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ...dsl.ir import Kind, Node, Op, Per, operands_of
 from ...dsl.normal_form import NormalForm, Operand
-from ..packing import token_sequences
+from .parts import RMSNorm, ShortConvolution, l2norm, wide
 
 if TYPE_CHECKING:
     from ..recurrence import Recurrence, States
@@ -35,75 +35,6 @@ class OperandRole(Enum):
     LOG_DECAY = "projection to a log-decay <= 0"
     UNIT = "sigmoid of a projection: a step size, or a decay factor, in (0, 1)"
     RAW = "projection only: the declaration applies its own activation"
-
-
-def wide(x: Tensor) -> Tensor:
-    """`x` in float32, or unchanged in float64: norms and gates are not computed in less."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-class RMSNorm(nn.Module):
-    """`x / rms(x) * weight` over the last axis, in float32; returns x's dtype."""
-
-    def __init__(self, size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, dtype=None, device=None))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = wide(x)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * wide(self.weight)).to(x.dtype)
-
-
-def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """`x * rsqrt(sum(x**2) + eps)` over the last axis, in float32; returns x's dtype."""
-    y = wide(x)
-    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """The sequence of every packed token and its position there, both `[T]`, without a sync."""
-    t = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    sequence = token_sequences(cu_seqlens, tokens)
-    return sequence, t - cu_seqlens[sequence]
-
-
-class ShortConvolution(nn.Module):
-    """Causal depthwise convolution over time: each channel sees its last `size` tokens.
-
-    Shapes: `[B, T, channels] -> [B, T, channels]`. With `cu_seqlens`, B = 1 and no token sees
-    another sequence.
-    """
-
-    def __init__(self, channels: int, size: int = 4) -> None:
-        super().__init__()
-        self.size = size
-        self.weight = nn.Parameter(torch.empty(size, channels, dtype=None, device=None))
-        nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
-
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        tokens = x.shape[1]
-        padded = F.pad(x, (0, 0, self.size - 1, 0))
-        weight = self.weight.to(x.dtype)
-        position = None if cu_seqlens is None else positions(cu_seqlens, tokens)[1]
-        y = x * weight[0]
-        for back in range(1, self.size):
-            start = self.size - 1 - back
-            tap = padded[:, start : start + tokens] * weight[back]
-            if position is not None:
-                tap = tap.masked_fill((position < back)[:, None], 0.0)
-            y = y + tap
-        return y
-
-    def last(self, x: Tensor) -> Tensor:
-        """The cache after the tokens `x`: their last `size - 1` vectors, `[B, size - 1, D]`."""
-        return F.pad(x, (0, 0, self.size - 1, 0))[:, x.shape[1] :]
-
-    def step(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
-        """One token `[B, D]` given the cache; returns its output and the new cache."""
-        window = torch.cat([cache, x[:, None]], 1)
-        return (window * self.weight.to(x.dtype).flip(0)).sum(1), window[:, 1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +74,12 @@ def default_roles(form: NormalForm) -> dict[str, OperandRole]:
 
     Scalars are step sizes (UNIT), Keys and Values are features. An operand that is a log-decay or
     a decay factor is made as one; one in any other expression of a decay is RAW.
+
+    Args:
+        form: the normal form of a recurrence (`op.declaration.normal_form()`).
+
+    Returns:
+        Roles by operand name.
     """
     roles = {
         x.name: OperandRole.UNIT if x.kind is Kind.SCALAR else OperandRole.FEATURE
@@ -205,8 +142,10 @@ class RecurrentLayer(nn.Module):
     Args:
         op: the recurrence (`@cw.recurrence`, or one of `cw.library`).
         hidden: size of the token vectors.
-        heads: key heads H; `value_heads` HV, a multiple of H, defaults to H.
-        key_dim, value_dim: sizes K and V of one head.
+        heads: key heads H.
+        key_dim: channels K of one head's Keys.
+        value_dim: channels V of one head's Values.
+        value_heads: value heads HV, a multiple of H; None for H.
         conv_size: taps of the short convolution over feature operands; 0 for none.
         normalise: names of Key operands to scale to unit length, for declarations without `l2norm`.
         roles: roles by operand name, which override `default_roles`.
@@ -366,11 +305,27 @@ class RecurrentLayer(nn.Module):
         return self._finish(o, x), projected, state
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """`x [B, T, hidden]`; with `cu_seqlens [N + 1]`, B = 1 and sequences are independent."""
+        """The outputs of whole sequences.
+
+        Args:
+            x: `[B, T, hidden]`.
+            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences, which are independent; then
+                B = 1.
+
+        Returns:
+            `[B, T, hidden]`.
+        """
         return self._run(x, cu_seqlens, final=False)[0]
 
     def prefill(self, x: Tensor) -> tuple[Tensor, LayerState]:
-        """The result of `forward`, and the state from which `step` continues."""
+        """The result of `forward`, and the state from which `step` continues.
+
+        Args:
+            x: `[B, T, hidden]`.
+
+        Returns:
+            The outputs `[B, T, hidden]`, and the state after the last token.
+        """
         y, projected, state = self._run(x, None, final=True)
         return y, LayerState(self._cache(projected), state)
 
@@ -380,12 +335,27 @@ class RecurrentLayer(nn.Module):
         return self.convolve.last(projected)
 
     def initial_state(self, batch: int) -> LayerState:
-        """The state before the first token of `batch` sequences."""
+        """The state before the first token.
+
+        Args:
+            batch: number of sequences B.
+
+        Returns:
+            A state of zeros.
+        """
         weight = self.project.weight
         return LayerState(self._cache(weight.new_zeros(batch, 0, weight.shape[0])), None)
 
     def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """The output `[B, hidden]` of one token `x [B, hidden]`, and the state after it."""
+        """One token of every sequence.
+
+        Args:
+            x: `[B, hidden]`.
+            state: the state before it.
+
+        Returns:
+            The output `[B, hidden]`, and the state after it.
+        """
         features, cache = self.project(x), state.convolution
         if self.convolve is not None:
             features, cache = self.convolve.step(features, cache)

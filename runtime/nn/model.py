@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import RMSNorm
+from .parts import RMSNorm
 
 
 class Mixer(Protocol):
@@ -16,15 +16,48 @@ class Mixer(Protocol):
 
     def __call__(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor: ...
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, Any]: ...
+    def prefill(self, x: Tensor) -> tuple[Tensor, Any]:
+        """The result of a call, and the state from which `step` continues.
 
-    def initial_state(self, batch: int) -> Any: ...
+        Args:
+            x: `[B, T, hidden]`.
 
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+        Returns:
+            The outputs `[B, T, hidden]`, and the state after the last token.
+        """
+        ...
+
+    def initial_state(self, batch: int) -> Any:
+        """The state before the first token.
+
+        Args:
+            batch: number of sequences B.
+
+        Returns:
+            A state of the mixer's own type.
+        """
+        ...
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One token of every sequence.
+
+        Args:
+            x: `[B, hidden]`.
+            state: the state before it.
+
+        Returns:
+            The output `[B, hidden]`, and the state after it.
+        """
+        ...
 
 
 class SwiGLU(nn.Module):
-    """`W3 (silu(W1 x) * W2 x)` (Shazeer 2020)."""
+    """`W3 (silu(W1 x) * W2 x)` (Shazeer 2020).
+
+    Args:
+        hidden: size of the token vectors.
+        width: size of the inner vectors.
+    """
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
@@ -32,13 +65,27 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The outputs of tokens, each by itself.
+
+        Args:
+            x: `[..., hidden]`.
+
+        Returns:
+            `[..., hidden]`.
+        """
         a, b = self.up(x).chunk(2, dim=-1)
         y: Tensor = self.down(F.silu(a) * b)
         return y
 
 
 class Block(nn.Module):
-    """`x + mixer(norm(x))`, then `x + mlp(norm(x))`; `width = 0` leaves the MLP out."""
+    """`x + mixer(norm(x))`, then `x + mlp(norm(x))`.
+
+    Args:
+        hidden: size of the token vectors.
+        mixer: a module of the protocol `Mixer`.
+        width: inner size of the MLP; None for `4 * hidden`, 0 for no MLP.
+    """
 
     def __init__(self, hidden: int, mixer: nn.Module, width: int | None = None) -> None:
         super().__init__()
@@ -50,6 +97,11 @@ class Block(nn.Module):
 
     @property
     def mix(self) -> Mixer:
+        """The mixer.
+
+        Returns:
+            The module that was passed as `mixer`.
+        """
         return cast(Mixer, self.mixer)
 
     def _mlp(self, x: Tensor) -> Tensor:
@@ -59,13 +111,39 @@ class Block(nn.Module):
         return x + y
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The outputs of whole sequences.
+
+        Args:
+            x: `[B, T, hidden]`.
+            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences; then B = 1.
+
+        Returns:
+            `[B, T, hidden]`.
+        """
         return self._mlp(x + self.mix(self.mixer_norm(x), cu_seqlens))
 
     def prefill(self, x: Tensor) -> tuple[Tensor, Any]:
+        """The result of `forward`, and the state from which `step` continues.
+
+        Args:
+            x: `[B, T, hidden]`.
+
+        Returns:
+            The outputs `[B, T, hidden]`, and the mixer's state after the last token.
+        """
         y, state = self.mix.prefill(self.mixer_norm(x))
         return self._mlp(x + y), state
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One token of every sequence.
+
+        Args:
+            x: `[B, hidden]`.
+            state: the mixer's state before it.
+
+        Returns:
+            The output `[B, hidden]`, and the mixer's state after it.
+        """
         y, state = self.mix.step(self.mixer_norm(x), state)
         return self._mlp(x + y), state
 
@@ -73,9 +151,12 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Token embedding, one block per mixer, a norm, and logits over the vocabulary.
 
-    It maps `tokens [B, T]` (int64) to `logits [B, T, vocabulary]`; with `cu_seqlens [N + 1]`,
-    B = 1. `width` is the inner size of the MLPs (None: 4 * hidden; 0: no MLPs). If `tied`, the
-    embedding and the output share a weight.
+    Args:
+        vocabulary: number of tokens there are.
+        hidden: size of the token vectors.
+        mixers: one module of the protocol `Mixer` per block.
+        width: inner size of the MLPs; None for `4 * hidden`, 0 for no MLPs.
+        tied: whether the embedding and the output share a weight.
     """
 
     __call__: Callable[..., Tensor]  # of forward; torch's own type says Any
@@ -106,17 +187,40 @@ class LanguageModel(nn.Module):
         return logits
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The logits of the token after each.
+
+        Args:
+            tokens: int64 `[B, T]`.
+            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences; then B = 1.
+
+        Returns:
+            `[B, T, vocabulary]`.
+        """
         x = self.embed(tokens)
         for block in self._blocks():
             x = block(x, cu_seqlens)
         return self._logits(x)
 
     def initial_state(self, batch: int) -> list[Any]:
-        """The state before the first token of `batch` sequences: one entry per block."""
+        """The state before the first token.
+
+        Args:
+            batch: number of sequences B.
+
+        Returns:
+            The states of the mixers, one per block.
+        """
         return [b.mix.initial_state(batch) for b in self._blocks()]
 
     def prefill(self, tokens: Tensor) -> tuple[Tensor, list[Any]]:
-        """The result of `forward`, and the state from which `step` continues."""
+        """The result of `forward`, and the state from which `step` continues.
+
+        Args:
+            tokens: int64 `[B, T]`.
+
+        Returns:
+            The logits `[B, T, vocabulary]`, and the states of the mixers after the last token.
+        """
         x, states = self.embed(tokens), []
         for block in self._blocks():
             x, state = block.prefill(x)
@@ -124,7 +228,15 @@ class LanguageModel(nn.Module):
         return self._logits(x), states
 
     def step(self, token: Tensor, states: list[Any]) -> tuple[Tensor, list[Any]]:
-        """The logits `[B, vocabulary]` after one token `[B]` per sequence, and the new states."""
+        """One token of every sequence.
+
+        Args:
+            token: int64 `[B]`.
+            states: the states of the mixers before it.
+
+        Returns:
+            The logits of the next token `[B, vocabulary]`, and the new states.
+        """
         x, after = self.embed(token), []
         for block, state in zip(self._blocks(), states, strict=True):
             x, state = block.step(x, state)

@@ -24,6 +24,7 @@ from chunkwise.dsl import (
     exp,
     maximum,
     outer,
+    sigmoid,
     softplus,
     tanh,
     within,
@@ -433,6 +434,11 @@ def growing_constant(S: State, q: Key, k: Key, v: Value):
 @mistake(errors.StateGrows, "the state grows")
 def loose_clamp(S: State, q: Key, k: Key, v: Value, g: Scalar):
     return exp(clamp(g, -5, 1)) * S + outer(k, v), q @ S
+
+
+@mistake(errors.StateGrows, "its multiplier 1/sigmoid(f) lies in [1, inf]")
+def divided_by_less_than_one(S: State, q: Key, k: Key, v: Value, f: Scalar):
+    return S / sigmoid(f) + outer(k, v), q @ S
 
 
 @mistake(errors.UnboundedDecay, "write `within(f, 0, 1) * S`")

@@ -201,6 +201,9 @@ def test_either_axis_may_be_read() -> None:
             Interval(math.log(0.25), 0.0),
         ),
         (lambda f: sqrt(sigmoid(f)), "0.5*logsigmoid(f)", Interval(-math.inf, 0.0)),
+        (lambda f: 1 / exp(f), "-f", Interval()),
+        (lambda f: 1 / (1 / exp(f)), "f", Interval()),
+        (lambda f: 1 / (2 * sqrt(exp(f))), "-(0.693147 + 0.5*f)", Interval()),
     ],
 )
 def test_log_decays(gate: Callable[[Scalar], Scalar], log: str, bound: Interval) -> None:

@@ -1,0 +1,117 @@
+"""What layers are made of: norms in float32, and a short convolution over time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..packing import token_sequences
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or unchanged in float64: norms and gates are not computed in less."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * weight` over the last axis, in float32 (Zhang, Sennrich 2019).
+
+    Args:
+        size: length of the last axis.
+        eps: added to the mean of squares.
+    """
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=None, device=None))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised vectors.
+
+        Args:
+            x: `[..., size]`, of any float dtype.
+
+        Returns:
+            `[..., size]` in x's dtype.
+        """
+        y = wide(x)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * wide(self.weight)).to(x.dtype)
+
+
+def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """`x * rsqrt(sum(x**2) + eps)` over the last axis, in float32; returns x's dtype."""
+    y = wide(x)
+    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """The sequence of every packed token and its position there, both `[T]`, without a sync."""
+    t = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    sequence = token_sequences(cu_seqlens, tokens)
+    return sequence, t - cu_seqlens[sequence]
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution over time: each channel sees its last `size` tokens.
+
+    Args:
+        channels: number of channels, each with its own taps.
+        size: number of taps; the last tap is the token itself.
+    """
+
+    def __init__(self, channels: int, size: int = 4) -> None:
+        super().__init__()
+        self.size = size
+        self.weight = nn.Parameter(torch.empty(size, channels, dtype=None, device=None))
+        nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The convolution of whole sequences.
+
+        Args:
+            x: `[B, T, channels]`.
+            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences; then B = 1, and no token
+                sees another sequence.
+
+        Returns:
+            `[B, T, channels]`.
+        """
+        tokens = x.shape[1]
+        padded = F.pad(x, (0, 0, self.size - 1, 0))
+        weight = self.weight.to(x.dtype)
+        position = None if cu_seqlens is None else positions(cu_seqlens, tokens)[1]
+        y = x * weight[0]
+        for back in range(1, self.size):
+            start = self.size - 1 - back
+            tap = padded[:, start : start + tokens] * weight[back]
+            if position is not None:
+                tap = tap.masked_fill((position < back)[:, None], 0.0)
+            y = y + tap
+        return y
+
+    def last(self, x: Tensor) -> Tensor:
+        """The cache after some tokens, from which `step` continues.
+
+        Args:
+            x: the inputs so far, `[B, T, channels]`.
+
+        Returns:
+            Their last `size - 1` vectors, `[B, size - 1, channels]`; zeros before the first.
+        """
+        return F.pad(x, (0, 0, self.size - 1, 0))[:, x.shape[1] :]
+
+    def step(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+        """One token, given the cache.
+
+        Args:
+            x: `[B, channels]`.
+            cache: the last inputs, `[B, size - 1, channels]`.
+
+        Returns:
+            The output `[B, channels]` and the new cache.
+        """
+        window = torch.cat([cache, x[:, None]], 1)
+        return (window * self.weight.to(x.dtype).flip(0)).sum(1), window[:, 1:]
