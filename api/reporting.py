@@ -141,7 +141,7 @@ def _agreement(declared: Declaration, *, quick: bool) -> page.Section:
         return page.table_section("Agreement of engines", (), note)
     limits = (
         "Against the declared step, token by token in float64, on ordinary, hard and packed "
-        f"inputs of {tokens} tokens; float32, K={size.K}, V={size.V}. `d q` is the gradient of q."
+        f"inputs of {tokens} tokens; float32, K={size.K}, V={size.V}. “d q” is the gradient of q."
     )
     return page.agreement_section(found, limits)
 
@@ -162,4 +162,4 @@ def made() -> str:
     packages = {name: version(name) for name in ("chunkwise", "torch", "triton", "apache-tvm")}
     versions = ", ".join(f"{n} {v}" for n, v in packages.items() if v is not None)
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    return f"Made by `chunkwise report` on {today}, on {processor()}: {versions}."
+    return f"Made by chunkwise report on {today}, on {processor()}: {versions}."

@@ -22,8 +22,8 @@ from ..runtime.call import Call
 from ..runtime.cannot_run import CannotRun
 from ..runtime.engine import chunk_refusal
 from ..runtime.engines import EngineName, available, load
+from ..runtime.tuned import selection
 from ..runtime.tuned.artifact import Artifact, Error
-from ..runtime.tuned.selection import folders, scan
 
 TOKENS = 272  # of the sequences whose results are compared: several chunks, the last unfinished
 _SAMPLES = 7
@@ -141,7 +141,8 @@ def _runs(name: EngineName, call: Call) -> tuple[Callable[[], object], Callable[
 
 def artifacts(form: NormalForm) -> list[Artifact]:
     """The artifacts of this normal form, shipped or tuned by the user, by machine and size."""
-    found = [a for _, a in scan(folders()) if not isinstance(a, BadArtifact)]
+    scanned = selection.scan(selection.folders())
+    found = [a for _, a in scanned if not isinstance(a, BadArtifact)]
     own = [a for a in found if a.key.form == form.digest]
     return sorted(own, key=lambda a: (str(a.key.machine), a.key.dtype, a.key.dims.K, a.key.dims.V))
 

@@ -24,9 +24,6 @@ _STYLE = """
   --code: #f6f8fa; --good: #1a7f37; --bad: #cf222e; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --paper: #0d1117; --faint: #9198a1;
   --rule: #3d444d; --code: #151b23; --good: #3fb950; --bad: #f85149; } }
-@media print { :root { --ink: #000; --paper: #fff; --faint: #444; --rule: #bbb; --code: #f6f6f6; }
-  h2 { break-after: avoid; } svg, table, pre, .equations { break-inside: avoid; }
-  nav { display: none; } }
 body { margin: 0 auto; padding: 1.5rem; max-width: 60rem; background: var(--paper);
   color: var(--ink); font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; }
 h1 { margin: 0; font-size: 1.9rem; }
@@ -47,6 +44,12 @@ th { color: var(--faint); font-weight: 600; }
 td:first-child { min-width: 8rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .good { color: var(--good); } .bad { color: var(--bad); }
+@page { margin: 12mm; }
+@media print { :root { --ink: #000; --paper: #fff; --faint: #444; --rule: #bbb; --code: #f6f6f6;
+  font-size: 11px; } body { padding: 0; max-width: none; font-size: 11px; } nav { display: none; }
+  h2 { break-after: avoid; } svg, tr, pre, .equations { break-inside: avoid; }
+  pre { white-space: pre-wrap; font-size: 10px; } .scroll { overflow: visible; }
+  td:first-child { min-width: 0; } .number { white-space: normal; } }
 """
 
 _VERDICTS = {"right": "good", "WRONG": "bad"}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from chunkwise import cli, library
+from chunkwise.runtime.tuned import selection
 
 from tests.browser import look, needs_chromium
 
@@ -47,7 +48,9 @@ EVERY = [
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return report("gated_delta_rule", tmp_path_factory.mktemp("report"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "folders", lambda: (selection.SHIPPED,))
+        return report("gated_delta_rule", tmp_path_factory.mktemp("report"))
 
 
 def test_every_section_and_no_network(page: Path) -> None:
