@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..codegen import cost
-from ..codegen.config import padded
+from ..codegen.config import Dims, padded
 from ..codegen.interface import Dtype
 from ..codegen.plan import Kernel, Loop
 from ..codegen.tile import Tile, TileOp
@@ -83,12 +83,11 @@ class Prediction:
 
 
 @lru_cache(maxsize=4096)
-def work(kernel: Kernel, dtype: Dtype, chunk: int, K: int, V: int, size: CallSize) -> KernelWork:
+def work(kernel: Kernel, dtype: Dtype, chunk: int, dims: Dims, size: CallSize) -> KernelWork:
     """The closed forms of a kernel's work, evaluated at one size of call."""
     spent = _cost(kernel, dtype)
-    values = {cost.C: chunk, cost.K: K, cost.V: V, cost.LEVELS: chunk.bit_length() - 1}
     flops, read, written = (
-        float(x.subs(values)) * size.rows * size.tokens
+        cost.evaluate(x, chunk, dims) * size.rows * size.tokens
         for x in (spent.products, spent.read, spent.written)
     )
     loaded = kernel.buffers
@@ -143,8 +142,7 @@ def predict(choice: Choice, found: Traits, size: CallSize) -> Prediction:
 
 
 def _work_of(kernel: Kernel, choice: Choice, size: CallSize) -> KernelWork:
-    dims = choice.dims
-    return work(kernel, choice.signature.dtype, choice.chunk, dims.K, dims.V, size)
+    return work(kernel, choice.signature.dtype, choice.chunk, choice.dims, size)
 
 
 def _resident(choice: Choice) -> int:

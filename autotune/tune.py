@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 
@@ -100,9 +100,7 @@ def tune(
     """
     parts, whole = devices
     deadline = time.monotonic() + budget.seconds
-    within = Budget(
-        budget.seconds * (1 - _FOR_FINALS), budget.workers, budget.exhaustive, budget.seed
-    )
+    within = replace(budget, seconds=budget.seconds * (1 - _FOR_FINALS))
     findings = search(tunable, parts, task.storage, task.study, within, progress)
     finalists: list[Finalist] = []
     winner: Finalist | None = None
@@ -192,30 +190,24 @@ def _validated(
     for f in ranked:
         own = f.config == tunable.default
         if winner is not None:
-            validated.append(_judged(f, None, f"slower than the winner by {_slower(f, winner)}"))
+            slower = f.timing.median / winner.timing.median - 1
+            validated.append(replace(f, why=f"slower than the winner by {slower:.1%}"))
             continue
         if not own and default is not None and not f.timing.surely_below(default):
-            validated.append(_judged(f, None, "not faster than the default by more than the noise"))
+            validated.append(replace(f, why="not faster than the default by more than the noise"))
             continue
         if _late(compilers, [partial(tunable.validation_jobs, f.config)], deadline) and not own:
-            validated.append(_judged(f, None, "the budget ended before its validation"))
+            validated.append(replace(f, why="the budget ended before its validation"))
             continue
         certificate = tunable.validate(f.config)
         if certificate.ok:
             why = "the default keeps its place" if own else "faster than the default, and right"
-            winner = _judged(f, certificate, why)
+            winner = replace(f, certificate=certificate, why=why)
             validated.append(winner)
         else:
-            validated.append(_judged(f, certificate, f"rejected: {certificate.faults[0]}"))
+            why = f"rejected: {certificate.faults[0]}"
+            validated.append(replace(f, certificate=certificate, why=why))
     return validated, winner
-
-
-def _judged(f: Finalist, certificate: Certificate | None, why: str) -> Finalist:
-    return Finalist(f.config, f.combination, f.timing, certificate, why)
-
-
-def _slower(f: Finalist, winner: Finalist) -> str:
-    return f"{f.timing.median / winner.timing.median - 1:.1%}"
 
 
 def _late(

@@ -17,6 +17,7 @@ from typing import TypeVar
 from ..dsl.elementwise import at_zeros
 from ..dsl.errors import InvalidIR
 from ..dsl.ir import Op
+from ..dsl.ir import topological as topological
 
 
 class Axis(Enum):
@@ -132,22 +133,6 @@ class Tile:
     def is_map(self, fn: Op) -> bool:
         """Whether it is that elementwise function of others."""
         return self.op is TileOp.MAP and self.attrs == (fn,)
-
-
-def topological(*roots: Tile, stop: frozenset[Tile] = frozenset()) -> list[Tile]:
-    """Every tile below `roots`, arguments first, each once; arguments of `stop` are not visited."""
-    order: dict[Tile, None] = {}
-    stack: list[tuple[Tile, bool]] = [(r, False) for r in reversed(roots)]
-    while stack:
-        node, done = stack.pop()
-        if node in order:
-            continue
-        if done or node in stop:
-            order[node] = None
-        else:
-            stack.append((node, True))
-            stack.extend((a, False) for a in reversed(node.args))
-    return list(order)
 
 
 def rewritten(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any, Protocol, TypeVar
 
 
 class Kind(Enum):
@@ -153,15 +154,28 @@ def promises_of(*roots: Node) -> dict[str, tuple[float, float]]:
     }
 
 
-def topological(*roots: Node) -> list[Node]:
-    """Every node below `roots`, arguments first, each once, in a stable order."""
-    order: dict[Node, None] = {}
-    stack: list[tuple[Node, bool]] = [(r, False) for r in reversed(roots)]
+class Expression(Protocol):
+    """A value that is made of its arguments: a node here, a tile in `codegen.tile`."""
+
+    @property
+    def args(self) -> tuple[Any, ...]: ...
+
+
+_E = TypeVar("_E", bound=Expression)
+
+
+def topological(*roots: _E, stop: frozenset[_E] = frozenset()) -> list[_E]:
+    """Every expression below `roots`, arguments first, each once, in a stable order.
+
+    The arguments of expressions in `stop` are not visited.
+    """
+    order: dict[_E, None] = {}
+    stack: list[tuple[_E, bool]] = [(r, False) for r in reversed(roots)]
     while stack:
         node, done = stack.pop()
         if node in order:
             continue
-        if done:
+        if done or node in stop:
             order[node] = None
         else:
             stack.append((node, True))

@@ -161,11 +161,9 @@ class _Run:
         feeds = [(name, f.at, f.make) for name, f in task.operands.items()]
         self._tokens = [x for x in feeds if x[0] not in task.per_head]
         self._heads = [x for x in feeds if x[0] in task.per_head]
-        kinds = {s.name: s.kind for s in call.form.states}
         self._starts = []
         for name, f in task.starts.items():
-            kind = kinds[name.removeprefix(GRADIENT)]
-            shape = (call.N * call.HV, *call.channels(kind))
+            shape = (call.N * call.HV, *task.carry_shape(name)[2:])
             self._starts.append((name, None if f.like is None else f.at, shape))
 
     def __call__(self, values: Values) -> list[Tensor | None]:

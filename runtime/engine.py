@@ -92,6 +92,11 @@ class Task:
         """The operands that have no tokens."""
         return frozenset(o.name for o in self.rows.step.operands if o.per is Per.HEAD)
 
+    def carry_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of what is carried under that name: a state, or the gradient of one."""
+        name = name.removeprefix(GRADIENT)
+        return next(self.call.state_shape(s) for s in self.call.step.states if s.name == name)
+
     @property
     def one_token(self) -> bool:
         """Whether every sequence is a single token, taken as such."""

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ...codegen.differentiate import GRADIENT
 from ..engine import Task
 from ..prepared import Values, Way
 from .kernels import Buffer
@@ -67,7 +66,6 @@ class Launch:
 
 def _layout(task: Task, chunk: int, segment: int) -> Layout:
     rows = task.rows
-    shapes = {s.name: task.call.state_shape(s) for s in task.call.step.states}
     operands = ((name, feed.like) for name, feed in task.operands.items())
     return Layout(
         *(rows.B, rows.T, rows.HV, rows.K, rows.V, rows.N, chunk, segment),
@@ -79,7 +77,7 @@ def _layout(task: Task, chunk: int, segment: int) -> Layout:
             if x is not None
         ),
         carries=tuple(
-            (name, shapes[name.removeprefix(GRADIENT)], None if f.like is None else f.like.dtype)
+            (name, task.carry_shape(name), None if f.like is None else f.like.dtype)
             for name, f in task.starts.items()
         ),
         params=tuple(task.params),

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ...codegen.buffers import BufferId
 from ...codegen.config import Dims
-from ...codegen.differentiate import GRADIENT
 from ...codegen.interface import Buffer, Role
 from ...codegen.plan import Loop, Program
 from ...codegen.programs import backward_program, forward_program
@@ -194,23 +193,17 @@ class _Run:
             for name, feed in feeds.items():
                 number[role, name] = len(number)
                 self._feeds.append((feed.at, feed.make))
-        shapes = {s.name: rows.state_shape(s) for s in rows.step.states}
-        self._stages = [self._numbered(stage, number, shapes) for stage in compiled.stages]
+        self._stages = [self._numbered(stage, number) for stage in compiled.stages]
         results = {str(of): n for (role, of), n in number.items() if role in _RESULTS}
         self._results = [results.get(name) for name in task.results]
         self._output = None if task.way is Way.BACKWARD else rows.output_shape
         self._tables = None if task.cu_seqlens else _tables(rows.B, rows.T, None, self._chunk)
 
-    def _numbered(
-        self,
-        stage: Stage,
-        number: dict[tuple[Role, BufferId | str], int],
-        shapes: dict[str, tuple[int, ...]],
-    ) -> _Stage:
+    def _numbered(self, stage: Stage, number: dict[tuple[Role, BufferId | str], int]) -> _Stage:
         ends, new, passed = [], [], {}
         for p in (p for k, _ in stage for p in k.parameters if p.role is Role.FINAL):
             number[p.role, p.of] = len(number)
-            ends.append((shapes[str(p.of).removeprefix(GRADIENT)], torch.float32))
+            ends.append((self._task.carry_shape(str(p.of)), torch.float32))
         for kernel, _ in stage:
             for b in kernel.stores:
                 if b.name in kernel.private:
@@ -365,11 +358,9 @@ def _operands(task: Task) -> dict[str, Feed]:
 
 def _starts(task: Task) -> dict[str, Feed]:
     """First values of carries, in float32: of chunks an empty tensor says zero."""
-    call = task.call
-    shapes = {s.name: call.state_shape(s) for s in call.step.states}
     feeds = {}
     for name, feed in task.starts.items():
-        shape = shapes[name.removeprefix(GRADIENT)]
+        shape = task.carry_shape(name)
         if feed.like is not None:
             if feed.like.dtype is not torch.float32:
                 feed = feed.then(Tensor.float)

@@ -16,6 +16,7 @@ from typing import Any
 import chunkwise as cw
 import pytest
 import torch
+import triton
 from chunkwise import (
     HeadScalar,
     Key,
@@ -43,6 +44,7 @@ from chunkwise.runtime.tuned.artifact import Key as ArtifactKey
 
 from tests.autotune.artifacts import H100, tuned
 from tests.interpreted import small
+from tests.offline_driver import Driver
 from tests.runtime_export import training
 
 
@@ -317,6 +319,28 @@ def test_tensors_as_they_lie(package: ModuleType) -> None:
     reference = importlib.import_module("gated_delta_rule.reference")
     want, _ = reference.gated_delta_rule(**plain, cu_seqlens=table[:, 0])
     torch.testing.assert_close(results[1][0].double(), want, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_calls_of_a_known_layout_launch_machine_code(
+    package: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Compiled for a GPU that is not there: all kernels at the first call, none at the second."""
+    support = importlib.import_module("gated_delta_rule.support")
+    op = importlib.import_module("gated_delta_rule.op")
+    driver = Driver()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(support._Call, "check_device", lambda call: None)
+    (kernels,) = op.RECURRENCE.kernels.values()
+    compiled: list[object] = []
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.listener = lambda **_: compiled.append(None)
+        for calls in (1, 2):
+            o, end = package.gated_delta_rule(**operands(), output_final_state=True)
+            assert (o.shape, end.shape) == ((1, 5, 2, 6), (1, 2, 8, 6))
+            assert driver.launches == calls * len(kernels.forward)
+            assert len(compiled) == len(kernels.forward)
 
 
 def test_without_a_gpu_the_reference_is_offered(
