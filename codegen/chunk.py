@@ -19,7 +19,7 @@ them, and the output is read in the last row of each token. A term that only som
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..dsl.decay import SMALLEST
@@ -99,7 +99,9 @@ def derive(form: NormalForm, *, hoist_products: bool = False) -> ChunkProgram:
 
     Raises NotLowered for a normal form outside the lowered classes.
     """
-    _check(form)
+    for what, why in _refusals(form):
+        instead = 'call it with engine="reference", which runs it token by token'
+        raise NotLowered(what=f"{form.name}: {what}", why=why, instead=instead)
     chunks = {s.name: _StateChunk(form, s.name, s.kind, hoist_products) for s in form.states}
     results = {n: chunks[r.state].read(r) for n, r in enumerate(form.reads)}
     (output,) = lower(form, [form.output], results)
@@ -112,53 +114,35 @@ def derive(form: NormalForm, *, hoist_products: bool = False) -> ChunkProgram:
     return ChunkProgram(((OUTPUT, output),), carried)
 
 
-def _check(form: NormalForm) -> None:
-    """Refuse forms that the chunk derivation does not lower yet, with the reason and the remedy."""
-    instead = 'call it with engine="reference", which runs it token by token'
-
-    def refuse(what: str, why: str) -> None:
-        raise NotLowered(what=f"{form.name}: {what}", why=why, instead=instead)
-
+def _refusals(form: NormalForm) -> Iterator[tuple[str, str]]:
+    """What of a form the chunk derivation does not lower yet, and why."""
     if form.output.kind is not Kind.VALUE:
-        refuse(
-            f"an output that is a {form.output.kind.name.capitalize()}",
-            "kernels write outputs that are Values so far",
-        )
+        kind = form.output.kind.name.capitalize()
+        yield f"an output that is a {kind}", "kernels write outputs that are Values so far"
     if form.transposed:
-        refuse(
-            "a state whose columns decay", "the transposed normal form has no chunk lowering yet"
-        )
+        yield "a state whose columns decay", "the transposed normal form has no chunk lowering yet"
     for updates in _by_state(form).values():
         if any(u.mixes for u in updates):
-            refuse("coupled states", "the chunk form of coupled states is not derived yet")
+            yield "coupled states", "the chunk form of coupled states is not derived yet"
         shapes = {tuple(w.correction and w.correction.decayed for w in u.writes) for u in updates}
         if len(shapes) > 1:
-            refuse(
-                "micro-steps that write differently",
-                "micro-steps become rows of one form, so each must write as the others do",
-            )
+            why = "micro-steps become rows of one form, so each must write as the others do"
+            yield "micro-steps that write differently", why
         for update in updates:
             corrections = [w.correction for w in update.writes if w.correction]
             if len(corrections) > 1:
-                refuse(
-                    f"{len(corrections)} low-rank terms in one step",
-                    "the chunk form solves for one low-rank term per token so far",
-                )
+                why = "the chunk form solves for one low-rank term per token so far"
+                yield f"{len(corrections)} low-rank terms in one step", why
             if any(f.state != update.state for f in corrections):
-                refuse("a write that recalls another state", "coupled states are not derived yet")
+                yield "a write that recalls another state", "coupled states are not derived yet"
     if not _indices_are_rows(form):
-        refuse(
-            "an operand of micro-steps outside its own",
-            "a row of time holds one micro-step's operands and no other's",
-        )
+        why = "a row of time holds one micro-step's operands and no other's"
+        yield "an operand of micro-steps outside its own", why
     if any(r.micro_step != len(form.micro_steps) - 1 for r in form.reads):
-        refuse(
-            "a read before the last micro-step",
-            "outputs are read in the last row of a token so far",
-        )
-    for read in form.reads:
-        if read.other_axis:
-            refuse("a read over the Value axis", "only reads over the Key axis are lowered so far")
+        why = "outputs are read in the last row of a token so far"
+        yield "a read before the last micro-step", why
+    if any(r.other_axis for r in form.reads):
+        yield "a read over the Value axis", "only reads over the Key axis are lowered so far"
 
 
 def _indices_are_rows(form: NormalForm) -> bool:

@@ -94,15 +94,9 @@ class _Torch(Expressions):
         args = ", ".join(self.within(a, self.layout(a)) for a in x.args)
         if x.op is TileOp.INVERSE:
             return f"unit_lower_inverse({args})"
-        name = {
-            TileOp.FLUSH: "flush",
-            TileOp.DECAY: "decay",
-            TileOp.DECAYED_DOT: "decayed_dot",
-            TileOp.DECAYED_APPLY: "decayed_apply",
-            TileOp.DECAYED_CROSSING: "decayed_crossing",
-        }[x.op]
+        name = x.op.name.lower()  # as the library calls it
         if x.op is TileOp.DECAYED_APPLY and x.attrs[0] is Axis.J:
-            name = "decayed_apply_transposed"
+            name += "_transposed"
         if x.op is TileOp.FLUSH:
             return f"{name}({args}, {x.attrs[0]})"
         options = f"exclusive={x.attrs[-1]}"

@@ -54,13 +54,6 @@ def multiply_add(x: Expr, y: Expr, z: Expr) -> Expr:
     return tirx.call_llvm_pure_intrin(str(z.ty.dtype), "llvm.fmuladd", x, y, z)
 
 
-def is_static(value: Index, expected: int) -> bool:
-    """Whether `value` is known to be `expected`."""
-    if isinstance(value, int):
-        return value == expected
-    return isinstance(value, tirx.IntImm) and value.value == expected
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Accumulator:
     """A vector register that statements update."""

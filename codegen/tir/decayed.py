@@ -174,12 +174,7 @@ def decayed_dot(frame: Frame, made: Compute) -> None:
     t, (x, y) = made.value, made.args[:2]
     code, lanes = frame.code, frame.lanes
     d = _Decayed(frame, made)
-    with (
-        code.loop(0, frame.shapes.chunk, "r") as r,
-        code.loop(0, frame.shapes.vectors(Axis.J), "c") as c,
-    ):
-        point = {Axis.I: r, Axis.J: int32(c) * lanes}
-        frame.write(Region(t), point, number(0.0, lanes), lanes)
+    frame.zero(t)
     for row, first, _ in d.diagonal():
         with code.loop(first, row, "j") as j:
             total = code.accumulator(number(0.0, lanes))
@@ -274,12 +269,9 @@ def decayed_crossing(frame: Frame, made: Compute) -> None:
     code, lanes = frame.code, frame.lanes
     d = _Decayed(frame, made)
     strong = code.accumulator(number(0.0, lanes))
-    with (
-        code.loop(0, frame.shapes.chunk, "r") as r,
-        code.loop(0, frame.shapes.vectors(Axis.K), "c") as c,
-    ):
-        column = int32(c) * lanes
-        g = d.value(made.args[-1], r, column)
+    for point in frame.points((Axis.I, Axis.K)):
+        row, column = point[Axis.I], int32(point[Axis.K])
+        g = d.value(made.args[-1], row, column)
         beyond = tirx.Select(g > number(limit, lanes), number(0.0, lanes), number(1.0, lanes))
         code.set(strong, strong.get() + _inside(frame, beyond, column))
     strong_sum = code.bind("strong", horizontal_sum(frame, strong.get()))
@@ -316,7 +308,7 @@ def _crossing(d: _Decayed, made: Compute) -> None:
     exclusive = bool(t.attrs[-1])
     frame, code, lanes = d.frame, d.frame.code, d.frame.lanes
     singles = Values(frame, None)
-    zero = number(0.0, lanes)
+    nothing = number(0.0, lanes)
 
     def add(row: Index, column: Index, value: Expr) -> None:
         point = {Axis.I: row, Axis.K: column}
@@ -325,15 +317,11 @@ def _crossing(d: _Decayed, made: Compute) -> None:
     def score(late: Index, early: Index) -> Expr:
         return singles.at(a, {Axis.I: late, Axis.J: early})
 
-    with (
-        code.loop(0, frame.shapes.chunk, "r") as r,
-        code.loop(0, frame.shapes.vectors(Axis.K), "c") as c,
-    ):
-        frame.write(Region(t), {Axis.I: r, Axis.K: int32(c) * lanes}, zero, lanes)
+    frame.zero(t)
     for row, first, _ in d.diagonal():  # a score with an earlier row crosses the rows after it
         with code.loop(0, frame.shapes.vectors(Axis.K), "c") as c:
             column = int32(c) * lanes
-            crossing = code.accumulator(zero)
+            crossing = code.accumulator(nothing)
             to = code.bind("x", d.value(x, row, column))
             last = tirx.Select(row > first, row - 1, first) if exclusive else row
             with code.loop(first, last, "j") as j:
@@ -348,11 +336,11 @@ def _crossing(d: _Decayed, made: Compute) -> None:
         for late in (True, False):
             with code.loop(0, frame.shapes.vectors(Axis.K), "c") as c:
                 column = int32(c) * lanes
-                crossing = code.accumulator(zero)
+                crossing = code.accumulator(nothing)
                 with code.loop(0, half, "r") as r:
                     # late rows from the last one on, early rows from the first
                     row = code.bind("row", half - 1 - r if late else int32(r))
-                    total = code.accumulator(zero)
+                    total = code.accumulator(nothing)
                     with code.loop(0, half, "s") as s:
                         i, j = (row, s) if late else (s, row)
                         one = broadcast(score(middle + i, first + j), lanes)
@@ -372,14 +360,10 @@ def _crossing(d: _Decayed, made: Compute) -> None:
 
 def _half(d: _Decayed, room: Tile, x: Use, size: Index, half: Expr, first: Expr) -> None:
     """The rows of a half, decayed to or from the last row of the earlier half of the pair."""
-    frame = d.frame
-    with (
-        frame.code.loop(0, half, "r") as r,
-        frame.code.loop(0, frame.shapes.vectors(Axis.K), "c") as c,
-    ):
-        column = int32(c) * frame.lanes
-        value = d.value(x, first + r, column) * d.anchored(size, first + r, column)
-        frame.write(Region(room), {Axis.I: r, Axis.K: column}, value, frame.lanes)
+    for point in d.frame.points((Axis.I, Axis.K), (0, half)):
+        row, column = first + point[Axis.I], int32(point[Axis.K])
+        value = d.value(x, row, column) * d.anchored(size, row, column)
+        d.frame.write(Region(room), point, value, d.frame.lanes)
 
 
 def _inside(frame: Frame, x: Expr, column: Expr) -> Expr:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tvm.tirx import Buffer, Expr, Var
 
 from ..tile import Axes, Axis, Tile
 from ..tiled import TiledKernel
-from .code import Code, Index, int32, int64, load
+from .code import Code, Index, int32, int64, load, number
 from .config import TvmConfig
 from .schedule import ChunkSchedule, Region
 
@@ -208,3 +208,24 @@ class Frame:
     def write(self, region: Region, point: Mapping[Axis, Index], value: Expr, lanes: int) -> None:
         """The same, stored."""
         self.code.store(*self._address(region, point), value, lanes)
+
+    def points(
+        self, axes: Axes, rows: tuple[Index, Index] | None = None
+    ) -> Iterator[dict[Axis, Index]]:
+        """Where each vector of a tile begins, within loops over them; `rows`: in these alone."""
+        if not axes:
+            yield {}
+            return
+        *outer, along = axes
+        begin, end = rows or (0, self.shapes.extent(outer[0]) if outer else 1)
+        with (
+            self.code.loop(begin, end, "r") as r,
+            self.code.loop(0, self.shapes.vectors(along), "c") as c,
+        ):
+            yield {**dict.fromkeys(outer, r), along: int32(c) * self.lanes}
+
+    def zero(self, t: Tile, rows: tuple[Index, Index] | None = None) -> None:
+        """Zeros in a tile, or in some rows of it."""
+        lanes = self.lanes if t.axes else 1
+        for point in self.points(t.axes, rows):
+            self.write(Region(t), point, number(0.0, lanes), lanes)

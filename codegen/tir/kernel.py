@@ -301,11 +301,6 @@ def _in_rows(axes: Axes) -> bool:
 
 def _assign(frame: Frame, start: Tile, end: Use) -> None:
     """The carry of the next chunk."""
-    rows, along = (start.axes[0] if len(start.axes) == 2 else None), start.axes[-1]
-    with (
-        frame.code.loop(0, 1 if rows is None else frame.shapes.extent(rows), "r") as r,
-        frame.code.loop(0, frame.shapes.vectors(along), "c") as c,
-    ):
-        point: dict[Axis, Index] = {} if rows is None else {rows: r}
-        point[along] = int32(c) * frame.lanes
-        frame.write(Region(start), point, Values(frame, along).at(end, point), frame.lanes)
+    for point in frame.points(start.axes):
+        value = Values(frame, start.axes[-1]).at(end, point)
+        frame.write(Region(start), point, value, frame.lanes)

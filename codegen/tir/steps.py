@@ -32,13 +32,9 @@ def compute(frame: Frame, s: Made) -> None:
 
 
 def _vector(frame: Frame, t: Tile) -> None:
-    if not t.axes:
-        frame.write(Region(t), {}, Values(frame, None).computed(t, {}), 1)
-        return
-    (axis,) = t.axes
-    with frame.code.loop(0, frame.shapes.vectors(axis), "c") as c:
-        point = {axis: int32(c) * frame.lanes}
-        frame.write(Region(t), point, Values(frame, axis).computed(t, point), frame.lanes)
+    axis, lanes = (t.axes[0], frame.lanes) if t.axes else (None, 1)
+    for point in frame.points(t.axes):
+        frame.write(Region(t), point, Values(frame, axis).computed(t, point), lanes)
 
 
 def _cumsum(frame: Frame, s: Compute) -> None:

@@ -137,7 +137,7 @@ class Transfers:
         """The initial state, where the call gives one (its tensor is not empty), else zero."""
         state = self.state(Role.INITIAL, s.value, work, sequence)
         given = self._state(Role.INITIAL, s.value).shape[0]
-        _zero(frame, s.value)
+        frame.zero(s.value)
         with frame.code.when(given > int64(0)):
             _copy_in(frame, s.value, s.mask, state)
 
@@ -228,23 +228,6 @@ def _grid(axes: Axes) -> tuple[Axis | None, Axis | None]:
     return (axis, None) if axis in TIMES else (None, axis)
 
 
-def _zero(frame: Frame, t: Tile) -> None:
-    """Zeros everywhere."""
-    rows, columns = (t.axes[0] if len(t.axes) == 2 else None), t.axes[-1] if t.axes else None
-    turns = 1 if rows is None else frame.shapes.extent(rows)
-    with frame.code.loop(0, turns, "r") as r:
-        _zero_row(frame, t, {} if rows is None else {rows: r}, columns)
-
-
-def _zero_row(frame: Frame, t: Tile, at: dict[Axis, Index], columns: Axis | None) -> None:
-    if columns is None:
-        frame.write(Region(t), at, number(0.0, 1), 1)
-        return
-    with frame.code.loop(0, frame.shapes.vectors(columns), "c") as c:
-        point = {**at, columns: int32(c) * frame.lanes}
-        frame.write(Region(t), point, number(0.0, frame.lanes), frame.lanes)
-
-
 def _rows(frame: Frame, axes: Axes, mask: Axes, memory: Rows) -> Iterator[tuple[Point, Expr]]:
     """Within the loop over a tile's rows that exist: the row, and where it begins in memory."""
     rows, _ = _grid(axes)
@@ -275,7 +258,7 @@ def _vectors(
 def _copy_in(frame: Frame, t: Tile, mask: Axes, source: Rows) -> None:
     rows, columns = _grid(t.axes)
     if rows is not None and columns is None:
-        _zero(frame, t)
+        frame.zero(t)
     for at, first in _rows(frame, t.axes, mask, source):
         if columns is not None and frame.shapes.extent(columns) % frame.lanes:
             last: Point = {**at, columns: (frame.shapes.vectors(columns) - 1) * frame.lanes}
@@ -283,8 +266,7 @@ def _copy_in(frame: Frame, t: Tile, mask: Axes, source: Rows) -> None:
         for point, place, lanes in _vectors(frame, at, columns, first):
             frame.write(Region(t), point, load(source.buffer, place, lanes), lanes)
     if rows in mask and rows is not None and columns is not None:
-        with frame.code.loop(frame.valid, int32(frame.shapes.extent(rows)), "r") as r:
-            _zero_row(frame, t, {rows: r}, columns)
+        frame.zero(t, (frame.valid, int32(frame.shapes.extent(rows))))
 
 
 def _copy_out(frame: Frame, use: Use, axes: Axes, mask: Axes, target: Rows) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,14 +18,16 @@ from . import library as triton_library
 from .defaults import token_config
 from .kernel import TritonKernel, print_triton
 
+_Kernels = tuple[TritonKernel, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
     """The source of a module and the kernels in it, in the order in which they are launched."""
 
     source: str
-    forward: tuple[TritonKernel, ...]
-    backward: tuple[TritonKernel, ...]
+    forward: _Kernels
+    backward: _Kernels
 
     def buffers(self, kernel: TritonKernel) -> dict[BufferId, Dtype]:
         """The dtype of every buffer of the program that `kernel` belongs to."""
@@ -47,14 +50,8 @@ def emit(
             backward_program(form, config.backward, segments=segments),
         )
     )
-    used: set[str] = set()
-    for kernel in (*forward, *backward):
-        used |= kernel.functions
-    parts = [_header(form, signature, config, segments=segments), triton_library.sources(used)]
-    parts += [k.source for k in (*forward, *backward)]
-    source = "\n\n".join(p.strip("\n") for p in parts if p) + "\n"
-    ast.parse(source)
-    return Emitted(source, forward, backward)
+    head = _header(form, signature, config, segments=segments)
+    return _module(head, forward, backward)
 
 
 @lru_cache(maxsize=512)
@@ -63,21 +60,26 @@ def emit_token(step: Step, signature: Signature) -> Emitted:
     form = token_kernel(step)
     kernel = print_triton(form, signature, token_config(form, signature.dims))
     dims, tiles = signature.dims, kernel.config
-    lines = [
-        f'"""{step.name}: one token at a time, generated. Step {step.digest}.',
+    head = (
+        f"{step.name}: one token at a time, generated. Step {step.digest}.",
         "",
         f"dimensions  K={dims.K} V={dims.V}, values in {signature.dtype.value}",
         f"kernel      BV={tiles.v_tile} warps={tiles.warps} stages={tiles.stages}",
         f"regenerate  chunkwise emit {step.name} --stage token {_options(signature)}",
-        '"""',
-        "",
-        "import triton",
-        "import triton.language as tl",
-    ]
-    parts = ["\n".join(lines), triton_library.sources(set(kernel.functions)), kernel.source]
+    )
+    return _module(head, (kernel,), ())
+
+
+def _module(head: Sequence[str], forward: _Kernels, backward: _Kernels) -> Emitted:
+    """One file: `head` as its docstring, the functions that kernels call, and the kernels."""
+    kernels = (*forward, *backward)
+    used = set().union(*(k.functions for k in kernels))
+    text = "\n".join(head)
+    imports = "import triton\nimport triton.language as tl"
+    parts = [f'"""{text}\n"""', imports, triton_library.sources(used), *(k.source for k in kernels)]
     source = "\n\n".join(p.strip("\n") for p in parts if p) + "\n"
     ast.parse(source)
-    return Emitted(source, (kernel,), ())
+    return Emitted(source, forward, backward)
 
 
 def _options(signature: Signature) -> str:
@@ -85,14 +87,14 @@ def _options(signature: Signature) -> str:
     return f"--dims K={dims.K},V={dims.V} --dtype {signature.dtype.value}"
 
 
-def _header(form: NormalForm, signature: Signature, config: Config, *, segments: bool) -> str:
+def _header(form: NormalForm, signature: Signature, config: Config, *, segments: bool) -> list[str]:
     dims = signature.dims
     kernels = ", ".join(
         f"{name}: BV={k.v_tile} warps={k.warps} stages={k.stages}" for name, k in config.kernels
     )
     k = config.default
-    lines = [
-        f'"""{form.name}: chunkwise kernels, generated. Normal form {form.digest}.',
+    return [
+        f"{form.name}: chunkwise kernels, generated. Normal form {form.digest}.",
         "",
         f"dimensions  K={dims.K} V={dims.V}, products in {signature.dtype.value}",
         f"chunk       {config.chunk} tokens",
@@ -100,9 +102,4 @@ def _header(form: NormalForm, signature: Signature, config: Config, *, segments:
         f"backward    {config.backward.label}",
         f"kernels     BV={k.v_tile} warps={k.warps} stages={k.stages}; {kernels}".rstrip("; "),
         f"regenerate  chunkwise emit {form.name} {_options(signature)}{' --segments' * segments}",
-        '"""',
-        "",
-        "import triton",
-        "import triton.language as tl",
     ]
-    return "\n".join(lines)

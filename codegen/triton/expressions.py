@@ -7,17 +7,13 @@ from .. import tile
 from ..chunk import LEAST_DECAY
 from ..elementwise import FUNCTIONS
 from ..expressions import Expressions, Names, is_number
+from ..gates import DECAYED
 from ..interface import Dtype
 from ..tile import MASKS, Axis, Tile, TileOp, Which, summed_axes
 from ..tiled import Compute, Load, Product, TiledKernel, Use
 from . import library as triton_library
 
-_DECAYED = {
-    TileOp.DECAYED_DOT: "decayed_dot",
-    TileOp.DECAYED_APPLY: "decayed_apply",
-    TileOp.DECAYED_CROSSING: "decayed_crossing",
-}
-_PRODUCTS = (TileOp.DOT, *_DECAYED)
+_PRODUCTS = (TileOp.DOT, *DECAYED)
 _INDEX = {Axis.I: "oi[:, None]", Axis.J: "oj[None, :]"}
 _TAILS = {Axis.K: "ok < K", Axis.V: "ov < V"}  # that a channel exists
 
@@ -141,7 +137,7 @@ class TritonExpressions(Expressions):
             self.cleaned(use, self.within(a, self.layout(a)))
             for a, use in zip(x.args, s.args, strict=True)
         ]
-        name = _DECAYED[x.op]
+        name = x.op.name.lower()  # as the library calls it
         if x.op is TileOp.DECAYED_CROSSING:
             del texts[-3:-1]  # the prefix sums are for products
         if x.op is TileOp.DECAYED_APPLY and x.attrs[0] is Axis.J:

@@ -155,6 +155,10 @@ class _KernelPrinter(TritonMemory):
         text = self.known.get(x) or (self.assign(x) if assign else self.text(x))
         return self.cleaned(use, text)
 
+    def _program(self) -> list[str]:
+        part = ["i_v = pid % NV", "pid = pid // NV"] if self.tiled.v_parts > 1 else []
+        return ["pid = tl.program_id(0)", *part, "h = (pid % HV).to(tl.int64)"]
+
     def _ranges(self) -> list[str]:
         lines = [] if self.tiled.by_token else ["oi = tl.arange(0, C)", "oj = tl.arange(0, C)"]
         if self.tiled.channels is not Axis.K:
@@ -165,11 +169,8 @@ class _KernelPrinter(TritonMemory):
         return lines
 
     def _parallel_body(self) -> list[str]:
-        lines = ["pid = tl.program_id(0)"]
-        if self.tiled.v_parts > 1:
-            lines += ["i_v = pid % NV", "pid = pid // NV"]
-        lines += [
-            "h = (pid % HV).to(tl.int64)",
+        lines = [
+            *self._program(),
             "index = (pid // HV).to(tl.int64)  # of the chunk, over all sequences",
             "if PACKED:",
             "    n = tl.load(chunk_table + 2 * index).to(tl.int64)",
@@ -202,13 +203,8 @@ class _KernelPrinter(TritonMemory):
     def _scan_body(self) -> list[str]:
         reverse = self._kernel.loop is Loop.REVERSE
         segments = self._kernel.segments
-        lines = ["pid = tl.program_id(0)"]
-        if self.tiled.v_parts > 1:
-            lines += ["i_v = pid % NV", "pid = pid // NV"]
-        lines.append("h = (pid % HV).to(tl.int64)")
-        lines += _OF_SEQUENCE if segments is None else _OF_SEGMENT
-        lines += self._ranges()
-        lines += self._run(self.tiled.before)
+        lines = [*self._program(), *(_OF_SEQUENCE if segments is None else _OF_SEGMENT)]
+        lines += [*self._ranges(), *self._run(self.tiled.before)]
         if self.tiled.by_token:
             lines.append("for chunk in tl.range(0, length, num_stages=STAGES):")
             inner = ["at = first + chunk"]
