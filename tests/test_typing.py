@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("api", "dsl", "codegen", "autotune", "runtime")
+FOLDERS = ("api", "dsl", "codegen", "autotune", "runtime", "report")
 USER = """
 import chunkwise as cw
 import torch
