@@ -52,7 +52,7 @@ def script(shell: str) -> str:
         "dtypes": " ".join(d.value for d in Dtype),
     }
     preamble = {"bash": _BASH.format(**words), "zsh": _ZSH.format(**words)}
-    return str(shtab.complete(top, shell=shell, preamble=preamble)).rstrip("\n")
+    return str(shtab.complete(top, shell=shell, preamble=preamble.get(shell, ""))).rstrip("\n")
 
 
 def _completion(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from chunkwise.codegen.config import Config
 from chunkwise.codegen.plan import Plan
 from chunkwise.dsl.library import all_declarations, by_name
 from chunkwise.runtime.triton import engine as triton_engine
-from chunkwise.runtime.triton import launch
+from chunkwise.runtime.triton import launch_plan
 
 from tests.classes import CLASSES, lowered, plan_pairs
 from tests.harness import Gates, Layout, Sizes, engine_results, make_inputs, oracle_results
@@ -30,7 +30,7 @@ Serve = Callable[..., None]
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     """Has every call of the Triton engine served under one configuration, with NaN in buffers."""
-    monkeypatch.setattr(launch, "torch", Poisoned())
+    monkeypatch.setattr(launch_plan, "torch", Poisoned())
 
     def under(config: Config, segment: int = 0) -> None:
         compiled_for = served_under(lambda form: config, segment)
@@ -127,7 +127,7 @@ def test_short_sequences(name: str, T: int, serve: Serve) -> None:
 @pytest.mark.parametrize("name", ["gla", "gated_delta_rule"])
 def test_the_default_configuration(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks as long as on a GPU, K = 100: a tile that is wider than its operand."""
-    monkeypatch.setattr(launch, "torch", Poisoned())
+    monkeypatch.setattr(launch_plan, "torch", Poisoned())
     sizes = Sizes(B=1, T=70, H=1, HV=2, K=100, V=36, initial=True, dtype=torch.float32)
     _agree(name, sizes, BY_DTYPE[torch.float32])
 

@@ -15,7 +15,7 @@ from chunkwise.codegen.config import Config
 from chunkwise.dsl import HeadScalar, Key, Scalar, State, Value, exp, outer
 from chunkwise.dsl.ir import Kind
 from chunkwise.runtime.triton import engine as triton_engine
-from chunkwise.runtime.triton import launch
+from chunkwise.runtime.triton import launch_plan
 
 from tests.harness import Inputs, Sizes, engine_results, make_inputs, oracle_results
 from tests.interpreted import Poisoned, served_under, small
@@ -116,7 +116,7 @@ INTERPRETED = [
 def test_resets_in_kernels(
     op: cw.Recurrence, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "torch", Poisoned())
+    monkeypatch.setattr(launch_plan, "torch", Poisoned())
 
     def configured(form: object) -> Config:
         return small(op.declaration.normal_form(op.declaration.default_micro))

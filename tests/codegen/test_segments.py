@@ -86,7 +86,7 @@ def test_names_of_operands_are_no_names_of_ends() -> None:
 def test_a_segment_is_whole_chunks() -> None:
     """Of 256 tokens too, of which 1152 is no multiple."""
     call = example(by_name("simple_gla"), Dims(16, 16), torch.float32, Size(1, 2304, 1), CPU)
-    layout = Launch(task_of(Request(call, Way.CHUNKS)), (), 256, 1152).layout
+    layout = Launch(task_of(Request(call, Way.CHUNKS)), (), 256, 1152)._layout
     assert (layout.segment, layout.segments) == (5, 2)
 
 

@@ -17,7 +17,7 @@ from chunkwise.codegen.token import token_program
 from chunkwise.dsl.library import all_declarations
 from chunkwise.runtime.call import bind
 from chunkwise.runtime.triton import engine as triton_engine
-from chunkwise.runtime.triton import launch
+from chunkwise.runtime.triton import launch_plan
 from chunkwise.runtime.tvm import engine as tvm_engine
 
 from tests import harness
@@ -40,7 +40,7 @@ HARD = Sizes(B=2, T=7, H=1, HV=1, K=16, V=8, dtype=torch.float32, gates=Gates.HA
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "torch", Poisoned())
+    monkeypatch.setattr(launch_plan, "torch", Poisoned())
 
 
 def _check(op: cw.Recurrence, inputs: Inputs, engine: Any, limit: Tolerance) -> None:
