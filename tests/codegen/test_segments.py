@@ -87,7 +87,7 @@ def test_a_segment_is_whole_chunks() -> None:
     """Of 256 tokens too, of which 1152 is no multiple."""
     call = example(by_name("simple_gla"), Dims(16, 16), torch.float32, Size(1, 2304, 1), CPU)
     layout = Launch(task_of(Request(call, Way.CHUNKS)), (), 256, 1152)._layout
-    assert (layout.segment, layout.segments) == (5, 2)
+    assert (layout.segment, layout.sizes["segments"]) == (5, 2)
 
 
 def test_validation_is_in_segments_too() -> None:
