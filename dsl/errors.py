@@ -112,5 +112,9 @@ class BadFile(ChunkwiseError, ImportError):
         self.trace = trace
 
     def render(self) -> str:
-        """The user's own traceback, and the name of the file."""
+        """The user's own traceback, and the name of the file.
+
+        Returns:
+            The text, several lines.
+        """
         return f"{self.trace.rstrip()}\n{super().render()}"

@@ -140,7 +140,7 @@ class Traced:
         raise errors.InPlace("del", here())
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # protocols probe for these
+        if name.startswith("_"):  # protocols and notebooks probe for these
             raise AttributeError(name)
         if name.endswith("_"):
             raise errors.InPlace(f".{name}()", here())

@@ -126,7 +126,7 @@ def test_doctor_says_what_there_is(key: Key, capsys: pytest.CaptureFixture[str])
     store.save(Artifact(SHIPPED_FOR, key, quarantine=(wrong,)))
     bad = good.with_name("other.json")
     bad.write_text(good.read_text())
-    asked = ["doctor", SHIPPED_FOR, "--dims", "K=4,V=6", "--dtype", "float32"]
+    asked = ["doctor", SHIPPED_FOR, "--dims", "K=4,V=6", "--dtype", "float32", "--artifacts"]
     with pytest.warns(RuntimeWarning, match="is not used"):
         assert cli.main(asked) == 0
     out = capsys.readouterr().out
