@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -130,7 +131,7 @@ def test_doctor_says_what_there_is(key: Key, capsys: pytest.CaptureFixture[str])
     with pytest.warns(RuntimeWarning, match="is not used"):
         assert cli.main(asked) == 0
     out = capsys.readouterr().out
-    assert f"artifact     {good}" in out
+    assert re.search(rf"^artifact +{re.escape(str(good))}$", out, re.M)
     assert f"{key}; 3 sizes tuned, 1 in quarantine" in out
     assert "REFUSED: it is for" in out
     assert "MiB" in out
