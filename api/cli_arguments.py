@@ -62,6 +62,17 @@ def add_dims(parser: argparse.ArgumentParser, default: Dims, help: str = "") -> 
     parser.add_argument("--dims", type=dims, default=default, metavar="K=N,V=N", help=said)
 
 
+def add_dims_list(parser: argparse.ArgumentParser) -> None:
+    """The --dims option of several dimensions, `arguments.dims`; None if it is not given."""
+    parser.add_argument(
+        "--dims",
+        type=dims,
+        action="append",
+        metavar="K=N,V=N",
+        help="key and value channels of a head, repeatable; default: K=128,V=128",
+    )
+
+
 def count(text: str) -> int:
     """A whole number above 0."""
     if not text.isdigit() or int(text) < 1:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from . import library
-from .cli_arguments import dims, dtype
+from .cli_arguments import add_dims_list, dtype
 from .cli_command import TARGET, Command, UsageError, unknown_name
 from .cli_emit import add_targets, targets, triton_compiler
 from .codegen.config import Dims
@@ -54,13 +54,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "names", nargs="*", metavar=TARGET, help="recurrences of the library (default: all)"
     )
     parser.add_argument("--quick", action="store_true", help="one recurrence per class, bf16")
-    parser.add_argument(
-        "--dims",
-        type=dims,
-        action="append",
-        metavar="K=N,V=N",
-        help="key and value channels of a head, repeatable; default: K=128,V=128",
-    )
+    add_dims_list(parser)
     parser.add_argument(
         "--dtype",
         type=dtype,

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from .cli_arguments import count, dims, dtypes
+from .cli_arguments import add_dims_list, count, dtypes
 from .cli_command import Command, UsageError, add_target, find
 from .cli_progress import Progress
 from .codegen.config import Dims
@@ -84,13 +84,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="a package of Triton kernels, or a shared library for a CPU",
     )
     parser.add_argument("--cpu", help="the library's CPU, as x86-64-v3 (default: this one)")
-    parser.add_argument(
-        "--dims",
-        type=dims,
-        action="append",
-        metavar="K=N,V=N",
-        help="key and value channels of a head, repeatable; default: K=128,V=128",
-    )
+    add_dims_list(parser)
     parser.add_argument(
         "--dtype",
         type=dtypes,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .cli_progress import watched
+from .cli_progress import Progress, watched
 from .codegen.config import Dims
 from .codegen.interface import Dtype
 from .codegen.prove import prove
@@ -47,7 +46,7 @@ class Options:
 
 
 def sections(declared: Declaration, options: Options) -> Iterator[page.Section]:
-    """Every section that applies, in order; those that take long say so on stderr first."""
+    """Every section that applies, in order; those that take long show progress on stderr."""
     yield page.step_section(declared)
     yield page.table_section("Features", [("feature", ""), *facts.features(declared)])
     if declared.any_step:
@@ -72,15 +71,11 @@ def sections(declared: Declaration, options: Options) -> Iterator[page.Section]:
         yield _speed(declared)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _proof(declared: Declaration, *, quick: bool) -> page.Section:
-    _say("proving that the chunk form equals the step")
     start = time.perf_counter()
     try:
-        proof = prove(declared, 2 if quick else 3)
+        with Progress("proving that the chunk form equals the step"):
+            proof = prove(declared, 2 if quick else 3)
     except NotLowered as refused:
         return page.table_section("Proof", (), f"Left out: {refused.headline}: {refused.why}")
     return page.proof_section(str(proof), time.perf_counter() - start)
@@ -133,9 +128,9 @@ def _taken(outcome: Outcome) -> str:
 def _agreement(declared: Declaration, *, quick: bool) -> page.Section:
     size = Dims(16, 16) if quick else Dims(64, 64)
     tokens = _QUICK_TOKENS if quick else facts.TOKENS
-    _say("comparing the engines with the token loop in float64")
     try:
-        found = list(facts.agreement(declared, size, torch.float32, tokens))
+        with Progress("comparing the engines with the token loop in float64"):
+            found = list(facts.agreement(declared, size, torch.float32, tokens))
     except NotLowered as refused:
         note = f"Left out: {refused.headline}: {refused.why}"
         return page.table_section("Agreement of engines", (), note)
@@ -148,9 +143,9 @@ def _agreement(declared: Declaration, *, quick: bool) -> page.Section:
 
 def _speed(declared: Declaration) -> page.Section:
     size = Dims(64, 64)
-    _say("timing the engines that run here")
     try:
-        found = list(facts.speed(declared, size, torch.float32, _TOKENS, _HEADS))
+        with Progress("timing the engines that run here"):
+            found = list(facts.speed(declared, size, torch.float32, _TOKENS, _HEADS))
     except (ChunkwiseError, CannotRun) as refused:
         return page.table_section("Speed here", (), f"Left out: {refused}")
     sizes = f"one sequence of {_TOKENS:,} tokens, {_HEADS} heads, K={size.K}, V={size.V}, float32"

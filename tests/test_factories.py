@@ -16,7 +16,7 @@ from chunkwise.codegen.interface import Dtype
 from chunkwise.runtime.export.package import Request, export
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("api", "autotune", "codegen", "dsl", "runtime")
+FOLDERS = ("api", "autotune", "codegen", "dsl", "report", "runtime")
 # functions of torch whose result has torch's default dtype or device where neither is named
 FACTORIES = frozenset(
     (

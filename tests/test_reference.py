@@ -14,7 +14,7 @@ from chunkwise import cli_completion
 from chunkwise.environment import VARIABLES
 
 ROOT = Path(__file__).resolve().parent.parent
-PRODUCT = ("api", "dsl", "codegen", "runtime", "autotune")
+PRODUCT = ("api", "dsl", "codegen", "runtime", "autotune", "report")
 
 
 def _pages():
