@@ -13,8 +13,13 @@ from .ir import Loc
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean X or Y?` for the known words that resemble `word`; empty if none does."""
     lower = {k.lower(): k for k in known}
-    near = difflib.get_close_matches(word.lower(), lower, n=3, cutoff=0.75)
-    near += [k for k in lower if k not in near and len(word) > 2 and k.startswith(word.lower())]
+    typed = word.lower()
+    near = difflib.get_close_matches(typed, lower, n=3, cutoff=0.72)
+    near += [  # a beginning; a short word with letters exchanged, whose ratio is low
+        k
+        for k in lower
+        if k not in near and len(word) > 2 and (k.startswith(typed) or sorted(k) == sorted(typed))
+    ]
     return f"did you mean {' or '.join(lower[k] for k in near[:3])}?" if near else ""
 
 

@@ -85,6 +85,7 @@ def test_targets_that_are_not_there(capsys: pytest.CaptureFixture[str], tmp_path
     file = tmp_path / "two.py"
     file.write_text(RULES + SECOND)
     for target, hint in (
+        ("kad", "did you mean kda?"),
         ("delta", "did you mean delta_rule or delta_product?"),
         ("gated_delta_ruel", "did you mean gated_delta_rule"),
         ("softmax", "`chunkwise list` shows"),
