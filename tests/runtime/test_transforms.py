@@ -177,7 +177,7 @@ def test_derivatives_of_derivatives(kit: Any, engine: str) -> None:
                 for i in range(leaves[1].numel())
             ]
         )
-        small = 1e-6 * torch.eye(leaves[1].numel(), dtype=torch.float64)
+        small = 1e-6 * torch.eye(leaves[1].numel(), dtype=torch.float64).to(leaves[1])
         steps = small.view(-1, *leaves[1].shape)
         pairs = [grad(of_keys)(leaves[1] + e) - grad(of_keys)(leaves[1] - e) for e in steps]
         torch.testing.assert_close(want, torch.stack(pairs) / 2e-6, rtol=1e-6, atol=1e-6)
