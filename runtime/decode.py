@@ -6,13 +6,10 @@ then goes to the kernel, past torch's dispatcher.
 
 from __future__ import annotations
 
-import numbers
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -20,7 +17,7 @@ from torch.autograd import forward_ad
 from ..dsl import errors
 from ..dsl.ir import Per
 from .call import PLAIN, Call, Places, arrange, describe, initial_states
-from .engines import ENGINE_VARIABLE, EngineName, load
+from .engines import EngineName, engine_of_environment, load
 from .prepared import Records, Run, chosen, prepare_step
 
 if TYPE_CHECKING:
@@ -66,18 +63,21 @@ class Stepper:
             values += self._no_states
         else:
             values.append(state)
-        key = _key(values)
-        if key is None:
-            if engine is not None:
-                self._refuse_to_record(self._checked(args, named, state)[0], engine)
-            return self._by_op(args, named, state, engine)
         usual = self._usual
         if engine is None and usual is None:
-            usual = os.environ.get(ENGINE_VARIABLE)
-        key += (engine, usual, len(args), *named)
-        kept = self._records.get(key, lambda: self._prepare(args, named, state, engine, usual))
-        if kept is None:
-            return self._by_op(args, named, state, engine)
+            usual = engine_of_environment()
+        rest = (engine, usual, torch.is_grad_enabled(), len(args), *named)
+        kept = self._records.latest(values, rest) if forward_ad._current_level < 0 else None
+        if kept is None:  # a new layout, or one that no kernel serves
+            if _watched() or not all(map(_lies_open, values)):
+                if engine is not None:
+                    self._refuse_to_record(self._checked(args, named, state)[0], engine)
+                return self._by_op(args, named, state, engine)
+            kept = self._records.find(
+                values, rest, lambda: self._prepare(args, named, state, engine, usual)
+            )
+            if kept is None:
+                return self._by_op(args, named, state, engine)
         values += kept.floats
         made = kept.run(values)
         return made[0], (made[1] if len(made) == 2 else tuple(made[1:]))
@@ -170,33 +170,22 @@ class _Kept:
     floats: list[float]
 
 
-def _key(values: Sequence[object]) -> list[object] | None:
-    """What decides how values are served; None where torch must see what happens to them."""
-    if (
+def _watched() -> bool:
+    """Whether somebody looks at what torch computes: a transform, a mode."""
+    return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
-    ):
-        return None
-    gradients = torch.is_grad_enabled()
-    found: list[object] = []
-    for x in values:
-        if isinstance(x, Tensor):
-            # whether the numbers of `x` are those in its memory, at its strides
-            as_they_lie = (
-                type(x) in PLAIN
-                and x.layout is torch.strided
-                and not x.is_neg()
-                and not x._is_zerotensor()
-                and not x.is_nested
-            )
-            if not as_they_lie or (gradients and x.requires_grad):
-                return None
-            found += (x.shape, x.stride(), x.dtype, x.device)
-        elif x is None or isinstance(x, (int, float, numbers.Real)):
-            found.append(x)
-        elif isinstance(x, np.ndarray) and x.ndim == 0:
-            found.append(x.item())
-        else:
-            return None
-    return found
+    )
+
+
+def _lies_open(x: object) -> bool:
+    """Whether a kernel may read `x`: its numbers are those in its memory, and not recorded."""
+    return not isinstance(x, Tensor) or (
+        type(x) in PLAIN
+        and x.layout is torch.strided
+        and not x.is_neg()
+        and not x._is_zerotensor()
+        and not x.is_nested
+        and not (torch.is_grad_enabled() and x.requires_grad)
+    )

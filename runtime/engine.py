@@ -191,7 +191,8 @@ class Engine(ABC):
         call, values = request.call, values_of(request.call, request.cotangents)
         tensors = values[: len(values) - len(call.params)]
         how = (self, call.declaration, call.static, request.way, request.config, request.segment)
-        return _RECORDS.find(tensors, how, lambda: self.prepare(request.bare()))(values)
+        layout = (*how, torch.get_num_threads())
+        return _RECORDS.find(tensors, layout, lambda: self.prepare(request.bare()))(values)
 
 
 _RECORDS: Records[Run] = Records()

@@ -24,7 +24,7 @@ from ..dsl import errors
 from ..dsl.ir import Per
 from .call import Call, Static, describe
 from .check import CHECK_VARIABLE, asked, check_contents, check_results
-from .engines import ENGINE_VARIABLE, EngineName
+from .engines import EngineName, engine_of_environment
 from .prepared import Prepared, Records, chosen, prepare_backward, prepare_forward, prepare_step
 from .transforms import Along, Derivative, register_batches, register_derivative
 
@@ -166,7 +166,7 @@ def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
 
     def forward(*args: Any) -> tuple[Tensor, ...]:
         *inputs, engine, check = args
-        rest = (*inputs[numbers:], engine or os.environ.get(ENGINE_VARIABLE))
+        rest = (*inputs[numbers:], *_asked(engine))
         if numbers > tensors and not all(map(math.isfinite, inputs[tensors:numbers])):
             flat.call(inputs)  # says which
         found = forwards.find(
@@ -183,7 +183,7 @@ def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
 
     def step(*args: Any) -> tuple[Tensor, ...]:
         *inputs, engine = args
-        rest = (*inputs[numbers:], engine or os.environ.get(ENGINE_VARIABLE))
+        rest = (*inputs[numbers:], *_asked(engine))
         found = steps.find(inputs[:tensors], rest, lambda: _step(flat.call(inputs), engine))
         return tuple(found(inputs))
 
@@ -198,7 +198,7 @@ def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
 
     def backward(*args: Any) -> list[Tensor]:
         *inputs, engine = args
-        rest = (*inputs[given + numbers :], engine or os.environ.get(ENGINE_VARIABLE))
+        rest = (*inputs[given + numbers :], *_asked(engine))
 
         def prepare() -> Prepared:
             return prepare_backward(flat.call(inputs[given:]), tuple(inputs[:given]), engine)
@@ -302,6 +302,11 @@ def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
     fold = Along.NOTHING not in per_token
     register_batches(library, ops.backward, [*[Along.SEQUENCES] * given, *inputs], fold=fold)
     return ops
+
+
+def _asked(engine: str | None) -> tuple[object, ...]:
+    """What is asked of a call besides its arguments, as a part of its layout."""
+    return engine or engine_of_environment(), torch.get_num_threads()
 
 
 def _step(call: Call, engine: str | None) -> Prepared:

@@ -6,12 +6,14 @@ with that of the latest record and then runs the record.
 
 from __future__ import annotations
 
+import numbers
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +31,23 @@ _R = TypeVar("_R")
 _MOST = 4096  # records that are kept, of each kind
 
 
+@dataclass(frozen=True, slots=True)
+class _Latest(Generic[_R]):
+    """The record that was found last, with its layout.
+
+    Attributes:
+        rest: what was given besides values, and how many these were.
+        others: values that are no tensors, in their places; None if all are tensors.
+        alike: whether tensors lie as those did.
+    """
+
+    rest: Sequence[object]
+    count: int
+    others: list[object] | None
+    alike: Callable[..., bool]
+    record: _R
+
+
 class Records(Generic[_R]):
     """Records by layout: the latest is compared before the others are looked up."""
 
@@ -36,41 +55,48 @@ class Records(Generic[_R]):
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], _R] = {}
-        self._latest: tuple[list[object], _R] | None = None
+        self._latest: _Latest[_R] | None = None
         self._all.add(self)
 
-    def find(
-        self, tensors: Sequence[Tensor | None], rest: Sequence[object], prepare: Callable[[], _R]
-    ) -> _R:
-        """The record for tensors that lie so in memory, and `rest`; made by `prepare` if need be.
+    def latest(self, values: Values, rest: Sequence[object]) -> _R | None:
+        """The record that was found last, if it is of `rest` and of values that lie so in memory.
+
+        Then gradients of these tensors are recorded as they were, if `rest` says whether torch
+        records any, and torch.func and modes of torch are entered or not as they were.
+        """
+        latest = self._latest
+        if latest is None or latest.rest != rest or latest.count != len(values):
+            return None
+        tensors = values
+        if latest.others is not None:
+            tensors = [x for x in values if isinstance(x, Tensor)]
+            if latest.others != _others(values):
+                return None
+        return latest.record if latest.alike(*tensors) else None
+
+    def find(self, values: Values, rest: Sequence[object], prepare: Callable[[], _R]) -> _R:
+        """The record for values that lie so in memory, and `rest`; made by `prepare` if need be.
 
         An error that `prepare` raises is not kept: the next such call prepares again.
         """
-        key: list[object] = [torch.get_num_threads(), *rest]
+        found = self.latest(values, rest)
+        if found is not None:
+            return found
+        tensors, others = [x for x in values if isinstance(x, Tensor)], _others(values)
         try:
-            for x in tensors:
-                if x is None:
-                    key.append(None)
-                else:
-                    key += (x.shape, x.stride(), x.dtype, x.device)
+            places = [(x.shape, x.stride(), x.dtype, x.device) for x in tensors]
         except RuntimeError:  # a tensor without strides, which `prepare` refuses by name
             return prepare()
-        latest = self._latest
-        return latest[1] if latest is not None and latest[0] == key else self.get(key, prepare)
-
-    def get(self, key: list[object], prepare: Callable[[], _R]) -> _R:
-        """The record of that key; made by `prepare` if need be."""
-        latest = self._latest
-        if latest is not None and latest[0] == key:
-            return latest[1]
-        hashed = tuple(key)
-        if hashed not in self._known:
+        key = (*rest, *others, *places)
+        if key not in self._known:
             made = prepare()
             if len(self._known) >= _MOST:
                 self._known.clear()
-            self._known[hashed] = made
-        self._latest = latest = (key, self._known[hashed])
-        return latest[1]
+            self._known[key] = made
+        found = self._known[key]
+        whole = len(tensors) == len(values)
+        self._latest = _Latest(rest, len(values), None if whole else others, _guard(tensors), found)
+        return found
 
     @classmethod
     def forget(cls) -> None:
@@ -78,6 +104,34 @@ class Records(Generic[_R]):
         for records in cls._all:
             records._latest = None
             records._known.clear()
+
+
+def _others(values: Values) -> list[object]:
+    """What is no tensor, in its place; other things than numbers and None equal nothing."""
+    return [
+        Tensor
+        if isinstance(x, Tensor)
+        else x
+        if x is None or isinstance(x, numbers.Real)
+        else x.item()
+        if isinstance(x, np.ndarray) and x.ndim == 0
+        else object()
+        for x in values
+    ]
+
+
+def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Whether as many tensors are like these in all that torch knows without their numbers.
+
+    It is the comparison that torch makes for compiled graphs, one call for types, dtypes, devices,
+    shapes, strides, what reading does to numbers (a negation, say), and modes that are entered. It
+    takes no tensor twice.
+    """
+    sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
+    guards: Any = torch._C._dynamo.guards.TensorGuards
+    made = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    check: Callable[..., bool] = made.check
+    return check
 
 
 class Way(Enum):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -289,43 +290,51 @@ class _Token:
         (((kernel, function),),) = compiled.stages
         call = task.call
         feeds, starts = _operands(task), _starts(task)
-        numbered = [*feeds, *starts, "", *(s.name for s in call.step.states)]
-        self._feeds = [(f.at, f.make) for f in (*feeds.values(), *starts.values())]
+        states = [s.name for s in call.step.states]
         B, _, *channels = call.output_shape
         self._output = None if not task.time else call.output_shape
         self._new = [empty(B, *channels, dtype=call.dtype)]
         self._new += [empty(*call.state_shape(s)) for s in call.step.states]
-        first = len(self._feeds)
-        self._slots = []
+        self._function, self._scratch = function, kernel.scratch
+        self._items = call.N * call.HV * kernel.v_programs
+        sequences, chunks, _ = _tables(call.B, 1, None, 1)
+        self._fixed = (sequences, chunks, call.HV, 0, self._items)
+        # the function's arguments are taken from these: results, scratch, the tables and numbers
+        # that are fixed, tensors made of values, values
+        every = [*feeds.values(), *starts.values()]
+        self._made = [(f.at, f.make) for f in every if f.make is not None]
+        room = 1 + len(states)
+        values = room + 1 + len(self._fixed) + len(self._made)
+        made = iter(range(values - len(self._made), values))
+        places = {
+            name: values + f.at if f.make is None else next(made)
+            for name, f in (*feeds.items(), *starts.items())
+        }
+        taken = []
         for p in kernel.parameters:
             if p.role is Role.FINAL:
-                self._slots.append(numbered.index(str(p.of), first))
+                taken.append(1 + states.index(str(p.of)))
             else:
-                self._slots.append(first if p.role is Role.BUFFER else numbered.index(str(p.of)))
-        self._items = call.N * call.HV * kernel.v_programs
-        tables = _tables(call.B, 1, None, 1)
-        self._function, self._scratch, self._fixed = function, kernel.scratch, tables[:2]
-        self._heads, self._params = call.HV, [task.params[n] for n in kernel.numbers]
+                taken.append(0 if p.role is Role.BUFFER else places[str(p.of)])
+        self._room = len(taken) + 2
+        taken += [room + 1, room + 2, room, room + 3]
+        taken += [values + task.params[n] for n in kernel.numbers]
+        self._take = itemgetter(*taken, room + 4, room + 5)
         numbers = sum(math.prod(call.state_shape(s)) for s in call.step.states)
         self._alone = self._items == 1 or numbers < _SHARED
 
     def __call__(self, values: Values) -> list[Tensor]:
         """The output and new states."""
         made = [torch.empty_like(x) for x in self._new]
-        given = [values[at] if make is None else make(values[at]) for at, make in self._feeds]
-        given += made
-        arguments = [given[n] for n in self._slots]
-        rest = [self._heads]
-        if self._params:
-            rest += [values[at] for at in self._params]
+        room = _room(self._scratch) if self._alone else None
+        fed = [make(values[at]) for at, make in self._made] if self._made else ()
+        arguments = self._take((*made, room, *self._fixed, *fed, *values))
         if self._alone:
-            room = _room(self._scratch)
-            self._function(*arguments, *self._fixed, room, *rest, 0, self._items)
+            self._function(*arguments)
         else:
             threads = torch.get_num_threads()
-            own = {len(arguments) + 2: empty(threads, self._scratch)}
-            work = Work(self._function, (*arguments, *self._fixed, None, *rest), own)
-            run([work], self._items, threads)
+            own = {self._room: empty(threads, self._scratch)}
+            run([Work(self._function, arguments[:-2], own)], self._items, threads)
         if self._output is not None:
             made[0] = made[0].view(self._output)
         return made

@@ -9,6 +9,7 @@ import chunkwise as cw
 import pytest
 import torch
 from chunkwise.dsl.ir import Per
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def _token(op: cw.Recurrence, inputs: Any, t: int, *, keep_time: bool) -> dict[str, torch.Tensor]:
@@ -145,6 +146,44 @@ def test_transforms_see_torch(kit: Any) -> None:
         torch.testing.assert_close(tangent, rise, rtol=1e-4, atol=1e-5)
         many = torch.func.vmap(output)(token["v"].expand(3, *token["v"].shape))
         torch.testing.assert_close(many[2], plain, rtol=1e-5, atol=1e-6)
+
+
+class _Seen(TorchDispatchMode):
+    """Notes the ops that torch calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_torch_sees_steps_of_a_known_layout_that_it_asks_for(kit: Any) -> None:
+    """Torch's comparison of layouts knows of modes, transforms and recorded gradients."""
+    op = cw.library.delta_rule
+    inputs = kit.make_inputs(op, kit.Sizes(T=1, HV=2, K=16, V=16, initial=True)).operands
+    token = [x[:, 0].detach() for x in inputs.values()]
+    state = torch.zeros(2, 2, 16, 16)
+    name = op._ops.step.name()
+
+    def step(x: list[torch.Tensor]) -> torch.Tensor:
+        return op.step(*x, state=state)[0]
+
+    want, recorded = step(token), [x.clone().requires_grad_() for x in token]
+    with torch.no_grad():
+        step(recorded)
+    assert step(recorded).requires_grad
+    with torch.no_grad():
+        assert not step(recorded).requires_grad
+    step(token)
+    with _Seen() as seen:
+        step(token)
+    assert name in seen.names
+    step(token)
+    vmapped = torch.func.vmap(lambda scale: step(token) * scale)(torch.ones(3))
+    torch.testing.assert_close(vmapped, want.expand(3, *want.shape))
 
 
 def test_the_engine_of_calls_does_not_bind_steps(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
