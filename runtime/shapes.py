@@ -14,10 +14,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# makes the error of a fault from its kind ("shape", "device", "layout", "heads", "batch",
-# "cu_seqlens"), the tensor's name, what that has, and what was expected
-Refuse = Callable[[str, str, Any, str], Exception]
 Letters = Sequence[str]
+
+
+class Fault(NamedTuple):
+    """A tensor at fault.
+
+    Attributes:
+        kind: "shape", "device", "layout", "heads", "batch" or "cu_seqlens".
+        got, expected: what the tensor `name` has, and what was expected.
+        sizes: of a shape, what is known of sizes by letter.
+    """
+
+    kind: str
+    name: str
+    got: Any
+    expected: str
+    sizes: Mapping[str, int] = {}  # never changed
+
+
+Refuse = Callable[[Fault], Exception]
 
 
 class Form(NamedTuple):
@@ -56,20 +72,22 @@ def measure(
     key_heads: dict[str, int] = {}
     for (name, letters), form in zip(operands.items(), forms, strict=True):
         _check_place(name, form, device, refuse)
-        expected = pattern(letters)
+        expected, fault = pattern(letters), ""
         if len(form.shape) != len(letters):
-            raise refuse("shape", name, form.shape, f"{expected}, {len(letters)} axes")
+            raise refuse(Fault("shape", name, form.shape, f"{expected}, {len(letters)} axes"))
         for letter, size in zip(letters, form.shape, strict=True):
             if letter == "H":
                 key_heads[name] = size
             elif letter == "n" and size == 0:
-                raise refuse("shape", name, form.shape, f"{expected} with at least one micro-step")
+                fault = f"{expected} with at least one micro-step"
             elif letter.isdigit() and size != int(letter):
-                raise refuse("shape", name, form.shape, expected)
+                fault = expected
             elif known.setdefault(letter, (size, name))[0] != size:
                 have, of = known[letter]
-                expected += f" with {letter} = {have}, as in operand {of!r}"
-                raise refuse("shape", name, form.shape, expected)
+                fault = f"{expected} with {letter} = {have}, as in operand {of!r}"
+            if fault:
+                so_far = {a: n for a, (n, _) in known.items()}
+                raise refuse(Fault("shape", name, form.shape, fault, so_far))
     if "HV" not in known:
         widest = max(key_heads, key=lambda name: key_heads[name])
         known["HV"] = (key_heads[widest], widest)
@@ -86,7 +104,8 @@ def measure(
             _check_place(what, start, device, refuse)
             shape = [sizes[a] for a in letters]
             if list(start.shape) != shape:
-                raise refuse("shape", what, start.shape, f"{pattern(letters)} = {shape}")
+                expected = f"{pattern(letters)} = {shape}"
+                raise refuse(Fault("shape", what, start.shape, expected, sizes))
     return sizes
 
 
@@ -97,21 +116,21 @@ def check_boundaries(cu_seqlens: Tensor, T: int, refuse: Refuse) -> None:
     """
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
-        raise refuse("cu_seqlens", "cu_seqlens", f"{bounds[0]} at [0]", "0")
+        raise refuse(Fault("cu_seqlens", "cu_seqlens", f"{bounds[0]} at [0]", "0"))
     for n in range(1, len(bounds)):
         if bounds[n] < bounds[n - 1]:
             got = f"{bounds[n]} at [{n}] after {bounds[n - 1]}"
-            raise refuse("cu_seqlens", "cu_seqlens", got, "offsets that do not decrease")
+            raise refuse(Fault("cu_seqlens", "cu_seqlens", got, "offsets that do not decrease"))
     if bounds[-1] != T:
         got, expected = f"{bounds[-1]} at [{len(bounds) - 1}]", "the length of the packed operands"
-        raise refuse("cu_seqlens", "cu_seqlens", got, f"T = {T}, {expected}")
+        raise refuse(Fault("cu_seqlens", "cu_seqlens", got, f"T = {T}, {expected}"))
 
 
 def _check_place(name: str, form: Form, device: torch.device, refuse: Refuse) -> None:
     if form.layout is not torch.strided:
-        raise refuse("layout", name, form.layout, "torch.strided")
+        raise refuse(Fault("layout", name, form.layout, "torch.strided"))
     if form.device != device:
-        raise refuse("device", name, form.device, str(device))
+        raise refuse(Fault("device", name, form.device, str(device)))
 
 
 def _heads_of_keys(key_heads: Mapping[str, int], HV: int, witness: str, refuse: Refuse) -> int:
@@ -123,10 +142,10 @@ def _heads_of_keys(key_heads: Mapping[str, int], HV: int, witness: str, refuse: 
     for name, heads in grouped.items():
         if heads != H:
             expected = f"{H} as operand {first!r} has, or {HV} as operand {witness!r} has"
-            raise refuse("heads", name, heads, expected)
+            raise refuse(Fault("heads", name, heads, expected))
     if H == 0 or HV % H != 0:
         expected = f"{HV} as operand {witness!r} has, or a divisor of that"
-        raise refuse("heads", first, H, expected)
+        raise refuse(Fault("heads", first, H, expected))
     return H
 
 
@@ -138,10 +157,10 @@ def _check_packing(
     _check_place("cu_seqlens", cu_seqlens, device, refuse)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = f"of dtype {cu_seqlens.dtype}"
-        raise refuse("cu_seqlens", "cu_seqlens", got, "int32 or int64")
+        raise refuse(Fault("cu_seqlens", "cu_seqlens", got, "int32 or int64"))
     if len(cu_seqlens.shape) != 1 or cu_seqlens.shape[0] < 2:
         got = f"of shape {list(cu_seqlens.shape)}"
         expected = "[N+1], the boundaries of N >= 1 sequences"
-        raise refuse("cu_seqlens", "cu_seqlens", got, expected)
+        raise refuse(Fault("cu_seqlens", "cu_seqlens", got, expected))
     if B != 1:
-        raise refuse("batch", witness, B, "1, as cu_seqlens packs sequences along T")
+        raise refuse(Fault("batch", witness, B, "1, as cu_seqlens packs sequences along T"))

@@ -5,11 +5,9 @@ A pure function of what never changes from one training step to the next, hence 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ from ..dsl import errors
 from ..dsl.ir import Kind, Per
 from ..dsl.normal_form import Operand
 from . import shapes
-from .shapes import Form, pattern
+from .shapes import Fault, Form, pattern
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
@@ -70,11 +68,9 @@ def measure(
             "per token", "Key, Value or Scalar", "[B,T,...]", op=declaration.name
         )
 
-    def refuse(fault: str, name: str, got: Any, expected: str) -> Exception:
-        if fault == "shape" and name in declared:
-            kind, help = declared[name].spelled, _other_order(got, expected)
-            return errors.BadShape(name, got, expected, kind=kind, help=help)
-        return refusal(fault, name, got, expected)
+    def refuse(fault: Fault) -> Exception:
+        x = declared.get(fault.name)
+        return refusal(fault, kind="" if x is None else x.spelled)
 
     sizes = shapes.measure(
         {x.name: x.axes for x in declaration.operands},
@@ -103,30 +99,30 @@ def measure(
 measured = lru_cache(maxsize=4096)(measure)
 
 
-def _other_order(got: Sequence[int], expected: str) -> str:
+def _other_order(fault: Fault) -> str:
     """What mends a shape whose axes are in another library's order; empty for other shapes."""
-    tokens = re.search(r"with T = (\d+)", expected)
-    if tokens is not None and len(got) > 2 and str(got[2]) == tokens[1]:
+    got, sizes = list(fault.got), fault.sizes
+    if "N" in sizes and got == [sizes[a] for a in ("N", "HV", "V", "K")]:
+        return "states are K×V: a V×K state is passed as x.transpose(-1, -2)"
+    if "T" in sizes and "N" not in sizes and got[1] != sizes["T"] and got[2:3] == [sizes["T"]]:
         return (
             "time comes before heads: a head-first tensor [B,H,T,…] is passed as x.transpose(1, 2)"
         )
-    state = re.search(r"= \[(\d+), (\d+), (\d+), (\d+)\]$", expected)
-    if state is not None and [str(n) for n in got] == [state[n] for n in (1, 2, 4, 3)]:
-        return "states are K×V: a V×K state is passed as x.transpose(-1, -2)"
     return ""
 
 
-def refusal(fault: str, name: str, got: Any, expected: str) -> Exception:
-    """The error of a fault that `shapes` found."""
-    if fault == "shape":
-        return errors.BadShape(name, got, expected, help=_other_order(got, expected))
-    if fault == "layout":
+def refusal(fault: Fault, *, kind: str = "") -> Exception:
+    """The error of a fault that `shapes` found; `kind`: of the operand at fault."""
+    name, got, expected = fault.name, fault.got, fault.expected
+    if fault.kind == "shape":
+        return errors.BadShape(name, got, expected, kind=kind, help=_other_order(fault))
+    if fault.kind == "layout":
         return errors.BadLayout(name, f"a tensor of layout {got}")
-    if fault == "device":
+    if fault.kind == "device":
         return errors.BadDevice(name, str(got), expected)
-    if fault == "heads":
+    if fault.kind == "heads":
         return errors.HeadMismatch(name, got, expected)
-    if fault == "batch":
+    if fault.kind == "batch":
         return errors.BadBatch(name, got, expected, help="reshape the operands to [1, B*T, ...]")
     return errors.BadCuSeqlens(str(got), expected)
 

@@ -64,11 +64,12 @@ class Recurrence:
     rows: int
     kernels: Mapping[tuple[torch.dtype, int, int], Kernels]
 
-    def refuse(self, fault: str, name: str, got: object, expected: str) -> Exception:
+    def refuse(self, fault: shapes.Fault) -> Exception:
         """The error of a fault that `shapes` found."""
-        error = TypeError if fault == "layout" else ValueError
-        has = _HAS[fault].format(list(got) if isinstance(got, torch.Size) else got)
-        return error(f"{self.name}: {name} {has}, expected {expected}")
+        error = TypeError if fault.kind == "layout" else ValueError
+        got = list(fault.got) if isinstance(fault.got, torch.Size) else fault.got
+        has = _HAS[fault.kind].format(got)
+        return error(f"{self.name}: {fault.name} {has}, expected {fault.expected}")
 
     def layout_of(self, operand: str) -> Rows:
         """How kernels take an operand."""
