@@ -6,12 +6,13 @@ printed with small and with large tiles.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from ..codegen.config import Config, Dims, KernelConfig, Tiles, dims_of, padded
 from ..codegen.interface import Signature
+from ..codegen.phases import in_registers
 from ..codegen.plan import Hoist, Kernel, Loop, Plan
-from ..codegen.tile import Axis as TileAxis
 from ..codegen.tiled import TiledKernel
 from ..codegen.tiling import tile
 from ..codegen.triton.fit import shared_bound
@@ -50,18 +51,9 @@ class Choice:
     @property
     def held(self) -> int:
         """32-bit registers per thread that hold the carried states throughout the scan."""
-        dims, threads = self.dims, self.tiles.warps * self.gpu.warp
-        size = {
-            TileAxis.K: padded(dims.K),
-            TileAxis.V: min(self.tiles.v_tile, padded(dims.V)),
-        }
-        held = 0
-        for carried in self.kernel.carried:
-            elements = 1
-            for axis in carried.end.axes:
-                elements *= size.get(axis, 1)
-            held += elements
-        return held // threads
+        size = in_registers(self.dims, Tiles(self.chunk, self.tiles.v_tile))
+        held = sum(math.prod(size[a] for a in c.end.axes) for c in self.kernel.carried)
+        return held // (self.tiles.warps * self.gpu.warp)
 
 
 def _too_much_shared(c: Choice) -> float:

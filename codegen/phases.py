@@ -11,22 +11,34 @@ from .plan import Kernel, Loop
 from .tile import ALIASES, Axis, Tile, TileOp, summed_axes, topological
 
 
+def in_registers(dims: Dims, tiles: Tiles) -> dict[Axis, int]:
+    """The extents of tiles in registers: all of K, of V what is asked for, both padded."""
+    V = padded(dims.V)
+    return {
+        Axis.I: tiles.chunk,
+        Axis.J: tiles.chunk,
+        Axis.K: padded(dims.K),
+        Axis.V: min(tiles.v, V),
+    }
+
+
 def extents(kernel: Kernel, dims: Dims, tiles: Tiles) -> tuple[Axis | None, dict[Axis, int]]:
     """The channel axis that is taken tile by tile in a loop, if any, and the extents of tiles."""
     order, buffers = kernel.order, kernel.buffers
     loops = kernel.loop is Loop.PARALLEL and tiles.space is Space.REGISTERS
-    K, whole, V = padded(dims.K), padded(dims.V), min(tiles.v, padded(dims.V))
+    found, whole = in_registers(dims, tiles), padded(dims.V)
     if tiles.space is Space.MEMORY:  # a part of V per program, where parts are alike
-        K, whole, V = dims.K, dims.V, dims.V if dims.V % tiles.v else tiles.v
+        whole = dims.V
+        found |= {Axis.K: dims.K, Axis.V: dims.V if dims.V % tiles.v else tiles.v}
     sums_v = any(t not in buffers and Axis.V in summed_axes(t) for t in order)
     if sums_v and not (loops and not _varies_after_sum(kernel, Axis.V)):
-        V = whole  # a sum over the value axis feeds what varies along it
-    channels = Axis.V if sums_v and dims.V > V else None
+        found[Axis.V] = whole  # a sum over the value axis feeds what varies along it
+    channels = Axis.V if sums_v and dims.V > found[Axis.V] else None
     uses_v = any(Axis.V in t.axes for t in order)
     if channels is None and loops and not uses_v and not _varies_after_sum(kernel, Axis.K):
-        K = min(tiles.k or K, K)
-        channels = Axis.K if dims.K > K else None
-    return channels, {Axis.I: tiles.chunk, Axis.J: tiles.chunk, Axis.K: K, Axis.V: V}
+        found[Axis.K] = min(tiles.k or found[Axis.K], found[Axis.K])
+        channels = Axis.K if dims.K > found[Axis.K] else None
+    return channels, found
 
 
 def _varies_after_sum(kernel: Kernel, axis: Axis) -> bool:

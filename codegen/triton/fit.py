@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ...dsl.normal_form import NormalForm
-from ..config import Config, Dims, KernelConfig, padded
+from ..config import Config, Dims, KernelConfig, Tiles
 from ..interface import Dtype
+from ..phases import in_registers
 from ..plan import Kernel, Loop
 from ..programs import backward_program, chunk_program, forward_program
 from ..tile import Axis, TileOp
@@ -50,12 +51,7 @@ def shared_bound(
     kernel: Kernel, config: KernelConfig, chunk: int, dims: Dims, itemsize: int
 ) -> int:
     """About how many bytes of shared memory a program takes, rather too many than too few."""
-    size = {
-        Axis.I: chunk,
-        Axis.J: chunk,
-        Axis.V: min(config.v_tile, padded(dims.V)),
-        Axis.K: padded(dims.K),
-    }
+    size = in_registers(dims, Tiles(chunk, config.v_tile))
     buffers = kernel.buffers
     inside = outside = 0
     for t in kernel.order:
