@@ -229,41 +229,17 @@ def gated_lms(S: State, q: Key, k: Key, v: Value, beta: Scalar) -> tuple[State, 
     return S, q @ S
 
 
-_ALL = (
-    linear_attention,
-    linear_attention_normalised,
-    retention,
-    lightning_attention,
-    simple_gla,
-    mamba2,
-    gla,
-    hgrn2,
-    rwkv6,
-    rwkv7,
-    mlstm,
-    delta_rule,
-    gated_delta_rule,
-    kda,
-    comba,
-    dplr,
-    delta_product,
-    gated_delta_product,
-    gdn2,
-    oja,
-    longhorn,
-    momentum_delta,
-    gated_lms,
-)
+# in the order above, which is that of growing difficulty
+_ALL = {name: each for name, each in globals().items() if isinstance(each, Declaration)}
 
 
 def all_declarations() -> tuple[Declaration, ...]:
     """Every recurrence of the library, simplest first."""
-    return _ALL
+    return tuple(_ALL.values())
 
 
 def by_name(name: str) -> Declaration:
     """The recurrence of that name. Raises UnknownRecurrence, with the names there are."""
-    for each in _ALL:
-        if each.name == name:
-            return each
-    raise errors.UnknownRecurrence(name, [d.name for d in _ALL])
+    if name not in _ALL:
+        raise errors.UnknownRecurrence(name, list(_ALL))
+    return _ALL[name]
