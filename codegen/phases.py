@@ -33,11 +33,11 @@ def extents(kernel: Kernel, dims: Dims, tiles: Tiles) -> tuple[Axis | None, dict
     sums_v = any(t not in buffers and Axis.V in summed_axes(t) for t in order)
     if sums_v and not (loops and not _varies_after_sum(kernel, Axis.V)):
         found[Axis.V] = whole  # a sum over the value axis feeds what varies along it
-    channels = Axis.V if sums_v and dims.V > found[Axis.V] else None
+    channels = Axis.V if sums_v and found[Axis.V] < dims.V else None
     uses_v = any(Axis.V in t.axes for t in order)
     if channels is None and loops and not uses_v and not _varies_after_sum(kernel, Axis.K):
         found[Axis.K] = min(tiles.k or found[Axis.K], found[Axis.K])
-        channels = Axis.K if dims.K > found[Axis.K] else None
+        channels = Axis.K if found[Axis.K] < dims.K else None
     return channels, found
 
 

@@ -229,7 +229,7 @@ def gated_lms(S: State, q: Key, k: Key, v: Value, beta: Scalar) -> tuple[State, 
     return S, q @ S
 
 
-# in the order above, which is that of growing difficulty
+# every declaration above, simplest first
 _ALL = {name: each for name, each in globals().items() if isinstance(each, Declaration)}
 
 

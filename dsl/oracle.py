@@ -109,7 +109,7 @@ def dims_of(
     initial: Sequence[Tensor | None] | None = None,
 ) -> CallDims:
     """Sizes from the operands' shapes (layouts: `dsl.kinds`). Raises MissingOperand, BadShape."""
-    batch, tokens, heads, key, value, micro = 1, -1, 1, 1, 1, 1
+    batch, tokens, heads, key, value, micro = 1, -1, 0, 1, 1, 1
     for o in declared:
         if o.name not in operands:
             raise errors.MissingOperand(o.name, o.kind.name, "of its kind's shape")

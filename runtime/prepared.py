@@ -22,6 +22,7 @@ from .engines import EngineName, choose, load
 
 if TYPE_CHECKING:
     from .call import Call, Places
+    from .engine import Engine
     from .tuned.artifact import Configuration
 
 Values = Sequence[Any]  # tensors (or None) and numbers of a call, in the order of its op
@@ -216,12 +217,8 @@ def prepare_forward(call: Call, engine: str | None) -> Prepared:
     Raises:
         NotLowered, EngineUnavailable: as their names say.
     """
-    serving = load(_with_channels(chosen(call.operands.values(), engine), call))
-    serving.admit(call)
-    if _is_empty(call):
-        run = _empty_forward(call)
-    else:
-        run = serving.prepare(Request(call, serving.forward_way(call)).bare())
+    serving = _serving(call, engine)
+    run = serving.prepare(Request(call, serving.forward_way(call)).bare())
     bounds = call.cu_seqlens
     return Prepared(run, call.device.type, bounds is not None and bounds.device.type == "cpu")
 
@@ -231,12 +228,23 @@ def prepare_backward(call: Call, cotangents: States, engine: str | None) -> Prep
 
     The values of such a call are the cotangents, then those of its forward.
     """
-    serving = load(_with_channels(chosen(call.operands.values(), engine), call))
-    serving.admit(call)
-    if _is_empty(call):
-        return Prepared(_empty_backward(call, len(cotangents)), call.device.type)
     request = Request(call, Way.BACKWARD, cotangents)
-    return Prepared(serving.prepare(request.bare()), call.device.type)
+    return Prepared(_serving(call, engine).prepare(request.bare()), call.device.type)
+
+
+def _serving(call: Call, engine: str | None) -> Engine:
+    """The engine of a call, which it must admit; the reference engine where no kernel has work.
+
+    Without channels, reads are zero and outputs what the step makes of zero; without tokens, the
+    final states are the initial ones, and so are their gradients.
+    """
+    name = chosen(call.operands.values(), engine)
+    if 0 not in (call.K, call.V):
+        serving = load(name)
+        serving.admit(call)
+        if 0 not in (call.B, call.T, call.HV):
+            return serving
+    return load(EngineName.REFERENCE)
 
 
 def prepare_step(
@@ -265,50 +273,3 @@ def prepare_step(
     if engine is not None:
         raise errors.EngineUnavailable(serving.name.value, reason)
     return None
-
-
-def _with_channels(name: EngineName, call: Call) -> EngineName:
-    """`name`; where there is no channel no kernel has work, and the token loop says what is left.
-
-    (Without Keys reads are zero, and outputs what the step makes of zero.)
-    """
-    return EngineName.REFERENCE if 0 in (call.K, call.V) else name
-
-
-def _is_empty(call: Call) -> bool:
-    """No token in the whole call: an engine never sees it."""
-    return 0 in (call.B, call.T, call.HV)
-
-
-def _empty_forward(call: Call) -> Run:
-    shapes = [call.state_shape(s) for s in call.declaration.states]
-    first, size = len(call.operands), (call.output_shape, call.dtype, call.device)
-    dtype = call.state_dtype
-
-    def run(values: Values) -> list[Tensor]:
-        shape, of, device = size
-        made = [torch.zeros(shape, dtype=of, device=device)]
-        for state, start in zip(shapes, values[first:], strict=False):
-            if start is None:
-                made.append(torch.zeros(state, dtype=dtype, device=device))
-            else:
-                made.append(start.to(dtype, copy=True).contiguous())
-        return made
-
-    return run
-
-
-def _empty_backward(call: Call, cotangents: int) -> Run:
-    """The final state is the initial one, so its gradient passes through."""
-    operands = len(call.operands)
-
-    def run(values: Values) -> list[Tensor]:
-        given = values[cotangents:]
-        grads = [torch.zeros_like(x).contiguous() for x in given[:operands]]
-        for start, dfinal in zip(given[operands:], values[1:cotangents], strict=False):
-            if start is not None:
-                passed = torch.zeros_like(start) if dfinal is None else dfinal
-                grads.append(passed.to(start.dtype, copy=True).contiguous())
-        return grads
-
-    return run
