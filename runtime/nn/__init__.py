@@ -14,8 +14,8 @@ from .layers import (
     RecurrentLayer,
     default_roles,
 )
-from .model import Block, LanguageModel, Mixer, SwiGLU
-from .parts import RMSNorm, ShortConvolution
+from .model import Block, LanguageModel, SwiGLU
+from .parts import Mixer, RMSNorm, ShortConvolution
 
 __all__ = [
     "Attention",

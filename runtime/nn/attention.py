@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import positions, wide
+from .parts import Mixer, positions, wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def rotate(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, Mixer):
     """Causal softmax attention (Vaswani et al. 2017) with rotary positions (Su et al. 2021).
 
     Args:
@@ -77,16 +77,6 @@ class Attention(nn.Module):
         return y
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The outputs of whole sequences.
-
-        Args:
-            x: `[B, T, hidden]`.
-            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences, which are independent; then
-                B = 1.
-
-        Returns:
-            `[B, T, hidden]`.
-        """
         tokens = x.shape[1]
         sequence, position = None, torch.arange(tokens, dtype=torch.int64, device=x.device)
         if cu_seqlens is not None:
@@ -101,14 +91,6 @@ class Attention(nn.Module):
         return self._join(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
     def prefill(self, x: Tensor) -> tuple[Tensor, AttentionState]:
-        """The result of `forward`, and the state from which `step` continues.
-
-        Args:
-            x: `[B, T, hidden]`.
-
-        Returns:
-            The outputs `[B, T, hidden]`, and the state after the last token.
-        """
         tokens = x.shape[1]
         _, k, v = self._qkv(x, torch.arange(tokens, dtype=torch.int64, device=x.device))
         seen = tokens if self.window is None else min(tokens, self.window - 1)
@@ -116,28 +98,11 @@ class Attention(nn.Module):
         return self(x), AttentionState(k[:, :, keep], v[:, :, keep], tokens)
 
     def initial_state(self, batch: int) -> AttentionState:
-        """The state before the first token.
-
-        Args:
-            batch: number of sequences B.
-
-        Returns:
-            A state without keys.
-        """
         weight = self.project.weight
         empty = weight.new_zeros(batch, self.heads, 0, weight.shape[1] // self.heads)
         return AttentionState(empty, empty, 0)
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
-        """One token of every sequence.
-
-        Args:
-            x: `[B, hidden]`.
-            state: the state before it.
-
-        Returns:
-            The output `[B, hidden]`, and the state after it.
-        """
         position = torch.full((1,), state.position, dtype=torch.int64, device=x.device)
         q, k, v = self._qkv(x[:, None], position)
         keys, values = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)

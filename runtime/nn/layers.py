@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ...dsl.ir import Kind, Node, Op, Per, operands_of
 from ...dsl.normal_form import NormalForm, Operand
-from .parts import RMSNorm, ShortConvolution, l2norm, wide
+from .parts import Mixer, RMSNorm, ShortConvolution, l2norm, wide
 
 if TYPE_CHECKING:
     from ..recurrence import Recurrence, States
@@ -132,7 +132,7 @@ class _LogDecay(nn.Module):
         return -self.log_rate.exp() * F.softplus(wide(x) + self.bias)
 
 
-class RecurrentLayer(nn.Module):
+class RecurrentLayer(nn.Module, Mixer):
     """A sequence mixer around a declared recurrence.
 
     `[B, T, hidden] -> [B, T, hidden]`: projections for every operand by its kind, short
@@ -305,27 +305,9 @@ class RecurrentLayer(nn.Module):
         return self._finish(o, x), projected, state
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The outputs of whole sequences.
-
-        Args:
-            x: `[B, T, hidden]`.
-            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences, which are independent; then
-                B = 1.
-
-        Returns:
-            `[B, T, hidden]`.
-        """
         return self._run(x, cu_seqlens, final=False)[0]
 
     def prefill(self, x: Tensor) -> tuple[Tensor, LayerState]:
-        """The result of `forward`, and the state from which `step` continues.
-
-        Args:
-            x: `[B, T, hidden]`.
-
-        Returns:
-            The outputs `[B, T, hidden]`, and the state after the last token.
-        """
         y, projected, state = self._run(x, None, final=True)
         return y, LayerState(self._cache(projected), state)
 
@@ -335,27 +317,10 @@ class RecurrentLayer(nn.Module):
         return self.convolve.last(projected)
 
     def initial_state(self, batch: int) -> LayerState:
-        """The state before the first token.
-
-        Args:
-            batch: number of sequences B.
-
-        Returns:
-            A state of zeros.
-        """
         weight = self.project.weight
         return LayerState(self._cache(weight.new_zeros(batch, 0, weight.shape[0])), None)
 
     def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """One token of every sequence.
-
-        Args:
-            x: `[B, hidden]`.
-            state: the state before it.
-
-        Returns:
-            The output `[B, hidden]`, and the state after it.
-        """
         features, cache = self.project(x), state.convolution
         if self.convolve is not None:
             features, cache = self.convolve.step(features, cache)

@@ -3,52 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import RMSNorm
-
-
-class Mixer(Protocol):
-    """The protocol of a module that mixes along time; its states have a type of its own."""
-
-    def __call__(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor: ...
-
-    def prefill(self, x: Tensor) -> tuple[Tensor, Any]:
-        """The result of a call, and the state from which `step` continues.
-
-        Args:
-            x: `[B, T, hidden]`.
-
-        Returns:
-            The outputs `[B, T, hidden]`, and the state after the last token.
-        """
-        ...
-
-    def initial_state(self, batch: int) -> Any:
-        """The state before the first token.
-
-        Args:
-            batch: number of sequences B.
-
-        Returns:
-            A state of the mixer's own type.
-        """
-        ...
-
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One token of every sequence.
-
-        Args:
-            x: `[B, hidden]`.
-            state: the state before it.
-
-        Returns:
-            The output `[B, hidden]`, and the state after it.
-        """
-        ...
+from .parts import Mixer, RMSNorm
 
 
 class SwiGLU(nn.Module):
@@ -78,7 +38,7 @@ class SwiGLU(nn.Module):
         return y
 
 
-class Block(nn.Module):
+class Block(nn.Module, Mixer):
     """`x + mixer(norm(x))`, then `x + mlp(norm(x))`.
 
     Args:
@@ -86,6 +46,8 @@ class Block(nn.Module):
         mixer: a module of the protocol `Mixer`.
         width: inner size of the MLP; None for `4 * hidden`, 0 for no MLP.
     """
+
+    __call__: Callable[..., Tensor]  # of forward; torch's own type says Any
 
     def __init__(self, hidden: int, mixer: nn.Module, width: int | None = None) -> None:
         super().__init__()
@@ -111,39 +73,16 @@ class Block(nn.Module):
         return x + y
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The outputs of whole sequences.
-
-        Args:
-            x: `[B, T, hidden]`.
-            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences; then B = 1.
-
-        Returns:
-            `[B, T, hidden]`.
-        """
         return self._mlp(x + self.mix(self.mixer_norm(x), cu_seqlens))
 
     def prefill(self, x: Tensor) -> tuple[Tensor, Any]:
-        """The result of `forward`, and the state from which `step` continues.
-
-        Args:
-            x: `[B, T, hidden]`.
-
-        Returns:
-            The outputs `[B, T, hidden]`, and the mixer's state after the last token.
-        """
         y, state = self.mix.prefill(self.mixer_norm(x))
         return self._mlp(x + y), state
 
+    def initial_state(self, batch: int) -> Any:
+        return self.mix.initial_state(batch)
+
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One token of every sequence.
-
-        Args:
-            x: `[B, hidden]`.
-            state: the mixer's state before it.
-
-        Returns:
-            The output `[B, hidden]`, and the mixer's state after it.
-        """
         y, state = self.mix.step(self.mixer_norm(x), state)
         return self._mlp(x + y), state
 
@@ -210,7 +149,7 @@ class LanguageModel(nn.Module):
         Returns:
             The states of the mixers, one per block.
         """
-        return [b.mix.initial_state(batch) for b in self._blocks()]
+        return [b.initial_state(batch) for b in self._blocks()]
 
     def prefill(self, tokens: Tensor) -> tuple[Tensor, list[Any]]:
         """The result of `forward`, and the state from which `step` continues.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +15,59 @@ from ..packing import token_sequences
 def wide(x: Tensor) -> Tensor:
     """`x` in float32, or unchanged in float64: norms and gates are not computed in less."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+class Mixer(Protocol):
+    """The protocol of a module that mixes along time; its states have a type of its own."""
+
+    __call__: Callable[..., Tensor]  # of forward
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The outputs of whole sequences.
+
+        Args:
+            x: `[B, T, hidden]`.
+            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences, which are independent; then
+                B = 1.
+
+        Returns:
+            `[B, T, hidden]`.
+        """
+        ...
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, Any]:
+        """The result of a call, and the state from which `step` continues.
+
+        Args:
+            x: `[B, T, hidden]`.
+
+        Returns:
+            The outputs `[B, T, hidden]`, and the state after the last token.
+        """
+        ...
+
+    def initial_state(self, batch: int) -> Any:
+        """The state before the first token.
+
+        Args:
+            batch: number of sequences B.
+
+        Returns:
+            A state of the mixer's own type.
+        """
+        ...
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One token of every sequence.
+
+        Args:
+            x: `[B, hidden]`.
+            state: the state before it.
+
+        Returns:
+            The output `[B, hidden]`, and the state after it.
+        """
+        ...
 
 
 class RMSNorm(nn.Module):
