@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
+from collections.abc import Callable
+from typing import TypeVar
 
 from . import errors
 from .ir import Kind, Op
@@ -36,126 +39,73 @@ __all__ = [
 ]
 errors.FUNCTION_NAMES.update(__all__)
 
+_Function = TypeVar("_Function", bound=Callable[..., Traced])
+_SAID = """
 
+Args:
+    x: a Key, Value or Scalar, or a Python number.
+
+Returns:
+    A value of the kind of x.
+
+Raises:
+    CapturedTensor: x is a tensor from outside the step."""
+
+
+def _of_every_channel(function: _Function) -> _Function:
+    """Says in the docstring what functions of one value have in common."""
+    function.__doc__ = inspect.cleandoc(function.__doc__ or "") + _SAID
+    return function
+
+
+@_of_every_channel
 def exp(x: Traced | float) -> Traced:
-    """e**x of every channel.
-
-    Args:
-        x: a Key, Value or Scalar, or a Python number.
-
-    Returns:
-        A value of the kind of x.
-
-    Raises:
-        CapturedTensor: x is a tensor from outside the step.
-    """
+    """e**x of every channel."""
     return unary(Op.EXP, x)
 
 
+@_of_every_channel
 def log(x: Traced | float) -> Traced:
-    """The natural logarithm of every channel; NaN below 0, −∞ at 0.
-
-    Args:
-        x: a Key, Value or Scalar, or a Python number.
-
-    Returns:
-        A value of the kind of x.
-
-    Raises:
-        CapturedTensor: x is a tensor from outside the step.
-    """
+    """The natural logarithm of every channel; NaN below 0, −∞ at 0."""
     return unary(Op.LOG, x)
 
 
+@_of_every_channel
 def log2(x: Traced | float) -> Traced:
-    """The logarithm to base 2 of every channel.
-
-    Args:
-        x: a Key, Value or Scalar, or a Python number.
-
-    Returns:
-        A value of the kind of x.
-
-    Raises:
-        CapturedTensor: x is a tensor from outside the step.
-    """
+    """The logarithm to base 2 of every channel."""
     return unary(Op.LOG, x) * (1.0 / math.log(2.0))
 
 
+@_of_every_channel
 def expm1(x: Traced | float) -> Traced:
-    """e**x − 1 of every channel, to full precision for small x.
-
-    Args:
-        x: a Key, Value or Scalar, or a Python number.
-
-    Returns:
-        A value of the kind of x.
-
-    Raises:
-        CapturedTensor: x is a tensor from outside the step.
-    """
+    """e**x − 1 of every channel, to full precision for small x."""
     return unary(Op.EXPM1, x)
 
 
+@_of_every_channel
 def log1p(x: Traced | float) -> Traced:
-    """log(1 + x) of every channel, to full precision for small x.
-
-    Args:
-        x: a Key, Value or Scalar, or a Python number.
-
-    Returns:
-        A value of the kind of x.
-
-    Raises:
-        CapturedTensor: x is a tensor from outside the step.
-    """
+    """log(1 + x) of every channel, to full precision for small x."""
     return unary(Op.LOG1P, x)
 
 
+@_of_every_channel
 def sigmoid(x: Traced | float) -> Traced:
     """1 / (1 + e**−x) of every channel, in (0, 1).
 
     As a multiplier of a state it is a decay: `sigmoid(x) * S` has the log-decay `logsigmoid(x)`.
-
-    Args:
-        x: a Key, Value or Scalar, or a Python number.
-
-    Returns:
-        A value of the kind of x.
-
-    Raises:
-        CapturedTensor: x is a tensor from outside the step.
     """
     return unary(Op.SIGMOID, x)
 
 
+@_of_every_channel
 def logsigmoid(x: Traced | float) -> Traced:
-    """log sigmoid(x) of every channel: a log-decay by construction, for it is at most 0.
-
-    Args:
-        x: a Key, Value or Scalar, or a Python number.
-
-    Returns:
-        A value of the kind of x.
-
-    Raises:
-        CapturedTensor: x is a tensor from outside the step.
-    """
+    """log sigmoid(x) of every channel: a log-decay by construction, for it is at most 0."""
     return unary(Op.LOGSIGMOID, x)
 
 
+@_of_every_channel
 def softplus(x: Traced | float) -> Traced:
-    """log(1 + e**x) of every channel: at least 0.
-
-    Args:
-        x: a Key, Value or Scalar, or a Python number.
-
-    Returns:
-        A value of the kind of x.
-
-    Raises:
-        CapturedTensor: x is a tensor from outside the step.
-    """
+    """log(1 + e**x) of every channel: at least 0."""
     return unary(Op.SOFTPLUS, x)
 
 
@@ -175,18 +125,9 @@ def silu(x: Traced | float) -> Traced:
     return y * unary(Op.SIGMOID, y)
 
 
+@_of_every_channel
 def tanh(x: Traced | float) -> Traced:
-    """The hyperbolic tangent of every channel, in (−1, 1).
-
-    Args:
-        x: a Key, Value or Scalar, or a Python number.
-
-    Returns:
-        A value of the kind of x.
-
-    Raises:
-        CapturedTensor: x is a tensor from outside the step.
-    """
+    """The hyperbolic tangent of every channel, in (−1, 1)."""
     return unary(Op.TANH, x)
 
 
@@ -205,49 +146,23 @@ def relu(x: Traced | float) -> Traced:
     return binary(Op.AT_LEAST, 0.0, x, "relu")
 
 
+@_of_every_channel
 def sqrt(x: Traced | float) -> Traced:
-    """The square root of every channel; also written `x ** 0.5`.
-
-    Args:
-        x: a Key, Value or Scalar, or a Python number.
-
-    Returns:
-        A value of the kind of x.
-
-    Raises:
-        CapturedTensor: x is a tensor from outside the step.
-    """
+    """The square root of every channel; also written `x ** 0.5`."""
     return unary(Op.SQRT, x)
 
 
+@_of_every_channel
 def rsqrt(x: Traced | float) -> Traced:
-    """1 / sqrt(x) of every channel; also written `x ** -0.5`.
-
-    Args:
-        x: a Key, Value or Scalar, or a Python number.
-
-    Returns:
-        A value of the kind of x.
-
-    Raises:
-        CapturedTensor: x is a tensor from outside the step.
-    """
+    """1 / sqrt(x) of every channel; also written `x ** -0.5`."""
     return unary(Op.RSQRT, x)
 
 
+@_of_every_channel
 def abs(x: Traced | float) -> Traced:
     """|x| of every channel; its derivative at 0 is 0.
 
     Python's own `abs` does the same on a value of a step.
-
-    Args:
-        x: a Key, Value or Scalar, or a Python number.
-
-    Returns:
-        A value of the kind of x.
-
-    Raises:
-        CapturedTensor: x is a tensor from outside the step.
     """
     return unary(Op.ABS, x)
 
