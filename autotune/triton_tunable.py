@@ -31,16 +31,16 @@ from ..runtime.triton.launch import Launch
 from ..runtime.triton.launch_plan import LoadedKernel, New
 from ..runtime.triton.printed import buffer_of, kernel_of
 from ..runtime.triton.segments import in_parts
-from ..runtime.tuned.artifact import Certificate, Configuration
+from ..runtime.tuned.artifact import Configuration
 from ..runtime.tuned.selection import call_size_of
-from .call_tunable import forward_and_backward
+from .call_tunable import WholeCalls
 from .capture import specialisations
 from .gpu import Gpu
 from .kernel_space import RULES, Choice, Traits, axes, point_of, printed, tiles_of, traits
 from .predict import bound_us, predict
 from .space import Point, broken
 from .tunable import Alternative, Chosen, Job, Part, Run
-from .validation import ConfiguredEngine, ValidationSuite, cases, validate
+from .validation import ConfiguredEngine, ValidationSuite, cases
 
 CHUNKS = (32, 64, 128)
 _FORWARD, _BACKWARD = "forward", "backward"
@@ -55,7 +55,7 @@ class _PartKernel:
     found: Traits
 
 
-class TritonTunable:
+class TritonTunable(WholeCalls):
     """The plans and tiles of one recurrence for calls like `call`."""
 
     def __init__(
@@ -70,26 +70,24 @@ class TritonTunable:
     ) -> None:
         """`plans` limits the plans per direction and chunk length, known ones first (None: all).
 
-        `suite` makes the validation suite. `neighbours` are configurations of other sizes.
+        `neighbours` are configurations of other sizes; for `suite`, see `WholeCalls`.
         """
-        self._call, self._gpu, self._suite = call, gpu, suite
+        super().__init__(call, EngineName.TRITON, suite)
+        self._gpu = gpu
         self._dims = Dims(call.K, call.V)
         self._segment, self._size = in_parts(
             call.form, self._dims, call_size_of(call), gpu.multiprocessors
         )
         self._signature = triton_engine.signature(self._dims, call.dtype, dtypes_of(call))
-        self.default = triton_engine.configuration(
-            call.form, self._dims, call.dtype, gpu.shared_program
-        )
-        self._known = (self.default, *neighbours)
+        default = triton_engine.configuration(call.form, self._dims, call.dtype, gpu.shared_program)
+        self.default, self._known = default, (default, *neighbours)
         self._subjects: dict[str, _PartKernel] = {}
         self._keys: dict[Hashable, str] = {}
         self._plans: dict[Alternative, Plan] = {}
         self._arena = _Arena(call.device)
-        for chunk in dict.fromkeys((*chunks, self.default.chunk)):
+        for chunk in dict.fromkeys((*chunks, default.chunk)):
             self._add(chunk)
         self.alternatives = tuple(self._plans) if plans is None else self._fewer(plans)
-        self._do = torch.randn(call.output_shape, dtype=call.dtype, device=call.device)
         # a kernel by itself takes what a backward has, which is all that a forward has too
         cotangents = (self._do, *(None for _ in call.initial))
         self._values = values_of(call, cotangents)
@@ -141,12 +139,7 @@ class TritonTunable:
 
     # ---- parts -----------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        """As `Tunable.prepare`."""
-        self._suite()
-
     def part(self, key: str) -> Part:
-        """As `Tunable.part`."""
         subject = self._subjects[key]
         space = axes(subject.found, dims_of(subject.kernel, self._dims))
         known = [c.of(subject.kernel.name) for c in self._known]
@@ -155,20 +148,16 @@ class TritonTunable:
         return Part(key, f"{subject.kernel.name} C={subject.chunk}", space, kept)
 
     def excess(self, part: Part, point: Point) -> dict[str, float]:
-        """As `Tunable.excess`."""
         return broken(RULES, self._choice(part, point))
 
     def predicted_us(self, part: Part, point: Point) -> float:
-        """As `Tunable.predicted_us`."""
         found = self._subjects[part.key].found
         return predict(self._choice(part, point), found, self._size).us
 
     def jobs(self, part: Part, point: Point) -> tuple[Job, ...]:
-        """As `Tunable.jobs`."""
         return self._compilations(self.run(part, point))
 
     def run(self, part: Part, point: Point) -> Run:
-        """As `Tunable.run`."""
         choice = self._choice(part, point)
         kernel = printed(choice.kernel, choice.tiles, choice.chunk, self._signature)
         unit = import_source(offline.unit(kernel))
@@ -183,7 +172,6 @@ class TritonTunable:
     # ---- whole configurations --------------------------------------------------------------------
 
     def configuration(self, chosen: Mapping[str, Alternative], points: Chosen) -> Config:
-        """As `Tunable.configuration`."""
         plans = {role: self._plans[a] for role, a in chosen.items()}
         kernels = tuple(
             (name, tiles_of(points[key]))
@@ -194,18 +182,10 @@ class TritonTunable:
         return Config(chunk, plans[_FORWARD], plans[_BACKWARD], KernelConfig(), kernels)
 
     def whole_jobs(self, config: Configuration) -> tuple[Job, ...]:
-        """As `Tunable.whole_jobs`."""
         return self._compilations(self.whole(config))
 
-    def whole(self, config: Configuration) -> Run:
-        """As `Tunable.whole`."""
-        return forward_and_backward(
-            ConfiguredEngine(EngineName.TRITON, config), self._call, self._do
-        )
-
     def validation_jobs(self, config: Configuration) -> tuple[Job, ...]:
-        """As `Tunable.validation_jobs`."""
-        engine = ConfiguredEngine(EngineName.TRITON, config)
+        engine = ConfiguredEngine(self._engine, config)
 
         def everything() -> None:
             for case, way in cases(self._suite(), engine):
@@ -213,10 +193,6 @@ class TritonTunable:
                 way.backward(case.call, case.do, case.dfinals)
 
         return self._compilations(everything)
-
-    def validate(self, config: Configuration) -> Certificate:
-        """As `Tunable.validate`."""
-        return validate(self._suite(), ConfiguredEngine(EngineName.TRITON, config))
 
     def _choice(self, part: Part, point: Point) -> Choice:
         subject = self._subjects[part.key]

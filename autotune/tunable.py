@@ -76,15 +76,15 @@ Chosen = Mapping[str, Point]  # by the part's key
 
 
 class Tunable(Protocol):
-    """An engine's configurations for one recurrence, dtype and size of call."""
+    """An engine's configurations for one recurrence, dtype and size of call.
 
-    @property
-    def alternatives(self) -> tuple[Alternative, ...]:
-        """All alternatives, at least one per role in every group."""
+    Attributes:
+        alternatives: all of them, at least one per role in every group.
+        default: the configuration that serves if nothing was tuned.
+    """
 
-    @property
-    def default(self) -> Configuration:
-        """The configuration that serves if nothing was tuned."""
+    alternatives: tuple[Alternative, ...]
+    default: Configuration
 
     def prepare(self) -> None:
         """Make what `validate` compares with; the search calls it while workers compile."""
