@@ -1,6 +1,6 @@
 """The meaning of a declaration: its step, token by token, in float64. Everything is judged by it.
 
-A normal form runs token by token too: the tests of this folder's passes compare the two.
+A normal form runs as the step that it describes: the tests of this folder's passes compare the two.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from . import errors
 from .elementwise import ELEMENTWISE
 from .ir import Kind, Node, Op, Per, operands_of, topological
-from .normal_form import Correction, NormalForm, Operand, Phase, StateDecl, expressions, result_leaf
-from .step import Step, operand_leaf, param_leaf, state_leaf
+from .normal_form import NormalForm, Operand, StateDecl
+from .step import Step, as_step, operand_leaf, param_leaf, state_leaf
 
 _Env = dict[Node, Tensor]
 _CHECKPOINT_ABOVE = 64  # tokens; below, autograd's own tape is smaller than the bookkeeping
@@ -176,7 +176,7 @@ def _zero_state(state: StateDecl, count: int, dims: CallDims, like: Tensor) -> T
 def _state_dependent(roots: Sequence[Node]) -> dict[Node, None]:
     found: dict[Node, None] = {}
     for node in topological(*roots):
-        if node.op in (Op.STATE, Op.RESULT) or any(a in found for a in node.args):
+        if node.op is Op.STATE or any(a in found for a in node.args):
             found[node] = None
     return found
 
@@ -186,7 +186,7 @@ def _state_dependent(roots: Sequence[Node]) -> dict[Node, None]:
 _Token = Callable[[_Env, list[Tensor]], tuple[Tensor, list[Tensor]]]
 
 
-def _step_token(step: Step) -> _Token:
+def _token(step: Step) -> _Token:
     leaves = [state_leaf(s) for s in step.states]
     order = list(_state_dependent(step.roots))
 
@@ -196,78 +196,6 @@ def _step_token(step: Step) -> _Token:
         return local[step.output], [local[n] for n in step.next_states]
 
     return token
-
-
-def _form_token(form: NormalForm) -> _Token:
-    """One token of a normal form: mathematics, (1) and (2), as written."""
-    kinds = {s.name: s.kind for s in form.states}
-    order = [s.name for s in form.states]
-    after_reads = list(_state_dependent([form.output]))
-
-    def scaled(x: Tensor, name: str, multiplier: Tensor, kind: Kind) -> Tensor:
-        return x * _lifted(multiplier, kind, kinds[name])
-
-    def read(state: Tensor, key: Tensor, kind: Kind, name: str) -> Tensor:
-        if kinds[name] is Kind.KEY_STATE:
-            return (key * state).sum(-1)
-        if kind is Kind.KEY:
-            return torch.einsum("nhk,nhkv->nhv", key, state)
-        return torch.einsum("nhv,nhkv->nhk", key, state)
-
-    def token(env: _Env, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        current = dict(zip(order, states, strict=True))
-        local = dict(env)
-        moments: dict[tuple[str, int, Phase], Tensor] = {}
-        for m, micro in enumerate(form.micro_steps):
-            decayed: dict[str, Tensor] = {}
-            for u in micro.updates:
-                s = current[u.state]
-                moments[u.state, m, Phase.BEFORE] = s
-                if u.log_decay is not None:
-                    s = scaled(s, u.state, local[u.log_decay].exp(), u.log_decay.kind)
-                moments[u.state, m, Phase.DECAYED] = decayed[u.state] = s
-            after: dict[str, Tensor] = {}
-            for u in micro.updates:
-                s = decayed[u.state]
-                for mix in u.mixes:
-                    s = s + scaled(current[mix.state], u.state, local[mix.factor], mix.factor.kind)
-                for w in u.writes:
-                    value = None if w.value is None else local[w.value]
-                    if w.correction is not None:
-                        seen = decayed if w.correction.decayed else current
-                        back = _correction(w.correction, seen, local, read)
-                        value = back if value is None else value + back
-                    s = s + _written(w.key, local[w.key], value, kinds[u.state])
-                after[u.state] = s
-                moments[u.state, m, Phase.AFTER] = s
-            current = after
-        for i, r in enumerate(form.reads):
-            state = moments[r.state, r.micro_step, r.phase]
-            local[result_leaf(form, i)] = read(state, local[r.key], r.key.kind, r.state)
-        _extend(after_reads, local)
-        return local[form.output], [current[n] for n in order]
-
-    return token
-
-
-def _correction(
-    f: Correction,
-    states: Mapping[str, Tensor],
-    env: _Env,
-    read: Callable[[Tensor, Tensor, Kind, str], Tensor],
-) -> Tensor:
-    x = read(states[f.state], env[f.key], f.key.kind, f.state)
-    scale = env[f.scale]
-    return x * (scale.unsqueeze(-1) if x.dim() > scale.dim() else scale)
-
-
-def _written(key_node: Node, key: Tensor, value: Tensor | None, kind: Kind) -> Tensor:
-    if value is None:
-        raise errors.InvalidIR("a write without value or correction")
-    if kind is Kind.KEY_STATE:
-        return key * value.unsqueeze(-1)
-    row, col = (key, value) if key_node.kind is Kind.KEY else (value, key)
-    return row.unsqueeze(-1) * col.unsqueeze(-2)
 
 
 # ---------------------------------------------------------------- all tokens
@@ -288,10 +216,8 @@ def run(
     into B = 1. Returns o `[B,T,HV,V]` in `dtype`, and the final states. Gradients are checkpointed
     every √T tokens. Raises MissingOperand, BadShape, HeadMismatch.
     """
-    if isinstance(form, Step):
-        token, roots = _step_token(form), list(form.roots)
-    else:
-        token, roots = _form_token(form), [*expressions(form), form.output]
+    step = form if isinstance(form, Step) else as_step(form)
+    token, roots = _token(step), step.roots
     dims = dims_of(form.operands, operands, form.states, initial)
     env = leaves(form, operands, params or {}, dtype, dims)
     dependent = _state_dependent(roots)
