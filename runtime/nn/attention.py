@@ -77,6 +77,16 @@ class Attention(nn.Module, Mixer):
         return y
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The outputs of whole sequences.
+
+        Args:
+            x: `[B, T, hidden]`.
+            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences, which are independent; then
+                B = 1.
+
+        Returns:
+            `[B, T, hidden]`.
+        """
         tokens = x.shape[1]
         sequence, position = None, torch.arange(tokens, dtype=torch.int64, device=x.device)
         if cu_seqlens is not None:

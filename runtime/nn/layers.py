@@ -305,6 +305,16 @@ class RecurrentLayer(nn.Module, Mixer):
         return self._finish(o, x), projected, state
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The outputs of whole sequences.
+
+        Args:
+            x: `[B, T, hidden]`.
+            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences, which are independent; then
+                B = 1.
+
+        Returns:
+            `[B, T, hidden]`.
+        """
         return self._run(x, cu_seqlens, final=False)[0]
 
     def prefill(self, x: Tensor) -> tuple[Tensor, LayerState]:

@@ -73,6 +73,16 @@ class Block(nn.Module, Mixer):
         return x + y
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The outputs of whole sequences.
+
+        Args:
+            x: `[B, T, hidden]`.
+            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences, which are independent; then
+                B = 1.
+
+        Returns:
+            `[B, T, hidden]`.
+        """
         return self._mlp(x + self.mix(self.mixer_norm(x), cu_seqlens))
 
     def prefill(self, x: Tensor) -> tuple[Tensor, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -20,20 +19,7 @@ def wide(x: Tensor) -> Tensor:
 class Mixer(Protocol):
     """The protocol of a module that mixes along time; its states have a type of its own."""
 
-    __call__: Callable[..., Tensor]  # of forward
-
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The outputs of whole sequences.
-
-        Args:
-            x: `[B, T, hidden]`.
-            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences, which are independent; then
-                B = 1.
-
-        Returns:
-            `[B, T, hidden]`.
-        """
-        ...
+    def __call__(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor: ...
 
     def prefill(self, x: Tensor) -> tuple[Tensor, Any]:
         """The result of a call, and the state from which `step` continues.
