@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,22 +21,6 @@ from .step import Step, as_step, operand_leaf, param_leaf, state_leaf
 
 _Env = dict[Node, Tensor]
 _CHECKPOINT_ABOVE = 64  # tokens; below, autograd's own tape is smaller than the bookkeeping
-
-
-@dataclass(frozen=True, slots=True)
-class CallDims:
-    """Sizes of a call: batch, tokens, value heads, key and value channels, micro-steps."""
-
-    batch: int
-    tokens: int
-    heads: int
-    key: int
-    value: int
-    micro: int
-
-    def channels(self, kind: Kind) -> list[int]:
-        """The channels of a value of that kind."""
-        return [{"K": self.key, "V": self.value}[a] for a in kind.axes]
 
 
 # ---------------------------------------------------------------- ops on tensors
@@ -102,35 +85,35 @@ def _extend(order: Sequence[Node], env: _Env) -> None:
 # ---------------------------------------------------------------- operands
 
 
-def dims_of(
+def sizes_of(
     declared: Sequence[Operand],
     operands: Mapping[str, Tensor],
     states: Sequence[StateDecl] = (),
     initial: Sequence[Tensor | None] | None = None,
-) -> CallDims:
-    """Sizes from the operands' shapes (layouts: `dsl.kinds`). Raises MissingOperand, BadShape."""
-    batch, tokens, heads, key, value, micro = 1, -1, 0, 1, 1, 1
+) -> dict[str, int]:
+    """Sizes by letter, from the shapes of operands and states. Raises MissingOperand, BadShape."""
+    sizes = {"B": 1, "n": 1, "HV": 0, "K": 1, "V": 1}
+
+    def see(axes: Sequence[str], shape: Sequence[int]) -> None:
+        for letter, size in zip(axes, shape, strict=True):
+            if letter in ("H", "HV"):
+                sizes["HV"] = max(sizes["HV"], size)
+            else:
+                sizes[letter] = size
+
     for o in declared:
         if o.name not in operands:
             raise errors.MissingOperand(o.name, o.kind.name, "of its kind's shape")
-        shape = list(operands[o.name].shape)
+        shape = operands[o.name].shape
         if len(shape) != len(o.axes):
             raise errors.BadShape(o.name, shape, f"{len(o.axes)} axes")
-        if o.kind.axes:
-            last = shape.pop()
-            key, value = (last, value) if o.kind is Kind.KEY else (key, last)
-        heads = max(heads, shape.pop())
-        if o.micro:
-            micro = shape.pop()
-        if o.per is Per.TOKEN:
-            batch, tokens = shape
+        see(o.axes, shape)
     for s, x in zip(states, initial or (), strict=False):
         if x is not None:
-            heads, key = max(heads, x.shape[1]), x.shape[2]
-            value = x.shape[3] if s.kind is Kind.STATE else value
-    if tokens < 0:
+            see(s.axes, x.shape)
+    if "T" not in sizes:
         raise errors.MissingOperand("a per-token operand", "Key, Value or Scalar", "[B,T,H,…]")
-    return CallDims(batch, tokens, heads, key, value, micro)
+    return sizes
 
 
 def leaves(
@@ -138,13 +121,14 @@ def leaves(
     operands: Mapping[str, Tensor],
     params: Mapping[str, float | Tensor],
     dtype: torch.dtype,
-    dims: CallDims | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[Node, Tensor]:
     """Operands as `[B,T,HV,…]` in `dtype`, Keys repeated to the value heads; floats.
 
-    `dims`: where states may say more than operands. Raises HeadMismatch, MissingOperand.
+    `sizes`: where states may say more than operands. Raises HeadMismatch, MissingOperand.
     """
-    dims = dims or dims_of(form.operands, operands)
+    sizes = sizes or sizes_of(form.operands, operands)
+    heads = sizes["HV"]
     env: _Env = {}
     device = next(iter(operands.values())).device if operands else torch.device("cpu")
     for o in form.operands:
@@ -153,12 +137,12 @@ def leaves(
             x = x[None, None]
         axis = -1 if o.kind is Kind.SCALAR else -2
         have = x.shape[axis]
-        if have != dims.heads:
-            if have == 0 or dims.heads % have:
-                raise errors.HeadMismatch(o.name, have, f"a divisor of {dims.heads}")
-            x = x.repeat_interleave(dims.heads // have, dim=axis)
+        if have != heads:
+            if have == 0 or heads % have:
+                raise errors.HeadMismatch(o.name, have, f"a divisor of {heads}")
+            x = x.repeat_interleave(heads // have, dim=axis)
         if o.micro:
-            env |= {operand_leaf(o, i): x[:, :, i] for i in range(dims.micro)}
+            env |= {operand_leaf(o, i): x[:, :, i] for i in range(sizes["n"])}
         else:
             env[operand_leaf(o)] = x
     for p in form.params:
@@ -167,10 +151,6 @@ def leaves(
             raise errors.MissingOperand(p.name, "float", "or a default")
         env[param_leaf(p)] = torch.as_tensor(given, dtype=dtype, device=device)
     return env
-
-
-def _zero_state(state: StateDecl, count: int, dims: CallDims, like: Tensor) -> Tensor:
-    return like.new_zeros([count, dims.heads, *dims.channels(state.kind)])
 
 
 def _state_dependent(roots: Sequence[Node]) -> dict[Node, None]:
@@ -218,8 +198,8 @@ def run(
     """
     step = form if isinstance(form, Step) else as_step(form)
     token, roots = _token(step), step.roots
-    dims = dims_of(form.operands, operands, form.states, initial)
-    env = leaves(form, operands, params or {}, dtype, dims)
+    sizes = sizes_of(form.operands, operands, form.states, initial)
+    env = leaves(form, operands, params or {}, dtype, sizes)
     dependent = _state_dependent(roots)
     # the preamble runs once for all tokens; expressions of the state run token by token
     preamble = [n for n in topological(*roots) if n not in dependent]
@@ -232,12 +212,12 @@ def run(
     fixed = {n: env[n][:, 0] if env[n].dim() >= 3 else env[n] for n in names if n not in moving}
     columns = [env[n] for n in moving]
     like = next(iter(env.values()))
-    count = dims.batch if cu_seqlens is None else len(cu_seqlens) - 1
+    sizes["N"] = sizes["B"] if cu_seqlens is None else len(cu_seqlens) - 1
     states = [
-        _zero_state(s, count, dims, like) if x is None else x.to(dtype)
+        like.new_zeros([sizes[a] for a in s.axes]) if x is None else x.to(dtype)
         for s, x in zip(form.states, initial or [None] * len(form.states), strict=True)
     ]
-    shape = [dims.batch, dims.heads, *dims.channels(form.output.kind)]
+    shape = [sizes[a] for a in ("B", "HV", *form.output.kind.axes)]
 
     def scan(columns: list[Tensor], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         outs = []
@@ -257,7 +237,7 @@ def run(
         return outs, states
 
     if cu_seqlens is None:
-        outs, states = sequence(columns, states) if dims.tokens else ([], states)
+        outs, states = sequence(columns, states) if sizes["T"] else ([], states)
     else:
         outs, ends = [], []
         bounds = [int(n) for n in cu_seqlens.tolist()]
@@ -269,7 +249,7 @@ def run(
             ends.append(own)
         states = [torch.cat(list(x)) for x in zip(*ends, strict=True)]
     if not outs:
-        return like.new_zeros([shape[0], dims.tokens, *shape[1:]]), tuple(states)
+        return like.new_zeros([shape[0], sizes["T"], *shape[1:]]), tuple(states)
     return torch.stack(outs, 1), tuple(states)
 
 
