@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated
 
-from .limits import Within, check
+from .limits import Limited, Within
 from .plan import ENDS, MATRICES, Kernel, Plan
 from .segments import Start
 
@@ -42,7 +42,7 @@ class Tiles:
 
 
 @dataclass(frozen=True, slots=True)
-class KernelConfig:
+class KernelConfig(Limited):
     """One kernel's tiles: channels of the value axis at a time, warps, pipeline stages.
 
     `k_tile`: channels of the key axis at a time, in kernels parallel over chunks that can loop over
@@ -54,10 +54,6 @@ class KernelConfig:
     stages: Annotated[int, Within(1, 16, "a loop's tiles are held once per stage")] = 2
     k_tile: Tile = 256
 
-    def __post_init__(self) -> None:
-        """Raise BadConfiguration for a number out of its range."""
-        check(self)
-
     def options(self, stages: int) -> dict[str, int | bool]:
         """Triton's options, for a launch and for compiling alike.
 
@@ -67,7 +63,7 @@ class KernelConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(Limited):
     """The shared decisions and each kernel's own. `kernels` overrides `default` by kernel name."""
 
     chunk: Chunk
@@ -75,10 +71,6 @@ class Config:
     backward: Plan
     default: KernelConfig
     kernels: tuple[tuple[str, KernelConfig], ...] = ()
-
-    def __post_init__(self) -> None:
-        """Raise BadConfiguration for a number out of its range."""
-        check(self)
 
     def of(self, kernel: str) -> KernelConfig:
         """The tiles of the kernel called `kernel`; scans for ends may have those of their scan."""
@@ -93,14 +85,10 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
-class EagerConfig:
+class EagerConfig(Limited):
     """The one choice of the eager engine: tokens per chunk, a power of two."""
 
     chunk: Chunk
-
-    def __post_init__(self) -> None:
-        """Raise BadConfiguration for a number out of its range."""
-        check(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,17 +57,22 @@ class Form:
         return self.says
 
 
-def check(config: object) -> None:
-    """Compare every field of `config` that has limits with them.
+class Limited:
+    """The base of dataclasses of integers that compare their fields' limits with them.
 
     Raises:
         BadConfiguration: one is no integer, or out of its range.
     """
-    kind: Any = type(config)
-    for name, limit in _limits(kind):
-        value = getattr(config, name)
-        if type(value) is not int or not limit.admits(value):
-            raise errors.BadConfiguration(f"{kind.__name__}.{name}", value, str(limit), limit.why)
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        kind: Any = type(self)
+        for name, limit in _limits(kind):
+            value = getattr(self, name)
+            if type(value) is not int or not limit.admits(value):
+                field = f"{kind.__name__}.{name}"
+                raise errors.BadConfiguration(field, value, str(limit), limit.why)
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,12 @@ from .ir import Loc
 FUNCTION_NAMES: set[str] = set()  # of the language, for hints: `functions` fills it
 
 
+def _known_functions(name: str) -> str:
+    """Functions that resemble `name`, and all that there are."""
+    known = f"functions of a step are {', '.join(sorted(FUNCTION_NAMES))}"
+    return f"{did_you_mean(name, FUNCTION_NAMES)} {known}".strip()
+
+
 class DeclarationError(ChunkwiseError):
     """A recurrence that cannot be declared as written."""
 
@@ -178,12 +184,9 @@ class UnknownName(DeclarationError, NameError):
     """A name in the step that Python does not know: a function that was not imported, a typo."""
 
     def __init__(self, name: str, loc: Loc | None) -> None:
+        help = _known_functions(name)
         if name in FUNCTION_NAMES:
             help = f"import it: `from chunkwise import {name}`"
-        else:
-            near = did_you_mean(name, FUNCTION_NAMES)
-            known = f"functions of a step are {', '.join(sorted(FUNCTION_NAMES))}"
-            help = f"{near} {known}" if near else known
         super().__init__(f"the name {name!r} is not defined", loc=loc, help=help)
 
 
@@ -191,16 +194,13 @@ class NoAttribute(DeclarationError, AttributeError):
     """`k.T`, `k.exp()`: a traced value has operators, not tensor methods."""
 
     def __init__(self, name: str, loc: Loc | None) -> None:
+        help = _known_functions(name)
         if name == "T":
             help = (
                 "there is nothing to transpose: write `k @ S`, `S @ v`, `outer(k, v)`, `dot(x, y)`"
             )
         elif name in FUNCTION_NAMES:
             help = f"write `{name}(x)` with `from chunkwise import {name}`"
-        else:
-            near = did_you_mean(name, FUNCTION_NAMES)
-            known = f"functions of a step are {', '.join(sorted(FUNCTION_NAMES))}"
-            help = f"{near} {known}" if near else known
         super().__init__(f"a traced value has no attribute {name!r}", loc=loc, help=help)
 
 

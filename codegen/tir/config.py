@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from ..config import Chunk, Space, Tiles
-from ..limits import Within, check
+from ..limits import Limited, Within
 from ..plan import Hoist, Plan
 
 NARROWEST, WIDEST = 16, 256  # channels of the value axis that a part of it has
 
 
 @dataclass(frozen=True, slots=True)
-class TvmConfig:
+class TvmConfig(Limited):
     """How the CPU's kernels are cut and tiled.
 
     Attributes:
@@ -31,10 +31,6 @@ class TvmConfig:
     rows: Annotated[int, Within(1, 32, "accumulators of a product stay in registers")]
     vectors: Annotated[int, Within(1, 16, "accumulators of a product stay in registers")]
     v_tile: Annotated[int, Within(1, 4096, "an item has at least a channel")] = WIDEST
-
-    def __post_init__(self) -> None:
-        """Raise BadConfiguration for a number out of its range."""
-        check(self)
 
     @property
     def tiles(self) -> Tiles:
