@@ -171,35 +171,27 @@ def tuned_rows(form: NormalForm) -> list[tuple[str, ...]]:
 
 def features(declared: Declaration) -> list[tuple[str, str]]:
     """What is supported, each with yes or no and what is to be said of it."""
-    if declared.any_step:
-        return _without_chunks("it was declared for the reference engine")
-    form = declared.normal_form(declared.default_micro)
-    refused = chunk_refusal(form)
+    refused: str | None = "it was declared for the reference engine"
+    engines, segments, export = "reference only: ", "no", "no"
+    if not declared.any_step:
+        form = declared.normal_form(declared.default_micro)
+        refused = chunk_refusal(form)
     if refused is not None:
-        return _without_chunks(refused.splitlines()[0])
-    transition = transition_of(form, Dims(128, 128))
-    segments = "no" if transition is None else f"yes: a segment's state is {transition.value}"
-    rows = [
-        ("engines", ", ".join(e.value for e in EngineName)),
+        engines += refused.splitlines()[0]
+    else:
+        engines = ", ".join(e.value for e in EngineName)
+        transition = transition_of(form, Dims(128, 128))
+        if transition is not None:
+            segments = f"yes: a segment's state is {transition.value}"
+        export = "yes: package for GPUs, library for CPUs"
+    micro = [("micro-steps per token", "any number, by the length of the tuples")]
+    return [
+        ("engines", engines),
         ("gradients", "of every operand and initial state, through the final state"),
+        *(micro if declared.has_micro and refused is None else []),
         ("packed sequences", "yes"),
         ("grouped heads", "yes: Keys may have fewer heads"),
         ("long sequences in segments (K = V = 128)", segments),
         ("one token at a time", "yes: a kernel, and torch"),
-        ("export", "yes: package for GPUs, library for CPUs"),
-    ]
-    if declared.has_micro:
-        rows.insert(2, ("micro-steps per token", "any number, by the length of the tuples"))
-    return rows
-
-
-def _without_chunks(why: str) -> list[tuple[str, str]]:
-    return [
-        ("engines", f"reference only: {why}"),
-        ("gradients", "of every operand and initial state, through the final state"),
-        ("packed sequences", "yes"),
-        ("grouped heads", "yes: Keys may have fewer heads"),
-        ("long sequences in segments (K = V = 128)", "no"),
-        ("one token at a time", "yes: a kernel, and torch"),
-        ("export", "no"),
+        ("export", export),
     ]
