@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from . import errors
 from .elementwise import ELEMENTWISE
+from .equations import as_step
 from .ir import Kind, Node, Op, Per, operands_of, topological
 from .normal_form import NormalForm, Operand, StateDecl
-from .step import Step, as_step, operand_leaf, param_leaf, state_leaf
+from .step import Step, operand_leaf, param_leaf, state_leaf
 
 _Env = dict[Node, Tensor]
 _CHECKPOINT_ABOVE = 64  # tokens; below, autograd's own tape is smaller than the bookkeeping

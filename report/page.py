@@ -11,11 +11,10 @@ from ..codegen.programs import chunk_program
 from ..codegen.text.mathematics import chunk_equations
 from ..dsl.classify import classify
 from ..dsl.declaration import Declaration
-from ..dsl.equations import equations
+from ..dsl.equations import as_step, equations
 from ..dsl.explain import operand_rows, print_form
 from ..dsl.latex import Equation, aligned, mathml
 from ..dsl.normal_form import NormalForm
-from ..dsl.step import as_step
 from .drawing import Bar, bars
 from .facts import Agreement, Speed
 from .pictures import PlanCosts, kernels_picture, source

@@ -9,11 +9,10 @@ import torch
 from chunkwise.codegen.programs import chunk_program
 from chunkwise.codegen.text.mathematics import chunk_equations
 from chunkwise.dsl import Declaration, errors, library, oracle
-from chunkwise.dsl.equations import equations
+from chunkwise.dsl.equations import as_step, equations
 from chunkwise.dsl.functions import outer, softplus, sqrt, tanh
 from chunkwise.dsl.kinds import Key, State, Value
 from chunkwise.dsl.latex import Equation, aligned, mathml
-from chunkwise.dsl.step import as_step
 from chunkwise.runtime.inputs import draw, ranges, usual_params
 
 DECLARED = library.all_declarations()
