@@ -24,7 +24,7 @@ from ..dsl import errors
 from ..dsl.ir import Per
 from .call import Call, Static, describe
 from .check import CHECK_VARIABLE, asked, check_contents, check_results
-from .engines import EngineName, engine_of_environment
+from .engines import ENGINE_VARIABLE, EngineName
 from .prepared import Prepared, Records, chosen, prepare_backward, prepare_forward, prepare_step
 from .transforms import Along, Derivative, register_batches, register_derivative
 
@@ -166,11 +166,13 @@ def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
 
     def forward(*args: Any) -> tuple[Tensor, ...]:
         *inputs, engine, check = args
-        rest = (*inputs[numbers:], *_asked(engine))
+        named = engine or os.environ.get(ENGINE_VARIABLE)
+        rest = (*inputs[numbers:], named, torch.get_num_threads())
         if numbers > tensors and not all(map(math.isfinite, inputs[tensors:numbers])):
             flat.call(inputs)  # says which
-        found = forwards.find(
-            inputs[:tensors], rest, lambda: prepare_forward(flat.call(inputs), engine)
+        layout = inputs[:tensors], rest
+        found = forwards.latest(*layout) or forwards.find(
+            *layout, lambda: prepare_forward(flat.call(inputs), engine)
         )
         if check is None:
             check = os.environ.get(CHECK_VARIABLE, "") not in ("", "0")
@@ -183,8 +185,12 @@ def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
 
     def step(*args: Any) -> tuple[Tensor, ...]:
         *inputs, engine = args
-        rest = (*inputs[numbers:], *_asked(engine))
-        found = steps.find(inputs[:tensors], rest, lambda: _step(flat.call(inputs), engine))
+        named = engine or os.environ.get(ENGINE_VARIABLE)
+        rest = (*inputs[numbers:], named, torch.get_num_threads())
+        layout = inputs[:tensors], rest
+        found = steps.latest(*layout) or steps.find(
+            *layout, lambda: _step(flat.call(inputs), engine)
+        )
         return tuple(found(inputs))
 
     def shapes(inputs: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -198,12 +204,14 @@ def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
 
     def backward(*args: Any) -> list[Tensor]:
         *inputs, engine = args
-        rest = (*inputs[given + numbers :], *_asked(engine))
+        named = engine or os.environ.get(ENGINE_VARIABLE)
+        rest = (*inputs[given + numbers :], named, torch.get_num_threads())
 
         def prepare() -> Prepared:
             return prepare_backward(flat.call(inputs[given:]), tuple(inputs[:given]), engine)
 
-        return list(backwards.find(inputs[: given + tensors], rest, prepare)(inputs))
+        layout = inputs[: given + tensors], rest
+        return list((backwards.latest(*layout) or backwards.find(*layout, prepare))(inputs))
 
     def backward_shapes(*args: Any) -> list[Tensor]:
         present = [x for x in args[given : given + tensors - 1] if x is not None]
@@ -302,11 +310,6 @@ def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
     fold = Along.NOTHING not in per_token
     register_batches(library, ops.backward, [*[Along.SEQUENCES] * given, *inputs], fold=fold)
     return ops
-
-
-def _asked(engine: str | None) -> tuple[object, ...]:
-    """What is asked of a call besides its arguments, as a part of its layout."""
-    return engine or engine_of_environment(), torch.get_num_threads()
 
 
 def _step(call: Call, engine: str | None) -> Prepared:

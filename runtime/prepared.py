@@ -76,13 +76,10 @@ class Records(Generic[_R]):
         return latest.record if latest.alike(*tensors) else None
 
     def find(self, values: Values, rest: Sequence[object], prepare: Callable[[], _R]) -> _R:
-        """The record for values that lie so in memory, and `rest`; made by `prepare` if need be.
+        """Another record, of values that lie so and of `rest`; made by `prepare` if need be.
 
         An error that `prepare` raises is not kept: the next such call prepares again.
         """
-        found = self.latest(values, rest)
-        if found is not None:
-            return found
         tensors, others = [x for x in values if isinstance(x, Tensor)], _others(values)
         try:
             places = [(x.shape, x.stride(), x.dtype, x.device) for x in tensors]
