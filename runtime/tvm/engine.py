@@ -346,7 +346,7 @@ _ROOMS = threading.local()
 def _room(size: int) -> Tensor:
     """This thread's scratch memory."""
     room: Tensor | None = getattr(_ROOMS, "tensor", None)
-    if room is None or room.shape[0] < size:
+    if room is None or room.numel() < size:
         room = _ROOMS.tensor = empty(size)
     return room
 
