@@ -181,6 +181,10 @@ def _is_transposed(forms: Sequence[Sequence[StateForm]], step: Step) -> bool:
             loc,
         )
     transposed = columns or right
+    if not (transposed or rows or left):  # either will do: that with the reads of ordinary forms
+        ops = {n.op for n in _above([step.output], ())}
+        matrices = all(s.kind is Kind.STATE for s in step.states)
+        return matrices and Op.READ_VALUE in ops and Op.READ not in ops
     if transposed and any(s.kind is Kind.KEY_STATE for s in step.states):
         raise errors.NoChunkForm(
             "a KeyState accompanies a State whose columns decay or are read",

@@ -17,6 +17,8 @@ from chunkwise import dsl
 from chunkwise.dsl.declaration import Declaration
 from hypothesis import strategies as st
 
+from tests.mirror import mirror
+
 T = TypeVar("T")
 
 
@@ -129,6 +131,7 @@ class Rule:
     states: tuple[str, ...]  # "S: State"
     lines: tuple[str, ...]
     names: tuple[tuple[str, str], ...] = ()  # operands that are called otherwise
+    mirrored: bool = False  # Keys and Values exchanged, and so the axes of states
 
     @property
     def params(self) -> dict[str, float]:
@@ -144,7 +147,8 @@ class Rule:
         keywords += [f"{n}: {kind}" for n, kind in _STATICS.items() if n in used]
         signature = ", ".join([*self.states, *operands, *(["*"] if keywords else []), *keywords])
         body = "\n".join(f"    {line}" for line in self.lines)
-        return _renamed(f"def rule({signature}):\n{body}\n", dict(self.names))
+        source = f"def rule({signature}):\n{body}\n"
+        return _renamed(mirror(source) if self.mirrored else source, dict(self.names))
 
     def declare(self) -> Declaration:
         """What the compiler takes."""
@@ -408,19 +412,27 @@ class _Writer:
         return lines
 
     # ------------------------------------------------------------ outputs
-    def output(self, matrices: Sequence[str], vectors: Sequence[str], last_only: bool) -> list[str]:
-        """Statements that make the output `o` of reads of the states."""
+    def output(
+        self, matrices: Sequence[str], vectors: Sequence[str], last_only: bool, over: str = "Key"
+    ) -> list[str]:
+        """Statements that make the output `o` of reads of the states over an axis."""
         lines = []
+        kind = "Value" if over == "Key" else "Key"  # of the output
         query = self.vector("Key")
+
+        def reading(x: str, S: str) -> str:
+            return f"({x}) @ {S}" if over == "Key" else f"{S} @ ({x})"
+
         for n, S in enumerate(matrices):
             seen = [S] if last_only else [S, S, f"{S}1", f"{S}0"]
             if not last_only:
                 seen.append(f"({S}0 + outer({self.leaf('Key')}, {self.leaf('Value')}))")
                 seen += [f"({S} - {S}0)", f"({self.scalar(0)} * {S} + {S}1)"]
-            read = f"({self.pick((query, self.vector('Key')))}) @ {self.pick(seen)}"
+            x = self.pick((query, self.vector("Key"))) if over == "Key" else self.vector("Value")
+            read = reading(x, self.pick(seen))
             lines.append(f"o = o + {read}" if n else f"o = {read}")
         if not matrices:
-            lines.append(f"o = {self.vector('Value')}")
+            lines.append(f"o = {self.vector(kind)}")
         for z in vectors:
             at = z if last_only else self.pick((z, z, f"{z}1", f"{z}0"))
             read = self.pick((f"dot({query}, {at})", f"(({query}) @ {at})"))
@@ -430,18 +442,18 @@ class _Writer:
                         f"o = o / (1 + abs({read}))",
                         f"o = o / maximum(abs({read}), 1.0)",
                         f"o = o * {read}",
-                        f"o = o + {read} * {self.leaf('Value')}",
+                        f"o = o + {read} * {self.leaf(kind)}",
                         f"o = o * sigmoid({read})",
                     )
                 )
             )
         if matrices and self.often():
-            lines.append(f"o = o + ({self.vector('Key')}) @ {matrices[0]}")
+            lines.append(f"o = o + {reading(self.vector(over), matrices[0])}")
         final = self.pick(_OUTPUTS)
         if final != "o":
             places = {
-                "v": lambda: self.vector("Value", 0),
-                "k": lambda: self.vector("Key", 0),
+                "v": lambda: self.vector(kind, 0),
+                "k": lambda: self.vector(over, 0),
                 "s": lambda: self.scalar(0),
                 "n": self.number,
             }
@@ -477,14 +489,16 @@ def rule(pick: Pick) -> Rule:
         lines += writer.output(matrices, vectors, last_only=False)
         lines.append(pick(_REFUSED))
     else:
-        lines += writer.output(matrices, vectors, last_only=shape == "micro")
+        over = pick(("Key", "Key", "Value"))
+        lines += writer.output(matrices, vectors, last_only=shape == "micro", over=over)
+    mirrored = not vectors and pick((False, False, True))
     states = [*matrices, *vectors]
     lines.append(
         f"return ({', '.join(states)}), o" if len(states) > 1 else f"return {states[0]}, o"
     )
     kept = _without_unused(lines)
     declared = [*(f"{S}: State" for S in matrices), *(f"{z}: KeyState" for z in vectors)]
-    return Rule(tuple(declared), tuple(kept), _names(pick, kept))
+    return Rule(tuple(declared), tuple(kept), _names(pick, kept), mirrored)
 
 
 @st.composite

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ...dsl.normal_form import NormalForm
-from ..config import Config, Dims, KernelConfig, padded
+from ..config import Config, Dims, KernelConfig, dims_of, padded
 from ..interface import Dtype
 from ..plan import Kernel, Loop
 from ..programs import backward_program, chunk_program, forward_program
@@ -50,6 +50,7 @@ def shared_bound(
     kernel: Kernel, config: KernelConfig, chunk: int, dims: Dims, itemsize: int
 ) -> int:
     """About how many bytes of shared memory a program takes, rather too many than too few."""
+    dims = dims_of(kernel, dims)
     size = {
         Axis.I: chunk,
         Axis.J: chunk,

@@ -1,7 +1,8 @@
 """What printed kernels load and store: addresses from 64-bit bases, and masks at every tail.
 
 Operands come with their strides. A buffer of tokens is [tokens, HV, channels]; one of chunks is
-[chunks, HV, V, K], the layout in which scans hold a state; users see states as [K, V].
+[chunks, HV, V, K], the layout in which scans hold a state; users see states as [K, V], or as
+[V, K] where they are held transposed.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class TritonMemory(TritonExpressions):
         line = f"tl.store({self._buffer_address(pointer, s.axes)}, {text}{mask})"
         self.lines += ["if i_v == 0:", f"    {line}"] if s.once else [line]
 
-    # ---- states, which users see as [K, V], row-major -------------------------------------------
+    # ---- states, which users see as [K, V], row-major, or transposed ----------------------------
 
     def begin(self, s: Begin) -> None:
         """A carry as the loop begins."""
@@ -194,7 +195,9 @@ class TritonMemory(TritonExpressions):
         self.lines += [test, f"    {line}"] if conditions else [line]
 
     def _state_address(self, base: str, axes: Axes) -> str:
-        """Within a [K, V] matrix of a tile laid out [V, K]."""
+        """Within a matrix [K, V], or [V, K] if transposed, of a tile laid out [V, K]."""
         if Axis.V in axes:
-            return f"{base} * K * V + ok[None, :] * V + ov[:, None]"
+            keys, values = "ok[None, :]", "ov[:, None]"
+            at = f"{values} * K + {keys}" if self.tiled.transposed else f"{keys} * V + {values}"
+            return f"{base} * K * V + {at}"
         return f"{base} * K + ok" if axes else base
