@@ -45,8 +45,9 @@ class _View:
         return _View({**self.letters, **dict.fromkeys(axes, letter)}, self.notation)
 
     def indices(self, axes: Axes) -> list[str]:
-        """The letters of `axes`."""
-        return [self.letters[a] for a in axes]
+        """The letters of `axes`: of times, then of Keys and Values."""
+        times = [self.letters[a] for a in axes if a in TIMES]
+        return [*times, *sorted(self.letters[a] for a in axes if a not in TIMES)]
 
 
 _PLAIN = _View({axis: axis.value for axis in Axis}, _NOTATION)

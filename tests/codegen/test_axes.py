@@ -13,18 +13,22 @@ from dataclasses import replace
 import chunkwise as cw
 import pytest
 import torch
-from chunkwise import Key, Scalar, State, Value, exp, outer, sigmoid
+from chunkwise import Key, KeyState, Scalar, State, Value, dot, exp, outer, sigmoid, within
 from chunkwise.codegen.programs import chunk_adjoint, chunk_program
 from chunkwise.codegen.prove import prove
 from chunkwise.dsl.declaration import Declaration
 from chunkwise.dsl.errors import ChunkwiseError
 from chunkwise.runtime.recurrence import Recurrence
+from chunkwise.runtime.triton import engine as triton_engine
+from chunkwise.runtime.triton import launch_plan
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tests.harness import Sizes, make_inputs
+from tests.harness import Sizes, engine_results, make_inputs, oracle_results
+from tests.interpreted import Poisoned, served_under, small
 from tests.mirror import mirror
 from tests.random_rules import Pick, rule
+from tests.tolerances import FLOAT32_HARD, FLOAT64_RANDOM, assert_agree
 
 B, T, H, HV, K, V = 2, 70, 1, 2, 5, 3  # the eager engine's chunks have 64 tokens
 LENGTHS = (0, 9, 64, 65, 2)
@@ -55,6 +59,21 @@ def rwkv4(A: State, Z: State, one: Key, w: Value, k: Value, v: Value, u: Value):
 def slots(S: State, s: Key, g: Key, k: Value, q: Value):
     S = exp(g) * S + outer(s, k)
     return S, S @ q
+
+
+@cw.recurrence
+def either(S: State, x: Value, k: Key, p: Key, v: Value, f: Key, beta: Scalar):
+    before = S @ x
+    S = within(f, 0.0, 1.0) * S
+    S = S + beta * outer(k, v - k @ S)
+    return S, sigmoid(p) * (S @ x) + before
+
+
+@cw.recurrence
+def scalars(S: State, z: KeyState, q: Key, k: Key, v: Value, g: Scalar):
+    S = exp(g) * S + outer(k, v)
+    z = exp(g) * z + k
+    return (S, z), dot(q, z)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -136,6 +155,45 @@ def test_exchanged_axes(first: int) -> None:
         for x, y in zip(*both, strict=True):
             torch.testing.assert_close(x, y.mT, rtol=1e-9, atol=1e-9, equal_nan=True)
     assert compared > 20
+
+
+OPS = {op.declaration.name: op for op in (mirrored_kda, minimal_gru, slots, either, scalars)}
+# two tiles of V, or of K; sequences end within chunks, at their ends, and before they begin
+RICH = Sizes(H=1, HV=2, K=5, V=19, initial=True, dtype=torch.float32).packed(0, 15, 17)
+TALL = Sizes(B=2, T=33, H=2, HV=2, K=19, V=4, initial=True, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("sizes", [RICH, TALL], ids=["packed", "dense"])
+@pytest.mark.parametrize("name", OPS)
+def test_eager(name: str, sizes: Sizes) -> None:
+    inputs = make_inputs(OPS[name], replace(sizes, dtype=torch.float64))
+    assert_agree(
+        engine_results(OPS[name], inputs, "eager"),
+        oracle_results(OPS[name], inputs),
+        FLOAT64_RANDOM,
+    )
+
+
+@pytest.mark.parametrize("sizes", [RICH, TALL], ids=["packed", "dense"])
+@pytest.mark.parametrize("name", OPS)
+def test_tvm(name: str, sizes: Sizes) -> None:
+    pytest.importorskip("tvm")
+    inputs = make_inputs(OPS[name], sizes)
+    assert_agree(
+        engine_results(OPS[name], inputs, "tvm"), oracle_results(OPS[name], inputs), FLOAT32_HARD
+    )
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("sizes", [RICH, TALL], ids=["packed", "dense"])
+@pytest.mark.parametrize("name", OPS)
+def test_triton(name: str, sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_plan, "torch", Poisoned())
+    monkeypatch.setattr(triton_engine, "_compiled_for", served_under(small))
+    inputs = make_inputs(OPS[name], sizes)
+    assert_agree(
+        engine_results(OPS[name], inputs, "triton"), oracle_results(OPS[name], inputs), FLOAT32_HARD
+    )
 
 
 # ---- recurrences of the literature, by loops over their own quantities ---------------------------
@@ -224,6 +282,8 @@ def test_the_literature(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("op", [mirrored_kda, rwkv4, slots], ids=lambda op: op.declaration.name)
+@pytest.mark.parametrize(
+    "op", [mirrored_kda, rwkv4, slots, either], ids=lambda op: op.declaration.name
+)
 def test_proofs(op: cw.Recurrence) -> None:
     assert prove(op.declaration, chunk=2).left_out == ()
