@@ -23,13 +23,23 @@ them, and the output is read in the last row of each token. A term that only som
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..dsl.decay import SMALLEST
 from ..dsl.errors import NotLowered
 from ..dsl.ir import Kind, Node, Op, topological
-from ..dsl.normal_form import Correction, NormalForm, Phase, Read, Update, Write
+from ..dsl.normal_form import (
+    Correction,
+    NormalForm,
+    Phase,
+    Read,
+    Update,
+    Write,
+    levels_of,
+    of_update,
+    results_of,
+)
 from . import gates, tile
 from .buffers import OUTPUT, BufferId
 from .gates import Gate, decayed_apply, decayed_dot
@@ -128,17 +138,30 @@ def derive(form: NormalForm, *, hoist_products: bool = False) -> ChunkProgram:
     for what, why in _refusals(form):
         instead = 'call it with engine="reference", which runs it token by token'
         raise NotLowered(what=f"{form.name}: {what}", why=why, instead=instead)
-    chunks = {s.name: _StateChunk(form, s.name, s.kind, hoist_products) for s in form.states}
-    results = {n: chunks[r.state].read(r) for n, r in enumerate(form.reads)}
-    (output,) = lower(form, [form.output], results)
-    if not tile.finite_at_zero(output, frozenset(results.values())):
-        # beyond the end of a sequence a gradient may be 0 times infinity: it ends here
-        masked = {n: Tile(TileOp.ROWS, (r,), (), r.axes, r.hint) for n, r in results.items()}
-        (output,) = lower(form, [form.output], masked)
+    kinds = {s.name: s.kind for s in form.states}
+    chunks: dict[str, _StateChunk] = {}
+    results: dict[int, Tile] = {}
+    for level in levels_of(form):
+        for name in level.states:
+            chunks[name] = _StateChunk(form, name, kinds[name], hoist_products, results)
+        for n in level.reads:
+            results[n] = chunks[form.reads[n].state].read(form.reads[n])
+    output = _lowered(form, form.output, results)
     channels = kind_axes(form.output.kind, transposed=form.transposed)
     output = tile.expand(output, tile.axes_of(Axis.I, *channels)).named("o")
     carried = tuple(chunks[s.name].carried for s in form.states)
     return ChunkProgram(((OUTPUT, output),), carried, form.transposed)
+
+
+def _lowered(form: NormalForm, node: Node, results: Mapping[int, Tile]) -> Tile:
+    """An expression over operands and `results` as a tile."""
+    (found,) = lower(form, [node], results)
+    used = {n: results[n] for n in results_of(node)}
+    if used and not tile.smooth_at_zero(found, frozenset(used.values())):
+        # beyond the end of a sequence a gradient may be 0 times infinity: it ends here
+        masked = {n: Tile(TileOp.ROWS, (r,), (), r.axes, r.hint) for n, r in used.items()}
+        (found,) = lower(form, [node], masked)
+    return found
 
 
 def _refusals(form: NormalForm) -> Iterator[tuple[str, str]]:
@@ -159,30 +182,25 @@ def _refusals(form: NormalForm) -> Iterator[tuple[str, str]]:
                 yield "a write that recalls another state", "coupled states are not derived yet"
     if not _indices_are_rows(form):
         why = "a row of time holds one micro-step's operands and no other's"
-        yield "an operand of micro-steps outside its own", why
-    if any(r.micro_step != len(form.micro_steps) - 1 for r in form.reads):
+        yield "an operand or read of micro-steps outside its own", why
+    read = [form.reads[n] for n in results_of(form.output)]
+    if any(r.micro_step != len(form.micro_steps) - 1 for r in read):
         why = "outputs are read in the last row of a token so far"
         yield "a read before the last micro-step", why
 
 
 def _indices_are_rows(form: NormalForm) -> bool:
-    """Whether a micro-step's expressions take operands of micro-steps at its own index only."""
+    """Whether a micro-step's expressions take its own operands and reads only."""
     last = len(form.micro_steps) - 1
-    pairs: list[tuple[int, Node | None]] = [
-        (last, form.output),
-        *((last, r.key) for r in form.reads),
-    ]
+    pairs = [(last, form.output), *((r.micro_step, r.key) for r in form.reads)]
     for m, micro_step in enumerate(form.micro_steps):
-        for u in micro_step.updates:
-            pairs.append((m, u.log_decay))
-            for w in u.writes:
-                pairs += [(m, w.key), (m, w.value)]
-                if w.correction is not None:
-                    pairs += [(m, w.correction.key), (m, w.correction.scale)]
+        updates = [n for u in micro_step.updates for n in of_update(u)]
+        if any(form.reads[n].micro_step != m for n in results_of(*updates)):
+            return False
+        pairs += [(m, n) for n in updates]
     return all(
         leaf.attrs[1] in (None, m)
         for m, node in pairs
-        if node is not None
         for leaf in topological(node)
         if leaf.op is Op.OPERAND
     )
@@ -199,8 +217,16 @@ def _by_state(form: NormalForm) -> dict[str, list[Update]]:
 class _StateChunk:
     """The chunk form of one state, shared by its updates and its reads."""
 
-    def __init__(self, form: NormalForm, state: str, kind: Kind, hoist_products: bool) -> None:
+    def __init__(
+        self,
+        form: NormalForm,
+        state: str,
+        kind: Kind,
+        hoist_products: bool,
+        results: Mapping[int, Tile],
+    ) -> None:
         self._form = form
+        self._results = results  # of the reads that are known before
         self._kind = kind
         self._start = tile.carry(state, kind_axes(kind))
         self._hoist = hoist_products
@@ -212,15 +238,11 @@ class _StateChunk:
         self._written = self._solve(writes)
         self.carried = Carried(self._start, self._next())
 
-    def _lowered(self, node: Node) -> Tile:
-        (result,) = lower(self._form, [node], {})
-        return result
-
     def _in_rows(
         self, nodes: Sequence[Node | None], bound: Callable[[Tile], Tile] = lambda x: x
     ) -> Tile:
         """The expressions of the micro-steps, one each (None: 0), as one tile of rows."""
-        tiles = [None if n is None else bound(self._lowered(n)) for n in nodes]
+        tiles = [None if n is None else bound(_lowered(self._form, n, self._results)) for n in nodes]
         known = [t for t in tiles if t is not None]
         if len(known) == len(tiles) and len(set(known)) == 1:
             return known[0]
@@ -324,7 +346,7 @@ class _StateChunk:
 
     def read(self, read: Read) -> Tile:
         """key^T S at the read's moment: [I, V], or [I] of a KeyState; or S key: [I, K]."""
-        c = tile.rows(self._lowered(read.key)).named("c")
+        c = tile.rows(_lowered(self._form, read.key, self._results)).named("c")
         exclusive = read.phase is Phase.BEFORE
         which = Which.LOWER if read.phase is Phase.AFTER else Which.STRICT
         writes = list(zip(self._keys, self._written, strict=True))

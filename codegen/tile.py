@@ -376,6 +376,12 @@ def finite_at_zero(x: Tile, stop: frozenset[Tile] = frozenset()) -> bool:
     return all(at_zeros(fn).is_finite() for fn in functions if isinstance(fn, Op))
 
 
+def smooth_at_zero(x: Tile, stop: frozenset[Tile] = frozenset()) -> bool:
+    """Whether `x` and its derivative are finite for sure where the operands are zero."""
+    steep = any(t.is_map(Op.SQRT) for t in topological(x, stop=stop))
+    return not steep and finite_at_zero(x, stop)
+
+
 def mask(x: Tile, which: Which) -> Tile:
     if which is not Which.DIAGONAL and _within(x, which):
         return x

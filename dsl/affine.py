@@ -104,6 +104,12 @@ class Walker:
             self._vectors[node] = self._vector(node)
         return self._vectors[node]
 
+    def read(self, node: Node) -> VectorForm:
+        """The affine form of a read. Raises NotAffine, NoChunkForm."""
+        if node not in self._vectors:
+            self._vectors[node] = self._read(node)
+        return self._vectors[node]
+
     def _state(self, node: Node) -> StateForm:
         if node in self._stops:
             return StateForm(coefs=((self._stops[node], algebra.ONE),))
@@ -154,7 +160,7 @@ class Walker:
     def _vector(self, node: Node) -> VectorForm:
         op = node.op
         if op in (Op.READ, Op.READ_VALUE):
-            return self._read(node)
+            return self.read(node)
         if op in (Op.ADD, Op.SUB):
             a, b = (self.vector(x) for x in node.args)
             if op is Op.SUB:

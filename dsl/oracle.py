@@ -17,7 +17,18 @@ from torch.utils.checkpoint import checkpoint
 from . import errors
 from .elementwise import ELEMENTWISE
 from .ir import Kind, Node, Op, Per, operands_of, topological
-from .normal_form import Correction, NormalForm, Operand, Phase, StateDecl, expressions, result_leaf
+from .normal_form import (
+    Correction,
+    NormalForm,
+    Operand,
+    Phase,
+    StateDecl,
+    Update,
+    expressions,
+    levels_of,
+    of_update,
+    result_leaf,
+)
 from .step import Step, operand_leaf, param_leaf, state_leaf
 
 _Env = dict[Node, Tensor]
@@ -202,7 +213,7 @@ def _form_token(form: NormalForm) -> _Token:
     """One token of a normal form: mathematics, (1) and (2), as written."""
     kinds = {s.name: s.kind for s in form.states}
     order = [s.name for s in form.states]
-    after_reads = list(_state_dependent([form.output]))
+    levels = levels_of(form)
 
     def scaled(x: Tensor, name: str, multiplier: Tensor, kind: Kind) -> Tensor:
         return x * _lifted(multiplier, kind, kinds[name])
@@ -218,36 +229,60 @@ def _form_token(form: NormalForm) -> _Token:
         current = dict(zip(order, states, strict=True))
         local = dict(env)
         moments: dict[tuple[str, int, Phase], Tensor] = {}
-        for m, micro in enumerate(form.micro_steps):
-            decayed: dict[str, Tensor] = {}
-            for u in micro.updates:
-                s = current[u.state]
-                moments[u.state, m, Phase.BEFORE] = s
-                if u.log_decay is not None:
-                    s = scaled(s, u.state, local[u.log_decay].exp(), u.log_decay.kind)
-                moments[u.state, m, Phase.DECAYED] = decayed[u.state] = s
-            after: dict[str, Tensor] = {}
-            for u in micro.updates:
-                s = decayed[u.state]
-                for mix in u.mixes:
-                    s = s + scaled(current[mix.state], u.state, local[mix.factor], mix.factor.kind)
-                for w in u.writes:
-                    value = None if w.value is None else local[w.value]
-                    if w.correction is not None:
-                        seen = decayed if w.correction.decayed else current
-                        back = _correction(w.correction, seen, local, read)
-                        value = back if value is None else value + back
-                    s = s + _written(w.key, local[w.key], value, kinds[u.state])
-                after[u.state] = s
-                moments[u.state, m, Phase.AFTER] = s
-            current = after
-        for i, r in enumerate(form.reads):
-            state = moments[r.state, r.micro_step, r.phase]
-            local[result_leaf(form, i)] = read(state, local[r.key], r.key.kind, r.state)
-        _extend(after_reads, local)
+        for level in levels:
+            for m, micro in enumerate(form.micro_steps):
+                updates = [u for u in micro.updates if u.state in level.states]
+                _extend(_missing([n for u in updates for n in of_update(u)], local), local)
+                current |= update(updates, m, current, local, moments)
+            for i in level.reads:
+                r = form.reads[i]
+                _extend(_missing([r.key], local), local)
+                state = moments[r.state, r.micro_step, r.phase]
+                local[result_leaf(form, i)] = read(state, local[r.key], r.key.kind, r.state)
+        _extend(_missing([form.output], local), local)
         return local[form.output], [current[n] for n in order]
 
+    def update(
+        updates: Sequence[Update],
+        m: int,
+        current: Mapping[str, Tensor],
+        local: _Env,
+        moments: dict[tuple[str, int, Phase], Tensor],
+    ) -> dict[str, Tensor]:
+        decayed: dict[str, Tensor] = {}
+        for u in updates:
+            s = current[u.state]
+            moments[u.state, m, Phase.BEFORE] = s
+            if u.log_decay is not None:
+                s = scaled(s, u.state, local[u.log_decay].exp(), u.log_decay.kind)
+            moments[u.state, m, Phase.DECAYED] = decayed[u.state] = s
+        after: dict[str, Tensor] = {}
+        for u in updates:
+            s = decayed[u.state]
+            for mix in u.mixes:
+                s = s + scaled(current[mix.state], u.state, local[mix.factor], mix.factor.kind)
+            for w in u.writes:
+                value = None if w.value is None else local[w.value]
+                if w.correction is not None:
+                    seen = decayed if w.correction.decayed else current
+                    back = _correction(w.correction, seen, local, read)
+                    value = back if value is None else value + back
+                s = s + _written(w.key, local[w.key], value, kinds[u.state])
+            after[u.state] = s
+            moments[u.state, m, Phase.AFTER] = s
+        return after
+
     return token
+
+
+def _missing(roots: Sequence[Node], env: _Env) -> list[Node]:
+    """What is left to evaluate of `roots`, arguments first."""
+    found: dict[Node, None] = {}
+    for root in roots:
+        if root not in env:
+            found |= dict.fromkeys(_missing(root.args, env) if root.args else [])
+            found[root] = None
+    return list(found)
 
 
 def _correction(
