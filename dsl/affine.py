@@ -145,16 +145,7 @@ class Walker:
         else:
             form = self.vector(value)
             terms += [Term(key, form.const, None, node.loc)] if form.const is not None else []
-            for coef, read in form.reads:
-                if coef.kind is Kind.VALUE and not _is_value_read(read, self._stops):
-                    raise errors.NoChunkForm(
-                        "what is read from a KeyState is written along a Value",
-                        "the two states would be coupled through a vector, and coupled states mix "
-                        "through scalars only",
-                        "divide by the normaliser after the read instead of before the write",
-                        node.loc,
-                    )
-                terms.append(Term(key, coef, read, node.loc))
+            terms += [Term(key, coef, read, node.loc) for coef, read in form.reads]
         return StateForm(terms=tuple(terms))
 
     def _vector(self, node: Node) -> VectorForm:
@@ -217,11 +208,6 @@ class Walker:
             else:
                 reads.append((algebra.mul(weight, other), t.read))
         return VectorForm(algebra.total(consts), tuple(reads))
-
-
-def _is_value_read(read: MomentRead, stops: Mapping[Node, Moment]) -> bool:
-    kinds = {m.state: n.kind for n, m in stops.items()}
-    return kinds[read.moment.state] is Kind.STATE
 
 
 def _plus(a: StateForm, b: StateForm) -> StateForm:

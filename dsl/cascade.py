@@ -7,7 +7,7 @@ ones only. So a step is affine level by level: to a level, what earlier ones wer
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from . import algebra, errors
 from .affine import Moment, MomentRead, Walker
@@ -21,6 +21,32 @@ READS = (Op.READ, Op.READ_VALUE)
 
 def levels(step: Step) -> list[list[int]]:
     """The states by number, level by level, in the order of the signature."""
+    sees = _sees(step)
+
+    @functools.cache
+    def level(n: int) -> int:
+        return max((level(m) + 1 for m in sees[n] if n not in sees[m]), default=0)
+
+    found: list[list[int]] = []
+    for n in range(len(sees)):
+        while len(found) <= level(n):
+            found.append([])
+        found[level(n)].append(n)
+    return found
+
+
+def cycle(step: Step, level: Sequence[int]) -> str:
+    """A sentence about states of a level that see one another; empty if none do."""
+    sees = _sees(step)
+    names = [step.states[n].name for n in level if any(n in sees[m] for m in sees[n] - {n})]
+    if not names:
+        return ""
+    listed = f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"; {listed} see one another, so that none of them is known before the others"
+
+
+def _sees(step: Step) -> list[set[int]]:
+    """The states that the update of each one sees, through those that it sees too."""
     number = {s.name: n for n, s in enumerate(step.states)}
     sees = []
     for node in step.next_states:
@@ -33,17 +59,7 @@ def levels(step: Step) -> list[list[int]]:
         for seen in sees:
             if through in seen:
                 seen |= sees[through]
-
-    @functools.cache
-    def level(n: int) -> int:
-        return max((level(m) + 1 for m in sees[n] if n not in sees[m]), default=0)
-
-    found: list[list[int]] = []
-    for n in range(len(sees)):
-        while len(found) <= level(n):
-            found.append([])
-        found[level(n)].append(n)
-    return found
+    return sees
 
 
 def direct_states(node: Node) -> frozenset[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from . import algebra, errors
 from .affine import Moment, MomentRead, StateForm, Term, Walker
-from .cascade import READS, Results, levels
+from .cascade import READS, Results, cycle, levels
 from .decay import log_decay
 from .intervals import Interval
 from .ir import Kind, Loc, Node, Op
@@ -38,7 +38,13 @@ def normalise(step: Step) -> NormalForm:
     """
     order = levels(step)
     results = Results(step, order)
-    parts = [_part(step, level, n, results) for n, level in enumerate(order)]
+    parts = []
+    for n, level in enumerate(order):
+        try:
+            parts.append(_part(step, level, n, results))
+        except (errors.NotAffine, errors.NoChunkForm) as mistake:
+            mistake.why += cycle(step, level)
+            raise
     transposed = _is_transposed([f for part in parts for f in part.forms], step)
     return NormalForm(
         step.name,
