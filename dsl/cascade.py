@@ -7,7 +7,7 @@ ones only. So a step is affine level by level: to a level, what earlier ones wer
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from . import algebra, errors
 from .affine import Moment, MomentRead, Walker
@@ -105,8 +105,10 @@ class Results:
     def _rewritten(self, node: Node, level: int) -> Node:
         if all(self._level[name] >= level for name in _states(node)):
             return node
-        if node.kind.is_state:  # its own reads of itself are part of it
-            level = min((level, *self._levels(node)))
+        if node.kind.is_state:
+            own = max((self._level[name] for name in direct_states(node)), default=level)
+            if own < level and (known := self.rewrite(node, own)) in self._stops:
+                return known  # with its own reads of itself
         elif node.op in READS:
             return self._read(node, level)
         elif node.op not in ELEMENTWISE and node.op is not Op.SUM:
@@ -116,17 +118,12 @@ class Results:
         args = tuple(self.rewrite(a, level) for a in node.args)
         return Node(node.op, args, node.attrs, node.kind, node.loc)
 
-    def _levels(self, node: Node) -> Iterator[int]:
-        """The latest level of the states that a state expression is made of, if any."""
-        found = [self._level[name] for name in direct_states(node)]
-        yield from found and [max(found)]
-
     def _read(self, node: Node, level: int) -> Node:
         """A read, as what is known of it if all of its states are of earlier levels."""
         state = node.args[1] if node.op is Op.READ else node.args[0]
         args = tuple(self.rewrite(a, level) for a in node.args)
         node = Node(node.op, args, (), node.kind, node.loc)
-        if any(own >= level for own in self._levels(state)):
+        if any(self._level[name] >= level for name in direct_states(state)):
             return node
         form = self._walker.read(node)
         parts = [] if form.const is None else [form.const]

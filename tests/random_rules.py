@@ -171,10 +171,14 @@ def _renamed(source: str, names: dict[str, str]) -> str:
 
 @dataclass
 class _Writer:
-    """Writes expressions; `inner`: what operands are called within a loop over micro-steps."""
+    """Writes expressions; `inner`: what operands are called within a loop over micro-steps.
+
+    `read`: names of what was read of earlier states, by kind; they stand where operands may.
+    """
 
     pick: Pick
     inner: dict[str, str] = field(default_factory=dict)
+    read: dict[str, str] = field(default_factory=dict)
     depth: int = 1
 
     def often(self, times: int = 3) -> bool:
@@ -189,6 +193,7 @@ class _Writer:
     def leaf(self, kind: str) -> str:
         """An operand of `kind`, of the token, of the micro-step or of the head."""
         token = (self.inner[kind],) * 3 if kind in self.inner else ()
+        token += (self.read[kind],) * 5 if kind in self.read else ()
         return self.pick((*token, *_SINGLE[kind], *_SINGLE["Head" + kind]))
 
     def scalar(self, depth: int | None = None) -> str:
@@ -411,6 +416,22 @@ class _Writer:
         lines.insert(head, f"for {each} in zip({of}):" if len(used) > 1 else f"for {each} in {of}:")
         return lines
 
+    def reads(self, S: str, vector: bool) -> list[str]:
+        """Statements that read a state, for the updates of later ones to be made of it."""
+        at = self.pick((S, f"{S}1", f"{S}0"))
+        if vector:
+            lines = [f"{S}s = tanh(dot({self.vector('Key')}, {at}))"]
+            self.read = {"Scalar": f"{S}s"}
+            return lines
+        shape = self.pick(("l2norm({})", "tanh({})", "{}", "0.3 * {}"))
+        key, value, other = self.unit(), self.leaf("Value"), self.leaf("Value")
+        self.read = {"Value": f"{S}v", "Key": f"{S}k", "Scalar": f"{S}s"}
+        return [
+            f"{S}v = {shape.format(f'(({key}) @ {at})')}",
+            f"{S}k = {shape.format(f'({at} @ l2norm({value}))')}",
+            f"{S}s = tanh(dot({S}v, {other}))",
+        ]
+
     # ------------------------------------------------------------ outputs
     def output(
         self, matrices: Sequence[str], vectors: Sequence[str], last_only: bool, over: str = "Key"
@@ -463,19 +484,32 @@ class _Writer:
 
 _SHAPES = (
     *("one", "one", "one", "one", "normalised", "normalised", "micro", "micro", "two", "vector"),
-    *("two vectors", "mixed", "refused"),
+    *("two vectors", "mixed", "refused", "cascade", "cascade", "vector first", "three"),
 )
+_MATRICES: dict[str, list[str]] = {
+    **dict.fromkeys(("two", "cascade"), ["S", "M"]),
+    **dict.fromkeys(("vector", "two vectors"), []),
+    "three": ["S", "M", "N"],
+}
+_VECTORS = {
+    **dict.fromkeys(("normalised", "vector", "vector first"), ["z_"]),
+    "two vectors": ["z_", "y_"],
+}
 
 
 def rule(pick: Pick) -> Rule:
     """A recurrence, most often legal and lowered."""
     writer = _Writer(pick, depth=pick((1, 1, 2)))
     shape = pick(_SHAPES)
-    matrices = ["S", "M"] if shape == "two" else [] if shape in ("vector", "two vectors") else ["S"]
-    vectors = {"normalised": ["z_"], "vector": ["z_"], "two vectors": ["z_", "y_"]}.get(shape, [])
+    matrices = _MATRICES.get(shape, ["S"])
+    vectors = _VECTORS.get(shape, [])
     lines: list[str] = []
+    if shape == "vector first":
+        lines += [*writer.normaliser("z_"), *writer.reads("z_", vector=True)]
     for S in matrices:
         lines += writer.micro(S) if shape == "micro" else writer.update(S)
+        if shape in ("cascade", "three") and S != matrices[-1]:
+            lines += writer.reads(S, vector=False)
     if shape == "mixed":  # states that see one another: legal, most of it not lowered
         matrices = ["S", "M"]
         lines = ["S0 = S", "M0 = M", "M = sigmoid(h) * M + outer(k, v - p @ S0)", "M1 = M"]
@@ -483,7 +517,7 @@ def rule(pick: Pick) -> Rule:
             pick(("S = exp(g) * S + b * M", "S = exp(g) * S + outer(q, v)", "S = S + 0.1 * M0"))
         ]
         lines += ["S1 = S"]
-    for z in vectors:
+    for z in vectors if shape != "vector first" else ():
         lines += writer.normaliser(z)
     if shape == "refused":
         lines += writer.output(matrices, vectors, last_only=False)
@@ -508,13 +542,14 @@ def rules(draw: st.DrawFn) -> Rule:
 
 
 def _without_unused(lines: Sequence[str]) -> list[str]:
-    """Without the names of moments that nothing reads."""
-    moment = re.compile(r"^(\w+[01]) = \w+$")
-    return [
+    """Without the names of moments and reads that nothing uses."""
+    named = re.compile(r"^(\w+[01]|(?:S|M|z_)[vks]) = ")
+    kept = [
         line
         for line in lines
-        if (m := moment.match(line)) is None or m[1] in _words([x for x in lines if x != line])
+        if (m := named.match(line)) is None or m[1] in _words([x for x in lines if x != line])
     ]
+    return kept if len(kept) == len(lines) else _without_unused(kept)
 
 
 def _names(pick: Pick, lines: Sequence[str]) -> tuple[tuple[str, str], ...]:

@@ -151,6 +151,7 @@ def test_compiled_for_the_cpu(name: str) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what padding holds
 @pytest.mark.parametrize("name", RULES)
 def test_interpreted(name: str) -> None:
     sizes = Sizes(H=1, HV=2, K=5, V=19, initial=True, dtype=torch.float32).packed(33, 0, 4)
@@ -265,6 +266,19 @@ def test_a_gate_that_is_read_is_two_calls() -> None:
 
 
 # ---- what is no cascade --------------------------------------------------------------------------
+
+
+def test_reads_of_a_state_that_is_not_kept() -> None:
+    """What a token would write, were it made of what is read of the state: only the output has it."""
+
+    @cw.recurrence
+    def imagined(S: State, q: Key, k: Key, v: Value, u: Value, g: Scalar):
+        S = exp(g) * S + outer(k, v)
+        return S, q @ (S + outer(l2norm(S @ u), silu(k @ S)))
+
+    inputs = make_inputs(imagined, CASES["packed"])
+    got = engine_results(imagined, inputs, "eager")
+    assert_agree(got, oracle_results(imagined, inputs), FLOAT64_RANDOM)
 
 
 def test_a_cycle_is_refused_at_the_line() -> None:
