@@ -242,7 +242,9 @@ class _StateChunk:
         self, nodes: Sequence[Node | None], bound: Callable[[Tile], Tile] = lambda x: x
     ) -> Tile:
         """The expressions of the micro-steps, one each (None: 0), as one tile of rows."""
-        tiles = [None if n is None else bound(_lowered(self._form, n, self._results)) for n in nodes]
+        tiles = [
+            None if n is None else bound(_lowered(self._form, n, self._results)) for n in nodes
+        ]
         known = [t for t in tiles if t is not None]
         if len(known) == len(tiles) and len(set(known)) == 1:
             return known[0]

@@ -233,9 +233,7 @@ def _micro_step(step: Step, parts: Sequence[_Part], index: int, transposed: bool
     return MicroStep(tuple(found.values()))
 
 
-def _updates(
-    step: Step, index: int, forms: Sequence[StateForm], transposed: bool
-) -> list[Update]:
+def _updates(step: Step, index: int, forms: Sequence[StateForm], transposed: bool) -> list[Update]:
     names = [s.name for s in step.states]
     own = {m.state: c for m, c in _own_coefs(step.states, forms, index).items()}
     coupled = any(m.state != n for n, f in zip(names, forms, strict=True) for m, _ in f.coefs)

@@ -101,9 +101,7 @@ def by_a_normaliser(z: KeyState, S: State, q: Key, k: Key, v: Value, g: Scalar):
 
 
 @cw.recurrence
-def three(
-    S: State, z: KeyState, W: State, q: Key, k: Key, p: Key, v: Value, g: Key, beta: Scalar
-):
+def three(S: State, z: KeyState, W: State, q: Key, k: Key, p: Key, v: Value, g: Key, beta: Scalar):
     S = exp(g) * S
     S = S + beta * outer(k, v - k @ S)
     a = q @ S
