@@ -8,8 +8,8 @@ with reads of the state at stated moments and an output that is an elementwise f
 (mathematics, (1) and (2); the low-rank term a (b^T S) is a write whose value is a correction).
 All vectors, gates and the output are StepIR expressions over the operands: the preamble and the
 postamble. In a cascade they are over results of reads too (RESULT leaves): of states of an earlier
-level, which the step can know before. When `transposed`, the roles of the Key and Value axes are exchanged: `Write.key`,
-`Correction.key` are Values and `Write.value` is a Key.
+level, which the step can know before. When `transposed`, the roles of the Key and Value axes are
+exchanged: `Write.key`, `Correction.key` are Values and `Write.value` is a Key.
 """
 
 from __future__ import annotations

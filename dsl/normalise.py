@@ -22,7 +22,6 @@ from .normal_form import (
     MicroStep,
     Mix,
     NormalForm,
-    Phase,
     Read,
     StateDecl,
     Update,

@@ -59,7 +59,7 @@ def prove(what: Declaration, chunk: int = 3) -> Proof:
     """Prove that the step is affine in its state, and that its chunk form equals it.
 
     Every output and the final state agree, from a symbolic state, for chunks of 2 to `chunk`
-    tokens; `chunk` counts micro-steps, of every level of a cascade, but 2 tokens at least are taken.
+    tokens; `chunk` counts micro-steps, of each level of a cascade, but 2 tokens at least are taken.
     Raises NotLowered for coupled states, which this proof does not cover, and for declarations for
     the reference engine only; ProofFailed if an identity does not hold.
     """

@@ -92,7 +92,7 @@ def _verify_read(read: Read, kinds: dict[str, Kind], micro_steps: int) -> None:
 
 
 def _verify_results(form: NormalForm, preamble: list[Node]) -> None:
-    """Every read is used, in the output or by a later level; what is made of them is elementwise."""
+    """Every read is used, in the output or a later level; what is made of them is elementwise."""
     used: set[object] = set()
     reached: set[Node] = set()
     for node in topological(*preamble, form.output):

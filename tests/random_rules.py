@@ -487,12 +487,12 @@ _SHAPES = (
     *("two vectors", "mixed", "refused", "cascade", "cascade", "vector first", "three"),
 )
 _MATRICES: dict[str, list[str]] = {
-    **dict.fromkeys(("two", "cascade"), ["S", "M"]),
-    **dict.fromkeys(("vector", "two vectors"), []),
+    **{shape: ["S", "M"] for shape in ("two", "cascade")},
+    **{shape: [] for shape in ("vector", "two vectors")},
     "three": ["S", "M", "N"],
 }
 _VECTORS = {
-    **dict.fromkeys(("normalised", "vector", "vector first"), ["z_"]),
+    **{shape: ["z_"] for shape in ("normalised", "vector", "vector first")},
     "two vectors": ["z_", "y_"],
 }
 
@@ -508,7 +508,7 @@ def rule(pick: Pick) -> Rule:
         lines += [*writer.normaliser("z_"), *writer.reads("z_", vector=True)]
     for S in matrices:
         lines += writer.micro(S) if shape == "micro" else writer.update(S)
-        if shape in ("cascade", "three") and S != matrices[-1]:
+        if shape in ("cascade", "three") and matrices[-1] != S:
             lines += writer.reads(S, vector=False)
     if shape == "mixed":  # states that see one another: legal, most of it not lowered
         matrices = ["S", "M"]

@@ -267,7 +267,7 @@ def test_a_gate_that_is_read_is_two_calls() -> None:
 
 
 def test_reads_of_a_state_that_is_not_kept() -> None:
-    """What a token would write, were it made of what is read of the state: only the output has it."""
+    """The output reads what a token would write; what it would write is made of reads."""
 
     @cw.recurrence
     def imagined(S: State, q: Key, k: Key, v: Value, u: Value, g: Scalar):
