@@ -423,6 +423,10 @@ def contract(x: Tile, y: Tile, over: Axis) -> Tile:
     Raises InvalidIR for the product of two C x C tiles, for which there is no third time axis.
     """
     x, y = (t.args[0] if t.op is TileOp.EXPAND and over in t.args[0].axes else t for t in (x, y))
+    if over not in TIMES:
+        for a, b in ((x, y), (y, x)):
+            if a.op is TileOp.EXPAND:  # constant along the axis: a factor of the other's sum
+                return mul(a.args[0], reduce(b, (over,)))
     if x.is_map(Op.NEG):
         return neg(contract(x.args[0], y, over))
     if y.is_map(Op.NEG):

@@ -111,11 +111,19 @@ def three(S: State, z: KeyState, W: State, q: Key, k: Key, p: Key, v: Value, g: 
     return (S, z, W), q @ W + a
 
 
+@cw.recurrence
+def sums(S: State, W: State, q: Key, k: Key, v: Value):
+    r = k @ S  # of which nothing but its sum is used
+    S = S + 0.5 * outer(k, v - r)
+    W = sigmoid(channels(q @ S)) * W + outer(k, v)
+    return (S, W), q @ W
+
+
 RULES = {
     op.declaration.name: op
     for op in (
         *(gated_slots, residual, second_order, two_passes),
-        *(normalised_output, gates_and_keys, by_a_normaliser, three),
+        *(normalised_output, gates_and_keys, by_a_normaliser, sums, three),
     )
 }
 C = 64  # the eager engine's chunk
