@@ -7,10 +7,14 @@ transform of the delta rule):
 
     u_i = value_i + s_i (b_i e^P_i)^T S_0 + s_i sum_{j<i} <b_i, w_j>_{P,G} u_j    solved by (1+L)^-1
     r_i = (c_i e^P_i)^T S_0 + sum_j <c_i, w_j>_{P,G} u_j                          reads
+    r_i = e^P_i (S_0 c_i) + sum_j (u_j^T c_i) e^{P_i - G_j} w_j                   reads over columns
     S'  = e^{G_C} S_0 + sum_j (w_j e^{H_j}) u_j^T
 
 The first summand of a read is inter-chunk, the second intra-chunk. P is G where the decayed state
 is read, and the exclusive prefix where the state is read before its decay.
+
+A state whose columns decay, or are recalled, is held transposed: its columns are the rows of these
+equations, the axis K of tiles.
 
 Several micro-steps expand time: a row is one micro-step of a token, the state passes through all of
 them, and the output is read in the last row of each token. A term that only some micro-steps have
@@ -19,16 +23,26 @@ them, and the output is read in the last row of each token. A term that only som
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..dsl.decay import SMALLEST
 from ..dsl.errors import NotLowered
 from ..dsl.ir import Kind, Node, Op, topological
-from ..dsl.normal_form import Correction, NormalForm, Phase, Read, Update, Write
+from ..dsl.normal_form import (
+    Correction,
+    NormalForm,
+    Phase,
+    Read,
+    Update,
+    Write,
+    levels_of,
+    of_update,
+    results_of,
+)
 from . import gates, tile
 from .buffers import OUTPUT, BufferId
-from .gates import Gate, decayed_dot
+from .gates import Gate, decayed_apply, decayed_dot
 from .lower import kind_axes, lower
 from .tile import Axis, Tile, TileOp, Which
 
@@ -59,10 +73,14 @@ Named = tuple[tuple[BufferId, Tile], ...]  # tiles under the names of buffers th
 
 @dataclass(frozen=True, slots=True)
 class ChunkProgram:
-    """One chunk, the body of a scan: outputs and carries as functions of operands and the carry."""
+    """One chunk, the body of a scan: outputs and carries as functions of operands and the carry.
+
+    `transposed`: states are held transposed, so that axis K of tiles has the channels of Values.
+    """
 
     outputs: Named
     carried: tuple[Carried, ...]
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +111,24 @@ class _Gate:
         """The sum from the chunk's start."""
         return self.exclusive if exclusive else self.inclusive
 
+    def of_channels(self, *, exclusive: bool) -> Gate | None:
+        """The gate as products under it take it, if channels decay one by one."""
+        g, inclusive, to = self.log_decay, self.inclusive, self.prefix(exclusive=exclusive)
+        if g is None or inclusive is None or to is None or Axis.K not in g.axes:
+            return None
+        return Gate(g, to, inclusive, exclusive, self.is_factor)
+
+    def between(self, scores: Tile, which: Which, *, exclusive: bool) -> Tile:
+        """`scores` decayed from j to i by a scalar gate, for j < i (STRICT) or j <= i (LOWER)."""
+        g = self.log_decay
+        if g is None:
+            return tile.mask(scores, which)
+        if not exclusive:  # one D, with its diagonal, for all scores of the chunk
+            decay = self.decay(gates.decay(g, Which.LOWER).named("D"))
+            return tile.mask(tile.mul(scores, decay), which)
+        decay = self.decay(gates.decay(g, which, exclusive=True).named("D_before"))
+        return tile.mul(scores, decay)
+
 
 def derive(form: NormalForm, *, hoist_products: bool = False) -> ChunkProgram:
     """The chunk of `form`. `hoist_products`: T(x - bS) as Tx - (Tb)S, so that Tb needs no state.
@@ -102,25 +138,34 @@ def derive(form: NormalForm, *, hoist_products: bool = False) -> ChunkProgram:
     for what, why in _refusals(form):
         instead = 'call it with engine="reference", which runs it token by token'
         raise NotLowered(what=f"{form.name}: {what}", why=why, instead=instead)
-    chunks = {s.name: _StateChunk(form, s.name, s.kind, hoist_products) for s in form.states}
-    results = {n: chunks[r.state].read(r) for n, r in enumerate(form.reads)}
-    (output,) = lower(form, [form.output], results)
-    if not tile.finite_at_zero(output, frozenset(results.values())):
-        # beyond the end of a sequence a gradient may be 0 times infinity: it ends here
-        masked = {n: Tile(TileOp.ROWS, (r,), (), r.axes, r.hint) for n, r in results.items()}
-        (output,) = lower(form, [form.output], masked)
-    output = tile.expand(output, tile.axes_of(Axis.I, Axis.V)).named("o")
+    kinds = {s.name: s.kind for s in form.states}
+    chunks: dict[str, _StateChunk] = {}
+    results: dict[int, Tile] = {}
+    for level in levels_of(form):
+        for name in level.states:
+            chunks[name] = _StateChunk(form, name, kinds[name], hoist_products, results)
+        for n in level.reads:
+            results[n] = chunks[form.reads[n].state].read(form.reads[n])
+    output = _lowered(form, form.output, results)
+    channels = kind_axes(form.output.kind, transposed=form.transposed)
+    output = tile.expand(output, tile.axes_of(Axis.I, *channels)).named("o")
     carried = tuple(chunks[s.name].carried for s in form.states)
-    return ChunkProgram(((OUTPUT, output),), carried)
+    return ChunkProgram(((OUTPUT, output),), carried, form.transposed)
+
+
+def _lowered(form: NormalForm, node: Node, results: Mapping[int, Tile]) -> Tile:
+    """An expression over operands and `results` as a tile."""
+    (found,) = lower(form, [node], results)
+    used = {n: results[n] for n in results_of(node)}
+    if used and not tile.smooth_at_zero(found, frozenset(used.values())):
+        # beyond the end of a sequence a gradient may be 0 times infinity: it ends here
+        masked = {n: Tile(TileOp.ROWS, (r,), (), r.axes, r.hint) for n, r in used.items()}
+        (found,) = lower(form, [node], masked)
+    return found
 
 
 def _refusals(form: NormalForm) -> Iterator[tuple[str, str]]:
     """What of a form the chunk derivation does not lower yet, and why."""
-    if form.output.kind is not Kind.VALUE:
-        kind = form.output.kind.name.capitalize()
-        yield f"an output that is a {kind}", "kernels write outputs that are Values so far"
-    if form.transposed:
-        yield "a state whose columns decay", "the transposed normal form has no chunk lowering yet"
     for updates in _by_state(form).values():
         if any(u.mixes for u in updates):
             yield "coupled states", "the chunk form of coupled states is not derived yet"
@@ -137,32 +182,25 @@ def _refusals(form: NormalForm) -> Iterator[tuple[str, str]]:
                 yield "a write that recalls another state", "coupled states are not derived yet"
     if not _indices_are_rows(form):
         why = "a row of time holds one micro-step's operands and no other's"
-        yield "an operand of micro-steps outside its own", why
-    if any(r.micro_step != len(form.micro_steps) - 1 for r in form.reads):
+        yield "an operand or read of micro-steps outside its own", why
+    read = [form.reads[n] for n in results_of(form.output)]
+    if any(r.micro_step != len(form.micro_steps) - 1 for r in read):
         why = "outputs are read in the last row of a token so far"
         yield "a read before the last micro-step", why
-    if any(r.other_axis for r in form.reads):
-        yield "a read over the Value axis", "only reads over the Key axis are lowered so far"
 
 
 def _indices_are_rows(form: NormalForm) -> bool:
-    """Whether a micro-step's expressions take operands of micro-steps at its own index only."""
+    """Whether a micro-step's expressions take its own operands and reads only."""
     last = len(form.micro_steps) - 1
-    pairs: list[tuple[int, Node | None]] = [
-        (last, form.output),
-        *((last, r.key) for r in form.reads),
-    ]
+    pairs = [(last, form.output), *((r.micro_step, r.key) for r in form.reads)]
     for m, micro_step in enumerate(form.micro_steps):
-        for u in micro_step.updates:
-            pairs.append((m, u.log_decay))
-            for w in u.writes:
-                pairs += [(m, w.key), (m, w.value)]
-                if w.correction is not None:
-                    pairs += [(m, w.correction.key), (m, w.correction.scale)]
+        updates = [n for u in micro_step.updates for n in of_update(u)]
+        if any(form.reads[n].micro_step != m for n in results_of(*updates)):
+            return False
+        pairs += [(m, n) for n in updates]
     return all(
         leaf.attrs[1] in (None, m)
         for m, node in pairs
-        if node is not None
         for leaf in topological(node)
         if leaf.op is Op.OPERAND
     )
@@ -179,8 +217,16 @@ def _by_state(form: NormalForm) -> dict[str, list[Update]]:
 class _StateChunk:
     """The chunk form of one state, shared by its updates and its reads."""
 
-    def __init__(self, form: NormalForm, state: str, kind: Kind, hoist_products: bool) -> None:
+    def __init__(
+        self,
+        form: NormalForm,
+        state: str,
+        kind: Kind,
+        hoist_products: bool,
+        results: Mapping[int, Tile],
+    ) -> None:
         self._form = form
+        self._results = results  # of the reads that are known before
         self._kind = kind
         self._start = tile.carry(state, kind_axes(kind))
         self._hoist = hoist_products
@@ -192,15 +238,13 @@ class _StateChunk:
         self._written = self._solve(writes)
         self.carried = Carried(self._start, self._next())
 
-    def _lowered(self, node: Node) -> Tile:
-        (result,) = lower(self._form, [node], {})
-        return result
-
     def _in_rows(
         self, nodes: Sequence[Node | None], bound: Callable[[Tile], Tile] = lambda x: x
     ) -> Tile:
         """The expressions of the micro-steps, one each (None: 0), as one tile of rows."""
-        tiles = [None if n is None else bound(self._lowered(n)) for n in nodes]
+        tiles = [
+            None if n is None else bound(_lowered(self._form, n, self._results)) for n in nodes
+        ]
         known = [t for t in tiles if t is not None]
         if len(known) == len(tiles) and len(set(known)) == 1:
             return known[0]
@@ -227,23 +271,27 @@ class _StateChunk:
 
     def _scores(self, x: Tile, key: Tile, which: Which, *, exclusive: bool) -> Tile:
         """<x_i, key_j> decayed from j to i, for j < i (STRICT) or j <= i (LOWER)."""
-        g, inclusive = self._gate.log_decay, self._gate.inclusive
-        to = self._gate.prefix(exclusive=exclusive)
-        if g is None or inclusive is None or to is None:
-            return tile.mask(tile.contract(x, tile.rename(key, Axis.J), Axis.K), which)
-        if Axis.K not in g.axes:
+        gate = self._gate.of_channels(exclusive=exclusive)
+        if gate is None:
             products = tile.contract(x, tile.rename(key, Axis.J), Axis.K)
-            if not exclusive:  # one D, with its diagonal, for all scores of the chunk
-                decay = self._gate.decay(gates.decay(g, Which.LOWER).named("D"))
-                return tile.mask(tile.mul(products, decay), which)
-            decay = self._gate.decay(gates.decay(g, which, exclusive=True).named("D_before"))
-            return tile.mul(products, decay)
-        gate = Gate(g, to, inclusive, exclusive, self._gate.is_factor)
+            return self._gate.between(products, which, exclusive=exclusive)
         strict = decayed_dot(x, key, gate)
         if which is Which.STRICT:
             return strict
         diagonal = tile.contract(x, key, Axis.K)  # e^0 for every gate: never formed
         return tile.add(strict, tile.mask(diagonal, Which.DIAGONAL))
+
+    def _combine(self, x: Tile, values: Tile, key: Tile, which: Which, *, exclusive: bool) -> Tile:
+        """sum_j <x_i, values_j> key_j, decayed from j to i: [I, K]."""
+        products = tile.contract(x, tile.rename(values, Axis.J), Axis.V)
+        gate = self._gate.of_channels(exclusive=exclusive)
+        if gate is None:
+            return self._gather(self._gate.between(products, which, exclusive=exclusive), key)
+        strict = decayed_apply(products, tile.rename(key, Axis.J), gate, Axis.I)
+        if which is Which.STRICT:
+            return strict
+        own = tile.reduce(tile.mask(products, Which.DIAGONAL), (Axis.J,))
+        return tile.add(strict, tile.mul(own, key))
 
     def _recall(self, x: Tile, *, exclusive: bool) -> Tile:
         """x decayed to the chunk's start: the factor of S_0."""
@@ -299,12 +347,18 @@ class _StateChunk:
         return tile.total(parts).named(str(self._start.attrs[0]) + "_next")
 
     def read(self, read: Read) -> Tile:
-        """key^T S at the read's moment: [I, V], or [I] of a KeyState."""
-        c = tile.rows(self._lowered(read.key)).named("c")
+        """key^T S at the read's moment: [I, V], or [I] of a KeyState; or S key: [I, K]."""
+        c = tile.rows(_lowered(self._form, read.key, self._results)).named("c")
         exclusive = read.phase is Phase.BEFORE
         which = Which.LOWER if read.phase is Phase.AFTER else Which.STRICT
+        writes = list(zip(self._keys, self._written, strict=True))
+        if read.other_axis is not self._form.transposed:
+            start = tile.contract(c, self._start, Axis.V)
+            parts = [self._recall(start, exclusive=exclusive)]
+            parts += [self._combine(c, u, w, which, exclusive=exclusive) for w, u in writes]
+            return tile.total(parts)
         parts = [tile.contract(self._recall(c, exclusive=exclusive), self._start, Axis.K)]
-        for key, written in zip(self._keys, self._written, strict=True):
+        for key, written in writes:
             scores = self._scores(c, key, which, exclusive=exclusive).named("A")
             parts.append(self._gather(scores, written))
         return tile.total(parts)

@@ -99,8 +99,14 @@ class Dims:
     V: Channels
 
 
+def held(dims: Dims, *, transposed: bool) -> Dims:
+    """The dimensions of a state with those channels, as tiles hold it."""
+    return Dims(dims.V, dims.K) if transposed else dims
+
+
 def dims_of(kernel: Kernel, dims: Dims) -> Dims:
-    """The dimensions of the state in `kernel`; a transition matrix is K x K."""
+    """The dimensions of the state as `kernel` holds it; a transition matrix is K x K."""
+    dims = held(dims, transposed=kernel.transposed)
     identity = kernel.segments is not None and kernel.segments.start is Start.IDENTITY
     return Dims(dims.K, dims.K) if identity else dims
 

@@ -3,7 +3,8 @@
 Counted from the graph: matrix products as the kernels run them (a masked product is a whole one;
 those under a vector gate, and the triangular inverse, take one or two per halving, ℓ = log2 C), one
 FLOP per element for the rest. Bytes: each kernel reads each of its inputs once and writes each
-result once (programs along V that read the same rows meet in the cache).
+result once (programs along V that read the same rows meet in the cache). K and V are those of the
+state as kernels hold it.
 """
 
 from __future__ import annotations
@@ -96,8 +97,10 @@ def evaluate(expression: Expr, chunk: int, dims: Dims) -> float:
     return float(expression.subs(values))
 
 
-def readable(expression: Expr) -> str:
-    """A polynomial as text, its largest powers first."""
+def readable(expression: Expr, *, transposed: bool = False) -> str:
+    """A polynomial as text, its largest powers first; `transposed`: of states that are held so."""
+    if transposed:
+        expression = expression.subs({K: V, V: K}, simultaneous=True)
     text = str(expression).replace("**2", "²").replace("**3", "³")
     return text.replace("*", "·").replace(" - ", " − ")
 

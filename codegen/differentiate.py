@@ -15,7 +15,7 @@ from . import gates, tile
 from .buffers import gradient
 from .chunk import Carried, ChunkProgram, Named
 from .elementwise import FUNCTIONS, Cotangents, Rule
-from .gates import decayed_apply, decayed_crossing, gate_of
+from .gates import decayed_apply, decayed_crossing, decayed_dot, gate_of
 from .tile import Axis, Tile, TileOp, Which
 
 GRADIENT = "d_"  # the gradient of x is called d_x; of an output, it is an operand of that name
@@ -31,6 +31,7 @@ class Adjoint:
     outputs: Named
     carried: tuple[Carried, ...]
     saved: tuple[Tile, ...]
+    transposed: bool = False
 
 
 def differentiate(body: ChunkProgram) -> Adjoint:
@@ -71,7 +72,7 @@ def differentiate(body: ChunkProgram) -> Adjoint:
         for s, c in starts.items()
     )
     outputs.sort(key=lambda output: output[0].of)
-    return Adjoint(tuple(outputs), carried, tuple(starts))
+    return Adjoint(tuple(outputs), carried, tuple(starts), body.transposed)
 
 
 def _propagate(node: Tile, g: Tile) -> Cotangents:
@@ -139,19 +140,40 @@ def _inverse(z: Tile, g: Tile) -> Cotangents:
 
 
 def _decayed_dot(z: Tile, g: Tile) -> Cotangents:
-    """No diagonal: the op is strict. The gate's gradient sums the entries that cross each token.
+    """No diagonal: the op is strict."""
+    x, y = z.args[:2]
+    dx = decayed_apply(g, y, gate_of(z), Axis.I)
+    dy = decayed_apply(g, x, gate_of(z), Axis.J)
+    return [(x, dx), (y, dy), *_vector_gate(z, g, (x, dx), (y, dy))]
 
-    If the log-decay is an operand itself, a difference of sums of x dx and y dy will do: its
-    rounding is small beside the gradient of tokens that the state survives, and no derivative of
-    an expression (1/f, for a factor f) multiplies it.
-    """
-    x, y, p, q, log_decay = z.args
+
+def _decayed_apply(z: Tile, g: Tile) -> Cotangents:
+    """sum g z is the form sum A_ij x_ik y_jk e^(..), z the derivative for the side that g is on."""
+    a, other = z.args[:2]
     gate = gate_of(z)
-    dx = decayed_apply(g, y, gate, Axis.I)
-    dy = decayed_apply(g, x, gate, Axis.J)
+    if z.attrs[0] is Axis.I:
+        x, dx, y, dy = g, z, other, decayed_apply(a, g, gate, Axis.J)
+        passed = (y, dy)
+    else:
+        x, dx, y, dy = other, decayed_apply(a, g, gate, Axis.I), g, z
+        passed = (x, dx)
+    return [(a, decayed_dot(x, y, gate)), passed, *_vector_gate(z, a, (x, dx), (y, dy))]
+
+
+def _vector_gate(
+    z: Tile, a: Tile, rows: tuple[Tile, Tile], columns: tuple[Tile, Tile]
+) -> Cotangents:
+    """Of the gate of `z`, for sum A_ij x_ik y_jk e^(..); x and y with their derivatives dx, dy.
+
+    The gradient sums the entries that cross each token. If the log-decay is an operand itself, a
+    difference of sums of x dx and y dy will do: its rounding is small beside the gradient of tokens
+    that the state survives, and no derivative of an expression (1/f, for a factor f) multiplies it.
+    """
+    (x, dx), (y, dy) = rows, columns
+    p, q, log_decay = z.args[-3:]
     if _is_operand(log_decay):
-        return [(x, dx), (y, dy), (p, tile.mul(x, dx)), (q, tile.neg(tile.mul(y, dy)))]
-    return [(x, dx), (y, dy), (log_decay, decayed_crossing(g, x, y, dx, dy, gate))]
+        return [(p, tile.mul(x, dx)), (q, tile.neg(tile.mul(y, dy)))]
+    return [(log_decay, decayed_crossing(a, x, y, dx, dy, gate_of(z)))]
 
 
 def _is_operand(log_decay: Tile) -> bool:
@@ -207,4 +229,5 @@ _RULES: dict[TileOp, Rule] = {
     TileOp.DECAY: _decay,
     TileOp.INVERSE: _inverse,
     TileOp.DECAYED_DOT: _decayed_dot,
+    TileOp.DECAYED_APPLY: _decayed_apply,
 }

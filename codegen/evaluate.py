@@ -26,6 +26,7 @@ Numbers: TypeAlias = Any  # an array of Decimals with four axes: numpy does not 
 _NOTHING = Decimal("1e-30")  # a bound of rounding errors
 ZERO: Numbers = np.array(Decimal(0), dtype=object)
 _AT = {axis: n for n, axis in enumerate(Axis)}
+CHANNELS = _AT[Axis.K], _AT[Axis.V]  # of an array
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ form shares.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..dsl.ir import Op
 from . import tile
 from .chunk import Carried, ChunkProgram
@@ -22,7 +24,8 @@ def factor_chunk(body: ChunkProgram) -> ChunkProgram:
     roots = [*(t for _, t in body.outputs), *(c.end for c in body.carried)]
     done = tile.rewritten(roots, _factored)
     outputs = tuple((name, done[t]) for name, t in body.outputs)
-    return ChunkProgram(outputs, tuple(Carried(c.start, done[c.end]) for c in body.carried))
+    carried = tuple(Carried(c.start, done[c.end]) for c in body.carried)
+    return replace(body, outputs=outputs, carried=carried)
 
 
 def factor_adjoint(adjoint: Adjoint) -> Adjoint:
@@ -30,7 +33,7 @@ def factor_adjoint(adjoint: Adjoint) -> Adjoint:
     body = factor_chunk(ChunkProgram(adjoint.outputs, adjoint.carried))
     shared = _share_products([t for _, t in body.outputs])
     outputs = tuple((name, shared[t]) for name, t in body.outputs)
-    return Adjoint(outputs, body.carried, adjoint.saved)
+    return replace(adjoint, outputs=outputs, carried=body.carried)
 
 
 def _factored(t: Tile, args: tuple[Tile, ...]) -> Tile:

@@ -78,11 +78,15 @@ class Storage(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """A buffer and what it is stored in; `axes` in the order in which they lie."""
+    """A buffer and what it is stored in; `axes` in the order in which they lie.
+
+    `transposed`: the kernel holds states transposed, so that its axis K has the channels of Values.
+    """
 
     name: BufferId
     axes: Axes
     dtype: Dtype
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[str, ...]:
@@ -91,7 +95,8 @@ class Buffer(NamedTuple):
         `chunks` and `segments` count those of all sequences.
         """
         times = [a for a in self.axes if a in TIMES][:1]
-        size = {Axis.I: "C", Axis.J: "C", Axis.K: "K", Axis.V: "V"}
+        keys, values = ("V", "K") if self.transposed else ("K", "V")
+        size = {Axis.I: "C", Axis.J: "C", Axis.K: keys, Axis.V: values}
         rows: tuple[str, ...] = ("B", "T") if times else ("chunks",)
         if self.name.kind is BufferKind.SEGMENT_END:
             rows = ("segments",)
@@ -108,8 +113,10 @@ class Buffer(NamedTuple):
         return self.name.kind in (BufferKind.OUTPUT, BufferKind.GRADIENT)
 
 
-def buffer(name: BufferId, t: Tile, signature: Signature, storage: Storage) -> Buffer:
-    """The buffer that holds `t` under that name.
+def buffer(
+    name: BufferId, t: Tile, signature: Signature, storage: Storage, *, transposed: bool = False
+) -> Buffer:
+    """The buffer that holds `t` under that name; `transposed`: of a kernel that holds states so.
 
     A gradient is in its operand's dtype where every value head has a head of it; where groups
     share one, launchers take float32 instead, and add up.
@@ -124,7 +131,7 @@ def buffer(name: BufferId, t: Tile, signature: Signature, storage: Storage) -> B
     else:
         has_rows = Axis.I in t.axes or Axis.J in t.axes
         dtype = signature.of(name.of) if has_rows else Dtype.FLOAT32
-    return Buffer(name, axes, dtype)
+    return Buffer(name, axes, dtype, transposed)
 
 
 def intermediate_dtype(t: Tile, low: Dtype) -> Dtype:
@@ -135,10 +142,11 @@ def intermediate_dtype(t: Tile, low: Dtype) -> Dtype:
     return low if len(t.axes) == 2 and t.op is not TileOp.CUMSUM else Dtype.FLOAT32
 
 
-def segment_end(carried: Carried, *, matrix: bool = False) -> Buffer:
+def segment_end(carried: Carried, *, matrix: bool = False, transposed: bool = False) -> Buffer:
     """The buffer of what a carry is as each segment ends; `matrix`: of one that is K x K."""
     axes = (Axis.K, Axis.K) if matrix else carried.start.axes
-    return Buffer(BufferId(BufferKind.SEGMENT_END, carried.name), axes, Dtype.FLOAT32)
+    name = BufferId(BufferKind.SEGMENT_END, carried.name)
+    return Buffer(name, axes, Dtype.FLOAT32, transposed)
 
 
 def ends_stored(kernel: Kernel) -> tuple[Buffer, ...]:
@@ -146,7 +154,8 @@ def ends_stored(kernel: Kernel) -> tuple[Buffer, ...]:
     if kernel.segments is None or not kernel.segments.ends:
         return ()
     matrix = kernel.segments.start is Start.IDENTITY
-    return tuple(segment_end(c, matrix=matrix) for c in kernel.carried)
+    transposed = kernel.transposed
+    return tuple(segment_end(c, matrix=matrix, transposed=transposed) for c in kernel.carried)
 
 
 def ends_before(kernel: Kernel) -> tuple[Buffer, ...]:
@@ -154,17 +163,22 @@ def ends_before(kernel: Kernel) -> tuple[Buffer, ...]:
     if kernel.segments is None or kernel.segments.ends:
         return ()
     transitions = dict.fromkeys(p for p in kernel.segments.transitions if p is not None)
-    ends = [segment_end(p.carried, matrix=p.matrix) for p in transitions]
-    return (*map(segment_end, kernel.carried), *ends)
+    ends = [(c, False) for c in kernel.carried] + [(p.carried, p.matrix) for p in transitions]
+    transposed = kernel.transposed
+    return tuple(segment_end(c, matrix=matrix, transposed=transposed) for c, matrix in ends)
 
 
 def stored(kernel: Kernel, signature: Signature, storage: Storage) -> tuple[Buffer, ...]:
     """The buffers that a kernel stores."""
-    own = (buffer(n, t, signature, storage) for n, t in kernel.stores)
+    transposed = kernel.transposed
+    own = (buffer(n, t, signature, storage, transposed=transposed) for n, t in kernel.stores)
     return (*own, *ends_stored(kernel))
 
 
 def loaded(kernel: Kernel, signature: Signature, storage: Storage) -> tuple[Buffer, ...]:
     """The buffers that a kernel finds stored by others, and loads."""
-    found = (buffer(n, t, signature, storage) for t, n in kernel.buffers.items())
+    found = (
+        buffer(n, t, signature, storage, transposed=kernel.transposed)
+        for t, n in kernel.buffers.items()
+    )
     return (*found, *ends_before(kernel))

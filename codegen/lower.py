@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -15,43 +15,56 @@ from . import tile
 from .tile import Axes, Axis, Tile
 
 _AXES: dict[Kind, Axes] = {kind: tuple(Axis[a] for a in kind.axes) for kind in Kind}
+_EXCHANGED = {Kind.KEY: Kind.VALUE, Kind.VALUE: Kind.KEY}
 
 
-def kind_axes(kind: Kind) -> Axes:
-    """The channel axes of a value of this kind."""
-    return _AXES[kind]
+def kind_axes(kind: Kind, *, transposed: bool = False) -> Axes:
+    """The channel axes of a value of this kind; `transposed`: where states are held transposed."""
+    return _AXES[_EXCHANGED.get(kind, kind) if transposed else kind]
 
 
 def lower(form: NormalForm, roots: list[Node], results: Mapping[int, Tile]) -> list[Tile]:
     """`roots` as tiles; `results` gives the tile of each RESULT leaf (reads of the state).
 
+    The rows of a transposed form's tiles are its columns: its Values have axis K, its Keys axis V.
+
     With several micro-steps a row is one micro-step of a token: an operand of micro-steps is then a
     tensor of rows like any other, and an operand of tokens has its value in each of their rows.
     """
     per = {operand.name: operand.per for operand in form.operands}
+
+    def axes(kind: Kind) -> Axes:
+        return kind_axes(kind, transposed=form.transposed)
+
     done: dict[Node, Tile] = {}
     for node in step_order(*roots):
-        done[node] = _lower_one(node, [done[a] for a in node.args], per, results)
+        done[node] = _lower_one(node, [done[a] for a in node.args], per, results, axes)
     return [done[r] for r in roots]
 
 
 def _lower_one(
-    node: Node, args: list[Tile], per: Mapping[str, Per], results: Mapping[int, Tile]
+    node: Node,
+    args: list[Tile],
+    per: Mapping[str, Per],
+    results: Mapping[int, Tile],
+    axes: Callable[[Kind], Axes],
 ) -> Tile:
     if node.op is Op.OPERAND:
         name, _ = node.attrs
         assert isinstance(name, str)
         if per[name] is Per.HEAD:
-            return tile.head(name, _AXES[node.kind])
-        return tile.token(name, _AXES[node.kind])
+            return tile.head(name, axes(node.kind))
+        return tile.token(name, axes(node.kind))
     if node.op is Op.RESULT:
         (index,) = node.attrs
         assert isinstance(index, int)
         return results[index]
-    return lower_expression(node, args)
+    return lower_expression(node, args, axes)
 
 
-def lower_expression(node: Node, args: list[Tile]) -> Tile:
+def lower_expression(
+    node: Node, args: list[Tile], axes: Callable[[Kind], Axes] = kind_axes
+) -> Tile:
     """A number, a sum over channels or an elementwise function, of lowered arguments."""
     if node.op is Op.PARAM:
         return tile.param(str(node.attrs[0]))
@@ -63,10 +76,10 @@ def lower_expression(node: Node, args: list[Tile]) -> Tile:
         (x,) = args
         if x.is_map(Op.MUL):
             a, b = x.args
-            channel = _AXES[node.args[0].kind][0]
+            channel = axes(node.args[0].kind)[0]
             if channel in a.axes and channel in b.axes:
                 return tile.contract(a, b, channel)
-        return tile.reduce(x, _AXES[node.args[0].kind])
+        return tile.reduce(x, axes(node.args[0].kind))
     assert node.op in ELEMENTWISE, f"{node.op.name} is not lowered as an expression"
     if all(a.op is tile.TileOp.CONST for a in args):  # its value: kernels compute with fewer digits
         values = [torch.tensor(a.value, dtype=torch.float64, device="cpu") for a in args]

@@ -52,8 +52,8 @@ class Plan:
     """How one direction is cut into kernels.
 
     `reassociate`: T(x - bS) as Tx - (Tb)S (W stored, one product fewer in the serial chain).
-    `sums_apart`: backward only: the sums over the value axis in a kernel of their own, which stores
-    them; the kernel after it can then loop over the key axis.
+    `sums_apart`: what follows the scans has its sums over the value axis in a kernel of their own,
+    which stores them; the kernel after it can then loop over the key axis.
     `norms_apart`: sums over the key axis that something along it needs (norms) in kernels of their
     own, before and after, so that the kernel between them can loop over the key axis.
     `values_apart`: backward only: gradients along the value axis in a kernel of their own, which
@@ -82,7 +82,10 @@ class Plan:
 
 @dataclass(frozen=True)  # no slots: what follows from the fields is kept
 class Kernel:
-    """One kernel: the tiles it stores under their buffers' names, those it finds stored already."""
+    """One kernel: the tiles it stores under their buffers' names, those it finds stored already.
+
+    `transposed`: states are held transposed (`ChunkProgram`).
+    """
 
     name: str
     loop: Loop
@@ -90,6 +93,7 @@ class Kernel:
     carried: tuple[Carried, ...]
     stored: Named
     segments: Segments | None = None
+    transposed: bool = False
 
     @cached_property
     def order(self) -> tuple[Tile, ...]:
@@ -135,6 +139,19 @@ class Program:
 
 def forward_plans(body: ChunkProgram) -> tuple[Plan, ...]:
     """Every legal plan of a forward, the plainest first."""
+    plans = _plans(body)
+    if sums_over_values(body):
+        plans += [replace(p, sums_apart=True) for p in plans if not p.outputs_in_scan]
+    return tuple(plans)
+
+
+def sums_over_values(body: ChunkProgram) -> bool:
+    """Whether outputs take sums over the value axis: no part of it has them by itself."""
+    return any(Axis.V in summed_axes(t) for t in tile.topological(*(t for _, t in body.outputs)))
+
+
+def _plans(body: ChunkProgram) -> list[Plan]:
+    """The plans that both directions have."""
     tiles = _tiles(body.carried, body.outputs)
     solves = any(t.op is TileOp.INVERSE for t in tiles)
     gates = any(t.op is TileOp.CUMSUM for t in tiles)
@@ -152,19 +169,19 @@ def forward_plans(body: ChunkProgram) -> tuple[Plan, ...]:
                 plans.append(Plan(hoist, reassociate=True, outputs_in_scan=outputs_in_scan))
     if _norms_along_keys(tiles):
         plans += [replace(p, norms_apart=True) for p in plans]
-    return tuple(plans)
+    return plans
 
 
 def backward_plans(body: ChunkProgram) -> tuple[Plan, ...]:
     """Every legal plan of a backward."""
-    plans = [p for p in forward_plans(body) if not p.outputs_in_scan]
+    plans = [p for p in _plans(body) if not p.outputs_in_scan]
     plans += [replace(p, values_apart=True) for p in plans]
     return (*plans, *(replace(p, sums_apart=True) for p in plans))
 
 
 def plan_forward(body: ChunkProgram, plan: Plan, *, segments: bool = False) -> Program:
     """`body` cut into kernels by `plan`; `segments`: its scan too, if it can."""
-    build = _Builder("forward", segment_transitions(body.carried) if segments else None)
+    build = _Builder("forward", body, segments=segments)
     carries = frozenset(c.start for c in body.carried)
     in_scan = body.outputs if plan.outputs_in_scan else ()
     roots = [c.end for c in body.carried] + [t for _, t in in_scan]
@@ -174,6 +191,8 @@ def plan_forward(body: ChunkProgram, plan: Plan, *, segments: bool = False) -> P
     kept = () if plan.outputs_in_scan else _kept([t for _, t in body.outputs], carries)
     build.kernel("scan", Loop.FORWARD, (*in_scan, *build.fresh(kept)), body.carried)
     if not plan.outputs_in_scan:
+        if plan.sums_apart:
+            build.sums(body.outputs)
         build.kernel("post", Loop.PARALLEL, body.outputs)
     return Program(tuple(build.kernels), tuple(name for name, _ in body.outputs))
 
@@ -182,7 +201,7 @@ def plan_backward(
     body: ChunkProgram, adjoint: Adjoint, plan: Plan, *, segments: bool = False
 ) -> Program:
     """The adjoint cut into kernels: prep, the states again, the reversed scan, all gradients."""
-    build = _Builder("backward", segment_transitions(body.carried) if segments else None)
+    build = _Builder("backward", body, segments=segments)
     saved = frozenset(adjoint.saved)
     reverse = frozenset(c.start for c in adjoint.carried)
     ends = [c.end for c in (*body.carried, *adjoint.carried)]
@@ -203,7 +222,7 @@ def plan_backward(
         build.kernel("values", Loop.PARALLEL, apart)
     rest = tuple(o for o in adjoint.outputs if o not in apart)
     if plan.sums_apart:
-        build.kernel("sums", Loop.PARALLEL, build.fresh(build.sums_over_values(rest)))
+        build.sums(rest)
     cut = build.late_norms(rest) if plan.norms_apart else ()
     late = tuple(o for o in rest if _depends(o[1], frozenset(cut)))
     early = tuple(o for o in rest if o not in late)
@@ -216,9 +235,10 @@ def plan_backward(
 class _Builder:
     """Kernels as they accumulate, with everything stored so far."""
 
-    def __init__(self, direction: str, transitions: Transitions | None) -> None:
+    def __init__(self, direction: str, body: ChunkProgram, *, segments: bool) -> None:
         self._direction = direction
-        self._transitions = transitions
+        self._transitions = segment_transitions(body.carried) if segments else None
+        self._transposed = body.transposed
         self.kernels: list[Kernel] = []
         self._stored: dict[Tile, BufferId] = {}
         self._names: set[BufferId] = set()
@@ -239,7 +259,7 @@ class _Builder:
         if self._transitions is not None and loop is not Loop.PARALLEL:
             self._ends(name, loop, carried, before, self._transitions)
             own = Segments(Start.ENDS, self._transitions)
-        self.kernels.append(Kernel(name, loop, stores, carried, before, own))
+        self._add(name, loop, stores, carried, before, own)
         for n, t in stores:
             self._names.add(n)
             while t.op is TileOp.RENAME:  # the same numbers, which printers know by their tile
@@ -261,9 +281,21 @@ class _Builder:
         fades = tuple(p.carried for p in new if not p.matrix)
         matrices = tuple(p.carried for p in new if p.matrix)
         zero, identity = Segments(Start.ZERO, ()), Segments(Start.IDENTITY, ())
-        self.kernels.append(Kernel(name + ENDS, loop, (), (*carried, *fades), before, zero))
+        self._add(name + ENDS, loop, (), (*carried, *fades), before, zero)
         if matrices:
-            self.kernels.append(Kernel(name + MATRICES, loop, (), matrices, before, identity))
+            self._add(name + MATRICES, loop, (), matrices, before, identity)
+
+    def _add(
+        self,
+        name: str,
+        loop: Loop,
+        stores: Named,
+        carried: tuple[Carried, ...],
+        before: Named,
+        segments: Segments | None,
+    ) -> None:
+        transposed = self._transposed
+        self.kernels.append(Kernel(name, loop, stores, carried, before, segments, transposed))
 
     def fresh(self, tiles: Iterable[Tile]) -> Named:
         """Buffer names for `tiles`, in order, none of them used yet."""
@@ -300,10 +332,12 @@ class _Builder:
                 wanted |= {x: None for x in parts if _depends(x, along)}
         return tuple(wanted)
 
-    def sums_over_values(self, outputs: Named) -> tuple[Tile, ...]:
-        """The sums over the value axis that `outputs` need and nobody stored yet."""
+    def sums(self, outputs: Named) -> None:
+        """A kernel for the sums over the value axis that `outputs` need and nobody stored yet."""
         needed = tile.topological(*(t for _, t in outputs), stop=frozenset(self._stored))
-        return tuple(t for t in needed if t not in self._stored and Axis.V in summed_axes(t))
+        sums = [t for t in needed if t not in self._stored and Axis.V in summed_axes(t)]
+        if sums:
+            self.kernel("sums", Loop.PARALLEL, self.fresh(sums))
 
     def prepare(
         self,
@@ -336,8 +370,8 @@ class _Builder:
             visit(root)
         if Hoist.PRODUCTS in plan.hoist:
             for t in tile.topological(*outputs):
-                for x in t.args:
-                    if _scores_under_vector_gate(x) and not _scores_under_vector_gate(t):
+                for x in t.args if not _scores_under_vector_gate(t) else ():
+                    if _scores_under_vector_gate(x) and not _depends(x, carries):
                         wanted[x] = None
         if wanted:
             self.kernel("prep", Loop.PARALLEL, self.fresh(wanted))

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from ..dsl.normal_form import NormalForm
 from .chunk import ChunkProgram, derive
-from .config import Dims
+from .config import Dims, held
 from .differentiate import Adjoint, differentiate
 from .factor import factor_adjoint, factor_chunk
 from .plan import Plan, Program, plan_backward, plan_forward
@@ -69,9 +69,11 @@ class Transition(Enum):
 @lru_cache(maxsize=512)
 def transition_of(form: NormalForm, dims: Dims) -> Transition | None:
     """The transition of states over a segment; None if scans cannot run on segments at once."""
-    found = segment_transitions(factor_chunk(chunk_program(form)).carried)
+    body = factor_chunk(chunk_program(form))
+    found = segment_transitions(body.carried)
     if found is None:
         return None
     if not any(p is not None and p.matrix for p in found):
         return Transition.DIAGONAL
-    return Transition.MATRIX if dims.K <= _WIDEST else None
+    keys = held(dims, transposed=body.transposed).K
+    return Transition.MATRIX if keys <= _WIDEST else None

@@ -28,7 +28,7 @@ from ..dsl.step import Step, operand_leaf, param_leaf, state_leaf
 from . import buffers
 from .chunk import ChunkProgram, derive
 from .differentiate import GRADIENT, Adjoint, differentiate
-from .evaluate import ZERO, Numbers, Sizes, evaluate, evaluate_step
+from .evaluate import CHANNELS, ZERO, Numbers, Sizes, evaluate, evaluate_step
 from .factor import factor_adjoint, factor_chunk
 from .lower import kind_axes
 from .tile import Axis, Tile, TileOp
@@ -297,7 +297,7 @@ def _prove_at(point: _Point, variants: tuple[_Variant, ...], length: int) -> Non
     slopes = {n: _slope(point, n) for n in point.directions}
     states = {s.name for s in point.step.states}
     for variant in variants:
-        chunks = _Chunks(point, length)
+        chunks = _Chunks(point, length, transposed=variant.body.transposed)
         where = f"of tiles {variant.name}, in chunks of {length} rows"
         for n, ours in chunks.results(variant.body).items():
             what = f"the final {n}" if n in states else n
@@ -318,11 +318,13 @@ def _agree(point: _Point, what: str, ours: Decimal, expected: Decimal) -> None:
 class _Chunks:
     """A point in rows (micro-steps of tokens), cut into chunks, as the engines run it."""
 
-    def __init__(self, point: _Point, length: int) -> None:
+    def __init__(self, point: _Point, length: int, *, transposed: bool) -> None:
         step = point.step
+        self._transposed = transposed
         self._point, self._micro = point, step.micro
         end = point.tokens * self._micro
-        self._sizes = [Sizes(length, _KEY, _VALUE, first, end) for first in range(0, end, length)]
+        channels = (_VALUE, _KEY) if transposed else (_KEY, _VALUE)
+        self._sizes = [Sizes(length, *channels, first, end) for first in range(0, end, length)]
         self._starts: list[_Values] = []  # the states as each chunk begins
         rows = {
             o.name: x if o.micro else x.repeat(self._micro, axis=0)
@@ -340,14 +342,20 @@ class _Chunks:
         def leaf(t: Tile) -> Numbers:
             name = str(t.attrs[0])
             if t.op is TileOp.TOKEN:
-                return self._rows[name][sizes.first : sizes.first + sizes.rows]
-            return {
-                TileOp.HEAD: self._point.values,
-                TileOp.PARAM: self._point.params,
-                TileOp.CARRY: carries,
-            }[t.op][name]
+                return self._turned(self._rows[name][sizes.first : sizes.first + sizes.rows])
+            return self._turned(
+                {
+                    TileOp.HEAD: self._point.values,
+                    TileOp.PARAM: self._point.params,
+                    TileOp.CARRY: carries,
+                }[t.op][name]
+            )
 
-        return evaluate(roots, leaf, sizes)
+        return list(map(self._turned, evaluate(roots, leaf, sizes)))
+
+    def _turned(self, x: Numbers) -> Numbers:
+        """A value between the declaration's axes and those of tiles that hold states transposed."""
+        return x.swapaxes(*CHANNELS) if self._transposed else x
 
     def results(self, body: ChunkProgram) -> _Values:
         """The output and the final states, and keeps the states as each chunk begins."""

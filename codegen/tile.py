@@ -376,6 +376,12 @@ def finite_at_zero(x: Tile, stop: frozenset[Tile] = frozenset()) -> bool:
     return all(at_zeros(fn).is_finite() for fn in functions if isinstance(fn, Op))
 
 
+def smooth_at_zero(x: Tile, stop: frozenset[Tile] = frozenset()) -> bool:
+    """Whether `x` and its derivative are finite for sure where the operands are zero."""
+    steep = any(t.is_map(Op.SQRT) for t in topological(x, stop=stop))
+    return not steep and finite_at_zero(x, stop)
+
+
 def mask(x: Tile, which: Which) -> Tile:
     if which is not Which.DIAGONAL and _within(x, which):
         return x
@@ -417,6 +423,10 @@ def contract(x: Tile, y: Tile, over: Axis) -> Tile:
     Raises InvalidIR for the product of two C x C tiles, for which there is no third time axis.
     """
     x, y = (t.args[0] if t.op is TileOp.EXPAND and over in t.args[0].axes else t for t in (x, y))
+    if over not in TIMES:
+        for a, b in ((x, y), (y, x)):
+            if a.op is TileOp.EXPAND:  # constant along the axis: a factor of the other's sum
+                return mul(a.args[0], reduce(b, (over,)))
     if x.is_map(Op.NEG):
         return neg(contract(x.args[0], y, over))
     if y.is_map(Op.NEG):

@@ -194,7 +194,8 @@ class TiledKernel:
         by_token: whether the scan takes single tokens, whose tiles have no axis of time.
         segments: of a scan of segments of sequences.
         channels: the channel axis that a loop takes tile by tile.
-        dims: channels; `extents`: of a tile along each axis, which may be more.
+        dims: channels, as tiles hold states; `extents`: of a tile along each axis, maybe more.
+        transposed: whether states of the call are held transposed.
         v_parts: programs along the value axis.
         order: how the axes of a tile lie, rows first.
         precision: of products of float32 factors.
@@ -206,6 +207,7 @@ class TiledKernel:
     segments: Segments | None
     channels: Axis | None
     dims: Dims
+    transposed: bool
     extents: dict[Axis, int]
     v_parts: int
     order: Axes

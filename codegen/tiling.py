@@ -71,6 +71,7 @@ class _Tiling:
             segments=self._kernel.segments,
             channels=self._channels,
             dims=self._dims,
+            transposed=self._kernel.transposed,
             extents=self._extents,
             v_parts=self._v_parts,
             order=self._layout,

@@ -104,6 +104,12 @@ class Walker:
             self._vectors[node] = self._vector(node)
         return self._vectors[node]
 
+    def read(self, node: Node) -> VectorForm:
+        """The affine form of a read. Raises NotAffine, NoChunkForm."""
+        if node not in self._vectors:
+            self._vectors[node] = self._read(node)
+        return self._vectors[node]
+
     def _state(self, node: Node) -> StateForm:
         if node in self._stops:
             return StateForm(coefs=((self._stops[node], algebra.ONE),))
@@ -139,22 +145,13 @@ class Walker:
         else:
             form = self.vector(value)
             terms += [Term(key, form.const, None, node.loc)] if form.const is not None else []
-            for coef, read in form.reads:
-                if coef.kind is Kind.VALUE and not _is_value_read(read, self._stops):
-                    raise errors.NoChunkForm(
-                        "what is read from a KeyState is written along a Value",
-                        "the two states would be coupled through a vector, and coupled states mix "
-                        "through scalars only",
-                        "divide by the normaliser after the read instead of before the write",
-                        node.loc,
-                    )
-                terms.append(Term(key, coef, read, node.loc))
+            terms += [Term(key, coef, read, node.loc) for coef, read in form.reads]
         return StateForm(terms=tuple(terms))
 
     def _vector(self, node: Node) -> VectorForm:
         op = node.op
         if op in (Op.READ, Op.READ_VALUE):
-            return self._read(node)
+            return self.read(node)
         if op in (Op.ADD, Op.SUB):
             a, b = (self.vector(x) for x in node.args)
             if op is Op.SUB:
@@ -211,11 +208,6 @@ class Walker:
             else:
                 reads.append((algebra.mul(weight, other), t.read))
         return VectorForm(algebra.total(consts), tuple(reads))
-
-
-def _is_value_read(read: MomentRead, stops: Mapping[Node, Moment]) -> bool:
-    kinds = {m.state: n.kind for n, m in stops.items()}
-    return kinds[read.moment.state] is Kind.STATE
 
 
 def _plus(a: StateForm, b: StateForm) -> StateForm:

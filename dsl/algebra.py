@@ -96,8 +96,8 @@ def total(nodes: Iterable[Node]) -> Node | None:
 
 
 def leaves(node: Node) -> frozenset[str]:
-    """The names of the operands and parameters that an expression depends on."""
-    found = (n for n in topological(node) if n.op in (Op.OPERAND, Op.PARAM))
+    """The names of operands and parameters, and numbers of reads, that an expression depends on."""
+    found = (n for n in topological(node) if n.op in (Op.OPERAND, Op.PARAM, Op.RESULT))
     return frozenset(str(n.attrs[:2]) for n in found)
 
 

@@ -8,7 +8,7 @@ from enum import Enum
 
 from .intervals import Interval
 from .ir import Kind, Node, Per, operands_of
-from .normal_form import NormalForm, Update
+from .normal_form import NormalForm, Update, levels_of, results_of, seen_by
 
 
 class DecayClass(Enum):
@@ -43,12 +43,16 @@ class StateClass:
 
 @dataclass(frozen=True, slots=True)
 class Classes:
-    """The class of a normal form. `transposed`: the roles of K and V are exchanged."""
+    """The class of a normal form. `transposed`: the roles of K and V are exchanged.
+
+    `levels`: of states, of which each sees what is read of those before; one but in a cascade.
+    """
 
     states: tuple[StateClass, ...]
     micro_steps: int
     coupled: bool
     transposed: bool
+    levels: int = 1
 
     def __str__(self) -> str:
         parts = []
@@ -58,7 +62,8 @@ class Classes:
         n, m = self.micro_steps, len(self.states)
         parts.append("one micro-step" if n == 1 else f"{n} micro-steps")
         kind = "coupled states" if self.coupled else "states"
-        parts.append("one state" if m == 1 else f"{m} {kind}")
+        levels = f" in a cascade of {self.levels} levels" if self.levels > 1 else ""
+        parts.append("one state" if m == 1 else f"{m} {kind}{levels}")
         if self.transposed:
             parts.append("transposed (roles of K and V exchanged)")
         return ", ".join(parts)
@@ -80,16 +85,13 @@ def classify(form: NormalForm) -> Classes:
                 max(len(u.writes) for u in updates),
             )
         )
-    return Classes(tuple(states), len(form.micro_steps), is_coupled(form), form.transposed)
+    levels = len(levels_of(form))
+    return Classes(tuple(states), len(form.micro_steps), is_coupled(form), form.transposed, levels)
 
 
 def is_coupled(form: NormalForm) -> bool:
     """Whether a state's update sees another state."""
-    return any(
-        u.mixes or any(w.correction is not None and w.correction.state != u.state for w in u.writes)
-        for m in form.micro_steps
-        for u in m.updates
-    )
+    return any(seen_by(u) for m in form.micro_steps for u in m.updates)
 
 
 def decay_class(form: NormalForm, log_decay: Node | None) -> DecayClass:
@@ -101,7 +103,7 @@ def decay_class(form: NormalForm, log_decay: Node | None) -> DecayClass:
     if log_decay.kind is Kind.VALUE:
         return DecayClass.VALUE
     per_token = {o.name for o in form.operands if o.per is Per.TOKEN}
-    constant = per_token.isdisjoint(operands_of(log_decay))
+    constant = per_token.isdisjoint(operands_of(log_decay)) and not results_of(log_decay)
     return DecayClass.PER_HEAD if constant else DecayClass.SCALAR
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 
 from . import algebra
 from .ir import Kind, Node, Op, Per, topological
 from .latex import LATEX, Equation
-from .normal_form import NormalForm, Phase, Update, Write
+from .normal_form import Level, NormalForm, Phase, Update, Write, levels_of, results_of
 from .printing import printed
 from .step import Step, operand_leaf, state_leaf
 
@@ -76,17 +77,20 @@ def as_step(form: NormalForm) -> Step:
     micro = max((o.micro for o in form.operands), default=False) and len(form.micro_steps)
     reads: dict[int, Node] = {}
 
-    def read(index: int, phase: Phase, states: dict[str, Node]) -> None:
-        for n, r in enumerate(form.reads):
+    def read(level: Level, index: int, phase: Phase, states: dict[str, Node]) -> None:
+        for n in level.reads:
+            r = form.reads[n]
             if r.micro_step == index and r.phase is phase:
-                reads[n] = _recall(r.key, states[r.state])
+                reads[n] = _recall(_with_results(r.key, reads), states[r.state])
 
-    for index, micro_step in enumerate(form.micro_steps):
-        read(index, Phase.BEFORE, now)
-        decayed = {**now, **{u.state: _decayed(u, now[u.state]) for u in micro_step.updates}}
-        read(index, Phase.DECAYED, decayed)
-        now = {**decayed, **{u.state: _updated(u, now, decayed) for u in micro_step.updates}}
-        read(index, Phase.AFTER, now)
+    for level in levels_of(form):
+        for index, micro_step in enumerate(form.micro_steps):
+            updates = [_known(u, reads) for u in micro_step.updates if u.state in level.states]
+            read(level, index, Phase.BEFORE, now)
+            decayed = {**now, **{u.state: _decayed(u, now[u.state]) for u in updates}}
+            read(level, index, Phase.DECAYED, decayed)
+            now = {**decayed, **{u.state: _updated(u, now, decayed) for u in updates}}
+            read(level, index, Phase.AFTER, now)
     return Step(
         form.name,
         form.operands,
@@ -96,6 +100,23 @@ def as_step(form: NormalForm) -> Step:
         _with_results(form.output, reads),
         micro or 1,
     )
+
+
+def _known(u: Update, reads: dict[int, Node]) -> Update:
+    """An update with the reads of earlier levels for their results."""
+
+    def known(node: Node) -> Node:
+        return _with_results(node, reads)
+
+    writes = []
+    for w in u.writes:
+        c = w.correction
+        if c is not None:
+            c = replace(c, key=known(c.key), scale=known(c.scale))
+        writes.append(Write(known(w.key), None if w.value is None else known(w.value), c))
+    mixes = tuple(replace(m, factor=known(m.factor)) for m in u.mixes)
+    log = None if u.log_decay is None else known(u.log_decay)
+    return Update(u.state, log, u.bound, mixes, tuple(writes))
 
 
 def _decayed(update: Update, state: Node) -> Node:
@@ -141,5 +162,7 @@ def _with_results(node: Node, reads: dict[int, Node]) -> Node:
         index = node.attrs[0]
         assert isinstance(index, int)
         return reads[index]
+    if not reads or not results_of(node):
+        return node
     args = tuple(_with_results(a, reads) for a in node.args)
     return Node(node.op, args, node.attrs, node.kind, node.loc)

@@ -9,7 +9,7 @@ from . import algebra
 from .classify import DecayClass, classify, decay_class
 from .decay import SMALLEST
 from .ir import Kind, Node, Op, topological
-from .normal_form import Correction, NormalForm, Phase, Update, Write, expressions
+from .normal_form import Correction, NormalForm, Phase, Update, Write, expressions, results_of
 from .notation import Level
 from .printing import infix, printed
 from .step import Step
@@ -222,10 +222,11 @@ def _notes(form: NormalForm) -> list[str]:
             if u.log_decay is None:
                 continue
             if u.bound.hi > 0:
+                checked = "" if results_of(u.log_decay) else " (checked under CHUNKWISE_CHECK)"
                 exact = ", and is summed exactly within a chunk, not factorised"
                 notes.append(
                     f"the log-decay {infix(u.log_decay)} of {u.state} has no bound in the "
-                    "declaration: it must be ≤ 0 (checked under CHUNKWISE_CHECK)"
+                    f"declaration: it must be ≤ 0{checked}"
                     + ("" if u.log_decay.kind is Kind.SCALAR else exact)
                 )
             if any(algebra.number(n) == SMALLEST for n in topological(u.log_decay)):

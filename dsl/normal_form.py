@@ -7,8 +7,9 @@ Per head and token, a list of micro-steps; in each, for every state,
 with reads of the state at stated moments and an output that is an elementwise function of them
 (mathematics, (1) and (2); the low-rank term a (b^T S) is a write whose value is a correction).
 All vectors, gates and the output are StepIR expressions over the operands: the preamble and the
-postamble. When `transposed`, the roles of the Key and Value axes are exchanged: `Write.key`,
-`Correction.key` are Values and `Write.value` is a Key.
+postamble. In a cascade they are over results of reads too (RESULT leaves): of states of an earlier
+level, which the step can know before. When `transposed`, the roles of the Key and Value axes are
+exchanged: `Write.key`, `Correction.key` are Values and `Write.value` is a Key.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import hashlib
 from dataclasses import dataclass, field
 from enum import Enum
 
+from .errors import InvalidIR
 from .intervals import Interval
-from .ir import Kind, Node, Op, Per
+from .ir import Kind, Node, Op, Per, topological
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,16 +191,73 @@ def result_leaf(form: NormalForm, index: int) -> Node:
 
 def expressions(form: NormalForm) -> list[Node]:
     """Every expression of the preamble, in the order of the form."""
-    found: list[Node | None] = []
-    for micro in form.micro_steps:
-        for u in micro.updates:
-            found += [u.log_decay, *(m.factor for m in u.mixes)]
-            for w in u.writes:
-                found += [w.key, w.value]
-                if w.correction is not None:
-                    found += [w.correction.key, w.correction.scale]
-    found += [r.key for r in form.reads]
+    updates = (u for m in form.micro_steps for u in m.updates)
+    return [*(n for u in updates for n in of_update(u)), *(r.key for r in form.reads)]
+
+
+def of_update(u: Update) -> list[Node]:
+    """Every expression of an update, in order."""
+    found: list[Node | None] = [u.log_decay, *(m.factor for m in u.mixes)]
+    for w in u.writes:
+        found += [w.key, w.value]
+        if w.correction is not None:
+            found += [w.correction.key, w.correction.scale]
     return [n for n in found if n is not None]
+
+
+def results_of(*roots: Node) -> list[int]:
+    """The reads whose results are below some expressions, by number."""
+    found = (n.attrs[0] for n in topological(*roots) if n.op is Op.RESULT)
+    return [n for n in found if isinstance(n, int)]
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """States of one level of a cascade, and the reads that are known with them, by number."""
+
+    states: tuple[str, ...]
+    reads: tuple[int, ...]
+
+
+def levels_of(form: NormalForm) -> tuple[Level, ...]:
+    """The levels of a form: the updates of one, and its reads' keys, hold results of earlier ones.
+
+    Of a form that is no cascade there is one. A read stands after those that its key holds.
+    Raises InvalidIR where states see one another through results.
+    """
+    at = {s.name: 0 for s in form.states}
+    updates = [u for m in form.micro_steps for u in m.updates]
+    results = {id(u): results_of(*of_update(u)) for u in updates}
+    reads: list[int] = []
+    for _ in range(len(at) ** 2 + 1):
+        reads = []
+        for r in form.reads:
+            below = results_of(r.key)
+            if any(n >= len(reads) for n in below):
+                raise InvalidIR("a read whose key holds the result of a later one")
+            reads.append(max((at[r.state], *(reads[n] for n in below))))
+        before = dict(at)
+        for u in updates:
+            at[u.state] = max((at[u.state], *(reads[n] + 1 for n in results[id(u)])))
+            for other in seen_by(u):
+                at[u.state] = at[other] = max(at[u.state], at[other])
+        if at == before:
+            break
+    else:
+        raise InvalidIR("states that see one another through results")
+    return tuple(
+        Level(
+            tuple(name for name, n in at.items() if n == level),
+            tuple(r for r, n in enumerate(reads) if n == level),
+        )
+        for level in range(max(at.values()) + 1)
+    )
+
+
+def seen_by(u: Update) -> list[str]:
+    """The other states that mix into an update, or that it recalls."""
+    recalled = (w.correction.state for w in u.writes if w.correction is not None)
+    return [s for s in (*(m.state for m in u.mixes), *recalled) if s != u.state]
 
 
 def _text(x: object) -> str:

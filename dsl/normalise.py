@@ -7,14 +7,14 @@ two cuts every expression is an affine form over the states at the cut (`affine`
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from . import algebra, errors
 from .affine import Moment, MomentRead, StateForm, Term, Walker
+from .cascade import READS, Results, cycle, levels
 from .decay import log_decay
-from .elementwise import ELEMENTWISE
 from .intervals import Interval
 from .ir import Kind, Loc, Node, Op
 from .normal_form import (
@@ -22,7 +22,6 @@ from .normal_form import (
     MicroStep,
     Mix,
     NormalForm,
-    Phase,
     Read,
     StateDecl,
     Update,
@@ -30,43 +29,70 @@ from .normal_form import (
 )
 from .step import Step, state_leaf
 
-_READS = (Op.READ, Op.READ_VALUE)
-
 
 def normalise(step: Step) -> NormalForm:
     """The normal form of a step.
 
     Raises NotAffine, NoChunkForm, and the errors of `log_decay` about multipliers.
     """
-    bases = _cut(step)
-    forms: list[tuple[StateForm, ...]] = []
-    for index, (base, target) in enumerate(itertools.pairwise([*bases, step.next_states])):
-        walker = Walker(_moments(step.states, base, index))
-        forms.append(tuple(walker.state(n) for n in target))
-    transposed = _is_transposed(forms, step)
-    micro_steps = tuple(
-        _micro_step(step, index, each, transposed) for index, each in enumerate(forms)
-    )
-    stops: dict[Node, Moment] = {}
-    for index, nodes in enumerate([*bases, step.next_states]):
-        for node, moment in _moments(step.states, nodes, index).items():
-            if index == len(bases):
-                stops[node] = moment
-            else:
-                stops.setdefault(node, moment)
-    decays = [_own_coefs(step.states, f, i) for i, f in enumerate(forms)]
-    output = _Output(Walker(stops), decays, step)
-    node = output.rewrite(step.output)
+    order = levels(step)
+    results = Results(step, order)
+    parts = []
+    for n, level in enumerate(order):
+        try:
+            parts.append(_part(step, level, n, results))
+        except (errors.NotAffine, errors.NoChunkForm) as mistake:
+            mistake.why += cycle(step, level)
+            raise
+    transposed = _is_transposed([f for part in parts for f in part.forms], step)
     return NormalForm(
         step.name,
         step.operands,
         step.params,
         step.states,
-        micro_steps,
-        tuple(output.reads),
-        node,
+        tuple(
+            _micro_step(step, parts, index, transposed)
+            for index in range(max(len(part.forms) for part in parts))
+        ),
+        *_reads(step, results, len(order)),
         transposed,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A level of a step: its states with their new values, and the form of each micro-step."""
+
+    step: Step
+    forms: list[tuple[StateForm, ...]]
+
+
+def _part(step: Step, level: Sequence[int], n: int, results: Results) -> _Part:
+    """The n-th level, of the states `level`, whose reads `results` knows from then on."""
+    states = tuple(step.states[i] for i in level)
+    part = replace(
+        step,
+        states=states,
+        next_states=tuple(results.rewrite(step.next_states[i], n) for i in level),
+    )
+    bases = _cut(part)
+    forms: list[tuple[StateForm, ...]] = []
+    stops: dict[Node, Moment] = {}
+    decays: dict[Moment, Node] = {}
+    for index, (base, target) in enumerate(itertools.pairwise([*bases, part.next_states])):
+        moments = _moments(states, base, index)
+        walker = Walker(moments)
+        forms.append(tuple(walker.state(n) for n in target))
+        stops = {**moments, **stops}
+        decays |= _own_coefs(states, forms[-1], index)
+    results.know(stops | _moments(states, part.next_states, len(bases)), decays)
+    return _Part(part, forms)
+
+
+def _reads(step: Step, results: Results, levels: int) -> tuple[tuple[Read, ...], Node]:
+    """The reads of a step, and its output in terms of them."""
+    output = results.rewrite(step.output, levels)
+    return tuple(results.reads), output
 
 
 def _moments(states: Sequence[StateDecl], nodes: Sequence[Node], index: int) -> dict[Node, Moment]:
@@ -88,7 +114,7 @@ def _next_cut(step: Step, base: tuple[Node, ...]) -> tuple[Node, ...] | None:
     walker = Walker(_moments(step.states, base, 0))
     above = _above(step.next_states, base)
     for read in above:
-        if read.op not in _READS:
+        if read.op not in READS:
             continue
         state = read.args[1] if read.op is Op.READ else read.args[0]
         if not walker.state(state).terms:
@@ -181,6 +207,10 @@ def _is_transposed(forms: Sequence[Sequence[StateForm]], step: Step) -> bool:
             loc,
         )
     transposed = columns or right
+    if not (transposed or rows or left):  # either will do: that with the reads of ordinary forms
+        ops = {n.op for n in _above([step.output], ())}
+        matrices = all(s.kind is Kind.STATE for s in step.states)
+        return matrices and Op.READ_VALUE in ops and Op.READ not in ops
     if transposed and any(s.kind is Kind.KEY_STATE for s in step.states):
         raise errors.NoChunkForm(
             "a KeyState accompanies a State whose columns decay or are read",
@@ -191,7 +221,18 @@ def _is_transposed(forms: Sequence[Sequence[StateForm]], step: Step) -> bool:
     return transposed
 
 
-def _micro_step(step: Step, index: int, forms: Sequence[StateForm], transposed: bool) -> MicroStep:
+def _micro_step(step: Step, parts: Sequence[_Part], index: int, transposed: bool) -> MicroStep:
+    """The updates of all levels; a level with fewer micro-steps has its states rest afterwards."""
+    rest = Interval(0.0, 0.0)
+    found = {s.name: Update(s.name, None, rest, (), ()) for s in step.states}
+    for part in parts:
+        if index < len(part.forms):
+            updates = _updates(part.step, index, part.forms[index], transposed)
+            found |= {u.state: u for u in updates}
+    return MicroStep(tuple(found.values()))
+
+
+def _updates(step: Step, index: int, forms: Sequence[StateForm], transposed: bool) -> list[Update]:
     names = [s.name for s in step.states]
     own = {m.state: c for m, c in _own_coefs(step.states, forms, index).items()}
     coupled = any(m.state != n for n, f in zip(names, forms, strict=True) for m, _ in f.coefs)
@@ -226,7 +267,7 @@ def _micro_step(step: Step, index: int, forms: Sequence[StateForm], transposed: 
         updates.append(
             Update(name, log, Interval(0.0, 0.0) if log is None else bound, mixes, writes)
         )
-    return MicroStep(tuple(updates))
+    return updates
 
 
 def _writes(terms: Sequence[Term], own: Mapping[str, Node], transposed: bool) -> tuple[Write, ...]:
@@ -297,70 +338,3 @@ def _undecayed(f: Correction, decay: Node) -> Correction:
         return Correction(f.state, f.key, f.scale, False)
     factor, key = algebra.split_scalar(algebra.mul(decay, f.key))
     return Correction(f.state, key, algebra.mul(f.scale, factor), False)
-
-
-# ---------------------------------------------------------------- the output
-
-
-class _Output:
-    """Rewrites the output to an elementwise function of reads at moments."""
-
-    def __init__(self, walker: Walker, decays: list[dict[Moment, Node]], step: Step) -> None:
-        self.reads: list[Read] = []
-        self._walker = walker
-        self._decays = decays
-        self._kinds = {s.name: s.kind for s in step.states}
-        self._done: dict[Node, Node] = {}
-
-    def rewrite(self, node: Node) -> Node:
-        if not self._walker.depends(node):
-            return node
-        if node not in self._done:
-            self._done[node] = self._rewrite(node)
-        return self._done[node]
-
-    def _rewrite(self, node: Node) -> Node:
-        if node.op in _READS:
-            key = node.args[0] if node.op is Op.READ else node.args[1]
-            if self._walker.depends(key):
-                raise errors.NoChunkForm(
-                    "the output reads the state with what was read from it",
-                    "a chunk computes all its reads at once, so their keys must be known before",
-                    "return the first read and read again in a second op",
-                    node.loc,
-                )
-            form = self._walker.vector(node)
-            parts = [] if form.const is None else [form.const]
-            parts += [algebra.mul(coef, self._result(read)) for coef, read in form.reads]
-            return functools.reduce(algebra.add, parts)
-        if node.op is Op.SUM:
-            raise errors.NoChunkForm(
-                "the output sums a read over its channels",
-                "what follows a read is elementwise: a kernel may hold only some of the columns",
-                "return the read and normalise it outside the op",
-                node.loc,
-            )
-        if node.op not in ELEMENTWISE:
-            raise errors.NoChunkForm(
-                f"the output holds {node.op.name.lower()} of a state", "", "read it", node.loc
-            )
-        args = tuple(self.rewrite(a) for a in node.args)
-        return Node(node.op, args, node.attrs, node.kind, node.loc)
-
-    def _result(self, read: MomentRead) -> Node:
-        """The leaf that stands for a read."""
-        name, at = read.moment.state, read.moment.index
-        last = len(self._decays)
-        own = self._decays[at].get(read.moment) if at < last else None
-        if read.coef == own and own != algebra.ONE:
-            entry = Read(name, read.key, at, Phase.DECAYED, not read.left)
-        elif at == 0:
-            entry = Read(name, read.folded, 0, Phase.BEFORE, not read.left)
-        else:
-            entry = Read(name, read.folded, at - 1, Phase.AFTER, not read.left)
-        if entry not in self.reads:
-            self.reads.append(entry)
-        kind = Kind.SCALAR if self._kinds[name] is Kind.KEY_STATE else Kind.VALUE
-        if not read.left:
-            kind = Kind.KEY
-        return Node(Op.RESULT, (), (self.reads.index(entry),), kind)

@@ -26,7 +26,7 @@ from .decay import SMALLEST
 from .declaration import Declaration
 from .elementwise import ELEMENTWISE
 from .ir import Kind, Node, Op, Per, topological
-from .normal_form import NormalForm, Phase, Read, StateDecl, Update, result_leaf
+from .normal_form import Level, NormalForm, Phase, Read, StateDecl, Update, levels_of, result_leaf
 from .step import Step, state_leaf
 
 _Expr: TypeAlias = Any  # SymPy carries no types
@@ -59,7 +59,7 @@ def prove(what: Declaration, chunk: int = 3) -> Proof:
     """Prove that the step is affine in its state, and that its chunk form equals it.
 
     Every output and the final state agree, from a symbolic state, for chunks of 2 to `chunk`
-    tokens; `chunk` counts micro-steps, but 2 tokens at least are taken.
+    tokens; `chunk` counts micro-steps, of each level of a cascade, but 2 tokens at least are taken.
     Raises NotLowered for coupled states, which this proof does not cover, and for declarations for
     the reference engine only; ProofFailed if an identity does not hold.
     """
@@ -77,9 +77,11 @@ def prove(what: Declaration, chunk: int = 3) -> Proof:
             "their decays between two tokens are products of small matrices, not of numbers",
             "compare numerically: dsl.oracle.run of the step and of the form, in float64",
         )
-    _prove_affine(step)
-    # the polynomials grow with the micro-steps of a chunk, so more of those make for fewer tokens
-    longest = max(2, math.ceil(chunk / len(form.micro_steps)))
+    levels = levels_of(form)
+    _prove_affine(step, levels)
+    # polynomials grow with the micro-steps of a chunk and the levels of a cascade, so more of those
+    # make for fewer tokens
+    longest = max(2, math.ceil(chunk / (len(form.micro_steps) * len(levels))))
     chunks = tuple(range(2, longest + 1))
     for length in chunks:
         _prove_chunk(step, form, length)
@@ -232,21 +234,27 @@ def _state_symbols(state: StateDecl, symbols: _Symbols) -> _Array:
 # ---------------------------------------------------------------- the step is affine
 
 
-def _prove_affine(step: Step) -> None:
-    """Degree 1 in the state, seen by SymPy alone: nothing of `affine` or `normalise` is used."""
+def _prove_affine(step: Step, levels: Sequence[Level]) -> None:
+    """Degree 1 in the states of a level and of later ones, seen by SymPy alone: nothing of `affine`
+    or `normalise` is used."""
     form_like = NormalForm(step.name, step.operands, step.params, step.states, (), (), step.output)
-    symbols = _Symbols(form_like)
-    incoming = {state_leaf(s): _state_symbols(s, symbols) for s in step.states}
-    flat = [x for xs in incoming.values() for x in xs]
-    env = dict(incoming)
-    for state, node in zip(step.states, step.next_states, strict=True):
-        for entry in symbols.value(node, 0, env):
-            poly = sympy.Poly(sympy.expand(entry), *flat)
-            if poly.total_degree() > 1 or any(c.free_symbols & set(flat) for c in poly.coeffs()):
-                raise errors.ProofFailed(step.name, f"the next {state.name} is not affine", entry)
-    # a function of the state has been given a symbol that hides it: only the output may hold one
-    if symbols.opaque_over(flat):
-        raise errors.ProofFailed(step.name, "a function is taken of the state", "")
+    new = dict(zip((s.name for s in step.states), step.next_states, strict=True))
+    for n, level in enumerate(levels):
+        symbols = _Symbols(form_like)
+        incoming = {state_leaf(s): _state_symbols(s, symbols) for s in step.states}
+        later = {name for other in levels[n:] for name in other.states}
+        flat = [x for leaf, xs in incoming.items() if leaf.attrs[0] in later for x in xs]
+        env = dict(incoming)
+        for name in level.states:
+            for entry in symbols.value(new[name], 0, env):
+                poly = sympy.Poly(sympy.expand(entry), *flat)
+                hidden = any(c.free_symbols & set(flat) for c in poly.coeffs())
+                if poly.total_degree() > 1 or hidden:
+                    raise errors.ProofFailed(step.name, f"the next {name} is not affine", entry)
+        # a function of the state has been given a symbol that hides it: only what is made of reads
+        # may hold one
+        if symbols.opaque_over(flat):
+            raise errors.ProofFailed(step.name, "a function is taken of the state", "")
 
 
 # ---------------------------------------------------------------- the chunk form
@@ -266,16 +274,21 @@ def _prove_chunk(step: Step, form: NormalForm, length: int) -> None:
             leaf: tuple(sympy.expand(x) for x in xs) for leaf, xs in zip(states, new, strict=True)
         }
     # a chunk at once
-    chunks = {s.name: _Chunk(symbols, form, s, start[s.name], length) for s in form.states}
+    known: list[dict[Node, _Array]] = [{} for _ in range(length)]  # of each token
+    declared = {s.name: s for s in form.states}
+    chunks: dict[str, _Chunk] = {}
+    for level in levels_of(form):
+        for name in level.states:
+            chunks[name] = _Chunk(symbols, form, declared[name], start[name], known)
+        for n in level.reads:
+            read = form.reads[n]
+            for t, env in enumerate(known):
+                env[result_leaf(form, n)] = chunks[read.state].read(read, t)
     for state in step.states:
         pairs = zip(chunks[state.name].final(), states[state_leaf(state)], strict=True)
         for ours, theirs in pairs:
             _agree(form, f"the final {state.name} of {length} tokens", ours, theirs)
-    for t in range(length):
-        env = {
-            result_leaf(form, n): chunks[read.state].read(read, t)
-            for n, read in enumerate(form.reads)
-        }
+    for t, env in enumerate(known):
         for ours, theirs in zip(symbols.value(form.output, t, env), outputs[t], strict=True):
             _agree(form, f"output {t} of {length} tokens", ours, theirs)
 
@@ -297,7 +310,7 @@ class _Chunk:
         form: NormalForm,
         state: StateDecl,
         start: _Array,
-        length: int,
+        known: list[dict[Node, _Array]],
     ) -> None:
         self._symbols = symbols
         self._n = len(form.micro_steps)
@@ -308,8 +321,8 @@ class _Chunk:
         self._rows = _ROWS
         self._start = _transposed(start, symbols.key) if form.transposed else start
         self._width = len(start) // _ROWS
-        self._env: list[dict[Node, _Array]] = [{} for _ in range(length)]
-        self._times = range(length * self._n)
+        self._env = known
+        self._times = range(len(known) * self._n)
         self._decays = [self._decay(time) for time in self._times]
         self._written = self._solve()
 

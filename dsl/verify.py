@@ -5,7 +5,7 @@ from __future__ import annotations
 from .elementwise import ELEMENTWISE
 from .errors import InvalidIR
 from .ir import Kind, Node, Op, topological
-from .normal_form import NormalForm, Phase, Read, Update, result_leaf
+from .normal_form import NormalForm, Phase, Read, Update, levels_of, result_leaf
 from .printing import infix
 from .step import Step
 
@@ -42,9 +42,9 @@ def verify_form(form: NormalForm) -> None:
         _verify_read(read, kinds, len(form.micro_steps))
         expressions.append(read.key)
     for node in topological(*expressions):
-        if node.op in (Op.STATE, Op.RESULT) or node.kind.is_state:
+        if node.op is Op.STATE or node.kind.is_state:
             raise InvalidIR("the preamble reads a state", infix(node))
-    _verify_output(form)
+    _verify_results(form, expressions)
     _verify_nodes(form, (*expressions, form.output))
 
 
@@ -91,10 +91,11 @@ def _verify_read(read: Read, kinds: dict[str, Kind], micro_steps: int) -> None:
         raise InvalidIR("a read before a later micro-step: it is AFTER the one before")
 
 
-def _verify_output(form: NormalForm) -> None:
+def _verify_results(form: NormalForm, preamble: list[Node]) -> None:
+    """Every read is used, in the output or a later level; what is made of them is elementwise."""
     used: set[object] = set()
     reached: set[Node] = set()
-    for node in topological(form.output):
+    for node in topological(*preamble, form.output):
         if node.op is Op.STATE or node.kind.is_state:
             raise InvalidIR("the output reads a state outside the reads", infix(node))
         if node.op is Op.RESULT:
@@ -106,11 +107,12 @@ def _verify_output(form: NormalForm) -> None:
             used.add(index)
             reached.add(node)
         elif any(a in reached for a in node.args):
-            if node.op not in ELEMENTWISE:
+            if node.op not in ELEMENTWISE and node.op is not Op.SUM:
                 raise InvalidIR("the postamble is not elementwise", infix(node))
             reached.add(node)
     if used != set(range(len(form.reads))):
-        raise InvalidIR("a read that the output does not use")
+        raise InvalidIR("a read that nothing uses")
+    levels_of(form)
 
 
 def _verify_nodes(form: Step | NormalForm, roots: tuple[Node, ...]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..codegen import cost
-from ..codegen.config import Config, Dims
+from ..codegen.config import Config, Dims, held
 from ..codegen.interface import Dtype
 from ..codegen.plan import Kernel, Loop, Program
 from ..codegen.programs import backward_program, chunk_adjoint, chunk_program, forward_program
@@ -56,13 +56,14 @@ class PlanCosts:
 def plan_costs(form: NormalForm, dims: Dims = DIMS, dtype: Dtype = Dtype.BFLOAT16) -> PlanCosts:
     """The kernels by default with their costs. Raises NotLowered for a form without chunks."""
     config = default_config(chunk_program(form), dims, wide_dtype=dtype is Dtype.FLOAT32)
+    own = held(dims, transposed=chunk_program(form).transposed)
     programs: dict[str, Program] = {
         "forward": forward_program(form, config.forward),
         "backward": backward_program(form, config.backward),
     }
 
     def number(expression: cost.Expr) -> float:
-        return cost.evaluate(expression, config.chunk, dims)
+        return cost.evaluate(expression, config.chunk, own)
 
     kernels = []
     for direction, program in programs.items():

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..codegen.config import EagerConfig, padded
+from ..codegen.config import Dims, EagerConfig, held, padded
 from ..codegen.differentiate import GRADIENT
 from ..codegen.eager import library as eager_library
 from ..codegen.eager.kernel import print_eager
 from ..codegen.plan import Hoist, Loop, Plan, Program
-from ..codegen.programs import backward_program, forward_program
+from ..codegen.programs import backward_program, chunk_program, forward_program
 from ..codegen.tile import Axes, Axis, TileOp
 from ..dsl.normal_form import NormalForm
 from . import reference
@@ -158,6 +158,10 @@ class _Run:
         self._task, self._chunk, self._kernels = task, chunk, kernels
         call = self._call = task.rows
         self._dtype = call.state_dtype
+        self._transposed = chunk_program(call.form).transposed  # of states, as kernels hold them
+        dims = held(Dims(call.K, call.V), transposed=self._transposed)
+        self._context = dims.K, dims.V, self._dtype
+        self._size = {Axis.I: chunk, Axis.J: chunk, Axis.K: dims.K, Axis.V: dims.V}
         feeds = [(name, f.at, f.make) for name, f in task.operands.items()]
         self._tokens = [x for x in feeds if x[0] not in task.per_head]
         self._heads = [x for x in feeds if x[0] in task.per_head]
@@ -191,16 +195,16 @@ class _Run:
         carries: dict[str, Tensor] = {}
         for name, place, shape in self._starts:
             if place is None:
-                carries[name] = torch.zeros(shape, dtype=dtype, device=device)
+                carries[name] = self._turned(torch.zeros(shape, dtype=dtype, device=device))
             else:
-                carries[name] = values[place].to(dtype).reshape(shape)
+                carries[name] = self._turned(values[place].to(dtype).reshape(shape))
         for kernel in self._kernels:
             if kernel.loop is Loop.PARALLEL:
                 given = [
                     found[key][:, None] if op is TileOp.HEAD else found[key]
                     for key, op in kernel.arguments
                 ]
-                results = kernel.run(*given, slots.rows, slots.at, call.K, call.V, dtype)
+                results = kernel.run(*given, slots.rows, slots.at, *self._context)
                 for (buffer, axes), y in zip(kernel.stores, results, strict=True):
                     found[buffer] = self._filled(y, axes, chunks)
             else:
@@ -215,7 +219,7 @@ class _Run:
         slots: _Slots,
     ) -> None:
         """Run a scan: `found` has what it stores then, `carries` the last values."""
-        call, stored, carried = self._call, kernel.stores, kernel.ends
+        stored, carried = kernel.stores, kernel.ends
         layouts = [axes for _, axes in (*stored, *carried)]
         carry = {name: carries[name] for name, _ in carried}
         series: list[list[Tensor]] = [[] for _ in stored]
@@ -228,7 +232,7 @@ class _Run:
                 else:
                     x = found[key]
                     given.append(x if op in (TileOp.HEAD, TileOp.PARAM) else x[:, n])
-            results = kernel.run(*given, slots.rows[:, n], slots.at[n], call.K, call.V, self._dtype)
+            results = kernel.run(*given, slots.rows[:, n], slots.at[n], *self._context)
             full = [self._filled(y, axes) for axes, y in zip(layouts, results, strict=True)]
             for own, y in zip(series, full[: len(stored)], strict=True):
                 own.append(y)
@@ -239,12 +243,15 @@ class _Run:
             # of no chunks there is nothing to stack
             found[buffer] = torch.stack(ordered, 1) if ordered else self._filled(0.0, axes, 0)
 
+    def _turned(self, state: Tensor) -> Tensor:
+        """A state between the call's layout and that of kernels."""
+        return state.mT if self._transposed else state
+
     def _filled(self, x: Tensor | float, axes: Axes, *chunks: int) -> Tensor:
         """A kernel's result in full, `[N*HV, *chunks, *axes]`; a view where it is constant."""
         call = self._call
-        size = {Axis.I: self._chunk, Axis.J: self._chunk, Axis.K: call.K, Axis.V: call.V}
         x = torch.as_tensor(x, dtype=self._dtype, device=call.device)
-        return x.expand(call.N * call.HV, *chunks, *(size[a] for a in axes))
+        return x.expand(call.N * call.HV, *chunks, *(self._size[a] for a in axes))
 
     def _result(
         self,
@@ -255,7 +262,7 @@ class _Run:
     ) -> Tensor | None:
         call = self._call
         if name in carries:
-            end = carries[name]
+            end = self._turned(carries[name])
             return end.reshape(call.N, call.HV, *end.shape[1:]).contiguous()
         x = found.get(name)
         if x is None:

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize, softplus
 from ..dsl import errors, oracle
 from ..dsl.declaration import Declaration
 from ..dsl.ir import Kind, Node, Op, Per, bounds_of, operands_of, promises_of, topological
-from ..dsl.normal_form import NormalForm, Operand, expressions
+from ..dsl.normal_form import NormalForm, Operand, expressions, results_of
 
 _SAMPLES, _CHANNELS = 512, 4
 # of a state over the sequence: rounding grows alike, and is not to be taken for an error
@@ -143,9 +143,9 @@ def ranges(form: NormalForm, params: Mapping[str, float]) -> Ranges:
     Raises:
         NotLowered: there are none among those that are tried.
     """
-    decays = [node for _, node in form.log_decays]
+    decays = [node for _, node in form.log_decays if not results_of(node)]
     every = topological(*expressions(form), form.output)
-    promised = [n for n in every if n.op is Op.WITHIN and not _reads(n)]
+    promised = [n for n in every if n.op is Op.WITHIN and not results_of(n)]
     names = operands_of(*decays, *promised).keys()
     gates = [o for o in form.operands if o.name in names]
     random = torch.Generator().manual_seed(0)
@@ -190,10 +190,6 @@ def _legal(
     return all(
         bool(((x >= lo) & (x <= hi)).all()) for x, (lo, hi) in zip(values, bounds, strict=True)
     )
-
-
-def _reads(node: Node) -> bool:
-    return any(n.op is Op.RESULT for n in topological(node))
 
 
 def draw(

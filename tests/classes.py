@@ -19,7 +19,21 @@ CLASSES = (
     "kda",  # a solve under a vector gate
     "comba",  # the correction reads the undecayed state
     "dplr",  # general rank one
+    "oja",  # transposed: a solve under a vector gate, a read over the other axis
 )
+
+
+# a step whose chunk form is not derived: a file for the command line
+NOT_LOWERED = """
+from chunkwise import Key, State, Value, dot, outer, recurrence
+
+
+@recurrence
+def first_key(S: State, q: Key, ks: tuple[Key, ...], v: Value):
+    for k in ks:
+        S = S + outer(k, dot(ks[0], k) * v)
+    return S, q @ S
+"""
 
 
 def lowered(declaration: Declaration) -> bool:

@@ -118,8 +118,6 @@ def _examined(drawn: Draw, engine: str) -> Verdict:
             made = make(declaration, form, params, plan)
         except errors.NotLowered as unknown:
             return Verdict(Outcome.MOOT, "no legal gates", str(unknown))
-        if form.output.kind is not Kind.VALUE and plan.probe is not Probe.RUN:
-            plan = replace(plan, probe=Probe.RUN)
         cotangents = _cotangents(op, made.inputs, plan, form.output.kind)
         truth = _truth(step, made.inputs, cotangents)
         if is_sound(truth):

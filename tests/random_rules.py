@@ -17,6 +17,8 @@ from chunkwise import dsl
 from chunkwise.dsl.declaration import Declaration
 from hypothesis import strategies as st
 
+from tests.mirror import mirror
+
 T = TypeVar("T")
 
 
@@ -129,6 +131,7 @@ class Rule:
     states: tuple[str, ...]  # "S: State"
     lines: tuple[str, ...]
     names: tuple[tuple[str, str], ...] = ()  # operands that are called otherwise
+    mirrored: bool = False  # Keys and Values exchanged, and so the axes of states
 
     @property
     def params(self) -> dict[str, float]:
@@ -144,7 +147,8 @@ class Rule:
         keywords += [f"{n}: {kind}" for n, kind in _STATICS.items() if n in used]
         signature = ", ".join([*self.states, *operands, *(["*"] if keywords else []), *keywords])
         body = "\n".join(f"    {line}" for line in self.lines)
-        return _renamed(f"def rule({signature}):\n{body}\n", dict(self.names))
+        source = f"def rule({signature}):\n{body}\n"
+        return _renamed(mirror(source) if self.mirrored else source, dict(self.names))
 
     def declare(self) -> Declaration:
         """What the compiler takes."""
@@ -167,10 +171,14 @@ def _renamed(source: str, names: dict[str, str]) -> str:
 
 @dataclass
 class _Writer:
-    """Writes expressions; `inner`: what operands are called within a loop over micro-steps."""
+    """Writes expressions; `inner`: what operands are called within a loop over micro-steps.
+
+    `read`: names of what was read of earlier states, by kind; they stand where operands may.
+    """
 
     pick: Pick
     inner: dict[str, str] = field(default_factory=dict)
+    read: dict[str, str] = field(default_factory=dict)
     depth: int = 1
 
     def often(self, times: int = 3) -> bool:
@@ -185,6 +193,7 @@ class _Writer:
     def leaf(self, kind: str) -> str:
         """An operand of `kind`, of the token, of the micro-step or of the head."""
         token = (self.inner[kind],) * 3 if kind in self.inner else ()
+        token += (self.read[kind],) * 5 if kind in self.read else ()
         return self.pick((*token, *_SINGLE[kind], *_SINGLE["Head" + kind]))
 
     def scalar(self, depth: int | None = None) -> str:
@@ -407,20 +416,44 @@ class _Writer:
         lines.insert(head, f"for {each} in zip({of}):" if len(used) > 1 else f"for {each} in {of}:")
         return lines
 
+    def reads(self, S: str, vector: bool) -> list[str]:
+        """Statements that read a state, for the updates of later ones to be made of it."""
+        at = self.pick((S, f"{S}1", f"{S}0"))
+        if vector:
+            lines = [f"{S}s = tanh(dot({self.vector('Key')}, {at}))"]
+            self.read = {"Scalar": f"{S}s"}
+            return lines
+        shape = self.pick(("l2norm({})", "tanh({})", "{}", "0.3 * {}"))
+        key, value, other = self.unit(), self.leaf("Value"), self.leaf("Value")
+        self.read = {"Value": f"{S}v", "Key": f"{S}k", "Scalar": f"{S}s"}
+        return [
+            f"{S}v = {shape.format(f'(({key}) @ {at})')}",
+            f"{S}k = {shape.format(f'({at} @ l2norm({value}))')}",
+            f"{S}s = tanh(dot({S}v, {other}))",
+        ]
+
     # ------------------------------------------------------------ outputs
-    def output(self, matrices: Sequence[str], vectors: Sequence[str], last_only: bool) -> list[str]:
-        """Statements that make the output `o` of reads of the states."""
+    def output(
+        self, matrices: Sequence[str], vectors: Sequence[str], last_only: bool, over: str = "Key"
+    ) -> list[str]:
+        """Statements that make the output `o` of reads of the states over an axis."""
         lines = []
+        kind = "Value" if over == "Key" else "Key"  # of the output
         query = self.vector("Key")
+
+        def reading(x: str, S: str) -> str:
+            return f"({x}) @ {S}" if over == "Key" else f"{S} @ ({x})"
+
         for n, S in enumerate(matrices):
             seen = [S] if last_only else [S, S, f"{S}1", f"{S}0"]
             if not last_only:
                 seen.append(f"({S}0 + outer({self.leaf('Key')}, {self.leaf('Value')}))")
                 seen += [f"({S} - {S}0)", f"({self.scalar(0)} * {S} + {S}1)"]
-            read = f"({self.pick((query, self.vector('Key')))}) @ {self.pick(seen)}"
+            x = self.pick((query, self.vector("Key"))) if over == "Key" else self.vector("Value")
+            read = reading(x, self.pick(seen))
             lines.append(f"o = o + {read}" if n else f"o = {read}")
         if not matrices:
-            lines.append(f"o = {self.vector('Value')}")
+            lines.append(f"o = {self.vector(kind)}")
         for z in vectors:
             at = z if last_only else self.pick((z, z, f"{z}1", f"{z}0"))
             read = self.pick((f"dot({query}, {at})", f"(({query}) @ {at})"))
@@ -430,18 +463,18 @@ class _Writer:
                         f"o = o / (1 + abs({read}))",
                         f"o = o / maximum(abs({read}), 1.0)",
                         f"o = o * {read}",
-                        f"o = o + {read} * {self.leaf('Value')}",
+                        f"o = o + {read} * {self.leaf(kind)}",
                         f"o = o * sigmoid({read})",
                     )
                 )
             )
         if matrices and self.often():
-            lines.append(f"o = o + ({self.vector('Key')}) @ {matrices[0]}")
+            lines.append(f"o = o + {reading(self.vector(over), matrices[0])}")
         final = self.pick(_OUTPUTS)
         if final != "o":
             places = {
-                "v": lambda: self.vector("Value", 0),
-                "k": lambda: self.vector("Key", 0),
+                "v": lambda: self.vector(kind, 0),
+                "k": lambda: self.vector(over, 0),
                 "s": lambda: self.scalar(0),
                 "n": self.number,
             }
@@ -451,19 +484,32 @@ class _Writer:
 
 _SHAPES = (
     *("one", "one", "one", "one", "normalised", "normalised", "micro", "micro", "two", "vector"),
-    *("two vectors", "mixed", "refused"),
+    *("two vectors", "mixed", "refused", "cascade", "cascade", "vector first", "three"),
 )
+_MATRICES: dict[str, list[str]] = {
+    **{shape: ["S", "M"] for shape in ("two", "cascade")},
+    **{shape: [] for shape in ("vector", "two vectors")},
+    "three": ["S", "M", "N"],
+}
+_VECTORS = {
+    **{shape: ["z_"] for shape in ("normalised", "vector", "vector first")},
+    "two vectors": ["z_", "y_"],
+}
 
 
 def rule(pick: Pick) -> Rule:
     """A recurrence, most often legal and lowered."""
     writer = _Writer(pick, depth=pick((1, 1, 2)))
     shape = pick(_SHAPES)
-    matrices = ["S", "M"] if shape == "two" else [] if shape in ("vector", "two vectors") else ["S"]
-    vectors = {"normalised": ["z_"], "vector": ["z_"], "two vectors": ["z_", "y_"]}.get(shape, [])
+    matrices = _MATRICES.get(shape, ["S"])
+    vectors = _VECTORS.get(shape, [])
     lines: list[str] = []
+    if shape == "vector first":
+        lines += [*writer.normaliser("z_"), *writer.reads("z_", vector=True)]
     for S in matrices:
         lines += writer.micro(S) if shape == "micro" else writer.update(S)
+        if shape in ("cascade", "three") and matrices[-1] != S:
+            lines += writer.reads(S, vector=False)
     if shape == "mixed":  # states that see one another: legal, most of it not lowered
         matrices = ["S", "M"]
         lines = ["S0 = S", "M0 = M", "M = sigmoid(h) * M + outer(k, v - p @ S0)", "M1 = M"]
@@ -471,20 +517,22 @@ def rule(pick: Pick) -> Rule:
             pick(("S = exp(g) * S + b * M", "S = exp(g) * S + outer(q, v)", "S = S + 0.1 * M0"))
         ]
         lines += ["S1 = S"]
-    for z in vectors:
+    for z in vectors if shape != "vector first" else ():
         lines += writer.normaliser(z)
     if shape == "refused":
         lines += writer.output(matrices, vectors, last_only=False)
         lines.append(pick(_REFUSED))
     else:
-        lines += writer.output(matrices, vectors, last_only=shape == "micro")
+        over = pick(("Key", "Key", "Value"))
+        lines += writer.output(matrices, vectors, last_only=shape == "micro", over=over)
+    mirrored = not vectors and pick((False, False, True))
     states = [*matrices, *vectors]
     lines.append(
         f"return ({', '.join(states)}), o" if len(states) > 1 else f"return {states[0]}, o"
     )
     kept = _without_unused(lines)
     declared = [*(f"{S}: State" for S in matrices), *(f"{z}: KeyState" for z in vectors)]
-    return Rule(tuple(declared), tuple(kept), _names(pick, kept))
+    return Rule(tuple(declared), tuple(kept), _names(pick, kept), mirrored)
 
 
 @st.composite
@@ -494,13 +542,14 @@ def rules(draw: st.DrawFn) -> Rule:
 
 
 def _without_unused(lines: Sequence[str]) -> list[str]:
-    """Without the names of moments that nothing reads."""
-    moment = re.compile(r"^(\w+[01]) = \w+$")
-    return [
+    """Without the names of moments and reads that nothing uses."""
+    named = re.compile(r"^(\w+[01]|(?:S|M|z_)[vks]) = ")
+    kept = [
         line
         for line in lines
-        if (m := moment.match(line)) is None or m[1] in _words([x for x in lines if x != line])
+        if (m := named.match(line)) is None or m[1] in _words([x for x in lines if x != line])
     ]
+    return kept if len(kept) == len(lines) else _without_unused(kept)
 
 
 def _names(pick: Pick, lines: Sequence[str]) -> tuple[tuple[str, str], ...]:

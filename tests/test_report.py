@@ -10,6 +10,7 @@ from chunkwise import cli, library
 from chunkwise.runtime.tuned import selection
 
 from tests.browser import look, needs_chromium
+from tests.classes import NOT_LOWERED
 
 RULE = '''\
 import chunkwise as cw
@@ -76,8 +77,10 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_a_recurrence_without_chunks(tmp_path: Path) -> None:
-    text = report("oja", tmp_path).read_text(encoding="utf-8")
-    assert "the transposed normal form has no chunk lowering yet" in text
+    rule = tmp_path / "rules.py"
+    rule.write_text(NOT_LOWERED, encoding="utf-8")
+    text = report(f"{rule}:first_key", tmp_path).read_text(encoding="utf-8")
+    assert "an operand of micro-steps outside its own" in text
     assert "<h2" in text
 
 

@@ -45,12 +45,20 @@ class _View:
         return _View({**self.letters, **dict.fromkeys(axes, letter)}, self.notation)
 
     def indices(self, axes: Axes) -> list[str]:
-        """The letters of `axes`."""
-        return [self.letters[a] for a in axes]
+        """The letters of `axes`: of times, then of Keys and Values."""
+        times = [self.letters[a] for a in axes if a in TIMES]
+        return [*times, *sorted(self.letters[a] for a in axes if a not in TIMES)]
 
 
 _PLAIN = _View({axis: axis.value for axis in Axis}, _NOTATION)
-_TYPESET = _View(_PLAIN.letters, LATEX)
+
+
+def _view(notation: Notation = _NOTATION, *, transposed: bool) -> _View:
+    """Letters as users know the axes: k of Keys, also where states are held transposed."""
+    letters = dict(_PLAIN.letters)
+    if transposed:
+        letters |= {Axis.K: Axis.V.value, Axis.V: Axis.K.value}
+    return _View(letters, notation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +166,7 @@ class _Printer:
         if x.op is TileOp.CONST:
             return view.notation.number(x.value)
         if x.op is TileOp.EXTENT:
-            return Text(x.attr(Axis).value.upper())
+            return Text(view.letters[x.attr(Axis)].upper())
         return self._expression(x, view)
 
     def _expression(self, x: Tile, view: _View) -> Text:
@@ -258,11 +266,12 @@ def _leaf_name(t: Tile) -> str:
 def print_chunk(body: ChunkProgram) -> str:
     """The chunk of a recurrence: its assignments in order, with their marks."""
     printer = _Printer(body.outputs, body.carried, {})
-    lines = printer.lines()
+    view = _view(transposed=body.transposed)
+    lines = printer.lines(view)
     starts = frozenset(c.start for c in body.carried)
     head = [
-        f"carries  {', '.join(printer.leaf(c.start) for c in body.carried)}",
-        f"reads    {_operands(printer, starts)}",
+        f"carries  {', '.join(printer.leaf(c.start, view) for c in body.carried)}",
+        f"reads    {_operands(printer, starts, view)}",
     ]
     marked = _marked(lines, starts, body.carried)
     notes = _ends(printer, body.outputs, body.carried)
@@ -272,7 +281,7 @@ def print_chunk(body: ChunkProgram) -> str:
 def chunk_equations(body: ChunkProgram) -> tuple[Equation, ...]:
     """The same in LaTeX, each row with where its value goes."""
     printer = _Printer(body.outputs, body.carried, {})
-    lines = printer.lines(_TYPESET)
+    lines = printer.lines(_view(LATEX, transposed=body.transposed))
     notes = _ends(printer, body.outputs, body.carried)
     return tuple(Equation(x.left, x.right, notes.get(x.tile, "")) for x in lines)
 
@@ -280,18 +289,19 @@ def chunk_equations(body: ChunkProgram) -> tuple[Equation, ...]:
 def print_adjoint(adjoint: Adjoint) -> str:
     """The chunk of the reversed scan: recomputed tiles first, then those that carry a gradient."""
     printer = _Printer(adjoint.outputs, adjoint.carried, {})
-    lines = printer.lines()
+    view = _view(transposed=adjoint.transposed)
+    lines = printer.lines(view)
     starts = frozenset(c.start for c in adjoint.carried)
     saved = frozenset(adjoint.saved)
     incoming = starts | {t for t in printer.leaves if _is_gradient(t)}
     dependent = _dependent([x.tile for x in lines], incoming)
     again = [x for x in lines if x.tile not in dependent]
     rest = [x for x in lines if x.tile in dependent]
-    carries = ", ".join(printer.leaf(c.start) for c in adjoint.carried)
+    carries = ", ".join(printer.leaf(c.start, view) for c in adjoint.carried)
     head = [
         f"carries  {carries}, from the last chunk to the first",
-        f"reads    {_operands(printer, starts | saved)}",
-        f"saved    {', '.join(printer.leaf(t) for t in printer.leaves if t in saved)}",
+        f"reads    {_operands(printer, starts | saved, view)}",
+        f"saved    {', '.join(printer.leaf(t, view) for t in printer.leaves if t in saved)}",
     ]
     marked = _marked(lines, starts, adjoint.carried)
     notes = _ends(printer, adjoint.outputs, adjoint.carried)
@@ -308,18 +318,20 @@ def print_program(program: Program) -> str:
 def print_kernel(kernel: Kernel) -> str:
     """One kernel: its inputs, assignments and results."""
     printer = _Printer(kernel.stores, kernel.carried, kernel.buffers)
-    lines = printer.lines()
+    view = _view(transposed=kernel.transposed)
+    lines = printer.lines(view)
     starts = frozenset(c.start for c in kernel.carried)
     buffers = kernel.buffers
     head = [f"{kernel.name}: {kernel.loop.value}{' of a segment' if kernel.segments else ''}"]
     if kernel.loop is not Loop.PARALLEL:
-        head.append(f"  carries  {', '.join(printer.leaf(c.start) for c in kernel.carried)}")
+        carries = (printer.leaf(c.start, view) for c in kernel.carried)
+        head.append(f"  carries  {', '.join(carries)}")
     operands = [t for t in printer.leaves if t not in starts and t not in buffers]
-    head.append(f"  reads    {' '.join(printer.leaf(t) for t in operands)}")
+    head.append(f"  reads    {' '.join(printer.leaf(t, view) for t in operands)}")
     if kernel.segments is not None:
         head.append(f"  starts   {kernel.segments.start.value}")
     if buffers:
-        loads = (printer.leaf(t) for t in printer.leaves if t in buffers)
+        loads = (printer.leaf(t, view) for t in printer.leaves if t in buffers)
         head.append(f"  loads    {' '.join(loads)}")
     notes = _ends(printer, kernel.stores, kernel.carried, "stored")
     stored = [name for name, t in kernel.stores if _shown(t) in (*starts, *buffers)]
@@ -329,8 +341,8 @@ def print_kernel(kernel: Kernel) -> str:
     return "\n".join(head + _aligned(lines, {}, notes))
 
 
-def _operands(printer: _Printer, starts: frozenset[Tile]) -> str:
-    return " ".join(printer.leaf(t) for t in printer.leaves if t not in starts)
+def _operands(printer: _Printer, starts: frozenset[Tile], view: _View) -> str:
+    return " ".join(printer.leaf(t, view) for t in printer.leaves if t not in starts)
 
 
 def _is_gradient(t: Tile) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...dsl.normal_form import NormalForm
-from ..config import Dims
+from ..config import Dims, held
 from ..interface import Dtype
 from ..plan import Plan, Program
 from ..programs import backward_program, chunk_adjoint, chunk_program, forward_program
@@ -23,15 +23,20 @@ def costs(form: NormalForm, dims: Dims = _DIMS, dtype: Dtype = Dtype.BFLOAT16) -
     """The kernels of the default plans with FLOPs and bytes per token and value head."""
     from .. import cost  # SymPy takes half a second to import
 
+    transposed = chunk_program(form).transposed
+    own = held(dims, transposed=transposed)
     config = default_config(chunk_program(form), dims, wide_dtype=dtype is Dtype.FLOAT32)
     rows = [("", "FLOPs of products", "", "bytes moved", "")]
 
     def number(expression: cost.Expr) -> str:
-        return f"{cost.evaluate(expression, config.chunk, dims):,.0f}"
+        return f"{cost.evaluate(expression, config.chunk, own):,.0f}"
+
+    def readable(expression: cost.Expr) -> str:
+        return cost.readable(expression, transposed=transposed)
 
     def row(label: str, products: cost.Expr, moved: cost.Expr) -> None:
-        flops = ("", "") if products is None else (cost.readable(products), number(products))
-        rows.append((label, *flops, cost.readable(moved), number(moved)))
+        flops = ("", "") if products is None else (readable(products), number(products))
+        rows.append((label, *flops, readable(moved), number(moved)))
 
     def direction(name: str, plan: Plan, program: Program, floor: cost.Expr) -> None:
         rows.append((f"{name} ({plan.label})", "", "", "", ""))

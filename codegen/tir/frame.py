@@ -140,11 +140,12 @@ def _give(free: list[tuple[int, int]], at: int, size: int) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Where a tile lies in a tensor: rows `stride` apart, channels side by side."""
+    """Where a tile lies in a tensor: rows `stride` apart, channels `apart` (1: side by side)."""
 
     buffer: Buffer
     first: Expr
     stride: Expr
+    apart: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ class _Printer:
         transfers = Transfers(
             self._signature,
             self._buffers,
-            self._shapes.chunk,
+            kernel,
             entry,
             self._heads,
             self._private,

@@ -2,8 +2,8 @@
 
 Parameters are tensors with their strides (1 along channels), and every call checks shapes and
 dtypes. A buffer of tokens is [tokens, HV, channels], one of chunks [chunks, HV, channels], states
-are [N, HV, K, V], all without gaps; a private buffer has room for one sequence and head, and no
-axis HV. Scratch holds float32, for every dtype of the tensors.
+are [N, HV, K, V] ([N, HV, V, K] if held transposed), all without gaps; a private buffer has room
+for one sequence and head, and no axis HV. Scratch holds float32, for every dtype of the tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..buffers import BufferId
 from ..interface import Buffer as Stored
 from ..interface import Parameter, Role, Signature, Storage
 from ..tile import TIMES, Axes, Axis, Tile
-from ..tiled import Begin, Finish, Load, Source, Store, Use
+from ..tiled import Begin, Finish, Load, Source, Store, TiledKernel, Use
 from .code import Code, Index, int32, int64, load, number
 from .frame import Frame, Rows
 from .schedule import Region
@@ -75,7 +75,7 @@ class Transfers:
         self,
         signature: Signature,
         buffers: Mapping[BufferId, Stored],
-        chunk: int,
+        kernel: TiledKernel,
         entry: Code,
         heads: Expr,
         private: frozenset[BufferId],
@@ -85,7 +85,12 @@ class Transfers:
         self._signature = signature
         self._buffers = buffers
         self._private = private
-        self._chunk = chunk
+        self._kernel = kernel
+        self._sizes = {
+            **dict.fromkeys(TIMES, kernel.chunk),
+            Axis.K: kernel.dims.K,
+            Axis.V: kernel.dims.V,
+        }
         self._has_time = has_time
         self._entry = entry
         self._heads = heads
@@ -157,9 +162,7 @@ class Transfers:
         return (self._per_head if per_head else self._per_token)(s.of, s.value.axes, work)
 
     def _channels(self, axes: Axes) -> tuple[int, ...]:
-        dims = self._signature.dims
-        sizes = {Axis.K: dims.K, Axis.V: dims.V}
-        return tuple(sizes[a] for a in axes if a in sizes)
+        return tuple(self._sizes[a] for a in axes if a not in TIMES)
 
     def _per_token(self, name: str, axes: Axes, work: WorkItem) -> Rows:
         outer = 3 if self._has_time else 2  # batches, tokens, heads
@@ -181,9 +184,8 @@ class Transfers:
     def buffer(self, name: BufferId, axes: Axes, work: WorkItem) -> Rows:
         """Rows of a buffer."""
         own = self._buffers[name]
-        times, dtype = "T" in own.shape, own.dtype.value
-        size_of = {"C": self._chunk, "K": self._signature.dims.K, "V": self._signature.dims.V}
-        sizes = tuple(size_of[n] for n in own.shape[own.shape.index("HV") + 1 :])
+        times, dtype = [a for a in own.axes if a in TIMES][:1], own.dtype.value
+        sizes = tuple(self._sizes[a] for a in own.axes if a not in times)
         size = math.prod(sizes)
         if name in self._private:
             x = self.tensor(Role.BUFFER, name, (None, *sizes), dtype=dtype)
@@ -192,12 +194,13 @@ class Transfers:
             x = self.tensor(Role.BUFFER, name, (None, self._heads, *sizes), dtype=dtype)
             at = (work.flat if times else work.index) * self._heads + work.head
             between = self._heads * size
-        stride = between if times else int64(self._signature.dims.V)
+        stride = between if times else int64(self._sizes[Axis.V])
         return Rows(x.flat, at * size + _value_offset(axes, work), stride)
 
     def _state(self, role: Role, start: Tile) -> Tensor:
         sizes = self._channels(start.axes)
-        return self.tensor(role, str(start.attrs[0]), (None, self._heads, *sizes))
+        lying = sizes[::-1] if self._kernel.transposed else sizes
+        return self.tensor(role, str(start.attrs[0]), (None, self._heads, *lying))
 
     def state(self, role: Role, start: Tile, work: WorkItem, sequence: Expr) -> Rows:
         """The first or the last value of a carry."""
@@ -205,8 +208,11 @@ class Transfers:
         at = sequence * self._heads + work.head
         for n in self._channels(start.axes):
             at = at * n
+        if self._kernel.transposed and Axis.V in start.axes:  # a tile's rows are columns in memory
+            keys = self._sizes[Axis.K]
+            return Rows(x.flat, at + work.value * keys, int64(1), keys)
         first = at + _value_offset(start.axes, work)
-        return Rows(x.flat, first, int64(self._signature.dims.V))
+        return Rows(x.flat, first, int64(self._sizes[Axis.V]))
 
 
 def _value_offset(axes: Axes, work: WorkItem) -> Expr:
@@ -240,19 +246,20 @@ def _rows(frame: Frame, axes: Axes, mask: Axes, memory: Rows) -> Iterator[tuple[
 
 
 def _vectors(
-    frame: Frame, at: Point, along: Axis | None, first: Expr
+    frame: Frame, at: Point, along: Axis | None, first: Expr, apart: int
 ) -> Iterator[tuple[Point, Expr, int]]:
     """Within loops over a row: point, place in memory and lanes of vectors, then of the rest."""
     if along is None:
         yield at, first, 1
         return
     first = frame.code.bind("at", first)
-    whole, rest = divmod(frame.shapes.extent(along), frame.lanes)
+    extent = frame.shapes.extent(along)
+    whole, rest = divmod(extent, frame.lanes) if apart == 1 else (0, extent)
     ends = whole * frame.lanes, whole * frame.lanes + rest
     for begin, end, lanes in ((0, whole, frame.lanes), (*ends, 1)):
         if begin < end:
             with frame.code.loop(begin, end, "c") as c:
-                yield {**at, along: int32(c) * lanes}, first + int64(c) * lanes, lanes
+                yield {**at, along: int32(c) * lanes}, first + int64(c) * (lanes * apart), lanes
 
 
 def _copy_in(frame: Frame, t: Tile, mask: Axes, source: Rows) -> None:
@@ -263,7 +270,7 @@ def _copy_in(frame: Frame, t: Tile, mask: Axes, source: Rows) -> None:
         if columns is not None and frame.shapes.extent(columns) % frame.lanes:
             last: Point = {**at, columns: (frame.shapes.vectors(columns) - 1) * frame.lanes}
             frame.write(Region(t), last, number(0.0, frame.lanes), frame.lanes)
-        for point, place, lanes in _vectors(frame, at, columns, first):
+        for point, place, lanes in _vectors(frame, at, columns, first, source.apart):
             frame.write(Region(t), point, load(source.buffer, place, lanes), lanes)
     if rows in mask and rows is not None and columns is not None:
         frame.zero(t, (frame.valid, int32(frame.shapes.extent(rows))))
@@ -272,6 +279,6 @@ def _copy_in(frame: Frame, t: Tile, mask: Axes, source: Rows) -> None:
 def _copy_out(frame: Frame, use: Use, axes: Axes, mask: Axes, target: Rows) -> None:
     _, columns = _grid(axes)
     for at, first in _rows(frame, axes, mask, target):
-        for point, place, lanes in _vectors(frame, at, columns, first):
+        for point, place, lanes in _vectors(frame, at, columns, first, target.apart):
             along = columns if lanes > 1 else None
             frame.code.store(target.buffer, place, Values(frame, along).at(use, point), lanes)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from .. import tile
 from ..chunk import ChunkProgram
 from ..config import Config, Dims, KernelConfig, padded
-from ..plan import Hoist, Kernel, Plan
+from ..gates import DECAYED
+from ..plan import Hoist, Kernel, Plan, sums_over_values
 from ..tile import Axis, TileOp, summed_axes
 
 
@@ -29,7 +30,7 @@ def features(body: ChunkProgram) -> Features:
     ops = {t.op for t in tiles}
     return Features(
         gated=TileOp.CUMSUM in ops,
-        vector_gated=TileOp.DECAYED_DOT in ops,
+        vector_gated=not ops.isdisjoint(DECAYED),
         solves=TileOp.INVERSE in ops,
     )
 
@@ -44,7 +45,9 @@ def default_config(body: ChunkProgram, dims: Dims, *, wide_dtype: bool) -> Confi
     widest = max(padded(dims.K), padded(dims.V))
     # what holds too many float32 tiles at once is cut where it can be (decision 12)
     apart = f.vector_gated or wide_dtype or (f.solves and widest > 128)
-    forward = Plan(hoist, outputs_in_scan=True, norms_apart=apart)
+    # a scan that sums over the value axis is not split along it
+    late = sums_over_values(body)
+    forward = Plan(hoist, outputs_in_scan=not late, sums_apart=late and apart, norms_apart=apart)
     backward = Plan(hoist, values_apart=apart, sums_apart=apart, norms_apart=apart)
     if wide_dtype or widest > 128:
         # with 32 rows, wide kernels of half precision took up to twelve times as long as with 64

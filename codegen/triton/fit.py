@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ...dsl.normal_form import NormalForm
-from ..config import Config, Dims, KernelConfig, Tiles
+from ..config import Config, Dims, KernelConfig, Tiles, dims_of
 from ..interface import Dtype
 from ..phases import in_registers
 from ..plan import Kernel, Loop
@@ -51,7 +51,7 @@ def shared_bound(
     kernel: Kernel, config: KernelConfig, chunk: int, dims: Dims, itemsize: int
 ) -> int:
     """About how many bytes of shared memory a program takes, rather too many than too few."""
-    size = in_registers(dims, Tiles(chunk, config.v_tile))
+    size = in_registers(dims_of(kernel, dims), Tiles(chunk, config.v_tile))
     buffers = kernel.buffers
     inside = outside = 0
     for t in kernel.order:

@@ -1,7 +1,8 @@
 """What printed kernels load and store: addresses from 64-bit bases, and masks at every tail.
 
 Operands come with their strides. A buffer of tokens is [tokens, HV, channels]; one of chunks is
-[chunks, HV, V, K], the layout in which scans hold a state; users see states as [K, V].
+[chunks, HV, V, K], the layout in which scans hold a state; users see states as [K, V], or as
+[V, K] where they are held transposed.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class TritonMemory(TritonExpressions):
         line = f"tl.store({self._buffer_address(pointer, s.axes)}, {text}{mask})"
         self.lines += ["if i_v == 0:", f"    {line}"] if s.once else [line]
 
-    # ---- states, which users see as [K, V], row-major -------------------------------------------
+    # ---- states, which users see as [K, V], row-major, or transposed ----------------------------
 
     def begin(self, s: Begin) -> None:
         """A carry as the loop begins."""
@@ -135,7 +136,8 @@ class TritonMemory(TritonExpressions):
         if s.from_call:
             pointer = self._parameter(f"{name}_first", Role.INITIAL, str(s.value.attrs[0]))
             mask = self._mask(axes, s.mask, other=True)
-            address = self._state_address(f"{pointer} + (n * HV + h)", axes)
+            base, transposed = f"{pointer} + (n * HV + h)", self.tiled.transposed
+            address = self._state_address(base, axes, transposed=transposed)
             load = f"{name} += tl.load({address}{mask}).to(tl.float32)"
             self.lines += [f"if {pointer} is not None:", f"    {load}"]
 
@@ -188,13 +190,16 @@ class TritonMemory(TritonExpressions):
         if s.last:
             last = "0" if self.tiled.scan is Loop.REVERSE else "segments - 1"
             conditions.append(f"segment == {last}")
-        address = self._state_address(f"{pointer} + ({row})", axes)
+        transposed = s.end is None and self.tiled.transposed
+        address = self._state_address(f"{pointer} + ({row})", axes, transposed=transposed)
         line = f"tl.store({address}, {name}{self._mask(axes, s.mask)})"
         test = f"if {' and '.join(conditions)}:"
         self.lines += [test, f"    {line}"] if conditions else [line]
 
-    def _state_address(self, base: str, axes: Axes) -> str:
-        """Within a [K, V] matrix of a tile laid out [V, K]."""
+    def _state_address(self, base: str, axes: Axes, *, transposed: bool = False) -> str:
+        """Within a matrix [K, V], or [V, K] if transposed, of a tile laid out [V, K]."""
         if Axis.V in axes:
-            return f"{base} * K * V + ok[None, :] * V + ov[:, None]"
+            keys, values = "ok[None, :]", "ov[:, None]"
+            at = f"{values} * K + {keys}" if transposed else f"{keys} * V + {values}"
+            return f"{base} * K * V + {at}"
         return f"{base} * K + ok" if axes else base

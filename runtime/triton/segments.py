@@ -6,8 +6,8 @@ few heads that is a fraction of the multiprocessors, each of which could hold tw
 
 from __future__ import annotations
 
-from ...codegen.config import Dims, padded
-from ...codegen.programs import Transition, transition_of
+from ...codegen.config import Dims, held, padded
+from ...codegen.programs import Transition, chunk_program, transition_of
 from ...dsl.normal_form import NormalForm
 from ..tuned.artifact import CallSize
 
@@ -23,7 +23,8 @@ def segment_of(form: NormalForm, dims: Dims, size: CallSize, multiprocessors: in
     As many segments as there are multiprocessors for. A pure function of the call's sizes and the
     kind of GPU: all ranks of a job choose alike.
     """
-    programs = size.rows * -(-padded(dims.V) // _V_TILE)
+    values = held(dims, transposed=chunk_program(form).transposed).V
+    programs = size.rows * -(-padded(values) // _V_TILE)
     tokens = size.tokens * len(form.micro_steps)
     segments = min(multiprocessors // max(programs, 1), tokens // _TOKENS)
     if segments < min(_LEAST.values()):

@@ -184,8 +184,13 @@ class _Program:
         given = self.memory.initial[s.value.attrs[0]] if s.from_call else None
         view = np.zeros([self.channels(a) for a in s.value.axes])
         view = np.identity(len(view)) if s.identity else view
-        view = view if given is None else given[self.n, self.h, ...]
+        view = view if given is None else self.state(given)
         self.values[s.value] = self.fetched(view, s.value.axes, s.mask, np.float32)
+
+    def state(self, x: Numbers) -> Numbers:
+        """A sequence's and head's state in the call, as the kernel holds it."""
+        own = x[self.n, self.h, ...]
+        return own.T if self.kernel.transposed else own
 
     def ended(self, name: object, m: int) -> Numbers:
         """What segment `m` of the sequence ends with."""
@@ -211,7 +216,7 @@ class _Program:
     def finish(self, s: tiled.Finish) -> None:
         last = 0 if self.backwards else self.segments - 1
         if not ((s.once and self.part) or (s.last and self.segment != last)):
-            final = None if s.end else self.memory.final[s.value.attrs[0]][self.n, self.h, ...]
+            final = None if s.end else self.state(self.memory.final[s.value.attrs[0]])
             view = self.ended(s.end, self.segment) if s.end else final
             self.put(view, s.value.axes, s.mask, self.values[s.value])
 

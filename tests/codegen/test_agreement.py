@@ -28,7 +28,6 @@ from tests.tolerances import FLOAT64_RANDOM, assert_agree
 
 # what the compiler refuses, and the reason it gives; everything else must agree
 REFUSED = {
-    "oja": "a state whose columns decay",
     "momentum_delta": "coupled states",
 }
 NAMES = [d.name for d in all_declarations()]

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from chunkwise import cli
 
+from tests.classes import NOT_LOWERED
+
 RULES = """\
 import chunkwise as cw
 from chunkwise import Key, State, Value, outer, exp, Scalar
@@ -118,15 +120,17 @@ def test_resources_of_what_is_no_target(
     assert cli.main(["emit", rules, "--resources"]) == 2
 
 
-def test_explain_says_what_was_compiled(rules: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_says_what_was_compiled(
+    rules: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["explain", rules]) == 0
     out = capsys.readouterr().out
     for section in ("chunkwise form", "compulsory", "engines  reference, eager, triton, tvm"):
         assert section in out
-    assert cli.main(["explain", "oja"]) == 0
-    refusal = (
-        "engines  reference only: oja: a state whose columns decay: the transposed normal form"
-    )
+    unlowered = tmp_path / "unlowered.py"
+    unlowered.write_text(NOT_LOWERED, encoding="utf-8")
+    assert cli.main(["explain", str(unlowered)]) == 0
+    refusal = "engines  reference only: first_key: an operand of micro-steps outside its own:"
     assert refusal in capsys.readouterr().out
     assert cli.main(["explain", "delta_rule", "--section", "costs"]) == 0
     assert capsys.readouterr().out.startswith("kernels by default")

@@ -349,7 +349,7 @@ def both_sides(S: State, q: Key, k: Key, v: Value):
 
 @mistake(errors.NotAffine, "multiplied by a value that depends on it")
 def divided_by_read(S: State, z: KeyState, q: Key, k: Key, v: Value):
-    S, z = (S + outer(k, v)) / dot(k, z), z + k
+    S, z = S + outer(k, v), (z + k) / dot(k, z)
     return (S, z), q @ S
 
 
@@ -390,10 +390,10 @@ def vector_coupling(S: State, M: State, q: Key, k: Key, v: Value, g: Key):
     return (S + M, M), q @ S
 
 
-@mistake(errors.NoChunkForm, "divide by the normaliser after the read")
-def normalised_write(S: State, z: KeyState, q: Key, k: Key, v: Value):
-    S, z = S + outer(k, dot(k, z) * v), z + k
-    return (S, z), q @ S
+@mistake(errors.NotAffine, "S and W see one another, so that none of them is known before")
+def cycle(S: State, W: State, q: Key, k: Key, v: Value):
+    S, W = S + outer(k, v + tanh(k @ W)), W + outer(k, tanh(k @ S))
+    return (S, W), q @ S
 
 
 @mistake(errors.NoChunkForm, "summed over its channels")
@@ -405,19 +405,6 @@ def summed_read(S: State, q: Key, k: Key, v: Value):
 def transposed_with_key_state(S: State, z: KeyState, q: Key, k: Key, v: Value, g: Value):
     S, z = S * exp(g) + outer(k, v), z + k
     return (S, z), q @ S / dot(q, z)
-
-
-@mistake(errors.NoChunkForm, "return the read and normalise it outside the op")
-def normalised_output(S: State, q: Key, k: Key, v: Value):
-    S = S + outer(k, v)
-    o = q @ S
-    return S, o / dot(o, o)
-
-
-@mistake(errors.NoChunkForm, "the output reads the state with what was read from it")
-def read_twice(S: State, q: Key, k: Key, v: Value):
-    S = S + outer(k, v)
-    return S, (q + S @ v) @ S
 
 
 @mistake(errors.StateGrows, "is a sign forgotten?")

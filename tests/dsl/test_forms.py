@@ -307,7 +307,7 @@ def broken_forms() -> list[NormalForm]:
         with_reads(Read("S", good.reads[0].key, 1, Phase.AFTER)),
         with_output(v),
         with_output(read_of_state),
-        with_output(Node(Op.SUM, (good.output,), (), Kind.SCALAR)),
+        with_output(Node(Op.RESULT, (), (1,), Kind.VALUE)),
         with_output(Node(Op.OPERAND, (), ("nobody", None), Kind.VALUE)),
     ]
 

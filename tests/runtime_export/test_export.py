@@ -43,6 +43,7 @@ from chunkwise.runtime.tuned.artifact import Artifact
 from chunkwise.runtime.tuned.artifact import Key as ArtifactKey
 
 from tests.autotune.artifacts import H100, tuned
+from tests.classes import NOT_LOWERED
 from tests.interpreted import small
 from tests.offline_driver import Driver
 from tests.runtime_export import training
@@ -439,8 +440,10 @@ def test_the_hub_layout(tmp_path: Path) -> None:
 
 def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(tmp_path / "out")
-    assert cli.main(["export", "oja", "-o", folder]) == 1
-    assert "columns decay" in capsys.readouterr().err
+    unlowered = tmp_path / "unlowered.py"
+    unlowered.write_text(NOT_LOWERED, encoding="utf-8")
+    assert cli.main(["export", str(unlowered), "-o", folder]) == 1
+    assert "an operand of micro-steps outside its own" in capsys.readouterr().err
     assert cli.main(["export", "simple_gla", "-o", folder, "--name", "op"]) == 2
     assert "'op' cannot name the function" in capsys.readouterr().err
     with pytest.raises(ValueError, match="makes no name for the hub"):
