@@ -167,6 +167,11 @@ class NormalForm:
         object.__setattr__(self, "digest", digest)
 
     @property
+    def output_axes(self) -> tuple[str, ...]:
+        """The axes of the output by letter."""
+        return ("B", "T", "HV", *self.output.kind.axes)
+
+    @property
     def log_decays(self) -> list[tuple[str, Node]]:
         """Every log-decay with its state, micro-step by micro-step."""
         updates = (u for m in self.micro_steps for u in m.updates)

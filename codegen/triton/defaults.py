@@ -95,6 +95,7 @@ def _vector_gated(forward: Plan, backward: Plan) -> Config:
         ("backward_values", KernelConfig(64, 4, 2)),
         ("backward_sums", KernelConfig(128, 8, 2)),
         ("backward_gradients", KernelConfig(64, 4, 1, k_tile=32)),
+        *_after_sums(forward, KernelConfig(128, 8, 2), products),
     )
     return Config(32, forward, backward, KernelConfig(64, 4, 3), kernels)
 
@@ -110,5 +111,13 @@ def _cautious(forward: Plan, backward: Plan, widest: int, chunk: int) -> Config:
         ("backward_values", parallel),
         ("backward_sums", parallel),
         ("backward_gradients", parallel),
+        *_after_sums(forward, parallel, prep),
     )
     return Config(chunk, forward, backward, KernelConfig(v_tile, 4, 1), kernels)
+
+
+def _after_sums(
+    forward: Plan, sums: KernelConfig, rest: KernelConfig
+) -> tuple[tuple[str, KernelConfig], ...]:
+    """The tiles of a forward's kernels behind its scan, where sums over V have one of their own."""
+    return (("forward_sums", sums), ("forward_post", rest)) if forward.sums_apart else ()

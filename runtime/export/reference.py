@@ -154,12 +154,14 @@ def _over_sequences(package: Package) -> Iterator[str]:
     options = ["initial_state=None", "cu_seqlens=None", "dtype=torch.float64"]
     arguments = [*package.operands, "*", *package.keywords, *options]
     yield from wrapped(f"def {package.name}(", arguments, "):")
-    yield '    """The output `[B,T,HV,V]` and the final state of the recurrence, in `dtype`.'
+    output = ",".join(package.form.output_axes)
+    yield f'    """The output `[{output}]` and the final state of the recurrence, in `dtype`.'
     yield ""
     yield f"    Arguments as those of `op.{package.name}`; differentiable as often as you like."
     yield '    """'
     operands = [f'"{name}": {name}' for name in package.operands]
     yield from wrapped("operands = {", operands, "}", "    ")
     given = f"({', '.join([*package.params, ''])})" if package.params else "()"
-    call = ["step", "AXES", "STATES", "operands", given, "initial_state", "cu_seqlens", "dtype"]
+    call = ["step", "AXES", "STATES", f'"{" ".join(package.form.output_axes)}"', "operands"]
+    call += [given, "initial_state", "cu_seqlens", "dtype"]
     yield from wrapped("return token_loop.run(", call, ")", "    ")

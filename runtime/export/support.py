@@ -50,6 +50,7 @@ class Recurrence:
         params: the names of its floats.
         narrow: operands in the dtype of products; the others are widened to float32.
         lead: the operand whose dtype the output has.
+        output: the axes of the output.
         rows: rows of a kernel's tiles that a token takes: one for each micro-step.
         kernels: by dtype, K and V.
     """
@@ -61,6 +62,7 @@ class Recurrence:
     params: tuple[str, ...]
     narrow: tuple[str, ...]
     lead: str
+    output: str
     rows: int
     kernels: Mapping[tuple[torch.dtype, int, int], Kernels]
 
@@ -132,8 +134,8 @@ class _Call:
 
     @property
     def output_shape(self) -> list[int]:
-        """`[B,T,HV,V]`."""
-        return [self.sizes[a] for a in ("B", "T", "HV", "V")]
+        """`[B,T,HV,V]` for an output that is a Value."""
+        return [self.sizes[a] for a in self.of.output.split()]
 
     def state_shape(self, state: str) -> tuple[int, ...]:
         """`[N,HV,K,V]`, or `[N,HV,K]`."""

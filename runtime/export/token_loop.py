@@ -17,16 +17,17 @@ def run(
     step: Callable[..., Sequence[Tensor]],
     axes: Mapping[str, str],
     states: Mapping[str, str],
+    output: str,
     operands: Mapping[str, Tensor],
     params: Sequence[float],
     initial_state: Any,
     cu_seqlens: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Any]:
-    """The output `[B,T,HV,V]` and the final state (a tuple of several), in `dtype`.
+    """The output and the final state (a tuple of several), in `dtype`.
 
     `step` takes states, operands of a token and floats, and returns states and output. `axes`,
-    `states`: the axes of operands and states in letters, with blanks between them.
+    `states`, `output`: the axes of operands, states and output in letters, with blanks between.
     """
     sizes = dict.fromkeys(("K", "V", "H", "HV"), 1)
     for name, letters in axes.items():
@@ -41,6 +42,7 @@ def run(
             x = x.repeat_interleave(sizes["HV"] // x.shape[heads], dim=heads)
         values[name] = x
     like = next(iter(values.values()))
+    heads_and_channels = [sizes[a] for a in output.split()[2:]]
 
     def scan(first: int, last: int, now: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         outputs = []
@@ -50,7 +52,7 @@ def run(
                 at = values[name][:, t] if letters.startswith("B T") else values[name]
                 token.append(at.unbind(1) if letters[4:5].isdigit() else at)
             *now, o = step(*now, *token, *params)
-            outputs.append(o.expand(*o.shape[:-2], sizes["HV"], sizes["V"]))
+            outputs.append(o.expand(*o.shape[: -len(heads_and_channels)], *heads_and_channels))
         return outputs, now
 
     bounds = None if cu_seqlens is None else cu_seqlens.tolist()
@@ -69,6 +71,6 @@ def run(
             outputs += new
             parts.append(part)
         ends = [torch.cat(x) for x in zip(*parts, strict=True)]
-    empty = like.new_zeros([sizes["B"], 0, sizes["HV"], sizes["V"]])
+    empty = like.new_zeros([sizes["B"], 0, *heads_and_channels])
     o = torch.stack(outputs, 1) if outputs else empty
     return o, tuple(ends) if len(states) > 1 else ends[0]

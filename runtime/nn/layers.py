@@ -211,8 +211,11 @@ class RecurrentLayer(nn.Module, Mixer):
         self.per_head = nn.ParameterDict(
             {x.name: self._per_head(x, form) for x in self.operands if x.per is Per.HEAD}
         )
-        self.norm = RMSNorm(value_dim)
-        width = self.value_heads * value_dim
+        channels = {Kind.KEY: key_dim, Kind.VALUE: value_dim}.get(form.output.kind)
+        if channels is None:
+            raise ValueError(f"{form.name} returns a Scalar, and a layer norms Keys or Values")
+        self.norm = RMSNorm(channels)
+        width = self.value_heads * channels
         self.gate = nn.Linear(hidden, width, bias=False) if gated else None
         self.output = nn.Linear(width, hidden, bias=False)
 

@@ -72,7 +72,16 @@ def functions_of_numbers(S: State, q: Key, k: Key, v: Value, *, rate: float = 0.
     return S, (q * maximum(rate, 0.3)) @ S + tanh(0.1) * rate
 
 
+@cw.recurrence
+def slots(S: State, s: Key, g: Key, k: Value, q: Value):
+    """Keeps keys in slots; its output has a channel for each."""
+    S = exp(g) * S + outer(s, k)
+    return S, S @ q
+
+
 OPS = {
+    "oja": cw.library.oja,
+    "slots": slots,
     "gated_delta_rule": cw.library.gated_delta_rule,
     "delta_product": cw.library.delta_product,
     "mamba2": cw.library.mamba2,
@@ -83,6 +92,8 @@ OPS = {
 }
 TRAINED = ("gated_delta_rule", "mamba2", "leaky_writes")
 TESTED = (
+    "oja",
+    "slots",
     "gated_delta_rule",
     "delta_product",
     "one_householder",

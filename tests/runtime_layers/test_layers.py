@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from chunkwise.dsl import library
+from chunkwise.dsl import Key, State, Value, exp, library, outer
 from chunkwise.dsl.declaration import Declaration
 from chunkwise.runtime.nn.attention import GlobalAttention, SlidingWindowAttention
 from chunkwise.runtime.nn.layers import (
@@ -45,6 +45,11 @@ def tokens(length: int = TOKENS, batch: int = 2) -> Tensor:
     return torch.randn(batch, length, HIDDEN, generator=generator, dtype=torch.float64)
 
 
+def slots(S: State, s: Key, g: Key, k: Value, q: Value) -> tuple[State, Key]:
+    S = exp(g) * S + outer(s, k)
+    return S, S @ q
+
+
 # one of each kind of decay, of state and of operand; two micro-steps; a transposed state
 MIXERS = {
     **{
@@ -52,6 +57,7 @@ MIXERS = {
         for name in ("delta_rule", "kda", "retention", "gated_delta_product", "oja", "rwkv6")
     },
     "mlstm": lambda: layer(DECLARATIONS["mlstm"]),
+    "an output that is a Key": lambda: layer(Declaration(slots), gated=True),
     "no convolution": lambda: layer(DECLARATIONS["gated_delta_rule"], conv_size=0),
     "global attention": lambda: attention(None),
     # narrower than a block of padding, a divisor of T, wider than T
