@@ -18,7 +18,7 @@ from .codegen.programs import Transition, chunk_program, transition_of
 from .codegen.triton.emit import Emitted, emit
 from .codegen.triton.fit import untuned_config
 from .codegen.triton.offline import Job, Outcome, run_jobs, signature_for
-from .codegen.triton.resources import Target
+from .codegen.triton.resources import SERIALISED, Target
 from .dsl import library
 from .dsl.classify import DecayClass, LowRank, classify
 from .dsl.errors import NotLowered
@@ -295,9 +295,14 @@ def report(searches: Sequence[Search]) -> str:
             registers = [o.resources.registers for o in s.found.values() if o.resources]
             most = max((r for r in registers if r is not None), default="unknown")
             spills = [o.resources.spills or 0 for o in s.found.values() if o.resources]
+            slow = [
+                n for n, o in s.found.items() if o.resources and o.resources.usage.is_serialised
+            ]
             limit = s.subject.target.shared_limit
             verdict = f"{shared / 1024:5.1f} of {limit // 1024} KiB, "
             verdict += f"registers {most}, spills {max(spills)} B"
+            if slow:
+                verdict += f"   {SERIALISED}: {', '.join(slow)}"
             if s.changes:
                 verdict += f"   TOO MUCH AS CHOSEN, fits with {'; '.join(s.changes)}"
         lines.append(f"{s.subject.label:<{width}}  {verdict}")
@@ -326,6 +331,7 @@ def as_json(search: Search) -> dict[str, object]:
             "shared_by_default": outcome.resources.shared if outcome.resources else None,
             "registers": r.registers if r else None,
             "spills": r.spills if r else None,
+            "instructions": r.usage.instructions._asdict() if r and r.usage.instructions else None,
             "seconds": round(outcome.seconds, 2),
             "error": outcome.error,
         }

@@ -208,6 +208,9 @@ def add_targets(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_COUNTED = ("wgmma", "local", "barriers", "lines")  # of the machine code, where it can be read
+
+
 def _resources(request: _Request, arguments: argparse.Namespace) -> int:
     """Compile the runtime's choice for each target, and print the resources of each kernel."""
     with triton_compiler():
@@ -231,7 +234,7 @@ def _resources(request: _Request, arguments: argparse.Namespace) -> int:
         outcomes.update(watched(run, "compiling", len(unique), "kernel"))
     except KeyboardInterrupt:
         interrupted = True
-    rows = [("kernel", "target", "shared", "limit", "registers", "spills", "")]
+    rows = [("kernel", "target", "shared", "limit", "registers", "spills", *_COUNTED, "")]
     failed = False
     for (name, kernel), job in jobs.items():
         outcome = outcomes.get(job.key)
@@ -239,14 +242,19 @@ def _resources(request: _Request, arguments: argparse.Namespace) -> int:
             continue
         limit = f"{job.target.shared_limit // 1024} KiB"
         if outcome.resources is None:
-            rows.append((kernel, name, "-", limit, "-", "-", outcome.error))
+            nothing = ["-"] * (2 + len(_COUNTED))
+            rows.append((kernel, name, "-", limit, *nothing, outcome.error))
         else:
             r = outcome.resources
             shared = f"{r.shared / 1024:.1f} KiB"
             registers = "-" if r.registers is None else str(r.registers)
             spills = "-" if r.spills is None else f"{r.spills} B"
-            verdict = "" if r.fits else "does not fit"
-            rows.append((kernel, name, shared, limit, registers, spills, verdict))
+            counted = [
+                "-" if r.usage.instructions is None else str(getattr(r.usage.instructions, n))
+                for n in _COUNTED
+            ]
+            verdict = offline.verdict(outcome)
+            rows.append((kernel, name, shared, limit, registers, spills, *counted, verdict))
         failed |= not outcome.fits
     print("\n".join(table(rows)), flush=True)
     if interrupted:

@@ -114,6 +114,8 @@ def _resources(form: NormalForm, options: Options) -> page.Section:
 
 
 def _taken(outcome: Outcome) -> str:
+    from .codegen.triton.offline import verdict
+
     r = outcome.resources
     if r is None:
         return outcome.error
@@ -122,7 +124,8 @@ def _taken(outcome: Outcome) -> str:
         text += f", {r.registers} registers"
     if r.spills:
         text += f", {r.spills} B spilled"
-    return text if r.fits else f"does not fit: {text}"
+    wrong = verdict(outcome)
+    return f"{wrong}: {text}" if wrong else text
 
 
 def _agreement(declared: Declaration, *, quick: bool) -> page.Section:

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from ..codegen.modules import import_file
 from ..codegen.triton.offline import VERDICTS
-from ..codegen.triton.resources import usage
+from ..codegen.triton.resources import SERIALISED, usage
 from ..runtime.tuned.artifact import KernelReport
 from .tunable import Built, Run
 
@@ -58,11 +58,14 @@ class TritonJob:
             text = "more shared memory than a program may use"
             return Built(error=text, seconds=time.monotonic() - started)
         binary = compiled.asm.get("cubin") or compiled.asm.get("hsaco")
-        registers, spills = usage(compiled.asm.get("cubin"))
+        used = usage(compiled.asm)
+        counted = used.instructions
         return Built(
-            KernelReport(registers=registers, spills=spills, shared=compiled.metadata.shared),
+            KernelReport(None, used.registers, used.spills, compiled.metadata.shared),
             None if binary is None else hashlib.blake2b(binary, digest_size=10).hexdigest(),
+            error=SERIALISED if used.is_serialised else None,
             seconds=time.monotonic() - started,
+            notes={} if counted is None else {"wgmma": counted.wgmma, "barriers": counted.barriers},
         )
 
 

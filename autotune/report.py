@@ -13,6 +13,8 @@ from .space import text
 from .trials import Measured
 from .tune import Finalist, Tuning
 
+_NOTES = ("registers", "spills", "wgmma", "barriers")  # of a trial, in the table
+
 
 def report(tuning: Tuning) -> str:
     """The whole report, for a terminal."""
@@ -43,7 +45,7 @@ def _tried(tuning: Tuning) -> str:
     for _, alternative in combination.chosen:
         for key, name in zip(alternative.parts, alternative.kernels, strict=True):
             names.setdefault(key, []).append(name)
-    rows = [("part", "tried", "best us", "worst us", "configuration", "registers", "spills", "")]
+    rows = [("part", "tried", "best us", "worst us", "configuration", *_NOTES, "shared")]
     for part, measured in tuning.findings.parts:
         if part.key in chosen:
             best = chosen[part.key]
@@ -57,9 +59,7 @@ def _tried(tuning: Tuning) -> str:
     return "\n".join(filter(None, [*table(rows), note]))
 
 
-def _row(
-    name: str, measured: Sequence[Measured], best: Measured
-) -> tuple[str, str, str, str, str, str, str, str]:
+def _row(name: str, measured: Sequence[Measured], best: Measured) -> tuple[str, ...]:
     shared = best.notes.get("shared")
     return (
         name,
@@ -67,9 +67,8 @@ def _row(
         f"{best.us:.1f}",
         f"{max(m.us for m in measured):.1f}",
         text(best.point),
-        str(best.notes.get("registers", "-")),
-        str(best.notes.get("spills", "-")),
-        f"{shared / 1024:.0f} KiB shared" if isinstance(shared, int) else "",
+        *(str(best.notes.get(n, "-")) for n in _NOTES),
+        f"{shared / 1024:.0f} KiB" if isinstance(shared, int) else "",
     )
 
 

@@ -219,6 +219,7 @@ class _Search:
             "shared": built.report.shared,
             "compile_seconds": round(built.seconds, 2),
             "why": why,
+            **built.notes,
         }
         state.trials.finish(self._claims.pop((state.part.key, point)), us, notes)
         state.measured[point] = Measured(point, us, notes)

@@ -55,12 +55,16 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """The result of a compilation; `code` is a digest of the machine code, `error` a failure."""
+    """The result of a compilation; `code` is a digest of the machine code, `error` a failure.
+
+    `notes`: what else reports show of a kernel, by name.
+    """
 
     report: KernelReport = field(default_factory=KernelReport)
     code: str | None = None
     error: str | None = None
     seconds: float = 0.0
+    notes: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def failed(cls, why: Exception, started: float) -> Built:

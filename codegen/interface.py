@@ -43,11 +43,15 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of a printed kernel: `of` is a buffer, or names an operand, carry or float."""
+    """A parameter of a printed kernel: `of` is a buffer, or names an operand, carry or float.
+
+    `channels`: the channel axis of an operand, of which this is a stride.
+    """
 
     name: str
     role: Role
     of: BufferId | str
+    channels: Axis | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from .config import Precision, Space, Tiles, dims_of
 from .expressions import unaliased
 from .gates import DECAYED
 from .interface import Dtype, Signature, intermediate_dtype, segment_end
+from .order import ordered
 from .padding import Padding, padding
 from .phases import added_products, extents, phases
 from .plan import Kernel, Loop
@@ -35,6 +36,8 @@ def tile(kernel: Kernel, signature: Signature, tiles: Tiles) -> tiled.TiledKerne
     if tiles.space is Space.MEMORY:
         signature = Signature(signature.dims, Dtype.FLOAT32, (), Precision.IEEE)
     decided = _Tiling(kernel, signature, tiles).kernel()
+    if tiles.space is Space.REGISTERS:
+        decided = ordered(decided)
     verify_tiled(decided)
     return decided
 

@@ -3,6 +3,8 @@
 A scan keeps the state transposed, S[v, k], in registers, and is split over tiles of the value axis.
 A kernel parallel over chunks that sums over a channel axis loops over its tiles. Everything is
 addressed from 64-bit bases; tails of sequences and of channels are masked, nothing is padded.
+Numbers that a model fixes are constants: heads, heads that share one, strides that no B or T is in;
+where no chunk has a tail (EVEN), the masks of rows are constant too, and vanish.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 from .. import tiled
 from ..config import Config, KernelConfig
 from ..expressions import Names, identifier
-from ..interface import Buffer, Parameter, Signature, Storage, stored
+from ..interface import Buffer, Parameter, Role, Signature, Storage, stored
 from ..plan import Kernel, Loop
 from ..tile import LEAVES, Axis, Tile, TileOp
 from ..tiling import tile
@@ -22,11 +24,12 @@ from . import library as triton_library
 from .memory import RANGE, TritonMemory
 
 STORAGE = Storage(wide=False, transposed=True)
+_ROWS_THERE = "rows = tl.full((C,), True, tl.int1) if EVEN else chunk * C + oi < length"
 STAGES = "STAGES"  # the parameter of scans that says how deep their loop is pipelined
 _RESERVED = frozenset(triton_library.FUNCTIONS).union(
     ("tl", "triton", "pid", "n", "h", "index", "chunk", "chunks", "first", "length", "batch"),
     ("at", "row", "rows", "step", "i", "oi", "oj", "ok", "ov", "i_v", "K", "V", "C", "BK", "BV"),
-    ("HV", "NV", "TOKENS", "PACKED", "cu_seqlens", "chunk_offsets", "chunk_table"),
+    ("HV", "NV", "TOKENS", "PACKED", "EVEN", "cu_seqlens", "chunk_offsets", "chunk_table"),
     ("part", "segment", "segments", "segment_table", "SEGMENT", "begin", "end", "before"),
 )  # fmt: skip
 
@@ -91,7 +94,10 @@ class _KernelPrinter(TritonMemory):
         tables, sizes, lengths = "", "", ""
         if segments is not None:
             tables, sizes, lengths = " segment_table,", " SEGMENT,", ', "SEGMENT"'
-        names = ", ".join(p.name for p in self.parameters.values())
+        constant = {p for p in self.parameters.values() if p.role is Role.GROUP}
+        names = ", ".join(
+            p.name + ": tl.constexpr" * (p in constant) for p in self.parameters.values()
+        )
         text = "\n".join(f"    {line}" if line else "" for line in body)
         stores = ", ".join(str(n) for n, _ in self._kernel.stores) or "nothing"
         if segments is not None and segments.ends:
@@ -102,9 +108,10 @@ class _KernelPrinter(TritonMemory):
             f'@triton.jit(do_not_specialize=["TOKENS", "chunks"{lengths}])\n'
             f"def {self._kernel.name}(\n"
             f"    {names},\n"
-            f"    cu_seqlens, chunk_offsets, chunk_table,{tables} TOKENS, chunks,{sizes} HV,\n"
-            "    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, "
-            f"BV: tl.constexpr,\n    NV: tl.constexpr, PACKED: tl.constexpr,{stages}\n"
+            f"    cu_seqlens, chunk_offsets, chunk_table,{tables} TOKENS, chunks,{sizes} "
+            "HV: tl.constexpr,\n    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, "
+            "BK: tl.constexpr, BV: tl.constexpr,\n    NV: tl.constexpr, PACKED: tl.constexpr, "
+            f"EVEN: tl.constexpr,{stages}\n"
             "):\n"
             f'    """{loop}; stores {stores}."""\n'
             f"{text}\n"
@@ -188,7 +195,7 @@ class _KernelPrinter(TritonMemory):
             "    batch = n",
             *self._ranges(),
             "at = first + chunk * C",
-            "rows = chunk * C + oi < length",
+            _ROWS_THERE,
             "row = batch * TOKENS + at",
             "",
         ]
@@ -216,7 +223,7 @@ class _KernelPrinter(TritonMemory):
             inner = [
                 f"chunk = {last} - step" if reverse else "chunk = step",
                 "at = first + chunk * C",
-                "rows = chunk * C + oi < length",
+                _ROWS_THERE,
                 "row = batch * TOKENS + at",
             ]
         lines += [f"    {line}" for line in [*inner, *self._run(self.tiled.inside)]]

@@ -1,8 +1,8 @@
 """What printed kernels load and store: addresses from 64-bit bases, and masks at every tail.
 
-Operands come with their strides. A buffer of tokens is [tokens, HV, channels]; one of chunks is
-[chunks, HV, V, K], the layout in which scans hold a state; users see states as [K, V], or as
-[V, K] where they are held transposed.
+Operands come with their strides: numbers of the call, or constants where a launch says so. A buffer
+of tokens is [tokens, HV, channels]; one of chunks is [chunks, HV, V, K], the layout in which scans
+hold a state; users see states as [K, V], or as [V, K] where they are held transposed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ class TritonMemory(TritonExpressions):
         super().__init__(tiled, names)
         self.parameters: dict[tuple[Role, BufferId | str], Parameter] = {}
 
-    def _parameter(self, name: str, role: Role, of: BufferId | str) -> str:
+    def _parameter(
+        self, name: str, role: Role, of: BufferId | str, channels: Axis | None = None
+    ) -> str:
         """The name of a parameter: `name`, where nothing else is called so."""
         if (role, of) not in self.parameters:
             free = name if role is Role.PARAM else self.names.fresh(name)
-            self.parameters[role, of] = Parameter(free, role, of)
+            self.parameters[role, of] = Parameter(free, role, of, channels)
         return self.parameters[role, of].name
 
     def _buffer(self, of: BufferId) -> str:
@@ -85,9 +87,10 @@ class TritonMemory(TritonExpressions):
                 address += f" * {axes[0].value.upper()} + {RANGE[axes[0]]}"
         else:
             pointer = self._parameter(f"{name}_ptr", Role.OPERAND, s.of)
-            batch = self._parameter(f"{name}_sb", Role.STRIDE_BATCH, s.of)
-            tokens = self._parameter(f"{name}_st", Role.STRIDE_TOKEN, s.of)
-            heads = self._parameter(f"{name}_sh", Role.STRIDE_HEAD, s.of)
+            channels = next((a for a in axes if a not in TIMES), None)
+            batch = self._parameter(f"{name}_sb", Role.STRIDE_BATCH, s.of, channels)
+            tokens = self._parameter(f"{name}_st", Role.STRIDE_TOKEN, s.of, channels)
+            heads = self._parameter(f"{name}_sh", Role.STRIDE_HEAD, s.of, channels)
             group = self._parameter(f"{name}_group", Role.GROUP, s.of)
             address = f"{pointer} + batch * {batch} + at * {tokens} + (h // {group}) * {heads}"
             address += f" + ({self._offsets(axes, tokens)})" if axes else ""

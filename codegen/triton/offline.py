@@ -30,7 +30,7 @@ from ..interface import Dtype, Signature
 from ..modules import import_file
 from ..triton.kernel import TritonKernel
 from . import library as triton_library
-from .resources import Resources, Target, compile_kernel
+from .resources import SERIALISED, Resources, Target, compile_kernel
 
 UNIT = "audited"
 # what Triton's front end, its passes and the assemblers raise: the compiler's verdict, not ours
@@ -99,6 +99,16 @@ class Outcome:
     @property
     def fits(self) -> bool:
         return self.resources is not None and self.resources.fits
+
+
+def verdict(outcome: Outcome) -> str:
+    """What is wrong with a kernel, for tables; empty if nothing is."""
+    r = outcome.resources
+    if r is None:
+        return outcome.error
+    if not r.fits:
+        return "does not fit"
+    return SERIALISED if r.usage.is_serialised else ""
 
 
 def compile_job(job: Job) -> Outcome:

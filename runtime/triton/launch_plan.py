@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
@@ -31,6 +32,7 @@ from .kernels import Buffer, Kernel, Source
 TABLES = ("cu_seqlens", "chunk_offsets", "chunk_table", "segment_table")
 STAGES = "STAGES"  # the parameter of scans that says how deep their loop is pipelined
 _COMPILING = threading.Lock()
+_INTERPRETED = triton.knobs.runtime.interpret  # kernels are then Python, and constants numbers
 
 Given = Tensor | float | None  # what a kernel is given: a tensor, a float of the call, nothing
 
@@ -107,6 +109,14 @@ class OperandLayout(NamedTuple):
         """That of an operand in rows."""
         heads, strides = (0, ()) if per_head else (x.shape[2], x.stride())
         return cls(name, x.dtype, heads, strides)
+
+    def is_constant(self, axis: int, B: int) -> bool:
+        """Whether the stride along an axis (batch, token, head) has no extent B or T in it.
+
+        It has those of the axes that lie within, whose strides are smaller.
+        """
+        varying = {n for n, extent in enumerate((B, None)) if n != axis and extent != 1}
+        return axis > 0 and not any(0 < self.strides[n] < self.strides[axis] for n in varying)
 
 
 class Layout(NamedTuple):
@@ -352,9 +362,12 @@ def _spec(
         "HV": layout.HV,
         "SEGMENT": layout.segment,
         "PACKED": layout.packed is not None,
+        "EVEN": layout.packed is None and layout.T % layout.chunk == 0,
     }
     for parameter, (name, axis) in kernel.strides.items():
-        fixed[parameter] = operands[name].strides[axis]
+        stride = operands[name].strides[axis]
+        is_constant = operands[name].is_constant(axis, layout.B)
+        fixed[parameter] = tl.constexpr(stride) if is_constant and not _INTERPRETED else stride
     for parameter, name in kernel.groups.items():
         fixed[parameter] = layout.HV // operands[name].heads
     numbers = {name: number["table", name] for name in TABLES}

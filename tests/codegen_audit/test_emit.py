@@ -100,7 +100,8 @@ def test_resources(rules: str, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     head, *rows = done.stdout.splitlines()
-    assert head.split() == ["kernel", "target", "shared", "limit", "registers", "spills"]
+    named = ["kernel", "target", "shared", "limit", "registers", "spills"]
+    assert head.split() == [*named, "wgmma", "local", "barriers", "lines"]
     kernels = [row.split() for row in rows]
     assert {k[0] for k in kernels} >= {"forward_scan", "backward_reverse", "backward_gradients"}
     for kernel in kernels:
