@@ -234,7 +234,9 @@ def _resources(request: _Request, arguments: argparse.Namespace) -> int:
         outcomes.update(watched(run, "compiling", len(unique), "kernel"))
     except KeyboardInterrupt:
         interrupted = True
-    rows = [("kernel", "target", "shared", "limit", "registers", "spills", *_COUNTED, "")]
+    rows: list[tuple[str, ...]] = [
+        ("kernel", "target", "shared", "limit", "registers", "spills", *_COUNTED, "")
+    ]
     failed = False
     for (name, kernel), job in jobs.items():
         outcome = outcomes.get(job.key)

@@ -45,7 +45,9 @@ def _tried(tuning: Tuning) -> str:
     for _, alternative in combination.chosen:
         for key, name in zip(alternative.parts, alternative.kernels, strict=True):
             names.setdefault(key, []).append(name)
-    rows = [("part", "tried", "best us", "worst us", "configuration", *_NOTES, "shared")]
+    rows: list[tuple[str, ...]] = [
+        ("part", "tried", "best us", "worst us", "configuration", *_NOTES, "shared")
+    ]
     for part, measured in tuning.findings.parts:
         if part.key in chosen:
             best = chosen[part.key]

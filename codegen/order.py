@@ -87,6 +87,7 @@ class _Phase:
     def _grouped(self, uses: Counter[Tile]) -> list[_Group]:
         groups: list[_Group] = []
         waiting: dict[Tile, _Group] = {}
+        cleaned = {s.value for s in self._phase if isinstance(s, tiled.Clean)}
         for s in self._phase:
             if isinstance(s, tiled.Load):
                 continue
@@ -107,6 +108,7 @@ class _Phase:
             group = _Group([*statements, s], *map(frozenset, (reads, writes, in_place)))
             (value,) = writes if len(writes) == 1 else (None,)
             alone = value is not None and uses[value] == 1 and value not in self._others
+            alone = alone and value not in cleaned
             if alone and isinstance(s, tiled.Compute | tiled.Product) and not s.adds:
                 assert value is not None
                 if value.op in POINTWISE:
