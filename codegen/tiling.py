@@ -36,7 +36,7 @@ def tile(kernel: Kernel, signature: Signature, tiles: Tiles) -> tiled.TiledKerne
     if tiles.space is Space.MEMORY:
         signature = Signature(signature.dims, Dtype.FLOAT32, (), Precision.IEEE)
     decided = _Tiling(kernel, signature, tiles).kernel()
-    if tiles.space is Space.REGISTERS:
+    if tiles.space is Space.REGISTERS and kernel.loop is not Loop.PARALLEL:
         decided = ordered(decided)
     verify_tiled(decided)
     return decided

@@ -55,9 +55,9 @@ def default_config(body: ChunkProgram, dims: Dims, *, wide_dtype: bool) -> Confi
         return _cautious(forward, backward, widest, 32 if short else 64)
     if f.vector_gated:
         return _vector_gated(forward, backward)
-    # a delta step does more in sequence: more and smaller programs hide more of it
     narrow = widest <= 64
-    scan = KernelConfig(32, 4, 3 if narrow else 2) if f.solves else KernelConfig(64, 4, 3)
+    # a delta step does more in sequence: where states are small, more programs hide more of it
+    scan = KernelConfig(32 if f.solves and narrow else 64, 4, 3)
     if narrow:
         gradients = KernelConfig(16 if f.solves else 32, 4, 4)
     elif f.solves or f.gated:
