@@ -176,7 +176,7 @@ def features(declared: Declaration) -> list[tuple[str, str]]:
     form = declared.normal_form(declared.default_micro)
     refused = chunk_refusal(form)
     if refused is not None:
-        return _without_chunks(refused.splitlines()[0])
+        return _without_chunks(refused)
     transition = transition_of(form, Dims(128, 128))
     segments = "no" if transition is None else f"yes: a segment's state is {transition.value}"
     rows = [
