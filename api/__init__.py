@@ -6,6 +6,9 @@ leaves Python's own in place.
 
 from __future__ import annotations
 
+from . import interrupts as interrupts  # first, since the others import torch
+
+# isort: split
 from . import errors, fla, library, nn
 from .dsl import functions as _functions
 from .dsl.diagnostic import did_you_mean

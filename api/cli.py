@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from . import interrupts
 from .cli_audit import AUDIT
 from .cli_command import Command, UsageError
 from .cli_completion import COMPLETION
@@ -83,8 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     The code is 0 for success, 1 for a failure (stderr says why), 2 if the command line was not
     understood, and 130 after an interrupt.
     """
-    arguments = parser().parse_args(argv)
     try:
+        interrupts.raise_again()
+        arguments = parser().parse_args(argv)
         return int(arguments.run(arguments))
     except UsageError as error:
         print(f"chunkwise: {error}", file=sys.stderr)
@@ -93,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error.render(), file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:  # its text says what is kept
-        print(": ".join(["chunkwise: interrupted", *interrupt.args]), file=sys.stderr)
+        print(": ".join([interrupts.LINE, *interrupt.args]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader has closed the pipe, as in `chunkwise list | head`
         sys.stderr.close()

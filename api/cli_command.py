@@ -73,7 +73,7 @@ def find(target: str) -> Recurrence:
         found = getattr(library, name)
         assert isinstance(found, Recurrence)
         return found
-    declared = _recurrences_of(Path(file))
+    declared = _recurrences_of(_existing(Path(file)))
     if not name and len(declared) == 1:
         return next(iter(declared.values()))
     if name not in declared:
@@ -101,9 +101,19 @@ def unknown_name(name: str) -> str:
     return f"no recurrence {name!r} in the library; {near} (one of your own is FILE.py:NAME)"
 
 
+def _existing(file: Path) -> Path:
+    """`file`, if it is one."""
+    if file.is_file():
+        return file
+    near = ""
+    if file.stem in library.names():
+        near = f"; the library has {file.stem}, which needs no file"
+    elif file.with_suffix(".py").is_file():
+        near = f"; did you mean {file.with_suffix('.py')}:NAME?"
+    raise UsageError(f"no file {file}{near}")
+
+
 def _recurrences_of(file: Path) -> dict[str, Recurrence]:
-    if not file.is_file():
-        raise UsageError(f"no file {file}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise UsageError(f"{file} is not a Python file")

@@ -26,31 +26,33 @@ _chunkwise_target() {{
 }}
 _chunkwise_dtype() {{ compadd {dtypes}; }}
 """
-_COMPLETERS = {
-    TARGET: {"bash": "_chunkwise_target", "zsh": "_chunkwise_target"},
-    "DTYPE": {"bash": "_chunkwise_dtype", "zsh": "_chunkwise_dtype"},
-    "FILE": shtab.FILE,
-    "FOLDER": shtab.DIRECTORY,
-    "PATH": shtab.FILE,
+# by the placeholder of a usage; tcsh has no functions, and completes words or files
+_WORDS = {
+    TARGET: {"bash": "_chunkwise_target", "zsh": "_chunkwise_target", "tcsh": "({names})"},
+    "DTYPE": {"bash": "_chunkwise_dtype", "zsh": "_chunkwise_dtype", "tcsh": "({dtypes})"},
 }
+_PATHS = {"FILE": shtab.FILE, "FOLDER": shtab.DIRECTORY, "PATH": shtab.FILE}
 
 
 def script(shell: str) -> str:
     """The script of a shell, which knows all commands, options and names of the library."""
     from .cli import parser  # which has this command too
 
+    words = {
+        "names": " ".join(library.names()),
+        "dtypes": " ".join(d.value for d in Dtype),
+    }
+    completers: dict[str, object] = dict(_PATHS)
+    for placeholder, by_shell in _WORDS.items():
+        completers[placeholder] = {s: text.format(**words) for s, text in by_shell.items()}
     top = parser()
     pending: list[argparse.ArgumentParser] = [top]
     while pending:
         for action in pending.pop()._actions:
             if isinstance(action, argparse._SubParsersAction):
                 pending += action.choices.values()
-            elif action.choices is None and action.metavar in _COMPLETERS:
-                action.complete = _COMPLETERS[action.metavar]  # type: ignore[attr-defined]
-    words = {
-        "names": " ".join(library.names()),
-        "dtypes": " ".join(d.value for d in Dtype),
-    }
+            elif action.choices is None and action.metavar in completers:
+                action.complete = completers[str(action.metavar)]  # type: ignore[attr-defined]
     preamble = {"bash": _BASH.format(**words), "zsh": _ZSH.format(**words)}
     return str(shtab.complete(top, shell=shell, preamble=preamble.get(shell, ""))).rstrip("\n")
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from chunkwise.cli_arguments import add_dtype
+from chunkwise.codegen.interface import Dtype
 
 from . import machine, measure, report, warm
 from .contest import Row, Settings, contest
@@ -20,7 +22,7 @@ EXAMPLES = """
 examples:
   python -m benchmarks.run --shapes F,C,D --json out/h100.json --warm-parallel 14
   python -m benchmarks.run --shapes F --ops delta_rule,kda --no-peer
-  python -m benchmarks.run --device cpu --shapes S --dtype float32
+  python -m benchmarks.run --device cpu --shapes S --dtype fp32
 """
 
 
@@ -45,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     gpu = torch.cuda.is_available()
     p.add_argument("--shapes", type=_names(list(SHAPES), "shape"), default=["F" if gpu else "XS"])
     p.add_argument("--ops", type=_names(list(CASES), "recurrence"), default=list(CASES))
-    p.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=None)
+    add_dtype(p, None, "default: bfloat16 on a GPU, else float32")
     p.add_argument("--device", default="cuda" if gpu else "cpu")
     p.add_argument("--engine", default=None, help="our engine (default: the device's own)")
     p.add_argument("--repeats", type=int, default=50, help="timed runs of each side")
@@ -75,13 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = torch.device(args.device)
     peer = not args.no_peer and device.type == "cuda"
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype = args.dtype or (Dtype.BFLOAT16 if device.type == "cuda" else Dtype.FLOAT32)
     described = machine.describe(device)
     for key, value in described.items():
         print(f"{key}: {value}")
     if args.warm_parallel and device.type == "cuda":
         sides = warm.SIDES if peer else warm.SIDES[:1]
-        seconds = warm.warm_all(args.ops, args.shapes, sides, dtype, args.warm_parallel)
+        seconds = warm.warm_all(args.ops, args.shapes, sides, dtype.value, args.warm_parallel)
         described["warm_parallel_s"] = round(seconds, 1)
         print(f"compiled both sides in {seconds:.0f} s, {args.warm_parallel} processes")
     bandwidth = BANDWIDTH.get(str(described.get("device"))) or measure.bandwidth(device)
@@ -89,11 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"floor: compulsory bytes at {bandwidth / 1e12:.3f} TB/s\n", flush=True)
 
     settings = Settings(
-        device, getattr(torch, dtype), bandwidth, args.repeats, peer=peer, engine=args.engine
+        device, getattr(torch, dtype.value), bandwidth, args.repeats, peer=peer, engine=args.engine
     )
     rows: list[Row] = []
     for shape in args.shapes:
-        print(f"{shape}: {SHAPES[shape].text}, {dtype}")
+        print(f"{shape}: {SHAPES[shape].text}, {dtype.value}")
         for name in args.ops:
             found = contest(CASES[name], getattr(chunkwise.library, name), SHAPES[shape], settings)
             rows += found

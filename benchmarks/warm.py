@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from chunkwise.cli_arguments import add_dtype
+from chunkwise.codegen.interface import Dtype
 
 SIDES = ("ours", "peer")
 
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recurrence")
     parser.add_argument("shape")
     parser.add_argument("side", choices=SIDES)
-    parser.add_argument("--dtype", default="bfloat16")
+    add_dtype(parser, Dtype.BFLOAT16)
     args = parser.parse_args(argv)
     _compile_only()
 
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = torch.device("cuda")
     case, shape = CASES[args.recurrence], SHAPES[args.shape]
-    operands = draw(case, shape, getattr(torch, args.dtype), device)
+    operands = draw(case, shape, getattr(torch, args.dtype.value), device)
     packed = cu_seqlens(shape, device)
     values = tuple(operands.values())
     leaves = [x for x in values if x.requires_grad]

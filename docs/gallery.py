@@ -155,7 +155,7 @@ def _section(entry: Entry) -> str:
         f"Class: {classify(form)}.{two}",
     ]
     if refused is not None:
-        parts.append(f"Only the reference engine runs it: {refused.partition(chr(10))[0]}.")
+        parts.append(f"Only the reference engine runs it: {refused}.")
     parts.append(
         "<!-- not run: the declaration in dsl/library.py, which tests run -->\n"
         f"```python\n{source(declared)}\n```"

@@ -12,11 +12,13 @@ Python names. A comment on the line before a block says what else it is:
 `<!-- not run: REASON -->`  the block needs a GPU, a network or many minutes, as the reason says.
 
 Unmarked blocks of ```python and ```sh run; others are text. `make docs` rewrites the pages, and
-tests/test_docs.py compares without writing.
+tests/test_docs.py compares without writing. `python docs/regenerate.py --times FILE` notes how
+long each command took, and all Python blocks of a page together.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import linecache
@@ -26,8 +28,9 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +73,13 @@ class _Run:
     folder: Path
     names: dict[str, object] = field(default_factory=lambda: {"__name__": "page"})
     printed: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)  # by command
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
 
     def block(self, found: re.Match[str]) -> str:
         """Run one block; its text, with its output anew."""
@@ -108,7 +118,7 @@ class _Run:
         path.write_text(code, encoding="utf-8")
         linecache.clearcache()
         out = io.StringIO()
-        with contextlib.redirect_stdout(out):
+        with contextlib.redirect_stdout(out), self._timed("its Python"):
             try:
                 exec(compile(code, str(path), "exec"), self.names)
             except Exception as error:
@@ -130,14 +140,15 @@ class _Run:
                 self.printed += self._command(shlex.join(line[1:])) + "\n"
             return
         tools = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", code],
-            cwd=self.folder,
-            env={**os.environ, "PATH": tools},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        with self._timed(f"`{'; '.join(shlex.join(line) for line in lines)}`"):
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", code],
+                cwd=self.folder,
+                env={**os.environ, "PATH": tools},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
         if done.returncode:
             raise AssertionError(f"{self.page.name}: {code}{done.stdout}{done.stderr}")
         self.printed += done.stdout
@@ -145,27 +156,58 @@ class _Run:
     def _command(self, arguments: str) -> str:
         """The output of `chunkwise ARGUMENTS`."""
         out = io.StringIO()
-        with contextlib.redirect_stdout(out):
+        with contextlib.redirect_stdout(out), self._timed(f"`chunkwise {arguments}`"):
             code = cli.main(shlex.split(arguments))
         if code:
             raise AssertionError(f"{self.page.name}: chunkwise {arguments} ended with {code}")
         return out.getvalue().strip("\n")
 
 
-def regenerated(page: Path, folder: Path) -> str:
-    """The text of `page` with every output anew, after its blocks have run in `folder`."""
+def run(page: Path, folder: Path) -> tuple[str, dict[str, float]]:
+    """Run the blocks of `page` in `folder`.
+
+    Returns:
+        Its text with every output anew, and the seconds that each command took.
+    """
     for name in _LINKED:
         (folder / name).symlink_to(ROOT / name)
-    run = _Run(page, folder)
+    running = _Run(page, folder)
     with _inside(folder):
-        return _BLOCK.sub(run.block, page.read_text(encoding="utf-8"))
+        text = _BLOCK.sub(running.block, page.read_text(encoding="utf-8"))
+    return text, running.seconds
 
 
-def main() -> int:
+def regenerated(page: Path, folder: Path) -> str:
+    """The text of `page` with every output anew, after its blocks have run in `folder`."""
+    return run(page, folder)[0]
+
+
+def _note(file: Path, rows: list[dict[str, str]]) -> None:
+    """Write rows with the machine, for docs/tables.py."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from benchmarks import machine, report
+
+    described = machine.describe(torch.device("cpu"))
+    described["device"] = f"{described['processor']}, {os.cpu_count()} cores"
+    report.write(file, ("python", "docs/regenerate.py", "--times", str(file)), described, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite the pages; 0."""
+    parser = argparse.ArgumentParser(description="Run the documents and rewrite what they print.")
+    parser.add_argument("--times", type=Path, metavar="FILE", help="write what took how long there")
+    arguments = parser.parse_args(argv)
+    rows = []
     for page in PAGES:
         with tempfile.TemporaryDirectory() as folder:
-            page.write_text(regenerated(page, Path(folder)), encoding="utf-8")
+            text, seconds = run(page, Path(folder))
+        page.write_text(text, encoding="utf-8")
+        name = str(page.relative_to(ROOT))
+        rows += [{"page": name, "command": c, "seconds": f"{s:.1f}"} for c, s in seconds.items()]
+    if arguments.times is not None:
+        _note(arguments.times, rows)
     return 0
 
 

@@ -47,11 +47,13 @@ class NotATensor(BadDtype):
     """An operand that is no tensor: an array of numpy, a list, a number."""
 
     def __init__(self, operand: str, got: str, expected: str) -> None:
-        make = "torch.from_numpy" if got == "ndarray" else "torch.tensor"
+        helps = {"ndarray": f"pass torch.from_numpy({operand})", "str": "pass a tensor"}
+        number = f"for one number everywhere pass torch.full(size, {operand}) of that size"
+        helps |= dict.fromkeys(("int", "float"), number)
         CallError.__init__(
             self,
             f"operand {operand!r} is of type {got}, expected {expected}",
-            help=f"pass {make}({operand})",
+            help=helps.get(got, f"pass torch.tensor({operand})"),
         )
 
 

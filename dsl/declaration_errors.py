@@ -199,6 +199,11 @@ class NoAttribute(DeclarationError, AttributeError):
             help = (
                 "there is nothing to transpose: write `k @ S`, `S @ v`, `outer(k, v)`, `dot(x, y)`"
             )
+        elif name in ("shape", "size", "dim", "ndim", "numel", "dtype", "device"):
+            help = (
+                "a step is for any sizes and dtypes: scale operands before the call, "
+                "or declare a keyword-only float"
+            )
         elif name in FUNCTION_NAMES:
             help = f"write `{name}(x)` with `from chunkwise import {name}`"
         super().__init__(f"a traced value has no attribute {name!r}", loc=loc, help=help)
@@ -213,18 +218,19 @@ class CapturedTensor(DeclarationError, TypeError):
             loc=loc,
             why="tensors are not captured by closure: they would get no gradient and no layout",
             help="declare it as an operand: HeadScalar, HeadKey or HeadValue if it belongs to the "
-            "head, Scalar, Key or Value if it changes with the token",
+            "head, Scalar, Key or Value if it changes with the token; outside a step call torch",
         )
 
 
 class BadPower(DeclarationError, ValueError):
     """`x ** p` for a power that is not one of the few that mean multiplication or a root."""
 
-    def __init__(self, got: str, loc: Loc | None) -> None:
+    def __init__(self, got: str, loc: Loc | None, *, base: object = "x") -> None:
+        positive = "write `exp(p * log(x))` if x is positive"
         super().__init__(
-            f"x ** {got}: expected 2, 3, 4, -1, -2, 0.5 or -0.5",
+            f"{base} ** {got}: expected 2, 3, 4, -1, -2, 0.5 or -0.5",
             loc=loc,
-            help="write `exp(p * log(x))` if x is positive",
+            help=positive if base == "x" else f"write `exp(x * math.log({base}))`",
         )
 
 

@@ -59,7 +59,8 @@ def read_signature(function: Callable[..., object]) -> StepSignature:
         annotation = kind_annotation(hint)
         if annotation is not None:
             if default is not parameter.empty:
-                raise errors.BadAnnotation(name, f"{annotation.name} with a default", "", loc)
+                why = f"operands are tensors of each call; a number is `*, {name}: float = 1.0`"
+                raise errors.BadAnnotation(name, f"{annotation.name} with a default", why, loc)
             if annotation.kind.is_state:
                 states.append(StateDecl(name, annotation.kind))
             else:

@@ -76,7 +76,15 @@ class Traced:
     def __pow__(self, power: float) -> Traced:
         return _power(self, power)
 
+    def __format__(
+        self, spec: str
+    ) -> str:  # of `print(f"{S:.2f}")`, which has no numbers to format
+        return repr(self)
+
     # ------------------------------------------------------------ traps
+    def __rpow__(self, base: float) -> NoReturn:
+        raise errors.BadPower("a traced value", here(), base=base)
+
     def __array_ufunc__(
         self, ufunc: Callable[..., object], method: str, *inputs: Any, **options: Any
     ) -> Traced:

@@ -177,7 +177,7 @@ def features(declared: Declaration) -> list[tuple[str, str]]:
         form = declared.normal_form(declared.default_micro)
         refused = chunk_refusal(form)
     if refused is not None:
-        engines += refused.splitlines()[0]
+        engines += refused
     else:
         engines = ", ".join(e.value for e in EngineName)
         transition = transition_of(form, Dims(128, 128))

@@ -347,7 +347,7 @@ def chunk_refusal(form: NormalForm) -> str | None:
     try:
         chunk_program(form)
     except NotLowered as refused:
-        return str(refused)
+        return f"{refused.headline}: {refused.why}"
     return None
 
 
@@ -359,5 +359,5 @@ def printed_token_refusal(call: Call) -> str | None:
     try:
         token_kernel(call.step)
     except NotLowered as refused:
-        return str(refused)
+        return f"{refused.headline}: {refused.why}"
     return None

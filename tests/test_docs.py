@@ -36,7 +36,10 @@ def test_blocks_run_and_print_what_the_page_shows(
     text = regenerate.regenerated(page, tmp_path)
     if pytestconfig.getoption("--update-golden"):
         page.write_text(text, encoding="utf-8")
-    assert text == page.read_text(encoding="utf-8"), "run `make docs`"
+    shown = page.read_text(encoding="utf-8")
+    if sys.version_info < (3, 11):  # which knows no columns, so that most errors have no carets
+        text, shown = (re.sub(r"^ +\| +\^+\n", "", t, flags=re.M) for t in (text, shown))
+    assert text == shown, "run `make docs`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

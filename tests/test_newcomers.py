@@ -239,6 +239,73 @@ def forgotten_sign() -> object:
     return cw.recurrence(rule)
 
 
+@mistake(errors.BadPower, "write `exp(x * math.log(0.9))`")
+def number_to_a_traced_power() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value, g: Scalar):
+        S = 0.9**g * S + outer(k, v)
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.NoAttribute, "scale operands before the call")
+def sizes_within_a_step() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value):
+        S = S + outer(k, v)
+        return S, (q * q.shape[-1] ** -0.5) @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.BadAnnotation, "a number is `*, g: float = 1.0`")
+def operand_with_a_default() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value, g: Scalar = 0.0):
+        S = exp(g) * S + outer(k, v)
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.BadAnnotation, "put a `*` before them")
+def number_that_is_positional() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value, decay: float):
+        S = decay * S + outer(k, v)
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.KindMismatch, "a matrix is `outer(k, v)`")
+def key_plus_value() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value):
+        S = S + outer(k, v + k)
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.NoAttribute, "there is nothing to transpose")
+def transposed_state() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value):
+        S = S + outer(k, v)
+        return S, S.T @ q
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.BadReturn, "end with `return S, o`")
+def state_without_output() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value):
+        return S + outer(k, v)
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.CapturedTensor, "outside a step call torch")
+def function_on_a_tensor() -> object:
+    return exp(normal(3))
+
+
 # ---- calls ---------------------------------------------------------------------------------------
 
 
@@ -270,6 +337,17 @@ def another_width() -> object:
 @mistake(errors.NotATensor, "pass torch.from_numpy(q)")
 def numpy_array() -> object:
     return call(q=np.zeros((B, T, H, K), dtype=np.float32))
+
+
+@mistake(errors.NotATensor, "pass torch.full(size, g) of that size")
+def one_number_for_all_tokens() -> object:
+    return call(g=-0.1)
+
+
+@mistake(errors.BadShape, "call the recurrence itself for several tokens")
+def sequence_to_a_step() -> object:
+    q, k, v = normal(B, T, H, K), normal(B, T, H, K), normal(B, T, H, V)
+    return cw.library.linear_attention.step(q, k, v)
 
 
 @mistake(errors.BadDtype, "expected one of float32, bfloat16, float16, float64")
@@ -369,6 +447,26 @@ def test_a_step_without_chunks_is_told_of_its_kernel() -> None:
             normal(B, T, H),
             engine="tvm",
         )
+
+
+def test_modules_of_the_wrong_kind() -> None:
+    with pytest.raises(TypeError, match=r"expected a recurrence: chunkwise.library.NAME"):
+        cw.nn.RecurrentLayer("gated_delta_rule", 64, 2, 16, 32)
+    layer = cw.nn.RecurrentLayer(cw.library.linear_attention, 64, 2, 16, 32)
+    with pytest.raises(TypeError, match=r"mixers=\[layer\]"):
+        cw.nn.LanguageModel(10, 64, layer)
+
+
+def test_a_formatted_symbol_is_its_repr() -> None:
+    """A print that is left in a step shows symbols."""
+    seen = []
+
+    @cw.recurrence
+    def rule(S: State, q: Key, k: Key, v: Value):
+        seen.append(f"{S:.2f} {k}")
+        return S + outer(k, v), q @ S
+
+    assert seen[0] == "<traced State: state> <traced Key: operand>"
 
 
 def test_names_that_are_not_there() -> None:

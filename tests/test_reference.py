@@ -5,12 +5,9 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-from chunkwise import cli_completion
 from chunkwise.environment import VARIABLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,37 +62,3 @@ def test_every_variable_that_is_read_is_in_the_table() -> None:
         if "environ" in path.read_text(encoding="utf-8"):
             read |= _read_variables(path)
     assert read == {v.name for v in VARIABLES}
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-@pytest.mark.parametrize(
-    ("typed", "offered"),
-    [
-        ("chunkwise ex", "explain export"),
-        ("chunkwise explain gated_delta", "gated_delta_product gated_delta_rule"),
-        ("chunkwise emit kda --st", "--stage"),
-        ("chunkwise emit kda --stage c", "chunk"),
-        ("chunkwise tune kda --dtype b", "bfloat16"),
-        ("chunkwise explain my_r", "my_rules.py"),
-    ],
-)
-def test_bash_completes(typed: str, offered: str, tmp_path: Path) -> None:
-    (tmp_path / "my_rules.py").touch()
-    words = typed.split()
-    code = f"""{cli_completion.script("bash")}
-COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; COMP_LINE='{typed}'; COMPREPLY=()
-_shtab_chunkwise
-printf '%s\\n' "${{COMPREPLY[@]}}" | sort | xargs
-"""
-    done = subprocess.run(
-        ["bash", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
-    )
-    assert done.stdout.strip() == offered
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
-def test_scripts_know_every_command(shell: str) -> None:
-    from chunkwise.cli import COMMANDS
-
-    script = cli_completion.script(shell)
-    assert all(command.name in script for command in COMMANDS)

@@ -156,6 +156,7 @@ class RecurrentLayer(nn.Module, Mixer):
 
     Raises:
         ValueError: `normalise` or `roles` names something that is not an operand.
+        TypeError: `op` is no recurrence.
     """
 
     __call__: Callable[..., Tensor]  # of forward; torch's own type says Any
@@ -178,6 +179,10 @@ class RecurrentLayer(nn.Module, Mixer):
         engine: str | None = None,
     ) -> None:
         super().__init__()
+        if not hasattr(op, "declaration"):
+            raise TypeError(
+                f"op is {op!r}, expected a recurrence: chunkwise.library.NAME, or one of your own"
+            )
         self.op, self.engine, self.normalise = op, engine, normalise
         self.heads, self.value_heads = heads, value_heads or heads
         self.params: dict[str, Any] = dict(params or {})

@@ -106,6 +106,9 @@ class LanguageModel(nn.Module):
         mixers: one module of the protocol `Mixer` per block.
         width: inner size of the MLPs; None for `4 * hidden`, 0 for no MLPs.
         tied: whether the embedding and the output share a weight.
+
+    Raises:
+        TypeError: `mixers` is one module.
     """
 
     __call__: Callable[..., Tensor]  # of forward; torch's own type says Any
@@ -120,6 +123,8 @@ class LanguageModel(nn.Module):
         tied: bool = False,
     ) -> None:
         super().__init__()
+        if isinstance(mixers, nn.Module) and not isinstance(mixers, nn.ModuleList):
+            raise TypeError("mixers is one module, expected a list: mixers=[layer]")
         self.embed = nn.Embedding(vocabulary, hidden)
         nn.init.normal_(self.embed.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(hidden, m, width) for m in mixers)

@@ -90,6 +90,8 @@ def test_targets_that_are_not_there(capsys: pytest.CaptureFixture[str], tmp_path
         ("gated_delta_ruel", "did you mean gated_delta_rule"),
         ("softmax", "`chunkwise list` shows"),
         (str(tmp_path / "none.py"), "no file"),
+        ("kda.py", "the library has kda, which needs no file"),
+        (f"{tmp_path}/two:mine", "two.py:NAME?"),
         (f"{file}:ours", "did you mean yours?"),
         (f"{file}:theirs", "it declares mine, yours"),
         (str(file), "which recurrence"),

@@ -68,6 +68,21 @@ def test_ctrl_c_in_a_tuning_keeps_its_result(tmp_path: Path) -> None:
     assert list((tmp_path / "artifacts").glob("*/*.json"))
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="sees by /proc what is loaded")
+def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:
+    child = _spawn(tmp_path, "doctor")
+    while "libtorch" not in Path(f"/proc/{child.pid}/maps").read_text(encoding="utf-8"):
+        time.sleep(0.01)
+    child.sendintr()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert (child.before or "").strip().splitlines()[-1].removeprefix("^C") == (
+        "chunkwise: interrupted"
+    )
+    assert "Traceback" not in (child.before or "")
+    assert child.exitstatus == 130
+
+
 def test_ctrl_c_in_compilations(tmp_path: Path) -> None:
     """One line, and no traceback of a worker."""
     pytest.importorskip("triton")
