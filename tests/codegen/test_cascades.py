@@ -29,14 +29,22 @@ from chunkwise import (
 )
 from chunkwise import sum as channels
 from chunkwise.codegen.config import Dims
-from chunkwise.codegen.programs import transition_of
+from chunkwise.codegen.plan import Plan, backward_plans, forward_plans
+from chunkwise.codegen.programs import (
+    backward_program,
+    chunk_program,
+    forward_program,
+    transition_of,
+)
 from chunkwise.codegen.prove import prove
 from chunkwise.dsl import oracle
 from chunkwise.dsl.classify import classify
 from chunkwise.dsl.equations import as_step
-from chunkwise.dsl.normal_form import levels_of
+from chunkwise.dsl.normal_form import NormalForm, levels_of
 from chunkwise.dsl.traced import Traced
 from chunkwise.dsl.verify import verify_form, verify_step
+from chunkwise.runtime import eager as eager_engine
+from chunkwise.runtime.prepared import Records
 from chunkwise.runtime.recurrence import Recurrence
 
 from tests.harness import Sizes, engine_results, make_inputs, oracle_results
@@ -145,6 +153,30 @@ def test_the_chunk_is_the_token_loop(name: str, case: str) -> None:
     inputs = make_inputs(RULES[name], _sized(name, CASES[case]))
     got = engine_results(RULES[name], inputs, "eager")
     assert_agree(got, oracle_results(RULES[name], inputs), FLOAT64_RANDOM)
+
+
+@pytest.mark.parametrize("name", ["gated_slots", "residual", "gates_and_keys", "three"])
+def test_every_plan_computes_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = RULES[name]
+    inputs = make_inputs(op, CASES["packed"])
+    want = oracle_results(op, inputs)
+    body = chunk_program(op.declaration.normal_form())
+    forward, backward = forward_plans(body), backward_plans(body)
+    for n in range(max(len(forward), len(backward))):
+        _under(forward[n % len(forward)], backward[n % len(backward)], monkeypatch)
+        Records.forget()
+        assert_agree(engine_results(op, inputs, "eager"), want, FLOAT64_RANDOM)
+
+
+def _under(forward: Plan, backward: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward_kernels(form: NormalForm) -> object:
+        return eager_engine._compile(forward_program(form, forward))
+
+    def backward_kernels(form: NormalForm) -> object:
+        return eager_engine._compile(backward_program(form, backward))
+
+    monkeypatch.setattr(eager_engine, "_forward_kernels", forward_kernels)
+    monkeypatch.setattr(eager_engine, "_backward_kernels", backward_kernels)
 
 
 @pytest.mark.parametrize("name", RULES)
