@@ -98,7 +98,7 @@ def work(kernel: Kernel, dtype: Dtype, chunk: int, dims: Dims, size: CallSize) -
 def _in_a_row(t: Tile, chunk: int) -> int:
     """The number of dependent matrix products in `t`; an inverse takes two per doubling."""
     levels = chunk.bit_length() - 1
-    counts = {TileOp.DOT: 1, TileOp.INVERSE: 2 * levels}
+    counts = {TileOp.DOT: 1, TileOp.PRODUCT: 1, TileOp.INVERSE: 2 * levels}
     counts |= dict.fromkeys((TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY), levels)
     counts[TileOp.DECAYED_CROSSING] = 3 * levels
     return counts.get(t.op, 0)

@@ -16,44 +16,36 @@ is read, and the exclusive prefix where the state is read before its decay.
 A state whose columns decay, or are recalled, is held transposed: its columns are the rows of these
 equations, the axis K of tiles.
 
+States that mix, or recall one another, are a group: what a write to one leaves in another takes
+the place of the decay (codegen/transitions), and the recalls of all are one system (codegen/solve).
+A recall that one write uses is solved for with that write, as u; one that several use, for itself.
+
 Several micro-steps expand time: a row is one micro-step of a token, the state passes through all of
-them, and the output is read in the last row of each token. A term that only some micro-steps have
-(a decay, say) is zero in the rows of the others.
+them, and the output is read in the last row of each token. What only some micro-steps have (a
+decay, a write, a recall) is zero in the rows of the others (codegen/rows).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..dsl.decay import SMALLEST
 from ..dsl.errors import NotLowered
-from ..dsl.ir import Kind, Node, Op, topological
-from ..dsl.normal_form import (
-    Correction,
-    NormalForm,
-    Phase,
-    Read,
-    Update,
-    Write,
-    levels_of,
-    of_update,
-    results_of,
-)
+from ..dsl.ir import Kind, Op
+from ..dsl.normal_form import NormalForm, Phase, Read, levels_of
 from . import gates, tile
 from .buffers import OUTPUT, BufferId
-from .gates import Gate, decayed_apply, decayed_dot
-from .lower import kind_axes, lower
-from .tile import Axis, Tile, TileOp, Which
+from .gates import LEAST_FACTOR
+from .lower import kind_axes
+from .refusals import refusals
+from .rows import Recall, RowTiles, groups, row_writes, updates_of
+from .solve import eliminate, gather
+from .tile import Axis, Tile, TileOp
+from .transitions import StateGate, Transitions
 
 # e^-110 is 0 in float32. A log-decay below is as good as this one, and sums of it stay finite.
 LEAST_LOG_DECAY = -110.0
-# A smaller factor of the state vanishes beside any state, in float64 too. Products with this one
-# are still normal numbers in float32: the factor's gradient divides by it.
-LEAST_FACTOR = 2.0**-63
-# Smaller decays by factors become 0, except where the factor's gradient divides by them: a factor
-# of 0 forgets the state exactly.
-LEAST_DECAY = 1.5 * LEAST_FACTOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,285 +75,195 @@ class ChunkProgram:
     transposed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Gate:
-    """A log-decay and its sums; None without a decay. A read before the decay excludes token i."""
-
-    log_decay: Tile | None
-    inclusive: Tile | None
-    exclusive: Tile | None
-    following: Tile | None
-    whole: Tile | None
-
-    @property
-    def is_factor(self) -> bool:
-        """Whether it is the log of a factor, which may be 0."""
-        g = self.log_decay
-        return g is not None and any(t.is_map(Op.LOG) for t in tile.topological(g))
-
-    def decay(self, x: Tile) -> Tile:
-        """`x`, a decay; flushed to 0 below LEAST_DECAY where the gate is a factor."""
-        return gates.flush(x, LEAST_DECAY) if self.is_factor else x
-
-    def exp(self, total: Tile) -> Tile:
-        """The decay of a sum of log-decays."""
-        return self.decay(tile.exp(total).named("e_" + total.hint))
-
-    def prefix(self, *, exclusive: bool) -> Tile | None:
-        """The sum from the chunk's start."""
-        return self.exclusive if exclusive else self.inclusive
-
-    def of_channels(self, *, exclusive: bool) -> Gate | None:
-        """The gate as products under it take it, if channels decay one by one."""
-        g, inclusive, to = self.log_decay, self.inclusive, self.prefix(exclusive=exclusive)
-        if g is None or inclusive is None or to is None or Axis.K not in g.axes:
-            return None
-        return Gate(g, to, inclusive, exclusive, self.is_factor)
-
-    def between(self, scores: Tile, which: Which, *, exclusive: bool) -> Tile:
-        """`scores` decayed from j to i by a scalar gate, for j < i (STRICT) or j <= i (LOWER)."""
-        g = self.log_decay
-        if g is None:
-            return tile.mask(scores, which)
-        if not exclusive:  # one D, with its diagonal, for all scores of the chunk
-            decay = self.decay(gates.decay(g, Which.LOWER).named("D"))
-            return tile.mask(tile.mul(scores, decay), which)
-        decay = self.decay(gates.decay(g, which, exclusive=True).named("D_before"))
-        return tile.mul(scores, decay)
-
-
 def derive(form: NormalForm, *, hoist_products: bool = False) -> ChunkProgram:
     """The chunk of `form`. `hoist_products`: T(x - bS) as Tx - (Tb)S, so that Tb needs no state.
 
     Raises NotLowered for a normal form outside the lowered classes.
     """
-    for what, why in _refusals(form):
+    for what, why in refusals(form):
         instead = 'call it with engine="reference", which runs it token by token'
         raise NotLowered(what=f"{form.name}: {what}", why=why, instead=instead)
-    kinds = {s.name: s.kind for s in form.states}
-    chunks: dict[str, _StateChunk] = {}
-    results: dict[int, Tile] = {}
+    tiles = RowTiles(form, results := {})
+    chunks: dict[str, _GroupChunk] = {}
     for level in levels_of(form):
-        for name in level.states:
-            chunks[name] = _StateChunk(form, name, kinds[name], hoist_products, results)
+        for names in groups(form, level.states):
+            chunks |= dict.fromkeys(names, _GroupChunk(tiles, names, hoist_products))
         for n in level.reads:
             results[n] = chunks[form.reads[n].state].read(form.reads[n])
-    output = _lowered(form, form.output, results)
+    output = tiles.of(form.output)
     channels = kind_axes(form.output.kind, transposed=form.transposed)
     output = tile.expand(output, tile.axes_of(Axis.I, *channels)).named("o")
-    carried = tuple(chunks[s.name].carried for s in form.states)
+    carried = tuple(chunks[s.name].carried[s.name] for s in form.states)
     return ChunkProgram(((OUTPUT, output),), carried, form.transposed)
 
 
-def _lowered(form: NormalForm, node: Node, results: Mapping[int, Tile]) -> Tile:
-    """An expression over operands and `results` as a tile."""
-    (found,) = lower(form, [node], results)
-    used = {n: results[n] for n in results_of(node)}
-    if used and not tile.smooth_at_zero(found, frozenset(used.values())):
-        # beyond the end of a sequence a gradient may be 0 times infinity: it ends here
-        masked = {n: Tile(TileOp.ROWS, (r,), (), r.axes, r.hint) for n, r in used.items()}
-        (found,) = lower(form, [node], masked)
-    return found
+class _GroupChunk:
+    """The chunk form of a group of states of one kind, shared by their updates and reads."""
 
-
-def _refusals(form: NormalForm) -> Iterator[tuple[str, str]]:
-    """What of a form the chunk derivation does not lower yet, and why."""
-    for updates in _by_state(form).values():
-        if any(u.mixes for u in updates):
-            yield "coupled states", "the chunk form of coupled states is not derived yet"
-        shapes = {tuple(w.correction and w.correction.decayed for w in u.writes) for u in updates}
-        if len(shapes) > 1:
-            why = "micro-steps become rows of one form, so each must write as the others do"
-            yield "micro-steps that write differently", why
-        for update in updates:
-            corrections = [w.correction for w in update.writes if w.correction]
-            if len(corrections) > 1:
-                why = "the chunk form solves for one low-rank term per token so far"
-                yield f"{len(corrections)} low-rank terms in one step", why
-            if any(f.state != update.state for f in corrections):
-                yield "a write that recalls another state", "coupled states are not derived yet"
-    if not _indices_are_rows(form):
-        why = "a row of time holds one micro-step's operands and no other's"
-        yield "an operand or read of micro-steps outside its own", why
-    read = [form.reads[n] for n in results_of(form.output)]
-    if any(r.micro_step != len(form.micro_steps) - 1 for r in read):
-        why = "outputs are read in the last row of a token so far"
-        yield "a read before the last micro-step", why
-
-
-def _indices_are_rows(form: NormalForm) -> bool:
-    """Whether a micro-step's expressions take its own operands and reads only."""
-    last = len(form.micro_steps) - 1
-    pairs = [(last, form.output), *((r.micro_step, r.key) for r in form.reads)]
-    for m, micro_step in enumerate(form.micro_steps):
-        updates = [n for u in micro_step.updates for n in of_update(u)]
-        if any(form.reads[n].micro_step != m for n in results_of(*updates)):
-            return False
-        pairs += [(m, n) for n in updates]
-    return all(
-        leaf.attrs[1] in (None, m)
-        for m, node in pairs
-        for leaf in topological(node)
-        if leaf.op is Op.OPERAND
-    )
-
-
-def _by_state(form: NormalForm) -> dict[str, list[Update]]:
-    """The updates of each state, one per micro-step."""
-    return {
-        s.name: [u for m in form.micro_steps for u in m.updates if u.state == s.name]
-        for s in form.states
-    }
-
-
-class _StateChunk:
-    """The chunk form of one state, shared by its updates and its reads."""
-
-    def __init__(
-        self,
-        form: NormalForm,
-        state: str,
-        kind: Kind,
-        hoist_products: bool,
-        results: Mapping[int, Tile],
-    ) -> None:
-        self._form = form
-        self._results = results  # of the reads that are known before
-        self._kind = kind
-        self._start = tile.carry(state, kind_axes(kind))
+    def __init__(self, tiles: RowTiles, names: tuple[str, ...], hoist_products: bool) -> None:
+        self._form, self._tiles = tiles.form, tiles
+        (self._kind,) = {s.kind for s in self._form.states if s.name in names}
+        self._starts = {n: tile.carry(n, kind_axes(self._kind)) for n in names}
         self._hoist = hoist_products
-        updates = _by_state(form)[state]
-        self._gate = self._prefixes([u.log_decay for u in updates])
-        # the n-th write of every micro-step is one write of rows
-        writes = list(zip(*(u.writes for u in updates), strict=True))
-        self._keys = [tile.rows(self._in_rows([w.key for w in ws])).named("w") for ws in writes]
-        self._written = self._solve(writes)
-        self.carried = Carried(self._start, self._next())
+        state_gates = {n: StateGate.of(self._log_decay(n)) for n in names}
+        self._transitions = Transitions(state_gates, dict(self._mixes(names)))
+        self._writes, recalls = row_writes(self._form, names)
+        self._keys = [tiles.in_rows(w.keys).named("w") for w in self._writes]
+        self._written = self._solve(recalls)
+        self.carried = {n: Carried(self._starts[n], self._next(n)) for n in names}
 
-    def _in_rows(
-        self, nodes: Sequence[Node | None], bound: Callable[[Tile], Tile] = lambda x: x
-    ) -> Tile:
-        """The expressions of the micro-steps, one each (None: 0), as one tile of rows."""
-        tiles = [
-            None if n is None else bound(_lowered(self._form, n, self._results)) for n in nodes
-        ]
-        known = [t for t in tiles if t is not None]
-        if len(known) == len(tiles) and len(set(known)) == 1:
-            return known[0]
-        count = len(tiles)
-        return tile.total([tile.phase(t, (m, count)) for m, t in enumerate(tiles) if t is not None])
-
-    def _prefixes(self, log_decays: list[Node | None]) -> _Gate:
-        if all(n is None for n in log_decays):
-            return _Gate(None, None, None, None, None)
-        g = tile.rows(self._in_rows(log_decays, _bounded)).named("g")
-        return _Gate(
-            log_decay=g,
-            inclusive=gates.cumsum(g).named("G"),
-            exclusive=gates.cumsum(g, exclusive=True).named("G_before"),
-            following=gates.cumsum(g, reverse=True, exclusive=True).named("H"),
-            whole=tile.reduce(g, (Axis.I,)).named("G_C"),
-        )
-
-    def _values(self, nodes: list[Node | None]) -> Tile | None:
-        if all(n is None for n in nodes):
+    def _log_decay(self, state: str) -> Tile | None:
+        logs = tuple(u.log_decay for u in updates_of(self._form, state))
+        if all(n is None for n in logs):
             return None
-        axes = (Axis.V,) if self._kind is Kind.STATE else ()
-        return tile.rows(tile.expand(self._in_rows(nodes), tile.axes_of(Axis.I, *axes)))
+        return self._tiles.in_rows(logs, _bounded).named("g")
 
-    def _scores(self, x: Tile, key: Tile, which: Which, *, exclusive: bool) -> Tile:
-        """<x_i, key_j> decayed from j to i, for j < i (STRICT) or j <= i (LOWER)."""
-        gate = self._gate.of_channels(exclusive=exclusive)
-        if gate is None:
-            products = tile.contract(x, tile.rename(key, Axis.J), Axis.K)
-            return self._gate.between(products, which, exclusive=exclusive)
-        strict = decayed_dot(x, key, gate)
-        if which is Which.STRICT:
-            return strict
-        diagonal = tile.contract(x, key, Axis.K)  # e^0 for every gate: never formed
-        return tile.add(strict, tile.mask(diagonal, Which.DIAGONAL))
+    def _mixes(self, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, str], Tile]]:
+        """The factors by which states go into others, of rows."""
+        for to in names:
+            mixes = [{x.state: x.factor for x in u.mixes} for u in updates_of(self._form, to)]
+            for of in names:
+                factors = tuple(m.get(of) for m in mixes)
+                if any(f is not None for f in factors):
+                    yield (to, of), self._tiles.in_rows(factors).named("mix")
 
-    def _combine(self, x: Tile, values: Tile, key: Tile, which: Which, *, exclusive: bool) -> Tile:
-        """sum_j <x_i, values_j> key_j, decayed from j to i: [I, K]."""
-        products = tile.contract(x, tile.rename(values, Axis.J), Axis.V)
-        gate = self._gate.of_channels(exclusive=exclusive)
-        if gate is None:
-            return self._gather(self._gate.between(products, which, exclusive=exclusive), key)
-        strict = decayed_apply(products, tile.rename(key, Axis.J), gate, Axis.I)
-        if which is Which.STRICT:
-            return strict
-        own = tile.reduce(tile.mask(products, Which.DIAGONAL), (Axis.J,))
-        return tile.add(strict, tile.mul(own, key))
+    # ---- what is written -------------------------------------------------------------------------
 
-    def _recall(self, x: Tile, *, exclusive: bool) -> Tile:
-        """x decayed to the chunk's start: the factor of S_0."""
-        prefix = self._gate.prefix(exclusive=exclusive)
-        return x if prefix is None else tile.mul(x, self._gate.exp(prefix))
-
-    def _gather(self, scores: Tile, values: Tile) -> Tile:
-        return tile.contract(scores, tile.rename(values, Axis.J), Axis.J)
-
-    def _solve(self, writes: list[tuple[Write, ...]]) -> list[Tile]:
-        """The written values, [I, V]: each write's value and correction, solved for the chunk."""
-        values = [self._values([w.value for w in ws]) for ws in writes]
-        for n, ws in enumerate(writes):
-            corrections = [w.correction for w in ws if w.correction]
-            if corrections:
-                values[n] = self._solved(corrections, values, n)
+    def _solve(self, recalls: list[Recall]) -> list[Tile]:
+        """The written values, [I, V]: each write's value and corrections, solved for the chunk."""
+        axes = tile.axes_of(Axis.I, *((Axis.V,) if self._kind is Kind.STATE else ()))
+        values = [self._tiles.values(w.values, axes) for w in self._writes]
+        # a scale that divides by a norm is NaN beyond the end of a sequence
+        scales = [
+            {r: self._tiles.in_rows(tuple(s)) for r, s in w.recalls.items()} for w in self._writes
+        ]
+        users = [[n for n, s in enumerate(scales) if r in s] for r in range(len(recalls))]
+        # recalls that are solved for with the one write that uses them, and no other
+        own = {r: ns[0] for r, ns in enumerate(users) if len(ns) == 1 and len(scales[ns[0]]) == 1}
+        alone = {n: r for r, n in own.items()}
+        coupling: dict[tuple[int, int], Tile] = {}
+        given: list[dict[str | None, Tile]] = []
+        for r, recall in enumerate(recalls):
+            scale, value = tile.const(1.0), None
+            if r in own:
+                scale, value = scales[own[r]][r], values[own[r]]
+            b = self._recalling(recall)
+            known = [] if value is None else [value]
+            for n, free in enumerate(values):
+                scores = self._scores(b, recall.state, recall.phase, n)
+                if scores is None:
+                    continue
+                if n in alone:
+                    _add(coupling, (r, alone[n]), tile.mul(scale, scores))
+                    continue
+                if free is not None:
+                    known.append(tile.mul(scale, gather(scores, free)))
+                for m, s in scales[n].items():
+                    tied = tile.mul(tile.mul(scale, scores), tile.rename(s, Axis.J))
+                    _add(coupling, (r, m), tied)
+            given.append(self._given(known, b, recall, scale))
+        solved = [
+            self._total(parts, r in own) for r, parts in enumerate(eliminate(coupling, given))
+        ]
         written = []
-        for value in values:
-            assert value is not None, "a write has a value or a correction"
-            written.append(value)
+        for n, free in enumerate(values):
+            if n in alone:
+                written.append(solved[alone[n]])
+                continue
+            parts = [tile.mul(s, solved[r]) for r, s in scales[n].items()]
+            parts = parts if free is None else [free, *parts]
+            assert parts, "a write has a value or a correction"
+            written.append(tile.total(parts).named("U") if len(parts) > 1 else parts[0])
         return written
 
-    def _solved(self, corrections: list[Correction], values: list[Tile | None], at: int) -> Tile:
-        b = tile.rows(self._in_rows([f.key for f in corrections])).named("b")
-        # a scale that divides by a norm is NaN beyond the end of a sequence
-        scale = tile.rows(self._in_rows([f.scale for f in corrections]))
-        exclusive = not corrections[0].decayed
-        free = [] if values[at] is None else [values[at]]
-        for n, (key, value) in enumerate(zip(self._keys, values, strict=True)):
-            if n != at and value is not None:
-                scores = self._scores(b, key, Which.STRICT, exclusive=exclusive)
-                free.append(tile.mul(scale, self._gather(scores, value)))
-        known = [f for f in free if f is not None]
-        own = self._scores(b, self._keys[at], Which.STRICT, exclusive=exclusive)
-        tied = tile.mul(scale, own)
-        solve = tile.inverse(tile.neg(tied).named("L")).named("T")
-        recall = self._recall(b, exclusive=exclusive)
-        if self._hoist:
-            w = self._gather(solve, tile.mul(scale, recall)).named("W")
-            parts = [tile.contract(w, self._start, Axis.K)]
-            if known:
-                parts.insert(0, self._gather(solve, tile.total(known)).named("TX"))
-            return tile.total(parts).named("U")
-        recalled = tile.mul(scale, tile.contract(recall, self._start, Axis.K))
-        return self._gather(solve, tile.total([*known, recalled]).named("X")).named("U")
+    def _recalling(self, recall: Recall) -> Tile:
+        b = self._tiles.in_rows(recall.keys).named("b")
+        if not recall.late:
+            return b
+        late = self._tiles.in_rows(recall.late, _bounded).named("g_late")
+        return tile.mul(b, self._transitions.gates[recall.state].exp(late))
 
-    def _next(self) -> Tile:
-        whole, following = self._gate.whole, self._gate.following
-        parts = [self._start if whole is None else tile.mul(self._gate.exp(whole), self._start)]
-        for key, written in zip(self._keys, self._written, strict=True):
-            decayed = key if following is None else tile.mul(key, self._gate.exp(following))
-            parts.append(tile.contract(decayed, written, Axis.I))
-        return tile.total(parts).named(str(self._start.attrs[0]) + "_next")
+    def _scores(self, x: Tile, to: str, phase: Phase, n: int) -> Tile | None:
+        """What `x` of row i sees in a state of what row j writes in the n-th write; None: 0."""
+        return self._transitions.scores(x, to, self._keys[n], self._writes[n].state, phase)
+
+    def _given(
+        self, known: list[Tile], b: Tile, recall: Recall, scale: Tile
+    ) -> dict[str | None, Tile]:
+        """What a recall sees but the recalls of rows before: all in one part, called None.
+
+        Where products are hoisted, what it sees of each state at the chunk's start is a part of its
+        own, the factor of the state.
+        """
+        factors = self._transitions.from_start(recall.state, recall.phase)
+        starts = [(of, tile.mul(b, x)) for of, x in factors]
+        if self._hoist:
+            parts: dict[str | None, Tile] = {} if not known else {None: tile.total(known)}
+            return {**parts, **{of: tile.mul(scale, x) for of, x in starts}}
+        recalled = [tile.mul(scale, tile.contract(x, self._starts[of], Axis.K)) for of, x in starts]
+        return {None: tile.total([*known, *recalled]).named("X")}
+
+    def _total(self, parts: dict[str | None, Tile], written: bool) -> Tile:
+        """A solved unknown of its parts (see `_given`): what is `written`, or recalled."""
+        name = "U" if written else "Y"
+        if not self._hoist:
+            return parts[None].named(name)
+        found = [] if None not in parts else [parts[None].named("TX")]
+        for of, w in parts.items():
+            if of is not None:
+                found.append(tile.contract(w.named("W"), self._starts[of], Axis.K))
+        return tile.total(found).named(name)
+
+    # ---- the state at the chunk's end, and reads -------------------------------------------------
+
+    def _next(self, to: str) -> Tile:
+        parts = [tile.mul(x, self._starts[of]) for of, x in self._transitions.whole(to)]
+        by_key: dict[Tile, list[tuple[Tile, Tile]]] = {}
+        for write, key, written in zip(self._writes, self._keys, self._written, strict=True):
+            left = self._transitions.to_end(to, write.state)
+            if left is not None:
+                by_key.setdefault(key, []).append((left, written))
+        for key, pairs in by_key.items():
+            lefts = {left for left, _ in pairs}
+            if len(lefts) == 1:
+                (left,) = lefts
+                decayed, values = tile.mul(key, left), [u for _, u in pairs]
+            else:  # of states that mix, by numbers per row
+                decayed, values = key, [tile.mul(left, u) for left, u in pairs]
+            parts.append(tile.contract(decayed, tile.total(values), Axis.I))
+        return tile.total(parts).named(to + "_next")
 
     def read(self, read: Read) -> Tile:
         """key^T S at the read's moment: [I, V], or [I] of a KeyState; or S key: [I, K]."""
-        c = tile.rows(_lowered(self._form, read.key, self._results)).named("c")
-        exclusive = read.phase is Phase.BEFORE
-        which = Which.LOWER if read.phase is Phase.AFTER else Which.STRICT
-        writes = list(zip(self._keys, self._written, strict=True))
-        if read.other_axis is not self._form.transposed:
-            start = tile.contract(c, self._start, Axis.V)
-            parts = [self._recall(start, exclusive=exclusive)]
-            parts += [self._combine(c, u, w, which, exclusive=exclusive) for w, u in writes]
-            return tile.total(parts)
-        parts = [tile.contract(self._recall(c, exclusive=exclusive), self._start, Axis.K)]
-        for key, written in writes:
-            scores = self._scores(c, key, which, exclusive=exclusive).named("A")
-            parts.append(self._gather(scores, written))
+        c = self._tiles.in_rows((read.key,)).named("c")
+        columns = read.other_axis is not self._form.transposed
+        parts = []
+        for of, x in self._transitions.from_start(read.state, read.phase):
+            start = self._starts[of]
+            if columns:
+                parts.append(tile.mul(tile.contract(c, start, Axis.V), x))
+            else:
+                parts.append(tile.contract(tile.mul(c, x), start, Axis.K))
+        for n, written in enumerate(self._written):
+            seen = (self._combined if columns else self._gathered)(c, read, n, written)
+            if seen is not None:
+                parts.append(seen)
         return tile.total(parts)
+
+    def _gathered(self, c: Tile, read: Read, n: int, written: Tile) -> Tile | None:
+        """What the n-th writes add to a read over rows; None: nothing."""
+        scores = self._scores(c, read.state, read.phase, n)
+        return None if scores is None else gather(scores.named("A"), written)
+
+    def _combined(self, c: Tile, read: Read, n: int, written: Tile) -> Tile | None:
+        """What they add to a read over columns."""
+        products = tile.contract(c, tile.rename(written, Axis.J), Axis.V)
+        key, of = self._keys[n], self._writes[n].state
+        return self._transitions.combine(products, read.state, key, of, read.phase)
+
+
+def _add(to: dict[tuple[int, int], Tile], at: tuple[int, int], x: Tile) -> None:
+    to[at] = tile.add(to[at], x) if at in to else x
 
 
 def _bounded(log_decay: Tile) -> Tile:

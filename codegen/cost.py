@@ -122,6 +122,8 @@ def _stored_bytes(t: Tile, dtype: Dtype) -> Expr:
 def _products(t: Tile) -> Expr:
     if t.op is TileOp.DOT:
         return 2 * _size(_joint(t.args))
+    if t.op is TileOp.PRODUCT:
+        return 2 * C**3
     if t.op in (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY):
         return 2 * LEVELS * C * C * K
     if t.op is TileOp.DECAYED_CROSSING:
@@ -133,7 +135,7 @@ def _products(t: Tile) -> Expr:
 
 
 def _elementwise(t: Tile) -> Expr:
-    if t.op in _FREE or t.op is TileOp.DOT or not t.args:
+    if t.op in (*_FREE, TileOp.DOT, TileOp.PRODUCT) or not t.args:
         return sympy.Integer(0)
     if t.op in DECAYED:
         return 4 * LEVELS * C * K  # difference, exponential, two factors

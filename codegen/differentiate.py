@@ -108,6 +108,21 @@ def _dot(z: Tile, g: Tile) -> Cotangents:
     return [(x, tile.contract(g, y, y_free)), (y, tile.contract(x, g, x_free))]
 
 
+def _product(z: Tile, g: Tile) -> Cotangents:
+    """Of Z = X Y: dX = G Y^T and dY = X^T G; of a transposed factor, the transpose."""
+    x, y = z.args
+    tx, ty = (bool(t) for t in z.attrs)
+    if tx:
+        dx = tile.product(y, g, transpose_x=ty, transpose_y=True)
+    else:
+        dx = tile.product(g, y, transpose_y=not ty)
+    if ty:
+        dy = tile.product(g, x, transpose_x=True, transpose_y=tx)
+    else:
+        dy = tile.product(x, g, transpose_x=not tx)
+    return [(x, dx), (y, dy)]
+
+
 def _cumsum(z: Tile, g: Tile) -> Cotangents:
     reverse, exclusive = z.attrs
     g = tile.expand(g, z.axes)
@@ -185,8 +200,15 @@ def _is_operand(log_decay: Tile) -> bool:
 def _solve_rule(z: Tile, g: Tile) -> Cotangents | None:
     """U = T X with T = (1+L)^-1: dX = T^T dU and dL = -stril(dX U^T); X a tile or a vector.
 
-    The same as the rules of DOT and INVERSE together, with two C x C x C products folded away.
+    The same as the rules of a product and INVERSE together, with two C x C x C products folded
+    away.
     """
+    if z.op is TileOp.PRODUCT and z.args[0].op is TileOp.INVERSE:
+        assert z.attrs == (False, False), "an inverse is applied as it is"
+        t, x = z.args
+        dx = tile.product(t, g, transpose_x=True).named(GRADIENT + (x.hint or "X"))
+        dl = tile.product(dx, z, transpose_y=True)
+        return [(x, dx), (t.args[0], tile.neg(tile.mask(dl, Which.STRICT)))]
     if z.op not in (TileOp.DOT, TileOp.SUM) or z.attrs not in ((Axis.J,), ((Axis.J,),)):
         return None
     factors = z.args
@@ -225,6 +247,7 @@ _RULES: dict[TileOp, Rule] = {
     TileOp.MASK: lambda z, g: [(z.args[0], tile.mask(g, z.attr(Which)))],
     TileOp.SUM: lambda z, g: [(z.args[0], tile.expand(g, z.args[0].axes))],
     TileOp.DOT: _dot,
+    TileOp.PRODUCT: _product,
     TileOp.CUMSUM: _cumsum,
     TileOp.DECAY: _decay,
     TileOp.INVERSE: _inverse,

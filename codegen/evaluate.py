@@ -110,6 +110,15 @@ def _inverse(lower: Numbers) -> Numbers:
     return result.reshape(lower.shape)
 
 
+def _product(t: Tile, x: Numbers, y: Numbers) -> Numbers:
+    """The matrix product of two C x C values, transposed first where `t` says so."""
+    a, b = (
+        m[:, :, 0, 0].T if exchanged else m[:, :, 0, 0]
+        for m, exchanged in zip((x, y), t.attrs, strict=True)
+    )
+    return (a @ b)[:, :, None, None]
+
+
 def _where(keep: Numbers, x: Numbers) -> Numbers:
     """`x` where it is kept, zero elsewhere."""
     return np.where(keep, x, ZERO)
@@ -172,6 +181,7 @@ _TILES: dict[TileOp, Callable[[Tile, Sequence[Numbers], Sizes], Numbers]] = {
     TileOp.MASK: lambda t, xs, c: _where(c.kept(_attr(t)), xs[0]),
     TileOp.SUM: lambda t, xs, c: total(xs[0], *_attr(t)),
     TileOp.DOT: lambda t, xs, c: total(xs[0] * xs[1], _attr(t)),
+    TileOp.PRODUCT: lambda t, xs, c: _product(t, *xs),
     TileOp.CUMSUM: lambda t, xs, c: _sums(
         xs[0], reverse=bool(t.attrs[0]), exclusive=bool(t.attrs[1])
     ),

@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 from .tile import SQUARE, Axis, Tile, TileOp, Which, axes_of, mask, reduce, rename
 
+# A smaller factor of the state vanishes beside any state, in float64 too. Products with this one
+# are still normal numbers in float32: the factor's gradient divides by it.
+LEAST_FACTOR = 2.0**-63
+# Smaller decays by factors become 0, except where the factor's gradient divides by them: a factor
+# of 0 forgets the state exactly.
+LEAST_DECAY = 1.5 * LEAST_FACTOR
 DECAYED = (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY, TileOp.DECAYED_CROSSING)
 
 

@@ -377,7 +377,7 @@ class _Builder:
             self.kernel("prep", Loop.PARALLEL, self.fresh(wanted))
 
 
-_PRODUCTS = (TileOp.DOT, TileOp.DECAYED_DOT, TileOp.INVERSE)
+_PRODUCTS = (TileOp.DOT, TileOp.PRODUCT, TileOp.DECAYED_DOT, TileOp.INVERSE)
 
 
 def _worth_hoisting(x: Tile, hoist: Hoist, reassociate: bool) -> bool:

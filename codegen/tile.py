@@ -68,6 +68,7 @@ class TileOp(Enum):
     MASK = "keep a part of a C x C tile, zero elsewhere; attrs (Which,)"
     SUM = "sum over axes; attrs (axes,)"
     DOT = "sum over one axis of a product of two tiles; attrs (axis,)"
+    PRODUCT = "sum_l x_il y_lj of C x C tiles; attrs (whether x is transposed first, whether y is)"
     CUMSUM = "prefix sum over I; attrs (reverse, exclusive)"
     FLOOR = "the larger of x and a number; below one above 0 the gradient passes; attrs (number,)"
     FLUSH = "x, but 0 where it is smaller than a number, where the gradient passes; attrs (number,)"
@@ -420,7 +421,7 @@ def reduce(x: Tile, axes: Axes) -> Tile:
 def contract(x: Tile, y: Tile, over: Axis) -> Tile:
     """sum over one axis of x*y: a matrix product where the axes fit one, a reduction elsewhere.
 
-    Raises InvalidIR for the product of two C x C tiles, for which there is no third time axis.
+    Raises InvalidIR for two C x C tiles, for which there is no third time axis: `product`.
     """
     x, y = (t.args[0] if t.op is TileOp.EXPAND and over in t.args[0].axes else t for t in (x, y))
     if over not in TIMES:
@@ -438,6 +439,20 @@ def contract(x: Tile, y: Tile, over: Axis) -> Tile:
         axes = axes_of(*(a for a in (*x.axes, *y.axes) if a is not over))
         return Tile(TileOp.DOT, (x, y), (over,), axes)
     return reduce(mul(x, y), (over,))
+
+
+def product(x: Tile, y: Tile, *, transpose_x: bool = False, transpose_y: bool = False) -> Tile:
+    """The matrix product of two C x C tiles, one or both transposed first.
+
+    Raises InvalidIR for other tiles, and for one that is constant along an axis.
+    """
+    if x.is_map(Op.NEG):
+        return neg(product(x.args[0], y, transpose_x=transpose_x, transpose_y=transpose_y))
+    if y.is_map(Op.NEG):
+        return neg(product(x, y.args[0], transpose_x=transpose_x, transpose_y=transpose_y))
+    if any(t.axes != SQUARE or t.op is TileOp.EXPAND for t in (x, y)):
+        raise InvalidIR("a product of C x C tiles, of a tile that is none")
+    return Tile(TileOp.PRODUCT, (x, y), (transpose_x, transpose_y), SQUARE)
 
 
 def inverse(lower: Tile) -> Tile:

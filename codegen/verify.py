@@ -57,7 +57,7 @@ def _shown(t: Tile) -> str:
 def _arity(t: Tile) -> int:
     if t.op is TileOp.MAP:
         return t.attr(Op).arity
-    fixed = {TileOp.DOT: 2, TileOp.DECAYED_DOT: 5, TileOp.DECAYED_APPLY: 5}
+    fixed = {TileOp.DOT: 2, TileOp.PRODUCT: 2, TileOp.DECAYED_DOT: 5, TileOp.DECAYED_APPLY: 5}
     fixed |= {TileOp.DECAYED_CROSSING: 8, **dict.fromkeys((*LEAVES, *NUMBERS), 0)}
     return fixed.get(t.op, 1)
 
@@ -103,6 +103,7 @@ _TILES: Mapping[TileOp, Callable[..., bool]] = {
         set(t.attrs[0]) | set(t.axes) == set(x.axes) and not set(t.attrs[0]) & set(t.axes)
     ),
     TileOp.DOT: _product,
+    TileOp.PRODUCT: lambda t, x, y: t.axes == x.axes == y.axes == SQUARE,
     TileOp.CUMSUM: lambda t, x: t.axes == x.axes and Axis.I in t.axes,
     TileOp.DECAY: lambda t, g: t.axes == SQUARE and g.axes == (Axis.I,),
     TileOp.INVERSE: lambda t, x: t.axes == x.axes == SQUARE,

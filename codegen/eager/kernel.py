@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from ...dsl.ir import Op
 from .. import tile
-from ..chunk import LEAST_DECAY, Named
+from ..chunk import Named
 from ..elementwise import FUNCTIONS
 from ..expressions import Expressions, Names, is_number, unaliased
+from ..gates import LEAST_DECAY
 from ..plan import Kernel
 from ..tile import LEAVES, MASKS, Axes, Axis, Tile, TileOp, Which, renamed, summed_axes
 from . import library
@@ -84,6 +85,9 @@ class _Torch(Expressions):
             return self._sum(x)
         if x.op is TileOp.DOT:
             return self._dot(x)
+        if x.op is TileOp.PRODUCT:
+            pairs = zip(x.args, x.attrs, strict=True)
+            return " @ ".join(self._factor(a) + (".mT" if t else "") for a, t in pairs)
         if x.op is TileOp.CUMSUM:
             reverse, exclusive = x.attrs
             name = "prefix_sum" if not reverse else "suffix_sum"

@@ -197,6 +197,13 @@ class _Printer:
             return notation.series(
                 f"t{last}{row}>j", notation.product([*factors, self._relative(x.args[-3:-1], late)])
             )
+        if x.op is TileOp.PRODUCT:
+            letters = ((row, "l"), ("l", view.letters[Axis.J]))
+            factors = []
+            for a, (first, second), transposed in zip(x.args, letters, x.attrs, strict=True):
+                i, j = (second, first) if transposed else (first, second)
+                factors.append(self._factor(a, view.renamed((Axis.I,), i).renamed((Axis.J,), j)))
+            return notation.series("l", notation.product(factors))
         if x.op is TileOp.INVERSE:
             lower = notation.symbol(self.name(x.args[0]))
             return notation.unit_inverse(lower, view.indices((Axis.I, Axis.J)))

@@ -13,8 +13,7 @@ from tvm import tirx
 from tvm.tirx import Expr
 
 from .. import tile
-from ..chunk import LEAST_DECAY
-from ..gates import DECAYED
+from ..gates import DECAYED, LEAST_DECAY
 from ..tile import Axis, Tile, TileOp
 from ..tiled import Compute, Use
 from .code import Index, broadcast, int32, multiply_add, number, ramp

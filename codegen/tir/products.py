@@ -155,6 +155,35 @@ def block_product(
     return block
 
 
+def square_product(frame: Frame, s: Compute) -> None:
+    """The product of two C x C tiles; terms beyond the diagonal of the left one are left out."""
+    left, right = s.args
+    of_left, of_right = s.value.attrs  # whether each is transposed first
+    singles, vectors = Values(frame, None), Values(frame, Axis.J)
+
+    def single(row: Index, n: Index) -> Expr:
+        i, j = (n, row) if of_left else (row, n)
+        return singles.at(left, {Axis.I: i, Axis.J: j})
+
+    def vector(n: Index, column: Index) -> Expr:
+        if of_right:  # its copy, whose columns lie side by side
+            point = {Axis.I: column, Axis.J: n}
+            return frame.read(Region(right.value, transposed=True), point, frame.lanes)
+        return vectors.at(right, {Axis.I: n, Axis.J: column})
+
+    for columns in column_blocks(frame, Axis.J):
+        for rows in row_blocks(frame, Axis.I):
+            begin: Index = 0
+            end: Index = frame.shapes.chunk
+            if zero_above(left.value):
+                begin, end = (rows[0], end) if of_left else (0, int32(rows[-1]) + 1)
+            block = block_product(frame, rows, columns, (begin, end), single, vector)
+            for a, row in enumerate(rows):
+                for b, column in enumerate(columns):
+                    point = {Axis.I: row, Axis.J: column}
+                    frame.write(Region(s.value), point, block[a][b].get(), frame.lanes)
+
+
 def solve(frame: Frame, s: Solve) -> None:
     """(1 + L)^-1 applied to a tile, or its transpose applied: rows in order, or from the last."""
     row_axis, column_axis = s.value.axes

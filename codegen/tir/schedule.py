@@ -147,6 +147,8 @@ def zero_above(t: Tile) -> bool:
         if fn is Op.MUL:
             return any(square)
         return fn in (Op.ADD, Op.SUB, Op.NEG) and len(square) == len(t.args) and all(square)
+    if t.op is TileOp.PRODUCT:
+        return not any(t.attrs) and all(map(zero_above, t.args))
     return t.op in (TileOp.ROWS, TileOp.PHASE, TileOp.FLUSH) and zero_above(t.args[0])
 
 
@@ -286,6 +288,9 @@ class _Refinement:
         for s in (self._made[t], *self._fusing(t)):
             if isinstance(s, Product):
                 found |= {Region(s.left.value), Region(s.right.value, columns_exchanged(s))}
+            elif s.value.op is TileOp.PRODUCT:
+                left, right = inputs(s)
+                found |= {Region(left.value), Region(right.value, bool(s.value.attrs[1]))}
         return found
 
     def _reads(self, t: Tile) -> frozenset[Region]:

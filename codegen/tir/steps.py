@@ -12,7 +12,14 @@ from ..tiled import Compute, Use
 from .code import Accumulator, Index, broadcast, int32, multiply_add, number, ramp
 from .decayed import decayed_apply, decayed_crossing, decayed_dot
 from .frame import Frame
-from .products import column_blocks, compute_matrix, horizontal_sum, invert, solve
+from .products import (
+    column_blocks,
+    compute_matrix,
+    horizontal_sum,
+    invert,
+    solve,
+    square_product,
+)
 from .schedule import Made, Region, Solve, inputs, zero_above
 from .values import Values
 
@@ -159,6 +166,7 @@ def _add_row(frame: Frame, x: Use, at: dict[Axis, Index], along: Axis, total: Ac
 
 _STATEMENTS: Mapping[TileOp, Callable[[Frame, Compute], None]] = {
     TileOp.INVERSE: invert,
+    TileOp.PRODUCT: square_product,
     TileOp.DECAY: _decay,
     TileOp.CUMSUM: _cumsum,
     TileOp.SUM: _sum,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from ...dsl.ir import Op
 from .. import tile
-from ..chunk import LEAST_DECAY
 from ..elementwise import FUNCTIONS
 from ..expressions import Expressions, Names, is_number
-from ..gates import DECAYED
+from ..gates import DECAYED, LEAST_DECAY
 from ..interface import Dtype
 from ..tile import MASKS, Axis, Tile, TileOp, Which, summed_axes
 from ..tiled import Compute, Load, Product, TiledKernel, Use
 from . import library as triton_library
 
-_PRODUCTS = (TileOp.DOT, *DECAYED)
+_PRODUCTS = (TileOp.DOT, TileOp.PRODUCT, *DECAYED)
 _INDEX = {Axis.I: "oi[:, None]", Axis.J: "oj[None, :]"}
 _TAILS = {Axis.K: "ok < K", Axis.V: "ov < V"}  # that a channel exists
 
@@ -104,6 +103,11 @@ class TritonExpressions(Expressions):
             return self._added(made)
         if x.op is TileOp.SUM:
             return self._sum(made)
+        if x.op is TileOp.PRODUCT:
+            texts = (self.text(a) for a in x.args)
+            pairs = zip(texts, x.attrs, strict=True)
+            left, right = (f"tl.trans({a})" if transposed else a for a, transposed in pairs)
+            return f"tl.dot({left}, {right}, input_precision={self._precision})"
         if x.op is TileOp.CUMSUM:
             return self._cumsum(x)
         if x.op is TileOp.FLOOR:

@@ -1,0 +1,163 @@
+"""Micro-steps as rows of time: expressions of theirs as tiles of rows, and writes that share one.
+
+A row is one micro-step of a token; what only some micro-steps have is zero in the rows of the
+others. So a write of rows holds one write of each micro-step, or none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..dsl.ir import Node
+from ..dsl.normal_form import Correction, NormalForm, Phase, Update, Write, results_of, seen_by
+from . import tile
+from .lower import lower
+from .tile import Axes, Tile, TileOp
+
+Nodes = tuple[Node | None, ...]  # an expression per micro-step; None: 0 in its rows
+
+
+@dataclass(frozen=True, slots=True)
+class RowTiles:
+    """Expressions as tiles; `results`: of the reads that are known before."""
+
+    form: NormalForm
+    results: Mapping[int, Tile]
+
+    def of(self, node: Node) -> Tile:
+        """An expression over operands and results."""
+        (found,) = lower(self.form, [node], self.results)
+        used = {n: self.results[n] for n in results_of(node)}
+        if used and not tile.smooth_at_zero(found, frozenset(used.values())):
+            # beyond the end of a sequence a gradient may be 0 times infinity: it ends here
+            masked = {n: Tile(TileOp.ROWS, (r,), (), r.axes, r.hint) for n, r in used.items()}
+            (found,) = lower(self.form, [node], masked)
+        return found
+
+    def in_rows(self, nodes: Nodes, bound: Callable[[Tile], Tile] = lambda x: x) -> Tile:
+        """Expressions of the micro-steps, one each, as one tile; 0 beyond a sequence's end."""
+        return tile.rows(self._phased(nodes, bound))
+
+    def _phased(self, nodes: Nodes, bound: Callable[[Tile], Tile]) -> Tile:
+        tiles = [None if n is None else bound(self.of(n)) for n in nodes]
+        known = [t for t in tiles if t is not None]
+        if len(known) == len(tiles) and len(set(known)) == 1:
+            return known[0]
+        count = len(tiles)
+        return tile.total([tile.phase(t, (m, count)) for m, t in enumerate(tiles) if t is not None])
+
+    def values(self, nodes: Nodes, axes: Axes) -> Tile | None:
+        """The same along all of `axes`; None if no micro-step has any."""
+        if all(n is None for n in nodes):
+            return None
+        return tile.rows(tile.expand(self._phased(nodes, lambda x: x), axes))
+
+
+def updates_of(form: NormalForm, state: str) -> list[Update]:
+    """The updates of a state, one per micro-step."""
+    return [u for m in form.micro_steps for u in m.updates if u.state == state]
+
+
+@dataclass(slots=True)
+class Recall:
+    """What rows recall from a state before they write: a correction of each micro-step, or none."""
+
+    state: str
+    corrections: list[Correction | None]
+    log_decays: Nodes  # the state's
+
+    @property
+    def keys(self) -> Nodes:
+        return tuple(f and f.key for f in self.corrections)
+
+    @property
+    def _sees_decay(self) -> list[bool]:
+        """Whether corrections see their own row's decay, of those rows that have one."""
+        pairs = zip(self.corrections, self.log_decays, strict=True)
+        return [f.decayed for f, g in pairs if f is not None and g is not None]
+
+    @property
+    def phase(self) -> Phase:
+        """What all of its rows see at least: rows that see more decay their keys (`late`)."""
+        return Phase.DECAYED if all(self._sees_decay) else Phase.BEFORE
+
+    @property
+    def late(self) -> Nodes:
+        """Log-decays of rows by which keys are to be decayed first."""
+        if self.phase is Phase.DECAYED or not any(self._sees_decay):
+            return ()
+        pairs = zip(self.corrections, self.log_decays, strict=True)
+        return tuple(g if f is not None and f.decayed else None for f, g in pairs)
+
+    def holds(self, m: int, f: Correction) -> bool:
+        """Whether it is, or can be, the one of micro-step `m` that `f` adds a multiple of."""
+        own = self.corrections[m]
+        same = own is None or (own.key, own.decayed) == (f.key, f.decayed)
+        return self.state == f.state and same
+
+
+@dataclass(slots=True)
+class RowWrite:
+    """A write of rows to a state: one of each micro-step, or none. `recalls`: by number."""
+
+    state: str
+    writes: list[Write | None]
+    recalls: dict[int, list[Node | None]] = field(default_factory=dict)  # scales
+
+    @property
+    def keys(self) -> Nodes:
+        return tuple(w and w.key for w in self.writes)
+
+    @property
+    def values(self) -> Nodes:
+        return tuple(w and w.value for w in self.writes)
+
+
+def row_writes(form: NormalForm, states: Sequence[str]) -> tuple[list[RowWrite], list[Recall]]:
+    """The writes of rows to a group of states, as few as will do, and what they recall.
+
+    Writes that recall the same share one recall.
+    """
+    count = len(form.micro_steps)
+    writes: list[RowWrite] = []
+    recalls: list[Recall] = []
+    for state in states:
+        own: list[RowWrite] = []
+        for m, update in enumerate(updates_of(form, state)):
+            for w in update.writes:
+                free = [x for x in own if x.writes[m] is None]
+                alike = (x for x in free if bool(x.recalls) is (w.correction is not None))
+                into = next(alike, free[0] if free else None)
+                if into is None:
+                    into = RowWrite(state, [None] * count)
+                    own.append(into)
+                into.writes[m] = w
+                if w.correction is not None:
+                    n = _recall(form, recalls, m, w.correction)
+                    into.recalls.setdefault(n, [None] * count)[m] = w.correction.scale
+        writes += own
+    return writes, recalls
+
+
+def _recall(form: NormalForm, recalls: list[Recall], m: int, f: Correction) -> int:
+    """The number of the recall that `f` of micro-step `m` belongs to, new if there is none."""
+    fits = [n for n, r in enumerate(recalls) if r.holds(m, f)]
+    same = [n for n in fits if recalls[n].corrections[m] is not None]
+    n = next(iter((*same, *fits)), len(recalls))
+    if n == len(recalls):
+        log_decays = tuple(u.log_decay for u in updates_of(form, f.state))
+        recalls.append(Recall(f.state, [None] * len(log_decays), log_decays))
+    recalls[n].corrections[m] = f
+    return n
+
+
+def groups(form: NormalForm, states: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Those of `states` that are coupled, together: by mixing, or by what is recalled."""
+    linked = {name: {name} for name in states}
+    for u in (u for m in form.micro_steps for u in m.updates if u.state in linked):
+        joined = set().union(*(linked[n] for n in (u.state, *seen_by(u))))
+        linked |= dict.fromkeys(joined, joined)
+    for n, name in enumerate(states):
+        if not linked[name] & set(states[:n]):
+            yield tuple(x for x in states if x in linked[name])
