@@ -33,13 +33,13 @@ from dataclasses import dataclass
 from ..dsl.decay import SMALLEST
 from ..dsl.errors import NotLowered
 from ..dsl.ir import Kind, Op
-from ..dsl.normal_form import NormalForm, Phase, Read, levels_of
+from ..dsl.normal_form import NormalForm, Phase, Read, groups_of, levels_of
 from . import gates, tile
 from .buffers import OUTPUT, BufferId
 from .gates import LEAST_FACTOR
 from .lower import kind_axes
 from .refusals import refusals
-from .rows import Recall, RowTiles, groups, row_writes, updates_of
+from .rows import Recall, RowTiles, row_writes, updates_of
 from .solve import eliminate, gather
 from .tile import Axis, Tile, TileOp
 from .transitions import StateGate, Transitions
@@ -86,7 +86,7 @@ def derive(form: NormalForm, *, hoist_products: bool = False) -> ChunkProgram:
     tiles = RowTiles(form, results := {})
     chunks: dict[str, _GroupChunk] = {}
     for level in levels_of(form):
-        for names in groups(form, level.states):
+        for names in groups_of(form, level.states):
             chunks |= dict.fromkeys(names, _GroupChunk(tiles, names, hoist_products))
         for n in level.reads:
             results[n] = chunks[form.reads[n].state].read(form.reads[n])
@@ -272,6 +272,8 @@ def _bounded(log_decay: Tile) -> Tile:
     A log-decay so low has no gradient. A factor f of the state gets df = dg / f with the f
     that was used, which is right where f is 0.
     """
+    if log_decay.op is TileOp.CONST:
+        return tile.const(max(log_decay.value, LEAST_LOG_DECAY))
     below = tile.topological(log_decay)
     if not any(t.op in (TileOp.TOKEN, TileOp.HEAD) for t in below):
         return log_decay  # a number of the call, finite

@@ -67,15 +67,15 @@ def prove_tiles(what: Declaration, chunk: int = 3) -> tuple[str, ...]:
     """
     micro = what.default_micro
     step, form = what.step(micro), what.normal_form(micro)
-    variants = tuple(_variants(form))
+    variants, rows = tuple(_variants(form)), len(form.micro_steps)
     with many_digits():
         resets = _resets(step, form)
         for length in range(2, chunk + 1):
-            tokens = max(2, (2 * length - 1) // micro)
+            tokens = max(2, (2 * length - 1) // rows)
             for scale in _SCALES:
-                _prove_at(_point(step, tokens, scale, {}), variants, length)
+                _prove_at(_point(step, tokens, scale, {}), variants, length, rows)
             if resets:
-                _prove_at(_point(step, tokens, 1, resets), variants, length)
+                _prove_at(_point(step, tokens, 1, resets), variants, length, rows)
     names = [*(o.name for o in step.operands), *(f"the initial {s.name}" for s in step.states)]
     at_reset = f"and so they do where {', '.join(f'{n} = {x}' for n, x in resets.items())}"
     return (
@@ -291,13 +291,16 @@ def _slope(point: _Point, name: str) -> Decimal:
 # ---------------------------------------------------------------- the tiles
 
 
-def _prove_at(point: _Point, variants: tuple[_Variant, ...], length: int) -> None:
-    """Compare every variant with the step at a point, in chunks of `length` rows."""
+def _prove_at(point: _Point, variants: tuple[_Variant, ...], length: int, rows: int) -> None:
+    """Compare every variant with the step at a point, in chunks of `length` rows.
+
+    `rows`: of a token.
+    """
     expected = _results(point)
     slopes = {n: _slope(point, n) for n in point.directions}
     states = {s.name for s in point.step.states}
     for variant in variants:
-        chunks = _Chunks(point, length, transposed=variant.body.transposed)
+        chunks = _Chunks(point, length, rows, transposed=variant.body.transposed)
         where = f"of tiles {variant.name}, in chunks of {length} rows"
         for n, ours in chunks.results(variant.body).items():
             what = f"the final {n}" if n in states else n
@@ -318,22 +321,22 @@ def _agree(point: _Point, what: str, ours: Decimal, expected: Decimal) -> None:
 class _Chunks:
     """A point in rows (micro-steps of tokens), cut into chunks, as the engines run it."""
 
-    def __init__(self, point: _Point, length: int, *, transposed: bool) -> None:
+    def __init__(self, point: _Point, length: int, each: int, *, transposed: bool) -> None:
         step = point.step
         self._transposed = transposed
-        self._point, self._micro = point, step.micro
-        end = point.tokens * self._micro
+        self._point, self._each = point, each
+        end = point.tokens * each
         channels = (_VALUE, _KEY) if transposed else (_KEY, _VALUE)
         self._sizes = [Sizes(length, *channels, first, end) for first in range(0, end, length)]
         self._starts: list[_Values] = []  # the states as each chunk begins
         rows = {
-            o.name: x if o.micro else x.repeat(self._micro, axis=0)
+            o.name: _entries(x, step.micro, each) if o.micro else x.repeat(each, axis=0)
             for o in step.operands
             if o.per is Per.TOKEN
             for x in (point.values[o.name],)
         }
-        output = point.cotangents[_OUTPUT].repeat(self._micro, axis=0)
-        output[np.arange(end) % self._micro != self._micro - 1] = ZERO
+        output = point.cotangents[_OUTPUT].repeat(each, axis=0)
+        output[np.arange(end) % each != each - 1] = ZERO
         rows[GRADIENT + "o"] = output
         beyond = ((0, -end % length), (0, 0), (0, 0), (0, 0))
         self._rows = {n: np.pad(x, beyond, constant_values=ZERO) for n, x in rows.items()}
@@ -370,7 +373,7 @@ class _Chunks:
             outputs.append(o)
             carries = dict(zip(names, ends, strict=True))
         rows = np.concatenate(outputs)[: self._sizes[0].end]
-        return {**carries, _OUTPUT: rows[self._micro - 1 :: self._micro]}
+        return {**carries, _OUTPUT: rows[self._each - 1 :: self._each]}
 
     def gradients(self, adjoint: Adjoint) -> _Values:
         """The gradients of all operands and initial states, by the chunks of the last `results`."""
@@ -397,4 +400,15 @@ class _Chunks:
         if o.per is Per.HEAD:
             return sum(parts)
         rows = np.concatenate(parts)[: self._sizes[0].end]
-        return rows if o.micro else rows.reshape(-1, self._micro, *like.shape[1:]).sum(axis=1)
+        if o.micro:
+            return _entries(rows, self._each, self._point.step.micro)
+        return rows.reshape(-1, self._each, *like.shape[1:]).sum(axis=1)
+
+
+def _entries(x: Numbers, of: int, to: int) -> Numbers:
+    """`x` with `to` rows a token, not `of`: no row reads those cut off, or the zeros added."""
+    y = x.reshape(-1, of, *x.shape[1:])[:, :to]
+    wider = np.pad(
+        y, ((0, 0), (0, to - y.shape[1]), *((0, 0),) * (y.ndim - 2)), constant_values=ZERO
+    )
+    return wider.reshape(-1, *x.shape[1:])

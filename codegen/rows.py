@@ -6,11 +6,11 @@ others. So a write of rows holds one write of each micro-step, or none of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..dsl.ir import Node
-from ..dsl.normal_form import Correction, NormalForm, Phase, Update, Write, results_of, seen_by
+from ..dsl.normal_form import Correction, NormalForm, Phase, Update, Write, results_of
 from . import tile
 from .lower import lower
 from .tile import Axes, Tile, TileOp
@@ -150,14 +150,3 @@ def _recall(form: NormalForm, recalls: list[Recall], m: int, f: Correction) -> i
         recalls.append(Recall(f.state, [None] * len(log_decays), log_decays))
     recalls[n].corrections[m] = f
     return n
-
-
-def groups(form: NormalForm, states: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Those of `states` that are coupled, together: by mixing, or by what is recalled."""
-    linked = {name: {name} for name in states}
-    for u in (u for m in form.micro_steps for u in m.updates if u.state in linked):
-        joined = set().union(*(linked[n] for n in (u.state, *seen_by(u))))
-        linked |= dict.fromkeys(joined, joined)
-    for n, name in enumerate(states):
-        if not linked[name] & set(states[:n]):
-            yield tuple(x for x in states if x in linked[name])

@@ -15,6 +15,7 @@ exchanged: `Write.key`, `Correction.key` are Values and `Write.value` is a Key.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -263,6 +264,17 @@ def seen_by(u: Update) -> list[str]:
     """The other states that mix into an update, or that it recalls."""
     recalled = (w.correction.state for w in u.writes if w.correction is not None)
     return [s for s in (*(m.state for m in u.mixes), *recalled) if s != u.state]
+
+
+def groups_of(form: NormalForm, states: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Those of `states` that are coupled, together: by mixing, or by what is recalled."""
+    linked = {name: {name} for name in states}
+    for u in (u for m in form.micro_steps for u in m.updates if u.state in linked):
+        joined = set().union(*(linked[n] for n in (u.state, *seen_by(u))))
+        linked |= dict.fromkeys(joined, joined)
+    for n, name in enumerate(states):
+        if not linked[name] & set(states[:n]):
+            yield tuple(x for x in states if x in linked[name])
 
 
 def _text(x: object) -> str:

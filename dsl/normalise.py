@@ -8,6 +8,7 @@ two cuts every expression is an affine form over the states at the cut (`affine`
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from .affine import Moment, MomentRead, StateForm, Term, Walker
 from .cascade import READS, Results, cycle, levels
 from .decay import log_decay
 from .intervals import Interval
-from .ir import Kind, Loc, Node, Op
+from .ir import Kind, Loc, Node, Op, constant
 from .normal_form import (
     Correction,
     MicroStep,
@@ -180,14 +181,43 @@ def _is_alone(step: Step, base: tuple[Node, ...], j: int) -> bool:
 
 # ---------------------------------------------------------------- one micro-step
 
+# the log-decay of a state of which nothing is left
+_FORGOTTEN = constant(-math.inf), Interval(-math.inf, -math.inf)
+
 
 def _own_coefs(
     states: Sequence[StateDecl], forms: Sequence[StateForm], index: int
 ) -> dict[Moment, Node]:
-    """The multiplier of each state's own incoming value within micro-step `index`."""
-    moments = [Moment(s.name, index) for s in states]
-    own = {m: dict(f.coefs).get(m) for m, f in zip(moments, forms, strict=True)}
-    return {m: c for m, c in own.items() if c is not None}
+    """The decay of each state's own incoming value within micro-step `index`.
+
+    A state that mixes with others may have a multiplier that is no decay, or none: it has no entry
+    here, its decay is 0, and the multiplier a factor by which it goes into itself.
+    """
+    mixed = _mixed([s.name for s in states], forms)
+    own = {}
+    for s, form in zip(states, forms, strict=True):
+        moment = Moment(s.name, index)
+        multiplier = dict(form.coefs).get(moment)
+        if multiplier is not None and not (s.name in mixed and _is_signed(multiplier)):
+            own[moment] = multiplier
+    return own
+
+
+def _mixed(names: Sequence[str], forms: Sequence[StateForm]) -> set[str]:
+    """The states that others go into, and those others."""
+    pairs = ((n, m.state) for n, f in zip(names, forms, strict=True) for m, _ in f.coefs)
+    return {name for pair in pairs if len(set(pair)) > 1 for name in pair}
+
+
+def _is_signed(multiplier: Node) -> bool:
+    """Whether a multiplier may be negative, for all that is known: then it has no logarithm."""
+    try:
+        log_decay(multiplier)
+    except (errors.DecayNotPositive, errors.UnboundedDecay):
+        return True
+    except errors.StateGrows:
+        return False
+    return False
 
 
 def _is_transposed(forms: Sequence[Sequence[StateForm]], step: Step) -> bool:
@@ -235,34 +265,30 @@ def _micro_step(step: Step, parts: Sequence[_Part], index: int, transposed: bool
 def _updates(step: Step, index: int, forms: Sequence[StateForm], transposed: bool) -> list[Update]:
     names = [s.name for s in step.states]
     own = {m.state: c for m, c in _own_coefs(step.states, forms, index).items()}
-    coupled = any(m.state != n for n, f in zip(names, forms, strict=True) for m, _ in f.coefs)
-    coupled = coupled or any(
-        t.read is not None and t.read.moment.state != n
-        for n, f in zip(names, forms, strict=True)
-        for t in f.terms
-    )
+    mixed = _mixed(names, forms)
     updates = []
     for name, form, node in zip(names, forms, step.next_states, strict=True):
-        multiplier = own.get(name)
-        if multiplier is None:
+        multiplier = dict(form.coefs).get(Moment(name, index))
+        if multiplier is None and name not in mixed:
             raise errors.NoChunkForm(
                 f"the new {name} does not contain the old {name}",
                 "a state that is forgotten at every token has no log-decay (log 0)",
                 f"compute it in the step instead of carrying it, or decay it: `exp(g) * {name}`",
                 node.loc,
             )
-        mixes = tuple(Mix(m.state, c) for m, c in form.coefs if m.state != name)
-        if coupled:
-            for coef in (multiplier, *(m.factor for m in mixes)):
-                if coef.kind is not Kind.SCALAR:
-                    raise errors.NoChunkForm(
-                        "coupled states carry a gate per channel",
-                        "states mix through scalar factors only: their products must stay small "
-                        "matrices per token",
-                        "make the gates Scalars, or uncouple the states",
-                        coef.loc or node.loc,
-                    )
-        log, bound = log_decay(multiplier, node.loc)
+        mixes = tuple(Mix(m.state, c) for m, c in form.coefs if m.state != name or name not in own)
+        for coef in (c for _, c in form.coefs if name in mixed):
+            if coef.kind is not Kind.SCALAR:
+                raise errors.NoChunkForm(
+                    "states that mix carry a gate per channel",
+                    "what is left of one in another between two tokens would be a matrix of "
+                    "tokens per channel",
+                    "make the gates and factors of these states Scalars, or uncouple the states",
+                    coef.loc or node.loc,
+                )
+        log, bound = _FORGOTTEN
+        if name in own:
+            log, bound = log_decay(own[name], node.loc)
         writes = _writes(form.terms, own, transposed)
         updates.append(
             Update(name, log, Interval(0.0, 0.0) if log is None else bound, mixes, writes)

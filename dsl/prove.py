@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -21,12 +21,21 @@ from typing import Any, TypeAlias
 import sympy  # type: ignore[import-untyped]
 
 from . import algebra, errors
-from .classify import is_coupled
 from .decay import SMALLEST
 from .declaration import Declaration
 from .elementwise import ELEMENTWISE
 from .ir import Kind, Node, Op, Per, topological
-from .normal_form import Level, NormalForm, Phase, Read, StateDecl, Update, levels_of, result_leaf
+from .normal_form import (
+    Level,
+    NormalForm,
+    Phase,
+    Read,
+    StateDecl,
+    Update,
+    groups_of,
+    levels_of,
+    result_leaf,
+)
 from .step import Step, state_leaf
 
 _Expr: TypeAlias = Any  # SymPy carries no types
@@ -60,8 +69,8 @@ def prove(what: Declaration, chunk: int = 3) -> Proof:
 
     Every output and the final state agree, from a symbolic state, for chunks of 2 to `chunk`
     tokens; `chunk` counts micro-steps, of each level of a cascade, but 2 tokens at least are taken.
-    Raises NotLowered for coupled states, which this proof does not cover, and for declarations for
-    the reference engine only; ProofFailed if an identity does not hold.
+    Raises NotLowered for declarations for the reference engine only; ProofFailed if an identity
+    does not hold.
     """
     if what.any_step:
         raise errors.NotLowered(
@@ -71,12 +80,6 @@ def prove(what: Declaration, chunk: int = 3) -> Proof:
         )
     micro = what.default_micro
     step, form = what.step(micro), what.normal_form(micro)
-    if is_coupled(form):
-        raise errors.NotLowered(
-            f"{form.name}: the proof does not cover coupled states",
-            "their decays between two tokens are products of small matrices, not of numbers",
-            "compare numerically: dsl.oracle.run of the step and of the form, in float64",
-        )
     levels = levels_of(form)
     _prove_affine(step, levels)
     # polynomials grow with the micro-steps of a chunk and the levels of a cascade, so more of those
@@ -275,19 +278,19 @@ def _prove_chunk(step: Step, form: NormalForm, length: int) -> None:
         }
     # a chunk at once
     known: list[dict[Node, _Array]] = [{} for _ in range(length)]  # of each token
-    declared = {s.name: s for s in form.states}
     chunks: dict[str, _Chunk] = {}
     for level in levels_of(form):
-        for name in level.states:
-            chunks[name] = _Chunk(symbols, form, declared[name], start[name], known)
+        for names in groups_of(form, level.states):
+            own = {n: start[n] for n in names}
+            chunks |= dict.fromkeys(names, _Chunk(symbols, form, own, known))
         for n in level.reads:
             read = form.reads[n]
             for t, env in enumerate(known):
                 env[result_leaf(form, n)] = chunks[read.state].read(read, t)
-    for state in step.states:
-        pairs = zip(chunks[state.name].final(), states[state_leaf(state)], strict=True)
-        for ours, theirs in pairs:
-            _agree(form, f"the final {state.name} of {length} tokens", ours, theirs)
+    for name in (s.name for s in step.states):
+        leaf = next(x for x in states if x.attrs[0] == name)
+        for ours, theirs in zip(chunks[name].final(name), states[leaf], strict=True):
+            _agree(form, f"the final {name} of {length} tokens", ours, theirs)
     for t, env in enumerate(known):
         for ours, theirs in zip(symbols.value(form.output, t, env), outputs[t], strict=True):
             _agree(form, f"output {t} of {length} tokens", ours, theirs)
@@ -300,119 +303,159 @@ def _agree(form: NormalForm, what: str, ours: _Expr, theirs: _Expr) -> None:
 
 
 class _Chunk:
-    """One state over a chunk, by (3) to (6): every write of every token is one row of one
-    triangular system, with n micro-steps of n rows a token. A transposed form is the same with the
-    state transposed: its rows are the axis that decays and is recalled."""
+    """A group of states over a chunk, by (3) to (6): every write of every token is one row of one
+    triangular system, with n micro-steps of n rows a token. From time to time the states pass by a
+    small matrix: decays, and the factors by which they mix. A transposed form is the same with the
+    states transposed: their rows are the axis that decays and is recalled."""
 
     def __init__(
         self,
         symbols: _Symbols,
         form: NormalForm,
-        state: StateDecl,
-        start: _Array,
+        start: dict[str, _Array],
         known: list[dict[Node, _Array]],
     ) -> None:
         self._symbols = symbols
         self._n = len(form.micro_steps)
         self._transposed = form.transposed
-        self._updates = [
-            next(u for u in m.updates if u.state == state.name) for m in form.micro_steps
-        ]
+        self._updates = [{u.state: u for u in m.updates} for m in form.micro_steps]
         self._rows = _ROWS
-        self._start = _transposed(start, symbols.key) if form.transposed else start
-        self._width = len(start) // _ROWS
+        self._start = {
+            n: _transposed(x, symbols.key) if form.transposed else x for n, x in start.items()
+        }
+        (self._width,) = {len(x) // _ROWS for x in start.values()}
         self._env = known
         self._times = range(len(known) * self._n)
-        self._decays = [self._decay(time) for time in self._times]
+        self._decays = [{n: self._decay(n, time) for n in start} for time in self._times]
+        self._passed: dict[tuple[int, int, str], dict[str, _Array]] = {}
         self._written = self._solve()
 
-    def _update(self, time: int) -> Update:
-        return self._updates[time % self._n]
+    def _update(self, name: str, time: int) -> Update:
+        return self._updates[time % self._n][name]
 
     def _at(self, node: Node, time: int) -> _Array:
         token = time // self._n
         return self._symbols.value(node, token, self._env[token])
 
-    def _decay(self, time: int) -> _Array:
-        log = self._update(time).log_decay
+    def _per_row(self, x: _Array) -> _Array:
+        return x * self._rows if len(x) == 1 else x
+
+    def _decay(self, name: str, time: int) -> _Array:
+        log = self._update(name, time).log_decay
         if log is None:
             return (_ONE,) * self._rows
         token = time // self._n
-        found = self._symbols.multiplier(log, token, self._env[token])
-        return found * self._rows if len(found) == 1 else found
+        return self._per_row(self._symbols.multiplier(log, token, self._env[token]))
 
-    def _between(self, after: int, until: int) -> _Array:
-        """e^{G_until - G_after} per row: the decays of the times after `after` up to `until`."""
-        span = self._decays[after + 1 : until + 1]
-        rows = range(self._rows)
-        return tuple(sympy.Mul(*(d[i] for d in span)) for i in rows)
+    def _left(self, after: int, until: int, to: str) -> dict[str, _Array]:
+        """What `to` after the time `until` has, per row, of each state after the time `after`."""
+        if after == until:
+            return {to: (_ONE,) * self._rows}
+        at = (after, until, to)
+        if at not in self._passed:
+            update = self._update(to, until)
+            found = _times(self._decays[until][to], self._left(after, until - 1, to))
+            for mix in update.mixes:
+                factor = self._per_row(self._at(mix.factor, until))
+                for of, x in _times(factor, self._left(after, until - 1, mix.state)).items():
+                    found[of] = (
+                        tuple(map(sum, zip(found[of], x, strict=True))) if of in found else x
+                    )
+            self._passed[at] = found
+        return self._passed[at]
 
-    def _score(self, x: _Array, y: _Array, after: int, until: int) -> _Expr:
-        triples = zip(x, y, self._between(after, until), strict=True)
+    def _seen(self, after: int, time: int, phase: Phase, to: str) -> dict[str, _Array]:
+        """The same of `to` at a phase of `time`."""
+        if phase is Phase.AFTER:
+            return self._left(after, time, to)
+        before = self._left(after, time - 1, to)
+        return before if phase is Phase.BEFORE else _times(self._decays[time][to], before)
+
+    def _score(self, x: _Array, y: _Array, left: _Array) -> _Expr:
+        triples = zip(x, y, left, strict=True)
         return sympy.Add(*(a * b * decay for a, b, decay in triples))
 
-    def _recalled(self, key: _Array, until: int) -> _Array:
-        """(key e^G)ᵀ S_0, with the decays up to `until`."""
-        decay = self._between(-1, until)
-        return _read(tuple(k * d for k, d in zip(key, decay, strict=True)), self._start)
+    def _recalled(self, key: _Array, time: int, phase: Phase, to: str) -> _Array:
+        """(key e^G)ᵀ S_0, by what is left of the states at the start."""
+        parts = [
+            _read(tuple(k * x for k, x in zip(key, left, strict=True)), self._start[of])
+            for of, left in self._seen(-1, time, phase, to).items()
+        ]
+        return tuple(map(sum, zip(*parts, strict=True)))
 
-    def _solve(self) -> list[tuple[int, _Array, _Array]]:
-        """U = (I + L)^-1 X: for every write its time, its key and its written value."""
-        writes = [(time, w) for time in self._times for w in self._update(time).writes]
-        keys = [self._at(w.key, time) for time, w in writes]
+    def _solve(self) -> list[tuple[int, str, _Array, _Array]]:
+        """U = (I + L)^-1 X: for every write its time, state, key and written value."""
+        writes = [
+            (time, n, w)
+            for time in self._times
+            for n in self._start
+            for w in self._update(n, time).writes
+        ]
+        keys = [self._at(w.key, time) for time, _, w in writes]
         lower = sympy.zeros(len(writes), len(writes))
         known: list[_Array] = []
-        for i, (time, w) in enumerate(writes):
+        for i, (time, _, w) in enumerate(writes):
             own = (_ZERO,) * self._width if w.value is None else self._at(w.value, time)
             if w.correction is not None:
                 (scale,) = self._at(w.correction.scale, time)
-                key = self._at(w.correction.key, time)
-                until = time if w.correction.decayed else time - 1
-                seen = self._recalled(key, until)
+                key, to = self._at(w.correction.key, time), w.correction.state
+                phase = Phase.DECAYED if w.correction.decayed else Phase.BEFORE
+                seen = self._recalled(key, time, phase, to)
                 own = tuple(v + scale * s for v, s in zip(own, seen, strict=True))
-                for j, (earlier, _) in enumerate(writes):
-                    if earlier < time:
-                        lower[i, j] = -scale * self._score(key, keys[j], earlier, until)
+                for j, (earlier, of, _) in enumerate(writes):
+                    left = self._seen(earlier, time, phase, to) if earlier < time else {}
+                    if of in left:
+                        lower[i, j] = -scale * self._score(key, keys[j], left[of])
             known.append(own)
         if not writes:
             return []
         solved = _unit_lower_inverse(lower) * sympy.Matrix([list(x) for x in known])
         columns = range(self._width)
         return [
-            (time, keys[i], tuple(sympy.expand(solved[i, j]) for j in columns))
-            for i, (time, _) in enumerate(writes)
+            (time, n, keys[i], tuple(sympy.expand(solved[i, j]) for j in columns))
+            for i, (time, n, _) in enumerate(writes)
         ]
 
     def read(self, read: Read, token: int) -> _Array:
         """(5): the chunk's start, read with the prefix, plus scores times the written values."""
-        time = token * self._n + read.micro_step
-        until = time - 1 if read.phase is Phase.BEFORE else time
-        last = time if read.phase is Phase.AFTER else time - 1
+        time, phase = token * self._n + read.micro_step, read.phase
         key = self._at(read.key, time)
         if read.other_axis is not self._transposed:  # contracts the columns: the state itself
-            return _read(key, _transposed(self._state(until, last), self._rows))
-        result = self._recalled(key, until)
-        for earlier, written, values in self._written:
-            if earlier <= last:
-                score = self._score(key, written, earlier, until)
-                result = tuple(r + score * v for r, v in zip(result, values, strict=True))
+            return _read(key, _transposed(self._state(time, phase, read.state), self._rows))
+        result = self._recalled(key, time, phase, read.state)
+        for written, values, left in self._visible(time, phase, read.state):
+            score = self._score(key, written, left)
+            result = tuple(r + score * v for r, v in zip(result, values, strict=True))
         return result
 
-    def final(self) -> _Array:
-        """The state at the chunk's end, in declared axes."""
-        last = len(self._times) - 1
-        state = self._state(last, last)
+    def final(self, name: str) -> _Array:
+        """A state at the chunk's end, in declared axes."""
+        state = self._state(len(self._times) - 1, Phase.AFTER, name)
         return _transposed(state, self._rows) if self._transposed else state
 
-    def _state(self, until: int, last: int) -> _Array:
-        """(6): the chunk's start and the writes up to `last`, decayed up to `until`."""
-        result = list(_scaled(self._start, self._between(-1, until), Kind.KEY))
-        for time, key, values in self._written:
-            if time <= last:
-                decay = self._between(time, until)
-                for i, j in itertools.product(range(self._rows), range(self._width)):
-                    result[i * self._width + j] += key[i] * decay[i] * values[j]
+    def _visible(self, time: int, phase: Phase, to: str) -> Iterator[tuple[_Array, _Array, _Array]]:
+        """Keys and values of the writes that `to` has seen, and what is left of them."""
+        last = time if phase is Phase.AFTER else time - 1
+        for earlier, of, key, values in self._written:
+            left = self._seen(earlier, time, phase, to) if earlier <= last else {}
+            if of in left:
+                yield key, values, left[of]
+
+    def _state(self, time: int, phase: Phase, to: str) -> _Array:
+        """(6): the chunk's start and the writes before a time, by what is left of them."""
+        parts = [
+            _scaled(self._start[of], left, Kind.KEY)
+            for of, left in self._seen(-1, time, phase, to).items()
+        ]
+        result = [sympy.Add(*xs) for xs in zip(*parts, strict=True)]
+        for key, values, left in self._visible(time, phase, to):
+            for i, j in itertools.product(range(self._rows), range(self._width)):
+                result[i * self._width + j] += key[i] * left[i] * values[j]
         return tuple(result)
+
+
+def _times(factor: _Array, left: dict[str, _Array]) -> dict[str, _Array]:
+    return {of: tuple(f * x for f, x in zip(factor, xs, strict=True)) for of, xs in left.items()}
 
 
 def _unit_lower_inverse(lower: sympy.Matrix) -> sympy.Matrix:

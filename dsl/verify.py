@@ -62,7 +62,7 @@ def _verify_update(update: Update, kinds: dict[str, Kind], transposed: bool) -> 
     if update.log_decay is not None:
         expect("the log-decay", update.log_decay, Kind.SCALAR, row)
     for mix in update.mixes:
-        if mix.state == update.state or kinds.get(mix.state) is not kinds[update.state]:
+        if kinds.get(mix.state) is not kinds[update.state]:
             raise InvalidIR(f"{update.state} mixes with {mix.state}")
         expect("a mixing factor", mix.factor, Kind.SCALAR)
     for write in update.writes:
