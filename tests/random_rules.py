@@ -432,6 +432,33 @@ class _Writer:
             f"{S}s = tanh(dot({S}v, {other}))",
         ]
 
+    def group(self, states: Sequence[str]) -> list[str]:
+        """Statements that bring matrices a token further that mix and recall one another."""
+        lines = [f"{S}0 = {S}" for S in states]
+        for S in states:
+            own = self.pick(
+                (
+                    *("0.5 * {0}0", "0.6 * sigmoid(g) * {0}0", "0.5 * exp(h) * {0}0"),
+                    *("0.5 * tanh(b) * {0}0", "0 * {0}0", "exp(-softplus(g) - 0.7) * {0}0"),
+                )
+            )
+            lines.append(f"{S} = {own.format(S)}")
+            for other in states:
+                if other != S and self.pick((True, True, False)):
+                    factor = self.pick((self.step(), f"tanh({self.scalar(0)})", "-1", "sigmoid(g)"))
+                    lines.append(f"{S} = {S} + 0.2 * {factor} * {other}0")
+            for _ in range(self.pick((1, 1, 2, 0))):
+                of = self.pick((S, *states))
+                write = self.pick(
+                    (
+                        f"outer({self.unit()}, {self.vector('Value')} - {self.unit()} @ {of}0)",
+                        f"outer({self.vector('Key')}, {self.vector('Value')})",
+                    )
+                )
+                lines.append(f"{S} = {S} + 0.3 * {self.step()} * {write}")
+            lines.append(f"{S}1 = {S}")
+        return lines
+
     # ------------------------------------------------------------ outputs
     def output(
         self, matrices: Sequence[str], vectors: Sequence[str], last_only: bool, over: str = "Key"
@@ -484,7 +511,8 @@ class _Writer:
 
 _SHAPES = (
     *("one", "one", "one", "one", "normalised", "normalised", "micro", "micro", "two", "vector"),
-    *("two vectors", "mixed", "refused", "cascade", "cascade", "vector first", "three"),
+    *("two vectors", "mixed", "mixed", "refused", "cascade", "cascade", "vector first", "three"),
+    "unlike",
 )
 _MATRICES: dict[str, list[str]] = {
     **{shape: ["S", "M"] for shape in ("two", "cascade")},
@@ -510,13 +538,11 @@ def rule(pick: Pick) -> Rule:
         lines += writer.micro(S) if shape == "micro" else writer.update(S)
         if shape in ("cascade", "three") and matrices[-1] != S:
             lines += writer.reads(S, vector=False)
-    if shape == "mixed":  # states that see one another: legal, most of it not lowered
-        matrices = ["S", "M"]
-        lines = ["S0 = S", "M0 = M", "M = sigmoid(h) * M + outer(k, v - p @ S0)", "M1 = M"]
-        lines += [
-            pick(("S = exp(g) * S + b * M", "S = exp(g) * S + outer(q, v)", "S = S + 0.1 * M0"))
-        ]
-        lines += ["S1 = S"]
+    if shape == "mixed":
+        matrices = list("SMN"[: pick((2, 2, 3))])
+        lines = writer.group(matrices)
+    if shape == "unlike":  # the state again and again, each time another way
+        lines = [x for _ in range(pick((1, 1, 2))) for x in writer.update("S")] + lines
     for z in vectors if shape != "vector first" else ():
         lines += writer.normaliser(z)
     if shape == "refused":
@@ -524,7 +550,7 @@ def rule(pick: Pick) -> Rule:
         lines.append(pick(_REFUSED))
     else:
         over = pick(("Key", "Key", "Value"))
-        lines += writer.output(matrices, vectors, last_only=shape == "micro", over=over)
+        lines += writer.output(matrices, vectors, last_only=shape in ("micro", "unlike"), over=over)
     mirrored = not vectors and pick((False, False, True))
     states = [*matrices, *vectors]
     lines.append(

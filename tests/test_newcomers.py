@@ -11,7 +11,7 @@ import chunkwise as cw
 import numpy as np
 import pytest
 import torch
-from chunkwise import HeadScalar, Key, Scalar, State, Value, errors, exp, outer, softplus
+from chunkwise import HeadScalar, Key, Scalar, State, Value, dot, errors, exp, outer, softplus
 from torch import Tensor
 
 B, T, H, K, V = 2, 8, 3, 4, 6
@@ -430,23 +430,17 @@ def test_a_gpus_engine_on_a_cpu() -> None:
 
 
 def test_a_step_without_chunks_is_told_of_its_kernel() -> None:
-    """Coupled states have no chunk form, and one kernel that takes a token a call."""
+    """It has no chunk form, and one kernel that takes a token a call."""
     pytest.importorskip("tvm")
 
     @cw.recurrence
-    def coupled(S: State, M: State, q: Key, k: Key, v: Value, eta: Scalar):
-        M = M + outer(k, v)
-        S = S + eta * M
-        return (S, M), q @ S
+    def first_key(S: State, q: Key, ks: tuple[Key, ...], v: Value):
+        for k in ks:
+            S = S + outer(k, dot(ks[0], k) * v)
+        return S, q @ S
 
-    with pytest.raises(errors.NotLowered, match=r"coupled.step runs it by a kernel"):
-        coupled(
-            normal(B, T, H, K),
-            normal(B, T, H, K),
-            normal(B, T, H, V),
-            normal(B, T, H),
-            engine="tvm",
-        )
+    with pytest.raises(errors.NotLowered, match=r"first_key.step runs it by a kernel"):
+        first_key(normal(B, T, H, K), normal(B, T, 2, H, K), normal(B, T, H, V), engine="tvm")
 
 
 def test_modules_of_the_wrong_kind() -> None:

@@ -8,7 +8,7 @@ import chunkwise as cw
 import pytest
 import torch
 from chunkwise.codegen.plan import Plan
-from chunkwise.codegen.programs import backward_program, chunk_program, forward_program
+from chunkwise.codegen.programs import backward_program, forward_program
 from chunkwise.dsl.library import all_declarations
 from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime import eager as eager_engine
@@ -26,12 +26,7 @@ from tests.harness import (
 )
 from tests.tolerances import FLOAT64_RANDOM, assert_agree
 
-# what the compiler refuses, and the reason it gives; everything else must agree
-REFUSED = {
-    "momentum_delta": "coupled states",
-}
 NAMES = [d.name for d in all_declarations()]
-LOWERED = [n for n in NAMES if n not in REFUSED]
 
 C = 64  # the eager engine's chunk, for 64 tokens and more
 # each row is one way in which indexing, masking or rounding could go wrong
@@ -63,28 +58,15 @@ def op_of(name: str) -> cw.Recurrence:
     return getattr(cw.library, name)
 
 
-def test_exactly_these_are_refused() -> None:
-    refused = {}
-    for d in all_declarations():
-        try:
-            chunk_program(d.normal_form(d.default_micro))
-        except cw.errors.NotLowered as refusal:
-            refused[d.name] = str(refusal)
-    assert refused.keys() == REFUSED.keys()
-    for name, reason in REFUSED.items():
-        assert reason in refused[name]
-        assert 'engine="reference"' in refused[name]
-
-
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize("name", NAMES)
 def test_eager_is_the_token_loop(name: str, case: str) -> None:
     op = op_of(name)
     inputs = make_inputs(op, CASES[case])
     assert_agree(engine_results(op, inputs, "eager"), oracle_results(op, inputs), FLOAT64_RANDOM)
 
 
-@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize("name", NAMES)
 def test_packed_is_the_loop_over_sequences(name: str) -> None:
     """Also with the neighbours' tokens replaced by NaN: nothing leaks between sequences."""
     op = op_of(name)
@@ -114,7 +96,7 @@ def test_packed_is_the_loop_over_sequences(name: str) -> None:
 
 
 @pytest.mark.parametrize("at", [1, 20, C - 1, C, C + 3])  # in, at the end of, and after a chunk
-@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_future_does_not_change_the_past(name: str, at: int) -> None:
     """Bit for bit: a token changes no output before it, whatever the rounding."""
     op = op_of(name)
@@ -130,7 +112,7 @@ def test_the_future_does_not_change_the_past(name: str, at: int) -> None:
     assert not torch.equal(before[:, at:], after[:, at:])
 
 
-@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_do_not_depend_on_what_asks_for_them(name: str) -> None:
     """Through o alone, and through the final state alone, they add up to those through both."""
     op = op_of(name)

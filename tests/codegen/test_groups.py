@@ -284,9 +284,7 @@ def test_a_turn_and_back_is_none() -> None:
         return (A, B), q @ A
 
     v = torch.zeros(1, 4, 1, 2, dtype=torch.float64)
-    _, ends = right_angle(
-        q, k, v, initial_state=(A, B), engine="eager", output_final_state=True
-    )
+    _, ends = right_angle(q, k, v, initial_state=(A, B), engine="eager", output_final_state=True)
     torch.testing.assert_close(ends, (A, B))
 
 

@@ -37,8 +37,6 @@ from hypothesis import HealthCheck, given, reject, settings
 from tests.random_rules import Rule as RandomRule
 from tests.random_rules import rules
 
-NO_FORM = "momentum_delta"  # coupled states
-
 
 def by_id(d: Declaration) -> str:
     return d.name
@@ -47,11 +45,7 @@ def by_id(d: Declaration) -> str:
 # ---- what is right is proved ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "d",
-    [d for d in library.all_declarations() if d.name != NO_FORM],
-    ids=by_id,
-)
+@pytest.mark.parametrize("d", library.all_declarations(), ids=by_id)
 def test_library(d: Declaration) -> None:
     _, gradients, *_ = prove.prove_tiles(d)
     names = [*(o.name for o in d.operands), *(f"the initial {s.name}" for s in d.states)]

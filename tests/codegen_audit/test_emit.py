@@ -84,10 +84,12 @@ def test_bad_dims(rules: str, sizes: str, capsys: pytest.CaptureFixture[str]) ->
     assert "not like K=128,V=128" in capsys.readouterr().err
 
 
-def test_what_is_not_lowered_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["emit", "momentum_delta", "--stage", "normal"]) == 0
-    assert cli.main(["emit", "momentum_delta", "--stage", "chunk"]) == 1
-    assert capsys.readouterr().err.startswith("NotLowered: momentum_delta: coupled states")
+def test_what_is_not_lowered_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rule = tmp_path / "rule.py"
+    rule.write_text(NOT_LOWERED, encoding="utf-8")
+    assert cli.main(["emit", str(rule), "--stage", "normal"]) == 0
+    assert cli.main(["emit", str(rule), "--stage", "chunk"]) == 1
+    assert capsys.readouterr().err.startswith("NotLowered: first_key: an operand")
 
 
 def test_resources(rules: str, tmp_path: Path) -> None:

@@ -384,7 +384,7 @@ def forgotten(S: State, q: Key, k: Key, v: Value):
     return outer(k, v), q @ S
 
 
-@mistake(errors.NoChunkForm, "coupled states carry a gate per channel")
+@mistake(errors.NoChunkForm, "states that mix carry a gate per channel")
 def vector_coupling(S: State, M: State, q: Key, k: Key, v: Value, g: Key):
     M = exp(g) * M + outer(k, v)
     return (S + M, M), q @ S

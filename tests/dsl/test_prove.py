@@ -23,12 +23,8 @@ from chunkwise.dsl import (
 )
 from chunkwise.dsl.normal_form import MicroStep, NormalForm, Phase, Update, Write
 
-COUPLED = "momentum_delta"
 
-
-@pytest.mark.parametrize(
-    "d", [d for d in library.all_declarations() if d.name != COUPLED], ids=lambda d: d.name
-)
+@pytest.mark.parametrize("d", library.all_declarations(), ids=lambda d: d.name)
 def test_library(d: Declaration) -> None:
     proof = prove.prove(d, chunk=3)
     assert proof.chunks == ((2,) if d.has_micro else (2, 3))
@@ -38,11 +34,6 @@ def test_library(d: Declaration) -> None:
 
 def test_four_tokens() -> None:
     assert "chunks of 2, 3, 4 tokens" in str(prove.prove(library.gated_delta_rule, chunk=4))
-
-
-def test_coupled_states_are_refused() -> None:
-    with pytest.raises(errors.NotLowered, match="coupled states"):
-        prove.prove(library.momentum_delta)
 
 
 def test_what_was_not_normalised_is_refused() -> None:

@@ -24,6 +24,7 @@ from chunkwise import (
     State,
     Value,
     cli,
+    dot,
     exp,
     maximum,
     outer,
@@ -469,6 +470,13 @@ def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
     with pytest.raises(ValueError, match="'step' cannot name an operand"):
         export(shadowing.declaration, Request("shadowing"))
+
+    @cw.recurrence
+    def first_key(S: State, q: Key, ks: tuple[Key, ...], v: Value):
+        for k in ks:
+            S = S + outer(k, dot(ks[0], k) * v)
+        return S, q @ S
+
     with pytest.raises(errors.NotLowered):
-        export(cw.library.momentum_delta.declaration, Request("momentum_delta"))
+        export(first_key.declaration, Request("first_key"))
     assert not (tmp_path / "out").exists()
