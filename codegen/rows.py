@@ -69,7 +69,7 @@ class Recall:
 
     @property
     def keys(self) -> Nodes:
-        return tuple(f and f.key for f in self.corrections)
+        return tuple(None if f is None else f.key for f in self.corrections)
 
     @property
     def _sees_decay(self) -> list[bool]:
@@ -107,11 +107,11 @@ class RowWrite:
 
     @property
     def keys(self) -> Nodes:
-        return tuple(w and w.key for w in self.writes)
+        return tuple(None if w is None else w.key for w in self.writes)
 
     @property
     def values(self) -> Nodes:
-        return tuple(w and w.value for w in self.writes)
+        return tuple(None if w is None else w.value for w in self.writes)
 
 
 def row_writes(form: NormalForm, states: Sequence[str]) -> tuple[list[RowWrite], list[Recall]]:

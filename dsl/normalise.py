@@ -286,9 +286,7 @@ def _updates(step: Step, index: int, forms: Sequence[StateForm], transposed: boo
                     "make the gates and factors of these states Scalars, or uncouple the states",
                     coef.loc or node.loc,
                 )
-        log, bound = _FORGOTTEN
-        if name in own:
-            log, bound = log_decay(own[name], node.loc)
+        log, bound = log_decay(own[name], node.loc) if name in own else _FORGOTTEN
         writes = _writes(form.terms, own, transposed)
         updates.append(
             Update(name, log, Interval(0.0, 0.0) if log is None else bound, mixes, writes)

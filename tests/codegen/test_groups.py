@@ -173,8 +173,8 @@ def test_proofs(name: str) -> None:
 
 
 @pytest.mark.parametrize("op", [turning, trapezoid, cw.library.momentum_delta])
-def test_segments_are_for_states_that_pass_alone(op: object) -> None:
-    assert transition_of(op.declaration.normal_form(), Dims(8, 8)) is None  # type: ignore[attr-defined]
+def test_segments_are_for_states_that_pass_alone(op: cw.Recurrence) -> None:
+    assert transition_of(op.declaration.normal_form(), Dims(8, 8)) is None
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -235,7 +235,8 @@ def test_momentum_without_momentum_is_the_gated_delta_rule() -> None:
     inputs = gated()
     q, k, v, g, beta = (leaf(x) for x in inputs.operands.values())
     (S,) = (leaf(x) for x in inputs.initial or ())
-    want = results(cw.library.gated_delta_rule, dict(q=q, k=k, v=v, g=g, beta=beta), (S,))
+    x = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
+    want = results(cw.library.gated_delta_rule, x, (S,))
     ones, none = torch.ones_like(g), torch.full_like(g, -math.inf)
     o, _ = cw.library.momentum_delta(
         *(q, k, v, torch.exp(g)[..., None] * k, g, none, ones, beta),
@@ -261,9 +262,9 @@ def test_two_states_without_coupling_are_two_ops() -> None:
     inputs = gated()
     q, k, v, g, beta = (leaf(x) for x in inputs.operands.values())
     (S,) = (leaf(x) for x in inputs.initial or ())
-    x = dict(q=q, k=k, v=v, g=g, beta=beta)
+    x = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
     first = results(cw.library.gated_delta_rule, x, (S,))
-    second = results(cw.library.simple_gla, dict(q=q, k=k, v=v, g=g), (S,))
+    second = results(cw.library.simple_gla, {"q": q, "k": k, "v": v, "g": g}, (S,))
     got, _ = both(**x, s=torch.zeros_like(g), initial_state=(S, S), engine="eager")
     torch.testing.assert_close(got, first[0] + second[0])
     weights = torch.linspace(-1, 1, got.numel(), dtype=got.dtype).view(got.shape)
