@@ -12,7 +12,7 @@ def refusals(form: NormalForm) -> Iterator[tuple[str, str]]:
     """What the chunk derivation does not lower of `form`, each with the reason."""
     if not _indices_are_rows(form):
         why = "a row of time holds one micro-step's operands and no other's"
-        yield "an operand or read of micro-steps outside its own", why
+        yield "an operand of micro-steps outside its own", why
     read = [form.reads[n] for n in results_of(form.output)]
     if any(r.micro_step != len(form.micro_steps) - 1 for r in read):
         why = "outputs are read in the last row of a token so far"

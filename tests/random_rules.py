@@ -447,7 +447,7 @@ class _Writer:
                 if other != S and self.pick((True, True, False)):
                     factor = self.pick((self.step(), f"tanh({self.scalar(0)})", "-1", "sigmoid(g)"))
                     lines.append(f"{S} = {S} + 0.2 * {factor} * {other}0")
-            for _ in range(self.pick((1, 1, 2) if S == states[0] else (1, 1, 2, 0))):
+            for _ in range(self.pick((1, 1, 2) if states[0] == S else (1, 1, 2, 0))):
                 of = self.pick((S, *states))
                 write = self.pick(
                     (
