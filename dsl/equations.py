@@ -9,7 +9,7 @@ from functools import lru_cache
 from . import algebra
 from .ir import Kind, Node, Op, Per, topological
 from .latex import LATEX, Equation
-from .normal_form import Level, NormalForm, Phase, Update, Write, levels_of, results_of
+from .normal_form import NormalForm, Phase, Update, Write, levels_of, results_of
 from .printing import printed
 from .step import Step, operand_leaf, state_leaf
 
@@ -77,20 +77,18 @@ def as_step(form: NormalForm) -> Step:
     micro = max((o.micro for o in form.operands), default=False) and len(form.micro_steps)
     reads: dict[int, Node] = {}
 
-    def read(level: Level, index: int, phase: Phase, states: dict[str, Node]) -> None:
-        for n in level.reads:
-            r = form.reads[n]
-            if r.micro_step == index and r.phase is phase:
-                reads[n] = _recall(_with_results(r.key, reads), states[r.state])
-
     for level in levels_of(form):
+        seen: dict[tuple[int, Phase], dict[str, Node]] = {}
         for index, micro_step in enumerate(form.micro_steps):
             updates = [_known(u, reads) for u in micro_step.updates if u.state in level.states]
-            read(level, index, Phase.BEFORE, now)
             decayed = {**now, **{u.state: _decayed(u, now[u.state]) for u in updates}}
-            read(level, index, Phase.DECAYED, decayed)
+            seen[index, Phase.BEFORE], seen[index, Phase.DECAYED] = now, decayed
             now = {**decayed, **{u.state: _updated(u, now, decayed) for u in updates}}
-            read(level, index, Phase.AFTER, now)
+            seen[index, Phase.AFTER] = now
+        for n in level.reads:  # each after those that its key holds, whatever the states they see
+            r = form.reads[n]
+            states = seen[r.micro_step, r.phase]
+            reads[n] = _recall(_with_results(r.key, reads), states[r.state])
     return Step(
         form.name,
         form.operands,
