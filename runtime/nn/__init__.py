@@ -8,14 +8,10 @@ from .attention import (
     GlobalAttention,
     SlidingWindowAttention,
 )
-from .layers import (
-    LayerState,
-    OperandRole,
-    RecurrentLayer,
-    default_roles,
-)
+from .layers import LayerState, RecurrentLayer
 from .model import Block, LanguageModel, SwiGLU
 from .parts import Mixer, RMSNorm, ShortConvolution
+from .roles import OperandRole, default_roles
 
 __all__ = [
     "Attention",
