@@ -46,10 +46,10 @@ def other_names(S: State, x: Key, y: Key, z: Value, q: Scalar, k: Scalar) -> tup
 
 @cw.recurrence
 def gated_features(
-    S: State, q: Key, k: Key, v: Value, r: Key, w: Value, o: Value, s: Scalar
+    S: State, q: Key, k: Key, v: Value, r: Key, w: Value, y: Value, s: Scalar
 ) -> tuple[State, Value]:
     S = S + outer(k * r, sigmoid(w) * v)
-    return S, o * (q @ S) + s * v
+    return S, y * (q @ S) + s * v
 
 
 @cw.recurrence
@@ -111,7 +111,7 @@ def test_what_only_multiplies_features_is_a_gate() -> None:
         "v": "FEATURE",
         "r": "UNIT",
         "w": "RAW",
-        "o": "UNIT",
+        "y": "UNIT",
         "s": "UNIT",
     }
 
@@ -227,6 +227,6 @@ def test_every_rule_trains_without_overflow(name: str) -> None:
         loss.backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
     assert largest() < 1e4
