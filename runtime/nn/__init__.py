@@ -8,6 +8,15 @@ from .attention import (
     GlobalAttention,
     SlidingWindowAttention,
 )
+from .evaluation import (
+    RecallSplit,
+    loss_by_position,
+    perplexity,
+    perplexity_distance,
+    recall_split,
+    relative_perplexities,
+    token_losses,
+)
 from .layers import LayerState, RecurrentLayer
 from .model import Block, LanguageModel, SwiGLU
 from .parts import Mixer, RMSNorm, ShortConvolution
@@ -23,9 +32,16 @@ __all__ = [
     "Mixer",
     "OperandRole",
     "RMSNorm",
+    "RecallSplit",
     "RecurrentLayer",
     "ShortConvolution",
     "SlidingWindowAttention",
     "SwiGLU",
     "default_roles",
+    "loss_by_position",
+    "perplexity",
+    "perplexity_distance",
+    "recall_split",
+    "relative_perplexities",
+    "token_losses",
 ]
