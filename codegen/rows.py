@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..dsl.ir import Node
+from ..dsl.ir import Node, Op
 from ..dsl.normal_form import Correction, NormalForm, Phase, Update, Write, results_of
 from . import tile
 from .lower import lower
@@ -29,7 +29,7 @@ class RowTiles:
         """An expression over operands and results."""
         (found,) = lower(self.form, [node], self.results)
         used = {n: self.results[n] for n in results_of(node)}
-        if used and not tile.smooth_at_zero(found, frozenset(used.values())):
+        if used and not _is_smooth_at_zero(found, frozenset(used.values())):
             # beyond the end of a sequence a gradient may be 0 times infinity: it ends here
             masked = {n: Tile(TileOp.ROWS, (r,), (), r.axes, r.hint) for n, r in used.items()}
             (found,) = lower(self.form, [node], masked)
@@ -52,6 +52,12 @@ class RowTiles:
         if all(n is None for n in nodes):
             return None
         return tile.rows(tile.expand(self._phased(nodes, lambda x: x), axes))
+
+
+def _is_smooth_at_zero(x: Tile, stop: frozenset[Tile]) -> bool:
+    """Whether `x` and its derivative are finite for sure where the operands are zero."""
+    steep = any(t.is_map(Op.SQRT) for t in tile.topological(x, stop=stop))
+    return not steep and tile.finite_at_zero(x, stop)
 
 
 def updates_of(form: NormalForm, state: str) -> list[Update]:

@@ -215,14 +215,11 @@ def _fold(fn: Op, args: tuple[Tile, ...]) -> Tile | None:
     if fn is Op.WITHIN:
         return x
     if fn is Op.MUL:
-        if _is_const(x, 1.0):
-            return y
-        if _is_const(y, 1.0):
-            return x
-        if _is_const(x, -1.0):
-            return neg(y)
-        if _is_const(y, -1.0):
-            return neg(x)
+        for a, b in ((x, y), (y, x)):
+            if _is_const(a, 1.0):
+                return b
+            if _is_const(a, -1.0):
+                return neg(b)
         if x.is_map(Op.NEG):
             return neg(mul(x.args[0], y))
         if y.is_map(Op.NEG):
@@ -232,14 +229,12 @@ def _fold(fn: Op, args: tuple[Tile, ...]) -> Tile | None:
     if fn is Op.NEG and x.is_map(Op.NEG):
         return x.args[0]
     if fn is Op.ADD:
-        if _is_const(x, 0.0):
-            return y
-        if _is_const(y, 0.0):
-            return x
-        if y.is_map(Op.NEG):
-            return sub(x, y.args[0])
-        if x.is_map(Op.NEG):
-            return sub(y, x.args[0])
+        for a, b in ((x, y), (y, x)):
+            if _is_const(a, 0.0):
+                return b
+        for a, b in ((x, y), (y, x)):
+            if b.is_map(Op.NEG):
+                return sub(a, b.args[0])
     if fn is Op.SUB:
         if _is_const(y, 0.0):
             return x
@@ -349,7 +344,8 @@ def phase(x: Tile, which: tuple[Attr, ...]) -> Tile:
 def _zero_beyond_end(x: Tile) -> bool:
     if x.op in (TileOp.ROWS, TileOp.TOKEN):
         return True
-    if x.is_map(Op.NEG) or x.op is TileOp.PHASE or _is_floor_below_zero(x):
+    floor_below_zero = x.op is TileOp.FLOOR and x.attr(float) <= 0.0
+    if x.is_map(Op.NEG) or x.op is TileOp.PHASE or floor_below_zero:
         return _zero_beyond_end(x.args[0])
     return (
         x.is_map(Op.MUL)
@@ -363,10 +359,6 @@ def _of_heads(x: Tile) -> bool:
     return any(t.op is TileOp.HEAD for t in topological(x))
 
 
-def _is_floor_below_zero(x: Tile) -> bool:
-    return x.op is TileOp.FLOOR and x.attr(float) <= 0.0
-
-
 def finite_at_zero(x: Tile, stop: frozenset[Tile] = frozenset()) -> bool:
     """Whether `x` is finite for sure where the operands are zero: zero times it is then zero.
 
@@ -375,12 +367,6 @@ def finite_at_zero(x: Tile, stop: frozenset[Tile] = frozenset()) -> bool:
     below = topological(x, stop=stop)
     functions = (t.attrs[0] for t in below if t.op is TileOp.MAP and t not in stop)
     return all(at_zeros(fn).is_finite() for fn in functions if isinstance(fn, Op))
-
-
-def smooth_at_zero(x: Tile, stop: frozenset[Tile] = frozenset()) -> bool:
-    """Whether `x` and its derivative are finite for sure where the operands are zero."""
-    steep = any(t.is_map(Op.SQRT) for t in topological(x, stop=stop))
-    return not steep and finite_at_zero(x, stop)
 
 
 def mask(x: Tile, which: Which) -> Tile:

@@ -137,13 +137,15 @@ def kinds_only(declared: Declared) -> Ranges:
     return Ranges((), scalars, any(s.kind is Kind.KEY_STATE for s in declared.states))
 
 
-def ranges(form: NormalForm, params: Mapping[str, float]) -> Ranges:
+def ranges(form: NormalForm, params: Mapping[str, float], also: Sequence[Node] = ()) -> Ranges:
     """The ranges of the gates that are declared, or the first under which log-decays are negative.
+
+    `also`: further expressions of operands that are to be at most 0.
 
     Raises:
         NotLowered: there are none among those that are tried.
     """
-    decays = [node for _, node in form.log_decays if not results_of(node)]
+    decays = [*(node for _, node in form.log_decays if not results_of(node)), *also]
     every = topological(*expressions(form), form.output)
     promised = [n for n in every if n.op is Op.WITHIN and not results_of(n)]
     names = operands_of(*decays, *promised).keys()

@@ -8,14 +8,19 @@ from .attention import (
     GlobalAttention,
     SlidingWindowAttention,
 )
-from .layers import (
-    LayerState,
-    OperandRole,
-    RecurrentLayer,
-    default_roles,
+from .evaluation import (
+    RecallSplit,
+    loss_by_position,
+    perplexity,
+    perplexity_distance,
+    recall_split,
+    relative_perplexities,
+    token_losses,
 )
+from .layers import LayerState, RecurrentLayer
 from .model import Block, LanguageModel, SwiGLU
 from .parts import Mixer, RMSNorm, ShortConvolution
+from .roles import OperandRole, default_roles
 
 __all__ = [
     "Attention",
@@ -27,9 +32,16 @@ __all__ = [
     "Mixer",
     "OperandRole",
     "RMSNorm",
+    "RecallSplit",
     "RecurrentLayer",
     "ShortConvolution",
     "SlidingWindowAttention",
     "SwiGLU",
     "default_roles",
+    "loss_by_position",
+    "perplexity",
+    "perplexity_distance",
+    "recall_split",
+    "relative_perplexities",
+    "token_losses",
 ]

@@ -12,29 +12,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...dsl.ir import Kind, Node, Op, Per, operands_of
+from ...dsl.ir import Kind, Per, operands_of
 from ...dsl.normal_form import NormalForm, Operand
+from ..inputs import usual_params
+from . import decays
+from .explanation import explain
 from .parts import Mixer, RMSNorm, ShortConvolution, l2norm, wide
+from .roles import FEATURES, OperandRole, own_decays, roles_of
 
 if TYPE_CHECKING:
     from ..recurrence import Recurrence, States
-
-
-class OperandRole(Enum):
-    """How a layer computes an operand from the hidden vector."""
-
-    FEATURE = "projection, short convolution, silu: queries, keys and values"
-    LOG_DECAY = "projection to a log-decay <= 0"
-    UNIT = "sigmoid of a projection: a step size, or a decay factor, in (0, 1)"
-    RAW = "projection only: the declaration applies its own activation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,86 +44,10 @@ class LayerState:
     recurrent: States | None
 
 
-def _strip(node: Node) -> Node:
-    """The node under promises and floors: f for `max(within(f), tiny)`."""
-    while node.op in (Op.WITHIN, Op.MAXIMUM, Op.AT_LEAST):
-        node = next((a for a in node.args if a.op is not Op.CONST), node.args[0])
-    return node
-
-
-def _decay_roles(log_decay: Node) -> dict[str, OperandRole]:
-    """The roles of a log-decay's operands: in sums of `g` and `log f`; RAW in other expressions."""
-    node = _strip(log_decay)
-    if node.op is Op.OPERAND:
-        return {str(node.attrs[0]): OperandRole.LOG_DECAY}
-    if node.op is Op.ADD:
-        return _decay_roles(node.args[0]) | _decay_roles(node.args[1])
-    if node.op is Op.LOG and _strip(node.args[0]).op is Op.OPERAND:
-        return {str(_strip(node.args[0]).attrs[0]): OperandRole.UNIT}
-    return dict.fromkeys(operands_of(node), OperandRole.RAW)
-
-
-def default_roles(form: NormalForm) -> dict[str, OperandRole]:
-    """The role of every per-token operand, by its kind and its use in decays.
-
-    Scalars are step sizes (UNIT), Keys and Values are features. An operand that is a log-decay or
-    a decay factor is made as one; one in any other expression of a decay is RAW.
-
-    Args:
-        form: the normal form of a recurrence (`op.declaration.normal_form()`).
-
-    Returns:
-        Roles by operand name.
-    """
-    roles = {
-        x.name: OperandRole.UNIT if x.kind is Kind.SCALAR else OperandRole.FEATURE
-        for x in form.operands
-        if x.per is Per.TOKEN
-    }
-    for _, log_decay in form.log_decays:
-        decays = _decay_roles(log_decay)
-        roles |= {name: role for name, role in decays.items() if name in roles}
-    return roles
-
-
-def log_decay_floors(form: NormalForm) -> dict[str, float]:
-    """The declared lower bounds of the operands that are themselves log-decays, by name."""
-    floors: dict[str, float] = {}
-    for micro_step in form.micro_steps:
-        for update in micro_step.updates:
-            node = update.log_decay
-            if (
-                node is not None
-                and _strip(node).op is Op.OPERAND
-                and math.isfinite(update.bound.lo)
-            ):
-                floors[str(_strip(node).attrs[0])] = float(update.bound.lo)
-    return floors
-
-
-class _LogDecay(nn.Module):
-    """Turns a projection into a log-decay: `-e^A softplus(x + b)`, or bounded, `floor sigmoid(x)`.
-
-    The initial values are Mamba-2's: decays per token between about e^-0.001 and e^-1.6.
-    """
-
-    def __init__(self, heads: int, channels: int, floor: float | None) -> None:
-        super().__init__()
-        self.floor = floor
-        self.log_rate = nn.Parameter(
-            torch.empty(heads, 1, dtype=None, device=None).uniform_(1.0, 16.0).log_()
-        )
-        dt = (
-            torch.empty(heads, channels, dtype=None, device=None)
-            .uniform_(math.log(1e-3), math.log(1e-1))
-            .exp()
-        )
-        self.bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.floor is not None:
-            return self.floor * torch.sigmoid(wide(x) + self.bias)
-        return -self.log_rate.exp() * F.softplus(wide(x) + self.bias)
+def _activate(y: Tensor, role: OperandRole) -> Tensor:
+    if role is OperandRole.FEATURE:
+        return F.silu(y)
+    return F.elu(y) + 1 if role is OperandRole.POSITIVE else y
 
 
 class RecurrentLayer(nn.Module, Mixer):
@@ -147,15 +65,20 @@ class RecurrentLayer(nn.Module, Mixer):
         value_dim: channels V of one head's Values.
         value_heads: value heads HV, a multiple of H; None for H.
         conv_size: taps of the short convolution over feature operands; 0 for none.
-        normalise: names of Key operands to scale to unit length, for declarations without `l2norm`.
+        normalise: names of features to scale to unit length; None for those that the step recalls
+            the state with, unless the declaration takes their length itself.
         roles: roles by operand name, which override `default_roles`.
         gated: multiply the normalised output by `silu` of a projection.
         micro_steps: n of operands declared as tuples.
         params: the declaration's keyword-only floats, where they have no default.
         engine: passed to the op; None lets the device choose.
 
+    Attributes:
+        roles (dict[str, OperandRole]): the role of every operand; `explain` shows what it means.
+
     Raises:
-        ValueError: `normalise` or `roles` names something that is not an operand.
+        ValueError: `normalise` or `roles` names something that is not an operand, or PAIRED is the
+            role of an operand that no correction reads with.
         TypeError: `op` is no recurrence.
     """
 
@@ -171,7 +94,7 @@ class RecurrentLayer(nn.Module, Mixer):
         *,
         value_heads: int | None = None,
         conv_size: int = 4,
-        normalise: tuple[str, ...] = (),
+        normalise: tuple[str, ...] | None = None,
         roles: Mapping[str, OperandRole] | None = None,
         gated: bool = False,
         micro_steps: int = 1,
@@ -183,22 +106,27 @@ class RecurrentLayer(nn.Module, Mixer):
             raise TypeError(
                 f"op is {op!r}, expected a recurrence: chunkwise.library.NAME, or one of your own"
             )
-        self.op, self.engine, self.normalise = op, engine, normalise
+        self.op, self.engine = op, engine
         self.heads, self.value_heads = heads, value_heads or heads
         self.params: dict[str, Any] = dict(params or {})
         self.key_dim, self.value_dim, self.micro_steps = key_dim, value_dim, micro_steps
         form = op.declaration.normal_form(micro_steps)
         self.operands = form.operands
-        self.roles = default_roles(form) | dict(roles or {})
         names = [x.name for x in self.operands]
-        for name in (*normalise, *(roles or {})):
+        for name in (*(normalise or ()), *(roles or {})):
             if name not in names:
                 raise ValueError(f"{form.name} has no operand {name!r}; it has {', '.join(names)}")
+        found = roles_of(form, self.params)
+        self.roles = found.roles | dict(roles or {})
+        self.found = replace(found, roles=self.roles)
+        for name in names:
+            if self.roles[name] is OperandRole.PAIRED and name not in found.pairs:
+                raise ValueError(f"{form.name}: no correction reads with {name!r}; it has no pair")
+        self.normalise = found.unit if normalise is None else normalise
 
         tokens = [x for x in self.operands if x.per is Per.TOKEN]
-        floors = log_decay_floors(form)
-        self.features = [x for x in tokens if self.roles[x.name] is OperandRole.FEATURE]
-        self.others = [x for x in tokens if self.roles[x.name] is not OperandRole.FEATURE]
+        self.features = [x for x in tokens if self.roles[x.name] in FEATURES]
+        self.others = [x for x in tokens if self.roles[x.name] not in FEATURES]
         self.feature_sizes = [math.prod(self._shape(x)) for x in self.features]
         self.other_sizes = [math.prod(self._shape(x)) for x in self.others]
         self.project = nn.Linear(hidden, sum(self.feature_sizes), bias=False)
@@ -206,16 +134,15 @@ class RecurrentLayer(nn.Module, Mixer):
         self.convolve = (
             ShortConvolution(sum(self.feature_sizes), conv_size) if conv_size > 1 else None
         )
+        log_decays = [x for x in self.others if self.roles[x.name] is OperandRole.LOG_DECAY]
         self.decays = nn.ModuleDict(
-            {
-                x.name: _LogDecay(*self._head_shape(x), floor=floors.get(x.name))
-                for x in self.others
-                if self.roles[x.name] is OperandRole.LOG_DECAY
-            }
+            {x.name: decays.LogDecay(*self._head_shape(x), self._floor(x)) for x in log_decays}
         )
         self.per_head = nn.ParameterDict(
             {x.name: self._per_head(x, form) for x in self.operands if x.per is Per.HEAD}
         )
+        starts = {x.name: self._bias(x, form) for x in self.others}
+        self.biases = nn.ParameterDict({n: b for n, b in starts.items() if b is not None})
         channels = {Kind.KEY: key_dim, Kind.VALUE: value_dim}.get(form.output.kind)
         if channels is None:
             raise ValueError(f"{form.name} returns a Scalar, and a layer norms Keys or Values")
@@ -224,13 +151,20 @@ class RecurrentLayer(nn.Module, Mixer):
         self.gate = nn.Linear(hidden, width, bias=False) if gated else None
         self.output = nn.Linear(width, hidden, bias=False)
 
-    def _is_feature(self, x: Operand) -> bool:
-        return self.roles[x.name] is OperandRole.FEATURE
+    def explain(self) -> str:
+        """A page on what the layer does to each operand.
+
+        Returns:
+            A line per operand: its kind, its role, and the expression that makes it of x, the
+            hidden vectors. `b` and `p` are parameters.
+        """
+        return explain(self)
 
     def _head_shape(self, x: Operand) -> tuple[int, int]:
         """Heads and channels of an operand; only Keys that are features have the key heads."""
         if x.kind is Kind.KEY:
-            return (self.heads if self._is_feature(x) else self.value_heads), self.key_dim
+            own = self.roles[x.name] in (*FEATURES, OperandRole.PAIRED) and x.per is Per.TOKEN
+            return (self.heads if own else self.value_heads), self.key_dim
         return self.value_heads, self.value_dim if x.kind is Kind.VALUE else 1
 
     def _shape(self, x: Operand) -> tuple[int, ...]:
@@ -239,57 +173,89 @@ class RecurrentLayer(nn.Module, Mixer):
         micro = (self.micro_steps,) if x.micro else ()
         return (*micro, heads) if x.kind is Kind.SCALAR else (*micro, heads, channels)
 
+    def _floor(self, x: Operand) -> float | None:
+        declared = self.found.declared.get(x.name)
+        return None if declared is None else declared.low
+
+    def _start(self, x: Operand, form: NormalForm, wanted: Tensor) -> nn.Parameter | None:
+        """Where `x` starts, so that its decay starts at `wanted`; None if it is in no decay."""
+        containing = [node for node in own_decays(form) if x.name in operands_of(node)]
+        if not containing:
+            return None
+        activations = {o.name: self.found.range_of(o.name).of for o in self.operands}
+        params = usual_params(form) | self.params
+        found = decays.start(containing[0], x.name, activations, params, wanted)
+        return nn.Parameter(found.to(torch.empty((), dtype=None, device=None)))
+
+    def _bias(self, x: Operand, form: NormalForm) -> nn.Parameter | None:
+        """The bias of a gate of a decay, but of log-decays, which have a module of their own."""
+        heads = {o.name for o in self.operands if o.per is Per.HEAD}
+        together = operands_of(*(n for n in own_decays(form) if x.name in operands_of(n)))
+        if self.roles[x.name] is OperandRole.LOG_DECAY or heads & together.keys():
+            return None
+        heads_channels = self._head_shape(x)
+        wanted = decays.drawn(*(heads_channels[:1] if x.kind is Kind.SCALAR else heads_channels))
+        return self._start(x, form, wanted)
+
     def _per_head(self, x: Operand, form: NormalForm) -> nn.Parameter:
-        """The initial parameter: RetNet's decay 1 - 2^(-5-h) of head h; zero for other operands."""
-        shape = {
-            Kind.SCALAR: (self.value_heads,),
-            Kind.KEY: (self.value_heads, self.key_dim),
-            Kind.VALUE: (self.value_heads, self.value_dim),
-        }[x.kind]
-        factor = 1 - 2.0 ** (-5 - torch.arange(self.value_heads, dtype=torch.float32, device=None))
-        factor = factor.reshape(-1, *([1] * (len(shape) - 1))).expand(shape)
-        role = OperandRole.RAW
-        for _, log_decay in form.log_decays:
-            role = _decay_roles(log_decay).get(x.name, role)
-        self.roles[x.name] = role
-        if role is OperandRole.LOG_DECAY:
-            return nn.Parameter(torch.log(torch.expm1(-factor.log())))  # -softplus(p) = log factor
-        return nn.Parameter(
-            torch.logit(factor)
-            if role is OperandRole.UNIT
-            else torch.zeros(shape, dtype=None, device=None)
+        """A parameter: of a decay RetNet's, 1 for what multiplies, 0 for what is activated.
+
+        Of several operands per head in a decay, the last as declared decides.
+        """
+        shape = (
+            self.value_heads,
+            *{Kind.KEY: (self.key_dim,), Kind.VALUE: (self.value_dim,)}.get(x.kind, ()),
         )
+        last = {
+            [o.name for o in self.operands if o.per is Per.HEAD and o.name in operands_of(n)][-1:][
+                0
+            ]
+            for n in own_decays(form)
+            if x.name in operands_of(n)
+        }
+        if x.name in last:
+            factors = decays.of_heads(self.value_heads).reshape(-1, *[1] * (len(shape) - 1))
+            started = self._start(x, form, factors.expand(shape))
+            assert started is not None
+            return started
+        fill = float(x.name in self.found.ones)
+        return nn.Parameter(torch.full(shape, fill, dtype=torch.get_default_dtype(), device=None))
 
-    def _apply_per_head(self, name: str) -> Tensor:
-        p: Tensor = self.per_head[name]
-        role = self.roles[name]
-        if role is OperandRole.LOG_DECAY:
-            return -F.softplus(p)
-        return torch.sigmoid(p) if role is OperandRole.UNIT else p
-
-    def _operands(self, features: Tensor, hidden: Tensor) -> list[Tensor]:
-        """The operands in declared order, from convolved features and hidden vectors."""
-        lead = features.shape[:-1]
+    def _operands(self, projected: Tensor, hidden: Tensor) -> list[Tensor]:
+        """The operands in declared order, from convolved projections and hidden vectors."""
+        lead = projected.shape[:-1]
+        alike = all(self.roles[x.name] is OperandRole.FEATURE for x in self.features)
+        features = F.silu(projected) if alike else projected
         made: dict[str, Tensor] = {}
         for x, part in zip(self.features, features.split(self.feature_sizes, -1), strict=True):
             y = part.reshape(*lead, *self._shape(x))
+            if not alike:
+                y = _activate(y, self.roles[x.name])
             made[x.name] = l2norm(y) if x.name in self.normalise else y
         if self.control is not None:
             parts = self.control(hidden).split(self.other_sizes, -1)
-            for x, part in zip(self.others, parts, strict=True):
-                made[x.name] = self._activate(x, part.reshape(*lead, *self._shape(x)))
-        for name in self.per_head:
-            made[name] = self._apply_per_head(name)
+            controls = {
+                x.name: part.reshape(*lead, *self._shape(x))
+                for x, part in zip(self.others, parts, strict=True)
+            }
+            made |= {x.name: self._control(x, controls[x.name], made) for x in self.others}
+        made |= {name: self.found.range_of(name).of(p) for name, p in self.per_head.items()}
         return [made[x.name] for x in self.operands]
 
-    def _activate(self, x: Operand, y: Tensor) -> Tensor:
+    def _control(self, x: Operand, y: Tensor, features: Mapping[str, Tensor]) -> Tensor:
         role = self.roles[x.name]
+        if role is OperandRole.PAIRED:
+            pair = self.found.pairs[x.name]
+            of = features[pair.of]
+            return pair.sign * of * torch.sigmoid(wide(y)).to(of.dtype)
         if role is OperandRole.LOG_DECAY:
             if x.kind is Kind.SCALAR:
                 y = y[..., None]
             decay: Tensor = self.decays[x.name](y)
             return decay[..., 0] if x.kind is Kind.SCALAR else decay
-        return torch.sigmoid(wide(y)) if role is OperandRole.UNIT else y
+        if x.name in self.biases:
+            y = wide(y) + self.biases[x.name]
+        return y if role is OperandRole.RAW else self.found.range_of(x.name).of(wide(y))
 
     def _finish(self, o: Tensor, hidden: Tensor) -> Tensor:
         y = self.norm(o).flatten(-2)
@@ -304,7 +270,7 @@ class RecurrentLayer(nn.Module, Mixer):
         projected = self.project(x)
         features = projected if self.convolve is None else self.convolve(projected, cu_seqlens)
         o, state = self.op(
-            *self._operands(F.silu(features), x),
+            *self._operands(features, x),
             output_final_state=final,
             cu_seqlens=cu_seqlens,
             engine=self.engine,
@@ -342,6 +308,6 @@ class RecurrentLayer(nn.Module, Mixer):
         features, cache = self.project(x), state.convolution
         if self.convolve is not None:
             features, cache = self.convolve.step(features, cache)
-        operands = self._operands(F.silu(features), x)
+        operands = self._operands(features, x)
         o, recurrent = self.op.step(*operands, state=state.recurrent, **self.params)
         return self._finish(o, x), LayerState(cache, recurrent)

@@ -7,14 +7,10 @@ import torch
 from chunkwise.dsl import Key, State, Value, exp, library, outer
 from chunkwise.dsl.declaration import Declaration
 from chunkwise.runtime.nn.attention import GlobalAttention, SlidingWindowAttention
-from chunkwise.runtime.nn.layers import (
-    OperandRole,
-    RecurrentLayer,
-    RMSNorm,
-    ShortConvolution,
-    l2norm,
-)
+from chunkwise.runtime.nn.layers import RecurrentLayer
 from chunkwise.runtime.nn.model import LanguageModel
+from chunkwise.runtime.nn.parts import RMSNorm, ShortConvolution, l2norm
+from chunkwise.runtime.nn.roles import OperandRole
 from chunkwise.runtime.recurrence import Recurrence
 from torch import Tensor, nn
 
@@ -134,7 +130,8 @@ def test_roles_come_from_what_the_declaration_does() -> None:
 def test_retention_starts_at_its_own_decays() -> None:
     mixer = layer(DECLARATIONS["retention"])
     expected = torch.log1p(-(2.0 ** (-5 - torch.arange(4.0))))
-    close(mixer._apply_per_head("g"), expected.double(), rtol=1e-6)  # drawn in float32
+    g = mixer.found.range_of("g").of(mixer.per_head["g"])
+    close(g, expected.double(), rtol=1e-6)  # drawn in float32
 
 
 @pytest.mark.parametrize("option", [{"normalise": ("p",)}, {"roles": {"p": OperandRole.UNIT}}])
