@@ -77,18 +77,19 @@ def as_step(form: NormalForm) -> Step:
     micro = max((o.micro for o in form.operands), default=False) and len(form.micro_steps)
     reads: dict[int, Node] = {}
 
+    seen: dict[tuple[int, Phase, str], Node] = {}  # every state's moments: later levels read them
     for level in levels_of(form):
-        seen: dict[tuple[int, Phase], dict[str, Node]] = {}
         for index, micro_step in enumerate(form.micro_steps):
             updates = [_known(u, reads) for u in micro_step.updates if u.state in level.states]
             decayed = {**now, **{u.state: _decayed(u, now[u.state]) for u in updates}}
-            seen[index, Phase.BEFORE], seen[index, Phase.DECAYED] = now, decayed
-            now = {**decayed, **{u.state: _updated(u, now, decayed) for u in updates}}
-            seen[index, Phase.AFTER] = now
+            after = {**decayed, **{u.state: _updated(u, now, decayed) for u in updates}}
+            for phase, states in zip(Phase, (now, decayed, after), strict=True):
+                seen |= {(index, phase, name): states[name] for name in level.states}
+            now = after
         for n in level.reads:  # each after those that its key holds, whatever the states they see
             r = form.reads[n]
-            states = seen[r.micro_step, r.phase]
-            reads[n] = _recall(_with_results(r.key, reads), states[r.state])
+            state = seen[r.micro_step, r.phase, r.state]
+            reads[n] = _recall(_with_results(r.key, reads), state)
     return Step(
         form.name,
         form.operands,

@@ -193,3 +193,23 @@ def test_bad_operands_are_named() -> None:
         oracle.run(step, x | {"g": x["g"][..., None]})
     with pytest.raises(errors.HeadMismatch, match="'k'"):
         oracle.run(step, x | {"k": rand(2, 2, 3, 3)})
+
+
+def test_a_form_whose_later_reads_see_earlier_moments() -> None:
+    """What is read of a second state reads the first again, as it was before its update."""
+
+    def rule(S: State, M: State, k: Key, v: Value, p: Key) -> tuple[tuple[State, State], Key]:
+        before, read = S, p @ M
+        return (S + outer(k, v), M + outer(k, k @ before)), before @ read
+
+    declared = Declaration(rule)
+    random = torch.Generator().manual_seed(0)
+    sizes = {"B": 1, "T": 6, "H": 1, "HV": 1, "K": 3, "V": 4}
+    operands = {
+        o.name: torch.randn([sizes[a] for a in o.axes], generator=random, dtype=torch.float64)
+        for o in declared.operands
+    }
+    by_step, by_form = (
+        oracle.run(x, operands, {}, None)[0] for x in (declared.step(), declared.normal_form())
+    )
+    torch.testing.assert_close(by_form, by_step, rtol=1e-12, atol=1e-12)
