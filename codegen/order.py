@@ -91,8 +91,9 @@ class _Phase:
         for s in self._phase:
             if isinstance(s, tiled.Load):
                 continue
-            used = {use.value for use in tiled.uses(s)}
-            merged = [waiting.pop(t) for t in used if t in waiting]
+            values = dict.fromkeys(use.value for use in tiled.uses(s))  # in order, unlike a set
+            merged = [waiting.pop(t) for t in values if t in waiting]
+            used = set(values)
             writes, elementwise = _written(s), _is_elementwise(s)
             reads, in_place = used | (writes if _reads_own(s) else set()), set[Tile]()
             if elementwise:
