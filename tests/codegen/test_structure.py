@@ -215,33 +215,24 @@ def test_a_scan_stores_no_more_than_its_state() -> None:
 # ---- emitted source ----------------------------------------------------------------------------
 
 _EMIT = """
-import hashlib
-from chunkwise.codegen.config import Config, Dims, KernelConfig, Precision
-from chunkwise.codegen.triton.emit import emit
-from chunkwise.codegen.plan import Hoist, Plan
-from chunkwise.codegen.interface import Dtype, Signature
-from chunkwise.dsl.library import by_name
-config = Config(64, Plan(Hoist.ALL), Plan(Hoist.ALL), KernelConfig())
-digest = hashlib.sha256()
-for name in ("linear_attention_normalised", "gated_delta_rule", "kda"):
-    form = by_name(name).normal_form()
-    operands = tuple((o.name, Dtype.BFLOAT16) for o in form.operands)
-    signature = Signature(Dims(100, 64), Dtype.BFLOAT16, operands, Precision.TF32X3)
-    digest.update(emit(form, signature, config).source.encode())
-print(digest.hexdigest())
+from benchmarks.digests import of
+for name in ("linear_attention_normalised", "gated_delta_rule", "momentum_delta"):
+    print(sorted(of(name).items()))
 """
 
 
-def test_emitted_source_is_the_same_in_every_process() -> None:
+def test_printed_kernels_are_the_same_in_every_process() -> None:
+    """By default, in segments, of a token, and as shipped: sets have another order in each."""
     digests = {
         subprocess.run(
             [sys.executable, "-c", _EMIT],
             env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        for seed in ("0", "1", "4242")
+        for seed in ("0", "1")
     }
     assert len(digests) == 1
 
