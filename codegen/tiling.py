@@ -57,6 +57,8 @@ class _Tiling:
         self._in_memory = tiles.space is Space.MEMORY
         in_registers = _SCAN_ORDER if self._is_scan else _PARALLEL_ORDER
         self._layout: Axes = tuple(Axis) if self._in_memory else in_registers
+        split = any(t.op in (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY) for t in self._order)
+        self._block = min(tiles.block, tiles.chunk) if split else 0
         self._fused = {} if self._in_memory else added_products(kernel, self._channels)
 
     def kernel(self) -> tiled.TiledKernel:
@@ -79,6 +81,7 @@ class _Tiling:
             v_parts=self._v_parts,
             order=self._layout,
             precision=precision,
+            block=self._block,
             before=before,
             inside=inside,
             after=after,

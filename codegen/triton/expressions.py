@@ -136,6 +136,8 @@ class TritonExpressions(Expressions):
         return f'"{self.tiled.precision.value}"'
 
     def _decayed(self, s: Compute) -> str:
+        if self.tiled.block and s.value.op is not TileOp.DECAYED_CROSSING:
+            return self._by_blocks(s)
         x = s.value
         texts = [
             self.cleaned(use, self.within(a, self.layout(a)))
@@ -156,6 +158,34 @@ class TritonExpressions(Expressions):
         else:  # split decays are products of what is no longer known to be 0: none is so strong
             options[1:1] = [str(LEAST_DECAY), "43.0"] if x.attrs[-2] else ["0.0", "60.0"]
         return f"{name}({', '.join(texts)}, {sizes}, {', '.join(options)})"
+
+    def _by_blocks(self, s: Compute) -> str:
+        """A decayed product whose decays are split within blocks of the chunk."""
+        x = s.value
+        texts = [
+            self.cleaned(use, self.within(a, self.layout(a)))
+            for a, use in zip(x.args, s.args, strict=True)
+        ]
+        name = f"{x.op.name.lower()}_by_blocks"
+        sizes = f"C, BK, {self.tiled.block.bit_length() - 1}, {self._levels}"
+        if x.op is TileOp.DECAYED_DOT:
+            sizes += f", tl.{s.dtype.value}"
+        else:
+            sizes += f", {x.attrs[0] is Axis.J}"
+        factor, exclusive = x.attrs[-2:]
+        least, most = (LEAST_DECAY, 43.0) if factor else (0.0, self._splittable)
+        self.used_functions.add(name)
+        options = f"{self._precision}, {least}, {most}, {exclusive}"
+        return f"{name}({', '.join(texts)}, {sizes}, {options})"
+
+    @property
+    def _splittable(self) -> float:
+        """The decay of a block, as a log, up to which it is split about its middle.
+
+        At -5 a token 16 tokens take 80; 32 tokens take as much at -2.5, and vary. Half of it each
+        way is far inside float32's and bfloat16's range.
+        """
+        return 90.0 if self.tiled.block <= 16 else 120.0
 
     def _cumsum(self, x: Tile) -> str:
         reverse, exclusive = x.attrs

@@ -6,6 +6,8 @@ eager_library does): at each level, rows in the later half of a block meet colum
 half, both decayed to the last row of the earlier half; so every exponent is <= 0 whatever the gate,
 and a sum of what lies between two rows, not a difference of prefix sums, in which a reset of -100
 would leave its rounding. Which of the two a row of scores takes, the rows after it cannot change.
+By blocks, only what lies within a block of 2^FIRST rows is split, about a fixed number: halving then
+begins with these blocks, and rows whose own block has decayed by more than MOST are halved within it.
 The inverse doubles blocks: exact inverses of the diagonal blocks of one size give those of twice
 the size.
 """
@@ -111,6 +113,128 @@ def decayed_dot(
             since, after = doubled(since, after, level, C, BK)
         A = tl.where((decay < MILD)[:, None], A, halved)
     return A
+'''
+
+BLOCK_SUMS = '''
+@triton.jit
+def block_sums(
+    P, Q, g, C: tl.constexpr, BK: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr,
+    EXCLUSIVE: tl.constexpr,
+):
+    """Sums within blocks of 2^FIRST rows: as P, as Q, and after each row; P, Q are of C rows.
+
+    `R - g` is off by the rounding of a row's own g, which floors keep above -110.
+    """
+    to, since, after = P, Q, tl.zeros_like(g)
+    if FIRST < LEVELS:
+        blocks = tl.reshape(g, (C >> FIRST, 1 << FIRST, BK))
+        since = tl.reshape(tl.cumsum(blocks, 1), (C, BK))
+        after = tl.reshape(tl.cumsum(blocks, 1, reverse=True) - blocks, (C, BK))
+        to = since - g if EXCLUSIVE else since
+    return to, since, after
+'''
+
+DECAYED_DOT_BY_BLOCKS = '''
+@triton.jit
+def decayed_dot_by_blocks(
+    x, y, P, Q, g, C: tl.constexpr, BK: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    EXCLUSIVE: tl.constexpr,
+):
+    """A_ij = sum_k x_ik y_jk e^(P_ik - Q_jk) for i > j, else 0. P, Q are prefix sums of g."""
+    i = tl.arange(0, C)
+    to, since, after = block_sums(P, Q, g, C, BK, FIRST, LEVELS, EXCLUSIVE)
+    decay = tl.max(-since, 1)  # of the channel that has decayed most in its block, up to each row
+    x_late = (x * tl.exp(to + MOST / 2)).to(DT)
+    y_early = (y * tl.exp(tl.minimum(-since, MOST) - MOST / 2)).to(DT)
+    A = tl.dot(x_late, tl.trans(y_early), input_precision=PRECISION)
+    same = i[:, None] >> FIRST == i[None, :] >> FIRST
+    A = tl.where(same & (i[:, None] > i[None, :]), A, 0.0)
+    if tl.max(decay, 0) >= MOST:
+        halved = tl.zeros((C, C), dtype=tl.float32)
+        up, down = g, tl.zeros_like(g)
+        for level in range(FIRST):
+            late = ((i >> level) & 1 == 1)[:, None]
+            e = tl.exp(tl.where(late, up - g if EXCLUSIVE else up, down))
+            if LEAST > 0.0:
+                e = tl.where(e < LEAST, 0.0, e)
+            x_late = tl.where(late, x * e, 0.0).to(DT)
+            y_early = tl.where(late, 0.0, y * e).to(DT)
+            block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
+            B = tl.dot(x_late, tl.trans(y_early), input_precision=PRECISION)
+            halved += tl.where(block, B, 0.0)
+            up, down = doubled(up, down, level, C, BK)
+        A = tl.where((decay < MOST)[:, None], A, halved)
+    for level in tl.static_range(FIRST, LEVELS):
+        late = ((i >> level) & 1 == 1)[:, None]
+        e = tl.exp(tl.where(late, since - g if EXCLUSIVE else since, after))
+        if LEAST > 0.0:
+            e = tl.where(e < LEAST, 0.0, e)
+        x_late = tl.where(late, x * e, 0.0).to(DT)
+        y_early = tl.where(late, 0.0, y * e).to(DT)
+        B = tl.dot(x_late, tl.trans(y_early), input_precision=PRECISION)
+        A += tl.where(i[:, None] >> (level + 1) == i[None, :] >> (level + 1), B, 0.0)
+        if level + 1 < LEVELS:
+            since, after = doubled(since, after, level, C, BK)
+    return A
+'''
+
+DECAYED_APPLY_BY_BLOCKS = '''
+@triton.jit
+def decayed_apply_by_blocks(
+    A, x, P, Q, g, C: tl.constexpr, BK: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    EXCLUSIVE: tl.constexpr,
+):
+    """z_ik = sum_j A_ij x_jk e^(P_ik - Q_jk) over j < i.
+
+    TRANSPOSED: z_jk = sum_i A_ij x_ik e^(P_ik - Q_jk) over i > j.
+    """
+    i = tl.arange(0, C)
+    to, since, after = block_sums(P, Q, g, C, BK, FIRST, LEVELS, EXCLUSIVE)
+    same = i[:, None] >> FIRST == i[None, :] >> FIRST
+    if tl.max(tl.max(-since, 1), 0) < MOST:
+        B = tl.where(same & (i[:, None] > i[None, :]), A, 0.0)
+        late_e = tl.exp(to + MOST / 2)
+        early_e = tl.exp(-since - MOST / 2)
+        if TRANSPOSED:
+            z = early_e * tl.dot(tl.trans(B), x * late_e, input_precision=PRECISION)
+        else:
+            z = late_e * tl.dot(B, x * early_e, input_precision=PRECISION)
+    else:
+        z = tl.zeros((C, BK), dtype=tl.float32)
+        up, down = g, tl.zeros_like(g)
+        for level in range(FIRST):
+            z += _between_halves(A, x, up, down, g, level, C, TRANSPOSED, PRECISION, LEAST, EXCLUSIVE)
+            up, down = doubled(up, down, level, C, BK)
+    for level in tl.static_range(FIRST, LEVELS):
+        z += _between_halves(A, x, since, after, g, level, C, TRANSPOSED, PRECISION, LEAST, EXCLUSIVE)
+        if level + 1 < LEVELS:
+            since, after = doubled(since, after, level, C, BK)
+    return z
+'''
+
+BETWEEN_HALVES = '''
+@triton.jit
+def _between_halves(
+    A, x, since, after, g, level, C: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr, LEAST: tl.constexpr, EXCLUSIVE: tl.constexpr,
+):
+    """What one half of each block of 2^(level + 1) rows gets from the other, decayed."""
+    i = tl.arange(0, C)
+    late = ((i >> level) & 1 == 1)[:, None]
+    e = tl.exp(tl.where(late, since - g if EXCLUSIVE else since, after))
+    if LEAST > 0.0:
+        e = tl.where(e < LEAST, 0.0, e)
+    block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
+    B = tl.where(block & late, A, 0.0)
+    if TRANSPOSED:
+        z = tl.dot(tl.trans(B), tl.where(late, x * e, 0.0), input_precision=PRECISION)
+        z = tl.where(late, 0.0, e * z)
+    else:
+        z = tl.dot(B, tl.where(late, 0.0, x * e), input_precision=PRECISION)
+        z = tl.where(late, e * z, 0.0)
+    return z
 '''
 
 DECAYED_APPLY = '''
@@ -268,6 +392,13 @@ FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "decayed_apply": (DECAYED_APPLY, ("doubled",)),
     "decayed_apply_transposed": (DECAYED_APPLY_TRANSPOSED, ("doubled",)),
     "decayed_crossing": (DECAYED_CROSSING, ("doubled",)),
+    "block_sums": (BLOCK_SUMS, ()),
+    "_between_halves": (BETWEEN_HALVES, ()),
+    "decayed_dot_by_blocks": (DECAYED_DOT_BY_BLOCKS, ("doubled", "block_sums")),
+    "decayed_apply_by_blocks": (
+        DECAYED_APPLY_BY_BLOCKS,
+        ("doubled", "block_sums", "_between_halves"),
+    ),
     "exclusive_sum": (EXCLUSIVE, ()),
     "expm1": (EXPM1, ()),
     "log1p": (LOG1P, ()),
@@ -280,6 +411,6 @@ FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 def sources(used: set[str]) -> str:
     """The source of the functions in `used` and of all that they call, callees first."""
     needed = used | {callee for name in used for callee in FUNCTIONS[name][1]}
-    ordered = ("log1p", "expm1", "softplus", "doubled")
+    ordered = ("log1p", "expm1", "softplus", "doubled", "block_sums", "_between_halves")
     names = [n for n in ordered if n in needed] + sorted(needed - set(ordered))
     return "\n".join(FUNCTIONS[name][0] for name in names)
