@@ -6,8 +6,8 @@ eager_library does): at each level, rows in the later half of a block meet colum
 half, both decayed to the last row of the earlier half; so every exponent is <= 0 whatever the gate,
 and a sum of what lies between two rows, not a difference of prefix sums, in which a reset of -100
 would leave its rounding. Which of the two a row of scores takes, the rows after it cannot change.
-By blocks, only what lies within a block of 2^FIRST rows is split, about a fixed number: halving then
-begins with these blocks, and rows whose own block has decayed by more than MOST are halved within it.
+By blocks, only decays within a block of 2^FIRST rows are split, about a fixed number: blocks are
+halved from there on, and rows whose own block has decayed by more than MOST within it, too.
 The inverse doubles blocks: exact inverses of the diagonal blocks of one size give those of twice
 the size.
 """
@@ -205,10 +205,14 @@ def decayed_apply_by_blocks(
         z = tl.zeros((C, BK), dtype=tl.float32)
         up, down = g, tl.zeros_like(g)
         for level in range(FIRST):
-            z += _between_halves(A, x, up, down, g, level, C, TRANSPOSED, PRECISION, LEAST, EXCLUSIVE)
+            z += _between_halves(
+                A, x, up, down, g, level, C, TRANSPOSED, PRECISION, LEAST, EXCLUSIVE
+            )
             up, down = doubled(up, down, level, C, BK)
     for level in tl.static_range(FIRST, LEVELS):
-        z += _between_halves(A, x, since, after, g, level, C, TRANSPOSED, PRECISION, LEAST, EXCLUSIVE)
+        z += _between_halves(
+            A, x, since, after, g, level, C, TRANSPOSED, PRECISION, LEAST, EXCLUSIVE
+        )
         if level + 1 < LEVELS:
             since, after = doubled(since, after, level, C, BK)
     return z
