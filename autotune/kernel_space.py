@@ -23,7 +23,7 @@ from .space import Axis, Point, Rule
 _TILES = (16, 32, 64, 128)
 _WARPS = (2, 4, 8)
 _STAGES = (1, 2, 3, 4)
-_BLOCKS = (0, 16, 32)
+_BLOCKS = (16, 32)
 SURELY_SHARED = 0.7  # compiled kernels take at least this share of the estimate `shared_bound`
 SOME_PLAN = Plan(Hoist.NOTHING)  # a placeholder: a kernel's text does not depend on its plan
 
@@ -103,13 +103,13 @@ class Traits:
     split: bool
     k: bool
     stages: bool
-    block: bool = False
+    block: bool
 
 
 def traits(kernel: Kernel, chunk: int, signature: Signature) -> Traits:
     """Which parameters change the kernel by more than the extents of its tiles."""
 
-    def decided(v_tile: int = 16, k_tile: int = 16, block: int = 0) -> TiledKernel:
+    def decided(v_tile: int = 16, k_tile: int = 16, block: int = 32) -> TiledKernel:
         return tile(kernel, signature, Tiles(chunk, v_tile, k_tile, block=block))
 
     narrow, wide_v, wide_k = decided(), decided(v_tile=256), decided(k_tile=256)
@@ -162,7 +162,7 @@ def tiles_of(point: Point) -> KernelConfig:
 
 def tiles_text(tiles: KernelConfig) -> str:
     """A kernel's tiles as one line: `BV=64 BK=32 warps=4 stages=2`."""
-    block = f" block={tiles.block}" if tiles.block else ""
+    block = f" block={tiles.block}" if tiles.block != KernelConfig().block else ""
     return f"BV={tiles.v_tile} BK={tiles.k_tile} warps={tiles.warps} stages={tiles.stages}{block}"
 
 

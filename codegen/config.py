@@ -14,7 +14,7 @@ _HALVED = "a chunk is halved until single tokens are left"
 Chunk = Annotated[int, Within(1, 1024, _HALVED, power=True)]  # 1: for tokens one at a time
 Tile = Annotated[int, Within(8, 4096, "Triton's tiles are powers of two", power=True)]
 Channels = Annotated[int, Within(1, 1 << 16)]
-Block = Annotated[int, Within(0, 1024, "blocks are halved and doubled", power=True)]
+Block = Annotated[int, Within(16, 32, "a block's decay is split in float32's range", power=True)]
 
 
 class Precision(Enum):
@@ -43,7 +43,7 @@ class Tiles:
     v: int
     k: int | None = None
     space: Space = Space.REGISTERS
-    block: int = 0
+    block: int = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +53,14 @@ class KernelConfig(Limited):
     `k_tile`: channels of the key axis at a time, in kernels parallel over chunks that can loop over
     it (no value axis, nothing along K that needs a sum over K); elsewhere all of K.
     `block`: tokens of a block of the chunk, between any two of which the decay of a vector gate is
-    split into two factors; 0: the chunk is split as a whole, from its start.
+    split into two factors; a chunk that has no more tokens is one block.
     """
 
     v_tile: Tile = 64
     warps: Annotated[int, Within(1, 32, "a program has at most 1024 threads", power=True)] = 4
     stages: Annotated[int, Within(1, 16, "a loop's tiles are held once per stage")] = 2
     k_tile: Tile = 256
-    block: Block = 0
+    block: Block = 32
 
     def options(self, stages: int) -> dict[str, int | bool]:
         """Triton's options, for a launch and for compiling alike.

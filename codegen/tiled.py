@@ -199,7 +199,7 @@ class TiledKernel:
         v_parts: programs along the value axis.
         order: how the axes of a tile lie, rows first.
         precision: of products of float32 factors.
-        block: tokens of a block within which decays of a vector gate are split; 0: of a chunk.
+        block: tokens of a block within which decays of a vector gate are split; 0: there are none.
     """
 
     name: str

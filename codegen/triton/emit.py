@@ -90,9 +90,7 @@ def _options(signature: Signature) -> str:
 def _header(form: NormalForm, signature: Signature, config: Config, *, segments: bool) -> list[str]:
     dims = signature.dims
     kernels = ", ".join(
-        f"{name}: BV={k.v_tile} warps={k.warps} stages={k.stages}"
-        + (f" block={k.block}" if k.block else "")
-        for name, k in config.kernels
+        f"{name}: BV={k.v_tile} warps={k.warps} stages={k.stages}" for name, k in config.kernels
     )
     k = config.default
     return [

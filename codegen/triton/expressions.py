@@ -13,6 +13,9 @@ from ..tiled import Compute, Load, Product, TiledKernel, Use
 from . import library as triton_library
 
 _PRODUCTS = (TileOp.DOT, TileOp.PRODUCT, *DECAYED)
+# the decay of a block, as a log, up to which it is split: half of it each way is far inside the
+# ranges of float32 and bfloat16, and 32 tokens take as much at -3.75 each
+_SPLITTABLE = 120.0
 _INDEX = {Axis.I: "oi[:, None]", Axis.J: "oj[None, :]"}
 _TAILS = {Axis.K: "ok < K", Axis.V: "ov < V"}  # that a channel exists
 
@@ -136,56 +139,23 @@ class TritonExpressions(Expressions):
         return f'"{self.tiled.precision.value}"'
 
     def _decayed(self, s: Compute) -> str:
-        if self.tiled.block and s.value.op is not TileOp.DECAYED_CROSSING:
-            return self._by_blocks(s)
         x = s.value
-        texts = [
-            self.cleaned(use, self.within(a, self.layout(a)))
-            for a, use in zip(x.args, s.args, strict=True)
-        ]
+        args = list(zip(x.args, s.args, strict=True))
+        # prefix sums are for products, that without a token's own found from the other
+        del args[-3 : -1 if x.op is TileOp.DECAYED_CROSSING else -2]
+        texts = [self.cleaned(use, self.within(a, self.layout(a))) for a, use in args]
         name = x.op.name.lower()  # as the library calls it
-        if x.op is TileOp.DECAYED_CROSSING:
-            del texts[-3:-1]  # the prefix sums are for products
-        if x.op is TileOp.DECAYED_APPLY and x.attrs[0] is Axis.J:
-            name += "_transposed"
-        sizes = f"C, BK, {self._levels}"
-        if x.op is TileOp.DECAYED_DOT:
-            sizes += f", tl.{s.dtype.value}"
         self.used_functions.add(name)
-        options = [self._precision, str(x.attrs[-1])]
+        levels, exclusive = self._levels, x.attrs[-1]
         if x.op is TileOp.DECAYED_CROSSING:
-            options.insert(1, str(x.attrs[0]))
-        else:  # split decays are products of what is no longer known to be 0: none is so strong
-            options[1:1] = [str(LEAST_DECAY), "43.0"] if x.attrs[-2] else ["0.0", "60.0"]
-        return f"{name}({', '.join(texts)}, {sizes}, {', '.join(options)})"
-
-    def _by_blocks(self, s: Compute) -> str:
-        """A decayed product whose decays are split within blocks of the chunk."""
-        x = s.value
-        texts = [
-            self.cleaned(use, self.within(a, self.layout(a)))
-            for a, use in zip(x.args, s.args, strict=True)
-        ]
-        name = f"{x.op.name.lower()}_by_blocks"
-        sizes = f"C, BK, {self.tiled.block.bit_length() - 1}, {self._levels}"
-        if x.op is TileOp.DECAYED_DOT:
-            sizes += f", tl.{s.dtype.value}"
+            options = f"{levels}, {self._precision}, {x.attrs[0]}"
         else:
-            sizes += f", {x.attrs[0] is Axis.J}"
-        factor, exclusive = x.attrs[-2:]
-        least, most = (LEAST_DECAY, 43.0) if factor else (0.0, self._splittable)
-        self.used_functions.add(name)
-        options = f"{self._precision}, {least}, {most}, {exclusive}"
-        return f"{name}({', '.join(texts)}, {sizes}, {options})"
-
-    @property
-    def _splittable(self) -> float:
-        """The decay of a block, as a log, up to which it is split about its middle.
-
-        At -5 a token 16 tokens take 80; 32 tokens take as much at -2.5, and vary. Half of it each
-        way is far inside float32's and bfloat16's range.
-        """
-        return 90.0 if self.tiled.block <= 16 else 120.0
+            of = f"tl.{s.dtype.value}" if x.op is TileOp.DECAYED_DOT else x.attrs[0] is Axis.J
+            # split decays are products of what is no longer known to be 0: none is so strong
+            least, most = (LEAST_DECAY, 43.0) if x.attrs[-2] else (0.0, _SPLITTABLE)
+            first = self.tiled.block.bit_length() - 1
+            options = f"{first}, {levels}, {of}, {self._precision}, {least}, {most}"
+        return f"{name}({', '.join(texts)}, C, BK, {options}, {exclusive})"
 
     def _cumsum(self, x: Tile) -> str:
         reverse, exclusive = x.attrs

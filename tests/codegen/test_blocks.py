@@ -1,4 +1,4 @@
-"""Decays of a vector gate split within blocks of a chunk: right for any gate, like whole chunks."""
+"""Decays of a vector gate, split within blocks of a chunk, are right whatever the gate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.harness import Inputs, Sizes, engine_results, make_inputs, oracle_results
 from tests.interpreted import TILES, Poisoned, served_under, small
-from tests.tolerances import BY_DTYPE, FLOAT32_HARD, assert_agree
+from tests.tolerances import BY_DTYPE, assert_agree
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -55,7 +55,7 @@ def _serve(monkeypatch: pytest.MonkeyPatch, chunk: int, block: int) -> None:
 @pytest.mark.parametrize(
     ("name", "gate"), [("kda", "g"), ("gla", "g"), ("rwkv6", "w"), ("hgrn2", "f")]
 )
-@pytest.mark.parametrize(("chunk", "block"), [(64, 16), (32, 32)])
+@pytest.mark.parametrize(("chunk", "block"), [(64, 16), (64, 32), (32, 32)])
 def test_blocks_are_the_token_loop(
     name: str, gate: str, kind: str, chunk: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,9 +64,10 @@ def test_blocks_are_the_token_loop(
     op = getattr(cw.library, name)
     inputs = _inputs(op, gate, kind, SIZES)
     got, want = engine_results(op, inputs, "triton"), oracle_results(op, inputs)
-    # at -5 everywhere dw of rwkv6 nearly vanishes, a difference of sums with whole chunks as well
+    # at -5 everywhere dw of rwkv6 nearly vanishes, as a difference of sums: halves alone err 1e-4
     hard = name == "rwkv6" and kind == "floor of -5"
-    assert_agree(got, want, FLOAT32_HARD if hard else BY_DTYPE[torch.float32])
+    limit = replace(BY_DTYPE[torch.float32], gates=2e-4) if hard else BY_DTYPE[torch.float32]
+    assert_agree(got, want, limit)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
