@@ -326,7 +326,7 @@ FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 def sources(used: set[str]) -> str:
     """The source of the functions in `used` and of all that they call, callees first."""
     needed = used | {callee for name in used for callee in FUNCTIONS[name][1]}
-    ordered = ("log1p", "expm1", "softplus", "doubled", "halves", "block_sums")
-    ordered += ("halved_apply", "halved_dot")
+    gates = ("doubled", "halves", "block_sums", "halved_dot", "halved_apply")
+    ordered = ("log1p", "expm1", "softplus", *gates)
     names = [n for n in ordered if n in needed] + sorted(needed - set(ordered))
     return "\n".join(FUNCTIONS[name][0] for name in names)

@@ -17,11 +17,7 @@ from tests.harness import Inputs, Sizes, engine_results, make_inputs, oracle_res
 from tests.interpreted import TILES, Poisoned, served_under, small
 from tests.tolerances import BY_DTYPE, assert_agree
 
-pytestmark = [
-    pytest.mark.interpreter,
-    # of pairs that are masked: a block's first column beside its last row
-    pytest.mark.filterwarnings("ignore:overflow encountered in matmul"),
-]
+pytestmark = pytest.mark.interpreter
 SIZES = Sizes(B=1, T=75, H=1, HV=1, K=17, V=16, initial=True, dtype=torch.float32)
 
 
