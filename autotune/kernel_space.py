@@ -23,6 +23,7 @@ from .space import Axis, Point, Rule
 _TILES = (16, 32, 64, 128)
 _WARPS = (2, 4, 8)
 _STAGES = (1, 2, 3, 4)
+_BLOCKS = (16, 32)
 SURELY_SHARED = 0.7  # compiled kernels take at least this share of the estimate `shared_bound`
 SOME_PLAN = Plan(Hoist.NOTHING)  # a placeholder: a kernel's text does not depend on its plan
 
@@ -95,19 +96,21 @@ class Traits:
     Attributes:
         v, k, stages: the tile of the value axis, of the key axis, the stages of the loop.
         split: each value tile has a program of its own, instead of an iteration of a loop.
+        block: the block within which decays of a vector gate are split.
     """
 
     v: bool
     split: bool
     k: bool
     stages: bool
+    block: bool
 
 
 def traits(kernel: Kernel, chunk: int, signature: Signature) -> Traits:
     """Which parameters change the kernel by more than the extents of its tiles."""
 
-    def decided(v_tile: int = 16, k_tile: int = 16) -> TiledKernel:
-        return tile(kernel, signature, Tiles(chunk, v_tile, k_tile))
+    def decided(v_tile: int = 16, k_tile: int = 16, block: int = 32) -> TiledKernel:
+        return tile(kernel, signature, Tiles(chunk, v_tile, k_tile, block=block))
 
     narrow, wide_v, wide_k = decided(), decided(v_tile=256), decided(k_tile=256)
     return Traits(
@@ -115,6 +118,7 @@ def traits(kernel: Kernel, chunk: int, signature: Signature) -> Traits:
         split=narrow.v_parts > 1,
         k=narrow != replace(wide_k, extents=narrow.extents),
         stages=narrow.scan is not Loop.PARALLEL or narrow.turns > 0,
+        block=narrow != decided(block=16),
     )
 
 
@@ -133,6 +137,8 @@ def axes(found: Traits, dims: Dims) -> tuple[Axis, ...]:
     made.append(Axis("warps", _WARPS))
     if found.stages:
         made.append(Axis("stages", _STAGES))
+    if found.block:
+        made.append(Axis("block", _BLOCKS))
     return tuple(made)
 
 
@@ -150,12 +156,14 @@ def tiles_of(point: Point) -> KernelConfig:
         warps=chosen["warps"],
         stages=chosen.get("stages", base.stages),
         k_tile=chosen.get("k_tile", base.k_tile),
+        block=chosen.get("block", base.block),
     )
 
 
 def tiles_text(tiles: KernelConfig) -> str:
     """A kernel's tiles as one line: `BV=64 BK=32 warps=4 stages=2`."""
-    return f"BV={tiles.v_tile} BK={tiles.k_tile} warps={tiles.warps} stages={tiles.stages}"
+    block = f" block={tiles.block}" if tiles.block != KernelConfig().block else ""
+    return f"BV={tiles.v_tile} BK={tiles.k_tile} warps={tiles.warps} stages={tiles.stages}{block}"
 
 
 def point_of(tiles: KernelConfig, space: tuple[Axis, ...]) -> Point | None:
@@ -166,6 +174,7 @@ def point_of(tiles: KernelConfig, space: tuple[Axis, ...]) -> Point | None:
         "k_tile": min(tiles.k_tile, widest.get("k_tile", 0)),
         "warps": tiles.warps,
         "stages": tiles.stages,
+        "block": tiles.block,
     }
     point = tuple((a.name, values[a.name]) for a in space)
     legal = all(value in a.choices for a, (_, value) in zip(space, point, strict=True))

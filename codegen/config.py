@@ -14,6 +14,7 @@ _HALVED = "a chunk is halved until single tokens are left"
 Chunk = Annotated[int, Within(1, 1024, _HALVED, power=True)]  # 1: for tokens one at a time
 Tile = Annotated[int, Within(8, 4096, "Triton's tiles are powers of two", power=True)]
 Channels = Annotated[int, Within(1, 1 << 16)]
+Block = Annotated[int, Within(16, 32, "a block's decay is split in float32's range", power=True)]
 
 
 class Precision(Enum):
@@ -33,12 +34,16 @@ class Space(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """The extents that are asked for: tokens of a chunk, channels of V and of K (None: all)."""
+    """The extents that are asked for: tokens of a chunk, channels of V and of K (None: all).
+
+    `block`: tokens between two of which a vector gate's decay is split, as in `KernelConfig`.
+    """
 
     chunk: int
     v: int
     k: int | None = None
     space: Space = Space.REGISTERS
+    block: int = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +52,15 @@ class KernelConfig(Limited):
 
     `k_tile`: channels of the key axis at a time, in kernels parallel over chunks that can loop over
     it (no value axis, nothing along K that needs a sum over K); elsewhere all of K.
+    `block`: tokens of a block of the chunk, between any two of which the decay of a vector gate is
+    split into two factors; a chunk that has no more tokens is one block.
     """
 
     v_tile: Tile = 64
     warps: Annotated[int, Within(1, 32, "a program has at most 1024 threads", power=True)] = 4
     stages: Annotated[int, Within(1, 16, "a loop's tiles are held once per stage")] = 2
     k_tile: Tile = 256
+    block: Block = 32
 
     def options(self, stages: int) -> dict[str, int | bool]:
         """Triton's options, for a launch and for compiling alike.
@@ -81,7 +89,7 @@ class Config(Limited):
     def tiles(self, kernel: str) -> Tiles:
         """The extents of its tiles."""
         own = self.of(kernel)
-        return Tiles(self.chunk, own.v_tile, own.k_tile)
+        return Tiles(self.chunk, own.v_tile, own.k_tile, block=own.block)
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,6 +199,7 @@ class TiledKernel:
         v_parts: programs along the value axis.
         order: how the axes of a tile lie, rows first.
         precision: of products of float32 factors.
+        block: tokens of a block within which decays of a vector gate are split; 0: there are none.
     """
 
     name: str
@@ -212,6 +213,7 @@ class TiledKernel:
     v_parts: int
     order: Axes
     precision: Precision
+    block: int
     before: tuple[Statement, ...]
     inside: tuple[Statement, ...]
     after: tuple[Statement, ...]

@@ -57,6 +57,9 @@ class _Tiling:
         self._in_memory = tiles.space is Space.MEMORY
         in_registers = _SCAN_ORDER if self._is_scan else _PARALLEL_ORDER
         self._layout: Axes = tuple(Axis) if self._in_memory else in_registers
+        computed = {t.op for t in self._order if t not in self._buffers}
+        split = not computed.isdisjoint((TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY))
+        self._block = min(tiles.block, tiles.chunk) if split else 0
         self._fused = {} if self._in_memory else added_products(kernel, self._channels)
 
     def kernel(self) -> tiled.TiledKernel:
@@ -79,6 +82,7 @@ class _Tiling:
             v_parts=self._v_parts,
             order=self._layout,
             precision=precision,
+            block=self._block,
             before=before,
             inside=inside,
             after=after,

@@ -13,6 +13,9 @@ from ..tiled import Compute, Load, Product, TiledKernel, Use
 from . import library as triton_library
 
 _PRODUCTS = (TileOp.DOT, TileOp.PRODUCT, *DECAYED)
+# the decay of a block, as a log, up to which it is split: half of it each way is far inside the
+# ranges of float32 and bfloat16, and 32 tokens take as much at -3.75 each
+_SPLITTABLE = 120.0
 _INDEX = {Axis.I: "oi[:, None]", Axis.J: "oj[None, :]"}
 _TAILS = {Axis.K: "ok < K", Axis.V: "ov < V"}  # that a channel exists
 
@@ -137,25 +140,22 @@ class TritonExpressions(Expressions):
 
     def _decayed(self, s: Compute) -> str:
         x = s.value
-        texts = [
-            self.cleaned(use, self.within(a, self.layout(a)))
-            for a, use in zip(x.args, s.args, strict=True)
-        ]
+        args = list(zip(x.args, s.args, strict=True))
+        # prefix sums are for products, that without a token's own found from the other
+        del args[-3 : -1 if x.op is TileOp.DECAYED_CROSSING else -2]
+        texts = [self.cleaned(use, self.within(a, self.layout(a))) for a, use in args]
         name = x.op.name.lower()  # as the library calls it
-        if x.op is TileOp.DECAYED_CROSSING:
-            del texts[-3:-1]  # the prefix sums are for products
-        if x.op is TileOp.DECAYED_APPLY and x.attrs[0] is Axis.J:
-            name += "_transposed"
-        sizes = f"C, BK, {self._levels}"
-        if x.op is TileOp.DECAYED_DOT:
-            sizes += f", tl.{s.dtype.value}"
         self.used_functions.add(name)
-        options = [self._precision, str(x.attrs[-1])]
+        levels, exclusive = self._levels, x.attrs[-1]
         if x.op is TileOp.DECAYED_CROSSING:
-            options.insert(1, str(x.attrs[0]))
-        else:  # split decays are products of what is no longer known to be 0: none is so strong
-            options[1:1] = [str(LEAST_DECAY), "43.0"] if x.attrs[-2] else ["0.0", "60.0"]
-        return f"{name}({', '.join(texts)}, {sizes}, {', '.join(options)})"
+            options = f"{levels}, {self._precision}, {x.attrs[0]}"
+        else:
+            of = f"tl.{s.dtype.value}" if x.op is TileOp.DECAYED_DOT else x.attrs[0] is Axis.J
+            # split decays are products of what is no longer known to be 0: none is so strong
+            least, most = (LEAST_DECAY, 43.0) if x.attrs[-2] else (0.0, _SPLITTABLE)
+            first = self.tiled.block.bit_length() - 1
+            options = f"{first}, {levels}, {of}, {self._precision}, {least}, {most}"
+        return f"{name}({', '.join(texts)}, C, BK, {options}, {exclusive})"
 
     def _cumsum(self, x: Tile) -> str:
         reverse, exclusive = x.attrs

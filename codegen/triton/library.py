@@ -1,11 +1,12 @@
 """Triton device functions that printed kernels call, as source: each file carries those it uses.
 
-Decayed products split e^(P - Q) between their factors. Where no channel has decayed by more than
-e^-MILD since the start of the chunk, as e^P and e^-Q: one product. Elsewhere blocks are halved (as
-eager_library does): at each level, rows in the later half of a block meet columns in its earlier
-half, both decayed to the last row of the earlier half; so every exponent is <= 0 whatever the gate,
-and a sum of what lies between two rows, not a difference of prefix sums, in which a reset of -100
-would leave its rounding. Which of the two a row of scores takes, the rows after it cannot change.
+Decayed products split e^(P - Q) between their factors, within blocks of 2^FIRST rows and about a
+fixed number: one product, as long as no channel decays by more than e^-MOST within its block. From
+these blocks on, and within them where a decay is stronger, blocks are halved (as eager_library
+does): at each level, rows in the later half of a block meet columns in its earlier half, both
+decayed to the last row of the earlier half; so every exponent is <= 0 whatever the gate, and a sum
+of what lies between two rows, not a difference of prefix sums, in which a reset of -100 would leave
+its rounding. Which of the two a row of scores takes, the rows after it cannot change.
 The inverse doubles blocks: exact inverses of the diagonal blocks of one size give those of twice
 the size.
 """
@@ -81,89 +82,133 @@ def doubled(since, after, level, C: tl.constexpr, BK: tl.constexpr):
     return since + tl.where(late, other, 0.0), after + tl.where(late, 0.0, other)
 '''
 
+HALVES = '''
+@triton.jit
+def halves(
+    g, since, after, level, C: tl.constexpr, LEAST: tl.constexpr, EXCLUSIVE: tl.constexpr
+):
+    """Of blocks of 2^(level + 1) rows: the rows of later halves, decays of all rows to the last of
+    the earlier half, and the pairs of rows that are of one block."""
+    i = tl.arange(0, C)
+    late = ((i >> level) & 1 == 1)[:, None]
+    e = tl.exp(tl.where(late, since - g if EXCLUSIVE else since, after))
+    if LEAST > 0.0:
+        e = tl.where(e < LEAST, 0.0, e)
+    return late, e, i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
+'''
+
+BLOCK_SUMS = '''
+@triton.jit
+def block_sums(Q, g, C: tl.constexpr, BK: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr):
+    """Sums of g within blocks of 2^FIRST rows, up to each row and after it; Q, of all rows."""
+    since, after = Q, tl.zeros_like(g)
+    if FIRST < LEVELS:
+        blocks = tl.reshape(g, (C >> FIRST, 1 << FIRST, BK))
+        since = tl.reshape(tl.cumsum(blocks, 1), (C, BK))
+        after = tl.reshape(tl.cumsum(blocks, 1, reverse=True) - blocks, (C, BK))
+    return since, after
+'''
+
+HALVED_DOT = '''
+@triton.jit
+def halved_dot(
+    x, y, g, since, after, FROM: tl.constexpr, TO: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr, LEAST: tl.constexpr, EXCLUSIVE: tl.constexpr,
+):
+    """A of `decayed_dot` between rows of one block of 2^TO, and of two of 2^FROM, else 0."""
+    A = tl.zeros((C, C), dtype=tl.float32)
+    for level in range(FROM, TO):
+        late, e, block = halves(g, since, after, level, C, LEAST, EXCLUSIVE)
+        x_late = tl.where(late, x * e, 0.0).to(DT)
+        y_early = tl.where(late, 0.0, y * e).to(DT)
+        B = tl.dot(x_late, tl.trans(y_early), input_precision=PRECISION)
+        A += tl.where(block, B, 0.0)
+        since, after = doubled(since, after, level, C, BK)
+    return A
+'''
+
 DECAYED_DOT = '''
 @triton.jit
 def decayed_dot(
-    x, y, P, Q, g,
-    C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr,
-    PRECISION: tl.constexpr, LEAST: tl.constexpr, MILD: tl.constexpr, EXCLUSIVE: tl.constexpr,
+    x, y, Q, g, C: tl.constexpr, BK: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    EXCLUSIVE: tl.constexpr,
 ):
-    """A_ij = sum_k x_ik y_jk e^(P_ik - Q_jk) for i > j, else 0. P, Q are prefix sums of g."""
+    """A_ij = sum_k x_ik y_jk e^(P_ik - Q_jk) for i > j, else 0.
+
+    Q are prefix sums of g; P is Q, or Q - g if EXCLUSIVE.
+    """
     i = tl.arange(0, C)
-    decay = tl.max(-Q, 1)  # of the channel that has decayed most, up to each row
-    x_late = (x * tl.exp(P)).to(DT)
-    y_early = (y * tl.exp(tl.minimum(-Q, 64.0))).to(DT)
+    since, after = block_sums(Q, g, C, BK, FIRST, LEVELS)
+    decay = tl.max(-since, 1)  # of the channel that has decayed most in its block, up to each row
+    x_late = (x * tl.exp((since - g if EXCLUSIVE else since) + MOST / 2)).to(DT)
+    y_early = (y * tl.exp(tl.minimum(-since, MOST) - MOST / 2)).to(DT)
     A = tl.dot(x_late, tl.trans(y_early), input_precision=PRECISION)
-    A = tl.where(i[:, None] > i[None, :], A, 0.0)
-    if tl.max(decay, 0) >= MILD:
-        halved = tl.zeros((C, C), dtype=tl.float32)
-        since, after = g, tl.zeros_like(g)
-        for level in range(LEVELS):
-            late = ((i >> level) & 1 == 1)[:, None]
-            e = tl.exp(tl.where(late, since - g if EXCLUSIVE else since, after))
-            if LEAST > 0.0:
-                e = tl.where(e < LEAST, 0.0, e)
-            x_late = tl.where(late, x * e, 0.0).to(DT)
-            y_early = tl.where(late, 0.0, y * e).to(DT)
-            block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
-            B = tl.dot(x_late, tl.trans(y_early), input_precision=PRECISION)
-            halved += tl.where(block, B, 0.0)
-            since, after = doubled(since, after, level, C, BK)
-        A = tl.where((decay < MILD)[:, None], A, halved)
+    same = i[:, None] >> FIRST == i[None, :] >> FIRST
+    A = tl.where(same & (i[:, None] > i[None, :]), A, 0.0)
+    if tl.max(decay, 0) >= MOST:
+        zero = tl.zeros_like(g)
+        B = halved_dot(x, y, g, g, zero, 0, FIRST, C, BK, DT, PRECISION, LEAST, EXCLUSIVE)
+        A = tl.where((decay < MOST)[:, None], A, B)
+    if FIRST < LEVELS:
+        A += halved_dot(
+            x, y, g, since, after, FIRST, LEVELS, C, BK, DT, PRECISION, LEAST, EXCLUSIVE
+        )
     return A
+'''
+
+HALVED_APPLY = '''
+@triton.jit
+def halved_apply(
+    A, x, g, since, after, FROM: tl.constexpr, TO: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, LEAST: tl.constexpr, EXCLUSIVE: tl.constexpr,
+):
+    """The part of `decayed_apply` of the pairs of rows that `halved_dot` computes."""
+    z = tl.zeros((C, BK), dtype=tl.float32)
+    for level in range(FROM, TO):
+        late, e, block = halves(g, since, after, level, C, LEAST, EXCLUSIVE)
+        B = tl.where(block & late, A, 0.0)
+        if TRANSPOSED:
+            y = tl.dot(tl.trans(B), tl.where(late, x * e, 0.0), input_precision=PRECISION)
+            z += tl.where(late, 0.0, e * y)
+        else:
+            y = tl.dot(B, tl.where(late, 0.0, x * e), input_precision=PRECISION)
+            z += tl.where(late, e * y, 0.0)
+        since, after = doubled(since, after, level, C, BK)
+    return z
 '''
 
 DECAYED_APPLY = '''
 @triton.jit
 def decayed_apply(
-    A, y, P, Q, g, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr, LEAST: tl.constexpr, MILD: tl.constexpr, EXCLUSIVE: tl.constexpr,
+    A, x, Q, g, C: tl.constexpr, BK: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    EXCLUSIVE: tl.constexpr,
 ):
-    """z_ik = sum_j A_ij y_jk e^(P_ik - Q_jk) over j < i."""
-    i = tl.arange(0, C)
-    z = tl.zeros((C, BK), dtype=tl.float32)
-    if tl.max(tl.max(-Q, 1), 0) < MILD:
-        B = tl.where(i[:, None] > i[None, :], A, 0.0)
-        z = tl.exp(P) * tl.dot(B, y * tl.exp(-Q), input_precision=PRECISION)
-    else:
-        since, after = g, tl.zeros_like(g)
-        for level in range(LEVELS):
-            late = ((i >> level) & 1 == 1)[:, None]
-            e = tl.exp(tl.where(late, since - g if EXCLUSIVE else since, after))
-            if LEAST > 0.0:
-                e = tl.where(e < LEAST, 0.0, e)
-            block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
-            B = tl.where(block & late, A, 0.0)
-            y_early = tl.where(late, 0.0, y * e)
-            z += tl.where(late, e * tl.dot(B, y_early, input_precision=PRECISION), 0.0)
-            since, after = doubled(since, after, level, C, BK)
-    return z
-'''
+    """z_ik = sum_j A_ij x_jk e^(P_ik - Q_jk) over j < i; P, Q as of `decayed_dot`.
 
-DECAYED_APPLY_TRANSPOSED = '''
-@triton.jit
-def decayed_apply_transposed(
-    A, x, P, Q, g, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr, LEAST: tl.constexpr, MILD: tl.constexpr, EXCLUSIVE: tl.constexpr,
-):
-    """z_jk = sum_i A_ij x_ik e^(P_ik - Q_jk) over i > j."""
+    TRANSPOSED: z_jk = sum_i A_ij x_ik e^(P_ik - Q_jk) over i > j.
+    """
     i = tl.arange(0, C)
-    z = tl.zeros((C, BK), dtype=tl.float32)
-    if tl.max(tl.max(-Q, 1), 0) < MILD:
-        B = tl.trans(tl.where(i[:, None] > i[None, :], A, 0.0))
-        z = tl.exp(-Q) * tl.dot(B, x * tl.exp(P), input_precision=PRECISION)
+    since, after = block_sums(Q, g, C, BK, FIRST, LEVELS)
+    if tl.max(tl.max(-since, 1), 0) < MOST:
+        same = i[:, None] >> FIRST == i[None, :] >> FIRST
+        B = tl.where(same & (i[:, None] > i[None, :]), A, 0.0)
+        e_late = tl.exp((since - g if EXCLUSIVE else since) + MOST / 2)
+        e_early = tl.exp(-since - MOST / 2)
+        if TRANSPOSED:
+            z = e_early * tl.dot(tl.trans(B), x * e_late, input_precision=PRECISION)
+        else:
+            z = e_late * tl.dot(B, x * e_early, input_precision=PRECISION)
     else:
-        since, after = g, tl.zeros_like(g)
-        for level in range(LEVELS):
-            late = ((i >> level) & 1 == 1)[:, None]
-            e = tl.exp(tl.where(late, since - g if EXCLUSIVE else since, after))
-            if LEAST > 0.0:
-                e = tl.where(e < LEAST, 0.0, e)
-            block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
-            B = tl.trans(tl.where(block & late, A, 0.0))
-            x_late = tl.where(late, x * e, 0.0)
-            z += tl.where(late, 0.0, e * tl.dot(B, x_late, input_precision=PRECISION))
-            since, after = doubled(since, after, level, C, BK)
+        zero = tl.zeros_like(g)
+        z = halved_apply(
+            A, x, g, g, zero, 0, FIRST, C, BK, TRANSPOSED, PRECISION, LEAST, EXCLUSIVE
+        )
+    if FIRST < LEVELS:
+        z += halved_apply(
+            A, x, g, since, after, FIRST, LEVELS, C, BK, TRANSPOSED, PRECISION, LEAST, EXCLUSIVE
+        )
     return z
 '''
 
@@ -189,9 +234,7 @@ def decayed_crossing(
     else:
         since, after = g, tl.zeros_like(g)
         for level in range(LEVELS):
-            late = ((i >> level) & 1 == 1)[:, None]
-            e = tl.exp(tl.where(late, since - g if EXCLUSIVE else since, after))
-            block = i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
+            late, e, block = halves(g, since, after, level, C, 0.0, EXCLUSIVE)
             B = tl.where(block & late, A, 0.0)
             x_late = tl.where(late, x * e, 0.0)
             y_early = tl.where(late, 0.0, y * e)
@@ -264,10 +307,13 @@ FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "decay_between": (DECAY, ()),
     "flush": (FLUSH, ()),
     "doubled": (DOUBLED, ()),
-    "decayed_dot": (DECAYED_DOT, ("doubled",)),
-    "decayed_apply": (DECAYED_APPLY, ("doubled",)),
-    "decayed_apply_transposed": (DECAYED_APPLY_TRANSPOSED, ("doubled",)),
-    "decayed_crossing": (DECAYED_CROSSING, ("doubled",)),
+    "halves": (HALVES, ()),
+    "block_sums": (BLOCK_SUMS, ()),
+    "halved_dot": (HALVED_DOT, ()),
+    "halved_apply": (HALVED_APPLY, ()),
+    "decayed_dot": (DECAYED_DOT, ("doubled", "halves", "block_sums", "halved_dot")),
+    "decayed_apply": (DECAYED_APPLY, ("doubled", "halves", "block_sums", "halved_apply")),
+    "decayed_crossing": (DECAYED_CROSSING, ("doubled", "halves")),
     "exclusive_sum": (EXCLUSIVE, ()),
     "expm1": (EXPM1, ()),
     "log1p": (LOG1P, ()),
@@ -280,6 +326,7 @@ FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 def sources(used: set[str]) -> str:
     """The source of the functions in `used` and of all that they call, callees first."""
     needed = used | {callee for name in used for callee in FUNCTIONS[name][1]}
-    ordered = ("log1p", "expm1", "softplus", "doubled")
+    gates = ("doubled", "halves", "block_sums", "halved_dot", "halved_apply")
+    ordered = ("log1p", "expm1", "softplus", *gates)
     names = [n for n in ordered if n in needed] + sorted(needed - set(ordered))
     return "\n".join(FUNCTIONS[name][0] for name in names)
