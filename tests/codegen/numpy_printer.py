@@ -6,7 +6,6 @@ loops, order, dtypes and masks are the kernel's. An index that no mask takes out
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,10 +20,9 @@ _FUNCTIONS: dict[str, Callable[..., Numbers]] = {
     "ADD": np.add, "SUB": np.subtract, "MUL": np.multiply, "DIV": np.divide, "NEG": np.negative,
     "MAXIMUM": np.maximum, "MINIMUM": np.minimum, "AT_LEAST": np.maximum, "AT_MOST": np.minimum,
     "EXP": np.exp, "LOG": np.log, "EXPM1": np.expm1, "LOG1P": np.log1p, "TANH": np.tanh,
-    "SQRT": np.sqrt, "RSQRT": lambda x: 1 / np.sqrt(x), "ABS": np.abs,
-    "SIGMOID": lambda x: 1 / (1 + np.exp(-x)),
-    "SOFTPLUS": lambda x: np.logaddexp(x, np.float32(0)),
-    "LOGSIGMOID": lambda x: -np.logaddexp(-x, np.float32(0)),
+    "SQRT": np.sqrt, "ABS": np.abs,
+    "RSQRT": lambda x: 1 / np.sqrt(x), "SIGMOID": lambda x: 1 / (1 + np.exp(-x)),
+    "SOFTPLUS": lambda x: np.logaddexp(x, 0), "LOGSIGMOID": lambda x: -np.logaddexp(-x, 0),
 }  # fmt: skip
 _KEPT = {"LOWER": np.greater_equal, "STRICT": np.greater, "DIAGONAL": np.equal}
 
@@ -34,7 +32,6 @@ class Memory:
     """The tensors of a call. `sequences`: batch, first token and length of each.
 
     Operands are [B,T,H,...] or [HV,...], states [N,HV,...], buffers as `Buffer.shape` says.
-    `segment`: chunks of a segment, where scans run on those.
     """
 
     HV: int
@@ -42,7 +39,7 @@ class Memory:
     operands: Mapping[str, Numbers]
     numbers: Mapping[str, float]
     initial: Mapping[str, Numbers | None]
-    segment: int = 0
+    segment: int = 0  # chunks of a segment, where scans run on those
     final: dict[str, Numbers] = field(default_factory=dict)
     buffers: dict[object, tuple[interface.Buffer, Numbers]] = field(default_factory=dict)
 
@@ -88,9 +85,6 @@ class _Program:
             for s in statements:
                 getattr(self, type(s).__name__.lower())(s)
 
-    def channels(self, axis: Any) -> int:
-        return getattr(self.kernel.dims, axis.name)
-
     def positions(self, axis: Any, axes: Any) -> tuple[Numbers, Numbers]:
         """Of a tile's entries along an axis: where they lie, and whether they exist."""
         entries = np.arange(size := self.kernel.extents[axis])
@@ -101,7 +95,7 @@ class _Program:
             return self.first + rows, rows < self.length
         part = self.part if axis.name == "V" else 0
         at = entries + size * (self.turn if axis is self.kernel.channels else part)
-        return at, at < self.channels(axis)
+        return at, at < getattr(self.kernel.dims, axis.name)
 
     def cells(self, axes: Any, mask: Any) -> tuple[Any, Any]:
         """The indices of a tile's entries in the tile and in memory, but those masked out."""
@@ -171,8 +165,8 @@ class _Program:
         """A value in float32, its axes called as they are there, zero where it must be."""
         t = u.value
         if t.op.name in ("CONST", "EXTENT"):
-            number = t.attrs[0] if t.op.name == "CONST" else self.channels(t.attrs[0])
-            return np.full((1, 1, 1, 1), number, np.float32)
+            of = t.attrs[0] if t.op.name == "CONST" else getattr(self.kernel.dims, t.attrs[0].name)
+            return np.full((1, 1, 1, 1), of, np.float32)
         x = self.values[t].astype(np.float32)
         x = x if x.ndim == 0 or u.axes[:1] == t.axes[:1] else x.swapaxes(0, 1)
         for axis in u.clean:
@@ -182,7 +176,7 @@ class _Program:
 
     def begin(self, s: tiled.Begin) -> None:
         given = self.memory.initial[s.value.attrs[0]] if s.from_call else None
-        view = np.zeros([self.channels(a) for a in s.value.axes])
+        view = np.zeros([getattr(self.kernel.dims, a.name) for a in s.value.axes])
         view = np.identity(len(view)) if s.identity else view
         view = view if given is None else self.state(given)
         self.values[s.value] = self.fetched(view, s.value.axes, s.mask, np.float32)
@@ -234,6 +228,7 @@ class _Program:
             "CUMSUM": lambda: _sums(x, *attrs),
             "FLOOR": lambda: np.maximum(x, attrs[0]),
             "FLUSH": lambda: np.where(x < attrs[0], 0, x),
+            "PRODUCT": lambda: np.einsum("abkv,bckv->ackv", *map(np.swapaxes, args, (0, 0), attrs)),
             "INVERSE": lambda: np.linalg.inv(np.eye(size) + x[..., 0, 0])[..., None, None],
         }
         if t.op.name in simple:
@@ -241,7 +236,7 @@ class _Program:
         *factors, g = args if t.op.name == "DECAY" else (*args[:-3], args[-1])
         upper = i >= j if t.op.name == "DECAY" and attrs[0].name == "LOWER" else i > j
         decay = np.where(upper, np.exp(_sums(np.where(i > j, g, 0), False, attrs[-1])), 0)
-        product = functools.reduce(np.multiply, factors[:3], decay)
+        product = np.multiply.reduce(np.broadcast_arrays(decay, *factors[:3]))
         if t.op.name == "DECAYED_CROSSING":
             return np.where(i > j, _sums(product, True, attrs[-1]), 0).sum(1, keepdims=True)
         over = int(attrs[0].name == "I") if t.op.name == "DECAYED_APPLY" else 2

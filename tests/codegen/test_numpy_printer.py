@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tests.codegen import numpy_printer
-from tests.codegen.test_agreement import LOWERED, NAMES
+from tests.codegen.test_agreement import NAMES
 from tests.harness import Inputs, Sizes, engine_results, make_inputs, results
 from tests.tolerances import assert_agree
 
@@ -184,18 +184,18 @@ def _check(
 
 
 @pytest.mark.parametrize("plan", [0, -1])
-@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize("name", NAMES)
 def test_packed_with_states_and_groups_of_heads(name: str, plan: int) -> None:
     _check(name, PACKED, plan)
 
 
-@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize("name", NAMES)
 def test_dense(name: str) -> None:
     _check(name, DENSE, 1)
 
 
 @pytest.mark.parametrize("plan", [0, -1])
-@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize("name", NAMES)
 def test_tiles_in_memory(name: str, plan: int) -> None:
     _check(name, PACKED, plan, in_memory=True)
 
@@ -206,7 +206,7 @@ def _is_scanned_in_segments(name: str) -> bool:
     return transition_of(form, Dims(PACKED.K, PACKED.V)) is not None
 
 
-@pytest.mark.parametrize("name", [n for n in LOWERED if _is_scanned_in_segments(n)])
+@pytest.mark.parametrize("name", [n for n in NAMES if _is_scanned_in_segments(n)])
 def test_scans_of_segments(name: str) -> None:
     _check(name, PACKED, 1, segments=True)
 
