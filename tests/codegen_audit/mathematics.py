@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-_AXES = "ijkvt"
+_AXES = "ijklvt"
 _LINE = re.compile(r"^\s+(?P<name>\w+)(\[(?P<axes>[a-z,]+)\])?\s+= (?P<right>.*?)(\s{2,}.*)?$")
 _TOKEN = re.compile(
     r"\s*(?:(?P<where> ?\[[ijt] [≥>=<] [jn]\])|(?P<inverse>\(1 \+ (?P<matrix>\w+)\)⁻¹\[i,j\])"

@@ -28,14 +28,14 @@ from chunkwise.audit import (
 from chunkwise.codegen.config import Dims, KernelConfig
 from chunkwise.codegen.interface import Dtype
 from chunkwise.codegen.triton.offline import Job, Outcome, compile_job
-from chunkwise.codegen.triton.resources import Resources, Target
+from chunkwise.codegen.triton.resources import Resources, Target, Usage
 
 _FORM = library.gated_delta_rule.declaration.normal_form()
 _SUBJECT = Subject(_FORM, Dims(64, 64), Dtype.BFLOAT16, Target.SM120, packed=False)
 
 
 def _outcome(job: Job, shared: int) -> Outcome:
-    return Outcome(Resources(job.kernel.name, job.target, shared, 128, 0), "", 0.0)
+    return Outcome(Resources(job.kernel.name, job.target, shared, Usage(128, 0)), "", 0.0)
 
 
 def test_gradients_of_numbers_per_head_compile_for_blackwell() -> None:

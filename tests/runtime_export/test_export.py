@@ -24,7 +24,6 @@ from chunkwise import (
     State,
     Value,
     cli,
-    dot,
     exp,
     maximum,
     outer,
@@ -36,7 +35,7 @@ from chunkwise.autotune.store import save
 from chunkwise.cli_command import find
 from chunkwise.codegen.config import Dims
 from chunkwise.codegen.interface import Dtype
-from chunkwise.dsl import errors, oracle
+from chunkwise.dsl import oracle
 from chunkwise.dsl.declaration import Declaration
 from chunkwise.runtime.engines import EngineName
 from chunkwise.runtime.export.package import Layout, Request, export, write
@@ -471,12 +470,4 @@ def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(ValueError, match="'step' cannot name an operand"):
         export(shadowing.declaration, Request("shadowing"))
 
-    @cw.recurrence
-    def first_key(S: State, q: Key, ks: tuple[Key, ...], v: Value):
-        for k in ks:
-            S = S + outer(k, dot(ks[0], k) * v)
-        return S, q @ S
-
-    with pytest.raises(errors.NotLowered):
-        export(first_key.declaration, Request("first_key"))
     assert not (tmp_path / "out").exists()
