@@ -185,7 +185,9 @@ def _compared(
     near = _nearby(step, made.inputs, cotangents, plan.dtype, truth)
     if not all(x.isfinite().all() for x in near.values()):
         return Verdict(Outcome.MOOT, "the truth is not finite in this dtype")
-    left = _differences(got, truth, limit, made, near=near, roundings=OF_A_CHUNK)
+    # of every state's chunks: what one state rounds, those that are made of its reads take over
+    roundings = OF_A_CHUNK * len(step.states)
+    left = _differences(got, truth, limit, made, near=near, roundings=roundings)
     if not left:
         return Verdict(Outcome.AGREED, "to what the token loop keeps in its dtype")
     lines = left.splitlines()
