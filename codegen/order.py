@@ -31,16 +31,6 @@ def ordered(kernel: tiled.TiledKernel) -> tiled.TiledKernel:
     return replace(kernel, before=before, inside=inside, after=after)
 
 
-def peak(kernel: tiled.TiledKernel) -> int:
-    """The most elements of computed values that are alive at once within a phase."""
-    uses = Counter(use.value for s in kernel.statements for use in tiled.uses(s))
-    found = 0
-    for phase in (kernel.before, kernel.inside, kernel.after):
-        others = {u.value for s in kernel.statements if s not in phase for u in tiled.uses(s)}
-        found = max(found, _Phase(kernel, phase, uses, others).peak)
-    return found
-
-
 @dataclass(slots=True)
 class _Group:
     """A statement, with those before it whose values it alone uses, elementwise.

@@ -109,6 +109,16 @@ def block_sums(Q, g, C: tl.constexpr, BK: tl.constexpr, FIRST: tl.constexpr, LEV
     return since, after
 '''
 
+DECAYED = '''
+@triton.jit
+def decayed(x, G, ABOUT: tl.constexpr, PRECISION: tl.constexpr):
+    """x e^(G + ABOUT). The sum rounds G to 2^-19, unseen by tf32's 10 bits; G / 2 is exact."""
+    if PRECISION == "tf32":
+        return x * tl.exp(G + ABOUT)
+    e = tl.exp(G / 2)
+    return x * e * tl.exp(tl.full((), ABOUT, tl.float32)) * e
+'''
+
 HALVED_DOT = '''
 @triton.jit
 def halved_dot(
@@ -141,8 +151,8 @@ def decayed_dot(
     i = tl.arange(0, C)
     since, after = block_sums(Q, g, C, BK, FIRST, LEVELS)
     decay = tl.max(-since, 1)  # of the channel that has decayed most in its block, up to each row
-    x_late = (x * tl.exp((since - g if EXCLUSIVE else since) + MOST / 2)).to(DT)
-    y_early = (y * tl.exp(tl.minimum(-since, MOST) - MOST / 2)).to(DT)
+    x_late = decayed(x, since - g if EXCLUSIVE else since, MOST / 2, PRECISION).to(DT)
+    y_early = decayed(y, tl.minimum(-since, MOST), -MOST / 2, PRECISION).to(DT)
     A = tl.dot(x_late, tl.trans(y_early), input_precision=PRECISION)
     same = i[:, None] >> FIRST == i[None, :] >> FIRST
     A = tl.where(same & (i[:, None] > i[None, :]), A, 0.0)
@@ -194,12 +204,14 @@ def decayed_apply(
     if tl.max(tl.max(-since, 1), 0) < MOST:
         same = i[:, None] >> FIRST == i[None, :] >> FIRST
         B = tl.where(same & (i[:, None] > i[None, :]), A, 0.0)
-        e_late = tl.exp((since - g if EXCLUSIVE else since) + MOST / 2)
-        e_early = tl.exp(-since - MOST / 2)
+        before = since - g if EXCLUSIVE else since
         if TRANSPOSED:
-            z = e_early * tl.dot(tl.trans(B), x * e_late, input_precision=PRECISION)
+            x_late = decayed(x, before, MOST / 2, PRECISION)
+            y = tl.dot(tl.trans(B), x_late, input_precision=PRECISION)
+            z = decayed(y, -since, -MOST / 2, PRECISION)
         else:
-            z = e_late * tl.dot(B, x * e_early, input_precision=PRECISION)
+            x_early = decayed(x, -since, -MOST / 2, PRECISION)
+            z = decayed(tl.dot(B, x_early, input_precision=PRECISION), before, MOST / 2, PRECISION)
     else:
         zero = tl.zeros_like(g)
         z = halved_apply(
@@ -301,6 +313,7 @@ def tanh(x):
     return tl.where(x > 0, -u, u) / (u + 2.0)
 '''
 
+_BLOCKS = ("doubled", "halves", "block_sums", "decayed")
 # name -> (source, the functions it calls)
 FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "unit_lower_inverse": (INVERSE, ()),
@@ -309,10 +322,14 @@ FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "doubled": (DOUBLED, ()),
     "halves": (HALVES, ()),
     "block_sums": (BLOCK_SUMS, ()),
+    "decayed": (DECAYED, ()),
     "halved_dot": (HALVED_DOT, ()),
     "halved_apply": (HALVED_APPLY, ()),
-    "decayed_dot": (DECAYED_DOT, ("doubled", "halves", "block_sums", "halved_dot")),
-    "decayed_apply": (DECAYED_APPLY, ("doubled", "halves", "block_sums", "halved_apply")),
+    "decayed_dot": (DECAYED_DOT, (*_BLOCKS, "halved_dot")),
+    "decayed_apply": (
+        DECAYED_APPLY,
+        ("doubled", "halves", "block_sums", "decayed", "halved_apply"),
+    ),
     "decayed_crossing": (DECAYED_CROSSING, ("doubled", "halves")),
     "exclusive_sum": (EXCLUSIVE, ()),
     "expm1": (EXPM1, ()),
@@ -326,7 +343,6 @@ FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 def sources(used: set[str]) -> str:
     """The source of the functions in `used` and of all that they call, callees first."""
     needed = used | {callee for name in used for callee in FUNCTIONS[name][1]}
-    gates = ("doubled", "halves", "block_sums", "halved_dot", "halved_apply")
-    ordered = ("log1p", "expm1", "softplus", *gates)
+    ordered = ("log1p", "expm1", "softplus", *_BLOCKS, "halved_dot", "halved_apply")
     names = [n for n in ordered if n in needed] + sorted(needed - set(ordered))
     return "\n".join(FUNCTIONS[name][0] for name in names)
