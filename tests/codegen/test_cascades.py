@@ -37,18 +37,22 @@ from chunkwise.codegen.programs import (
     transition_of,
 )
 from chunkwise.codegen.prove import prove
-from chunkwise.dsl import oracle
 from chunkwise.dsl.classify import classify
-from chunkwise.dsl.equations import as_step
 from chunkwise.dsl.normal_form import NormalForm, levels_of
 from chunkwise.dsl.traced import Traced
-from chunkwise.dsl.verify import verify_form, verify_step
 from chunkwise.runtime import eager as eager_engine
 from chunkwise.runtime.prepared import Records
 from chunkwise.runtime.recurrence import Recurrence
 
+from tests.codegen.forms import (
+    CASES,
+    COMPILED,
+    check_engine,
+    check_normal_form,
+    check_one_token,
+)
 from tests.harness import Sizes, engine_results, make_inputs, oracle_results
-from tests.tolerances import BY_DTYPE, FLOAT64_RANDOM, assert_agree
+from tests.tolerances import FLOAT64_RANDOM, assert_agree
 
 
 def softmax(x: Traced) -> Traced:
@@ -134,12 +138,6 @@ RULES = {
         *(normalised_output, gates_and_keys, by_a_normaliser, sums, three),
     )
 }
-C = 64  # the eager engine's chunk
-CASES = {
-    "not packed": Sizes(H=1, HV=2, T=C + 3, K=5, V=5, initial=True),
-    "packed": Sizes(H=1, HV=2, K=5, V=3, initial=True).packed(0, C - 1, 1, C, 0, C + 1),
-    "zero state": Sizes(H=2, HV=2, T=9, K=4, V=7),
-}
 
 
 def _sized(name: str, sizes: Sizes) -> Sizes:
@@ -150,9 +148,7 @@ def _sized(name: str, sizes: Sizes) -> Sizes:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", RULES)
 def test_the_chunk_is_the_token_loop(name: str, case: str) -> None:
-    inputs = make_inputs(RULES[name], _sized(name, CASES[case]))
-    got = engine_results(RULES[name], inputs, "eager")
-    assert_agree(got, oracle_results(RULES[name], inputs), FLOAT64_RANDOM)
+    check_engine(RULES[name], _sized(name, CASES[case]), "eager")
 
 
 @pytest.mark.parametrize("name", ["gated_slots", "residual", "gates_and_keys", "three"])
@@ -182,35 +178,19 @@ def _under(forward: Plan, backward: Plan, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("name", RULES)
 def test_compiled_for_the_cpu(name: str) -> None:
     pytest.importorskip("tvm")
-    sizes = Sizes(H=1, HV=2, K=5, V=3, initial=True, dtype=torch.float32).packed(33, 0, 4)
-    inputs = make_inputs(RULES[name], _sized(name, sizes))
-    got = engine_results(RULES[name], inputs, "tvm")
-    assert_agree(got, oracle_results(RULES[name], inputs), BY_DTYPE[torch.float32])
+    check_engine(RULES[name], _sized(name, COMPILED["tvm"]), "tvm")
 
 
 @pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what padding holds
 @pytest.mark.parametrize("name", RULES)
 def test_interpreted(name: str) -> None:
-    sizes = Sizes(H=1, HV=2, K=5, V=19, initial=True, dtype=torch.float32).packed(33, 0, 4)
-    inputs = make_inputs(RULES[name], _sized(name, sizes))
-    got = engine_results(RULES[name], inputs, "triton")
-    assert_agree(got, oracle_results(RULES[name], inputs), BY_DTYPE[torch.float32])
+    check_engine(RULES[name], _sized(name, COMPILED["triton"]), "triton")
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_normal_form_is_the_step(name: str) -> None:
-    op = RULES[name]
-    form = op.declaration.normal_form()
-    verify_form(form)
-    verify_step(as_step(form))
-    inputs = make_inputs(op, _sized(name, Sizes(T=5, initial=True)))
-    given = (inputs.operands, inputs.params, inputs.initial)
-    want, states = oracle.run(op.declaration.step(), *given)
-    for what in (form, as_step(form)):
-        got, ends = oracle.run(what, *given)
-        for x, y in zip((got, *ends), (want, *states), strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+    check_normal_form(RULES[name], _sized(name, Sizes(T=5, initial=True)))
 
 
 @pytest.mark.parametrize("name", [n for n in RULES if n != "three"])
@@ -233,12 +213,7 @@ def test_segments_are_for_states_that_are_affine_by_themselves(op: Recurrence) -
 
 
 def test_one_token() -> None:
-    inputs = make_inputs(three, Sizes(T=1, initial=True))
-    token = {n: x.detach()[:, 0] for n, x in inputs.operands.items()}
-    o, states = three.step(**token, state=inputs.initial)
-    want, ends = oracle.run(three.declaration.step(), inputs.operands, {}, inputs.initial)
-    for x, y in zip((o, *states), (want[:, 0], *ends), strict=True):
-        torch.testing.assert_close(x, y)
+    check_one_token(three)
 
 
 # ---- a cascade is its parts, one called after the other ------------------------------------------

@@ -16,13 +16,17 @@ from chunkwise.codegen.config import Dims
 from chunkwise.codegen.programs import chunk_adjoint, chunk_program, transition_of
 from chunkwise.codegen.prove import prove
 from chunkwise.codegen.tile import TileOp
-from chunkwise.dsl import oracle
-from chunkwise.dsl.equations import as_step
-from chunkwise.dsl.verify import verify_form, verify_step
 from torch import Tensor
 
-from tests.harness import Inputs, Sizes, engine_results, make_inputs, oracle_results
-from tests.tolerances import BY_DTYPE, FLOAT64_RANDOM, assert_agree
+from tests.codegen.forms import (
+    CASES,
+    COMPILED,
+    C,
+    check_engine,
+    check_normal_form,
+    check_one_token,
+)
+from tests.harness import Inputs, Sizes, make_inputs
 
 
 @cw.recurrence
@@ -117,54 +121,30 @@ RULES = {
         *(two_recalls, recalls_across, unlike_steps, key_states, transposed, fed),
     )
 }
-C = 64  # the eager engine's chunk
-CASES = {
-    "not packed": Sizes(H=1, HV=2, T=C + 3, K=5, V=5, initial=True),
-    "packed": Sizes(H=1, HV=2, K=5, V=3, initial=True).packed(0, C - 1, 1, C, 0, C + 1),
-    "zero state": Sizes(H=2, HV=2, T=9, K=4, V=7),
-}
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", RULES)
 def test_the_chunk_is_the_token_loop(name: str, case: str) -> None:
-    inputs = make_inputs(RULES[name], CASES[case])
-    got = engine_results(RULES[name], inputs, "eager")
-    assert_agree(got, oracle_results(RULES[name], inputs), FLOAT64_RANDOM)
+    check_engine(RULES[name], CASES[case], "eager")
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_compiled_for_the_cpu(name: str) -> None:
     pytest.importorskip("tvm")
-    sizes = Sizes(H=1, HV=2, K=5, V=3, initial=True, dtype=torch.float32).packed(33, 0, 4)
-    inputs = make_inputs(RULES[name], sizes)
-    got = engine_results(RULES[name], inputs, "tvm")
-    assert_agree(got, oracle_results(RULES[name], inputs), BY_DTYPE[torch.float32])
+    check_engine(RULES[name], COMPILED["tvm"], "tvm")
 
 
 @pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what padding holds
 @pytest.mark.parametrize("name", RULES)
 def test_interpreted(name: str) -> None:
-    sizes = Sizes(H=1, HV=2, K=5, V=19, initial=True, dtype=torch.float32).packed(33, 0, 4)
-    inputs = make_inputs(RULES[name], sizes)
-    got = engine_results(RULES[name], inputs, "triton")
-    assert_agree(got, oracle_results(RULES[name], inputs), BY_DTYPE[torch.float32])
+    check_engine(RULES[name], COMPILED["triton"], "triton")
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_normal_form_is_the_step(name: str) -> None:
-    op = RULES[name]
-    form = op.declaration.normal_form()
-    verify_form(form)
-    verify_step(as_step(form))
-    inputs = make_inputs(op, Sizes(T=5, initial=True))
-    given = (inputs.operands, inputs.params, inputs.initial)
-    want, states = oracle.run(op.declaration.step(), *given)
-    for what in (form, as_step(form)):
-        got, ends = oracle.run(what, *given)
-        for x, y in zip((got, *ends), (want, *states), strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+    check_normal_form(RULES[name], Sizes(T=5, initial=True))
 
 
 @pytest.mark.parametrize("name", [n for n in RULES if n not in ("three_states", "unlike_steps")])
@@ -179,15 +159,7 @@ def test_segments_are_for_states_that_pass_alone(op: cw.Recurrence) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_one_token(name: str) -> None:
-    op = RULES[name]
-    inputs = make_inputs(op, Sizes(T=1, initial=True))
-    token = {n: x.detach()[:, 0] for n, x in inputs.operands.items()}
-    given = inputs.initial or ()
-    o, states = op.step(**token, state=given if len(given) > 1 else given[0])
-    want, ends = oracle.run(op.declaration.step(), inputs.operands, {}, inputs.initial)
-    states = states if isinstance(states, tuple) else (states,)
-    for x, y in zip((o, *states), (want[:, 0], *ends), strict=True):
-        torch.testing.assert_close(x, y)
+    check_one_token(RULES[name])
 
 
 def test_recalls_that_writes_share_are_solved_once() -> None:
