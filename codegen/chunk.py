@@ -40,7 +40,7 @@ from .gates import LEAST_FACTOR
 from .lower import kind_axes
 from .refusals import refusals
 from .rows import Recall, RowTiles, row_writes, updates_of
-from .solve import eliminate, gather
+from .solve import add_to, eliminate, gather
 from .tile import Axis, Tile, TileOp
 from .transitions import StateGate, Transitions
 
@@ -154,13 +154,13 @@ class _GroupChunk:
                 if scores is None:
                     continue
                 if n in alone:
-                    _add(coupling, (r, alone[n]), tile.mul(scale, scores))
+                    add_to(coupling, (r, alone[n]), tile.mul(scale, scores))
                     continue
                 if free is not None:
                     known.append(tile.mul(scale, gather(scores, free)))
                 for m, s in scales[n].items():
                     tied = tile.mul(tile.mul(scale, scores), tile.rename(s, Axis.J))
-                    _add(coupling, (r, m), tied)
+                    add_to(coupling, (r, m), tied)
             given.append(self._given(known, b, recall, scale))
         solved = [
             self._total(parts, r in own) for r, parts in enumerate(eliminate(coupling, given))
@@ -260,10 +260,6 @@ class _GroupChunk:
         products = tile.contract(c, tile.rename(written, Axis.J), Axis.V)
         key, of = self._keys[n], self._writes[n].state
         return self._transitions.combine(products, read.state, key, of, read.phase)
-
-
-def _add(to: dict[tuple[int, int], Tile], at: tuple[int, int], x: Tile) -> None:
-    to[at] = tile.add(to[at], x) if at in to else x
 
 
 def _bounded(log_decay: Tile) -> Tile:

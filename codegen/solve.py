@@ -43,15 +43,15 @@ def eliminate(
                 continue
             for j in left:
                 if (n, j) in blocks:
-                    _add(blocks, (i, j), tile.product(blocks[i, n], _solved(solve, blocks[n, j])))
+                    add_to(blocks, (i, j), tile.product(blocks[i, n], _solved(solve, blocks[n, j])))
             for part, x in sides[n].items():
-                _add(sides[i], part, gather(blocks[i, n], _solved(solve, x)))
+                add_to(sides[i], part, gather(blocks[i, n], _solved(solve, x)))
         done.append((n, solve, list(left)))
     found: dict[int, dict[Part, Tile]] = {}
     for n, solve, later in reversed(done):
         for m in later:
             for part, x in found[m].items() if (n, m) in blocks else ():
-                _add(sides[n], part, gather(blocks[n, m], x))
+                add_to(sides[n], part, gather(blocks[n, m], x))
         found[n] = {part: _solved(solve, x) for part, x in sides[n].items()}
     return [found[n] for n in range(len(sides))]
 
@@ -71,5 +71,6 @@ def _solved(solve: Tile | None, x: Tile) -> Tile:
     return x if solve is None else gather(solve, x)
 
 
-def _add(to: dict[Part, Tile], part: Part, x: Tile) -> None:
+def add_to(to: dict[Part, Tile], part: Part, x: Tile) -> None:
+    """Add `x` to what `to` has under `part`, if anything."""
     to[part] = tile.add(to[part], x) if part in to else x

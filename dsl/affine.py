@@ -239,7 +239,7 @@ def _scaled(form: StateForm, factor: Node, node: Node) -> StateForm:
 def _both_axes(node: Node) -> errors.NoChunkForm:
     return errors.NoChunkForm(
         "one step scales the rows of the state and its columns",
-        "products on the left (K×K) and on the right (V×V) of the state do not chunk together",
+        "the chunk form has decays along one axis so far; along both at once none is derived yet",
         "gate the keys, or the values, not both; a Scalar gate goes with either",
         node.loc,
     )

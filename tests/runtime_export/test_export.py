@@ -24,6 +24,8 @@ from chunkwise import (
     State,
     Value,
     cli,
+    dot,
+    errors,
     exp,
     maximum,
     outer,
@@ -470,4 +472,12 @@ def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(ValueError, match="'step' cannot name an operand"):
         export(shadowing.declaration, Request("shadowing"))
 
+    @cw.recurrence
+    def first_key(S: State, q: Key, ks: tuple[Key, ...], v: Value):
+        for k in ks:
+            S = S + outer(k, dot(ks[0], k) * v)
+        return S, q @ S
+
+    with pytest.raises(errors.NotLowered):
+        export(first_key.declaration, Request("first_key", micro=2))
     assert not (tmp_path / "out").exists()
