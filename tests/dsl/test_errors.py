@@ -366,7 +366,7 @@ def longhorn_per_channel(S: State, q: Key, k: Key, v: Value, beta: Value):
     return S, q @ S
 
 
-@mistake(errors.NoChunkForm, "on the left (K×K) and on the right (V×V)")
+@mistake(errors.NoChunkForm, "decays along one axis so far; along both at once none is derived yet")
 def both_gates(S: State, q: Key, k: Key, v: Value, g: Key, h: Value):
     S = exp(g) * S * exp(h) + outer(k, v)
     return S, q @ S
