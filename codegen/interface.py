@@ -67,7 +67,9 @@ class Signature:
     precision: Precision
 
     def of(self, operand: str) -> Dtype:
-        return dict(self.dtypes).get(operand, self.dtype)
+        """The dtype of an operand, or of an entry of a tuple (`lower.entry_name`)."""
+        known = dict(self.dtypes)
+        return known.get(operand) or known.get(operand.rpartition("_at")[0], self.dtype)
 
 
 class Storage(NamedTuple):

@@ -10,7 +10,7 @@ from ..dsl import oracle
 from ..dsl.elementwise import ELEMENTWISE
 from ..dsl.ir import Kind, Node, Op, Per
 from ..dsl.ir import topological as step_order
-from ..dsl.normal_form import NormalForm
+from ..dsl.normal_form import NormalForm, has_entries_apart
 from . import tile
 from .tile import Axes, Axis, Tile
 
@@ -30,36 +30,38 @@ def lower(form: NormalForm, roots: list[Node], results: Mapping[int, Tile]) -> l
 
     With several micro-steps a row is one micro-step of a token: an operand of micro-steps is then a
     tensor of rows like any other, and an operand of tokens has its value in each of their rows.
+    Where one row takes several entries of a tuple, each is a tensor of its own.
     """
     per = {operand.name: operand.per for operand in form.operands}
+    apart = has_entries_apart(form)
 
     def axes(kind: Kind) -> Axes:
         return kind_axes(kind, transposed=form.transposed)
 
     done: dict[Node, Tile] = {}
     for node in step_order(*roots):
-        done[node] = _lower_one(node, [done[a] for a in node.args], per, results, axes)
+        if node.op is Op.OPERAND:
+            done[node] = _operand(node, per, axes(node.kind), apart=apart)
+        elif node.op is Op.RESULT:
+            (index,) = node.attrs
+            assert isinstance(index, int)
+            done[node] = results[index]
+        else:
+            done[node] = lower_expression(node, [done[a] for a in node.args], axes)
     return [done[r] for r in roots]
 
 
-def _lower_one(
-    node: Node,
-    args: list[Tile],
-    per: Mapping[str, Per],
-    results: Mapping[int, Tile],
-    axes: Callable[[Kind], Axes],
-) -> Tile:
-    if node.op is Op.OPERAND:
-        name, _ = node.attrs
-        assert isinstance(name, str)
-        if per[name] is Per.HEAD:
-            return tile.head(name, axes(node.kind))
-        return tile.token(name, axes(node.kind))
-    if node.op is Op.RESULT:
-        (index,) = node.attrs
-        assert isinstance(index, int)
-        return results[index]
-    return lower_expression(node, args, axes)
+def _operand(node: Node, per: Mapping[str, Per], axes: Axes, *, apart: bool) -> Tile:
+    name, index = node.attrs
+    assert isinstance(name, str)
+    if per[name] is Per.HEAD:
+        return tile.head(name, axes)
+    return tile.token(entry_name(name, index) if apart and isinstance(index, int) else name, axes)
+
+
+def entry_name(operand: str, index: int) -> str:
+    """The tensor `[B,T,...]` of one entry of a tuple."""
+    return f"{operand}_at{index}"
 
 
 def lower_expression(

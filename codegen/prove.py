@@ -23,15 +23,16 @@ from ..dsl.declaration import Declaration
 from ..dsl.elementwise import many_digits
 from ..dsl.errors import NotLowered, ProofFailed
 from ..dsl.ir import Kind, Node, Op, Per, bounds_of, promises_of
-from ..dsl.normal_form import NormalForm, Operand
+from ..dsl.normal_form import NormalForm, Operand, has_entries_apart
 from ..dsl.step import Step, operand_leaf, param_leaf, state_leaf
-from . import buffers
+from .buffers import BufferId, gradient
 from .chunk import ChunkProgram, derive
 from .differentiate import GRADIENT, Adjoint, differentiate
 from .evaluate import CHANNELS, ZERO, Numbers, Sizes, evaluate, evaluate_step
 from .factor import factor_adjoint, factor_chunk
 from .lower import kind_axes
 from .tile import Axis, Tile, TileOp
+from .token import row_names
 
 _KEY, _VALUE = 2, 3
 _SCALES = (1, 4)  # of operands, one per point: maximum, abs and the like take either branch
@@ -73,9 +74,9 @@ def prove_tiles(what: Declaration, chunk: int = 3) -> tuple[str, ...]:
         for length in range(2, chunk + 1):
             tokens = max(2, (2 * length - 1) // rows)
             for scale in _SCALES:
-                _prove_at(_point(step, tokens, scale, {}), variants, length, rows)
+                _prove_at(_point(step, tokens, scale, {}), variants, length, form)
             if resets:
-                _prove_at(_point(step, tokens, 1, resets), variants, length, rows)
+                _prove_at(_point(step, tokens, 1, resets), variants, length, form)
     names = [*(o.name for o in step.operands), *(f"the initial {s.name}" for s in step.states)]
     at_reset = f"and so they do where {', '.join(f'{n} = {x}' for n, x in resets.items())}"
     return (
@@ -291,24 +292,22 @@ def _slope(point: _Point, name: str) -> Decimal:
 # ---------------------------------------------------------------- the tiles
 
 
-def _prove_at(point: _Point, variants: tuple[_Variant, ...], length: int, rows: int) -> None:
-    """Compare every variant with the step at a point, in chunks of `length` rows.
-
-    `rows`: of a token.
-    """
+def _prove_at(point: _Point, variants: tuple[_Variant, ...], length: int, form: NormalForm) -> None:
+    """Compare every variant with the step at a point, in chunks of `length` rows."""
+    rows, apart = len(form.micro_steps), has_entries_apart(form)
     expected = _results(point)
     slopes = {n: _slope(point, n) for n in point.directions}
     states = {s.name for s in point.step.states}
     for variant in variants:
-        chunks = _Chunks(point, length, rows, transposed=variant.body.transposed)
+        chunks = _Chunks(point, length, rows, apart=apart, transposed=variant.body.transposed)
         where = f"of tiles {variant.name}, in chunks of {length} rows"
         for n, ours in chunks.results(variant.body).items():
             what = f"the final {n}" if n in states else n
             for a, b in zip(ours.flat, np.broadcast_to(expected[n], ours.shape).flat, strict=True):
                 _agree(point, f"{what} {where}", a, b)
-        for n, gradient in chunks.gradients(variant.adjoint).items():
+        for n, ours in chunks.gradients(variant.adjoint).items():
             what = f"the gradient of {'the initial ' if n in states else ''}{n}"
-            slope = _product({n: gradient}, point.directions)
+            slope = _product({n: ours}, point.directions)
             _agree(point, f"{what} {where}", slope, slopes[n])
 
 
@@ -321,7 +320,9 @@ def _agree(point: _Point, what: str, ours: Decimal, expected: Decimal) -> None:
 class _Chunks:
     """A point in rows (micro-steps of tokens), cut into chunks, as the engines run it."""
 
-    def __init__(self, point: _Point, length: int, each: int, *, transposed: bool) -> None:
+    def __init__(
+        self, point: _Point, length: int, each: int, *, apart: bool, transposed: bool
+    ) -> None:
         step = point.step
         self._transposed = transposed
         self._point, self._each = point, each
@@ -329,12 +330,15 @@ class _Chunks:
         channels = (_VALUE, _KEY) if transposed else (_KEY, _VALUE)
         self._sizes = [Sizes(length, *channels, first, end) for first in range(0, end, length)]
         self._starts: list[_Values] = []  # the states as each chunk begins
-        rows = {
-            o.name: _entries(x, step.micro, each) if o.micro else x.repeat(each, axis=0)
-            for o in step.operands
-            if o.per is Per.TOKEN
-            for x in (point.values[o.name],)
-        }
+        self._apart = apart
+        rows: dict[str, Numbers] = {}
+        for o in step.operands:
+            x = point.values[o.name]
+            if o.micro and apart:
+                names = row_names(o, step.micro)
+                rows |= {name: x[m :: step.micro] for m, name in enumerate(names)}
+            elif o.per is Per.TOKEN:
+                rows[o.name] = _entries(x, step.micro, each) if o.micro else x.repeat(each, axis=0)
         output = point.cotangents[_OUTPUT].repeat(each, axis=0)
         output[np.arange(end) % each != each - 1] = ZERO
         rows[GRADIENT + "o"] = output
@@ -381,7 +385,7 @@ class _Chunks:
         names = [c.name for c in adjoint.carried]
         roots = [*(t for _, t in adjoint.outputs), *(c.end for c in adjoint.carried)]
         carries = {GRADIENT + s.name: self._point.cotangents[s.name] for s in step.states}
-        parts: dict[buffers.BufferId, list[Numbers]] = {n: [] for n, _ in adjoint.outputs}
+        parts: dict[BufferId, list[Numbers]] = {n: [] for n, _ in adjoint.outputs}
         for sizes, starts in zip(reversed(self._sizes), reversed(self._starts), strict=True):
             found = self._evaluate(roots, {**starts, **carries}, sizes)
             for own, x in zip(parts.values(), found, strict=False):
@@ -389,18 +393,25 @@ class _Chunks:
             carries = dict(zip(names, found[len(parts) :], strict=True))
         result = {s.name: carries[GRADIENT + s.name] for s in step.states}
         for o in step.operands:
-            result[o.name] = self._collected(o, parts.get(buffers.gradient(o.name)))
+            like = self._point.values[o.name]
+            if o.micro and self._apart:
+                whole = np.empty_like(like)
+                for m, name in enumerate(row_names(o, step.micro)):
+                    own = like[m :: step.micro]
+                    whole[m :: step.micro] = self._collected(o, own, parts.get(gradient(name)))
+                result[o.name] = whole
+            else:
+                result[o.name] = self._collected(o, like, parts.get(gradient(o.name)))
         return result
 
-    def _collected(self, o: Operand, parts: list[Numbers] | None) -> Numbers:
+    def _collected(self, o: Operand, like: Numbers, parts: list[Numbers] | None) -> Numbers:
         """The gradient of an operand from those of its rows in every chunk; 0 if it has none."""
-        like = self._point.values[o.name]
         if parts is None:
             return np.full_like(like, ZERO)
         if o.per is Per.HEAD:
             return sum(parts)
         rows = np.concatenate(parts)[: self._sizes[0].end]
-        if o.micro:
+        if o.micro and not self._apart:
             return _entries(rows, self._each, self._point.step.micro)
         return rows.reshape(-1, self._each, *like.shape[1:]).sum(axis=1)
 

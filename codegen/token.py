@@ -15,16 +15,16 @@ from . import tile
 from .buffers import OUTPUT
 from .chunk import Carried, ChunkProgram
 from .expressions import unaliased
-from .lower import kind_axes, lower_expression
+from .lower import entry_name, kind_axes, lower_expression
 from .plan import Kernel, Loop
 from .tile import Axis, Tile, TileOp
 
 
 def row_names(operand: Operand, micro: int) -> tuple[str, ...]:
     """The tensors `[B,T,...]` that a token's kernel takes of an operand: one per micro-step."""
-    return (
-        tuple(f"{operand.name}_at{m}" for m in range(micro)) if operand.micro else (operand.name,)
-    )
+    if not operand.micro:
+        return (operand.name,)
+    return tuple(entry_name(operand.name, m) for m in range(micro))
 
 
 def token_program(step: Step) -> ChunkProgram:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from . import algebra
 from .ir import Kind, Node, Op, Per, topological
 from .latex import LATEX, Equation
-from .normal_form import NormalForm, Phase, Update, Write, levels_of, results_of
+from .normal_form import NormalForm, Phase, Update, Write, expressions, levels_of, results_of
 from .printing import printed
 from .step import Step, operand_leaf, state_leaf
 
@@ -74,7 +74,9 @@ def _has_state(node: Node) -> bool:
 def as_step(form: NormalForm) -> Step:
     """The step that a normal form describes: decays, then writes, then reads, and the output."""
     now = {s.name: state_leaf(s) for s in form.states}
-    micro = max((o.micro for o in form.operands), default=False) and len(form.micro_steps)
+    every = topological(*expressions(form), form.output)
+    entries = [n.attrs[1] for n in every if n.op is Op.OPERAND]
+    micro = max((n + 1 for n in entries if isinstance(n, int)), default=0)
     reads: dict[int, Node] = {}
 
     seen: dict[tuple[int, Phase, str], Node] = {}  # every state's moments: later levels read them
@@ -97,7 +99,7 @@ def as_step(form: NormalForm) -> Step:
         form.states,
         tuple(now[s.name] for s in form.states),
         _with_results(form.output, reads),
-        micro or 1,
+        max(micro, len(form.micro_steps)) if micro else 1,
     )
 
 

@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 
 from .errors import InvalidIR
 from .intervals import Interval
@@ -264,6 +265,32 @@ def seen_by(u: Update) -> list[str]:
     """The other states that mix into an update, or that it recalls."""
     recalled = (w.correction.state for w in u.writes if w.correction is not None)
     return [s for s in (*(m.state for m in u.mixes), *recalled) if s != u.state]
+
+
+def are_rows(form: NormalForm) -> bool:
+    """Whether a row of time, one micro-step of a token, holds all that is used in it.
+
+    That is so if each micro-step takes its own entries of tuples and results of its own reads, and
+    the output those of the last.
+    """
+    last = len(form.micro_steps) - 1
+    pairs = [(last, form.output), *((r.micro_step, r.key) for r in form.reads)]
+    for m, micro_step in enumerate(form.micro_steps):
+        pairs += [(m, n) for u in micro_step.updates for n in of_update(u)]
+    return all(
+        form.reads[n].micro_step == m for m, node in pairs for n in results_of(node)
+    ) and all(
+        leaf.attrs[1] in (None, m)
+        for m, node in pairs
+        for leaf in topological(node)
+        if leaf.op is Op.OPERAND
+    )
+
+
+@lru_cache(maxsize=1024)
+def has_entries_apart(form: NormalForm) -> bool:
+    """Whether entries of tuples are operands of their own, side by side in the row of a token."""
+    return len(form.micro_steps) == 1 and not are_rows(form)
 
 
 def groups_of(form: NormalForm, states: Sequence[str]) -> Iterator[tuple[str, ...]]:

@@ -1,8 +1,10 @@
 """Pass: StepIR to the normal form, for any step that is affine in its states.
 
 The step is cut into micro-steps at the expressions that already hold writes and are read again by
-a later write (DeltaProduct); where no cut separates the step, the read is expanded instead. Between
-two cuts every expression is an affine form over the states at the cut (`affine`).
+a later write (DeltaProduct); where no cut separates the step, the read is expanded instead. So are
+all such reads of a step whose micro-steps take what others read, or entries of tuples that belong
+to others (`normal_form.are_rows`): it is one micro-step. Between two cuts every expression is an
+affine form over the states at the cut (`affine`).
 """
 
 from __future__ import annotations
@@ -27,21 +29,32 @@ from .normal_form import (
     StateDecl,
     Update,
     Write,
+    are_rows,
 )
 from .step import Step, state_leaf
 
 
 def normalise(step: Step) -> NormalForm:
-    """The normal form of a step.
+    """The normal form of a step, all in one micro-step if rows of micro-steps cannot hold it.
 
     Raises NotAffine, NoChunkForm, and the errors of `log_decay` about multipliers.
     """
+    form = _normalised(step, cut=True)
+    if are_rows(form):
+        return form
+    try:
+        return _normalised(step, cut=False)
+    except errors.DeclarationError:  # of reads along both axes, one after the other
+        return form
+
+
+def _normalised(step: Step, *, cut: bool) -> NormalForm:
     order = levels(step)
     results = Results(step, order)
     parts = []
     for n, level in enumerate(order):
         try:
-            parts.append(_part(step, level, n, results))
+            parts.append(_part(step, level, n, results, cut=cut))
         except (errors.NotAffine, errors.NoChunkForm) as mistake:
             mistake.why += cycle(step, level)
             raise
@@ -68,7 +81,7 @@ class _Part:
     forms: list[tuple[StateForm, ...]]
 
 
-def _part(step: Step, level: Sequence[int], n: int, results: Results) -> _Part:
+def _part(step: Step, level: Sequence[int], n: int, results: Results, *, cut: bool) -> _Part:
     """The n-th level, of the states `level`, whose reads `results` knows from then on."""
     states = tuple(step.states[i] for i in level)
     part = replace(
@@ -76,7 +89,7 @@ def _part(step: Step, level: Sequence[int], n: int, results: Results) -> _Part:
         states=states,
         next_states=tuple(results.rewrite(step.next_states[i], n) for i in level),
     )
-    bases = _cut(part)
+    bases = _cut(part) if cut else [tuple(state_leaf(s) for s in states)]
     forms: list[tuple[StateForm, ...]] = []
     stops: dict[Node, Moment] = {}
     decays: dict[Moment, Node] = {}

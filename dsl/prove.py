@@ -78,7 +78,7 @@ def prove(what: Declaration, chunk: int = 3) -> Proof:
     _prove_affine(step, levels)
     # polynomials grow with the micro-steps of a chunk and the levels of a cascade, so more of those
     # make for fewer tokens
-    longest = max(2, math.ceil(chunk / (len(form.micro_steps) * len(levels))))
+    longest = max(2, math.ceil(chunk / (max(step.micro, len(form.micro_steps)) * len(levels))))
     chunks = tuple(range(2, longest + 1))
     for length in chunks:
         _prove_chunk(step, form, length)

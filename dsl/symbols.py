@@ -37,9 +37,19 @@ class Symbols:
 
     def opaque(self, name: str, *args: Expr) -> Expr:
         key = (name, *(sympy.expand(a) for a in args))
+        if name == "sqrt" and (exponent := self._exponent(key[1])) is not None:
+            key = ("exp", sympy.expand(exponent / 2))  # written either way
         if key not in self._opaque:
             self._opaque[key] = sympy.Symbol(f"{name}__{len(self._opaque)}", positive=True)
         return self._opaque[key]
+
+    def _exponent(self, x: Expr) -> Expr | None:
+        """The logarithm of a product of powers of e; None of anything else."""
+        known = {symbol: key[1] for key, symbol in self._opaque.items() if key[0] == "exp"}
+        factors = x.as_powers_dict()
+        if not factors or any(f not in known for f in factors):
+            return None
+        return sympy.Add(*(n * known[f] for f, n in factors.items()))
 
     def opaque_over(self, symbols: Sequence[Expr]) -> bool:
         """Whether an opaque function was taken of something that holds one of `symbols`."""

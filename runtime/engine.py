@@ -22,7 +22,7 @@ from ..codegen.programs import chunk_program
 from ..codegen.token import row_names, token_kernel
 from ..dsl.errors import EngineUnavailable, NotLowered
 from ..dsl.ir import Per
-from ..dsl.normal_form import NormalForm, Operand
+from ..dsl.normal_form import NormalForm, Operand, has_entries_apart
 from .call import Call, places_of, values_of
 from .engines import EngineName
 from .micro_steps import by_entry, expanded, rows_of
@@ -221,12 +221,14 @@ class KernelEngine(Engine):
         task = task_of(request)
         execute = self.compile(task, request.config, request.segment)
         finish = [_finish(task, name) for name in task.results]
+        entries = _entries(task)
         if not any(finish):
             return execute
 
         def run(values: Values) -> list[Tensor]:
             made = execute(values)
-            return [x if f is None else f(x) for f, x in zip(finish, made, strict=True)]
+            done = [x if f is None else f(x) for f, x in zip(finish, made, strict=True)]
+            return done if entries is None else _stacked(done, entries)
 
         return run
 
@@ -240,13 +242,13 @@ def task_of(request: Request) -> Task:
     """What an engine compiles for a request."""
     call, way, cotangents = request.call, request.way, request.cotangents
     places = request.places or places_of(call, len(cotangents))
-    tokens = way is Way.TOKENS
+    tokens, apart = way is Way.TOKENS, has_entries_apart(call.form)
     n = 1 if tokens else len(call.form.micro_steps)
     operands: dict[str, Feed] = {}
     for o in call.step.operands:
         value = Feed(places.operands[o.name], None, call.operands[o.name])
-        if tokens:
-            operands |= _token_feeds(value, o, call.micro, places.time)
+        if tokens or apart:
+            operands |= _entry_feeds(value, o, call.micro, places.time)
         else:
             make = rows_of(call, o).make
             operands[o.name] = value if make is None else value.then(make)
@@ -259,7 +261,8 @@ def task_of(request: Request) -> Task:
     results = ["o", *starts]
     if way is Way.BACKWARD:
         operands[GRADIENT + "o"] = _cotangent(call, places.cotangents, cotangents[0])
-        results = [GRADIENT + name for name in call.operands]
+        names = by_entry(call).operands if apart else call.operands
+        results = [GRADIENT + name for name in names]
         results += [GRADIENT + name for name, feed in starts.items() if feed.like is not None]
         for at, (name, d) in enumerate(zip(tuple(starts), cotangents[1:], strict=True), 1):
             starts[GRADIENT + name] = Feed(places.cotangents + at, None, d)
@@ -283,8 +286,8 @@ def _strided(feed: Feed, *, per_head: bool) -> Feed:
     return feed if as_kernels_read(_like(feed), per_head=per_head) else feed.dense()
 
 
-def _token_feeds(value: Feed, o: Operand, micro: int, time: bool) -> dict[str, Feed]:
-    """The tensors of an operand for kernels that take tokens: one for each micro-step.
+def _entry_feeds(value: Feed, o: Operand, micro: int, time: bool) -> dict[str, Feed]:
+    """The tensors of an operand for kernels that take the entries of tuples apart.
 
     Their layout has a time axis, also where values have none.
     """
@@ -320,6 +323,21 @@ def _boundaries(feed: Feed, device: torch.device, micro_steps: int) -> Feed:
     return feed.then(make)
 
 
+def _entries(task: Task) -> list[int] | None:
+    """How many entries the gradient of each operand has that comes by entry; None if none does."""
+    call = task.call
+    if task.way is not Way.BACKWARD or not has_entries_apart(call.form):
+        return None
+    return [call.micro if o.micro else 0 for o in call.step.operands]
+
+
+def _stacked(made: Sequence[Tensor], entries: Sequence[int]) -> list[Tensor]:
+    """Gradients of tuples, `[B,T,n,...]`, of those of their entries; the other results after."""
+    rest = iter(made)
+    whole = [torch.stack([next(rest) for _ in range(n)], 2) if n else next(rest) for n in entries]
+    return [*whole, *rest]
+
+
 def _finish(task: Task, name: str) -> Callable[[Any], Tensor] | None:
     """The function from a task's result to the call's; None where both are the same."""
     call, rows = task.call, task.rows
@@ -337,7 +355,9 @@ def _finish(task: Task, name: str) -> Callable[[Any], Tensor] | None:
         dtype = start.dtype
         return None if dtype is call.state_dtype else partial(torch.Tensor.to, dtype=dtype)
     x = rows.operands[name]
-    (operand,) = (o for o in call.form.operands if o.name == name)
+    (operand,) = (
+        o for o in call.form.operands if name == o.name or name in row_names(o, call.micro)
+    )
     gradient = rows_of(call, operand).gradient
     return partial(gradient, shape=x.shape, dtype=x.dtype, device=call.device, HV=call.HV)
 

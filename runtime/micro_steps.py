@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..codegen.token import row_names
 from ..dsl.ir import Per
-from ..dsl.normal_form import Operand
+from ..dsl.normal_form import Operand, has_entries_apart
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 
 def rows_of(call: Call, operand: Operand) -> Rows:
-    """How kernels of chunks take an operand of `call`."""
-    micro = call.micro if operand.micro else None
+    """How kernels of chunks take an operand of `call`, or an entry of it that is apart."""
+    micro = call.micro if operand.micro and not has_entries_apart(call.form) else None
     return Rows(len(call.form.micro_steps), micro, operand.per is Per.HEAD)
 
 
 def expanded(call: Call) -> Call:
     """`call` over rows; itself where no operand is a tuple and a token is a row."""
+    if has_entries_apart(call.form):
+        return by_entry(call)
     n = len(call.form.micro_steps)
     if n == 1 and not any(o.micro for o in call.form.operands):
         return call

@@ -25,14 +25,15 @@ CLASSES = (
 
 # a step whose chunk form is not derived: a file for the command line
 NOT_LOWERED = """
-from chunkwise import Key, State, Value, dot, outer, recurrence
+from chunkwise import Key, Scalar, State, Value, exp, outer, recurrence
 
 
 @recurrence
-def first_key(S: State, q: Key, ks: tuple[Key, ...], v: Value):
-    for k in ks:
-        S = S + outer(k, dot(ks[0], k) * v)
-    return S, q @ S
+def fading_mix(A: State, B: State, q: Key, k: Key, v: Value, g: Key, s: Scalar):
+    A, B = A + s * B + outer(k, v), B - s * A
+    A = exp(g) * A
+    A = A - outer(k, k @ A)
+    return (A, B), q @ A
 """
 
 

@@ -11,7 +11,7 @@ import chunkwise as cw
 import numpy as np
 import pytest
 import torch
-from chunkwise import HeadScalar, Key, Scalar, State, Value, dot, errors, exp, outer, softplus
+from chunkwise import HeadScalar, Key, Scalar, State, Value, errors, exp, outer, softplus
 from torch import Tensor
 
 B, T, H, K, V = 2, 8, 3, 4, 6
@@ -434,13 +434,15 @@ def test_a_step_without_chunks_is_told_of_its_kernel() -> None:
     pytest.importorskip("tvm")
 
     @cw.recurrence
-    def first_key(S: State, q: Key, ks: tuple[Key, ...], v: Value):
-        for k in ks:
-            S = S + outer(k, dot(ks[0], k) * v)
-        return S, q @ S
+    def fading_mix(A: State, B: State, q: Key, k: Key, v: Value, g: Key, s: Scalar):
+        A, B = A + s * B + outer(k, v), B - s * A
+        A = exp(g) * A
+        A = A - outer(k, k @ A)
+        return (A, B), q @ A
 
-    with pytest.raises(errors.NotLowered, match=r"first_key.step runs it by a kernel"):
-        first_key(normal(B, T, H, K), normal(B, T, 2, H, K), normal(B, T, H, V), engine="tvm")
+    keys, v = [normal(B, T, H, K) for _ in range(2)], normal(B, T, H, V)
+    with pytest.raises(errors.NotLowered, match=r"fading_mix.step runs it by a kernel"):
+        fading_mix(*keys, v, -normal(B, T, H, K).abs(), normal(B, T, H), engine="tvm")
 
 
 def test_modules_of_the_wrong_kind() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 
-from ...dsl.normal_form import Operand
+from ...dsl.normal_form import Operand, has_entries_apart
 from .contents import Package, axes
 from .text import module, wrapped
 
@@ -86,6 +86,8 @@ def _tables(package: Package, sources: Mapping[str, str]) -> Iterator[str]:
     yield f"    lead={package.lead!r},"
     yield f"    output={' '.join(package.form.output_axes)!r},"
     yield f"    rows={len(package.form.micro_steps)},"
+    if has_entries_apart(package.form):
+        yield "    apart=True,"
     yield "    kernels={"
     for s in package.served:
         key = f"(torch.{s.dtype.value}, {s.dims.K}, {s.dims.V})"

@@ -53,6 +53,7 @@ class Recurrence:
         output: the axes of the output.
         rows: rows of a kernel's tiles that a token takes: one for each micro-step.
         kernels: by dtype, K and V.
+        apart: whether kernels take each entry of a tuple as a tensor of its own.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Recurrence:
     output: str
     rows: int
     kernels: Mapping[tuple[torch.dtype, int, int], Kernels]
+    apart: bool = False
 
     def refuse(self, fault: shapes.Fault) -> Exception:
         """The error of a fault that `shapes` found."""
@@ -76,8 +78,12 @@ class Recurrence:
     def layout_of(self, operand: str) -> Rows:
         """How kernels take an operand."""
         letters = self.axes[operand].split()
-        micro = next((int(a) for a in letters if a.isdigit()), None)
+        micro = None if self.apart else self.entries_of(operand)
         return Rows(self.rows, micro, per_head=letters[0] == "HV")
+
+    def entries_of(self, operand: str) -> int | None:
+        """How many entries the operand's tuple has; None where it is no tuple."""
+        return next((int(a) for a in self.axes[operand].split() if a.isdigit()), None)
 
 
 class _Call:
@@ -171,12 +177,21 @@ class _Call:
                 "export float32 or float16 to test on a CPU"
             )
 
-    def in_rows(self, name: str) -> Tensor:
-        """An operand as kernels take it, in the dtype that they were printed for."""
+    def in_rows(self, name: str) -> list[tuple[str, Tensor]]:
+        """An operand as kernels take it, in the dtype that they were printed for, by name.
+
+        Of a tuple whose entries are apart it is one tensor for each.
+        """
         x, rows = self.operands[name], self.of.layout_of(name)
         x = x if name in self.of.narrow else x.float()
         x = x if rows.make is None else rows.make(x)
-        return x if as_kernels_read(x, per_head=rows.per_head) else x.contiguous()
+        named = [(name, x)]
+        if self.of.apart and self.of.entries_of(name) is not None:
+            named = [(f"{name}_at{n}", entry) for n, entry in enumerate(x.unbind(2))]
+        return [
+            (n, y if as_kernels_read(y, per_head=rows.per_head) else y.contiguous())
+            for n, y in named
+        ]
 
     def run(
         self,
@@ -247,7 +262,8 @@ def register(of: Recurrence, namespace: str) -> torch.library.Library:
                 for name, x in call.starts.items()
             )
             return new(call.output_shape), *ends
-        made = call.run(call.kernels.forward, {name: call.in_rows(name) for name in of.axes}, {})
+        rows = dict(x for name in of.axes for x in call.in_rows(name))
+        made = call.run(call.kernels.forward, rows, {})
         return last_rows(made["o"], of.rows), *(made[name] for name in of.states)
 
     def forward_shapes(*inputs: Any) -> tuple[Tensor, ...]:
@@ -265,14 +281,18 @@ def register(of: Recurrence, namespace: str) -> torch.library.Library:
         else:
             do = call.lead.new_zeros(call.output_shape) if do is None else do.contiguous()
             rows = {name: call.in_rows(name) for name in of.axes}
-            operands = {**rows, "d_o": in_last_rows(do, of.rows)}
+            operands = dict(x for named in rows.values() for x in named)
+            operands["d_o"] = in_last_rows(do, of.rows)
             ends = call.run(call.kernels.backward, operands, ends)
-            gradients = [
-                of.layout_of(name)
-                .gradient(ends.get(f"d_{name}"), x.shape, x.dtype, x.device, call.sizes["HV"])
-                .to(call.operands[name].dtype)
-                for name, x in rows.items()
-            ]
+            gradients = []
+            for name, named in rows.items():
+                own = [
+                    of.layout_of(name)
+                    .gradient(ends.get(f"d_{n}"), x.shape, x.dtype, x.device, call.sizes["HV"])
+                    .to(call.operands[name].dtype)
+                    for n, x in named
+                ]
+                gradients.append(torch.stack(own, 2) if named[0][0] != name else own[0])
         for name, x in call.starts.items():
             if x is not None:
                 d = ends[f"d_{name}"]

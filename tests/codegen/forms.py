@@ -32,12 +32,13 @@ def check_engine(op: Recurrence, sizes: Sizes, engine: str) -> None:
 
 def check_normal_form(op: Recurrence, sizes: Sizes) -> None:
     """The normal form, and the step that it describes, are what was declared."""
-    form = op.declaration.normal_form()
+    micro = op.declaration.default_micro
+    form = op.declaration.normal_form(micro)
     verify_form(form)
     verify_step(as_step(form))
     inputs = make_inputs(op, sizes)
     given = (inputs.operands, inputs.params, inputs.initial)
-    want, states = oracle.run(op.declaration.step(), *given)
+    want, states = oracle.run(op.declaration.step(micro), *given)
     for what in (form, as_step(form)):
         got, ends = oracle.run(what, *given)
         for x, y in zip((got, *ends), (want, *states), strict=True):
@@ -50,7 +51,8 @@ def check_one_token(op: Recurrence) -> None:
     token = {n: x.detach()[:, 0] for n, x in inputs.operands.items()}
     given = inputs.initial or ()
     o, states = op.step(**token, state=given if len(given) > 1 else given[0])
-    want, ends = oracle.run(op.declaration.step(), inputs.operands, {}, inputs.initial)
+    step = op.declaration.step(op.declaration.default_micro)
+    want, ends = oracle.run(step, inputs.operands, {}, inputs.initial)
     states = states if isinstance(states, tuple) else (states,)
     for x, y in zip((o, *states), (want[:, 0], *ends), strict=True):
         torch.testing.assert_close(x, y)

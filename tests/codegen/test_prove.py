@@ -85,15 +85,16 @@ def test_both_proofs() -> None:
 
 
 def test_without_tiles_the_form_is_proved_and_it_says_so() -> None:
-    def first_key(S: State, q: Key, ks: tuple[Key, ...], v: Value):
-        for k in ks:
-            S = S + outer(k, dot(ks[0], k) * v)
-        return S, q @ S
+    def fading_mix(A: State, B: State, q: Key, k: Key, v: Value, g: Key, s: Scalar):
+        A, B = A + s * B + outer(k, v), B - s * A
+        A = exp(g) * A
+        A = A - outer(k, k @ A)
+        return (A, B), q @ A
 
-    rule = Declaration(first_key)
+    rule = Declaration(fading_mix)
     proof = prove.prove(rule, chunk=2)
     assert proof.claims == forms.prove(rule, chunk=2).claims
-    reason = "no tiles, and no gradient: an operand of micro-steps outside its own"
+    reason = "no tiles, and no gradient: states that mix carry a gate per channel"
     assert str(proof).endswith(f"– {reason}")
 
 

@@ -89,7 +89,9 @@ def test_what_is_not_lowered_says_so(tmp_path: Path, capsys: pytest.CaptureFixtu
     rule.write_text(NOT_LOWERED, encoding="utf-8")
     assert cli.main(["emit", str(rule), "--stage", "normal"]) == 0
     assert cli.main(["emit", str(rule), "--stage", "chunk"]) == 1
-    assert capsys.readouterr().err.startswith("NotLowered: first_key: an operand")
+    assert capsys.readouterr().err.startswith(
+        "NotLowered: fading_mix: states that mix carry a gate"
+    )
 
 
 def test_resources(rules: str, tmp_path: Path) -> None:
@@ -133,7 +135,7 @@ def test_explain_says_what_was_compiled(
     unlowered = tmp_path / "unlowered.py"
     unlowered.write_text(NOT_LOWERED, encoding="utf-8")
     assert cli.main(["explain", str(unlowered)]) == 0
-    refusal = "engines  reference only: first_key: an operand of micro-steps outside its own:"
+    refusal = "engines  reference only: fading_mix: states that mix carry a gate per channel:"
     assert refusal in capsys.readouterr().out
     assert cli.main(["explain", "delta_rule", "--section", "costs"]) == 0
     assert capsys.readouterr().out.startswith("kernels by default")
