@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...dsl.ir import Kind, Per, operands_of
 from ...dsl.normal_form import NormalForm, Operand
 from ..inputs import usual_params
-from . import decays
+from . import decays, fused
 from .explanation import explain
 from .parts import Mixer, RMSNorm, ShortConvolution, l2norm, wide
 from .roles import FEATURES, OperandRole, own_decays, roles_of
@@ -131,8 +131,15 @@ class RecurrentLayer(nn.Module, Mixer):
         self.other_sizes = [math.prod(self._shape(x)) for x in self.others]
         self.project = nn.Linear(hidden, sum(self.feature_sizes), bias=False)
         self.control = nn.Linear(hidden, sum(self.other_sizes), bias=False) if self.others else None
+        self.alike = all(self.roles[x.name] is OperandRole.FEATURE for x in self.features)
+        spans = [
+            (channels, x.name in self.normalise)
+            for x in self.features
+            for *heads, channels in [self._shape(x)]
+            for _ in range(math.prod(heads))
+        ]
         self.convolve = (
-            ShortConvolution(sum(self.feature_sizes), conv_size) if conv_size > 1 else None
+            ShortConvolution(sum(self.feature_sizes), conv_size, spans) if conv_size > 1 else None
         )
         log_decays = [x for x in self.others if self.roles[x.name] is OperandRole.LOG_DECAY]
         self.decays = nn.ModuleDict(
@@ -221,17 +228,17 @@ class RecurrentLayer(nn.Module, Mixer):
         fill = float(x.name in self.found.ones)
         return nn.Parameter(torch.full(shape, fill, dtype=torch.get_default_dtype(), device=None))
 
-    def _operands(self, projected: Tensor, hidden: Tensor) -> list[Tensor]:
+    def _operands(self, projected: Tensor, hidden: Tensor, activated: bool = False) -> list[Tensor]:
         """The operands in declared order, from convolved projections and hidden vectors."""
         lead = projected.shape[:-1]
-        alike = all(self.roles[x.name] is OperandRole.FEATURE for x in self.features)
-        features = F.silu(projected) if alike else projected
+        features = F.silu(projected) if self.alike and not activated else projected
         made: dict[str, Tensor] = {}
         for x, part in zip(self.features, features.split(self.feature_sizes, -1), strict=True):
             y = part.reshape(*lead, *self._shape(x))
-            if not alike:
+            if not self.alike:
                 y = _activate(y, self.roles[x.name])
-            made[x.name] = l2norm(y) if x.name in self.normalise else y
+            unit = x.name in self.normalise and not activated
+            made[x.name] = l2norm(y) if unit else y
         if self.control is not None:
             parts = self.control(hidden).split(self.other_sizes, -1)
             controls = {
@@ -258,19 +265,20 @@ class RecurrentLayer(nn.Module, Mixer):
         return y if role is OperandRole.RAW else self.found.range_of(x.name).of(wide(y))
 
     def _finish(self, o: Tensor, hidden: Tensor) -> Tensor:
-        y = self.norm(o).flatten(-2)
-        if self.gate is not None:
-            y = y * F.silu(self.gate(hidden))
-        out: Tensor = self.output(y)
+        gate = None if self.gate is None else self.gate(hidden).view(o.shape)
+        out: Tensor = self.output(self.norm(o, gate).flatten(-2))
         return out
 
     def _run(
         self, x: Tensor, cu_seqlens: Tensor | None, final: bool
     ) -> tuple[Tensor, Tensor, States | None]:
-        projected = self.project(x)
-        features = projected if self.convolve is None else self.convolve(projected, cu_seqlens)
+        features = projected = self.project(x)
+        fuses = self.convolve is not None and self.alike and fused.serves(projected)
+        if self.convolve is not None:
+            convolve = self.convolve.activated if fuses else self.convolve
+            features = convolve(projected, cu_seqlens)
         o, state = self.op(
-            *self._operands(features, x),
+            *self._operands(features, x, fuses),
             output_final_state=final,
             cu_seqlens=cu_seqlens,
             engine=self.engine,

@@ -1,7 +1,11 @@
-"""What layers are made of: norms in float32, and a short convolution over time."""
+"""What layers are made of: norms in float32, and a short convolution over time.
+
+On a GPU they are one kernel each (`fused`); what is written here in torch is their meaning.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..packing import token_sequences
+from . import fused
 
 
 def wide(x: Tensor) -> Tensor:
@@ -69,21 +74,27 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size, dtype=None, device=None))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The normalised vectors.
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """The normalised vectors, times `silu(gate)` where a gate is given.
 
         Args:
             x: `[..., size]`, of any float dtype.
+            gate: of x's shape.
 
         Returns:
             `[..., size]` in x's dtype.
         """
+        if fused.serves(x):
+            return fused.rms_norm(x, self.weight, gate, self.eps)
         y = wide(x)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * wide(self.weight)).to(x.dtype)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * wide(self.weight)
+        return (y if gate is None else y * F.silu(wide(gate))).to(x.dtype)
 
 
-def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+L2_EPS = 1e-6  # added to sums of squares
+
+
+def l2norm(x: Tensor, eps: float = L2_EPS) -> Tensor:
     """`x * rsqrt(sum(x**2) + eps)` over the last axis, in float32; returns x's dtype."""
     y = wide(x)
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
@@ -102,11 +113,20 @@ class ShortConvolution(nn.Module):
     Args:
         channels: number of channels, each with its own taps.
         size: number of taps; the last tap is the token itself.
+        spans: channels of consecutive parts, and whether `activated` scales a part's vectors to
+            unit length; together they have all channels.
     """
 
-    def __init__(self, channels: int, size: int = 4) -> None:
+    spans: Tensor
+
+    def __init__(
+        self, channels: int, size: int = 4, spans: Sequence[tuple[int, bool]] = ()
+    ) -> None:
         super().__init__()
         self.size = size
+        table = fused.span_table(spans or [(channels, False)])
+        self.widest = max(width for _, width, _ in table)
+        self.register_buffer("spans", torch.tensor(table, dtype=torch.int32), persistent=False)
         self.weight = nn.Parameter(torch.empty(size, channels, dtype=None, device=None))
         nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
 
@@ -121,6 +141,8 @@ class ShortConvolution(nn.Module):
         Returns:
             `[B, T, channels]`.
         """
+        if fused.serves(x):
+            return self._fused(x, cu_seqlens, False)
         tokens = x.shape[1]
         padded = F.pad(x, (0, 0, self.size - 1, 0))
         weight = self.weight.to(x.dtype)
@@ -133,6 +155,24 @@ class ShortConvolution(nn.Module):
                 tap = tap.masked_fill((position < back)[:, None], 0.0)
             y = y + tap
         return y
+
+    def activated(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """On a GPU: `forward`, silu, and the spans scaled to unit length, as one kernel.
+
+        Args:
+            x: `[B, T, channels]`.
+            cu_seqlens: as for `forward`.
+
+        Returns:
+            `[B, T, channels]`.
+        """
+        return self._fused(x, cu_seqlens, True)
+
+    def _fused(self, x: Tensor, cu_seqlens: Tensor | None, activate: bool) -> Tensor:
+        position = None if cu_seqlens is None else positions(cu_seqlens, x.shape[1])[1]
+        return fused.short_convolution(
+            x, self.weight, self.spans, self.widest, position, activate, L2_EPS
+        )
 
     def last(self, x: Tensor) -> Tensor:
         """The cache after some tokens, from which `step` continues.
