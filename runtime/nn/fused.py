@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# tokens of a tile, forward and backward, and tiles that one program of the backward walks: the most
-# with which registers of an H100 hold a tile
-_TOKENS, _TOKENS_BACKWARD, _TILES = 16, 8, 16
+# tokens of a tile, which registers hold several times, and tiles of a program of the backward
+_TOKENS, _TILES = 8, 16
 _ENTRIES = 2048  # of a tile of rows that are normalised
-_PROGRAMS = 512  # of a norm's backward, each with its own sum over rows
+_PROGRAMS = 1024  # of a norm's backward, each with its own sum over rows
 _CHANNELS = 128  # of a span that need not be one
 
 
@@ -67,7 +66,7 @@ def short_convolution(
         spans: int32 `[spans, 3]`: first channel, channels, and whether they are scaled to length 1.
             Every channel is in one span.
         widest: channels of the widest span.
-        position: int `[T]`, the position of each token in its packed sequence; None without packing.
+        position: int `[T]`, the position of each token in its packed sequence, if packed.
         activate: apply silu after the convolution, and scale the spans; otherwise neither.
         eps: added to sums of squares.
 
@@ -102,14 +101,18 @@ def short_convolution_backward(
     size = weight.shape[0]
     dy = dy.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    programs = -(-T // (_TOKENS_BACKWARD * _TILES))
+    dz = torch.empty_like(dx) if activate else dy
+    programs = -(-T // (_TOKENS * _TILES))
     sums = torch.empty(B * programs, size, channels, dtype=torch.float32, device=x.device)
     if dx.numel():
-        _kernels().convolve_backward[(spans.shape[0], programs, B)](
-            *(x, weight, spans, position, dy, dx, sums, T, x.stride(0), x.stride(1), channels, eps),
-            SIZE=size, ACTIVATE=activate, PACKED=position is not None, TILES=_TILES, BT=_TOKENS_BACKWARD,
-            BC=_above(widest),
+        of, tokens = _kernels(), {"SIZE": size, "PACKED": position is not None, "BT": _TOKENS}
+        of.activation_backward[(spans.shape[0], programs, B)](
+            *(x, weight, spans, position, dy, dz, sums, T, x.stride(0), x.stride(1), channels, eps),
+            **tokens, ACTIVATE=activate, TILES=_TILES, BC=_above(widest),
         )  # fmt: skip
+        of.convolve_transposed[(-(-channels // _CHANNELS), -(-T // _TOKENS), B)](
+            dz, weight, position, dx, T, channels, **tokens, BC=_CHANNELS
+        )
     return dx, sums.sum(0).to(weight.dtype)
 
 
@@ -135,6 +138,11 @@ def _convolution_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 short_convolution.register_autograd(_convolution_backward, setup_context=_keep_convolution)
 
 
+def _warps(BD: int) -> int:
+    """Of a program that normalises rows of at most BD entries."""
+    return max(4, min(16, BD // 256))
+
+
 @torch.library.custom_op("chunkwise::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> Tensor:
     """`x / rms(x) * weight * silu(gate)` over the last axis.
@@ -156,8 +164,9 @@ def rms_norm(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> Tens
     BM = max(1, _ENTRIES // BD)
     gate = None if gate is None else gate.contiguous()
     _kernels().normalise[(-(-rows // BM),)](
-        x, weight, gate, y, rows, size, eps, GATED=gate is not None, BM=BM, BD=BD
-    )
+        *(x, weight, gate, y, rows, size, eps),
+        GATED=gate is not None, BM=BM, BD=BD, num_warps=_warps(BD),
+    )  # fmt: skip
     return y
 
 
@@ -181,7 +190,7 @@ def rms_norm_backward(
     if programs:
         _kernels().normalise_backward[(programs,)](
             *(x, weight, gate, dy, dx, sums, dgate, rows, size, eps),
-            GATED=gate is not None, BM=BM, BD=BD,
+            GATED=gate is not None, BM=BM, BD=BD, num_warps=_warps(BD),
         )  # fmt: skip
     return dx, sums.sum(0).to(weight.dtype), dgate
 

@@ -68,13 +68,13 @@ def convolve(
 
 
 @triton.jit
-def convolve_backward(
+def activation_backward(
     x,
     weight,
     spans,
     position,
     dy,
-    dx,
+    dz,
     dweight,
     T,
     stride_b,
@@ -88,10 +88,9 @@ def convolve_backward(
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Gradients for one span and TILES times BT tokens; activations are computed again.
+    """One span, TILES times BT tokens: the convolution's gradient and the weight's.
 
-    A token's dx sums over the outputs that saw it: those of the next SIZE - 1 tokens of its
-    sequence, and its own.
+    The convolution is computed again. Without an activation its gradient is dy, and not stored.
     """
     span, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     first, width = tl.load(spans + 3 * span), tl.load(spans + 3 * span + 1)
@@ -103,41 +102,57 @@ def convolve_backward(
     taps = tl.arange(0, SIZE)
     dw = tl.zeros([SIZE, BC], tl.float32)
     for tile in range(TILES):
-        start = (tl.program_id(1) * TILES + tile) * BT
-        t = start + tl.arange(0, BT)
-        dx_tile = tl.zeros([BT, BC], tl.float32)
-        for ahead in range(SIZE):  # unrolled, it would hold SIZE tiles of everything
-            r = t + ahead
-            place = _places(position, r, T, PACKED)
-            seen = ((r < T) & (place >= ahead))[:, None] & inside[None, :]
-            at = (b * T + r)[:, None] * channels + columns[None, :]
-            d = tl.load(dy + at, mask=seen, other=0.0).to(tl.float32)
-            if ACTIVATE:
-                z = _convolved(x, weight, r, place, columns, inside, T, stride_t, channels, SIZE)
-                sigmoid = tl.sigmoid(z)
-                a = z * sigmoid
-                inverse = tl.rsqrt(tl.sum(a * a, 1) + eps)
-                along = tl.sum(a * d, 1) * inverse * inverse
-                d = tl.where(unit, inverse[:, None] * (d - a * along[:, None]), d)
-                d = d * (sigmoid + a * (1.0 - sigmoid))
-            w = tl.load(weight + ahead * channels + columns, mask=inside, other=0.0)
-            dx_tile += d * w.to(tl.float32)[None, :]
-            # the tap `ahead` of these outputs read the tokens t
-            own = (t < T)[:, None] & inside[None, :]
-            tap = tl.load(
-                x + t.to(tl.int64)[:, None] * stride_t + columns[None, :], mask=own, other=0.0
-            )
-            dw += tl.where(
-                (taps == ahead)[:, None], tl.sum(d * tap.to(tl.float32), 0)[None, :], 0.0
-            )
+        t = (tl.program_id(1) * TILES + tile) * BT + tl.arange(0, BT)
+        place = _places(position, t, T, PACKED)
+        here = (t < T)[:, None] & inside[None, :]
         at = (b * T + t)[:, None] * channels + columns[None, :]
-        tl.store(
-            dx + at,
-            dx_tile.to(dx.dtype.element_ty),
-            mask=(t < T)[:, None] & inside[None, :],
-        )
+        d = tl.load(dy + at, mask=here, other=0.0).to(tl.float32)
+        if ACTIVATE:
+            z = _convolved(x, weight, t, place, columns, inside, T, stride_t, channels, SIZE)
+            sigmoid = tl.sigmoid(z)
+            a = z * sigmoid
+            inverse = tl.rsqrt(tl.sum(a * a, 1) + eps)
+            along = tl.sum(a * d, 1) * inverse * inverse
+            d = tl.where(unit, inverse[:, None] * (d - a * along[:, None]), d)
+            d = d * (sigmoid + a * (1.0 - sigmoid))
+            tl.store(dz + at, d.to(dz.dtype.element_ty), mask=here)
+        for back in tl.static_range(SIZE):
+            seen = here & (place >= back)[:, None]
+            of = (t - back).to(tl.int64)[:, None] * stride_t + columns[None, :]
+            tap = tl.load(x + of, mask=seen, other=0.0).to(tl.float32)
+            dw += tl.where((taps == back)[:, None], tl.sum(d * tap, 0)[None, :], 0.0)
     at = (row * SIZE + taps)[:, None] * channels + columns[None, :]
     tl.store(dweight + at, dw, mask=inside[None, :])
+
+
+@triton.jit
+def convolve_transposed(
+    dz,
+    weight,
+    position,
+    dx,
+    T,
+    channels,
+    SIZE: tl.constexpr,
+    PACKED: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """BC channels, BT tokens: the gradients of those outputs of their sequence that saw them."""
+    columns = tl.program_id(0) * BC + tl.arange(0, BC)
+    inside = columns < channels
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    b = tl.program_id(2).to(tl.int64)
+    total = tl.zeros([BT, BC], tl.float32)
+    for ahead in tl.static_range(SIZE):
+        r = t + ahead
+        seen = ((r < T) & (_places(position, r, T, PACKED) >= ahead))[:, None] & inside[None, :]
+        at = (b * T + r)[:, None] * channels + columns[None, :]
+        d = tl.load(dz + at, mask=seen, other=0.0).to(tl.float32)
+        w = tl.load(weight + ahead * channels + columns, mask=inside, other=0.0).to(tl.float32)
+        total += d * w[None, :]
+    at = (b * T + t)[:, None] * channels + columns[None, :]
+    tl.store(dx + at, total.to(dx.dtype.element_ty), mask=(t < T)[:, None] & inside[None, :])
 
 
 @triton.jit

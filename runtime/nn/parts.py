@@ -85,7 +85,8 @@ class RMSNorm(nn.Module):
             `[..., size]` in x's dtype.
         """
         if fused.serves(x):
-            return fused.rms_norm(x, self.weight, gate, self.eps)
+            normed: Tensor = fused.rms_norm(x, self.weight, gate, self.eps)
+            return normed
         y = wide(x)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * wide(self.weight)
         return (y if gate is None else y * F.silu(wide(gate))).to(x.dtype)
@@ -170,9 +171,10 @@ class ShortConvolution(nn.Module):
 
     def _fused(self, x: Tensor, cu_seqlens: Tensor | None, activate: bool) -> Tensor:
         position = None if cu_seqlens is None else positions(cu_seqlens, x.shape[1])[1]
-        return fused.short_convolution(
+        y: Tensor = fused.short_convolution(
             x, self.weight, self.spans, self.widest, position, activate, L2_EPS
         )
+        return y
 
     def last(self, x: Tensor) -> Tensor:
         """The cache after some tokens, from which `step` continues.

@@ -20,7 +20,7 @@ TOKENS = 137  # more than one program walks, and no multiple of a tile
 
 def _gradients(module: nn.Module, run: Callable[[], Tensor], *inputs: Tensor) -> list[Tensor]:
     y = run()
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
     wanted = [*inputs, *module.parameters()]
     return [y, *torch.autograd.grad((y * weights).sum(), wanted)]
 
