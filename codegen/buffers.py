@@ -36,4 +36,6 @@ def gradient(operand: str) -> BufferId:
     return BufferId(BufferKind.GRADIENT, operand)
 
 
-OUTPUT = BufferId(BufferKind.OUTPUT, "o")  # a recurrence has one output
+def output(name: str) -> BufferId:
+    """An output, called o where it is the only one."""
+    return BufferId(BufferKind.OUTPUT, name)

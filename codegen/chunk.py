@@ -34,8 +34,9 @@ from ..dsl.decay import SMALLEST
 from ..dsl.errors import NotLowered
 from ..dsl.ir import Kind, Op
 from ..dsl.normal_form import NormalForm, Phase, Read, groups_of, levels_of
+from ..dsl.step import output_names
 from . import gates, tile
-from .buffers import OUTPUT, BufferId
+from .buffers import BufferId, output
 from .gates import LEAST_FACTOR
 from .lower import kind_axes
 from .refusals import refusals
@@ -90,11 +91,12 @@ def derive(form: NormalForm, *, hoist_products: bool = False) -> ChunkProgram:
             chunks |= dict.fromkeys(names, _GroupChunk(tiles, names, hoist_products))
         for n in level.reads:
             results[n] = chunks[form.reads[n].state].read(form.reads[n])
-    output = tiles.of(form.output)
-    channels = kind_axes(form.output.kind, transposed=form.transposed)
-    output = tile.expand(output, tile.axes_of(Axis.I, *channels)).named("o")
+    outputs = []
+    for name, node in zip(output_names(len(form.outputs)), form.outputs, strict=True):
+        axes = tile.axes_of(Axis.I, *kind_axes(node.kind, transposed=form.transposed))
+        outputs.append((output(name), tile.expand(tiles.of(node), axes).named(name)))
     carried = tuple(chunks[s.name].carried[s.name] for s in form.states)
-    return ChunkProgram(((OUTPUT, output),), carried, form.transposed)
+    return ChunkProgram(tuple(outputs), carried, form.transposed)
 
 
 class _GroupChunk:

@@ -24,7 +24,7 @@ from ..dsl.elementwise import many_digits
 from ..dsl.errors import NotLowered, ProofFailed
 from ..dsl.ir import Kind, Node, Op, Per, bounds_of, promises_of
 from ..dsl.normal_form import NormalForm, Operand, has_entries_apart
-from ..dsl.step import Step, operand_leaf, param_leaf, state_leaf
+from ..dsl.step import Step, operand_leaf, output_names, param_leaf, state_leaf
 from .buffers import BufferId, gradient
 from .chunk import ChunkProgram, derive
 from .differentiate import GRADIENT, Adjoint, differentiate
@@ -40,7 +40,6 @@ _TOLERANCE = Decimal("1e-12")  # relative to the larger of 1 and the expected nu
 _CHANGE = Decimal("1e-20")  # of a difference quotient, whose relative error is its square
 _LARGEST = Decimal(10**6)  # of results: a state that grows takes the digits of a quotient
 _DRAWS = 48  # of a point, before it is given up
-_OUTPUT = "the output"
 
 _Values = Mapping[str, Numbers]
 
@@ -185,7 +184,7 @@ def _drawn(step: Step, tokens: int, scale: int, resets: Mapping[str, Decimal]) -
         params={p.name: numbers(fraction, 1, Kind.SCALAR) for p in step.params},
         cotangents={
             n: numbers(either, *layout)
-            for n, layout in {**states, _OUTPUT: (tokens, step.output.kind)}.items()
+            for n, layout in {**states, **_outputs(step, tokens)}.items()
         },
         directions={n: numbers(either, *layout) for n, layout in {**states, **layouts}.items()},
     )
@@ -203,6 +202,12 @@ def _drawn(step: Step, tokens: int, scale: int, resets: Mapping[str, Decimal]) -
         if _is_sound(candidate):
             return candidate
     return None
+
+
+def _outputs(step: Step, tokens: int) -> dict[str, tuple[int, Kind]]:
+    """The outputs by name, with their rows and kinds."""
+    names = output_names(len(step.outputs))
+    return {name: (tokens, n.kind) for name, n in zip(names, step.outputs, strict=True)}
 
 
 def _rows(o: Operand, micro: int, tokens: int) -> int:
@@ -229,7 +234,7 @@ def _within(
 
 def _is_sound(point: _Point) -> bool:
     for token in _run(point):
-        results = (token.output, *token.states.values())
+        results = (*token.outputs.values(), *token.states.values())
         if not all(abs(x) <= _LARGEST for xs in results for x in xs.flat):  # nor is NaN
             return False
         for n, xs in token.known.items():
@@ -245,9 +250,9 @@ def _is_sound(point: _Point) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Token:
-    """The results of the step for one token: its output, the states after it, all other values."""
+    """The results of the step for one token: outputs, the states after it, all other values."""
 
-    output: Numbers
+    outputs: _Values
     states: _Values
     known: Mapping[Node, Numbers]
 
@@ -267,13 +272,15 @@ def _run(point: _Point) -> Iterator[_Token]:
                 leaves[operand_leaf(o)] = x if o.per is Per.HEAD else x[[t]]
         known = evaluate_step(step.roots, leaves)
         states = {s.name: known[n] for s, n in zip(step.states, step.next_states, strict=True)}
-        yield _Token(known[step.output], states, known)
+        outputs = dict(zip(_outputs(step, 1), (known[n] for n in step.outputs), strict=True))
+        yield _Token(outputs, states, known)
 
 
 def _results(point: _Point) -> _Values:
-    """The output of every token and the final states, by the step."""
+    """The outputs of every token and the final states, by the step."""
     tokens = list(_run(point))
-    return {**tokens[-1].states, _OUTPUT: np.concatenate([t.output for t in tokens])}
+    outputs = {n: np.concatenate([t.outputs[n] for t in tokens]) for n in tokens[0].outputs}
+    return {**tokens[-1].states, **outputs}
 
 
 def _product(x: _Values, y: _Values) -> Decimal:
@@ -302,7 +309,7 @@ def _prove_at(point: _Point, variants: tuple[_Variant, ...], length: int, form: 
         chunks = _Chunks(point, length, rows, apart=apart, transposed=variant.body.transposed)
         where = f"of tiles {variant.name}, in chunks of {length} rows"
         for n, ours in chunks.results(variant.body).items():
-            what = f"the final {n}" if n in states else n
+            what = f"the final {n}" if n in states else "the output"
             for a, b in zip(ours.flat, np.broadcast_to(expected[n], ours.shape).flat, strict=True):
                 _agree(point, f"{what} {where}", a, b)
         for n, ours in chunks.gradients(variant.adjoint).items():
@@ -339,9 +346,9 @@ class _Chunks:
                 rows |= {name: x[m :: step.micro] for m, name in enumerate(names)}
             elif o.per is Per.TOKEN:
                 rows[o.name] = _entries(x, step.micro, each) if o.micro else x.repeat(each, axis=0)
-        output = point.cotangents[_OUTPUT].repeat(each, axis=0)
-        output[np.arange(end) % each != each - 1] = ZERO
-        rows[GRADIENT + "o"] = output
+        for name in _outputs(step, point.tokens):
+            rows[GRADIENT + name] = point.cotangents[name].repeat(each, axis=0)
+            rows[GRADIENT + name][np.arange(end) % each != each - 1] = ZERO
         beyond = ((0, -end % length), (0, 0), (0, 0), (0, 0))
         self._rows = {n: np.pad(x, beyond, constant_values=ZERO) for n, x in rows.items()}
 
@@ -365,19 +372,20 @@ class _Chunks:
         return x.swapaxes(*CHANNELS) if self._transposed else x
 
     def results(self, body: ChunkProgram) -> _Values:
-        """The output and the final states, and keeps the states as each chunk begins."""
+        """The outputs and the final states, and keeps the states as each chunk begins."""
         names = [c.name for c in body.carried]
         roots = [*(t for _, t in body.outputs), *(c.end for c in body.carried)]
         carries = {n: self._point.values[n] for n in names}
-        outputs = []
+        outputs: dict[str, list[Numbers]] = {n.of: [] for n, _ in body.outputs}
         self._starts = []
         for sizes in self._sizes:
             self._starts.append(carries)
-            o, *ends = self._evaluate(roots, carries, sizes)
-            outputs.append(o)
-            carries = dict(zip(names, ends, strict=True))
-        rows = np.concatenate(outputs)[: self._sizes[0].end]
-        return {**carries, _OUTPUT: rows[self._each - 1 :: self._each]}
+            found = self._evaluate(roots, carries, sizes)
+            for own, x in zip(outputs.values(), found, strict=False):
+                own.append(x)
+            carries = dict(zip(names, found[len(outputs) :], strict=True))
+        last = slice(self._each - 1, self._sizes[0].end, self._each)
+        return {**carries, **{n: np.concatenate(own)[last] for n, own in outputs.items()}}
 
     def gradients(self, adjoint: Adjoint) -> _Values:
         """The gradients of all operands and initial states, by the chunks of the last `results`."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 from ..dsl.errors import NotLowered
 from ..dsl.ir import Kind, Node, Op, Per, topological
 from ..dsl.normal_form import Operand
-from ..dsl.step import Step
+from ..dsl.step import Step, output_names
 from . import tile
-from .buffers import OUTPUT
+from .buffers import output
 from .chunk import Carried, ChunkProgram
 from .expressions import unaliased
 from .lower import entry_name, kind_axes, lower_expression
@@ -38,12 +38,15 @@ def token_program(step: Step) -> ChunkProgram:
             done[node] = _leaf(operands[str(name)], index, step.micro, node.kind)
         else:
             done[node] = _lowered(node, args)
-    output = tile.expand(done[step.output], kind_axes(step.output.kind)).named("o")
+    outputs = tuple(
+        (output(name), tile.expand(done[n], kind_axes(n.kind)).named(name))
+        for name, n in zip(output_names(len(step.outputs)), step.outputs, strict=True)
+    )
     carried = tuple(
         Carried(tile.carry(s.name, kind_axes(s.kind)), done[n].named(f"{s.name}_next"))
         for s, n in zip(step.states, step.next_states, strict=True)
     )
-    return ChunkProgram(((OUTPUT, output),), carried)
+    return ChunkProgram(outputs, carried)
 
 
 def token_kernel(step: Step) -> Kernel:

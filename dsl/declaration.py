@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
+from . import errors
 from .ir import Loc
 from .normal_form import NormalForm, Operand, Param, StateDecl
 from .normalise import normalise
@@ -64,6 +65,13 @@ class Declaration:
     def _trace_once(self, micro: int, static: tuple[tuple[str, int | bool], ...]) -> Step:
         step = trace(self.function, micro, dict(static))
         verify_step(step)
+        usual = micro == self.default_micro and not static
+        if len(step.outputs) > 1 and not usual and len(self.step(self.default_micro).outputs) == 1:
+            raise errors.BadReturn(
+                f"{len(step.outputs)} outputs for these numbers",
+                "one, as it returns for others",
+                self.source_location,
+            )
         return step
 
     def _normalise_once(self, micro: int, static: tuple[tuple[str, int | bool], ...]) -> NormalForm:

@@ -11,11 +11,11 @@ from .ir import Kind, Node, Op, Per, topological
 from .latex import LATEX, Equation
 from .normal_form import NormalForm, Phase, Update, Write, expressions, levels_of, results_of
 from .printing import printed
-from .step import Step, operand_leaf, state_leaf
+from .step import Step, operand_leaf, output_names, state_leaf
 
 
 def equations(step: Step) -> tuple[Equation, ...]:
-    """The declared step, and last its output o.
+    """The declared step, and last its output o, or outputs o_1, o_2, ...
 
     A state that is used more than once between the old and the new one has a row of its own.
     Operands of tokens have an index t; above it stands the number of their micro-step.
@@ -43,7 +43,9 @@ def equations(step: Step) -> tuple[Equation, ...]:
     for state_decl, node in zip(step.states, step.next_states, strict=True):
         if not node.args:  # another state, or itself, as it was
             rows.append(Equation(LATEX.symbol(state_decl.name, ["t"]), names[node]))
-    return (*rows, Equation("o_{t}", printed(step.output, names, LATEX).text))
+    for name, node in zip(output_names(len(step.outputs)), step.outputs, strict=True):
+        rows.append(Equation(LATEX.symbol(name, ["t"]), printed(node, names, LATEX).text))
+    return tuple(rows)
 
 
 def _leaves(step: Step) -> dict[Node, str]:
@@ -74,7 +76,7 @@ def _has_state(node: Node) -> bool:
 def as_step(form: NormalForm) -> Step:
     """The step that a normal form describes: decays, then writes, then reads, and the output."""
     now = {s.name: state_leaf(s) for s in form.states}
-    every = topological(*expressions(form), form.output)
+    every = topological(*expressions(form), *form.outputs)
     entries = [n.attrs[1] for n in every if n.op is Op.OPERAND]
     micro = max((n + 1 for n in entries if isinstance(n, int)), default=0)
     reads: dict[int, Node] = {}
@@ -98,7 +100,7 @@ def as_step(form: NormalForm) -> Step:
         form.params,
         form.states,
         tuple(now[s.name] for s in form.states),
-        _with_results(form.output, reads),
+        tuple(_with_results(n, reads) for n in form.outputs),
         max(micro, len(form.micro_steps)) if micro else 1,
     )
 

@@ -12,7 +12,7 @@ from .ir import Kind, Node, Op, topological
 from .normal_form import Correction, NormalForm, Phase, Update, Write, expressions, results_of
 from .notation import Level
 from .printing import infix, printed
-from .step import Step
+from .step import Step, output_names
 
 if TYPE_CHECKING:
     from .declaration import Declaration
@@ -35,7 +35,8 @@ def print_step(step: Step) -> str:
     lines = [f"step {step.name}({states}; {operands}{params})"]
     names: dict[Node, str] = {}
     ends = {n: f"→ {s.name}" for s, n in zip(step.states, step.next_states, strict=True)}
-    ends[step.output] = "→ o" if step.output not in ends else ends[step.output] + ", o"
+    for name, n in zip(output_names(len(step.outputs)), step.outputs, strict=True):
+        ends[n] = f"→ {name}" if n not in ends else f"{ends[n]}, {name}"
     for node in topological(*step.roots):
         if not node.args:
             continue
@@ -68,7 +69,8 @@ def equations(step: Step) -> list[str]:
     """
     lines = [f"{s.name} = {infix(n)}" for s, n in zip(step.states, step.next_states, strict=True)]
     names = {n: s.name for s, n in zip(step.states, step.next_states, strict=True)}
-    return [*lines, f"o = {infix(step.output, names)}"]
+    outputs = zip(output_names(len(step.outputs)), step.outputs, strict=True)
+    return [*lines, *(f"{name} = {infix(n, names)}" for name, n in outputs)]
 
 
 def print_form(form: NormalForm) -> str:
@@ -84,8 +86,9 @@ def print_form(form: NormalForm) -> str:
         of = f" of {read.state}" if len(form.states) > 1 else ""
         at = f" {read.micro_step}" if len(form.micro_steps) > 1 else ""
         lines.append(_row(f"read{at}", text, f"r{n}{of}, {_WHEN[read.phase]}"))
-    if form.output.op is not Op.RESULT:
-        lines.append(_row("output", infix(form.output)))
+    for output in form.outputs:
+        if len(form.outputs) > 1 or output.op is not Op.RESULT:
+            lines.append(_row("output", infix(output)))
     lines.append(_row("class", str(classify(form))))
     return "\n".join(lines)
 
@@ -236,7 +239,7 @@ def _notes(form: NormalForm) -> list[str]:
                 )
     if form.transposed:
         notes.append("columns decay or are read: the state is handled transposed, V×K")
-    promises = {n for n in topological(form.output, *expressions(form)) if n.op is Op.WITHIN}
+    promises = {n for n in topological(*form.outputs, *expressions(form)) if n.op is Op.WITHIN}
     for n in sorted(promises, key=infix):
         notes.append(f"{infix(n)} is a promise: checked under CHUNKWISE_CHECK, trusted otherwise")
     unique = list(dict.fromkeys(notes))

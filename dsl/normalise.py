@@ -103,10 +103,10 @@ def _part(step: Step, level: Sequence[int], n: int, results: Results, *, cut: bo
     return _Part(part, forms)
 
 
-def _reads(step: Step, results: Results, levels: int) -> tuple[tuple[Read, ...], Node]:
-    """The reads of a step, and its output in terms of them."""
-    output = results.rewrite(step.output, levels)
-    return tuple(results.reads), output
+def _reads(step: Step, results: Results, levels: int) -> tuple[tuple[Read, ...], tuple[Node, ...]]:
+    """The reads of a step, and its outputs in terms of them."""
+    outputs = tuple(results.rewrite(n, levels) for n in step.outputs)
+    return tuple(results.reads), outputs
 
 
 def _moments(states: Sequence[StateDecl], nodes: Sequence[Node], index: int) -> dict[Node, Moment]:
@@ -251,7 +251,7 @@ def _is_transposed(forms: Sequence[Sequence[StateForm]], step: Step) -> bool:
         )
     transposed = columns or right
     if not (transposed or rows or left):  # either will do: that with the reads of ordinary forms
-        ops = {n.op for n in _above([step.output], ())}
+        ops = {n.op for n in _above(step.outputs, ())}
         matrices = all(s.kind is Kind.STATE for s in step.states)
         return matrices and Op.READ_VALUE in ops and Op.READ not in ops
     if transposed and any(s.kind is Kind.KEY_STATE for s in step.states):

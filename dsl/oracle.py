@@ -167,14 +167,25 @@ def _state_dependent(roots: Sequence[Node]) -> dict[Node, None]:
 _Token = Callable[[_Env, list[Tensor]], tuple[Tensor, list[Tensor]]]
 
 
-def _token(step: Step) -> _Token:
+def joined(outputs: Sequence[Tensor], step: Step) -> Tensor:
+    """Several outputs side by side along channels, of which a Scalar has one; one as it is."""
+    if len(outputs) == 1:
+        return outputs[0]
+    kinds = [n.kind for n in step.outputs]
+    return torch.cat(
+        [x if k.axes else x.unsqueeze(-1) for x, k in zip(outputs, kinds, strict=True)], -1
+    )
+
+
+def _token(step: Step, shapes: Sequence[Sequence[int]]) -> _Token:
     leaves = [state_leaf(s) for s in step.states]
     order = list(_state_dependent(step.roots))
 
     def token(env: _Env, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         local = dict(env) | dict(zip(leaves, states, strict=True))
         _extend(order, local)
-        return local[step.output], [local[n] for n in step.next_states]
+        outputs = [local[n].expand(shape) for n, shape in zip(step.outputs, shapes, strict=True)]
+        return joined(outputs, step), [local[n] for n in step.next_states]
 
     return token
 
@@ -194,12 +205,13 @@ def run(
 
     `operands` by name in the layouts of `kinds` (a micro operand is `[B,T,n,…]`); `initial` one
     state per sequence, `[N,HV,K,V]` or `[N,HV,K]`, None for zeros; `cu_seqlens` packs N sequences
-    into B = 1. Returns o `[B,T,HV,V]` in `dtype`, and the final states. Gradients are checkpointed
-    every √T tokens. Raises MissingOperand, BadShape, HeadMismatch.
+    into B = 1. Returns o `[B,T,HV,V]` in `dtype` (several outputs `joined`), and the final states.
+    Gradients are checkpointed every √T tokens. Raises MissingOperand, BadShape, HeadMismatch.
     """
     step = form if isinstance(form, Step) else as_step(form)
-    token, roots = _token(step), step.roots
+    roots = step.roots
     sizes = sizes_of(form.operands, operands, form.states, initial)
+    shapes = [[sizes[a] for a in ("B", "HV", *n.kind.axes)] for n in step.outputs]
     env = leaves(form, operands, params or {}, dtype, sizes)
     dependent = _state_dependent(roots)
     # the preamble runs once for all tokens; expressions of the state run token by token
@@ -218,13 +230,13 @@ def run(
         like.new_zeros([sizes[a] for a in s.axes]) if x is None else x.to(dtype)
         for s, x in zip(form.states, initial or [None] * len(form.states), strict=True)
     ]
-    shape = [sizes[a] for a in ("B", "HV", *form.output.kind.axes)]
+    token = _token(step, shapes)
 
     def scan(columns: list[Tensor], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         outs = []
         for values in zip(*(c.unbind(1) for c in columns), strict=True):
             out, states = token(fixed | dict(zip(moving, values, strict=True)), states)
-            outs.append(out.expand(shape))
+            outs.append(out)
         return outs, states
 
     def sequence(columns: list[Tensor], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -250,7 +262,8 @@ def run(
             ends.append(own)
         states = [torch.cat(list(x)) for x in zip(*ends, strict=True)]
     if not outs:
-        return like.new_zeros([shape[0], sizes["T"], *shape[1:]]), tuple(states)
+        none = joined([like.new_zeros(shape) for shape in shapes], step)
+        return none.new_zeros([none.shape[0], sizes["T"], *none.shape[1:]]), tuple(states)
     return torch.stack(outs, 1), tuple(states)
 
 

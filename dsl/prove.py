@@ -128,10 +128,10 @@ def _prove_chunk(step: Step, form: NormalForm, length: int) -> None:
     start = {s.name: state_symbols(s, symbols) for s in form.states}
     # token by token
     states = {state_leaf(s): start[s.name] for s in step.states}
-    outputs: list[Array] = []
+    outputs: list[list[Array]] = []
     for t in range(length):
         env = dict(states)
-        outputs.append(symbols.value(step.output, t, env))
+        outputs.append([symbols.value(n, t, env) for n in step.outputs])
         new = [symbols.value(n, t, env) for n in step.next_states]
         states = {
             leaf: tuple(sympy.expand(x) for x in xs) for leaf, xs in zip(states, new, strict=True)
@@ -152,8 +152,9 @@ def _prove_chunk(step: Step, form: NormalForm, length: int) -> None:
         for ours, theirs in zip(chunks[name].final(name), states[leaf], strict=True):
             _agree(form, f"the final {name} of {length} tokens", ours, theirs)
     for t, env in enumerate(known):
-        for ours, theirs in zip(symbols.value(form.output, t, env), outputs[t], strict=True):
-            _agree(form, f"output {t} of {length} tokens", ours, theirs)
+        for node, whole in zip(form.outputs, outputs[t], strict=True):
+            for ours, theirs in zip(symbols.value(node, t, env), whole, strict=True):
+                _agree(form, f"output {t} of {length} tokens", ours, theirs)
 
 
 def _agree(form: NormalForm, what: str, ours: Expr, theirs: Expr) -> None:

@@ -18,19 +18,24 @@ class Step:
     params: tuple[Param, ...]
     states: tuple[StateDecl, ...]
     next_states: tuple[Node, ...]
-    output: Node
+    outputs: tuple[Node, ...]
     micro: int = 1
 
     @property
     def roots(self) -> tuple[Node, ...]:
         """Everything that the step computes."""
-        return (*self.next_states, self.output)
+        return (*self.next_states, *self.outputs)
 
     @property
     def digest(self) -> str:
         """Names the step in every process (source locations do not count)."""
         text = repr((self.operands, self.params, self.states, [n.key for n in self.roots]))
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def output_names(count: int) -> tuple[str, ...]:
+    """The names of so many outputs: o alone, else o_1, o_2, ..."""
+    return ("o",) if count == 1 else tuple(f"o_{n + 1}" for n in range(count))
 
 
 def state_leaf(state: StateDecl) -> Node:

@@ -124,14 +124,14 @@ def trace(
         if loc is None or isinstance(error, errors.ChunkwiseError):
             raise
         raise errors.UnknownName(str(error.name), loc) from None
-    next_states, output = _unpack(result, function, signature)
+    next_states, outputs = _unpack(result, function, signature)
     step = Step(
         function.__name__,
         signature.operands,
         signature.params,
         signature.states,
         next_states,
-        output,
+        outputs,
         micro if any(o.micro for o in signature.operands) else 1,
     )
     given = static or {}
@@ -153,7 +153,7 @@ def _return_line(function: Callable[..., object]) -> Loc | None:
 
 def _unpack(
     result: object, function: Callable[..., object], signature: StepSignature
-) -> tuple[tuple[Node, ...], Node]:
+) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
     loc = _return_line(function)
     states = signature.states
     wanted = " and ".join(f"a {s.kind.spelled} ({s.name})" for s in states)
@@ -172,9 +172,11 @@ def _unpack(
     new = new if isinstance(new, tuple) else (new,)
     if not _is_state(new, states):
         raise errors.BadReturn(_describe(result), expected, loc)
-    if not isinstance(output, Traced) or output.kind.is_state:
+    outputs = output if isinstance(output, tuple) else (output,)
+    found = [x.node for x in outputs if isinstance(x, Traced) and not x.kind.is_state]
+    if not found or len(found) < len(outputs):
         raise errors.BadReturn(_describe(result), expected, loc)
-    return tuple(s.node for s in new), output.node
+    return tuple(s.node for s in new), tuple(found)
 
 
 def _is_state(x: object, states: tuple[StateDecl, ...]) -> bool:

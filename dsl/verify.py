@@ -22,8 +22,9 @@ def verify_step(step: Step) -> None:
     for state, node in zip(step.states, step.next_states, strict=True):
         if node.kind is not state.kind:
             raise InvalidIR(f"the next {state.name} is not a {state.kind.name}", infix(node))
-    if step.output.kind not in _VECTORS:
-        raise InvalidIR("the output is a state", infix(step.output))
+    for output in step.outputs:
+        if output.kind not in _VECTORS:
+            raise InvalidIR("an output is a state", infix(output))
 
 
 def verify_form(form: NormalForm) -> None:
@@ -45,7 +46,7 @@ def verify_form(form: NormalForm) -> None:
         if node.op is Op.STATE or node.kind.is_state:
             raise InvalidIR("the preamble reads a state", infix(node))
     _verify_results(form, expressions)
-    _verify_nodes(form, (*expressions, form.output))
+    _verify_nodes(form, (*expressions, *form.outputs))
 
 
 def _verify_update(update: Update, kinds: dict[str, Kind], transposed: bool) -> list[Node]:
@@ -95,7 +96,7 @@ def _verify_results(form: NormalForm, preamble: list[Node]) -> None:
     """Every read is used, in the output or a later level; what is made of them is elementwise."""
     used: set[object] = set()
     reached: set[Node] = set()
-    for node in topological(*preamble, form.output):
+    for node in topological(*preamble, *form.outputs):
         if node.op is Op.STATE or node.kind.is_state:
             raise InvalidIR("the output reads a state outside the reads", infix(node))
         if node.op is Op.RESULT:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..dsl import errors
 from ..dsl.ir import Kind
 from ..dsl.normal_form import NormalForm, StateDecl
+from ..dsl.step import output_names
 from .shapes import Form
 from .sizes import Sizes, measure, measured, shape_of
 
@@ -87,8 +88,18 @@ class Call(Sizes):
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """`[B,T,HV,V]` for an output that is a Value."""
-        return (self.B, self.T, self.HV, *self.channels(self.step.output.kind))
+        """`[B,T,HV,V]` for an output that is a Value; of several the channels add up."""
+        shapes = self.output_shapes
+        if len(shapes) == 1:
+            return next(iter(shapes.values()))
+        return (self.B, self.T, self.HV, sum(math.prod(shape[3:]) for shape in shapes.values()))
+
+    @property
+    def output_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each output by name."""
+        outputs = self.step.outputs
+        shapes = ((self.B, self.T, self.HV, *self.channels(n.kind)) for n in outputs)
+        return dict(zip(output_names(len(outputs)), shapes, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

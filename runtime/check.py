@@ -74,7 +74,7 @@ def _check_finite(call: Call) -> None:
 
 
 def _expressions(call: Call) -> list[Node]:
-    return [*expressions(call.form), call.form.output]
+    return [*expressions(call.form), *call.form.outputs]
 
 
 def _log_decays(call: Call) -> list[tuple[str, Node]]:

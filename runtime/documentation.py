@@ -14,6 +14,7 @@ from ..dsl.equations import equations
 from ..dsl.ir import Kind, Op, Per, bounds_of, topological
 from ..dsl.latex import aligned, mathml
 from ..dsl.normal_form import Operand, StateDecl, expressions
+from ..dsl.step import output_names
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
@@ -78,7 +79,7 @@ def signature(
         kind = type(constant)
         parameters.append(inspect.Parameter(name, keyword, default=constant, annotation=kind))
     state = "final_state" if time else "state"
-    returned = Annotation(f"(o{_output(declaration, time)}, {state})")
+    returned = Annotation(f"({_output(declaration, time)}, {state})")
     return inspect.Signature([*parameters, *options], return_annotation=returned)
 
 
@@ -172,7 +173,7 @@ def _notes(declaration: Declaration) -> dict[str, str]:
         if log_decay.op is Op.OPERAND:
             decayed.setdefault(str(log_decay.attrs[0]), {})[state] = None
     notes = {n: f"; the log-decay of {' and '.join(s)}, at most 0" for n, s in decayed.items()}
-    for node in topological(*expressions(form), form.output):
+    for node in topological(*expressions(form), *form.outputs):
         if node.op is Op.WITHIN and node.args[0].op is Op.OPERAND:
             low, high = bounds_of(node)
             notes[str(node.args[0].attrs[0])] = f"; promised to lie in [{low}, {high}]"
@@ -180,5 +181,8 @@ def _notes(declaration: Declaration) -> dict[str, str]:
 
 
 def _output(declaration: Declaration, time: bool) -> str:
-    output = declaration.step(declaration.default_micro).output.kind
-    return "[" + ",".join(["B", *(["T"] if time else []), "HV", *output.axes]) + "]"
+    kinds = [n.kind for n in declaration.step(declaration.default_micro).outputs]
+    shapes = [",".join(["B", *(["T"] if time else []), "HV", *k.axes]) for k in kinds]
+    names = output_names(len(kinds))
+    named = ", ".join(f"{name}[{shape}]" for name, shape in zip(names, shapes, strict=True))
+    return named if len(kinds) == 1 else f"({named})"

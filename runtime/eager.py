@@ -267,7 +267,7 @@ class _Run:
         x = found.get(name)
         if x is None:
             return None
-        if name == "o":
+        if name in call.output_shapes:
             return self._tokens_back(x, slots).to(call.dtype)
         if name.removeprefix(GRADIENT) in self._task.per_head:
             channels = call.operands[name.removeprefix(GRADIENT)].shape[1:]

@@ -7,6 +7,7 @@ rows of micro-steps, by a copy without gaps); a call only carries this out.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from ..codegen.token import row_names, token_kernel
 from ..dsl.errors import EngineUnavailable, NotLowered
 from ..dsl.ir import Per
 from ..dsl.normal_form import NormalForm, Operand, has_entries_apart
+from ..dsl.oracle import joined
 from .call import Call, places_of, values_of
 from .engines import EngineName
 from .micro_steps import by_entry, expanded, rows_of
@@ -70,10 +72,10 @@ class Task:
 
     Attributes:
         call, rows: the layout as called, and as kernels take it: with a row for each micro-step.
-        operands: the operands by name; a backward has the output's cotangent too, as `d_o`.
+        operands: the operands by name; a backward has the outputs' cotangents too, as `d_o`.
         starts: the first values of carries by name; a start without a `like` is zero.
         params: the numbers of floats among the values of a call.
-        results: the names that kernels give to the results: `o` and states, or gradients.
+        results: the names that kernels give to the results: outputs and states, or gradients.
         time: whether values of tokens have a time axis.
     """
 
@@ -221,14 +223,14 @@ class KernelEngine(Engine):
         task = task_of(request)
         execute = self.compile(task, request.config, request.segment)
         finish = [_finish(task, name) for name in task.results]
-        entries = _entries(task)
-        if not any(finish):
+        combine = _combine(task)
+        if combine is None and not any(finish):
             return execute
 
         def run(values: Values) -> list[Tensor]:
             made = execute(values)
             done = [x if f is None else f(x) for f, x in zip(finish, made, strict=True)]
-            return done if entries is None else _stacked(done, entries)
+            return done if combine is None else combine(done)
 
         return run
 
@@ -258,9 +260,9 @@ def task_of(request: Request) -> Task:
         s.name: Feed(places.states[s.name], None, x)
         for s, x in zip(call.step.states, call.initial, strict=True)
     }
-    results = ["o", *starts]
+    results = [*call.output_shapes, *starts]
     if way is Way.BACKWARD:
-        operands[GRADIENT + "o"] = _cotangent(call, places.cotangents, cotangents[0])
+        operands |= _cotangents(call, places.cotangents, cotangents[0])
         names = by_entry(call).operands if apart else call.operands
         results = [GRADIENT + name for name in names]
         results += [GRADIENT + name for name, feed in starts.items() if feed.like is not None]
@@ -301,16 +303,26 @@ def _entry_feeds(value: Feed, o: Operand, micro: int, time: bool) -> dict[str, F
     return {name: entry(n) for n, name in enumerate(row_names(o, micro))}
 
 
-def _cotangent(call: Call, at: int, do: Tensor | None) -> Feed:
-    """The gradient of the rows' output; an expanded one (of a sum, say) has strides of 0."""
+def _cotangents(call: Call, at: int, do: Tensor | None) -> dict[str, Feed]:
+    """The gradients of the rows' outputs; an expanded one (of a sum, say) has strides of 0."""
     shape, dtype, device = call.output_shape, call.dtype, call.device
     if do is None:
         like = torch.empty(shape, dtype=dtype, device="meta")
         feed = Feed(at, lambda _: torch.zeros(shape, dtype=dtype, device=device), like)
     else:
-        feed = Feed(at, None, do).dense()
-    n = len(call.form.micro_steps)
-    return feed if n == 1 else feed.then(lambda x: in_last_rows(x, n))
+        feed = Feed(at, None, do)
+    feeds, first, n = {}, 0, len(call.form.micro_steps)
+    for name, own in call.output_shapes.items():
+        width = math.prod(own[3:])
+        part = feed if own == shape else feed.then(partial(_part, first, width, own))
+        part, first = part.dense(), first + width
+        feeds[GRADIENT + name] = part if n == 1 else part.then(lambda x: in_last_rows(x, n))
+    return feeds
+
+
+def _part(first: int, width: int, shape: tuple[int, ...], do: Tensor) -> Tensor:
+    """The gradient of one output of several, from the channel `first` on."""
+    return do[..., first : first + width].reshape(shape)
 
 
 def _boundaries(feed: Feed, device: torch.device, micro_steps: int) -> Feed:
@@ -323,16 +335,24 @@ def _boundaries(feed: Feed, device: torch.device, micro_steps: int) -> Feed:
     return feed.then(make)
 
 
-def _entries(task: Task) -> list[int] | None:
-    """How many entries the gradient of each operand has that comes by entry; None if none does."""
+def _combine(task: Task) -> Callable[[Sequence[Tensor]], list[Tensor]] | None:
+    """The function from all results to those of the call; None where they are the same."""
     call = task.call
-    if task.way is not Way.BACKWARD or not has_entries_apart(call.form):
+    if task.way is Way.BACKWARD:
+        if not has_entries_apart(call.form):
+            return None
+        return partial(_stacked, [call.micro if o.micro else 0 for o in call.step.operands])
+    count = len(call.step.outputs)
+    if count == 1:
         return None
-    return [call.micro if o.micro else 0 for o in call.step.operands]
+    return lambda made: [joined(made[:count], call.step), *made[count:]]
 
 
-def _stacked(made: Sequence[Tensor], entries: Sequence[int]) -> list[Tensor]:
-    """Gradients of tuples, `[B,T,n,...]`, of those of their entries; the other results after."""
+def _stacked(entries: Sequence[int], made: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of tuples, `[B,T,n,...]`, of those of their entries; the other results after.
+
+    `entries`: how many the tuple of each operand has; 0: it is none.
+    """
     rest = iter(made)
     whole = [torch.stack([next(rest) for _ in range(n)], 2) if n else next(rest) for n in entries]
     return [*whole, *rest]
@@ -342,7 +362,7 @@ def _finish(task: Task, name: str) -> Callable[[Any], Tensor] | None:
     """The function from a task's result to the call's; None where both are the same."""
     call, rows = task.call, task.rows
     n = 1 if task.way is Way.TOKENS else len(call.form.micro_steps)
-    if name == "o":
+    if name in call.output_shapes:
         return None if n == 1 else partial(last_rows, n=n)
     if task.way is not Way.BACKWARD:
         return None

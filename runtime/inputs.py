@@ -146,7 +146,7 @@ def ranges(form: NormalForm, params: Mapping[str, float], also: Sequence[Node] =
         NotLowered: there are none among those that are tried.
     """
     decays = [*(node for _, node in form.log_decays if not results_of(node)), *also]
-    every = topological(*expressions(form), form.output)
+    every = topological(*expressions(form), *form.outputs)
     promised = [n for n in every if n.op is Op.WITHIN and not results_of(n)]
     names = operands_of(*decays, *promised).keys()
     gates = [o for o in form.operands if o.name in names]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 from torch import Tensor
@@ -11,9 +11,10 @@ from torch import Tensor
 from ..dsl import errors
 from ..dsl.declaration import Declaration
 from ..dsl.explain import explain
+from ..dsl.step import output_names
 from ..dsl.trace import where
 from . import documentation
-from .call import arrange, boundaries, initial_states
+from .call import Static, arrange, boundaries, initial_states
 from .decode import Stepper
 from .engines import EngineName, choose
 from .explanation import sections
@@ -90,6 +91,7 @@ class Recurrence:
         self._ops = REGISTRY.of(declaration)
         self._step = Stepper(declaration, self._ops, self._engine)
         self._no_states = (None,) * len(declaration.states)
+        self._has_one_output = len(declaration.step(declaration.default_micro).outputs) == 1
 
     def __call__(
         self,
@@ -119,9 +121,9 @@ class Recurrence:
                 which waits for the device; by default as CHUNKWISE_CHECK says.
 
         Returns:
-            `(o, final_state)`: o `[B,T,HV,V]` in the dtype of the first Value operand; the final
-            state `[N,HV,K,V]` in float32 (a tuple for several states), or None where it was not
-            asked for.
+            `(o, final_state)`: o `[B,T,HV,V]` in the dtype of the first Value operand, a tuple if
+            the step returns several outputs; the final state `[N,HV,K,V]` in float32 (a tuple for
+            several states), or None where it was not asked for.
 
         Raises:
             MissingOperand: an operand or a number without a default was left out.
@@ -158,9 +160,10 @@ class Recurrence:
             (engine.value if isinstance(engine, EngineName) else engine) or self._engine,
             check,
         )
+        outputs: Any = o if self._has_one_output else self._outputs(o, operands, static)
         if not output_final_state:
-            return o, None
-        return o, finals[0] if len(finals) == 1 else tuple(finals)
+            return outputs, None
+        return outputs, finals[0] if len(finals) == 1 else tuple(finals)
 
     def step(
         self,
@@ -186,16 +189,36 @@ class Recurrence:
 
         Returns:
             `(o, new_state)`: o `[B,HV,V]` (`[B,1,HV,V]` where the operands have T) in the dtype of
-            the first Value operand, and the state `[B,HV,K,V]` in float32 (a tuple for several).
+            the first Value operand, and the state `[B,HV,K,V]` in float32; a tuple each for several
+            outputs or states.
 
         Raises:
             CallError: what a call raises, in terms of T = 1.
             EngineUnavailable: the named engine has no kernel for this step, or gradients are wanted
                 of it.
         """
-        return self._step(
+        o, new = self._step(
             args, named, state, engine.value if isinstance(engine, EngineName) else engine
         )
+        if self._has_one_output:
+            return o, new
+        operands, _, static = arrange(self.declaration, args, named)
+        outputs: Any = self._outputs(o, operands, static)
+        return outputs, new
+
+    def _outputs(
+        self, o: Tensor, operands: Mapping[str, Tensor], static: Static
+    ) -> tuple[Tensor, ...]:
+        """The outputs, which ops return side by side along the channels (`dsl.oracle.joined`)."""
+        micro = 1
+        widths = {"": 1}  # K and V, and of a Scalar
+        for x in self.declaration.operands:
+            shape, channels = operands[x.name].shape, len(x.kind.axes)
+            widths |= dict.fromkeys(x.kind.axes, shape[-1])
+            micro = shape[-1 - channels - 1] if x.micro else micro
+        channels_of = _channels_of(self.declaration, micro, static)
+        parts = o.split([widths[a] for a in channels_of], -1)
+        return tuple(x if a else x.squeeze(-1) for x, a in zip(parts, channels_of, strict=True))
 
     def explain(self) -> str:
         """A page on what was understood and what will run.
@@ -276,12 +299,25 @@ def _declare(function: Callable[..., object], engine: EngineName | str | None) -
     return Recurrence(Declaration(function, any_step=any_step), engine)
 
 
+def _channels_of(declaration: Declaration, micro: int, static: Static) -> tuple[str, ...]:
+    """The channel axis of every output, empty of a Scalar."""
+    step = declaration.step(micro, dict(static))
+    return tuple("".join(n.kind.axes) for n in step.outputs)
+
+
+# what torch.compiler.assume_constant_result does, which imports the compiler
+_channels_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _refuse_reserved(declaration: Declaration) -> None:
     names = [*(x.name for x in declaration.operands), *(p.name for p in declaration.params)]
     states = [s.name for s in declaration.states]
     reserved = {p.name for p in OPTIONS} | {"state", "o"}
     # what kernels call gradients and what lies between them
-    taken = {f"d_{n}" for n in (*names, *states, "o")} | {f"{n}_chunk" for n in (*names, *states)}
+    outputs = output_names(len(declaration.step(declaration.default_micro).outputs))
+    reserved |= set(outputs)
+    taken = {f"d_{n}" for n in (*names, *states, *outputs)}
+    taken |= {f"{n}_chunk" for n in (*names, *states)}
     for name in (*names, *declaration.statics):
         if name in reserved | taken:
             raise errors.ReservedName(name, sorted(reserved), where(declaration.function))

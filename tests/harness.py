@@ -87,6 +87,10 @@ class Inputs:
     cu_seqlens: Tensor | None
     params: dict[str, float] = field(default_factory=dict)
 
+    def micro_of(self, op: cw.Recurrence) -> int:
+        """The length of tuples."""
+        return next((self.operands[x.name].shape[2] for x in op.declaration.operands if x.micro), 1)
+
     @property
     def leaves(self) -> dict[str, Tensor]:
         given = enumerate(self.initial or ())
@@ -218,7 +222,7 @@ def oracle_results(op: cw.Recurrence, inputs: Inputs, laid: Laid = _as_it_is) ->
     values = (x.name for x in op.declaration.operands if x.kind is Kind.VALUE)
     lead = next((inputs.operands[n].dtype for n in values), None)
     inputs = inputs.copied("cpu", torch.float64)
-    micro = next((inputs.operands[x.name].shape[2] for x in op.declaration.operands if x.micro), 1)
+    micro = inputs.micro_of(op)
     o, finals = oracle.run(
         op.declaration.step(micro),
         inputs.operands,
@@ -234,5 +238,7 @@ def engine_results(
 ) -> dict[str, Tensor]:
     """The same of a call."""
     o, finals = op(**inputs.operands, **inputs.options, engine=engine, output_final_state=True)
+    if isinstance(o, tuple):  # side by side, as the oracle has them
+        o = oracle.joined(o, op.declaration.step(inputs.micro_of(op)))
     states = finals if isinstance(finals, tuple) else (finals,)
     return results(o, states, inputs, laid=laid)

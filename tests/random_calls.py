@@ -251,7 +251,7 @@ def _only_in_decays(form: NormalForm) -> set[str]:
     """Operands that are read by log-decays and by nothing else."""
     decays = {u.log_decay for m in form.micro_steps for u in m.updates if u.log_decay is not None}
     others = [n for n in expressions(form) if n not in decays]
-    used = {n.attrs[0] for n in topological(*others, form.output) if n.op is Op.OPERAND}
+    used = {n.attrs[0] for n in topological(*others, *form.outputs) if n.op is Op.OPERAND}
     every = {str(n.attrs[0]) for n in topological(*decays) if n.op is Op.OPERAND}
     return every - used
 

@@ -118,7 +118,7 @@ def _examined(drawn: Draw, engine: str) -> Verdict:
             made = make(declaration, form, params, plan)
         except errors.NotLowered as unknown:
             return Verdict(Outcome.MOOT, "no legal gates", str(unknown))
-        cotangents = _cotangents(op, made.inputs, plan, form.output.kind)
+        cotangents = _cotangents(op, made.inputs, plan, form.outputs[0].kind)
         truth = _truth(step, made.inputs, cotangents)
         if is_sound(truth):
             break

@@ -53,6 +53,12 @@ class Package:
         return self.declaration.normal_form(self.micro)
 
     @property
+    def output_axes(self) -> tuple[str, ...]:
+        """The axes of the one output by letter."""
+        (output,) = self.form.outputs
+        return ("B", "T", "HV", *output.kind.axes)
+
+    @property
     def operands(self) -> tuple[str, ...]:
         return tuple(o.name for o in self.form.operands)
 

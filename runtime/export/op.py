@@ -84,7 +84,7 @@ def _tables(package: Package, sources: Mapping[str, str]) -> Iterator[str]:
     yield f"    params={package.params!r},"
     yield "    narrow=NARROW,"
     yield f"    lead={package.lead!r},"
-    yield f"    output={' '.join(package.form.output_axes)!r},"
+    yield f"    output={' '.join(package.output_axes)!r},"
     yield f"    rows={len(package.form.micro_steps)},"
     if has_entries_apart(package.form):
         yield "    apart=True,"
@@ -128,7 +128,7 @@ def _public(package: Package) -> Iterator[str]:
     yield "        cu_seqlens: int32 or int64 `[N+1]`, N sequences packed along T, with B = 1."
     yield ""
     yield "    Returns:"
-    output = ",".join(package.form.output_axes)
+    output = ",".join(package.output_axes)
     yield f"        The output `[{output}]`, and the final state in float32 or None."
     yield ""
     yield "    Raises:"

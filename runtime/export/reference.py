@@ -80,7 +80,7 @@ class _StepPrinter:
 
     def _named(self, node: Node, text: str) -> bool:
         shared = self._uses[node] > 1 or len(text) > _LONG
-        plain = not node.args or node.op is Op.WITHIN or node == self._step.output
+        plain = not node.args or node.op is Op.WITHIN or node in self._step.outputs
         return shared and not plain
 
     def _print(self, node: Node) -> Text:
@@ -154,7 +154,7 @@ def _over_sequences(package: Package) -> Iterator[str]:
     options = ["initial_state=None", "cu_seqlens=None", "dtype=torch.float64"]
     arguments = [*package.operands, "*", *package.keywords, *options]
     yield from wrapped(f"def {package.name}(", arguments, "):")
-    output = ",".join(package.form.output_axes)
+    output = ",".join(package.output_axes)
     yield f'    """The output `[{output}]` and the final state of the recurrence, in `dtype`.'
     yield ""
     yield f"    Arguments as those of `op.{package.name}`; differentiable as often as you like."
@@ -162,6 +162,6 @@ def _over_sequences(package: Package) -> Iterator[str]:
     operands = [f'"{name}": {name}' for name in package.operands]
     yield from wrapped("operands = {", operands, "}", "    ")
     given = f"({', '.join([*package.params, ''])})" if package.params else "()"
-    call = ["step", "AXES", "STATES", f'"{" ".join(package.form.output_axes)}"', "operands"]
+    call = ["step", "AXES", "STATES", f'"{" ".join(package.output_axes)}"', "operands"]
     call += [given, "initial_state", "cu_seqlens", "dtype"]
     yield from wrapped("return token_loop.run(", call, ")", "    ")

@@ -150,7 +150,12 @@ class RecurrentLayer(nn.Module, Mixer):
         )
         starts = {x.name: self._bias(x, form) for x in self.others}
         self.biases = nn.ParameterDict({n: b for n, b in starts.items() if b is not None})
-        channels = {Kind.KEY: key_dim, Kind.VALUE: value_dim}.get(form.output.kind)
+        if len(form.outputs) > 1:
+            raise ValueError(
+                f"{form.name} returns {len(form.outputs)} outputs, and a layer projects one: "
+                "return one of them, or their sum, or call the op in a module of your own"
+            )
+        channels = {Kind.KEY: key_dim, Kind.VALUE: value_dim}.get(form.outputs[0].kind)
         if channels is None:
             raise ValueError(f"{form.name} returns a Scalar, and a layer norms Keys or Values")
         self.norm = RMSNorm(channels)

@@ -104,7 +104,7 @@ def roles_of(form: NormalForm, params: Mapping[str, float] | None = None) -> Rol
     writes = [w for m in form.micro_steps for u in m.updates for w in u.writes]
     corrections = [w for w in writes if w.correction is not None]
     decays = own_decays(form)
-    uses = [n for n in expressions(form) if n not in decays] + [form.output]
+    uses = [n for n in expressions(form) if n not in decays] + [*form.outputs]
     exponents = [*_scalar_exponents(uses)]
     gates = _gates(form, usual_params(form) | dict(params or {}), exponents)
     features = _features(form, uses)
@@ -269,7 +269,7 @@ def _divided_by_keys(form: NormalForm) -> bool:
             for n in topological(node)
         )
 
-    divisors = [n.args[1] for n in topological(form.output) if n.op is Op.DIV]
+    divisors = [n.args[1] for n in topological(*form.outputs) if n.op is Op.DIV]
     return any(recalls(d) and interval(d).lo <= 0.0 <= interval(d).hi for d in divisors)
 
 

@@ -33,10 +33,10 @@ class Launch:
         """
         feeds = (*task.operands.values(), *(f.dense() for f in task.starts.values()))
         self._feeds = [(f.at, f.make) for f in feeds]
-        self._output: tuple[int, ...] | None = None
-        if task.way is Way.TOKENS:  # whose output lies by tokens, as chunks of one
-            B, *rest = task.call.output_shape
-            self._output = (B, *rest) if task.time else (B, *rest[1:])
+        self._outputs: list[tuple[int, ...]] = []
+        if task.way is Way.TOKENS:  # whose outputs lie by tokens, as chunks of one
+            shapes = task.call.output_shapes.values()
+            self._outputs = [(B, *rest) if task.time else (B, *rest[1:]) for B, *rest in shapes]
         self._params = list(task.params.values())
         self._bounds = task.cu_seqlens
         layout = self._layout = _layout(task, chunk, -(-segment // chunk))
@@ -48,8 +48,8 @@ class Launch:
         tensors = self.tensors(values)
         self.plan.run(tensors)
         made: list[Any] = [None if n is None else tensors[n] for n in self._results]
-        if self._output is not None:
-            made[0] = made[0][: self._layout.T * self._layout.B].view(self._output)
+        for n, shape in enumerate(self._outputs):
+            made[n] = made[n][: self._layout.T * self._layout.B].view(shape)
         return made
 
     def tensors(self, values: Values) -> list[Any]:

@@ -197,7 +197,8 @@ class _Run:
         self._stages = [self._numbered(stage, number) for stage in compiled.stages]
         results = {str(of): n for (role, of), n in number.items() if role in _RESULTS}
         self._results = [results.get(name) for name in task.results]
-        self._output = None if task.way is Way.BACKWARD else rows.output_shape
+        outputs = {} if task.way is Way.BACKWARD else rows.output_shapes
+        self._outputs = tuple(outputs.values())
         self._tables = None if task.cu_seqlens else _tables(rows.B, rows.T, None, self._chunk)
 
     def _numbered(self, stage: Stage, number: dict[tuple[Role, BufferId | str], int]) -> _Stage:
@@ -268,8 +269,8 @@ class _Run:
             table = chunks if stage.parallel else sequences
             run(works, len(table) * heads * stage.parts, threads)
         results: list[Any] = [None if n is None else given[n] for n in self._results]
-        if self._output is not None:
-            results[0] = results[0].view(self._output)
+        for n, shape in enumerate(self._outputs):
+            results[n] = results[n].view(shape)
         return results
 
     def _packed(self, values: Values) -> tuple[Tensor, Tensor, int]:
@@ -291,9 +292,10 @@ class _Token:
         call = task.call
         feeds, starts = _operands(task), _starts(task)
         states = [s.name for s in call.step.states]
-        B, _, *channels = call.output_shape
-        self._output = None if not task.time else call.output_shape
-        self._new = [empty(B, *channels, dtype=call.dtype)]
+        outputs = call.output_shapes
+        self._outputs = tuple(outputs.values()) if task.time else ()
+        self._new = [empty(B, *rest, dtype=call.dtype) for B, _, *rest in outputs.values()]
+        results = [*outputs, *states]
         self._new += [empty(*call.state_shape(s)) for s in call.step.states]
         self._function, self._scratch = function, kernel.scratch
         self._items = call.N * call.HV * kernel.v_programs
@@ -303,7 +305,7 @@ class _Token:
         # that are fixed, tensors made of values, values
         every = [*feeds.values(), *starts.values()]
         self._made = [(f.at, f.make) for f in every if f.make is not None]
-        room = 1 + len(states)
+        room = len(results)
         values = room + 1 + len(self._fixed) + len(self._made)
         made = iter(range(values - len(self._made), values))
         places = {
@@ -312,10 +314,8 @@ class _Token:
         }
         taken = []
         for p in kernel.parameters:
-            if p.role is Role.FINAL:
-                taken.append(1 + states.index(str(p.of)))
-            else:
-                taken.append(0 if p.role is Role.BUFFER else places[str(p.of)])
+            own = p.role in _RESULTS
+            taken.append(results.index(str(p.of)) if own else places[str(p.of)])
         self._room = len(taken) + 2
         taken += [room + 1, room + 2, room, room + 3]
         taken += [values + task.params[n] for n in kernel.numbers]
@@ -335,8 +335,8 @@ class _Token:
             threads = torch.get_num_threads()
             own = {self._room: empty(threads, self._scratch)}
             run([Work(self._function, arguments[:-2], own)], self._items, threads)
-        if self._output is not None:
-            made[0] = made[0].view(self._output)
+        for n, shape in enumerate(self._outputs):
+            made[n] = made[n].view(shape)
         return made
 
 
