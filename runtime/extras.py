@@ -7,7 +7,11 @@ from functools import cache
 from importlib import metadata
 
 # without the package's metadata (a source tree on a path), the packages are named alone
-_NAMES = {"tvm": ("apache-tvm",), "plot": ("matplotlib",)}
+_NAMES = {
+    "tvm": ("apache-tvm",),
+    "plot": ("matplotlib",),
+    "train": ("safetensors", "tokenizers"),
+}
 
 
 @cache

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import Mixer, positions, wide
+from .parts import Mixer, last_tokens, positions, wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,21 +21,22 @@ class AttentionState:
     """The state of attention between two tokens.
 
     Attributes:
-        keys: the visible keys, rotated, `[B, H, S, D]`.
+        keys: the visible keys, rotated, the last token's last, `[B, H, S, D]`; S is what the
+            longest sequence sees, and shorter ones begin with zeros that they do not see.
         values: their values, `[B, H, S, D]`.
-        position: the position of the next token.
+        position: the position of each sequence's next token, int64 `[B]`.
     """
 
     keys: Tensor
     values: Tensor
-    position: int
+    position: Tensor
 
 
 def rotate(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
-    """Rotary embedding of `x [..., T, H, D]` at `position [T]` (Su et al. 2021); D is even."""
+    """Rotary embedding of `x [..., T, H, D]` at `position [..., T]` (Su et al. 2021); D is even."""
     half = x.shape[-1] // 2
     frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = position.float()[:, None, None] * frequency
+    angle = position.float()[..., None, None] * frequency
     a, b = wide(x).split(half, -1)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
@@ -87,39 +88,49 @@ class Attention(nn.Module, Mixer):
         Returns:
             `[B, T, hidden]`.
         """
+        return self._attend(x, cu_seqlens)[0]
+
+    def _attend(self, x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The outputs, and the keys and values of all tokens, `[B, H, T, D]`."""
         tokens = x.shape[1]
         sequence, position = None, torch.arange(tokens, dtype=torch.int64, device=x.device)
         if cu_seqlens is not None:
             sequence, position = positions(cu_seqlens, tokens)
         q, k, v = self._qkv(x, position)
         if self.window is not None and self.window < tokens:
-            return self._join(_windowed(q, k, v, self.window, sequence))
+            return self._join(_windowed(q, k, v, self.window, sequence)), k, v
         if sequence is None:
-            return self._join(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+            return self._join(F.scaled_dot_product_attention(q, k, v, is_causal=True)), k, v
         t = torch.arange(tokens, dtype=torch.int64, device=x.device)
         mask = (t[:, None] >= t) & (sequence[:, None] == sequence)
-        return self._join(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+        return self._join(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)), k, v
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, AttentionState]:
-        tokens = x.shape[1]
-        _, k, v = self._qkv(x, torch.arange(tokens, dtype=torch.int64, device=x.device))
-        seen = tokens if self.window is None else min(tokens, self.window - 1)
-        keep = slice(tokens - seen, tokens)
-        return self(x), AttentionState(k[:, :, keep], v[:, :, keep], tokens)
+    def prefill(self, x: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, AttentionState]:
+        y, k, v = self._attend(x, cu_seqlens)
+        if cu_seqlens is None:
+            lengths = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
+        else:
+            lengths = cu_seqlens.diff().long()
+        longest = x.shape[1] if cu_seqlens is None else int(lengths.max())
+        seen = longest if self.window is None else min(longest, self.window - 1)
+        keys, values = (last_tokens(z.transpose(1, 2), seen, cu_seqlens) for z in (k, v))
+        return y, AttentionState(keys.transpose(1, 2), values.transpose(1, 2), lengths)
 
     def initial_state(self, batch: int) -> AttentionState:
         weight = self.project.weight
         empty = weight.new_zeros(batch, self.heads, 0, weight.shape[1] // self.heads)
-        return AttentionState(empty, empty, 0)
+        start = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        return AttentionState(empty, empty, start)
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
-        position = torch.full((1,), state.position, dtype=torch.int64, device=x.device)
-        q, k, v = self._qkv(x[:, None], position)
+        q, k, v = self._qkv(x[:, None], state.position[:, None])
         keys, values = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
-        y = self._join(F.scaled_dot_product_attention(q, keys, values))[:, 0]
+        column = torch.arange(keys.shape[2], 0, -1, dtype=torch.int64, device=x.device)
+        mask = (column <= state.position[:, None] + 1)[:, None, None]
+        o = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         if self.window is not None and keys.shape[2] >= self.window:
             keys, values = keys[:, :, 1:], values[:, :, 1:]
-        return y, AttentionState(keys, values, state.position + 1)
+        return self._join(o)[:, 0], AttentionState(keys, values, state.position + 1)
 
 
 class GlobalAttention(Attention):

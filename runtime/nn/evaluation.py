@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .model import LanguageModel
 from .parts import wide
 
 
@@ -18,7 +19,8 @@ def token_losses(model: nn.Module, tokens: Tensor, batch: int = 8) -> Tensor:
     """The loss of every token but the first, without gradients.
 
     Args:
-        model: gives logits `[B, T, vocabulary]` of tokens `[B, T]`.
+        model: gives logits `[B, T, vocabulary]` of tokens `[B, T]`; those of a `LanguageModel`
+            never exist all at once.
         tokens: int64 `[N, T]`.
         batch: texts in one call.
 
@@ -28,8 +30,12 @@ def token_losses(model: nn.Module, tokens: Tensor, batch: int = 8) -> Tensor:
     losses = []
     with torch.no_grad():
         for part in tokens.split(batch):
-            logits = wide(model(part)[:, :-1]).transpose(1, 2)
-            losses.append(F.cross_entropy(logits, part[:, 1:], reduction="none").float().cpu())
+            if isinstance(model, LanguageModel):
+                found = model.token_losses(part[:, :-1], part[:, 1:])
+            else:
+                logits = wide(model(part)[:, :-1]).transpose(1, 2)
+                found = F.cross_entropy(logits, part[:, 1:], reduction="none")
+            losses.append(found.float().cpu())
     return torch.cat(losses)
 
 

@@ -24,7 +24,7 @@ from ...dsl.normal_form import NormalForm, Operand
 from ..inputs import usual_params
 from . import decays, fused
 from .explanation import explain
-from .parts import Mixer, RMSNorm, ShortConvolution, l2norm, wide
+from .parts import Mixer, RMSNorm, ShortConvolution, l2norm, last_tokens, wide
 from .roles import FEATURES, OperandRole, own_decays, roles_of
 
 if TYPE_CHECKING:
@@ -304,14 +304,14 @@ class RecurrentLayer(nn.Module, Mixer):
         """
         return self._run(x, cu_seqlens, final=False)[0]
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, LayerState]:
-        y, projected, state = self._run(x, None, final=True)
-        return y, LayerState(self._cache(projected), state)
+    def prefill(self, x: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, LayerState]:
+        y, projected, state = self._run(x, cu_seqlens, final=True)
+        return y, LayerState(self._cache(projected, cu_seqlens), state)
 
-    def _cache(self, projected: Tensor) -> Tensor:
+    def _cache(self, projected: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         if self.convolve is None:
-            return projected[:, :0]
-        return self.convolve.last(projected)
+            return last_tokens(projected, 0, cu_seqlens)
+        return self.convolve.last(projected, cu_seqlens)
 
     def initial_state(self, batch: int) -> LayerState:
         weight = self.project.weight

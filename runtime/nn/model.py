@@ -1,14 +1,24 @@
-"""A small language model whose mixers are a list: a hybrid is a list with two kinds in it."""
+"""A language model whose mixers are a list: a hybrid is a list with two kinds in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from . import generation, training
+from .config import ModelConfig, mixer
+from .losses import linear_cross_entropy, linear_token_losses
 from .parts import Mixer, RMSNorm
+from .weights import read_weights, write_weights
+
+if TYPE_CHECKING:
+    from ..recurrence import Recurrence
 
 
 class SwiGLU(nn.Module):
@@ -85,8 +95,8 @@ class Block(nn.Module, Mixer):
         """
         return self._mlp(x + self.mix(self.mixer_norm(x), cu_seqlens))
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, Any]:
-        y, state = self.mix.prefill(self.mixer_norm(x))
+    def prefill(self, x: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:
+        y, state = self.mix.prefill(self.mixer_norm(x), cu_seqlens)
         return self._mlp(x + y), state
 
     def initial_state(self, batch: int) -> Any:
@@ -107,6 +117,11 @@ class LanguageModel(nn.Module):
         width: inner size of the MLPs; None for `4 * hidden`, 0 for no MLPs.
         tied: whether the embedding and the output share a weight.
 
+    Attributes:
+        config (ModelConfig | None): the shape, of a model that was made of one.
+        checkpointing (bool): whether a backward computes blocks again instead of keeping what is
+            within them (Chen et al. 2016); False at first.
+
     Raises:
         TypeError: `mixers` is one module.
     """
@@ -125,6 +140,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         if isinstance(mixers, nn.Module) and not isinstance(mixers, nn.ModuleList):
             raise TypeError("mixers is one module, expected a list: mixers=[layer]")
+        self.config: ModelConfig | None = None
+        self.checkpointing = False
         self.embed = nn.Embedding(vocabulary, hidden)
         nn.init.normal_(self.embed.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(hidden, m, width) for m in mixers)
@@ -133,27 +150,140 @@ class LanguageModel(nn.Module):
         if tied:
             self.head.weight = self.embed.weight
 
+    @classmethod
+    def from_config(
+        cls, config: ModelConfig, rules: Mapping[str, Recurrence] | None = None
+    ) -> LanguageModel:
+        """A model of that shape, initialised.
+
+        Args:
+            config: the shape.
+            rules: recurrences by the names that the config has for them, before the library's.
+
+        Returns:
+            The model, whose `config` is kept.
+
+        Raises:
+            UnknownRecurrence: a rule is neither in `rules` nor in the library.
+        """
+        mixers = [mixer(m, config.hidden, rules or {}) for m in config.mixers]
+        model = cls(config.vocabulary, config.hidden, mixers, width=config.width, tied=config.tied)
+        model.config = config
+        model.initialise()
+        return model
+
+    def initialise(self) -> None:
+        """Draw the weights of linear layers and the embedding anew; the rest stays as it is.
+
+        They are normal, with variance 2 / (5 hidden) (Nguyen, Salazar 2019); those of the layers
+        that add to the residual stream are smaller by the root of their number (Radford et al.
+        2019).
+        """
+        training.initialise(self)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`; the second replaces its old self at once.
+
+        Args:
+            folder: made if it does not exist.
+
+        Raises:
+            ValueError: the model was not made by `from_config`.
+            ModuleNotFoundError: safetensors (extra `train`) is not installed.
+        """
+        if self.config is None:
+            raise ValueError("the model has no config: make it by LanguageModel.from_config")
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        self.config.save(path / "config.json")
+        write_weights(self, path / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, rules: Mapping[str, Recurrence] | None = None
+    ) -> LanguageModel:
+        """The model that `save_pretrained` wrote, in torch's default dtype and device.
+
+        Args:
+            folder: with `config.json` and `model.safetensors`.
+            rules: as for `from_config`.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: the config does not fit, or the weights do not fit the config.
+            ModuleNotFoundError: safetensors (extra `train`) is not installed.
+        """
+        model = cls.from_config(ModelConfig.read(Path(folder) / "config.json"), rules)
+        path = Path(folder) / "model.safetensors"
+        try:
+            read_weights(model, path)
+        except RuntimeError as error:
+            few = " ".join(str(error).split("\n\t")[:3])  # the rest says the same of other weights
+            raise ValueError(f"{path}: {few}") from None
+        return model
+
     def _blocks(self) -> list[Block]:
         return [cast(Block, b) for b in self.blocks]
 
-    def _logits(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.norm(x))
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits that the last block's output gives.
+
+        Args:
+            hidden: `[..., hidden]`.
+
+        Returns:
+            `[..., vocabulary]`.
+        """
+        logits: Tensor = self.head(self.norm(hidden))
         return logits
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The logits of the token after each.
+    def forward(
+        self, tokens: Tensor, cu_seqlens: Tensor | None = None, targets: Tensor | None = None
+    ) -> Tensor:
+        """The logits of the token after each, or the loss.
 
         Args:
             tokens: int64 `[B, T]`.
             cu_seqlens: int `[N + 1]`, boundaries of N packed sequences; then B = 1.
+            targets: the tokens that follow, int64 `[B, T]`, -100 where there is no loss.
 
         Returns:
-            `[B, T, vocabulary]`.
+            `[B, T, vocabulary]`; with `targets`, the mean cross entropy `[]`, for which the logits
+            never exist all at once.
         """
-        x = self.embed(tokens)
+        hidden = self._hidden(tokens, cu_seqlens)
+        if targets is None:
+            return self.logits(hidden)
+        return linear_cross_entropy(self.norm(hidden), self.head.weight, targets)
+
+    def token_losses(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """The loss of every token, without gradients.
+
+        Args:
+            tokens: int64 `[B, T]`.
+            targets: the tokens that follow, int64 `[B, T]`, -100 where there is no loss.
+            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences; then B = 1.
+
+        Returns:
+            Minus the natural log of each target's probability, `[B, T]`, in float32.
+        """
+        with torch.no_grad():
+            hidden = self.norm(self._hidden(tokens, cu_seqlens))
+            return linear_token_losses(hidden, self.head.weight, targets)
+
+    def _hidden(self, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """What the last block gives, `[B, T, hidden]`."""
+        x: Tensor = self.embed(tokens)
         for block in self._blocks():
-            x = block(x, cu_seqlens)
-        return self._logits(x)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cu_seqlens, use_reentrant=False)
+            else:
+                x = block(x, cu_seqlens)
+        return x
 
     def initial_state(self, batch: int) -> list[Any]:
         """The state before the first token.
@@ -166,20 +296,37 @@ class LanguageModel(nn.Module):
         """
         return [b.initial_state(batch) for b in self._blocks()]
 
-    def prefill(self, tokens: Tensor) -> tuple[Tensor, list[Any]]:
+    def prefilled(
+        self, tokens: Tensor, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, list[Any]]:
+        """As `prefill`, without the logits.
+
+        Args:
+            tokens: int64 `[B, T]`.
+            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences; then B = 1.
+
+        Returns:
+            The last block's output `[B, T, hidden]`, and the states of the mixers.
+        """
+        x, states = self.embed(tokens), []
+        for block in self._blocks():
+            x, state = block.prefill(x, cu_seqlens)
+            states.append(state)
+        return x, states
+
+    def prefill(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, list[Any]]:
         """The result of `forward`, and the state from which `step` continues.
 
         Args:
             tokens: int64 `[B, T]`.
+            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences, none of them empty; then
+                B = 1, and `step` continues all N.
 
         Returns:
             The logits `[B, T, vocabulary]`, and the states of the mixers after the last token.
         """
-        x, states = self.embed(tokens), []
-        for block in self._blocks():
-            x, state = block.prefill(x)
-            states.append(state)
-        return self._logits(x), states
+        hidden, states = self.prefilled(tokens, cu_seqlens)
+        return self.logits(hidden), states
 
     def step(self, token: Tensor, states: list[Any]) -> tuple[Tensor, list[Any]]:
         """One token of every sequence.
@@ -195,4 +342,38 @@ class LanguageModel(nn.Module):
         for block, state in zip(self._blocks(), states, strict=True):
             x, state = block.step(x, state)
             after.append(state)
-        return self._logits(x), after
+        return self.logits(x), after
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Tensor],
+        tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> list[Tensor]:
+        """Continue texts of any lengths, which are packed for the prefill.
+
+        Args:
+            prompts: int64 `[T]` each, of one or more tokens.
+            tokens: the most new tokens of a text.
+            temperature: what logits are divided by; 0 takes the likeliest token.
+            top_k: choose among the k likeliest tokens; None among all.
+            top_p: choose among the fewest tokens whose probabilities add up to p (Holtzman et al.
+                2020); None among all.
+            stop: the token that ends a text; None for none.
+            generator: torch's, of the model's device; None for the default one.
+
+        Returns:
+            The new tokens of every text, int64 `[at most tokens]`, with the `stop` that ends it.
+
+        Raises:
+            ValueError: a prompt is empty, or an option is out of its range.
+        """
+        return generation.generate(
+            self, prompts, tokens, temperature, top_k, top_p, stop, generator
+        )

@@ -26,14 +26,16 @@ class Mixer(Protocol):
 
     def __call__(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor: ...
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, Any]:
+    def prefill(self, x: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:
         """The result of a call, and the state from which `step` continues.
 
         Args:
             x: `[B, T, hidden]`.
+            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences, none of them empty; then
+                B = 1.
 
         Returns:
-            The outputs `[B, T, hidden]`, and the state after the last token.
+            The outputs `[B, T, hidden]`, and the state after the last token of every sequence.
         """
         ...
 
@@ -108,6 +110,28 @@ def positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     return sequence, t - cu_seqlens[sequence]
 
 
+def last_tokens(x: Tensor, count: int, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The last tokens of every sequence, with zeros before the first.
+
+    Args:
+        x: `[B, T, ...]`.
+        count: how many.
+        cu_seqlens: int `[N + 1]`, boundaries of N packed sequences; then B = 1.
+
+    Returns:
+        `[B, count, ...]`, or `[N, count, ...]`.
+    """
+    if cu_seqlens is None:
+        short = max(count - x.shape[1], 0)
+        return F.pad(x, (0, 0) * (x.dim() - 2) + (short, 0))[:, x.shape[1] + short - count :]
+    index = cu_seqlens[1:, None] - torch.arange(
+        count, 0, -1, dtype=cu_seqlens.dtype, device=x.device
+    )
+    found = x[0, index.clamp(min=0)]
+    inside = (index >= cu_seqlens[:-1, None]).reshape(*index.shape, *[1] * (x.dim() - 2))
+    return found.masked_fill(~inside, 0.0)
+
+
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution over time: each channel sees its last `size` tokens.
 
@@ -176,16 +200,18 @@ class ShortConvolution(nn.Module):
         )
         return y
 
-    def last(self, x: Tensor) -> Tensor:
+    def last(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """The cache after some tokens, from which `step` continues.
 
         Args:
             x: the inputs so far, `[B, T, channels]`.
+            cu_seqlens: int `[N + 1]`, boundaries of N packed sequences; then B = 1.
 
         Returns:
-            Their last `size - 1` vectors, `[B, size - 1, channels]`; zeros before the first.
+            The last `size - 1` vectors of every sequence, `[B, size - 1, channels]` (B = N where
+            they are packed); zeros before the first.
         """
-        return F.pad(x, (0, 0, self.size - 1, 0))[:, x.shape[1] :]
+        return last_tokens(x, self.size - 1, cu_seqlens)
 
     def step(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
         """One token, given the cache.

@@ -97,6 +97,21 @@ def test_packed_is_the_loop_over_sequences(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MIXERS)
+def test_packed_prompts_of_any_lengths_are_continued(name: str) -> None:
+    mixer, x = MIXERS[name](), tokens()
+    lengths = [1, 7, 4]
+    rows = [x[:1], x[1:], -x[:1]]
+    packed = torch.cat([row[:, :n] for row, n in zip(rows, lengths, strict=True)], 1)
+    y, state = mixer.prefill(packed, torch.tensor([0, 1, 8, 12]))
+    close(y, mixer(packed, torch.tensor([0, 1, 8, 12])))
+    for t in range(2):
+        following = torch.cat([row[:, n + t] for row, n in zip(rows, lengths, strict=True)])
+        y, state = mixer.step(following, state)
+        for row, n, found in zip(rows, lengths, y, strict=True):
+            close(found, mixer(row)[0, n + t])
+
+
+@pytest.mark.parametrize("name", MIXERS)
 def test_the_future_changes_nothing(name: str) -> None:
     mixer, x = MIXERS[name](), tokens()
     changed = torch.cat([x[:, :6], -x[:, 6:]], 1)
@@ -188,4 +203,4 @@ def test_a_hybrid_is_a_list() -> None:
         close(logits, whole[:, t])
     packed = model(text[:1], CU_SEQLENS)
     close(packed[:, 6:], model(text[:1, 6:]))
-    assert model.initial_state(2)[1].position == 0
+    assert model.initial_state(2)[1].position.tolist() == [0, 0]

@@ -1,0 +1,101 @@
+"""The cross entropy of a linear head, a run of tokens at a time: not all logits exist at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # torch's own mark of a target without a loss
+_LOGITS = 2**26  # of one run of tokens: 256 MiB in float32
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The mean cross entropy of `hidden @ weight.T`.
+
+    Logits are computed in runs of tokens, in float32, and become their own gradient at once, as in
+    liger-kernel (Hsu et al. 2024). Under autocast, `hidden` and `weight` are cast as a linear
+    layer would.
+
+    Args:
+        hidden: `[..., hidden]`.
+        weight: `[vocabulary, hidden]`.
+        targets: int64 `[...]`, -100 where there is no loss.
+
+    Returns:
+        A scalar `[]`, in float32 (float64 for float64).
+    """
+    rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    mean: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        _cast(rows), weight, labels
+    )
+    return mean
+
+
+def linear_token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The cross entropy of every token, without gradients.
+
+    Args:
+        hidden: `[..., hidden]`.
+        weight: `[vocabulary, hidden]`.
+        targets: int64 `[...]`, -100 where there is no loss.
+
+    Returns:
+        `[...]`, in float32 (float64 for float64); 0 where there is no loss.
+    """
+    with torch.no_grad():
+        rows = _cast(hidden.reshape(-1, hidden.shape[-1]))
+        runs = _runs(rows, weight.to(rows.dtype), targets.reshape(-1))
+        return torch.cat([loss for _, _, loss, *_ in runs]).reshape(targets.shape)
+
+
+def _cast(rows: Tensor) -> Tensor:
+    device = rows.device.type
+    return rows.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else rows
+
+
+def _runs(
+    rows: Tensor, weight: Tensor, labels: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """By run of tokens: its rows, log-probabilities `[R, vocabulary]`, losses, labels, counted."""
+    size = max(1, _LOGITS // weight.shape[0])
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    for part, label in zip(rows.split(size), labels.split(size), strict=True):
+        counted = label != IGNORED
+        at = label.where(counted, 0)[:, None]
+        log_p = torch.log_softmax(part @ weight.T, -1, dtype=wide)
+        loss = -log_p.gather(1, at)[:, 0]
+        yield part, log_p, loss.where(counted, 0.0), at, counted
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are made beside the losses, since logits are not kept for a backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        narrow = weight.to(rows.dtype)
+        total = torch.zeros((), dtype=wide, device=rows.device)
+        share = 1.0 / (labels != IGNORED).sum().clamp(min=1).to(wide)
+        d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        d_rows = []
+        for part, log_p, loss, at, counted in _runs(rows, narrow, labels):
+            total = total + loss.sum()
+            if not any(ctx.needs_input_grad):
+                continue
+            d = log_p.exp_().scatter_add_(1, at, torch.full_like(at, -1, dtype=wide))
+            d_logits = d.mul_((share * counted)[:, None]).to(rows.dtype)
+            d_rows.append(d_logits @ narrow)
+            d_weight += d_logits.T @ part
+        if d_rows:
+            ctx.save_for_backward(torch.cat(d_rows), d_weight)
+            ctx.dtype = weight.dtype
+        return total * share
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, None]:
+        d_rows, d_weight = ctx.saved_tensors
+        return (d_rows * d).to(d_rows.dtype), (d_weight * d).to(ctx.dtype), None
