@@ -18,9 +18,10 @@ PYTEST    := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 SHORT     := and not long
 EVERY     :=
 DEMO      ?=
+TRAIN     ?=
 BENCH     ?=
 
-.PHONY: setup demo wheel test test-all test-cpu test-interpreter test-gpu lint format bench docs site audit clean
+.PHONY: setup demo train wheel test test-all test-cpu test-interpreter test-gpu lint format bench docs site audit clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -39,6 +40,10 @@ $(READY): pyproject.toml $(PINS) | $(BIN)/python
 
 demo: $(READY)
 	$(BIN)/python examples/mqar.py $(DEMO)
+
+# A language model on real text; resumes what is in out/lm.
+train: $(READY)
+	$(BIN)/python -m examples.train_lm $(TRAIN)
 
 # sdist and wheel, in dist/; the wheel is installed in a fresh environment and used.
 wheel: $(READY)
@@ -65,7 +70,7 @@ test-gpu: $(READY)
 lint: $(READY) links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=.links $(BIN)/mypy -p chunkwise -p benchmarks -m examples.mqar \
+	MYPYPATH=.links $(BIN)/mypy -p chunkwise -p benchmarks -m examples.mqar -m examples.train_lm \
 	    -m docs.tables -m docs.pictures -m docs.gallery
 
 # The packages live in top-level folders (pyproject.toml); type checkers want them as one tree.
