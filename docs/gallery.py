@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ _PAPERS = {
     "mamba2": ("2405.21060", "Transformers are SSMs"),
     "gla": ("2312.06635", "Gated Linear Attention Transformers"),
     "hgrn2": ("2404.07904", "HGRN2"),
+    "hgrn": ("2311.04823", "Hierarchically Gated Recurrent Neural Network"),
+    "rwkv4": ("2305.13048", "RWKV"),
     "rwkv6": ("2404.05892", "Eagle and Finch"),
     "rwkv7": ("2503.14456", "RWKV-7 Goose"),
     "mlstm": ("2405.04517", "xLSTM"),
@@ -47,12 +50,27 @@ _PAPERS = {
     "gdn2": ("2605.22791", "Gated DeltaNet-2"),
     "oja": ("2206.01649", "Neural Differential Equations for Learning to Program Neural Nets"),
     "longhorn": ("2407.14207", "Longhorn"),
+    "mamba3_trapezoid": ("2603.15569", "Mamba-3"),
+    "titans": ("2501.00663", "Titans"),
+    "ttt": ("2407.04620", "Learning to (Learn at Test Time)"),
+    "gsa": ("2409.07146", "Gated Slot Attention"),
+    "abc": ("2110.02488", "ABC: Attention with Bounded-memory Control"),
+    "residual_linear_attention": (
+        "2509.25223",
+        "Enhancing Linear Attention with Residual Learning",
+    ),
+    "preconditioned_delta": ("2604.21100", "Preconditioned DeltaNet"),
+    "omega": ("2505.23735", "ATLAS"),
 }
 _SAME = {
     "linear_attention_normalised": "linear_attention",
     "simple_gla": "mamba2",
     "dplr": "rwkv7",
     "gated_delta_product": "delta_product",
+    "delta_rule_normalised": "delta_rule",
+    "mamba3_mimo": "mamba3_trapezoid",
+    "titans_batches": "titans",
+    "preconditioned_kda": "preconditioned_delta",
 }
 
 _INTRO = """<!-- written by `python -m docs.gallery` -->
@@ -156,8 +174,9 @@ def _section(entry: Entry) -> str:
     ]
     if refused is not None:
         parts.append(f"Only the reference engine runs it: {refused}.")
+    file = Path(inspect.getfile(declared.function)).name
     parts.append(
-        "<!-- not run: the declaration in dsl/library.py, which tests run -->\n"
+        f"<!-- not run: the declaration in dsl/{file}, which tests run -->\n"
         f"```python\n{source(declared)}\n```"
     )
     parts.append(table([("operand", "kind", "shape"), *operand_rows(form)]))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from . import errors
+from . import errors, library_states
 from .declaration import Declaration, declaration
 from .functions import abs as abs_
 from .functions import dot, exp, maximum, outer, sigmoid, softplus, within
-from .kinds import HeadKey, HeadScalar, Key, KeyState, Scalar, State, Value
+from .kinds import HeadKey, HeadScalar, HeadValue, Key, KeyState, Scalar, State, Value
 
 
 @declaration
@@ -81,6 +81,31 @@ def hgrn2(S: State, q: Key, f: Key, v: Value) -> tuple[State, Value]:
 
 
 @declaration
+def hgrn(S: State, one: Key, x: Value, g: Value) -> tuple[State, Value]:
+    """HGRN (Qin, Yang, Zhong 2023): no keys, one state per channel; `one` is 1, and K is 1.
+
+    HGRN has x = (1 − f) c, minGRU z h, the RG-LRU √(1 − a²) i x; g is log f, log(1 − z), log a.
+    """
+    S = exp(g) * S + outer(one, x)
+    return S, one @ S
+
+
+@declaration
+def rwkv4(
+    A: State, Z: State, one: Key, k: Value, v: Value, w: HeadValue, u: HeadValue
+) -> tuple[tuple[State, State], Value]:
+    """RWKV-4 (Peng et al. 2023): weights exp(k) per channel, bounded by the caller; K is 1.
+
+    Channels decay by exp(−exp(w)); the token itself counts with the bonus u.
+    """
+    now = exp(u + k)
+    o = (one @ A + now * v) / (one @ Z + now)
+    A = exp(-exp(w)) * A + outer(one, exp(k) * v)
+    Z = exp(-exp(w)) * Z + outer(one, exp(k))
+    return (A, Z), o
+
+
+@declaration
 def rwkv6(S: State, q: Key, k: Key, v: Value, w: Key, u: HeadKey) -> tuple[State, Value]:
     """RWKV-6 (Peng et al. 2024): reads before the update; the bonus u never enters the state."""
     o = q @ (S + outer(u * k, v))
@@ -108,7 +133,10 @@ def mlstm(
 
 @declaration
 def delta_rule(S: State, q: Key, k: Key, v: Value, beta: Scalar) -> tuple[State, Value]:
-    """The delta rule (Schlag, Irie, Schmidhuber 2021); k is normalised by the caller, β ≤ 2."""
+    """The delta rule (Schlag, Irie, Schmidhuber 2021); k is normalised by the caller, β ≤ 2.
+
+    TTT-Linear (Sun et al. 2024) of one token a mini-batch, without its norm, has β = 2η.
+    """
     S = S + beta * outer(k, v - k @ S)
     return S, q @ S
 
@@ -202,20 +230,12 @@ def longhorn(S: State, q: Key, k: Key, v: Value, beta: Scalar) -> tuple[State, V
 
 @declaration
 def momentum_delta(
-    S: State,
-    M: State,
-    q: Key,
-    k: Key,
-    v: Value,
-    p: Key,
-    log_alpha: Scalar,
-    log_mu: Scalar,
-    beta: Scalar,
-    eta: Scalar,
-) -> tuple[tuple[State, State], Value]:
-    """The delta rule with momentum: M averages the corrections v − pᵀS, and M moves S.
+    S: State, M: State, q: Key, k: Key, v: Value, p: Key,
+    log_alpha: Scalar, log_mu: Scalar, beta: Scalar, eta: Scalar,
+) -> tuple[tuple[State, State], Value]:  # fmt: skip
+    """The delta rule with momentum (Polyak 1964): M averages corrections v − pᵀS and moves S.
 
-    Momentum is Polyak's (1964).
+    MomentumDeltaNet (ICML 2026) has p = exp(log_alpha) k and −M; titans has p = k and β = 1.
     """
     M, S_old = exp(log_mu) * M + eta * outer(k, v - p @ S), S
     S = exp(log_alpha) * S_old + beta * M
@@ -229,8 +249,9 @@ def gated_lms(S: State, q: Key, k: Key, v: Value, beta: Scalar) -> tuple[State, 
     return S, q @ S
 
 
-# every declaration above, simplest first
+# every declaration above, simplest first, then those with several states or recalls
 _ALL = {name: each for name, each in globals().items() if isinstance(each, Declaration)}
+_ALL |= {each.name: each for each in library_states.DECLARATIONS}
 
 
 def all_declarations() -> tuple[Declaration, ...]:

@@ -115,10 +115,10 @@ def road_picture(declared: Declaration) -> str:
 
 
 def source(declared: Declaration) -> str:
-    """The declaration as it was written, without its decorators."""
+    """The declaration as it was written, without its decorators and a formatter's comment."""
     lines = textwrap.dedent(inspect.getsource(declared.function)).rstrip().splitlines()
     start = next(n for n, line in enumerate(lines) if line.lstrip().startswith("def "))
-    return "\n".join(lines[start:])
+    return "\n".join(lines[start:]).replace("  # fmt: skip", "")
 
 
 def _without_marks(line: str) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 from chunkwise.codegen.plan import Plan, backward_plans, forward_plans
 from chunkwise.codegen.programs import chunk_program
 from chunkwise.dsl.declaration import Declaration
 from chunkwise.dsl.errors import NotLowered
 from chunkwise.dsl.library import by_name
+from chunkwise.dsl.library_states import DECLARATIONS
 
 # one recurrence per class
 CLASSES = (
@@ -35,6 +40,16 @@ def fading_mix(A: State, B: State, q: Key, k: Key, v: Value, g: Key, s: Scalar):
     A = A - outer(k, k @ A)
     return (A, B), q @ A
 """
+
+
+def costly(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test that takes minutes over the library; some are left to `make test-all`.
+
+    These are the recurrences of several states or recalls: test_literature.py asks whether they
+    are right, and test_groups.py and test_cascades.py ask every engine about forms like theirs.
+    """
+    several = {d.name for d in DECLARATIONS}
+    return [pytest.param(n, marks=pytest.mark.long) if n in several else n for n in names]
 
 
 def lowered(declaration: Declaration) -> bool:

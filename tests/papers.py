@@ -79,4 +79,4 @@ def _run(
     return outputs, states
 
 
-PARAMETERS = frozenset({"A", "Lam", "low", "w", "u", "e"})  # per head
+PARAMETERS = frozenset({"A_log", "Lam", "w", "u", "e"})  # per head

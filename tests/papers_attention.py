@@ -9,7 +9,6 @@ import torch
 from chunkwise import (
     HeadValue,
     Key,
-    KeyState,
     Scalar,
     State,
     Value,
@@ -20,10 +19,7 @@ from chunkwise import (
     outer,
     sigmoid,
     softplus,
-    sqrt,
-    within,
 )
-from chunkwise import sum as channels
 from torch import Tensor
 
 from tests.papers import Token, loop_of
@@ -31,43 +27,30 @@ from tests.papers import Token, loop_of
 # ---- linear attention ----------------------------------------------------------------------------
 
 
-@cw.recurrence
-def gsa(A: State, S: State, q: Value, k: Value, v: Value, f: Key):
-    """Gated slot attention (Zhang et al. 2024): slots keep keys and values, softmax reads them."""
-    f = within(f, 0, 1)
-    A, S = f * A + outer(1 - f, k), f * S + outer(1 - f, v)
-    p = exp(A @ q)
-    return (A, S), (p / channels(p)) @ S
-
-
-@loop_of(gsa, V=5, K=3)
+@loop_of(cw.library.gsa, V=5, K=3)
 def _(x: Token, A: Tensor, S: Tensor) -> Any:
-    gate = torch.diag(x.f)
-    A = gate @ A + torch.outer(1 - x.f, x.k)
-    S = gate @ S + torch.outer(1 - x.f, x.v)
+    gate = torch.diag(x.g.exp())
+    A = gate @ A + torch.outer(x.s, x.k)
+    S = gate @ S + torch.outer(x.s, x.v)
     return S.mT @ torch.softmax(A @ x.q, 0), (A, S)
 
 
-@cw.recurrence
-def abc(A: State, S: State, Z: State, q: Value, k: Value, v: Value, s: Key, e: HeadValue):
-    """ABC (Peng et al. 2022): slots are averages with the weights exp(s), over all tokens before.
-
-    A column of Z holds the weights' sums: e e^T = 1 is what the layer keeps, and is not needed.
-    """
-    w = exp(s)
-    A, S, Z = A + outer(w, k), S + outer(w, v), Z + outer(w, e)
-    z = Z @ e
-    p = exp((A @ q) / z)
-    return (A, S, Z), (p / channels(p) / z) @ S
-
-
-@loop_of(abc, V=4, K=3)
+@loop_of(cw.library.abc, V=4, K=3)
 def _(x: Token, A: Tensor, S: Tensor, Z: Tensor) -> Any:
-    w = x.s.exp()[:, None]
-    A, S, Z = A + w * x.k, S + w * x.v, Z + w * x.e
-    z = (Z * x.e).sum(-1)
+    w, u = x.s.exp()[:, None], x.e.exp()
+    A, S, Z = A + w * x.k, S + w * x.v, Z + w * u
+    z = (Z * u).sum(-1) / (u @ u)
     p = torch.softmax(A @ x.q / z, 0)
     return (p / z) @ S, (A, S, Z)
+
+
+@loop_of(cw.library.residual_linear_attention)
+def _(x: Token, S: Tensor, R: Tensor) -> Any:
+    S, R, a = S.mT, R.mT, x.g.exp()
+    r = torch.clamp(x.v - S @ x.k, -1, 1)
+    o = a * (S @ x.q)
+    S, R = a * S + x.beta * torch.outer(x.v, x.k), a * R + x.gamma * torch.outer(r, x.k)
+    return o + x.gamma * (R @ x.q), (S.mT, R.mT)
 
 
 @cw.recurrence
@@ -93,43 +76,26 @@ def _(x: Token, S: Tensor, R: Tensor) -> Any:
     return o + x.gamma * (R @ x.q), (S.mT, R.mT)
 
 
-@cw.recurrence
-def preconditioned(
-    D: State, S: State, q: Key, k: Key, v: Value, g: Scalar, beta: Scalar, e: HeadValue
-):
-    """Preconditioned gated delta rule (2026): steps in proportion to 1 / (decayed sum of k^2)."""
-    D = exp(g) * D + outer(k * k, e)
-    p = k / (1 + cw.abs(D @ e))
-    S = exp(g) * S
-    S = S + beta * outer(p, v - k @ S)
-    return (D, S), q @ S
+def _squashed(x: Token, D: Tensor) -> Tensor:
+    """The preconditioner: 1.5 to the power of minus the squashed logarithm of what was summed."""
+    u = x.e.exp()
+    r = ((D @ u).abs() / (u @ u) + 1e-6).log() + 0.2
+    return 1.5 ** -(r / (1 + r.abs()))
 
 
-@loop_of(preconditioned)
+@loop_of(cw.library.preconditioned_delta)
 def _(x: Token, D: Tensor, S: Tensor) -> Any:
-    D = x.g.exp() * D + (x.k**2)[:, None] * x.e
-    p = x.k / (1 + (D * x.e).sum(-1).abs())
+    D = x.g_sum.exp() * D + x.b_sum * torch.outer(x.k**2, x.e.exp())
+    p = x.k * _squashed(x, D)
     S = (torch.eye(5).to(p) - x.beta * torch.outer(p, x.k)) @ (x.g.exp() * S)
     S = S + x.beta * torch.outer(p, x.v)
     return x.q @ S, (D, S)
 
 
-@cw.recurrence
-def preconditioned_kda(
-    D: State, S: State, q: Key, k: Key, v: Value, g: Key, beta: Scalar, e: HeadValue
-):
-    """The same of KDA: gates per channel, and the Adagrad root."""
-    D = exp(g) * D + outer(k * k, e)
-    p = k / sqrt(1 + (D @ e) ** 2)
-    S = exp(g) * S
-    S = S + beta * outer(p, v - k @ S)
-    return (D, S), q @ S
-
-
-@loop_of(preconditioned_kda)
+@loop_of(cw.library.preconditioned_kda)
 def _(x: Token, D: Tensor, S: Tensor) -> Any:
-    D = x.g.exp()[:, None] * D + (x.k**2)[:, None] * x.e
-    p = x.k * (1 + (D * x.e).sum(-1) ** 2) ** -0.5
+    D = x.g_sum.exp() * D + x.b_sum * torch.outer(x.k**2, x.e.exp())
+    p = x.k * _squashed(x, D)
     S = torch.diag(x.g.exp()) @ S
     S = S + x.beta * torch.outer(p, x.v - S.mT @ x.k)
     return x.q @ S, (D, S)
@@ -154,20 +120,12 @@ def _(x: Token, L: Tensor, H: Tensor) -> Any:
     return mean.mT @ x.q, (L, H)
 
 
-@cw.recurrence
-def normalised_delta(S: State, z: KeyState, q: Key, k: Key, v: Value, beta: Scalar):
-    """The delta rule with its normaliser (Schlag et al. 2021, eq. 20): z follows the same rule."""
-    S = S + beta * outer(k, v - k @ S)
-    z = z + beta * (1 - dot(k, z)) * k
-    return (S, z), (q @ S) / (1 + dot(q, z) ** 2)
-
-
-@loop_of(normalised_delta)
+@loop_of(cw.library.delta_rule_normalised)
 def _(x: Token, S: Tensor, z: Tensor) -> Any:
     W = torch.cat([S, z[:, None]], 1)  # one more value, 1
     W = W + x.beta * torch.outer(x.k, torch.cat([x.v, x.v.new_ones(1)]) - x.k @ W)
     o = x.q @ W
-    return o[:-1] / (1 + o[-1] ** 2), (W[:, :-1], W[:, -1])
+    return o[:-1] / o[-1].abs().clamp(min=1), (W[:, :-1], W[:, -1])
 
 
 @cw.recurrence

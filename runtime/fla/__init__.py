@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from ...dsl import errors
+from . import several
 from .adapter import Given, adapter, run, scale_of, steps
 from .rules import rule
 
 __all__ = [
+    "chunk_abc",
     "chunk_comba",
     "chunk_delta_rule",
     "chunk_dplr_delta_rule",
@@ -18,9 +20,14 @@ __all__ = [
     "chunk_gdn",
     "chunk_gdn2",
     "chunk_gla",
+    "chunk_gsa",
+    "chunk_iplr_delta_rule",
     "chunk_kda",
     "chunk_lightning_attn",
     "chunk_linear_attn",
+    "chunk_momentum_delta_rule",
+    "chunk_precond_gated_delta_rule",
+    "chunk_precond_kda",
     "chunk_retention",
     "chunk_rwkv6",
     "chunk_rwkv7",
@@ -34,9 +41,15 @@ __all__ = [
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gdn",
     "fused_recurrent_gla",
+    "fused_recurrent_gsa",
+    "fused_recurrent_hgrn",
+    "fused_recurrent_iplr_delta_rule",
     "fused_recurrent_kda",
     "fused_recurrent_lightning_attn",
     "fused_recurrent_linear_attn",
+    "fused_recurrent_momentum_delta_rule",
+    "fused_recurrent_precond_gated_delta_rule",
+    "fused_recurrent_precond_kda",
     "fused_recurrent_retention",
     "fused_recurrent_rwkv6",
     "fused_recurrent_rwkv7",
@@ -272,6 +285,20 @@ fused_recurrent_dplr_delta_rule = adapter(
     "As `chunk_dplr_delta_rule`.",
 )
 
+_IPLR = steps("iplr: q k v a b")
+chunk_iplr_delta_rule = adapter(
+    "chunk_iplr_delta_rule",
+    f"q, k, v, a, b, {_RUN}, {_CU_CPU}, **kwargs",
+    _IPLR,
+    "Identity plus low rank (Peng et al. 2025): `b` writes what `a` reads; nothing decays.",
+)
+fused_recurrent_iplr_delta_rule = adapter(
+    "fused_recurrent_iplr_delta_rule",
+    f"q, k, v, a, b, {_RUN}, {_CU}",
+    _IPLR,
+    "As `chunk_iplr_delta_rule`.",
+)
+
 _RWKV7 = steps("dplr: r k v a b w")
 chunk_rwkv7 = adapter(
     "chunk_rwkv7",
@@ -309,4 +336,115 @@ chunk_gated_delta_product = adapter(
     v="values of all delta steps, `[B,T*n,HV,V]`.",
     beta="step sizes of all delta steps, `[B,T*n,HV]`.",
     cu_seqlens="int `[N+1]`, boundaries of N sequences in tokens of q; then B = 1.",
+)
+
+_SLOTS = {
+    "q": "queries, `[B,T,HQ,K]`, HQ a multiple of H.",
+    "v": "values, `[B,T,H,V]`.",
+    "g": "natural-log decays of the slots, `[B,T,H,M]`, at most 0; None: the slots are averages.",
+    "initial_state": "the slots' keys `[N,H,K,M]` and values `[N,H,M,V]` before the first token.",
+    "returns": "`(o, (keys, values))`: o `[B,T,HQ,V]`; the slots' keys `[N,H,K,M]` and values "
+    "`[N,H,M,V]` after the last token, None where they were not asked for.",
+}
+chunk_gsa = adapter(
+    "chunk_gsa",
+    f"q, k, v, s, g=None, {_RUN}, checkpoint_level=2, {_CU_CPU}, **kwargs",
+    several.gsa,
+    "Gated slot attention (Zhang et al. 2024): softmax over M slots that keep keys and values.",
+    **_SLOTS,
+)
+fused_recurrent_gsa = adapter(
+    "fused_recurrent_gsa",
+    f"q, k, v, s, g=None, {_RUN}, reverse=False, {_CU}",
+    several.gsa,
+    "As `chunk_gsa`.",
+    **_SLOTS,
+)
+chunk_abc = adapter(
+    "chunk_abc",
+    "q, k, v, s, initial_state=None, output_final_state=False",
+    several.abc,
+    "Attention with bounded memory (Peng et al. 2022): `chunk_gsa` of slots that are averages.",
+    **_SLOTS,
+)
+fused_recurrent_hgrn = adapter(
+    "fused_recurrent_hgrn",
+    f"x, g, initial_state=None, output_final_state=False, {_CU}",
+    several.hgrn,
+    "HGRN (Qin, Yang, Zhong 2023): the state of a channel decays by exp(g) and x is added to it.",
+    g="natural-log decays per channel, `[B,T,D]`, at most 0.",
+    initial_state="the state before the first token, `[N,D]`; zero where it is None.",
+    returns="`(o, final_state)`: o `[B,T,D]` in the dtype of x; the final state `[N,D]` in "
+    "float32, or None where it was not asked for.",
+)
+
+_MOMENTUM = {
+    "p": "keys that read what is corrected, `[B,T,H,K]`; k where it is None.",
+    "initial_state": "the state and the momentum before the first token, `[2,N,HV,K,V]`.",
+    "returns": "`(o, final_state)`: o `[B,T,HV,V]` in the dtype of v; the final state and momentum "
+    "`[2,N,HV,K,V]` in float32, or None where they were not asked for.",
+}
+_MOMENTS = (
+    f"q, k, v, log_alpha, log_mu, p=None, beta=None, eta=None, {_RUN}, {_CU}, "
+    "use_qk_l2norm_in_kernel=True, use_p_times_alpha=True"
+)
+chunk_momentum_delta_rule = adapter(
+    "chunk_momentum_delta_rule",
+    f"{_MOMENTS}, chunk_size=64",
+    several.momentum,
+    "The delta rule with momentum (MomentumDeltaNet, 2026): the momentum averages gradients.",
+    **_MOMENTUM,
+)
+fused_recurrent_momentum_delta_rule = adapter(
+    "fused_recurrent_momentum_delta_rule",
+    _MOMENTS,
+    several.momentum,
+    "As `chunk_momentum_delta_rule`.",
+    **_MOMENTUM,
+)
+
+_SUMS = "initial_state=None, initial_A_state=None, output_final_state=False"
+_SQUASH = "transpose_state_layout=False, x=1.5, eps=1e-06, log_atk_scale=None"
+_PRECONDITIONED = {
+    "x": "the most by which a key is multiplied, or divided.",
+    "returns": "`(o, final_state, A_state)`: o `[B,T,HV,V]` in the dtype of v; the final state "
+    "`[N,HV,K,V]` and sum of squared keys `[N,H,K]`, or None where they were not asked for.",
+}
+chunk_precond_gated_delta_rule = adapter(
+    "chunk_precond_gated_delta_rule",
+    f"q, k, v, g_atk, g, beta_atk, beta, scale=None, {_SUMS}, use_qk_l2norm_in_kernel=True, "
+    f"{_CU_CPU}, cp_context=None, {_SQUASH}",
+    several.preconditioned,
+    "Preconditioned gated delta rule (Tumma, Loo, Rus 2026): steps shrink as keys add up.",
+    **_PRECONDITIONED,
+)
+fused_recurrent_precond_gated_delta_rule = adapter(
+    "fused_recurrent_precond_gated_delta_rule",
+    "q, k, v, g=None, gk=None, gv=None, beta=None, g_atk=None, beta_atk=None, scale=None, "
+    f"{_SUMS}, use_qk_l2norm_in_kernel=True, {_CU}, {_SQUASH}",
+    several.preconditioned,
+    "As `chunk_precond_gated_delta_rule`, with a gate per key channel (`gk`) as well.",
+    **_PRECONDITIONED,
+)
+chunk_precond_kda = adapter(
+    "chunk_precond_kda",
+    f"q, k, v, g, g_atk, beta_atk, beta, scale=None, {_SUMS}, use_gate_in_kernel=False, "
+    f"safe_gate=False, lower_bound=None, {_CU_CPU}, chunk_indices=None, cp_context=None, "
+    f"{_SQUASH}, solve_tril_precision=None, disable_recompute=False, "
+    "return_intermediate_states=False, **kwargs",
+    several.preconditioned,
+    "Preconditioned Kimi delta attention (Tumma, Loo, Rus 2026); q and k are normalised.",
+    _GATE,
+    g=_PER_KEY,
+    **_PRECONDITIONED,
+)
+fused_recurrent_precond_kda = adapter(
+    "fused_recurrent_precond_kda",
+    f"q, k, v, g, g_atk, beta_atk, beta, A_log=None, dt_bias=None, scale=None, {_SUMS}, "
+    "use_qk_l2norm_in_kernel=True, use_gate_in_kernel=False, lower_bound=None, "
+    f"{_CU}, {_SQUASH}, **kwargs",
+    several.preconditioned,
+    "As `chunk_precond_kda`, whose norms may be left out.",
+    g=_PER_KEY,
+    **_PRECONDITIONED,
 )

@@ -7,29 +7,24 @@ and the steps that it may stand for with the arguments that are their operands.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...dsl import errors
-from .arguments import docstring
+from .arguments import docstring, is_per_token
 from .rules import rule
 
 Given = dict[str, Any]  # the arguments of a call by name
 Result = tuple[Tensor, Tensor | None]
-R = TypeVar("R")
+R = TypeVar("R", bound=tuple[Any, ...])
 
 _SAFE_GATE = -5.0  # the lower bound that `safe_gate=True` alone promises
 # by argument: what was passed, why it is not offered, what to do instead
 _REFUSED = {
     "head_first": ("head_first=True", "layouts are [B,T,H,D]", "x.transpose(1, 2)"),
-    "reverse": (
-        "reverse=True",
-        "a recurrence runs forward in time",
-        "flip the operands and the output along T (per sequence, if packed)",
-    ),
     "cp_context": (
         "a cp_context",
         "sequences are not split over devices",
@@ -67,7 +62,10 @@ def adapter(
         for argument, (what, why, instead) in _REFUSED.items():
             if given.get(argument):
                 raise errors.NotLowered(f"{name} got {what}", why, instead)
-        return means(name, _read(name, given))
+        given = _read(name, given)
+        if given.get("reverse"):
+            return _backwards(name, means, given)
+        return _forwards(name, means, given)
 
     names = [p.partition("=")[0] for p in parameters.split(", ")]
     arguments = ", ".join("{0}={0}".format(n.lstrip("*")) for n in names)
@@ -81,6 +79,50 @@ def adapter(
         ),
     )
     return function
+
+
+def _backwards(name: str, means: Callable[[str, Given], R], given: Given) -> R:
+    """The call with each sequence's tokens in the opposite order: from its last to its first."""
+    cu = given.get("cu_seqlens")
+
+    def turned(x: Tensor) -> Tensor:
+        if cu is None:
+            return x.flip(1)
+        at = torch.arange(x.shape[1], dtype=cu.dtype, device=x.device)
+        sequence = torch.searchsorted(cu, at, right=True)
+        return x.index_select(1, cu[sequence - 1] + cu[sequence] - 1 - at)
+
+    tokens = {n: turned(x) for n, x in given.items() if is_per_token(n) and x is not None}
+    o, *states = _forwards(name, means, {**given, **tokens})
+    result: Any = (turned(o), *states)
+    return cast(R, result)
+
+
+def _forwards(name: str, means: Callable[[str, Given], R], given: Given) -> R:
+    """The call; with a step size per value channel, of heads of one value channel each."""
+    beta = given.get("beta")
+    if beta is None or beta.ndim < 4:
+        return means(name, given)
+    V, state, v_first = beta.shape[3], given["initial_state"], given.get("state_v_first")
+    each = {n: given[n] for n in ("g", "gk") if given.get(n) is not None}
+    if v_first and state is not None:
+        state = state.mT
+    o, final, *others = means(
+        name,
+        {
+            **given,
+            **{n: x.repeat_interleave(V, 2) for n, x in each.items()},
+            "v": given["v"].flatten(2).unsqueeze(-1),
+            "beta": beta.flatten(2),
+            "initial_state": None if state is None else state.mT.flatten(1, 2).unsqueeze(-1),
+            "state_v_first": False,
+        },
+    )
+    if final is not None:  # [N,HV*V,K,1]
+        final = final.squeeze(-1).unflatten(1, (-1, V))
+        final = final if v_first else final.mT
+    result: Any = (o.squeeze(-1).unflatten(2, (-1, V)), final, *others)
+    return cast(R, result)
 
 
 def steps(
@@ -136,7 +178,7 @@ def promised_bound(given: Given) -> float | None:
 def _read(name: str, given: Given) -> Given:
     """The arguments with gates and step sizes as the steps take them, layouts by one name."""
     if "transpose_state_layout" in given:
-        if given["state_v_first"]:
+        if given.get("state_v_first"):
             raise errors.UnknownOperand(
                 "transpose_state_layout", ["state_v_first, its newer name"], op=name
             )
@@ -182,12 +224,6 @@ def _step_size(name: str, given: Given) -> Tensor:
     if negative and not logits:
         raise errors.UnknownOperand(
             "allow_neg_eigval", ["it together with use_beta_sigmoid_in_kernel=True"]
-        )
-    if beta.ndim == 4:
-        raise errors.NotLowered(
-            f"{name} got a beta per value channel",
-            "every column of the state would have a triangular solve of its own",
-            "beta [B,T,H], one per head",
         )
     return beta.float().sigmoid() * (2.0 if negative else 1.0) if logits else beta
 

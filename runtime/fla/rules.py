@@ -12,7 +12,7 @@ from typing import Any
 
 from ...dsl import library
 from ...dsl.functions import dot, exp, l2norm, outer, within
-from ...dsl.kinds import Key, KeyState, State, Value, annotations_of
+from ...dsl.kinds import Key, KeyState, Scalar, State, Value, annotations_of
 from ..recurrence import Recurrence, recurrence
 
 
@@ -36,7 +36,61 @@ def dplr(S: State, q: Key, k: Key, v: Value, a: Key, b: Key, g: Key) -> tuple[St
     return S, q @ S
 
 
-_OWN = {step.__name__: step for step in (normalised, value_gla, dplr)}
+def iplr(S: State, q: Key, k: Key, v: Value, a: Key, b: Key) -> tuple[State, Value]:
+    """Identity plus low rank: `a` reads the state, `b` is written."""
+    S = S + outer(b, a @ S) + outer(k, v)
+    return S, q @ S
+
+
+def momentum(
+    S: State, M: State, q: Key, k: Key, v: Value, p: Key,
+    log_alpha: Scalar, log_mu: Scalar, beta: Scalar, eta: Scalar,
+) -> tuple[tuple[State, State], Value]:  # fmt: skip
+    """The delta rule with momentum: M averages gradients, so that S moves against it."""
+    M, S_old = exp(log_mu) * M + eta * outer(k, p @ S - v), S
+    S = exp(log_alpha) * S_old - beta * M
+    return (S, M), q @ S
+
+
+def momentum_decayed(
+    S: State, M: State, q: Key, k: Key, v: Value, p: Key,
+    log_alpha: Scalar, log_mu: Scalar, beta: Scalar, eta: Scalar,
+) -> tuple[tuple[State, State], Value]:  # fmt: skip
+    """The same, where p reads the decayed state."""
+    return momentum(S, M, q, k, v, exp(log_alpha) * p, log_alpha, log_mu, beta, eta)
+
+
+def sums_of_squares(D: State, k: Key, one: Value, g: Scalar, b: Scalar) -> tuple[State, Key]:
+    """Decayed sums of squares per key channel; V is 1."""
+    D = exp(g) * D + b * outer(k * k, one)
+    return D, D @ one
+
+
+def preconditioned_delta(
+    S: State, q: Key, k: Key, p: Key, v: Value, g: Scalar, beta: Scalar
+) -> tuple[State, Value]:
+    """Gated delta rule that writes with p."""
+    S = exp(g) * S
+    S = S + beta * outer(p, v - k @ S)
+    return S, q @ S
+
+
+def preconditioned_kda(
+    S: State, q: Key, k: Key, p: Key, v: Value, g: Key, beta: Scalar
+) -> tuple[State, Value]:
+    """The same with a gate per key channel."""
+    S = exp(g) * S
+    S = S + beta * outer(p, v - k @ S)
+    return S, q @ S
+
+
+_OWN = {
+    step.__name__: step
+    for step in (
+        *(normalised, value_gla, dplr, iplr, momentum, momentum_decayed, sums_of_squares),
+        *(preconditioned_delta, preconditioned_kda),
+    )
+}
 
 
 def rule(name: str, l2: bool = False, bound: float | None = None) -> Recurrence:

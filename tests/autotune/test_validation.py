@@ -27,7 +27,7 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.classes import lowered
+from tests.classes import costly, lowered
 from tests.interpreted import small
 from tests.random_rules import Rule, rules
 
@@ -40,7 +40,7 @@ def _suite(name: str, dtype: torch.dtype = torch.float64) -> ValidationSuite:
     return validation_suite(by_name(name), Dims(8, 12), dtype, CPU, tokens=20)
 
 
-@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize("name", costly(LOWERED))
 def test_the_library_passes(name: str) -> None:
     certificate = validate(_suite(name), EAGER)
     assert certificate.ok, certificate.faults
@@ -75,7 +75,7 @@ def test_kernels_in_the_interpreter() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize("name", costly(LOWERED))
 def test_defaults_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     from chunkwise.runtime.triton import engine as triton_engine
 

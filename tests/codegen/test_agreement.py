@@ -14,7 +14,7 @@ from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime import eager as eager_engine
 from torch import Tensor
 
-from tests.classes import CLASSES, plan_pairs
+from tests.classes import CLASSES, costly, plan_pairs
 from tests.harness import (
     Gates,
     Inputs,
@@ -59,14 +59,14 @@ def op_of(name: str) -> cw.Recurrence:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", costly(NAMES))
 def test_eager_is_the_token_loop(name: str, case: str) -> None:
     op = op_of(name)
     inputs = make_inputs(op, CASES[case])
     assert_agree(engine_results(op, inputs, "eager"), oracle_results(op, inputs), FLOAT64_RANDOM)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", costly(NAMES))
 def test_packed_is_the_loop_over_sequences(name: str) -> None:
     """Also with the neighbours' tokens replaced by NaN: nothing leaks between sequences."""
     op = op_of(name)
@@ -96,7 +96,7 @@ def test_packed_is_the_loop_over_sequences(name: str) -> None:
 
 
 @pytest.mark.parametrize("at", [1, 20, C - 1, C, C + 3])  # in, at the end of, and after a chunk
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", costly(NAMES))
 def test_the_future_does_not_change_the_past(name: str, at: int) -> None:
     """Bit for bit: a token changes no output before it, whatever the rounding."""
     op = op_of(name)
@@ -112,7 +112,7 @@ def test_the_future_does_not_change_the_past(name: str, at: int) -> None:
     assert not torch.equal(before[:, at:], after[:, at:])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", costly(NAMES))
 def test_gradients_do_not_depend_on_what_asks_for_them(name: str) -> None:
     """Through o alone, and through the final state alone, they add up to those through both."""
     op = op_of(name)

@@ -9,6 +9,7 @@ import ast
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import chunkwise as cw
 import pytest
@@ -22,7 +23,7 @@ from chunkwise.runtime.recurrence import Recurrence
 from chunkwise.runtime.triton import engine as triton_engine
 from chunkwise.runtime.triton import launch_plan
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import logsigmoid, normalize
 
 from tests.harness import Sizes, engine_results, make_inputs, oracle_results
 from tests.interpreted import Poisoned, served_under, small
@@ -41,18 +42,7 @@ def mirrored_kda(S: State, q: Value, k: Value, v: Key, g: Value, beta: Scalar):
     return S, S @ q
 
 
-@cw.recurrence
-def minimal_gru(S: State, one: Key, z: Value, h: Value):
-    S = (1 - sigmoid(z)) * S + outer(one, sigmoid(z) * h)
-    return S, one @ S
-
-
-@cw.recurrence
-def rwkv4(A: State, Z: State, one: Key, w: Value, k: Value, v: Value, u: Value):
-    o = (one @ A + exp(u + k) * v) / (one @ Z + exp(u + k))
-    A = A * exp(-exp(w)) + outer(one, exp(k) * v)
-    Z = Z * exp(-exp(w)) + outer(one, exp(k))
-    return (A, Z), o
+hgrn, rwkv4 = cw.library.hgrn, cw.library.rwkv4
 
 
 @cw.recurrence
@@ -157,7 +147,7 @@ def test_exchanged_axes(first: int) -> None:
     assert compared > 20
 
 
-OPS = {op.declaration.name: op for op in (mirrored_kda, minimal_gru, slots, either, scalars)}
+OPS = {op.declaration.name: op for op in (mirrored_kda, hgrn, slots, either, scalars)}
 # two tiles of V, or of K; sequences end within chunks, at their ends, and before they begin
 RICH = Sizes(H=1, HV=2, K=5, V=19, initial=True, dtype=torch.float32).packed(0, 15, 17)
 TALL = Sizes(B=2, T=33, H=2, HV=2, K=19, V=4, initial=True, dtype=torch.float32)
@@ -199,8 +189,12 @@ def test_triton(name: str, sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> Non
 # ---- recurrences of the literature, by loops over their own quantities ---------------------------
 
 
+def _by_hgrn(one: Tensor, z: Tensor, h: Tensor, engine: str) -> tuple[Tensor, object]:
+    return hgrn(one, z.sigmoid() * h, logsigmoid(-z), engine=engine)
+
+
 def _minimal_gru(one: Tensor, z: Tensor, h: Tensor) -> Tensor:
-    """minGRU (Feng et al. 2024), h_t = (1 - z) h_t-1 + z h~, which is HGRN's recurrence too."""
+    """minGRU (Feng et al. 2024), h_t = (1 - z) h_t-1 + z h~."""
     state, outputs = torch.zeros_like(h[:, 0]), []
     for t in range(h.shape[1]):
         gate = z[:, t].sigmoid()
@@ -209,12 +203,12 @@ def _minimal_gru(one: Tensor, z: Tensor, h: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
-def _rwkv4(one: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
+def _rwkv4(one: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     """wkv of RWKV-4 (Peng et al. 2023), as the sums that define it."""
     outputs = []
     for t in range(k.shape[1]):
-        weights = [k[:, i] + -sum(w[:, j].exp() for j in range(i + 1, t)) for i in range(t)]
-        weights = torch.stack([*weights, u[:, t] + k[:, t]], 1).exp()
+        weights = [k[:, i] - (t - 1 - i) * w.exp() for i in range(t)]
+        weights = torch.stack([*weights, u + k[:, t]], 1).exp()
         outputs.append((weights * v[:, : t + 1]).sum(1) / weights.sum(1))
     return torch.stack(outputs, 1)
 
@@ -246,9 +240,13 @@ def _of_channels(*seeds: int) -> list[Tensor]:
 
 
 ONE = torch.ones(B, T, HV, 1, dtype=torch.float64)
-LITERATURE: dict[str, tuple[cw.Recurrence, Callable[..., Tensor], list[Tensor]]] = {
-    "minGRU": (minimal_gru, _minimal_gru, [ONE, *_of_channels(0, 1)]),
-    "RWKV-4": (rwkv4, _rwkv4, [ONE, *_of_channels(0, 1, 2, 3)]),
+LITERATURE: dict[str, tuple[Callable[..., Any], Callable[..., Tensor], list[Tensor]]] = {
+    "minGRU": (_by_hgrn, _minimal_gru, [ONE, *_of_channels(0, 1)]),
+    "RWKV-4": (
+        rwkv4,
+        _rwkv4,
+        [ONE, *_of_channels(1, 2), randn(HV, V), randn(HV, V, seed=3)],
+    ),
     "slots": (
         slots,
         _slots,

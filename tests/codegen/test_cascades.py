@@ -39,7 +39,6 @@ from chunkwise.codegen.programs import (
 from chunkwise.codegen.prove import prove
 from chunkwise.dsl.classify import classify
 from chunkwise.dsl.normal_form import NormalForm, levels_of
-from chunkwise.dsl.traced import Traced
 from chunkwise.runtime import eager as eager_engine
 from chunkwise.runtime.prepared import Records
 from chunkwise.runtime.recurrence import Recurrence
@@ -54,17 +53,7 @@ from tests.codegen.forms import (
 from tests.harness import Sizes, engine_results, make_inputs, oracle_results
 from tests.tolerances import FLOAT64_RANDOM, assert_agree
 
-
-def softmax(x: Traced) -> Traced:
-    e = exp(x)
-    return e / channels(e)
-
-
-@cw.recurrence
-def gated_slots(A: State, S: State, q: Value, k: Value, v: Value, s: Key, g: Key):
-    A = exp(g) * A + outer(s, k)
-    S = exp(g) * S + outer(s, v)
-    return (A, S), softmax(A @ q) @ S
+gated_slots = cw.library.gsa
 
 
 @cw.recurrence
@@ -151,7 +140,7 @@ def test_the_chunk_is_the_token_loop(name: str, case: str) -> None:
     check_engine(RULES[name], _sized(name, CASES[case]), "eager")
 
 
-@pytest.mark.parametrize("name", ["gated_slots", "residual", "gates_and_keys", "three"])
+@pytest.mark.parametrize("name", ["gsa", "residual", "gates_and_keys", "three"])
 def test_every_plan_computes_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     op = RULES[name]
     inputs = make_inputs(op, CASES["packed"])

@@ -16,7 +16,7 @@ from chunkwise.dsl.library import all_declarations, by_name
 from chunkwise.runtime.triton import engine as triton_engine
 from chunkwise.runtime.triton import launch_plan
 
-from tests.classes import CLASSES, lowered, plan_pairs
+from tests.classes import CLASSES, costly, lowered, plan_pairs
 from tests.harness import Gates, Layout, Sizes, engine_results, make_inputs, oracle_results
 from tests.interpreted import CHUNK, TILES, Poisoned, served_under, small
 from tests.tolerances import BY_DTYPE, FLOAT32_HARD, Tolerance, assert_agree
@@ -93,7 +93,7 @@ CASES: dict[str, tuple[Sizes, Tolerance]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", costly(NAMES))
 def test_kernels_are_the_token_loop(name: str, case: str, serve: Serve) -> None:
     serve(_config(name))
     _agree(name, *CASES[case])

@@ -1,7 +1,7 @@
 """Recurrences of the literature, declared in at most 15 lines, against loops of their equations.
 
 The loops follow the papers: their states are often [V, K], windows and batches are windows and
-batches. Gated Oja, minGRU, RWKV-4 and slots' scores have theirs in test_axes.py.
+batches. Gated Oja and slots' scores have theirs in test_axes.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import chunkwise as cw
 import pytest
 import torch
 from chunkwise import (
-    HeadScalar,
     HeadValue,
     Key,
     Scalar,
@@ -29,7 +28,6 @@ from chunkwise import (
     sigmoid,
     softplus,
     sqrt,
-    within,
 )
 from torch import Tensor
 
@@ -41,24 +39,6 @@ from tests.tolerances import FLOAT64_RANDOM, assert_agree
 # ---- memories that learn at test time ------------------------------------------------------------
 
 
-@cw.recurrence
-def momentum_2026(
-    S: State, M: State, q: Key, k: Key, v: Value, a: Scalar, mu: Scalar, b: Scalar, eta: Scalar
-):
-    """MomentumDeltaNet (ICML 2026): M averages gradients, of the decayed memory, and S descends."""
-    S = exp(a) * S
-    M = exp(mu) * M + eta * outer(k, k @ S - v)
-    return (S - b * M, M), q @ (S - b * M)
-
-
-@loop_of(momentum_2026)
-def _(x: Token, S: Tensor, M: Tensor) -> Any:
-    W = (S * x.a.exp()).mT
-    G = x.mu.exp() * M.mT + x.eta * torch.outer(W @ x.k - x.v, x.k)
-    W = W - x.b * G
-    return W @ x.q, (W.mT, G.mT)
-
-
 @loop_of(cw.library.momentum_delta)
 def _(x: Token, S: Tensor, M: Tensor) -> Any:
     error = x.v - (S * x.p[:, None]).sum(0)
@@ -67,15 +47,7 @@ def _(x: Token, S: Tensor, M: Tensor) -> Any:
     return (S * x.q[:, None]).sum(0), (S, M)
 
 
-@cw.recurrence
-def titans(M: State, S: State, q: Key, k: Key, v: Value, alpha: Scalar, eta: Scalar, theta: Scalar):
-    """Titans (Behrouz et al. 2025), eqs. 13 and 14, of a linear memory: surprise with momentum."""
-    S = sigmoid(eta) * S - 2 * theta * outer(k, k @ M - v)
-    M = (1 - sigmoid(alpha)) * M + S
-    return (M, S), q @ M
-
-
-@loop_of(titans)
+@loop_of(cw.library.titans)
 def _(x: Token, M: Tensor, S: Tensor) -> Any:
     M, S = M.mT, S.mT
     gradient = 2 * torch.outer(M @ x.k - x.v, x.k)  # of |M k - v|^2
@@ -84,69 +56,25 @@ def _(x: Token, M: Tensor, S: Tensor) -> Any:
     return M @ x.q, (M.mT, S.mT)
 
 
-@cw.recurrence
-def titans_batches(
-    M: State, S: State, W: State, q: Key, k: Key, v: Value,
-    first: Scalar, alpha: Scalar, eta: Scalar, theta: Scalar,
-):  # fmt: skip
-    """Titans' chunks (section 3.2): gradients at W, the memory when the batch began."""
-    W = first * M + (1 - first) * W
-    S = exp(eta) * S - theta * outer(k, k @ W - v)
-    M = exp(alpha) * M + S
-    return (M, S, W), q @ M
-
-
-@loop_of(titans_batches)
+@loop_of(cw.library.titans_batches)
 def _(x: Token, M: Tensor, S: Tensor, W: Tensor) -> Any:
     W = M if x.t % BATCH == 0 else W
-    S = x.eta.exp() * S - x.theta * torch.outer(W.mT @ x.k - x.v, x.k).mT
-    M = x.alpha.exp() * M + S
+    gradient = 2 * torch.outer(W.mT @ x.k - x.v, x.k)
+    S = x.eta.sigmoid() * S - x.theta * gradient.mT
+    M = (1 - x.alpha.sigmoid()) * M + S
     return M.mT @ x.q, (M, S, W)
 
 
-@cw.recurrence
-def ttt_batches(S: State, W: State, q: Key, k: Key, v: Value, first: Scalar, eta: Scalar):
-    """TTT-Linear (Sun et al. 2024) without its norm, mini-batches: G_t = sum of gradients at W."""
-    W = first * S + (1 - first) * W
-    S = S - eta * outer(k, 2 * (k @ W - v))
-    return (S, W), q @ S
-
-
-@loop_of(ttt_batches)
+@loop_of(cw.library.ttt)
 def _(x: Token, S: Tensor, W: Tensor) -> Any:
     W = S if x.t % BATCH == 0 else W
     S = S - x.eta * 2 * torch.outer(x.k, x.k @ W - x.v)
     return x.q @ S, (S, W)
 
 
-@cw.recurrence
-def ttt(S: State, q: Key, k: Key, v: Value, eta: Scalar):
-    """TTT-Linear without its norm, per token, with a bias: the last channel of k and q is 1."""
-    S = S - eta * outer(k, 2 * (k @ S - v))
-    return S, q @ S
-
-
-@loop_of(ttt)
+@loop_of(cw.library.omega, micro=3)
 def _(x: Token, S: Tensor) -> Any:
-    W, b = S[:-1].mT, S[-1]
-    error = 2 * (W @ x.k[:-1] + b * x.k[-1] - x.v)
-    W, b = W - x.eta * torch.outer(error, x.k[:-1]), b - x.eta * error * x.k[-1]
-    return W @ x.q[:-1] + b * x.q[-1], (torch.cat([W.mT, b[None]]),)
-
-
-@cw.recurrence
-def omega(S: State, q: Key, k: tuple[Key, ...], v: tuple[Value, ...], a: Scalar,
-          b: tuple[Scalar, ...]):  # fmt: skip
-    """The Omega rule (ATLAS, Behrouz et al. 2025): a gradient step on a window of tokens."""
-    old, S = S, exp(a) * S
-    for k_i, v_i, b_i in zip(k, v, b, strict=True):
-        S = S - 0.3 * b_i * outer(k_i, k_i @ old - v_i)
-    return S, q @ S
-
-
-@loop_of(omega, micro=3)
-def _(x: Token, S: Tensor) -> Any:
-    S = x.a.exp() * S - x.k.mT @ (0.3 * x.b[:, None] * (x.k @ S - x.v))
+    S = x.g.exp() * S - x.k.mT @ (x.beta[:, None] * (x.k @ S - x.v))
     return x.q @ S, (S,)
 
 
@@ -187,19 +115,10 @@ def _(x: Token, S: Tensor, M: Tensor) -> Any:
 # ---- state space models --------------------------------------------------------------------------
 
 
-@cw.recurrence
-def mamba3(S: State, lag: State, C: Key, B: Key, x: Value, dt: Scalar, lam: Scalar, A: HeadScalar):
-    """Mamba-3's trapezoid (2026), without rotation: the lag is what the last token wrote."""
-    step, lam = softplus(dt), sigmoid(lam)
-    decay = exp(-step * exp(A))
-    S = decay * S + (1 - lam) * step * decay * lag + lam * step * outer(B, x)
-    return (S, outer(B, x)), C @ S
-
-
-@loop_of(mamba3)
+@loop_of(cw.library.mamba3_trapezoid)
 def _(x: Token, h: Tensor, last: Tensor) -> Any:
     delta, lam = torch.nn.functional.softplus(x.dt), x.lam.sigmoid()
-    alpha = torch.exp(delta * -x.A.exp())
+    alpha = torch.exp(delta * -x.A_log.exp())
     beta, gamma = (1 - lam) * delta * alpha, lam * delta
     now = x.B[:, None] * x.x
     h = alpha * h + beta * last + gamma * now
@@ -222,23 +141,10 @@ def _(x: Token, R: Tensor, J: Tensor) -> Any:
     return (torch.complex(x.qr, x.qi) @ S).real, (S.real, S.imag)
 
 
-@cw.recurrence
-def mimo(S: State, q: tuple[Key, ...], k: tuple[Key, ...], v: tuple[Value, ...],
-         c: tuple[Value, ...], g: Scalar):  # fmt: skip
-    """Mamba-3's MIMO: one decay, R writes, R reads, joined by weights per channel."""
-    S = exp(g) * S
-    for k_i, v_i in zip(k, v, strict=True):
-        S = S + outer(k_i, v_i)
-    o = c[0] * (q[0] @ S)
-    for c_i, q_i in zip(c[1:], q[1:], strict=True):
-        o = o + c_i * (q_i @ S)
-    return S, o
-
-
-@loop_of(mimo, micro=3)
+@loop_of(cw.library.mamba3_mimo, micro=3)
 def _(x: Token, h: Tensor) -> Any:
-    h = x.g.exp() * h + x.k.mT @ x.v
-    return (x.c * (x.q @ h)).sum(0), (h,)
+    h = x.g.exp() * h + x.B.mT @ x.x
+    return (x.w * (x.C @ h)).sum(0), (h,)
 
 
 @cw.recurrence
@@ -256,20 +162,10 @@ def _(x: Token, h: Tensor) -> Any:
     return h[0] * x.one[0], (h,)
 
 
-@cw.recurrence
-def hgrn(S: State, one: Key, f: Value, c: Value, g: Value, low: HeadValue):
-    """HGRN (Qin et al. 2023), real: a forget gate with a learnt lower bound, an output gate."""
-    f = sigmoid(low) + (1 - sigmoid(low)) * sigmoid(f)
-    S = within(f, 0, 1) * S + outer(one, (1 - f) * c * sigmoid(c))
-    return S, sigmoid(g) * (one @ S)
-
-
-@loop_of(hgrn, K=1)
+@loop_of(cw.library.hgrn, K=1)
 def _(x: Token, h: Tensor) -> Any:
-    low = x.low.sigmoid()
-    f = low + (1 - low) * x.f.sigmoid()
-    h = f * h + (1 - f) * torch.nn.functional.silu(x.c) * x.one[0]
-    return x.g.sigmoid() * h[0] * x.one[0], (h,)
+    h = x.g.exp() * h + x.x * x.one[0]
+    return h[0] * x.one[0], (h,)
 
 
 @cw.recurrence
@@ -287,17 +183,7 @@ def _(x: Token, h: Tensor) -> Any:
     return h[0] * x.one[0], (h,)
 
 
-@cw.recurrence
-def rwkv4(A: State, Z: State, one: Key, k: Value, v: Value, w: HeadValue, u: HeadValue):
-    """RWKV-4 (Peng et al. 2023), without stabiliser: w and u are parameters."""
-    now = exp(u + k)
-    o = (one @ A + now * v) / (one @ Z + now)
-    A = exp(-exp(w)) * A + outer(one, exp(k) * v)
-    Z = exp(-exp(w)) * Z + outer(one, exp(k))
-    return (A, Z), o
-
-
-@loop_of(rwkv4, K=1)
+@loop_of(cw.library.rwkv4, K=1)
 def _(x: Token, a: Tensor, b: Tensor) -> Any:
     e = torch.exp(x.u + x.k)
     o = (x.one[0] * a[0] + e * x.v) / (x.one[0] * b[0] + e)
@@ -323,8 +209,29 @@ def test_the_paper(name: str, sizes: Sizes) -> None:
     assert_agree(got, want, FLOAT64_RANDOM)
 
 
-# the library's momentum_delta is left out: its typed signature alone takes 13 lines
-@pytest.mark.parametrize("name", [n for n in PAPERS if n not in cw.library.names()])
+def test_momentum_delta_net_is_momentum_delta() -> None:
+    """MomentumDeltaNet (ICML 2026): M averages gradients, of the decayed memory, and S descends."""
+    inputs = make_inputs(cw.library.momentum_delta, DENSE)
+    q, k, v, _, a, mu, b, eta = (x.detach() for x in inputs.operands.values())
+    keys, queries = (x.repeat_interleave(DENSE.HV // DENSE.H, 2) for x in (k, q))
+    W = torch.zeros(DENSE.B, DENSE.HV, DENSE.V, DENSE.K, dtype=torch.float64)
+    G, outputs = torch.zeros_like(W), []
+    for t in range(DENSE.T):
+        W = W * a[:, t, :, None, None].exp()
+        error = (W @ keys[:, t, ..., None]).squeeze(-1) - v[:, t]
+        G = G * mu[:, t, :, None, None].exp()
+        G = G + eta[:, t, :, None, None] * error[..., None] * keys[:, t, :, None]
+        W = W - b[:, t, :, None, None] * G
+        outputs.append((W @ queries[:, t, ..., None]).squeeze(-1))
+    p = a.exp()[..., None] * keys
+    got, (S, M) = cw.library.momentum_delta(
+        queries, keys, v, p, a, mu, b, eta, output_final_state=True, engine="eager"
+    )
+    want = (torch.stack(outputs, 1), W.mT, -G.mT)
+    torch.testing.assert_close((got, S, M), want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", PAPERS)
 def test_a_declaration_is_short(name: str) -> None:
     source = inspect.getsource(PAPERS[name][0].declaration.function)
     assert len(source.splitlines()) <= 15

@@ -31,9 +31,10 @@ from chunkwise.dsl.normal_form import Operand
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tests.classes import costly
 from tests.codegen import numpy_printer
 from tests.codegen.test_agreement import NAMES
-from tests.harness import Inputs, Sizes, engine_results, make_inputs, results
+from tests.harness import Inputs, Sizes, engine_results, make_inputs, results, wobbled
 from tests.tolerances import assert_agree
 
 C = 16
@@ -170,6 +171,10 @@ def _computed(
     return results(o[:, n - 1 :: n], tuple(finals), inputs)
 
 
+# a read of the state may be near 0 where they divide by it, or take its logarithm
+DIVIDING = {"abc", "rwkv4", "preconditioned_delta", "preconditioned_kda"}
+
+
 def _check(
     name: str, sizes: Sizes, plan: int, *, segments: bool = False, in_memory: bool = False
 ) -> None:
@@ -180,22 +185,23 @@ def _check(
     inputs = make_inputs(op, sizes)
     with np.errstate(divide="ignore", invalid="ignore"):  # in padding, which is cleaned
         got = _computed(op, sizes, inputs, plans, segments=segments, in_memory=in_memory)
-    assert_agree(got, engine_results(op, inputs, "eager"), torch.float32)
+    near = engine_results(op, wobbled(inputs), "eager") if name in DIVIDING else None
+    assert_agree(got, engine_results(op, inputs, "eager"), torch.float32, near=near)
 
 
 @pytest.mark.parametrize("plan", [0, -1])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", costly(NAMES))
 def test_packed_with_states_and_groups_of_heads(name: str, plan: int) -> None:
     _check(name, PACKED, plan)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", costly(NAMES))
 def test_dense(name: str) -> None:
     _check(name, DENSE, 1)
 
 
 @pytest.mark.parametrize("plan", [0, -1])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", costly(NAMES))
 def test_tiles_in_memory(name: str, plan: int) -> None:
     _check(name, PACKED, plan, in_memory=True)
 
@@ -211,7 +217,7 @@ def test_scans_of_segments(name: str) -> None:
     _check(name, PACKED, 1, segments=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", costly(NAMES))
 def test_one_token_at_a_time(name: str) -> None:
     op = getattr(library, name)
     declared, sizes = op.declaration, Sizes(B=2, T=3, H=1, HV=2, K=20, V=18, dtype=torch.float32)

@@ -28,7 +28,7 @@ from chunkwise.codegen.triton.emit import emit
 from chunkwise.dsl.library import all_declarations, by_name
 from chunkwise.runtime.triton import engine as triton_engine
 
-from tests.classes import CLASSES, lowered, plan_pairs
+from tests.classes import CLASSES, costly, lowered, plan_pairs
 from tests.harness import Sizes, engine_results, make_inputs, oracle_results
 from tests.interpreted import served_under, small
 from tests.tolerances import BY_DTYPE, FLOAT64_RANDOM, assert_agree
@@ -249,7 +249,7 @@ def _emitted(name: str, K: int = 64, V: int = 64) -> str:
     return emit(form, signature, _FIXED).source
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", costly(NAMES))
 def test_emitted_source_parses_and_explains_itself(name: str) -> None:
     source = _emitted(name, K=100, V=36)
     tree = ast.parse(source)

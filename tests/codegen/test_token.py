@@ -21,6 +21,7 @@ from chunkwise.runtime.triton import launch_plan
 from chunkwise.runtime.tvm import engine as tvm_engine
 
 from tests import harness
+from tests.classes import costly
 from tests.harness import Gates, Inputs, Sizes, make_inputs, oracle_results
 from tests.interpreted import Poisoned
 from tests.net import numbered
@@ -61,7 +62,7 @@ def _options(inputs: Inputs) -> dict[str, Any]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("sizes", [RICH, HARD], ids=["packed", "hard gates"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", costly(NAMES))
 def test_every_recurrence(name: str, sizes: Sizes, engine: Any) -> None:
     op = getattr(cw.library, name)
     _check(op, make_inputs(op, sizes), engine, FLOAT32_HARD)
@@ -95,7 +96,7 @@ def test_random_calls() -> None:
     assert seen >= 20
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", costly(NAMES))
 def test_no_tile_has_a_time_axis_and_sums_read_the_state_as_it_came(name: str) -> None:
     declaration = getattr(cw.library, name).declaration
     body = token_program(declaration.step(declaration.default_micro))
@@ -104,5 +105,5 @@ def test_no_tile_has_a_time_axis_and_sums_read_the_state_as_it_came(name: str) -
     for t in tiles:
         wide = [a for a in t.args if len(a.axes) == 2]
         if t.op is TileOp.SUM and wide:
-            states = [x for x in topological(*wide) if len(x.axes) == 2 and x not in wide]
+            states = [x for y in wide for x in y.args if len(x.axes) == 2]
             assert [x.op for x in states] == [TileOp.CARRY], print_chunk(body)

@@ -20,7 +20,11 @@ _FUNCTIONS = {
     "log": torch.log,
     "abs": torch.abs,
     "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "at_least": torch.maximum,
+    "at_most": torch.minimum,
     "sigmoid": torch.sigmoid,
+    "logsigmoid": torch.nn.functional.logsigmoid,
     "softplus": torch.nn.functional.softplus,
     "step": lambda x: torch.heaviside(x, torch.tensor(0.5, dtype=x.dtype)),
 }

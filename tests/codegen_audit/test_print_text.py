@@ -21,7 +21,7 @@ from chunkwise.dsl.ir import Per
 from chunkwise.dsl.library import all_declarations
 from torch import Tensor
 
-from tests.classes import lowered
+from tests.classes import costly, lowered
 from tests.codegen_audit.mathematics import evaluate
 from tests.harness import Inputs, Sizes, make_inputs
 
@@ -49,7 +49,7 @@ def _leaves(name: str, inputs: Inputs) -> dict[str, Tensor]:
     return {n: x.detach() for n, x in leaves.items()}
 
 
-@pytest.mark.parametrize("name", _NAMES)
+@pytest.mark.parametrize("name", costly(_NAMES))
 def test_printed_chunk_is_the_recurrence(name: str) -> None:
     """The chunk, evaluated from its text, gives the token loop's output and final states."""
     torch.set_default_dtype(torch.float64)
@@ -95,7 +95,7 @@ def test_marks_say_what_may_leave_the_scan() -> None:
     assert marks["S_next"].endswith("→ next S")
 
 
-@pytest.mark.parametrize("name", _NAMES)
+@pytest.mark.parametrize("name", costly(_NAMES))
 def test_every_kernel_prints_what_it_stores(name: str) -> None:
     form = getattr(library, name).declaration.normal_form()
     config = default_config(chunk_program(form), Dims(64, 64), wide_dtype=False)

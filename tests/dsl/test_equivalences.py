@@ -9,6 +9,7 @@ import torch
 from chunkwise.dsl import library, oracle
 from chunkwise.dsl.declaration import Declaration
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 Operands = dict[str, Tensor]
 B, T, H, K, V = 2, 6, 2, 4, 3
@@ -30,6 +31,8 @@ def draw() -> Operands:
         "beta": randn().sigmoid(),
         "p": randn(K),
         "w": randn(V).sigmoid(),
+        "a": randn(),
+        "b": randn(),
     }
 
 
@@ -39,6 +42,11 @@ def channels(x: Tensor, n: int = K) -> Tensor:
 
 def qkv(x: Operands, **more: Tensor) -> Operands:
     return {n: x[n] for n in ("q", "k", "v")} | more
+
+
+def ssm(x: Operands, **more: Tensor) -> Operands:
+    rate = torch.tensor([-0.3, 0.4], dtype=torch.float64)
+    return {"C": x["q"], "B": x["k"], "x": x["v"], "dt": x["a"], "A_log": rate} | more
 
 
 Side = tuple[Declaration, Callable[[Operands], Operands]]
@@ -105,6 +113,61 @@ TABLE: dict[str, tuple[Side, Side]] = {
             ),
         ),
         (L.gated_delta_rule, lambda x: qkv(x, g=x["g"], beta=x["beta"])),
+    ),
+    "titans is momentum_delta with p = k, β = 1": (
+        (L.by_name("titans"), lambda x: qkv(x, alpha=x["a"], eta=x["b"], theta=x["beta"])),
+        (
+            L.momentum_delta,
+            lambda x: qkv(
+                x,
+                p=x["k"],
+                log_alpha=logsigmoid(-x["a"]),
+                log_mu=logsigmoid(x["b"]),
+                beta=torch.ones_like(x["beta"]),
+                eta=2 * x["beta"],
+            ),
+        ),
+    ),
+    "titans by mini-batches of one token is titans": (
+        (
+            L.by_name("titans_batches"),
+            lambda x: qkv(
+                x, first=torch.ones_like(x["a"]), alpha=x["a"], eta=x["b"], theta=x["beta"]
+            ),
+        ),
+        (L.by_name("titans"), lambda x: qkv(x, alpha=x["a"], eta=x["b"], theta=x["beta"])),
+    ),
+    "ttt by mini-batches of one token is delta_rule with β = 2η": (
+        (L.by_name("ttt"), lambda x: qkv(x, first=torch.ones_like(x["a"]), eta=x["beta"] / 2)),
+        (L.delta_rule, lambda x: qkv(x, beta=x["beta"])),
+    ),
+    "omega with a window of one token is comba with p = k": (
+        (
+            L.by_name("omega"),
+            lambda x: (
+                {"q": x["q"], "g": x["g"]} | {n: x[n][:, :, None] for n in ("k", "v", "beta")}
+            ),
+        ),
+        (L.comba, lambda x: qkv(x, p=x["k"], g=x["g"], beta=x["beta"])),
+    ),
+    # sigmoid(40) is 1 to every digit
+    "mamba3_trapezoid with λ = 1 is mamba2 without its skip and bias": (
+        (
+            L.by_name("mamba3_trapezoid"),
+            lambda x: ssm(x, lam=40.0 * torch.ones_like(x["a"])),
+        ),
+        (L.mamba2, lambda x: ssm(x, dt_bias=torch.zeros(H).double(), D=torch.zeros(H).double())),
+    ),
+    "mamba3_mimo with one input and output is simple_gla": (
+        (
+            L.by_name("mamba3_mimo"),
+            lambda x: (
+                {"g": x["g"]}
+                | {n: x[m][:, :, None] for n, m in (("C", "q"), ("B", "k"), ("x", "v"))}
+                | {"w": torch.ones_like(x["v"])[:, :, None]}
+            ),
+        ),
+        (L.simple_gla, lambda x: qkv(x, g=x["g"])),
     ),
     "retention is simple_gla with a constant gate": (
         (L.retention, lambda x: qkv(x, g=torch.tensor([-0.1, -0.2], dtype=torch.float64))),

@@ -41,6 +41,8 @@ CLASSES = {
     "mamba2": (DecayClass.SCALAR, LowRank.NONE),
     "gla": (DecayClass.KEY, LowRank.NONE),
     "hgrn2": (DecayClass.KEY, LowRank.NONE),
+    "hgrn": (DecayClass.VALUE, LowRank.NONE),
+    "rwkv4": (DecayClass.VALUE, LowRank.NONE),
     "rwkv6": (DecayClass.KEY, LowRank.NONE),
     "rwkv7": (DecayClass.KEY, LowRank.GENERAL),
     "mlstm": (DecayClass.SCALAR, LowRank.NONE),
@@ -56,7 +58,20 @@ CLASSES = {
     "longhorn": (DecayClass.NONE, LowRank.SYMMETRIC),
     "momentum_delta": (DecayClass.SCALAR, LowRank.ONE_WRITE),
     "gated_lms": (DecayClass.NONE, LowRank.SYMMETRIC),
+    "delta_rule_normalised": (DecayClass.NONE, LowRank.SYMMETRIC),
+    "mamba3_trapezoid": (DecayClass.SCALAR, LowRank.NONE),
+    "mamba3_mimo": (DecayClass.SCALAR, LowRank.NONE),
+    "titans": (DecayClass.SCALAR, LowRank.ONE_WRITE),
+    "ttt": (DecayClass.NONE, LowRank.GENERAL),
+    "titans_batches": (DecayClass.SCALAR, LowRank.GENERAL),
+    "gsa": (DecayClass.KEY, LowRank.NONE),
+    "abc": (DecayClass.NONE, LowRank.NONE),
+    "residual_linear_attention": (DecayClass.SCALAR, LowRank.NONE),
+    "preconditioned_delta": (DecayClass.SCALAR, LowRank.NONE),
+    "preconditioned_kda": (DecayClass.SCALAR, LowRank.NONE),
+    "omega": (DecayClass.SCALAR, LowRank.GENERAL),
 }
+COUPLED = {"momentum_delta", "titans", "titans_batches", "ttt", "mamba3_trapezoid"}
 
 
 @pytest.mark.parametrize("d", library.all_declarations(), ids=lambda d: d.name)
@@ -66,8 +81,8 @@ def test_class(d: Declaration) -> None:
     found = classify(form)
     assert (found.states[0].decay, found.states[0].low_rank) == CLASSES[d.name]
     assert found.micro_steps == (3 if d.has_micro else 1)
-    assert found.coupled is (d.name == "momentum_delta")
-    assert found.transposed is (d.name == "oja")
+    assert found.coupled is (d.name in COUPLED)
+    assert found.transposed is (d.name in {"oja", "hgrn", "rwkv4"})
 
 
 def only_update(form: NormalForm) -> Update:

@@ -86,7 +86,7 @@ def test_targets_that_are_not_there(capsys: pytest.CaptureFixture[str], tmp_path
     file.write_text(RULES + SECOND)
     for target, hint in (
         ("kad", "did you mean kda?"),
-        ("delta", "did you mean delta_rule or delta_product?"),
+        ("delta", "did you mean delta_rule or delta_product or"),
         ("gated_delta_ruel", "did you mean gated_delta_rule"),
         ("softmax", "`chunkwise list` shows"),
         (str(tmp_path / "none.py"), "no file"),

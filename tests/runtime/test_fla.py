@@ -326,8 +326,6 @@ def test_packed(x: dict[str, Tensor]) -> None:
     ("name", "operands", "options", "message"),
     [
         ("chunk_retention", "qkv", {"head_first": True}, r"\[B,T,H,D\]"),
-        ("fused_recurrent_retention", "qkv", {"reverse": True}, "flip"),
-        ("fused_recurrent_linear_attn", "qkv", {"reverse": True}, "flip"),
         ("chunk_gated_delta_rule", ("q", "k", "v", "g", "beta"), {"cp_context": 1}, "devices"),
         ("chunk_gated_delta_rule", ("q", "k", "v", "g", "beta"), {"h0": 1}, "'h0'"),
         (
@@ -351,7 +349,12 @@ def test_packed(x: dict[str, Tensor]) -> None:
         ("fused_recurrent_gla", ("q", "k", "v", "gk", "gv"), {}, "one of the two"),
         ("fused_recurrent_gdn", ("q", "k", "v", "g", "gk", "gv"), {}, "one of the two"),
         ("fused_recurrent_gdn", ("q", "k", "v", "g", "none", "gv"), {}, "columns"),
-        ("fused_recurrent_delta_rule", ("q", "k", "v", "v"), {}, "per head"),
+        (
+            "fused_recurrent_precond_gated_delta_rule",
+            ("q", "k", "v", "g", "none", "none", "beta"),
+            {},
+            "g_atk",
+        ),
         (
             "chunk_linear_attn",
             "qkv",
