@@ -52,7 +52,8 @@ def loop_results(name: str, inputs: Inputs, sizes: Sizes) -> dict[str, Tensor]:
             states = tuple(torch.zeros(a, dtype=sizes.dtype) for a in axes)
             if inputs.initial is not None:
                 states = tuple(s[n, j] for s in inputs.initial if s is not None)
-            heads.append(_run(loop, x, states, start, stop))
+            fixed = {y.name for y in op.declaration.operands if y.per is Per.HEAD}
+            heads.append(_run(loop, x, fixed, states, start, stop))
         if stop > start:
             outputs.append(torch.stack([torch.stack(o) for o, _ in heads], 1))
         ends.append([torch.stack(s) for s in zip(*(s for _, s in heads), strict=True)])
@@ -69,14 +70,16 @@ def _of_head(operand: Operand, x: Tensor, b: int, j: int) -> Tensor:
 
 
 def _run(
-    loop: Loop, x: dict[str, Tensor], states: tuple[Tensor, ...], start: int, stop: int
+    loop: Loop,
+    x: dict[str, Tensor],
+    fixed: set[str],
+    states: tuple[Tensor, ...],
+    start: int,
+    stop: int,
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     outputs = []
     for t in range(start, stop):
-        now = {n: y[t] if n not in PARAMETERS else y for n, y in x.items()}
+        now = {n: y[t] if n not in fixed else y for n, y in x.items()}
         o, states = loop(Token(t=t - start, **now), *states)
         outputs.append(o)
     return outputs, states
-
-
-PARAMETERS = frozenset({"A_log", "Lam", "w", "u", "e"})  # per head
