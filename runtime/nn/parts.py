@@ -81,7 +81,7 @@ class RMSNorm(nn.Module):
 
         Args:
             x: `[..., size]`, of any float dtype.
-            gate: of x's shape.
+            gate: `[..., size]`.
 
         Returns:
             `[..., size]` in x's dtype.
@@ -186,7 +186,7 @@ class ShortConvolution(nn.Module):
 
         Args:
             x: `[B, T, channels]`.
-            cu_seqlens: as for `forward`.
+            cu_seqlens: int `[N + 1]`, as for `forward`.
 
         Returns:
             `[B, T, channels]`.
