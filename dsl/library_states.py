@@ -48,16 +48,16 @@ def mamba3_trapezoid(
 @declaration
 def mamba3_mimo(
     S: State, C: tuple[Key, ...], B: tuple[Key, ...], x: tuple[Value, ...],
-    w: tuple[Value, ...], g: Scalar,
+    c: tuple[Value, ...], g: Scalar,
 ) -> tuple[State, Value]:  # fmt: skip
     """Mamba-3's several inputs and outputs (Lahoti et al. 2026): R writes and R reads a token.
 
-    w joins what was read, per channel. Without the trapezoid and the rotation.
+    c joins what was read, per channel. Without the trapezoid and the rotation.
     """
     S = exp(g) * S
     for B_i, x_i in zip(B, x, strict=True):
         S = S + outer(B_i, x_i)
-    reads = [w_i * (C_i @ S) for w_i, C_i in zip(w, C, strict=True)]
+    reads = [c_i * (C_i @ S) for c_i, C_i in zip(c, C, strict=True)]
     return S, functools.reduce(operator.add, reads)
 
 

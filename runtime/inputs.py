@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
 from ..dsl import errors, oracle
+from ..dsl.bounds import interval
 from ..dsl.declaration import Declaration
 from ..dsl.ir import Kind, Node, Op, Per, bounds_of, operands_of, promises_of, topological
 from ..dsl.normal_form import NormalForm, Operand, expressions, results_of
@@ -96,7 +97,7 @@ class Ranges:
 
     gates: tuple[tuple[str, Range], ...]
     steps: frozenset[str]  # Scalars that are not gates
-    positive_keys: bool  # a KeyState is a denominator, and stays away from 0
+    positive_keys: bool  # a KeyState, or what is read, is a denominator, and stays away from 0
 
     @property
     def small(self) -> frozenset[str]:
@@ -162,12 +163,20 @@ def ranges(form: NormalForm, params: Mapping[str, float], also: Sequence[Node] =
         if _legal(decays, promised, samples, params):
             found = tuple((o.name, r) for o, r in zip(gates, chosen, strict=True))
             plain = kinds_only(form)
-            return Ranges(found, plain.steps - names, plain.positive_keys)
+            positive = plain.positive_keys or _divides_by_reads(form)
+            return Ranges(found, plain.steps - names, positive)
     raise errors.NotLowered(
         f"{form.name} cannot be checked on inputs drawn by themselves",
         f"no signs of {', '.join(o.name for o in gates)} keep its log-decay at most 0",
         "declare the bounds of its gates with `within`",
     )
+
+
+def _divides_by_reads(form: NormalForm) -> bool:
+    """Whether a divisor is made of what is read of a state, and may be 0."""
+    every = topological(*expressions(form), form.output)
+    divisors = [n.args[1] for n in every if n.op is Op.DIV and results_of(n.args[1])]
+    return any(interval(d).lo <= 0.0 <= interval(d).hi for d in divisors)
 
 
 def _legal(

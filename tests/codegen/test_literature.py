@@ -144,7 +144,7 @@ def _(x: Token, R: Tensor, J: Tensor) -> Any:
 @loop_of(cw.library.mamba3_mimo, micro=3)
 def _(x: Token, h: Tensor) -> Any:
     h = x.g.exp() * h + x.B.mT @ x.x
-    return (x.w * (x.C @ h)).sum(0), (h,)
+    return (x.c * (x.C @ h)).sum(0), (h,)
 
 
 @cw.recurrence

@@ -164,7 +164,7 @@ TABLE: dict[str, tuple[Side, Side]] = {
             lambda x: (
                 {"g": x["g"]}
                 | {n: x[m][:, :, None] for n, m in (("C", "q"), ("B", "k"), ("x", "v"))}
-                | {"w": torch.ones_like(x["v"])[:, :, None]}
+                | {"c": torch.ones_like(x["v"])[:, :, None]}
             ),
         ),
         (L.simple_gla, lambda x: qkv(x, g=x["g"])),
