@@ -174,7 +174,7 @@ def ranges(form: NormalForm, params: Mapping[str, float], also: Sequence[Node] =
 
 def _divides_by_reads(form: NormalForm) -> bool:
     """Whether a divisor is made of what is read of a state, and may be 0."""
-    every = topological(*expressions(form), form.output)
+    every = topological(*expressions(form), *form.outputs)
     divisors = [n.args[1] for n in every if n.op is Op.DIV and results_of(n.args[1])]
     return any(interval(d).lo <= 0.0 <= interval(d).hi for d in divisors)
 

@@ -16,8 +16,9 @@ from chunkwise.codegen.tile import TileOp
 from chunkwise.codegen.triton.emit import emit
 from chunkwise.dsl import Key, KeyState, Scalar, State, Value
 from chunkwise.dsl.classify import LowRank, classify
+from chunkwise.dsl.ir import Kind
 from chunkwise.dsl.library import all_declarations, by_name
-from chunkwise.dsl.normal_form import NormalForm
+from chunkwise.dsl.normal_form import NormalForm, levels_of
 from chunkwise.runtime.engine import task_of
 from chunkwise.runtime.engines import EngineName
 from chunkwise.runtime.prepared import Request, Way
@@ -56,7 +57,11 @@ def _forms() -> list[NormalForm]:
 
 def test_states_fade_unless_something_is_corrected() -> None:
     for form in _forms():
-        if any(u.mixes for m in form.micro_steps for u in m.updates):
+        updates = [u for m in form.micro_steps for u in m.updates]
+        vectors = {s.name for s in form.states if s.kind is Kind.KEY_STATE}
+        recalled = {u.state for u in updates for w in u.writes if w.correction is not None}
+        cascade = len(levels_of(form)) > 1
+        if cascade or recalled & vectors or any(u.mixes for u in updates):
             assert transition_of(form, DIMS) is None, form.name
             continue
         plain = all(s.low_rank is LowRank.NONE for s in classify(form).states)
