@@ -97,13 +97,16 @@ def build(sources: Sequence[str], vocabulary: int, folder: Path) -> None:
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
+    if len(texts) < 2:
+        raise SystemExit(f"{len(texts)} documents in {', '.join(sources)}: expected two or more")
+    every = min(_VALIDATION, len(texts))
     counts = {"train": 0, "valid": 0}
     with (folder / "train.bin").open("wb") as train, (folder / "valid.bin").open("wb") as valid:
         files = {"train": train, "valid": valid}
         for begin in tqdm(range(0, len(texts), 256), desc="encoding", unit=" runs"):
             encoded = tokenizer.encode_batch_fast(texts[begin : begin + 256])
             for n, one in enumerate(encoded, begin):
-                name = "valid" if n % _VALIDATION == _VALIDATION - 1 else "train"
+                name = "valid" if n % every == every - 1 else "train"
                 ids = np.array([0, *one.ids], dtype=np.uint16)
                 files[name].write(ids.tobytes())
                 counts[name] += len(ids)

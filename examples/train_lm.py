@@ -324,17 +324,13 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    def add(name: str, default: Any, what: str, kind: Any = None) -> None:
-        said = "" if default is None else f" ({default})"
-        made.add_argument(
-            f"--{name}", default=default, type=kind or type(default), help=what + said
-        )
+    def add(name: str, default: Any, what: str) -> None:
+        kind = Path if isinstance(default, Path) else type(default)
+        made.add_argument(f"--{name}", default=default, type=kind, help=f"{what} ({default})")
 
-    add(
-        "text",
-        Path("out/text"),
-        "folder of examples.token_file; made of `stdlib` if it is not there",
-    )
+    add("text", Path("out/text"), "folder of examples.token_file; made if absent")
+    add("source", "stdlib", "of a text that is made")
+    add("vocabulary", 4096, "of a text that is made")
     add("out", Path("out/lm"), "folder of checkpoint, log and model; a run that is there continues")
     add("mixers", "delta_rule", "names by commas: recurrences, window, attention; over and over")
     add("layers", 4, "blocks")
@@ -375,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (args.text / "about.json").exists():
         if "RANK" in os.environ:
             raise SystemExit(f"no text in {args.text}: run python -m examples.token_file first")
-        token_file.build(["stdlib"], 4096, args.text)
+        token_file.build([args.source], args.vocabulary, args.text)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ:  # torchrun set it

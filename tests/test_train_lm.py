@@ -184,7 +184,7 @@ def test_a_killed_process_loses_no_more_than_the_interval(text: Path, tmp_path: 
         time.sleep(0.05)
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     reached = len(losses(tmp_path))
     step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
     assert reached - 2 <= step <= reached
