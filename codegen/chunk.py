@@ -139,16 +139,22 @@ class _GroupChunk:
         scales = [
             {r: self._tiles.in_rows(tuple(s)) for r, s in w.recalls.items()} for w in self._writes
         ]
+        if any(Axis.V in s.axes for each in scales for s in each.values()):
+            self._hoist = False  # T of one channel is not that of another
         users = [[n for n, s in enumerate(scales) if r in s] for r in range(len(recalls))]
         # recalls that are solved for with the one write that uses them, and no other
         own = {r: ns[0] for r, ns in enumerate(users) if len(ns) == 1 and len(scales[ns[0]]) == 1}
         alone = {n: r for r, n in own.items()}
         coupling: dict[tuple[int, int], Tile] = {}
         given: list[dict[str | None, Tile]] = []
+        columns: dict[int, Tile] = {}  # scales per channel of what is written
         for r, recall in enumerate(recalls):
             scale, value = tile.const(1.0), None
             if r in own:
                 scale, value = scales[own[r]][r], values[own[r]]
+            if Axis.V in scale.axes:
+                columns[r] = scale
+            once = tile.const(1.0) if r in columns else scale
             b = self._recalling(recall)
             known = [] if value is None else [value]
             for n, free in enumerate(values):
@@ -156,16 +162,19 @@ class _GroupChunk:
                 if scores is None:
                     continue
                 if n in alone:
-                    add_to(coupling, (r, alone[n]), tile.mul(scale, scores))
+                    add_to(coupling, (r, alone[n]), tile.mul(once, scores))
                     continue
                 if free is not None:
                     known.append(tile.mul(scale, gather(scores, free)))
                 for m, s in scales[n].items():
-                    tied = tile.mul(tile.mul(scale, scores), tile.rename(s, Axis.J))
+                    if Axis.V in s.axes:
+                        raise NotLowered(*_SHARED_PER_CHANNEL)
+                    tied = tile.mul(tile.mul(once, scores), tile.rename(s, Axis.J))
                     add_to(coupling, (r, m), tied)
             given.append(self._given(known, b, recall, scale))
         solved = [
-            self._total(parts, r in own) for r, parts in enumerate(eliminate(coupling, given))
+            self._total(parts, r in own)
+            for r, parts in enumerate(eliminate(coupling, given, columns))
         ]
         written = []
         for n, free in enumerate(values):
@@ -262,6 +271,13 @@ class _GroupChunk:
         products = tile.contract(c, tile.rename(written, Axis.J), Axis.V)
         key, of = self._keys[n], self._writes[n].state
         return self._transitions.combine(products, read.state, key, of, read.phase)
+
+
+_SHARED_PER_CHANNEL = (
+    "what is recalled is scaled per channel, and several writes use it",
+    "the system of the recalls has such a scale within, one for each channel and write",
+    'a Scalar step size; or engine="reference", which runs it token by token',
+)
 
 
 def _bounded(log_decay: Tile) -> Tile:

@@ -124,6 +124,8 @@ def _products(t: Tile) -> Expr:
         return 2 * _size(_joint(t.args))
     if t.op is TileOp.PRODUCT:
         return 2 * C**3
+    if t.op is TileOp.SUBSTITUTE:
+        return C * C * _size((Axis.V,))
     if t.op in (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY):
         return 2 * LEVELS * C * C * K
     if t.op is TileOp.DECAYED_CROSSING:

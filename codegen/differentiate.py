@@ -16,6 +16,7 @@ from .buffers import gradient
 from .chunk import Carried, ChunkProgram, Named
 from .elementwise import FUNCTIONS, Cotangents, Rule
 from .gates import decayed_apply, decayed_crossing, decayed_dot, gate_of
+from .solve import gather, substitute
 from .tile import Axis, Tile, TileOp, Which
 
 GRADIENT = "d_"  # the gradient of x is called d_x; of an output, it is an operand of that name
@@ -154,6 +155,16 @@ def _inverse(z: Tile, g: Tile) -> Cotangents:
     raise AssertionError("(1 + L)^-1 is differentiated with what it is applied to: _solve_rule")
 
 
+def _substitute(z: Tile, g: Tile) -> Cotangents:
+    """U = x - b (L U): dX = dU - L^T (b dX), dL = -stril((b dX) U^T) and db = -dX (L U)."""
+    lower, b, x = z.args
+    assert z.attrs == (False,), "a gradient is not differentiated"
+    dx = substitute(lower, b, g, transposed=True).named(GRADIENT + (x.hint or "X"))
+    dl = tile.contract(tile.mul(b, dx), tile.rename(z, Axis.J), Axis.V)
+    db = tile.mul(dx, gather(lower, z))
+    return [(x, dx), (b, tile.neg(db)), (lower, tile.neg(tile.mask(dl, Which.STRICT)))]
+
+
 def _decayed_dot(z: Tile, g: Tile) -> Cotangents:
     """No diagonal: the op is strict."""
     x, y = z.args[:2]
@@ -251,6 +262,7 @@ _RULES: dict[TileOp, Rule] = {
     TileOp.CUMSUM: _cumsum,
     TileOp.DECAY: _decay,
     TileOp.INVERSE: _inverse,
+    TileOp.SUBSTITUTE: _substitute,
     TileOp.DECAYED_DOT: _decayed_dot,
     TileOp.DECAYED_APPLY: _decayed_apply,
 }

@@ -110,6 +110,18 @@ def _inverse(lower: Numbers) -> Numbers:
     return result.reshape(lower.shape)
 
 
+def _substitute(t: Tile, lower: Numbers, b: Numbers, x: Numbers) -> Numbers:
+    """U = x - b (L U) from the first row on, or U = x - L^T (b U) from the last."""
+    result, rows = np.array(x), range(len(x))
+    if t.attrs[0]:
+        for i in reversed(rows):
+            result[:i] -= lower[i, :i].reshape(-1, 1, 1, 1) * (b[i] * result[i])
+    else:
+        for i in rows:
+            result[i] -= b[i] * sum(lower[i, j] * result[j] for j in range(i))
+    return result
+
+
 def _product(t: Tile, x: Numbers, y: Numbers) -> Numbers:
     """The matrix product of two C x C values, transposed first where `t` says so."""
     a, b = (
@@ -189,6 +201,7 @@ _TILES: dict[TileOp, Callable[[Tile, Sequence[Numbers], Sizes], Numbers]] = {
     TileOp.FLOOR: lambda t, xs, c: _ELEMENTWISE[Op.MAXIMUM](xs[0], Decimal(_attr(t))),
     TileOp.DECAY: lambda t, xs, c: _decay(t, xs[0], c),
     TileOp.INVERSE: lambda t, xs, c: _inverse(xs[0]),
+    TileOp.SUBSTITUTE: lambda t, xs, c: _substitute(t, *xs),
     TileOp.DECAYED_DOT: lambda t, xs, c: total(_decayed(t, xs, c), Axis.K),
     TileOp.DECAYED_APPLY: lambda t, xs, c: total(
         _decayed(t, xs, c), Axis.J if t.attrs[0] is Axis.I else Axis.I

@@ -74,6 +74,7 @@ class TileOp(Enum):
     FLUSH = "x, but 0 where it is smaller than a number, where the gradient passes; attrs (number,)"
     DECAY = "e^(g_j+1 + ... + g_i) in the mask, else zero; attrs (Which, whether i is left out)"
     INVERSE = "(1 + L)^-1 of a strictly lower C x C tile"
+    SUBSTITUTE = "U = x - b L U, L scaled per column of U, or U = x - L^T b U; (L, b, x), (which,)"
     # under a vector gate g, P and Q its prefix sums: e^(P_ik - Q_jk) stands for the decay from j to
     # i, which g alone gives in all digits; args end (.., P, Q, g), attrs with whether decays are
     # flushed (not in DECAYED_CROSSING) and whether i is left out

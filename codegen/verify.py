@@ -58,6 +58,7 @@ def _arity(t: Tile) -> int:
     if t.op is TileOp.MAP:
         return t.attr(Op).arity
     fixed = {TileOp.DOT: 2, TileOp.PRODUCT: 2, TileOp.DECAYED_DOT: 5, TileOp.DECAYED_APPLY: 5}
+    fixed |= {TileOp.SUBSTITUTE: 3}
     fixed |= {TileOp.DECAYED_CROSSING: 8, **dict.fromkeys((*LEAVES, *NUMBERS), 0)}
     return fixed.get(t.op, 1)
 
@@ -107,6 +108,9 @@ _TILES: Mapping[TileOp, Callable[..., bool]] = {
     TileOp.CUMSUM: lambda t, x: t.axes == x.axes and Axis.I in t.axes,
     TileOp.DECAY: lambda t, g: t.axes == SQUARE and g.axes == (Axis.I,),
     TileOp.INVERSE: lambda t, x: t.axes == x.axes == SQUARE,
+    TileOp.SUBSTITUTE: lambda t, lower, b, x: (
+        lower.axes == SQUARE and t.axes == b.axes == x.axes == (Axis.I, Axis.V)
+    ),
     TileOp.DECAYED_DOT: _gated(SQUARE),
     TileOp.DECAYED_APPLY: _gated(()),
     TileOp.DECAYED_CROSSING: _gated((Axis.I, Axis.K)),

@@ -19,7 +19,7 @@ from .affine import Moment, MomentRead, StateForm, Term, Walker
 from .cascade import READS, Results, cycle, levels
 from .decay import log_decay
 from .intervals import Interval
-from .ir import Kind, Loc, Node, Op, constant
+from .ir import Kind, Node, Op, constant
 from .normal_form import (
     Correction,
     MicroStep,
@@ -320,7 +320,7 @@ def _writes(terms: Sequence[Term], own: Mapping[str, Node], transposed: bool) ->
         if term.read is None:
             values[key].append(value)
         else:
-            corrections[key].append(_correction(term.read, value, own, term.loc))
+            corrections[key].append(_correction(term.read, value, own))
     writes: list[Write] = []
     for key in values:
         value_sum = algebra.total(values[key])
@@ -330,16 +330,7 @@ def _writes(terms: Sequence[Term], own: Mapping[str, Node], transposed: bool) ->
     return tuple(writes)
 
 
-def _correction(
-    read: MomentRead, scale: Node, own: Mapping[str, Node], loc: Loc | None
-) -> Correction:
-    if scale.kind is not Kind.SCALAR:
-        raise errors.NoChunkForm(
-            "what is read from the state is scaled per channel before it is written back",
-            "each column would need its own triangular solve instead of one for all",
-            "scale with a Scalar; a gate per channel may scale v, or the key that reads",
-            loc,
-        )
+def _correction(read: MomentRead, scale: Node, own: Mapping[str, Node]) -> Correction:
     factor, vector = algebra.split_scalar(read.key)
     scale = algebra.mul(scale, factor)
     if read.coef == own.get(read.moment.state):
@@ -349,7 +340,10 @@ def _correction(
 
 
 def _merged(corrections: Sequence[Correction], own: Mapping[str, Node]) -> list[Correction]:
-    """At most one correction per state read: scales add up on equal keys, else the keys do."""
+    """At most one correction per state read: scales add up on equal keys, else the keys do.
+
+    Scales per channel do not go into keys: then there is one for each key.
+    """
     by_state: dict[str, list[Correction]] = {}
     for f in corrections:
         by_state.setdefault(f.state, []).append(f)
@@ -361,6 +355,9 @@ def _merged(corrections: Sequence[Correction], own: Mapping[str, Node]) -> list[
         for f in group:
             scales[f.key] = algebra.add(scales[f.key], f.scale) if f.key in scales else f.scale
         decayed = group[0].decayed
+        if any(s.kind is not Kind.SCALAR for s in scales.values()):
+            result += [Correction(state, key, scale, decayed) for key, scale in scales.items()]
+            continue
         if len(scales) == 1:
             ((key, scale),) = scales.items()
         else:

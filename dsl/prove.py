@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 
@@ -253,27 +254,35 @@ class _Chunk:
             for w in self._update(n, time).writes
         ]
         keys = [self._at(w.key, time) for time, _, w in writes]
-        lower = sympy.zeros(len(writes), len(writes))
+        scores = sympy.zeros(len(writes), len(writes))
+        scales: list[Array] = []  # of every column
         known: list[Array] = []
         for i, (time, _, w) in enumerate(writes):
             own = (_ZERO,) * self._width if w.value is None else self._at(w.value, time)
+            scales.append((_ZERO,) * self._width)
             if w.correction is not None:
-                (scale,) = self._at(w.correction.scale, time)
+                scale = self._at(w.correction.scale, time)
+                scales[i] = scale if len(scale) == self._width else scale * self._width
                 key, to = self._at(w.correction.key, time), w.correction.state
                 phase = Phase.DECAYED if w.correction.decayed else Phase.BEFORE
                 seen = self._recalled(key, time, phase, to)
-                own = tuple(v + scale * s for v, s in zip(own, seen, strict=True))
+                own = tuple(v + a * s for v, a, s in zip(own, scales[i], seen, strict=True))
                 for j, (earlier, of, _) in enumerate(writes):
                     left = self._seen(earlier, time, phase, to) if earlier < time else {}
                     if of in left:
-                        lower[i, j] = -scale * self._score(key, keys[j], left[of])
+                        scores[i, j] = self._score(key, keys[j], left[of])
             known.append(own)
         if not writes:
             return []
-        solved = _unit_lower_inverse(lower) * sympy.Matrix([list(x) for x in known])
-        columns = range(self._width)
+        solved: list[Any] = []  # a column each
+        systems: dict[tuple[Expr, ...], Any] = {}  # the inverse, by the scales of a column
+        for j, column in enumerate(zip(*known, strict=True)):
+            scaled_by = tuple(s[j] for s in scales)
+            if scaled_by not in systems:
+                systems[scaled_by] = _unit_lower_inverse(-sympy.diag(*scaled_by) * scores)
+            solved.append(systems[scaled_by] * sympy.Matrix(column))
         return [
-            (time, n, keys[i], tuple(sympy.expand(solved[i, j]) for j in columns))
+            (time, n, keys[i], tuple(sympy.expand(x[i]) for x in solved))
             for i, (time, n, _) in enumerate(writes)
         ]
 

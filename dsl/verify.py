@@ -78,7 +78,7 @@ def _verify_update(update: Update, kinds: dict[str, Kind], transposed: bool) -> 
         if kinds.get(correction.state) is not kinds[update.state]:
             raise InvalidIR(f"a write to {update.state} recalls {correction.state}")
         expect("a correction key", correction.key, row)
-        expect("a correction scale", correction.scale, Kind.SCALAR)
+        expect("a correction scale", correction.scale, Kind.SCALAR, col)
     return found
 
 

@@ -98,6 +98,8 @@ class _Torch(Expressions):
         args = ", ".join(self.within(a, self.layout(a)) for a in x.args)
         if x.op is TileOp.INVERSE:
             return f"unit_lower_inverse({args})"
+        if x.op is TileOp.SUBSTITUTE:
+            return f"substitute({args}, transposed={x.attrs[0]})"
         name = x.op.name.lower()  # as the library calls it
         if x.op is TileOp.DECAYED_APPLY and x.attrs[0] is Axis.J:
             name += "_transposed"

@@ -22,6 +22,7 @@ __all__ = [
     "decayed_dot",
     "flush",
     "prefix_sum",
+    "substitute",
     "suffix_sum",
     "unit_lower_inverse",
 ]
@@ -34,6 +35,24 @@ def unit_lower_inverse(lower: Tensor) -> Tensor:
         eye + lower, eye.expand_as(lower), upper=False, unitriangular=True
     )
     return inverse
+
+
+def substitute(lower: Tensor, b: Tensor, x: Tensor, *, transposed: bool) -> Tensor:
+    """U = x - b (L U) for strictly lower L [..., C, C], entry by entry scaled by b [..., C, V].
+
+    `transposed`: U = x - L^T (b U). Each column of U is a system of its own.
+    """
+    shape = torch.broadcast_shapes(lower.shape[:-2], b.shape[:-2], x.shape[:-2])
+    b = b.expand(*shape, *b.shape[-2:])
+    u = x.expand(*shape, *x.shape[-2:]).clone()
+    rows = range(u.shape[-2])
+    for n in reversed(rows) if transposed else rows:
+        before, row = u[..., :n, :], lower[..., n : n + 1, :n]
+        if transposed:
+            before -= row.mT @ (b[..., n : n + 1, :] * u[..., n : n + 1, :])
+        else:
+            u[..., n : n + 1, :] -= b[..., n : n + 1, :] * (row @ before)
+    return u
 
 
 def prefix_sum(x: Tensor, dim: int, *, exclusive: bool) -> Tensor:

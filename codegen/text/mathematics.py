@@ -134,7 +134,7 @@ class _Printer:
         if self._uses[t] > 1 or t in self._roots:
             return False
         ((user, _),) = self._users[t]
-        if user.op is TileOp.INVERSE:  # of a matrix with a name
+        if user.op in (TileOp.INVERSE, TileOp.SUBSTITUTE):  # of a matrix with a name
             return False
         if t.op in _SUMS and self._clashes(t):
             return False
@@ -204,6 +204,13 @@ class _Printer:
                 i, j = (second, first) if transposed else (first, second)
                 factors.append(self._factor(a, view.renamed((Axis.I,), i).renamed((Axis.J,), j)))
             return notation.series("l", notation.product(factors))
+        if x.op is TileOp.SUBSTITUTE:
+            *matrix, given = x.args
+            scaled = notation.product([notation.symbol(self.name(a)) for a in matrix[::-1]])
+            entry = ("l", row) if x.attrs[0] else (row, "l")
+            solved = notation.unit_inverse(scaled, entry).text
+            of_row = self._factor(given, view.renamed((Axis.I,), "l"))
+            return notation.series("l", notation.product([solved, of_row]))
         if x.op is TileOp.INVERSE:
             lower = notation.symbol(self.name(x.args[0]))
             return notation.unit_inverse(lower, view.indices((Axis.I, Axis.J)))

@@ -250,6 +250,29 @@ def _substitute(
                 frame.write(Region(t), point, block[a][b].get(), lanes)
 
 
+def substitute(frame: Frame, s: Compute) -> None:
+    """Each column's own system, a row of all of them at a time: in order, or from the last."""
+    t, (lower, b, x) = s.value, s.args
+    code, lanes, chunk = frame.code, frame.lanes, frame.shapes.chunk
+    transposed = bool(t.attrs[0])
+    singles, vectors = Values(frame, None), Values(frame, Axis.V)
+    with code.loop(0, frame.shapes.vectors(Axis.V), "c") as c, code.loop(0, chunk, "r") as turn:
+        column = int32(c) * lanes
+        row = code.bind("row", int32(chunk - 1) - turn if transposed else int32(turn))
+        here = {Axis.I: row, Axis.V: column}
+        total = code.accumulator(number(0.0, lanes))
+        begin, end = (row + 1, int32(chunk)) if transposed else (int32(0), row)
+        with code.loop(begin, end, "s") as other:
+            at = {Axis.I: other, Axis.V: column}
+            i, j = (other, row) if transposed else (row, other)
+            one = broadcast(singles.at(lower, {Axis.I: i, Axis.J: j}), lanes)
+            solved = vectors.region(Region(t), at)
+            scaled = vectors.at(b, at) * solved if transposed else solved
+            code.set(total, multiply_add(one, scaled, total.get()))
+        seen = total.get() if transposed else vectors.at(b, here) * total.get()
+        frame.write(Region(t), here, vectors.at(x, here) - seen, lanes)
+
+
 def transpose(frame: Frame, t: Tile, rows: Expr | None = None) -> None:
     """A copy with rows and columns exchanged, square blocks of vectors at a time.
 

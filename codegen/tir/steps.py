@@ -19,6 +19,7 @@ from .products import (
     invert,
     solve,
     square_product,
+    substitute,
 )
 from .schedule import Made, Region, Solve, inputs, zero_above
 from .values import Values
@@ -167,6 +168,7 @@ def _add_row(frame: Frame, x: Use, at: dict[Axis, Index], along: Axis, total: Ac
 _STATEMENTS: Mapping[TileOp, Callable[[Frame, Compute], None]] = {
     TileOp.INVERSE: invert,
     TileOp.PRODUCT: square_product,
+    TileOp.SUBSTITUTE: substitute,
     TileOp.DECAY: _decay,
     TileOp.CUMSUM: _cumsum,
     TileOp.SUM: _sum,

@@ -128,6 +128,14 @@ class TritonExpressions(Expressions):
             return (
                 f"unit_lower_inverse({self.text(x.args[0])}, C, {self._levels}, {self._precision})"
             )
+        if x.op is TileOp.SUBSTITUTE:
+            self.used_functions.add("substitute")
+            exchanged = self.laid(x.axes)[0] is not Axis.I
+            lower, *columns = (self.within(a, self.layout(a)) for a in x.args)
+            if exchanged:
+                columns = [f"tl.trans({text})" for text in columns]
+            solved = f"substitute({', '.join([lower, *columns])}, C, {x.attrs[0]})"
+            return f"tl.trans({solved})" if exchanged else solved
         return self._decayed(made)
 
     @property

@@ -41,6 +41,23 @@ def unit_lower_inverse(L, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.c
     return X
 '''
 
+SUBSTITUTE = '''
+@triton.jit
+def substitute(L, b, x, C: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """U = x - b (L U) of a strictly lower [C, C] tile, or U = x - L^T (b U): row after row."""
+    i = tl.arange(0, C)
+    for n in range(C):
+        if TRANSPOSED:
+            here = i == C - 1 - n
+            row = tl.sum(tl.where(here[:, None], L, 0.0), 0)
+            x -= row[:, None] * tl.sum(tl.where(here[:, None], b * x, 0.0), 0)[None, :]
+        else:
+            here = i == n
+            column = tl.sum(tl.where(here[None, :], L, 0.0), 1)
+            x -= b * (column[:, None] * tl.sum(tl.where(here[:, None], x, 0.0), 0)[None, :])
+    return x
+'''
+
 DECAY = '''
 @triton.jit
 def decay_between(
@@ -317,6 +334,7 @@ _BLOCKS = ("doubled", "halves", "block_sums", "decayed")
 # name -> (source, the functions it calls)
 FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "unit_lower_inverse": (INVERSE, ()),
+    "substitute": (SUBSTITUTE, ()),
     "decay_between": (DECAY, ()),
     "flush": (FLUSH, ()),
     "doubled": (DOUBLED, ()),

@@ -79,6 +79,25 @@ def _(x: Token, S: Tensor) -> Any:
 
 
 @cw.recurrence
+def longhorn(S: State, q: Key, k: Key, x: Value, beta: Value):
+    """Longhorn (Liu et al. 2024) without its diagonal: an implicit step, of a size per channel."""
+    beta = sigmoid(beta)
+    S = S + outer(k, beta / (1 + beta * dot(k, k)) * (x - k @ S))
+    return S, q @ S
+
+
+@loop_of(longhorn)
+def _(x: Token, S: Tensor) -> Any:
+    beta = x.beta.sigmoid()
+    columns = []
+    for channel, b in enumerate(beta):  # argmin_s |s - s'|^2 + b (k s - x)^2, of each row of S^T
+        A = torch.eye(len(x.k)).to(S) + b * torch.outer(x.k, x.k)
+        columns.append(torch.linalg.solve(A, S[:, channel] + b * x.x[channel] * x.k))
+    S = torch.stack(columns, 1)
+    return x.q @ S, (S,)
+
+
+@cw.recurrence
 def atlas(S: State, M: State, q: Key, k0: Key, k1: Key, v0: Value, v1: Value,
           a: Scalar, mu: Scalar, b0: Scalar, b1: Scalar):  # fmt: skip
     """ATLAS with momentum, without Muon: the Omega rule's gradient is averaged."""
@@ -238,16 +257,6 @@ def test_a_declaration_is_short(name: str) -> None:
 
 
 # ---- what is refused, and for want of what -------------------------------------------------------
-
-
-def test_a_step_size_per_channel_is_refused() -> None:
-    """Longhorn (Liu et al. 2024) without its diagonal: a solve per column is missing."""
-    with pytest.raises(cw.errors.NoChunkForm, match="scaled per channel"):
-
-        @cw.recurrence
-        def longhorn(S: State, q: Key, k: Key, x: Value, beta: Value):
-            S = S + outer(k, beta / (1 + beta * dot(k, k)) * (x - k @ S))
-            return S, q @ S
 
 
 def test_gates_on_both_sides_are_refused() -> None:
