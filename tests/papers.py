@@ -38,6 +38,7 @@ def loop_of(op: cw.Recurrence, **sizes: int) -> Callable[[Loop], Loop]:
 def loop_results(name: str, inputs: Inputs, sizes: Sizes) -> dict[str, Tensor]:
     """Outputs, final states and gradients of the loop: sequence by sequence, head by head."""
     op, loop, _ = PAPERS[name]
+    per_head = {y.name for y in op.declaration.operands if y.per is Per.HEAD}
     spans = [(b, 0, sizes.T) for b in range(sizes.B)]
     if inputs.cu_seqlens is not None:
         spans = [(0, a, b) for a, b in itertools.pairwise(inputs.cu_seqlens.tolist())]
@@ -52,8 +53,7 @@ def loop_results(name: str, inputs: Inputs, sizes: Sizes) -> dict[str, Tensor]:
             states = tuple(torch.zeros(a, dtype=sizes.dtype) for a in axes)
             if inputs.initial is not None:
                 states = tuple(s[n, j] for s in inputs.initial if s is not None)
-            fixed = {y.name for y in op.declaration.operands if y.per is Per.HEAD}
-            heads.append(_run(loop, x, fixed, states, start, stop))
+            heads.append(_run(loop, x, per_head, states, start, stop))
         if stop > start:
             outputs.append(torch.stack([torch.stack(o) for o, _ in heads], 1))
         ends.append([torch.stack(s) for s in zip(*(s for _, s in heads), strict=True)])
@@ -72,14 +72,14 @@ def _of_head(operand: Operand, x: Tensor, b: int, j: int) -> Tensor:
 def _run(
     loop: Loop,
     x: dict[str, Tensor],
-    fixed: set[str],
+    per_head: set[str],
     states: tuple[Tensor, ...],
     start: int,
     stop: int,
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     outputs = []
     for t in range(start, stop):
-        now = {n: y[t] if n not in fixed else y for n, y in x.items()}
+        now = {n: y if n in per_head else y[t] for n, y in x.items()}
         o, states = loop(Token(t=t - start, **now), *states)
         outputs.append(o)
     return outputs, states

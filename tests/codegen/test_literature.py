@@ -79,14 +79,14 @@ def _(x: Token, S: Tensor) -> Any:
 
 
 @cw.recurrence
-def longhorn(S: State, q: Key, k: Key, x: Value, beta: Value):
+def longhorn_channels(S: State, q: Key, k: Key, x: Value, beta: Value):
     """Longhorn (Liu et al. 2024) without its diagonal: an implicit step, of a size per channel."""
     beta = sigmoid(beta)
     S = S + outer(k, beta / (1 + beta * dot(k, k)) * (x - k @ S))
     return S, q @ S
 
 
-@loop_of(longhorn)
+@loop_of(longhorn_channels)
 def _(x: Token, S: Tensor) -> Any:
     beta = x.beta.sigmoid()
     columns = []
