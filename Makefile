@@ -70,7 +70,8 @@ test-gpu: $(READY)
 lint: $(READY) links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=.links $(BIN)/mypy -p chunkwise -p benchmarks -m examples.mqar -m examples.train_lm \
+	MYPYPATH=.links $(BIN)/mypy -p chunkwise -p benchmarks -m examples.mqar -m examples.serving \
+	    -m examples.train_lm \
 	    -m docs.tables -m docs.pictures -m docs.gallery
 
 # The packages live in top-level folders (pyproject.toml); type checkers want them as one tree.

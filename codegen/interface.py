@@ -39,6 +39,10 @@ class Role(Enum):
     INITIAL = "the carry's first value, or None"
     FINAL = "where the carry's last value goes, or None"
     PARAM = "a float of the call"
+    POOL = "states, each in a slot, that the kernel reads and writes"
+    STRIDE_KEY = "its stride over channels of Keys"
+    STRIDE_VALUE = "its stride over channels of Values"
+    SLOTS = "which slots a sequence's states are in, or how many of its tokens were accepted"
 
 
 @dataclass(frozen=True, slots=True)

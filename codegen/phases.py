@@ -31,8 +31,10 @@ def extents(kernel: Kernel, dims: Dims, tiles: Tiles) -> tuple[Axis | None, dict
         whole = dims.V
         found |= {Axis.K: dims.K, Axis.V: dims.V if dims.V % tiles.v else tiles.v}
     sums_v = any(t not in buffers and Axis.V in summed_axes(t) for t in order)
-    if sums_v and not (loops and not _varies_after_sum(kernel, Axis.V)):
-        found[Axis.V] = whole  # a sum over the value axis feeds what varies along it
+    if kernel.shares_vectors or (sums_v and not (loops and not _varies_after_sum(kernel, Axis.V))):
+        # a sum over the value axis feeds what varies along it; or a program would read what another
+        # has written
+        found[Axis.V] = whole
     channels = Axis.V if sums_v and found[Axis.V] < dims.V else None
     uses_v = any(Axis.V in t.axes for t in order)
     if channels is None and loops and not uses_v and not _varies_after_sum(kernel, Axis.K):

@@ -84,7 +84,8 @@ class Plan:
 class Kernel:
     """One kernel: the tiles it stores under their buffers' names, those it finds stored already.
 
-    `transposed`: states are held transposed (`ChunkProgram`).
+    `transposed`: states are held transposed (`ChunkProgram`). `pooled`: a token's kernel reads
+    states of a pool and writes each token's there, instead of first and last ones of the call.
     """
 
     name: str
@@ -94,6 +95,12 @@ class Kernel:
     stored: Named
     segments: Segments | None = None
     transposed: bool = False
+    pooled: bool = False
+
+    @property
+    def shares_vectors(self) -> bool:
+        """Whether programs for parts of V would read and write one vector of a pool."""
+        return self.pooled and any(Axis.V not in c.start.axes for c in self.carried)
 
     @cached_property
     def order(self) -> tuple[Tile, ...]:

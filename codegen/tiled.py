@@ -199,6 +199,7 @@ class TiledKernel:
         v_parts: programs along the value axis.
         order: how the axes of a tile lie, rows first.
         precision: of products of float32 factors.
+        pooled: whether states are read from a pool and written there after each token.
         block: tokens of a block within which decays of a vector gate are split; 0: there are none.
     """
 
@@ -214,6 +215,7 @@ class TiledKernel:
     order: Axes
     precision: Precision
     block: int
+    pooled: bool
     before: tuple[Statement, ...]
     inside: tuple[Statement, ...]
     after: tuple[Statement, ...]

@@ -83,6 +83,7 @@ class _Tiling:
             order=self._layout,
             precision=precision,
             block=self._block,
+            pooled=self._kernel.pooled,
             before=before,
             inside=inside,
             after=after,

@@ -49,8 +49,10 @@ def token_program(step: Step) -> ChunkProgram:
     return ChunkProgram(outputs, carried)
 
 
-def token_kernel(step: Step) -> Kernel:
+def token_kernel(step: Step, *, pooled: bool = False) -> Kernel:
     """The one kernel of the token form: a scan over tokens that carries the state.
+
+    `pooled`: the state lies in a pool, where each token's is kept.
 
     Raises:
         NotLowered: a state becomes another one's old value, which kernels overwrite.
@@ -63,7 +65,8 @@ def token_kernel(step: Step) -> Kernel:
                 why="kernels overwrite a state where it lies, and would pass on the new value",
                 instead='engine="reference" runs it, in torch',
             )
-    return Kernel("token_scan", Loop.FORWARD, body.outputs, body.carried, ())
+    name = "token_pool" if pooled else "token_scan"
+    return Kernel(name, Loop.FORWARD, body.outputs, body.carried, (), pooled=pooled)
 
 
 def _leaf(operand: Operand, index: object, micro: int, kind: Kind) -> Tile:

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 from .diagnostic import ChunkwiseError, did_you_mean
 
-OPTION_NAMES = ("initial_state", "output_final_state", "cu_seqlens", "engine", "check")
+OPTION_NAMES = (
+    *("initial_state", "output_final_state", "cu_seqlens", "engine", "check"),
+    *("group", "state", "state_indices", "num_accepted"),
+)
 
 
 class CallError(ChunkwiseError):
@@ -112,6 +115,20 @@ class BadCuSeqlens(CallError, ValueError):
             or "it starts at 0, does not decrease, and ends at T: [0, 5, 5, 12] packs lengths "
             "5, 0 and 7",
         )
+
+
+class BadSlots(CallError, IndexError):
+    """Slots of a pool that do not exist, or that two sequences would write."""
+
+    def __init__(self, what: str, got: str, expected: str, *, help: str = "") -> None:
+        super().__init__(f"{what} holds {got}, expected {expected}", help=help)
+
+
+class RankMismatch(CallError, ValueError):
+    """Calls of the ranks of a process group that do not fit together, raised on every rank."""
+
+    def __init__(self, rank: int, what: str, got: str, expected: str) -> None:
+        super().__init__(f"on rank {rank} {what} is {got}, expected {expected}")
 
 
 class BadBatch(CallError, ValueError):

@@ -33,6 +33,36 @@ Static = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Pool:
+    """The states of many sequences, which steps read and write where they lie.
+
+    Attributes:
+        states: `[slots,HV,K,V]` or `[slots,HV,K]` for each state.
+        indices: the slot of each sequence, `[B]`, or one for each of its tokens, `[B,W]`.
+        accepted: `[B]`, after how many of the tokens before a sequence goes on; None: after one.
+    """
+
+    states: tuple[Tensor, ...]
+    indices: Tensor
+    accepted: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of them, in the order of an op."""
+        return (*self.states, self.indices, self.accepted)
+
+    @property
+    def slots(self) -> int:
+        """How many slots there are."""
+        return self.states[0].shape[0]
+
+    @property
+    def width(self) -> int:
+        """Slots of a sequence."""
+        return 1 if self.indices.ndim == 1 else self.indices.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
 class Call(Sizes):
     """A call of a recurrence whose shapes, dtypes and devices agree.
 
@@ -47,6 +77,7 @@ class Call(Sizes):
     initial: tuple[Tensor | None, ...]
     cu_seqlens: Tensor | None
     static: Static = ()
+    pool: Pool | None = None
 
     def of(self, values: Sequence[Any]) -> Call:
         """The call of these values, which lie as this one's: operands, states, bounds, floats."""
@@ -106,8 +137,9 @@ class Call(Sizes):
 class Places:
     """The positions of a call's values: operands, first states and floats by name.
 
-    `cotangents`: the position of the output's cotangent, before those of the final states. `time`:
-    whether values of tokens have a time axis.
+    `states`: of a pool's, where there is one. `cotangents`: the position of the output's cotangent,
+    before those of the final states. `time`: whether values of tokens have a time axis. `slots`: of
+    a pool's indices, before the numbers of accepted tokens.
     """
 
     operands: dict[str, int]
@@ -116,11 +148,13 @@ class Places:
     cu_seqlens: int | None = None
     cotangents: int = 0
     time: bool = True
+    slots: int | None = None
 
 
 def values_of(call: Call, cotangents: Sequence[Tensor | None] = ()) -> list[Any]:
     """The values of a call in the order of its ops: a backward's cotangents come first."""
-    tensors = (*cotangents, *call.operands.values(), *call.initial, call.cu_seqlens)
+    states = (*call.initial, call.cu_seqlens) if call.pool is None else call.pool.tensors
+    tensors = (*cotangents, *call.operands.values(), *states)
     return [*tensors, *call.params.values()]
 
 
@@ -129,11 +163,13 @@ def places_of(call: Call, cotangents: int = 0) -> Places:
     names = [*call.operands, *(s.name for s in call.declaration.states)]
     at = {name: cotangents + n for n, name in enumerate(names)}
     first = cotangents + len(names)
+    behind = first + (1 if call.pool is None else 2)
     return Places(
         operands={n: at[n] for n in call.operands},
         states={s.name: at[s.name] for s in call.declaration.states},
-        params={n: first + 1 + i for i, n in enumerate(call.params)},
-        cu_seqlens=first,
+        params={n: behind + i for i, n in enumerate(call.params)},
+        cu_seqlens=first if call.pool is None else None,
+        slots=None if call.pool is None else first,
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..dsl import errors, oracle
 from ..dsl.ir import Node, Op, bounds_of, operands_of, topological
 from ..dsl.normal_form import expressions, results_of
-from .call import Call
+from .call import Call, Pool
 from .sizes import check_boundaries
 
 CHECK_VARIABLE = "CHUNKWISE_CHECK"
@@ -34,6 +34,42 @@ def check_contents(call: Call, check: bool) -> None:
     if check:
         _check_finite(call)
         _check_promises(call)
+
+
+def check_slots(pool: Pool) -> None:
+    """That a pool has the slots of a step, each for one sequence; waits for their device.
+
+    Raises:
+        BadSlots: the first index or number of tokens at fault.
+    """
+    if pool.accepted is not None:
+        check_accepted(pool.accepted, pool.width)
+    every = pool.indices.flatten().tolist()
+    if len(set(every)) == len(every) and max(every, default=-1) < pool.slots:
+        return
+    owners: dict[int, int] = {}
+    rows = pool.indices.view(len(pool.indices), -1).tolist()
+    for b, row in enumerate(rows):
+        for t, slot in enumerate(row):
+            at = [b] if pool.indices.ndim == 1 else [b, t]
+            if slot >= pool.slots:
+                expected = f"a slot, 0 to {pool.slots - 1} (or a negative number for none)"
+                raise errors.BadSlots("state_indices", f"{slot} at {at}", expected)
+            if slot >= 0 and owners.setdefault(slot, b) != b:
+                expected = f"a slot of its own: sequence {owners[slot]} writes this one"
+                raise errors.BadSlots("state_indices", f"{slot} at {at}", expected)
+
+
+def check_accepted(accepted: Tensor, width: int) -> None:
+    """That numbers of accepted tokens are those of the `width` tokens whose states are there.
+
+    Raises:
+        BadSlots: the first that is not.
+    """
+    for b, n in enumerate(accepted.tolist()):
+        if not 1 <= n <= width:
+            expected = f"1 to {width}, as many as there are states of a sequence"
+            raise errors.BadSlots("num_accepted", f"{n} at [{b}]", expected)
 
 
 def check_results(call: Call, results: Sequence[Tensor]) -> None:

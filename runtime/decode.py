@@ -16,9 +16,11 @@ from torch.autograd import forward_ad
 
 from ..dsl import errors
 from ..dsl.ir import Per
-from .call import PLAIN, Call, Places, arrange, describe, initial_states
+from .call import PLAIN, Call, Places, Pool, arrange, describe, initial_states
+from .check import asked, check_accepted, check_slots
 from .engines import EngineName, engine_of_environment, load
-from .prepared import Records, Run, chosen, prepare_step
+from .pool import MOST_TOKENS, with_pool
+from .prepared import Records, Run, chosen, prepare_pool, prepare_step
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
@@ -36,6 +38,7 @@ class Stepper:
         # an op's engine must serve, which of the usual ones only the reference always does
         self._declared = usual if usual == EngineName.REFERENCE.value else None
         self._records: Records[_Kept | None] = Records()
+        self._pools: Records[_Kept] = Records()
         self._no_states = (None,) * len(declaration.states)
         # axes of operands of tokens, with that of time
         self._axes = {x.name: len(x.axes) for x in declaration.operands if x.per is Per.TOKEN}
@@ -49,7 +52,8 @@ class Stepper:
     ) -> tuple[Tensor, States]:
         """`(o, new state)` of one token; the state is computed and returned as a call would.
 
-        The operands come without T (`[B,H,K]`), or all of them with T = 1. `engine` must serve.
+        The operands come without T (`[B,H,K]`), or all of them with T, which several tokens have:
+        then as `kept`. `engine` must serve.
 
         Raises: what a call raises, in terms of T = 1. EngineUnavailable: the named engine has no
         kernel for this step, or gradients are wanted of it.
@@ -69,6 +73,8 @@ class Stepper:
         rest = (engine, usual, torch.is_grad_enabled(), len(args), *named)
         kept = self._records.latest(values, rest) if forward_ad._current_level < 0 else None
         if kept is None:  # a new layout, or one that no kernel serves
+            if self._several(args, named):
+                return self.kept(args, named, state, None, None, engine)
             if _watched() or not all(map(_lies_open, values)):
                 if engine is not None:
                     self._refuse_to_record(self._checked(args, named, state)[0], engine)
@@ -82,6 +88,107 @@ class Stepper:
         made = kept.run(values)
         return made[0], (made[1] if len(made) == 2 else tuple(made[1:]))
 
+    def kept(
+        self,
+        args: Sequence[Any],
+        named: Mapping[str, Any],
+        state: Given,
+        indices: Tensor | None,
+        accepted: Tensor | None,
+        engine: str | None,
+    ) -> tuple[Tensor, States]:
+        """`(o, states)` of up to `MOST_TOKENS` tokens, with the state after each, or with a pool.
+
+        Raises: as a call of this; BadSlots: an index is no slot, or one of two sequences.
+        """
+        if indices is not None:
+            return self._in_pool(args, named, state, indices, accepted, engine)
+        operands, params, static = arrange(self._declaration, args, named)
+        operands, has_time = self._with_time(operands)
+        self._refuse_many(operands)
+        states = initial_states(self._declaration, state)
+        if accepted is not None:
+            states = tuple(None if x is None else _after(x, accepted) for x in states)
+        given, outputs, series = {**params, **dict(static)}, [], []
+        for t in range(operands[next(iter(self._axes))].shape[1]):
+            token = [x[:, t : t + 1] if n in self._axes else x for n, x in operands.items()]
+            o, new = self(token, given, states, engine)
+            states = (new,) if isinstance(new, Tensor) else new
+            outputs.append(o)
+            series.append(states)
+        o = torch.cat(outputs, 1) if has_time else outputs[0][:, 0]
+        each = tuple(torch.stack(x, 1) for x in zip(*series, strict=True))
+        return o, (each[0] if len(each) == 1 else each)
+
+    def _in_pool(
+        self,
+        args: Sequence[Any],
+        named: Mapping[str, Any],
+        state: Given,
+        indices: Tensor,
+        accepted: Tensor | None,
+        engine: str | None,
+    ) -> tuple[Tensor, States]:
+        states = tuple(x for x in initial_states(self._declaration, state) if x is not None)
+        if len(states) < len(self._no_states):
+            what = "a pool", "[slots,HV,K,V] where state_indices are given"
+            raise errors.MissingOperand("state", *what, op=self._declaration.name)
+        same: States = states[0] if isinstance(state, Tensor) else states
+        pool = Pool(states, indices, accepted)
+        if torch.compiler.is_compiling() or _watched():
+            return self._in_pool_by_op(args, named, pool, engine), same
+        values = [*args, *named.values(), *pool.tensors]
+        usual = self._usual
+        if engine is None and usual is None:
+            usual = engine_of_environment()
+        rest = (engine, usual, torch.is_grad_enabled(), len(args), *named)
+        found = self._pools.latest(values, rest)
+        if found is None:
+            if not all(map(_lies_open, values)):
+                return self._in_pool_by_op(args, named, pool, engine), same
+            found = self._pools.find(
+                values, rest, lambda: self._prepare_pool(args, named, pool, engine, usual)
+            )
+        if indices.device.type == "cpu" or asked():
+            check_slots(pool)
+        (o,) = found.run([*values, *found.floats])
+        torch.autograd.graph.increment_version([x for x in states if not x.is_inference()])
+        return o, same
+
+    def _prepare_pool(
+        self,
+        args: Sequence[Any],
+        named: Mapping[str, Any],
+        pool: Pool,
+        engine: str | None,
+        usual: str | None,
+    ) -> _Kept:
+        call, has_time = self._checked(args, named, None)
+        call = with_pool(call, pool)
+        places = self._places(call, self._names(args, named), has_time)
+        made = prepare_pool(call, engine, usual, places)
+        return _Kept(made.run, list(call.params.values()))
+
+    def _in_pool_by_op(
+        self, args: Sequence[Any], named: Mapping[str, Any], pool: Pool, engine: str | None
+    ) -> Tensor:
+        """The output, by a node of graphs that changes the pool."""
+        operands, params, static = arrange(self._declaration, args, named)
+        operands, has_time = self._with_time(operands)
+        self._refuse_many(operands)
+        if torch.is_grad_enabled() and any(
+            x.requires_grad for x in (*operands.values(), *pool.states)
+        ):
+            raise errors.EngineUnavailable(
+                engine or "of pools",
+                "states of a pool are overwritten: a step in place has no gradient",
+                help="call it under torch.no_grad(), or pass the states themselves",
+            )
+        numbers = (*params.values(), *(number for _, number in static))
+        name = engine or self._declared
+        o: Tensor = self._ops.pooled(*operands.values(), *pool.tensors, *numbers, name)
+        return o if has_time else o[:, 0]
+
     def _prepare(
         self,
         args: Sequence[Any],
@@ -91,17 +198,26 @@ class Stepper:
         usual: str | None,
     ) -> _Kept | None:
         call, has_time = self._checked(args, named, state)
-        names = [*(x.name for x, _ in zip(call.step.operands, args, strict=False)), *named]
+        places = self._places(call, self._names(args, named), has_time)
+        made = prepare_step(call, engine, usual, places)
+        return None if made is None else _Kept(made.run, list(call.params.values()))
+
+    def _names(self, args: Sequence[Any], named: Mapping[str, Any]) -> list[str]:
+        """The names of operands and numbers, as they are given."""
+        declared = self._declaration.operands
+        return [*(x.name for x, _ in zip(declared, args, strict=False)), *named]
+
+    def _places(self, call: Call, names: list[str], has_time: bool) -> Places:
         states = [s.name for s in call.step.states]
-        after = len(names) + len(states)
-        places = Places(
+        slots = len(names) + len(states)
+        after = slots + (0 if call.pool is None else 2)
+        return Places(
             operands={n: names.index(n) for n in call.operands},
             states={n: len(names) + i for i, n in enumerate(states)},
             params={n: after + i for i, n in enumerate(call.params)},
             time=has_time,
+            slots=None if call.pool is None else slots,
         )
-        made = prepare_step(call, engine, usual, places)
-        return None if made is None else _Kept(made.run, list(call.params.values()))
 
     def _checked(
         self, args: Sequence[Any], named: Mapping[str, Any], state: Given
@@ -110,7 +226,7 @@ class Stepper:
         operands, has_time = self._with_time(operands)
         initial = initial_states(self._declaration, state)
         call = describe(self._declaration, operands, params, initial, None, static)
-        self._refuse_several(operands)
+        self._refuse_many(operands)
         return call, has_time
 
     def _with_time(self, operands: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
@@ -120,14 +236,20 @@ class Stepper:
             return operands, True
         return {n: x.unsqueeze(1) if n in axes else x for n, x in operands.items()}, False
 
-    def _refuse_several(self, operands: dict[str, Tensor]) -> None:
+    def _several(self, args: Sequence[Any], named: Mapping[str, Any]) -> bool:
+        """Whether these are operands of more than one token."""
+        given = dict(zip(self._names(args, named), (*args, *named.values()), strict=False))
+        tensors = {n: x for n, x in given.items() if n in self._axes and isinstance(x, Tensor)}
+        return all(x.ndim == self._axes[n] and x.shape[1] > 1 for n, x in tensors.items())
+
+    def _refuse_many(self, operands: dict[str, Tensor]) -> None:
         for name in self._axes:
-            if operands[name].shape[1] != 1:
+            if not 1 <= operands[name].shape[1] <= MOST_TOKENS:
                 raise errors.BadShape(
                     name,
                     operands[name].shape,
-                    "one token: T = 1, or no T axis",
-                    help="call the recurrence itself for several tokens (output_final_state=True)",
+                    f"1 to {MOST_TOKENS} tokens, or no T axis",
+                    help="call the recurrence itself for more tokens (output_final_state=True)",
                 )
 
     def _by_op(
@@ -138,7 +260,9 @@ class Stepper:
             self._checked(args, named, state)
         operands, params, static = arrange(self._declaration, args, named)
         operands, has_time = self._with_time(operands)
-        self._refuse_several(operands)
+        if has_time and self._several(args, named):
+            return self.kept(args, named, state, None, None, engine)
+        self._refuse_many(operands)
         initial = initial_states(self._declaration, state)
         o, *new = self._ops.step(
             *operands.values(),
@@ -168,6 +292,18 @@ class _Kept:
 
     run: Run
     floats: list[float]
+
+
+def _after(states: Tensor, accepted: Tensor) -> Tensor:
+    """Of states after each of several tokens `[B,W,HV,K,V]` those after so many of them, `[B]`."""
+    if states.ndim < 3 or accepted.shape != states.shape[:1]:
+        expected = "[B], for states [B,W,HV,K,V]"
+        raise errors.BadShape("num_accepted", accepted.shape, expected)
+    W = states.shape[1]
+    if accepted.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_accepted(accepted, W)
+    sequences = torch.arange(len(states), device=states.device)
+    return states[sequences, accepted.long().clamp(1, W) - 1]
 
 
 def _watched() -> bool:

@@ -62,7 +62,7 @@ class _Eager(KernelEngine):
         return "it has no kernels of single tokens"
 
     def prepare(self, request: Request) -> Run:
-        if request.way is Way.TOKENS:  # short sequences take the reference's token loop
+        if request.way in (Way.TOKENS, Way.POOL):  # short sequences take the reference's token loop
             return reference.ENGINE.prepare(request)
         return super().prepare(request)
 

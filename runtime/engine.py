@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -74,6 +74,7 @@ class Task:
         call, rows: the layout as called, and as kernels take it: with a row for each micro-step.
         operands: the operands by name; a backward has the outputs' cotangents too, as `d_o`.
         starts: the first values of carries by name; a start without a `like` is zero.
+        pools: states that lie in a pool, by name; `slots`: its indices, and numbers of tokens.
         params: the numbers of floats among the values of a call.
         results: the names that kernels give to the results: outputs and states, or gradients.
         time: whether values of tokens have a time axis.
@@ -88,6 +89,8 @@ class Task:
     cu_seqlens: Feed | None
     results: tuple[str, ...]
     time: bool = True
+    pools: dict[str, Feed] = field(default_factory=dict)
+    slots: tuple[Feed, ...] = ()
 
     @property
     def per_head(self) -> frozenset[str]:
@@ -244,7 +247,7 @@ def task_of(request: Request) -> Task:
     """What an engine compiles for a request."""
     call, way, cotangents = request.call, request.way, request.cotangents
     places = request.places or places_of(call, len(cotangents))
-    tokens, apart = way is Way.TOKENS, has_entries_apart(call.form)
+    tokens, apart = way in (Way.TOKENS, Way.POOL), has_entries_apart(call.form)
     n = 1 if tokens else len(call.form.micro_steps)
     operands: dict[str, Feed] = {}
     for o in call.step.operands:
@@ -256,10 +259,19 @@ def task_of(request: Request) -> Task:
             operands[o.name] = value if make is None else value.then(make)
     per_head = {o.name for o in call.step.operands if o.per is Per.HEAD}
     operands = {name: _strided(f, per_head=name in per_head) for name, f in operands.items()}
+    pool = call.pool
+    states = call.initial if pool is None else pool.states
     starts = {
         s.name: Feed(places.states[s.name], None, x)
-        for s, x in zip(call.step.states, call.initial, strict=True)
+        for s, x in zip(call.step.states, states, strict=True)
     }
+    pools: dict[str, Feed] = {}
+    slots: tuple[Feed, ...] = ()
+    if pool is not None:
+        assert places.slots is not None
+        starts, pools = {}, starts
+        given = enumerate((pool.indices, pool.accepted), places.slots)
+        slots = tuple(Feed(at, None, x) for at, x in given)
     results = [*call.output_shapes, *starts]
     if way is Way.BACKWARD:
         operands |= _cotangents(call, places.cotangents, cotangents[0])
@@ -274,8 +286,9 @@ def task_of(request: Request) -> Task:
         bounds = _boundaries(Feed(places.cu_seqlens, None, call.cu_seqlens), call.device, n)
     rows = by_entry(call) if tokens else expanded(call)
     return Task(
-        way, call, rows, operands, starts, places.params, bounds, tuple(results), places.time
-    )
+        way, call, rows, operands, starts, places.params, bounds, tuple(results), places.time,
+        pools, slots,
+    )  # fmt: skip
 
 
 def _like(feed: Feed) -> Tensor:
@@ -361,7 +374,7 @@ def _stacked(entries: Sequence[int], made: Sequence[Tensor]) -> list[Tensor]:
 def _finish(task: Task, name: str) -> Callable[[Any], Tensor] | None:
     """The function from a task's result to the call's; None where both are the same."""
     call, rows = task.call, task.rows
-    n = 1 if task.way is Way.TOKENS else len(call.form.micro_steps)
+    n = 1 if task.way in (Way.TOKENS, Way.POOL) else len(call.form.micro_steps)
     if name in call.output_shapes:
         return None if n == 1 else partial(last_rows, n=n)
     if task.way is not Way.BACKWARD:
@@ -397,7 +410,7 @@ def printed_token_refusal(call: Call) -> str | None:
     if why is not None:
         return why
     try:
-        token_kernel(call.step)
+        token_kernel(call.step, pooled=call.pool is not None)
     except NotLowered as refused:
         return f"{refused.headline}: {refused.why}"
     return None

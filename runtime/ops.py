@@ -1,10 +1,11 @@
-"""The torch ops of a recurrence: forward, backward and step, opaque to compilers and to autograd.
+"""The torch ops of a recurrence: forward, backward and steps, opaque to compilers and to autograd.
 
 They are registered when the recurrence is declared, under `chunkwise::<name>_<digest of the step>`,
-`..._backward` and `..._step`: which engine serves a call is decided within it, by an argument, the
-environment or the device. So graphs and exported programs name no engine, and load wherever the
-declaration has been imported. Only the inputs are saved; the backward recomputes, so what is saved
-never depends on how an engine plans its kernels.
+`..._backward`, `..._step` and `..._pooled` (steps that change states of a pool in place): which
+engine serves a call is decided within it, by an argument, the environment or the device. So graphs
+and exported programs name no engine, and load wherever the declaration has been imported. Only the
+inputs are saved; the backward recomputes, so what is saved never depends on how an engine plans its
+kernels.
 """
 
 from __future__ import annotations
@@ -22,10 +23,19 @@ from torch import Tensor
 
 from ..dsl import errors
 from ..dsl.ir import Per
-from .call import Call, Static, describe
-from .check import CHECK_VARIABLE, asked, check_contents, check_results
+from .call import Call, Pool, Static, describe
+from .check import CHECK_VARIABLE, asked, check_contents, check_results, check_slots
 from .engines import ENGINE_VARIABLE, EngineName
-from .prepared import Prepared, Records, chosen, prepare_backward, prepare_forward, prepare_step
+from .pool import with_pool
+from .prepared import (
+    Prepared,
+    Records,
+    chosen,
+    prepare_backward,
+    prepare_forward,
+    prepare_pool,
+    prepare_step,
+)
 from .transforms import Along, Derivative, register_batches, register_derivative
 
 if TYPE_CHECKING:
@@ -42,6 +52,7 @@ class Ops:
     forward: Op
     backward: Op
     step: Op
+    pooled: Op
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +100,23 @@ class Flat:
     @property
     def step(self) -> str:
         return f"({self.inputs}) -> ({self._returns})"
+
+    @property
+    def pooled(self) -> str:
+        """Operands, pools, indices, numbers of accepted tokens; then as others."""
+        parts = [f"Tensor x{i}" for i in range(self.operands)]
+        parts += [f"Tensor(a{i}!) pool{i}" for i in range(self.states)]
+        parts += ["Tensor indices", "Tensor? accepted"]
+        parts += [f"float p{i}" for i in range(len(self.declaration.params))]
+        parts += [f"int s{i}" for i in range(len(self.declaration.statics))]
+        return f"({', '.join([*parts, 'str? engine'])}) -> Tensor"
+
+    def pooled_call(self, inputs: Sequence[Any], *, symbolic: bool = False) -> Call:
+        """The checked call that the arguments of a step in a pool stand for."""
+        a, b = self.operands, self.operands + self.states
+        none = (None,) * (self.states + 1)
+        call = self.call((*inputs[:a], *none, *inputs[b + 2 :]), symbolic=symbolic)
+        return with_pool(call, Pool(tuple(inputs[a:b]), inputs[b], inputs[b + 1]))
 
     @property
     def _returns(self) -> str:
@@ -156,12 +184,14 @@ def op_name(declaration: Declaration) -> str:
 
 def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
     declaration, states = flat.declaration, flat.states
-    names = name, f"{name}_backward", f"{name}_step"
-    for own, schema in zip(names, (flat.forward, flat.backward, flat.step), strict=True):
+    names = name, f"{name}_backward", f"{name}_step", f"{name}_pooled"
+    schemas = flat.forward, flat.backward, flat.step, flat.pooled
+    for own, schema in zip(names, schemas, strict=True):
         library.define(own + schema)
     namespace = getattr(torch.ops, NAMESPACE)
     ops = Ops(*(getattr(namespace, own).default for own in names))
     forwards, backwards, steps = Records[Prepared](), Records[Prepared](), Records[Prepared]()
+    pools: Records[Prepared] = Records()
     tensors, numbers, given = flat.tensors, flat.numbers, 1 + states
 
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -192,6 +222,24 @@ def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
             *layout, lambda: _step(flat.call(inputs), engine)
         )
         return tuple(found(inputs))
+
+    def pooled(*args: Any) -> Tensor:
+        *inputs, engine = args
+        named = engine or os.environ.get(ENGINE_VARIABLE)
+        rest = (*inputs[numbers + 1 :], named, torch.get_num_threads())
+        layout = inputs[: tensors + 1], rest
+        found = pools.latest(*layout) or pools.find(
+            *layout, lambda: prepare_pool(flat.pooled_call(inputs), engine)
+        )
+        if inputs[flat.operands].device.type == "cpu" or asked():
+            a, b = flat.operands, flat.operands + states
+            check_slots(Pool(tuple(inputs[a:b]), inputs[b], inputs[b + 1]))
+        (o,) = found(inputs)
+        return o
+
+    def pooled_shape(*args: Any) -> Tensor:
+        call = flat.pooled_call(args, symbolic=True)
+        return torch.empty(call.output_shape, dtype=call.dtype, device=call.device)
 
     def shapes(inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         call = flat.call(inputs, symbolic=True)
@@ -267,6 +315,7 @@ def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
         (ops.forward, forward, lambda *args: shapes(args)),
         (ops.backward, backward, backward_shapes),
         (ops.step, step, lambda *args: shapes(args)),
+        (ops.pooled, pooled, pooled_shape),
     )
     for op, run, fake in kernels:
         library.impl(op._schema.name, run, "CompositeExplicitAutograd")

@@ -137,6 +137,7 @@ class Way(Enum):
 
     CHUNKS = "forward, in chunks"
     TOKENS = "forward, token by token"
+    POOL = "forward, token by token, on states of a pool"
     BACKWARD = "backward"
 
 
@@ -161,11 +162,16 @@ class Request:
 
     def bare(self) -> Request:
         """The same for layouts alone: what is kept must not keep tensors."""
+        pool = self.call.pool
+        if pool is not None:
+            states, accepted = tuple(map(_bare, pool.states)), _bare_if_any(pool.accepted)
+            pool = replace(pool, states=states, indices=_bare(pool.indices), accepted=accepted)
         call = replace(
             self.call,
             operands={n: _bare(x) for n, x in self.call.operands.items()},
             initial=tuple(map(_bare_if_any, self.call.initial)),
             cu_seqlens=_bare_if_any(self.call.cu_seqlens),
+            pool=pool,
         )
         return replace(self, call=call, cotangents=tuple(map(_bare_if_any, self.cotangents)))
 
@@ -199,6 +205,27 @@ class Prepared:
             with torch.autocast(self.device_type, enabled=False):
                 return self.run(values)
         return self.run(values)
+
+
+def prepare_pool(
+    call: Call, engine: str | None, usual: str | None = None, places: Places | None = None
+) -> Prepared:
+    """What serves steps like `call` on states of a pool: a kernel if there is one, else torch.
+
+    Args: as of `prepare_step`.
+
+    Raises:
+        EngineUnavailable: the named engine has no kernel for this step.
+        BadLayout: its kernels do not take a pool that lies so.
+    """
+    serving = load(chosen(call.operands.values(), engine or usual))
+    reason = serving.token_refusal(call) if serving.has_steps else ""
+    if serving.has_steps and reason is not None and engine is not None:
+        raise errors.EngineUnavailable(serving.name.value, reason)
+    if reason is not None or 0 in (call.B, call.HV, call.K, call.V):
+        serving = load(EngineName.REFERENCE)
+    request = Request(call, Way.POOL, places=places)
+    return Prepared(serving.prepare(request.bare()), call.device.type)
 
 
 def chosen(operands: Iterable[Tensor], engine: str | None) -> EngineName:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
+import torch
 from torch import Tensor
 
 from ..dsl import errors
@@ -19,6 +20,11 @@ from .decode import Stepper
 from .engines import EngineName, choose
 from .explanation import sections
 from .ops import REGISTRY
+from .warmup import Sizes, warm_up
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 States = Tensor | tuple[Tensor, ...]
 GivenStates = Tensor | Sequence[Tensor | None] | None
@@ -36,8 +42,14 @@ OPTIONS = (
     _option("cu_seqlens", None),
     _option("engine", None),
     _option("check", None),
+    _option("group", None),
 )
-STEP_OPTIONS = (_option("state", None), _option("engine", None))
+STEP_OPTIONS = (
+    _option("state", None),
+    _option("state_indices", None),
+    _option("num_accepted", None),
+    _option("engine", None),
+)
 
 
 class Recurrence:
@@ -102,6 +114,7 @@ class Recurrence:
         cu_seqlens: Tensor | None = None,
         engine: EngineName | str | None = None,
         check: bool | None = None,
+        group: ProcessGroup | DeviceMesh | None = None,
         **named: Tensor | float,
     ) -> tuple[Tensor, States | None]:
         """The recurrence over whole sequences.
@@ -119,6 +132,13 @@ class Recurrence:
                 device's own.
             check: look for NaN in operands and growth in gates first, and for overflow in results,
                 which waits for the device; by default as CHUNKWISE_CHECK says.
+            group: the ranks of torch.distributed (a process group, or a mesh of one axis) over
+                which the tokens are split in order, when sequences are too long for one. Operands
+                are this rank's tokens; `initial_state`, before the sequences begin, and
+                `cu_seqlens`, in the tokens of all ranks, are the same on every rank. The final
+                state is the one after this rank's part: the last rank's is the sequence's (of a
+                packed batch, the rank's where it ends, zero where it is not). Every rank has to
+                take part in the backward too.
 
         Returns:
             `(o, final_state)`: o `[B,T,HV,V]` in the dtype of the first Value operand, a tuple if
@@ -144,24 +164,42 @@ class Recurrence:
             NotLowered: the step has no kernels yet; engine="reference" runs it.
             DoubleBackward: a gradient was differentiated again.
             NoTransform: the call is under forward mode.
+            RankMismatch: calls of the ranks of `group` do not fit together; on every rank.
         """
         if check is not None and not isinstance(check, bool):
             raise errors.BadOption("check", check, "True, False or None")
+        name = (engine.value if isinstance(engine, EngineName) else engine) or self._engine
+        if group is not None:
+            from . import parallel  # imports torch.distributed
+
+            given = parallel.Given(args, named, initial_state, cu_seqlens, name, check)
+            o, *made = parallel.call(self.declaration, self._ops, given, group)
+            operands, params, static = arrange(self.declaration, args, named)
+            return self._returned(o, made if output_final_state else None, operands, static)
         operands, params, static = arrange(self.declaration, args, named)
         initial: Sequence[Tensor | None] = self._no_states
         if initial_state is not None:
             initial = initial_states(self.declaration, initial_state)
-        o, *finals = self._ops.forward(
+        o, *made = self._ops.forward(
             *operands.values(),
             *initial,
             cu_seqlens if cu_seqlens is None else boundaries(cu_seqlens),
             *params.values(),
             *[number for _, number in static],
-            (engine.value if isinstance(engine, EngineName) else engine) or self._engine,
+            name,
             check,
         )
+        return self._returned(o, made if output_final_state else None, operands, static)
+
+    def _returned(
+        self,
+        o: Tensor,
+        finals: Sequence[Tensor] | None,
+        operands: Mapping[str, Tensor],
+        static: Static,
+    ) -> tuple[Any, States | None]:
         outputs: Any = o if self._has_one_output else self._outputs(o, operands, static)
-        if not output_final_state:
+        if finals is None:
             return outputs, None
         return outputs, finals[0] if len(finals) == 1 else tuple(finals)
 
@@ -170,36 +208,56 @@ class Recurrence:
         /,
         *args: Tensor,
         state: GivenStates = None,
+        state_indices: Tensor | None = None,
+        num_accepted: Tensor | None = None,
         engine: EngineName | str | None = None,
         **named: Tensor | float,
     ) -> tuple[Tensor, States]:
-        """One token, for decoding.
+        """One token, or up to 8 with the state after each, for decoding.
 
         A kernel computes it (of any declaration, on a CPU with TVM and on a GPU), or torch in
         float64. Where gradients are recorded, under torch.func and under torch.compile it is an op:
         the same kernel, whose gradient torch computes.
 
+        With `state_indices` the state is a pool of many sequences' states, which the step reads and
+        writes in place, without a gradient; no launch waits for a device, so that CUDA graphs take
+        it. On a GPU what indices hold is looked at under CHUNKWISE_CHECK alone; one outside the
+        pool is then none, as a negative one is: nothing is read or written for its sequence, whose
+        output has no meaning.
+
         Args:
             *args: the operands of a call without their T axis (`[B,H,K]`, `[B,HV,V]`, `[B,HV]`;
-                per-head ones unchanged), or all of them with T = 1.
+                per-head ones unchanged), or all of them with T from 1 to 8.
             **named: operands by name, and the declaration's keyword-only numbers.
-            state: the state before this token, `[B,HV,K,V]` (`[B,HV,K]` for a KeyState); a tuple
-                for several states; zero where absent.
+            state: the state before the first of these tokens, `[B,HV,K,V]` (`[B,HV,K]` for a
+                KeyState); a tuple for several states; zero where absent. With `num_accepted` the
+                states after several tokens, `[B,W,HV,K,V]`. With `state_indices` a pool
+                `[slots,HV,K,V]` of any strides, in float32, bfloat16 or float16.
+            state_indices: int32 or int64 `[B]`, the slot of each sequence; or `[B,W]`, W >= T: the
+                state after token t is written to slot t, the first is read from slot
+                `num_accepted - 1`. No two sequences may have the same slot.
+            num_accepted: int32 or int64 `[B]`, after how many of the tokens of the step before the
+                sequence goes on (1 to W), in verifying drafts; 1 where absent.
             engine: "tvm" or "triton" for a kernel or else an error, "reference" for torch.
 
         Returns:
-            `(o, new_state)`: o `[B,HV,V]` (`[B,1,HV,V]` where the operands have T) in the dtype of
-            the first Value operand, and the state `[B,HV,K,V]` in float32; a tuple each for several
-            outputs or states.
+            `(o, new_state)`: o `[B,HV,V]` (`[B,T,HV,V]` where the operands have T) in the dtype of
+            the first Value operand; the state `[B,HV,K,V]` in float32, where T > 1 or with
+            `num_accepted` after each token, `[B,T,HV,K,V]`; or the pool itself. A tuple each for
+            several outputs or states.
 
         Raises:
-            CallError: what a call raises, in terms of T = 1.
+            CallError: what a call raises, in terms of T <= 8.
+            BadSlots: an index that is no slot, or one of two sequences.
             EngineUnavailable: the named engine has no kernel for this step, or gradients are wanted
                 of it.
         """
-        o, new = self._step(
-            args, named, state, engine.value if isinstance(engine, EngineName) else engine
-        )
+        if isinstance(engine, EngineName):
+            engine = engine.value
+        if state_indices is None and num_accepted is None:
+            o, new = self._step(args, named, state, engine)
+        else:
+            o, new = self._step.kept(args, named, state, state_indices, num_accepted, engine)
         if self._has_one_output:
             return o, new
         operands, _, static = arrange(self.declaration, args, named)
@@ -219,6 +277,43 @@ class Recurrence:
         channels_of = _channels_of(self.declaration, micro, static)
         parts = o.split([widths[a] for a in channels_of], -1)
         return tuple(x if a else x.squeeze(-1) for x, a in zip(parts, channels_of, strict=True))
+
+    def warmup(
+        self,
+        dims: Sizes,
+        dtypes: torch.dtype | Sequence[torch.dtype] = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        state_dtypes: torch.dtype | Sequence[torch.dtype] | None = None,
+        gradients: bool = False,
+    ) -> dict[str, float]:
+        """Compile what calls and steps of these sizes need, so that no request waits for it.
+
+        It makes such calls on zeros: prompts with a first state and without, of whole chunks and
+        with a rest, single steps, and steps on a pool, of one token and of several.
+
+        Args:
+            dims: sizes by letter, each a number or several: K and V, HV value heads, and what
+                differs from H = HV, B = 1 and T = 1: heads of the Keys, sequences, the lengths of
+                prompts (of one token alone: nothing but steps), n micro-steps.
+            dtypes: of operands but Scalars and those per head, which are float32.
+            device: where they lie.
+            state_dtypes: of pools; float32 (float64) where absent.
+            gradients: compile the backward of prompts too.
+
+        Returns:
+            Seconds that calls, gradients, steps and steps on pools took, by these names.
+
+        Raises:
+            MissingOperand, UnknownOperand, BadOption: the size in `dims` that is missing, unknown
+                or no number of at least 1.
+        """
+        given = [dtypes] if isinstance(dtypes, torch.dtype) else list(dtypes)
+        pools = state_dtypes
+        if pools is None:
+            pools = torch.float64 if torch.float64 in given else torch.float32
+        kinds = [pools] if isinstance(pools, torch.dtype) else list(pools)
+        return warm_up(self, dims, given, device, kinds, gradients=gradients)
 
     def explain(self) -> str:
         """A page on what was understood and what will run.
@@ -312,7 +407,7 @@ _channels_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _refuse_reserved(declaration: Declaration) -> None:
     names = [*(x.name for x in declaration.operands), *(p.name for p in declaration.params)]
     states = [s.name for s in declaration.states]
-    reserved = {p.name for p in OPTIONS} | {"state", "o"}
+    reserved = {p.name for p in (*OPTIONS, *STEP_OPTIONS)} | {"o"}
     # what kernels call gradients and what lies between them
     outputs = output_names(len(declaration.step(declaration.default_micro).outputs))
     reserved |= set(outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 
 from ..dsl import oracle
-from .call import Call
+from ..dsl.ir import Per
+from .call import Call, Places, Pool, places_of
 from .engine import Engine
 from .engines import EngineName
 from .prepared import Request, Run, Values, Way
@@ -50,6 +52,9 @@ class _Reference(Engine):
             do, *dfinals = values[:count]
             return backward(call.of(values[count:]), do, tuple(dfinals))
 
+        if request.way is Way.POOL:
+            places = request.places or places_of(call)
+            return lambda values: [pooled(_at_places(call, values, places), time=places.time)]
         return backwards if request.way is Way.BACKWARD else forwards
 
 
@@ -79,6 +84,53 @@ def differentiate(
     """
     with enable_inplace_requires_grad(True):  # of views that are ours
         return _pulled_back(call, _own_view, do, dfinals, again=True)
+
+
+def pooled(call: Call, *, time: bool = True) -> Tensor:
+    """The output of a few tokens, whose states are read from the call's pool and left there.
+
+    It waits for what the indices hold. `time`: whether the output has an axis of tokens.
+    """
+    pool = call.pool
+    assert pool is not None
+    indices = pool.indices.reshape(call.B, -1).long()
+    after = torch.zeros_like(indices[:, 0]) if pool.accepted is None else pool.accepted.long() - 1
+    known = (after >= 0) & (after < pool.width)
+    slot = indices.gather(1, after.clamp(0, pool.width - 1)[:, None])[:, 0]
+    known &= (slot >= 0) & (slot < pool.slots)
+    states = tuple(_found(x, slot, known).to(call.state_dtype) for x in pool.states)
+    outputs, per_token = [], [x.name for x in call.step.operands if x.per is Per.TOKEN]
+    for t in range(call.T):
+        operands = {n: x[:, t : t + 1] if n in per_token else x for n, x in call.operands.items()}
+        o, states = forward(replace(call, T=1, operands=operands, initial=states, pool=None))
+        slot = indices[:, t] if pool.width > 1 else indices[:, 0]
+        kept = (slot >= 0) & (slot < pool.slots)
+        for x, state in zip(pool.states, states, strict=True):
+            x[slot[kept]] = state[kept].to(x.dtype)
+        rounded = (s.to(x.dtype) for x, s in zip(pool.states, states, strict=True))
+        states = tuple(s.to(call.state_dtype) for s in rounded)
+        outputs.append(o)
+    return torch.cat(outputs, 1) if time else outputs[0][:, 0]
+
+
+def _found(pool: Tensor, slot: Tensor, known: Tensor) -> Tensor:
+    """The states in those slots, zero where a sequence has none."""
+    found = pool.new_zeros(len(slot), *pool.shape[1:])
+    found[known] = pool[slot[known]]
+    return found
+
+
+def _at_places(call: Call, values: Values, places: Places) -> Call:
+    """The call of values that stand in those places."""
+    operands = {n: values[at] for n, at in places.operands.items()}
+    if not places.time:
+        tokens = {x.name for x in call.step.operands if x.per is Per.TOKEN}
+        operands = {n: x.unsqueeze(1) if n in tokens else x for n, x in operands.items()}
+    assert places.slots is not None
+    states = tuple(values[at] for at in places.states.values())
+    pool = Pool(states, values[places.slots], values[places.slots + 1])
+    params = {n: values[at] for n, at in places.params.items()}
+    return replace(call, operands=operands, pool=pool, params=params)
 
 
 def _own_view(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import mqar
+from examples import mqar, serving
 
 
 def test_the_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,3 +38,12 @@ def test_the_delta_rule_forgets_where_addition_cannot() -> None:
     replaced, _ = mqar.delta_rule(q, k, v, torch.ones(1, 2, 1))
     assert added[0, 1, 0].tolist() == [1.0, 1.0]
     assert replaced[0, 1, 0].tolist() == [0.0, 1.0]
+
+
+def test_continuous_batching_gives_the_tokens_of_the_plain_loop(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert serving.main(["--requests", "5", "--slots", "3", "--layers", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "5 requests" in printed
+    assert "the same tokens" in printed

@@ -174,17 +174,28 @@ class _Printer:
             chunk = code.bind("chunk", self._table(1, number_, 1))
             self._chunk(sequence, head, value, chunk)
             return
+        if not kernel.pooled:
+            self._scan(number_, head, value, number_, number_)
+            return
+        first = code.bind("slot", self._transfers.slot("before", number_))
+        last = code.bind("next", self._transfers.slot("after", number_))
+        with code.when(tirx.all(first >= int64(0), last >= int64(0))):
+            self._scan(number_, head, value, first, last)
+
+    def _scan(self, number_: Expr, head: Expr, value: Expr, first: Expr, last: Expr) -> None:
+        """A scan of a sequence, whose first and last states are the ones of those numbers."""
+        code, kernel = self._code, self._kernel
         work = self._work(number_, head, value, int64(0))
         frame = self._frame(int32(0), int32(0), {})
         for start, use in self._ends:
             if self._stays(start, use.value):  # read and written where the call has them
-                for role, t in ((Role.INITIAL, start), (Role.FINAL, use.value)):
-                    self._outside[Region(t)] = self._transfers.state(role, start, work, number_)
+                for role, t, at in ((Role.INITIAL, start, first), (Role.FINAL, use.value, last)):
+                    self._outside[Region(t)] = self._transfers.state(role, start, work, at)
         for s in kernel.before:
             if isinstance(s, Load) and Region(s.value) in self._places:
                 self._transfers.load(frame, s, work)
             elif isinstance(s, Begin) and Region(s.value) not in self._outside:
-                self._transfers.begin(frame, s, work, number_)
+                self._transfers.begin(frame, s, work, first)
         if self._one_token:
             self._chunk(number_, head, value, int64(0))
         else:
@@ -197,14 +208,16 @@ class _Printer:
                 self._chunk(number_, head, value, chunk)
         for s in kernel.after:
             if isinstance(s, Finish) and Region(s.value) not in self._outside:
-                self._transfers.finish(frame, s, work, number_)
+                self._transfers.finish(frame, s, work, last)
 
     def _stays(self, start: Tile, end: Tile) -> bool:
         """Whether a single token's carry needs no copy in scratch: rows are of whole vectors."""
         computed = bool(end.args) and end in self._schedule.regions
         ends = [use.value for _, use in self._ends]
         whole = self._shapes.extent(start.axes[-1]) % self._shapes.lanes == 0
-        return self._one_token and whole and computed and ends.count(end) == 1
+        # in a pool both may be one
+        apart = not self._kernel.pooled or self._schedule.in_place.get(end) == start
+        return self._one_token and apart and whole and computed and ends.count(end) == 1
 
     def _table(self, table: int, row: Expr, column: int) -> Expr:
         width = len((SEQUENCE, CHUNK)[table])

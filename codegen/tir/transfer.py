@@ -2,8 +2,9 @@
 
 Parameters are tensors with their strides (1 along channels), and every call checks shapes and
 dtypes. A buffer of tokens is [tokens, HV, channels], one of chunks [chunks, HV, channels], states
-are [N, HV, K, V] ([N, HV, V, K] if held transposed), all without gaps; a private buffer has room
-for one sequence and head, and no axis HV. Scratch holds float32, for every dtype of the tensors.
+are [N, HV, K, V] ([N, HV, V, K] if held transposed), all without gaps, but those of a pool have
+strides; a private buffer has room for one sequence and head, and no axis HV. Scratch holds float32,
+for every dtype of the tensors.
 """
 
 from __future__ import annotations
@@ -27,8 +28,13 @@ from .schedule import Region
 from .values import Point, Values
 
 STORAGE = Storage(wide=True, transposed=False)
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # callers align tensors to no more
-_PREFIX = {Role.INITIAL: "first_", Role.FINAL: "last_"}
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8}  # callers align tensors to no more
+_PREFIX = {
+    Role.INITIAL: "first_",
+    Role.FINAL: "last_",
+    Role.POOL: "pool_",
+    Role.SLOTS: "slots_",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -200,11 +206,23 @@ class Transfers:
     def _state(self, role: Role, start: Tile) -> Tensor:
         sizes = self._channels(start.axes)
         lying = sizes[::-1] if self._kernel.transposed else sizes
+        if self._kernel.pooled:
+            name = str(start.attrs[0])
+            shape, dtype = (None, self._heads, *sizes), self._signature.of(name).value
+            return self.tensor(Role.POOL, name, shape, dtype=dtype, strided=len(shape) - 1)
         return self.tensor(role, str(start.attrs[0]), (None, self._heads, *lying))
 
+    def slot(self, when: str, sequence: Expr) -> Expr:
+        """The slot of a pool that a sequence's state is in, before the token or after it."""
+        x = self.tensor(Role.SLOTS, when, (None,), dtype="int64", strided=1)
+        return load(x.flat, sequence * x.strides[0], 1)
+
     def state(self, role: Role, start: Tile, work: WorkItem, sequence: Expr) -> Rows:
-        """The first or the last value of a carry."""
+        """The first or the last value of a carry; `sequence`: its number, or that of its slot."""
         x = self._state(role, start)
+        if self._kernel.pooled:
+            place = sequence * x.strides[0] + work.head * x.strides[1]
+            return Rows(x.flat, place + _value_offset(start.axes, work), x.strides[2])
         at = sequence * self._heads + work.head
         for n in self._channels(start.axes):
             at = at * n

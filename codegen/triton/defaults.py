@@ -80,7 +80,7 @@ def token_config(kernel: Kernel, dims: Dims) -> Config:
     A warp then holds 32 numbers a thread; where sums over the value axis need all of its columns,
     eight warps do.
     """
-    whole = any(Axis.V in summed_axes(t) for t in kernel.order)
+    whole = kernel.shares_vectors or any(Axis.V in summed_axes(t) for t in kernel.order)
     tile = max(8, min(padded(dims.V), 512 // padded(dims.K)))
     nothing = Plan(Hoist.NOTHING, outputs_in_scan=True)
     return Config(1, nothing, nothing, KernelConfig(tile, 8 if whole else 1, 3))

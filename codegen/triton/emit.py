@@ -55,9 +55,12 @@ def emit(
 
 
 @lru_cache(maxsize=512)
-def emit_token(step: Step, signature: Signature) -> Emitted:
-    """The Triton module of `step` one token at a time: a forward alone."""
-    form = token_kernel(step)
+def emit_token(step: Step, signature: Signature, *, pooled: bool = False) -> Emitted:
+    """The Triton module of `step` one token at a time: a forward alone.
+
+    `pooled`: states are read from a pool and written there, after each token.
+    """
+    form = token_kernel(step, pooled=pooled)
     kernel = print_triton(form, signature, token_config(form, signature.dims))
     dims, tiles = signature.dims, kernel.config
     head = (

@@ -94,6 +94,8 @@ class _KernelPrinter(TritonMemory):
         tables, sizes, lengths = "", "", ""
         if segments is not None:
             tables, sizes, lengths = " segment_table,", " SEGMENT,", ', "SEGMENT"'
+        elif self.tiled.pooled:
+            sizes, lengths = " SLOTS, WIDTH,", ', "SLOTS", "WIDTH"'
         constant = {p for p in self.parameters.values() if p.role is Role.GROUP}
         names = ", ".join(
             p.name + ": tl.constexpr" * (p in constant) for p in self.parameters.values()
@@ -210,8 +212,10 @@ class _KernelPrinter(TritonMemory):
     def _scan_body(self) -> list[str]:
         reverse = self._kernel.loop is Loop.REVERSE
         segments = self._kernel.segments
+        pooled = self.tiled.pooled
         lines = [*self._program(), *(_OF_SEQUENCE if segments is None else _OF_SEGMENT)]
-        lines += [*self._ranges(), *self._run(self.tiled.before)]
+        lines += [*self._ranges(), *(self.find_slot() if pooled else ())]
+        lines += self._run(self.tiled.before)
         if self.tiled.by_token:
             lines.append("for chunk in tl.range(0, length, num_stages=STAGES):")
             inner = ["at = first + chunk"]
@@ -226,7 +230,8 @@ class _KernelPrinter(TritonMemory):
                 _ROWS_THERE,
                 "row = batch * TOKENS + at",
             ]
-        lines += [f"    {line}" for line in [*inner, *self._run(self.tiled.inside)]]
+        inner += [*self._run(self.tiled.inside), *(self.keep_states() if pooled else ())]
+        lines += [f"    {line}" for line in inner]
         return lines + self._run(self.tiled.after)
 
 

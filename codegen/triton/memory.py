@@ -11,7 +11,7 @@ from ..buffers import BufferId
 from ..expressions import Names, identifier
 from ..interface import Dtype, Parameter, Role
 from ..plan import Loop
-from ..tile import TIMES, Axes, Axis
+from ..tile import TIMES, Axes, Axis, Tile
 from ..tiled import Arrive, Begin, Finish, Load, Source, Store, TiledKernel
 from .expressions import TritonExpressions
 
@@ -25,6 +25,7 @@ class TritonMemory(TritonExpressions):
     def __init__(self, tiled: TiledKernel, names: Names) -> None:
         super().__init__(tiled, names)
         self.parameters: dict[tuple[Role, BufferId | str], Parameter] = {}
+        self.slot = ""  # of a pool, the variable that says which one
 
     def _parameter(
         self, name: str, role: Role, of: BufferId | str, channels: Axis | None = None
@@ -136,7 +137,10 @@ class TritonMemory(TritonExpressions):
             self.lines.append(line)
             return
         self.lines.append(f"{name} = {self.zeros(axes)}")
-        if s.from_call:
+        if self.tiled.pooled:
+            address = f"{self._pool_address(s.value, self.slot)}{self._slot_mask(axes, s.mask)}"
+            self.lines.append(f"{name} += tl.load({address}, other=0.0).to(tl.float32)")
+        elif s.from_call:
             pointer = self._parameter(f"{name}_first", Role.INITIAL, str(s.value.attrs[0]))
             mask = self._mask(axes, s.mask, other=True)
             base, transposed = f"{pointer} + (n * HV + h)", self.tiled.transposed
@@ -181,7 +185,9 @@ class TritonMemory(TritonExpressions):
         return f'tl.dot({state}, tl.load({at}{mask}), {added}, input_precision="{precision}")'
 
     def finish(self, s: Finish) -> None:
-        """A carry after the loop."""
+        """A carry after the loop; a pool has had it since the last token."""
+        if self.tiled.pooled:
+            return
         name, axes = self.known[s.value], s.value.axes
         conditions = ["i_v == 0"] if s.once else []
         if s.end is not None:
@@ -198,6 +204,63 @@ class TritonMemory(TritonExpressions):
         line = f"tl.store({address}, {name}{self._mask(axes, s.mask)})"
         test = f"if {' and '.join(conditions)}:"
         self.lines += [test, f"    {line}"] if conditions else [line]
+
+    # ---- states in a pool ------------------------------------------------------------------------
+
+    def find_slot(self) -> list[str]:
+        """Which slot the sequence's state is read from; what is outside the pool is no slot."""
+        self.slot = self.names.fresh("slot")
+        accepted, after = self._slots(".accepted", "accepted"), self.names.fresh("after")
+        return [
+            f"{after} = n * 0  # tokens before the one whose state is read",
+            f"if {accepted} is not None:",
+            f"    {after} += tl.load({accepted} + n * {self._slot_stride('.accepted')}) - 1",
+            *self._load_slot(after, f", mask=({after} >= 0) & ({after} < WIDTH), other=-1"),
+        ]
+
+    def keep_states(self) -> list[str]:
+        """Each state to its slot, after every token; the next one reads what the pool holds."""
+        lines = self._load_slot("chunk", "")
+        for s in (s for s in self.tiled.after if isinstance(s, Finish)):
+            name, pool = self.known[s.value], self._pool(s.value)
+            address = self._pool_address(s.value, self.slot)
+            mask = self._slot_mask(s.value.axes, s.mask)
+            lines += [
+                f"tl.store({address}, {name}{mask})",
+                f"{name} = {name}.to({pool}.dtype.element_ty).to(tl.float32)",
+            ]
+        return lines
+
+    def _load_slot(self, token: str, mask: str) -> list[str]:
+        slots, tokens = self._slots(".slots", "slots"), self._slot_stride(".slots", tokens=True)
+        at = f"{slots} + n * {self._slot_stride('.slots')} + {token} * {tokens}"
+        return [f"{self.slot} = tl.load({at}{mask}).to(tl.int64)"]
+
+    def _slots(self, of: str, name: str) -> str:
+        return self._parameter(f"{name}_ptr", Role.SLOTS, of)
+
+    def _slot_stride(self, of: str, *, tokens: bool = False) -> str:
+        name, role = ("st", Role.STRIDE_TOKEN) if tokens else ("sb", Role.STRIDE_BATCH)
+        return self._parameter(f"{of[1:]}_{name}", role, of)
+
+    def _slot_mask(self, axes: Axes, mask: Axes) -> str:
+        inside = f"({self.slot} >= 0) & ({self.slot} < SLOTS)"
+        rest = self._mask(axes, mask).removeprefix(", mask=")
+        return f", mask={inside}" + (f" & ({rest})" if rest else "")
+
+    def _pool(self, state: Tile) -> str:
+        return self._parameter(f"{self.known[state]}_pool", Role.POOL, str(state.attrs[0]))
+
+    def _pool_address(self, state: Tile, slot: str) -> str:
+        name, of = self.known[state], str(state.attrs[0])
+        slots = self._parameter(f"{name}_sb", Role.STRIDE_BATCH, of)
+        heads = self._parameter(f"{name}_sh", Role.STRIDE_HEAD, of)
+        address = f"{self._pool(state)} + {slot} * {slots} + h * {heads}"
+        for axis in self.laid(state.axes):
+            role = Role.STRIDE_KEY if axis is Axis.K else Role.STRIDE_VALUE
+            stride = self._parameter(f"{name}_s{axis.value}", role, of)
+            address += f" + {self.place(RANGE[axis], (axis,), self.laid(state.axes))} * {stride}"
+        return address
 
     def _state_address(self, base: str, axes: Axes, *, transposed: bool = False) -> str:
         """Within a matrix [K, V], or [V, K] if transposed, of a tile laid out [V, K]."""

@@ -154,8 +154,10 @@ def _arguments(
             types[p.name] = _POINTER[signature.of(str(p.of))]
         elif isinstance(p.of, BufferId):
             types[p.name] = _POINTER[buffers[p.of]]
-        elif p.role in (Role.INITIAL, Role.FINAL):
+        elif p.role in (Role.INITIAL, Role.FINAL, Role.POOL):
             types[p.name] = "*fp32"
+        elif p.role is Role.SLOTS:
+            types |= {p.name: "*i64", "SLOTS": "i32", "WIDTH": "i32"}
         elif p.role is Role.PARAM:
             types[p.name] = "fp32"
         elif p.role is Role.GROUP:
@@ -178,8 +180,12 @@ def _arguments(
 
 
 def _stride(p: Parameter, kernel: TritonKernel) -> int:
-    """Along tokens or heads of a dense [B, T, HEADS, channels]."""
-    channels = 1 if p.channels is None else dict(kernel.constants)[p.channels.value.upper()]
+    """Along tokens or heads of a dense [B, T, HEADS, channels], heads or keys of a dense pool."""
+    size = dict(kernel.constants)
+    if (Role.POOL, p.of) in [(q.role, q.of) for q in kernel.parameters]:
+        strides = {Role.STRIDE_HEAD: size["K"] * size["V"], Role.STRIDE_KEY: size["V"]}
+        return strides.get(p.role, 1)
+    channels = 1 if p.channels is None else size[p.channels.value.upper()]
     return channels if p.role is Role.STRIDE_HEAD else HEADS * channels
 
 

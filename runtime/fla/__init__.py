@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...dsl import errors
 from . import several
-from .adapter import Given, adapter, run, scale_of, steps
+from .adapter import Given, adapter, called, run, steps
 from .rules import rule
 
 __all__ = [
@@ -74,13 +74,8 @@ def _linear(name: str, given: Given) -> tuple[Tensor, Tensor | tuple[Tensor | No
             raise errors.BadBatch("initial_state", 2, "one tensor where normalize=False")
         return run("linear_attention", operands, given)
     S, z = initial if isinstance(initial, tuple) else (initial, None)
-    o, final = rule("normalised")(
-        *operands,
-        scale=scale_of(given, given["q"]),
-        initial_state=(S, None if z is None else z.squeeze(1)),
-        output_final_state=True,
-        cu_seqlens=given["cu_seqlens"],
-    )
+    first = (S, None if z is None else z.squeeze(1))
+    o, final = called(rule("normalised"), operands, given, first)
     assert isinstance(final, tuple)
     return o, (final[0] if given["output_final_state"] else None, final[1].unsqueeze(1))
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...dsl import errors
+from ..recurrence import GivenStates, Recurrence, States
 from .arguments import docstring, is_per_token
 from .rules import rule
 
@@ -147,17 +148,31 @@ def steps(
 def run(step: str, operands: list[Tensor], given: Given) -> Result:
     """A call of a step with one state; where `state_v_first`, the caller has it as `[N,HV,V,K]`."""
     state, v_first = given["initial_state"], given.get("state_v_first")
-    o, final = rule(step, bool(given.get("use_qk_l2norm_in_kernel")), promised_bound(given))(
-        *operands,
-        scale=scale_of(given, operands[0]),
-        initial_state=state.transpose(-1, -2) if v_first and state is not None else state,
-        output_final_state=given["output_final_state"],
-        cu_seqlens=given["cu_seqlens"],
-    )
+    op = rule(step, bool(given.get("use_qk_l2norm_in_kernel")), promised_bound(given))
+    first = state.transpose(-1, -2) if v_first and state is not None else state
+    o, final = called(op, operands, given, first)
+    if not given["output_final_state"]:
+        return o, None
     assert not isinstance(final, tuple)
     if v_first and final is not None:
         final = final.transpose(-1, -2).contiguous()
     return o, final
+
+
+def called(
+    op: Recurrence, operands: list[Tensor], given: Given, initial: GivenStates
+) -> tuple[Tensor, States | None]:
+    """The output and the final state, by `step` where there is one token and no gradient."""
+    scale, packed = scale_of(given, operands[0]), given["cu_seqlens"]
+    states = initial if isinstance(initial, tuple) else (initial,)
+    recorded = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (*operands, *states)
+    )
+    if packed is None and operands[0].shape[1] == 1 and not recorded:
+        return op.step(*operands, scale=scale, state=initial)
+    return op(
+        *operands, scale=scale, initial_state=initial, output_final_state=True, cu_seqlens=packed
+    )
 
 
 def scale_of(given: Given, q: Tensor) -> float:

@@ -65,9 +65,10 @@ class _Triton(KernelEngine):
 
     def compile(self, task: Task, config: Configuration | None, segment: int | None) -> Execute:
         call = task.call
-        if task.way is Way.TOKENS:
-            dtypes = dtypes_of(task.rows)
-            compiled = _compile_token(call.step, Dims(call.K, call.V), call.dtype, dtypes)
+        if task.way in (Way.TOKENS, Way.POOL):
+            dims, dtypes = Dims(call.K, call.V), dtypes_of(task.rows)
+            pooled = call.pool is not None
+            compiled = _compile_token(call.step, dims, call.dtype, dtypes, pooled=pooled)
         elif config is None:
             compiled = _compiled_for(call)
         else:
@@ -147,8 +148,10 @@ def compile_with(
 
 
 @lru_cache(maxsize=512)
-def _compile_token(step: Step, dims: Dims, dtype: torch.dtype, dtypes: Dtypes) -> _Compiled:
-    return _imported(emit_token(step, signature(dims, dtype, dtypes)), 1)
+def _compile_token(
+    step: Step, dims: Dims, dtype: torch.dtype, dtypes: Dtypes, *, pooled: bool
+) -> _Compiled:
+    return _imported(emit_token(step, signature(dims, dtype, dtypes), pooled=pooled), 1)
 
 
 def _imported(emitted: Emitted, chunk: int, segment: int = 0) -> _Compiled:

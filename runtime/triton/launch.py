@@ -31,10 +31,11 @@ class Launch:
         `segment`: tokens of a segment, for scans that run on those, in whole chunks; else 0.
         `given`: buffers that no kernel stores, new like those that they do.
         """
-        feeds = (*task.operands.values(), *(f.dense() for f in task.starts.values()))
+        pools = (*task.pools.values(), *task.slots)  # as they lie
+        feeds = (*task.operands.values(), *pools, *(f.dense() for f in task.starts.values()))
         self._feeds = [(f.at, f.make) for f in feeds]
         self._outputs: list[tuple[int, ...]] = []
-        if task.way is Way.TOKENS:  # whose outputs lie by tokens, as chunks of one
+        if task.way in (Way.TOKENS, Way.POOL):  # whose outputs lie by tokens, as chunks of one
             shapes = task.call.output_shapes.values()
             self._outputs = [(B, *rest) if task.time else (B, *rest[1:]) for B, *rest in shapes]
         self._params = list(task.params.values())
@@ -65,7 +66,7 @@ class Launch:
 
 
 def _layout(task: Task, chunk: int, segment: int) -> Layout:
-    rows = task.rows
+    rows, pool = task.rows, task.call.pool
     operands = ((name, feed.like) for name, feed in task.operands.items())
     return Layout(
         *(rows.B, rows.T, rows.HV, rows.K, rows.V, rows.N, chunk, segment),
@@ -75,10 +76,30 @@ def _layout(task: Task, chunk: int, segment: int) -> Layout:
             OperandLayout.of(name, x, per_head=name in task.per_head)
             for name, x in operands
             if x is not None
-        ),
+        )
+        + _pools(task),
         carries=tuple(
             (name, task.carry_shape(name), None if f.like is None else f.like.dtype)
             for name, f in task.starts.items()
         ),
         params=tuple(task.params),
+        pool=(0, 0) if pool is None else (pool.slots, pool.width),
+    )
+
+
+def _pools(task: Task) -> tuple[OperandLayout, ...]:
+    """The layouts of a pool's states, of its indices and of numbers of tokens, as kernels ask."""
+    pool = task.call.pool
+    if pool is None:
+        return ()
+    slots, heads = pool.indices.stride(), task.rows.HV
+    states = []
+    for name, x in zip(task.pools, pool.states, strict=True):
+        strides = x.stride()[0], 0, *x.stride()[1:]
+        states.append(OperandLayout(name, x.dtype, heads, strides))
+    accepted = pool.indices[..., 0] if pool.accepted is None else pool.accepted
+    return (
+        *states,
+        OperandLayout(".slots", pool.indices.dtype, 0, (slots[0], *(slots[1:] or (0,)))),
+        OperandLayout(".accepted", accepted.dtype, 0, accepted.stride() or (0,)),
     )

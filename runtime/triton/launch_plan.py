@@ -97,7 +97,10 @@ class LoadedKernel:
 
 
 class OperandLayout(NamedTuple):
-    """A tensor of the call: `strides` and `heads` of tokens; per-head operands have heads 0."""
+    """A tensor of the call: `strides` and `heads` of tokens; per-head operands have heads 0.
+
+    A pool of states has strides of its slots, 0, of heads and channels.
+    """
 
     name: str
     dtype: torch.dtype
@@ -130,6 +133,7 @@ class Layout(NamedTuple):
         segment: chunks of a segment, where scans run on segments; else 0.
         packed: the dtype of `cu_seqlens`; None where sequences are not packed.
         carries: what scans carry: name, shape, dtype of the first value; None where that is zero.
+        pool: the slots of a pool, and of each of its sequences.
     """
 
     B: int
@@ -145,6 +149,7 @@ class Layout(NamedTuple):
     operands: tuple[OperandLayout, ...]
     carries: tuple[tuple[str, tuple[int, ...], torch.dtype | None], ...]
     params: tuple[str, ...]
+    pool: tuple[int, int] = (0, 0)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -361,6 +366,8 @@ def _spec(
         "chunks": -(-layout.T // layout.chunk),
         "HV": layout.HV,
         "SEGMENT": layout.segment,
+        "SLOTS": layout.pool[0],
+        "WIDTH": layout.pool[1],
         "PACKED": layout.packed is not None,
         "EVEN": layout.packed is None and layout.T % layout.chunk == 0,
     }

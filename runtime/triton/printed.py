@@ -10,13 +10,21 @@ from ...codegen.triton.kernel import TritonKernel
 from ..printed import TORCH
 from .kernels import Buffer, Kernel
 
-_AXES = {Role.STRIDE_BATCH: 0, Role.STRIDE_TOKEN: 1, Role.STRIDE_HEAD: 2}
+_AXES = {
+    Role.STRIDE_BATCH: 0,
+    Role.STRIDE_TOKEN: 1,
+    Role.STRIDE_HEAD: 2,
+    Role.STRIDE_KEY: 3,
+    Role.STRIDE_VALUE: 4,
+}
 _SOURCES = {
     Role.OPERAND: "operand",
     Role.INITIAL: "initial",
     Role.PARAM: "param",
     Role.BUFFER: "buffer",
     Role.FINAL: "final",
+    Role.POOL: "operand",
+    Role.SLOTS: "operand",
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -33,10 +32,10 @@ from ..tuned.artifact import Configuration
 from ..tuned.selection import call_size_of, select_config
 from .allocator import LARGE_BLOCK, empty, in_large_pages, keep_freed_memory
 from .build import Function, functions, host_cpu, lanes_of
-from .threads import Work, run
+from .pool import PooledTokens
+from .threads import SHARED, Work, room, run
 
 Stage: TypeAlias = tuple[tuple[TirKernel, Function], ...]
-_SHARED = 1 << 19  # numbers in the states of tokens from which another thread is worth waking
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,10 +61,20 @@ class _Tvm(KernelEngine):
         return None
 
     def token_refusal(self, call: Call) -> str | None:
+        strided = call.pool is not None and any(x.stride(-1) != 1 for x in call.pool.states)
+        if strided:
+            return "the last axis of a pool has to be contiguous: S.contiguous(), [slots,HV,K,V]"
         return self.device_refusal(call) or printed_token_refusal(call)
 
     def compile(self, task: Task, config: Configuration | None, segment: int | None) -> Execute:
         call, dims = task.call, Dims(task.call.K, task.call.V)
+        if task.way is Way.POOL:
+            assert call.pool is not None
+            states = zip(task.pools, call.pool.states, strict=True)
+            dtypes = (*dtypes_of(task.rows), *((name, x.dtype) for name, x in states))
+            made = compiled_token(call.step, dims, call.dtype, dtypes, one_token=True, pooled=True)
+            (((kernel, function),),) = made.stages
+            return PooledTokens(task, kernel, function)
         if task.way is Way.TOKENS:
             made = compiled_token(
                 call.step, dims, call.dtype, dtypes_of(task.rows), one_token=task.one_token
@@ -125,13 +134,22 @@ def compiled(
 
 @lru_cache(maxsize=512)
 def compiled_token(
-    step: Step, dims: Dims, dtype: torch.dtype, dtypes: Dtypes, *, one_token: bool = False
+    step: Step,
+    dims: Dims,
+    dtype: torch.dtype,
+    dtypes: Dtypes,
+    *,
+    one_token: bool = False,
+    pooled: bool = False,
 ) -> _Compiled:
     """The kernel that takes a token at a time, or (`one_token`) one in all."""
     keep_freed_memory()
     config = token_config(lanes_of(host_cpu()))
     kernel = print_tir(
-        token_kernel(step), signature_of(dims, dtype, dtypes), config, one_token=one_token
+        token_kernel(step, pooled=pooled),
+        signature_of(dims, dtype, dtypes),
+        config,
+        one_token=one_token,
     )
     (function,) = functions([kernel], host_cpu())
     return _Compiled(config, (((kernel, function),),))
@@ -321,14 +339,14 @@ class _Token:
         taken += [values + task.params[n] for n in kernel.numbers]
         self._take = itemgetter(*taken, room + 4, room + 5)
         numbers = sum(math.prod(call.state_shape(s)) for s in call.step.states)
-        self._alone = self._items == 1 or numbers < _SHARED
+        self._alone = self._items == 1 or numbers < SHARED
 
     def __call__(self, values: Values) -> list[Tensor]:
         """The output and new states."""
         made = [torch.empty_like(x) for x in self._new]
-        room = _room(self._scratch) if self._alone else None
+        scratch = room(self._scratch) if self._alone else None
         fed = [make(values[at]) for at, make in self._made] if self._made else ()
-        arguments = self._take((*made, room, *self._fixed, *fed, *values))
+        arguments = self._take((*made, scratch, *self._fixed, *fed, *values))
         if self._alone:
             self._function(*arguments)
         else:
@@ -338,17 +356,6 @@ class _Token:
         for n, shape in enumerate(self._outputs):
             made[n] = made[n].view(shape)
         return made
-
-
-_ROOMS = threading.local()
-
-
-def _room(size: int) -> Tensor:
-    """This thread's scratch memory."""
-    room: Tensor | None = getattr(_ROOMS, "tensor", None)
-    if room is None or room.numel() < size:
-        room = _ROOMS.tensor = empty(size)
-    return room
 
 
 def _operands(task: Task) -> dict[str, Feed]:

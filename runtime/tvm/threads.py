@@ -12,6 +12,7 @@ import ctypes
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,11 +21,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .allocator import empty
 from .build import Function
 from .worker import Arguments, described, worker
 
 _PIECES = 4  # pieces of work per thread, so that sequences of unequal length even out
 _PROCESS = os.getpid()
+SHARED = 1 << 19  # numbers in the states of tokens from which another thread is worth waking
+_ROOMS = threading.local()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +51,14 @@ class Work:
         for n, rows in self.own.items():
             values[n] = rows[thread]
         return values
+
+
+def room(size: int) -> Tensor:
+    """This thread's scratch memory."""
+    own: Tensor | None = getattr(_ROOMS, "tensor", None)
+    if own is None or own.numel() < size:
+        own = _ROOMS.tensor = empty(size)
+    return own
 
 
 def run(works: Sequence[Work], items: int, threads: int) -> None:

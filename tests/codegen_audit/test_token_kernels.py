@@ -17,11 +17,21 @@ NAMES = ["gated_delta_rule", "rwkv7", "oja", "momentum_delta", "gated_delta_prod
 @pytest.mark.parametrize("target", list(Target), ids=lambda t: t.name)
 @pytest.mark.parametrize("name", NAMES)
 def test_compiles_and_fits(name: str, target: Target) -> None:
+    _compiles(name, target, pooled=False)
+
+
+# vectors beside a matrix too, which one program has to hold
+@pytest.mark.parametrize("name", ["gated_delta_rule", "mlstm"])
+def test_compiles_on_states_of_a_pool(name: str) -> None:
+    _compiles(name, Target.SM90, pooled=True)
+
+
+def _compiles(name: str, target: Target, *, pooled: bool) -> None:
     declaration = getattr(library, name).declaration
     micro = declaration.default_micro
     step, form = declaration.step(micro), declaration.normal_form(micro)
     signature = signature_for(form, Dims(128, 128), Dtype.BFLOAT16, target)
-    emitted = emit_token(step, signature)
+    emitted = emit_token(step, signature, pooled=pooled)
     (kernel,) = emitted.forward
     for packed in (False, True):
         outcome = compile_job(

@@ -269,8 +269,8 @@ def test_gradients_flow_through_steps(kit: Any) -> None:
 
 def test_mistakes(kit: Any) -> None:
     op = cw.library.gated_delta_rule
-    x = kit.make_inputs(op, kit.Sizes(T=3)).operands
-    with pytest.raises(cw.errors.BadShape, match="one token"):
+    x = kit.make_inputs(op, kit.Sizes(T=9)).operands
+    with pytest.raises(cw.errors.BadShape, match="1 to 8 tokens"):
         op.step(**x)
     token = {n: t[:, 0] for n, t in x.items()}
     with pytest.raises(cw.errors.MissingOperand, match="beta"):

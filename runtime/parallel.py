@@ -1,0 +1,454 @@
+"""A recurrence over sequences that lie on several ranks of a process group, token after token.
+
+The state after a rank's part of a sequence is affine in the state before it, S' = A S + B (equation
+9 of the mathematics). So each rank computes A and B of its own part, all ranks exchange them, each
+combines those of the ranks before it, and then calls the op from the state that it finds. Gradients
+go the other way with the transposes of the same A. What is exchanged does not depend on the number
+of tokens.
+
+B is the final state from zero. If a state only decays, A is e^(the sum of its log-decays). Else it
+is a matrix: the final state from the identity, with operands of zero in the place of what is
+written.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from ..codegen.config import Dims
+from ..codegen.padding import Padding, padding
+from ..codegen.programs import chunk_program, transition_of
+from ..codegen.segments import segment_transitions
+from ..codegen.tile import Axis
+from ..dsl import errors, oracle
+from ..dsl.ir import Kind, Node, Per
+from ..dsl.normal_form import results_of
+from .call import Call, bind
+from .ranks import agree, group_of, share_of, tokens_of
+from .sizes import check_boundaries
+
+if TYPE_CHECKING:
+    from ..dsl.declaration import Declaration
+    from .ops import Ops
+
+Tensors = tuple[Tensor, ...]
+
+
+class Given(NamedTuple):
+    """What a user passes: operands in order and by name, options."""
+
+    args: Sequence[object]
+    named: Mapping[str, object]
+    initial_state: Tensor | Sequence[Tensor | None] | None
+    cu_seqlens: Tensor | None
+    engine: str | None
+    check: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Kinds:
+    """Of each state, in order: whether A is a matrix, and else the log-decays that it is made of.
+
+    `transposed`: whether matrices multiply states from the right.
+    """
+
+    matrix: tuple[bool, ...]
+    decays: tuple[tuple[Node, ...], ...]
+    transposed: bool
+
+
+class _Map(NamedTuple):
+    """What becomes of states over a stretch: `ends` from zero, and a factor of the state before it.
+
+    A factor is a matrix `[N,HV,K,K]` (`[N,HV,V,V]` if transposed), or scales entries; None is 1.
+    """
+
+    ends: Tensors
+    factors: tuple[Tensor | None, ...]
+
+
+def call(declaration: Declaration, ops: Ops, given: Given, group: object) -> Tensors:
+    """`(o, *states)` of this rank's tokens: o as of a call, states after this rank's part.
+
+    Raises:
+        RankMismatch: on every rank, if calls of ranks do not fit together or one was refused.
+        NotLowered: the transition of the recurrence over a stretch of tokens is not derived.
+    """
+    run = _call
+    if "torch._dynamo" in sys.modules:  # whose import takes longer than most calls
+        run = torch.compiler.disable(_call)
+    return run(declaration, ops, given, group_of(group))
+
+
+call._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _call(declaration: Declaration, ops: Ops, given: Given, group: ProcessGroup) -> Tensors:
+    found: Call | None = None
+    refused: Exception | None = None
+    try:
+        initial, bounds = given.initial_state, given.cu_seqlens
+        found = bind(declaration, given.args, given.named, initial_state=initial, cu_seqlens=bounds)
+        if found.T == 0:
+            raise errors.BadBatch("tokens", 0, "at least one on every rank")
+        kinds = _kinds_of(found)
+    except Exception as why:
+        refused = why
+    tokens, offsets = agree(group, found, refused)
+    assert found is not None
+    if offsets is not None:
+        check_boundaries(torch.tensor(offsets), sum(tokens))
+    parallel = _Parallel(ops, found, given, group, kinds, tokens, offsets)
+    tensors = (*found.operands.values(), *found.initial)
+    made: Tensors = _Function.apply(parallel, *tensors)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _Function(torch.autograd.Function):
+    """The call as a node of autograd's graph, whose backward every rank has to reach."""
+
+    @staticmethod
+    def forward(ctx: Any, parallel: _Parallel, *tensors: Tensor | None) -> Tensors:
+        results, kept = parallel.forward()
+        ctx.parallel = parallel
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, *ctx.parallel.backward(ctx.saved_tensors, *cotangents))
+
+
+class _Parallel:
+    """One call of this rank."""
+
+    def __init__(
+        self,
+        ops: Ops,
+        call: Call,
+        given: Given,
+        group: ProcessGroup,
+        kinds: _Kinds,
+        tokens: Sequence[int],
+        bounds: Sequence[int] | None,
+    ) -> None:
+        self._ops, self._call, self._kinds, self._group = ops, call, kinds, group
+        self._engine, self._check = given.engine, given.check
+        self._rank, self._ranks = dist.get_rank(group), len(tokens)
+        self._shares = [share_of(call, bounds, tokens, n) for n in range(self._ranks)]
+        self._share = self._shares[self._rank]
+        self._states = call.declaration.states
+        self._count = len(self._states)
+
+    # ---- forward ---------------------------------------------------------------------------------
+
+    def forward(self) -> tuple[Tensors, list[Tensor | None]]:
+        """Output and states; and what the backward needs beside operands: states and factors."""
+        call, share = self._call, self._share
+        spanned = any(x.spans for x in self._shares)
+        maps: list[_Map] = []
+        if any(x.leaves for x in self._shares):
+            maps = self._exchanged(self._own_map(spanned=spanned))
+        starts = self._starts(self._entering(maps))
+        o, *ends = self._run(call.operands, starts, share.boundaries, self._check)
+        rows = share.rows
+        states = tuple(x if rows is None else _spread(x, rows, call.N) for x in ends)
+        factors = [f for m in maps for f in m.factors] if spanned else []
+        return (o, *states), [*starts, *factors]
+
+    def _own_map(self, *, spanned: bool) -> _Map:
+        """That of the stretch of this rank's tokens that goes on on the next; zero if none does."""
+        call, share = self._call, self._share
+        operands = tokens_of(call, share.last_from, None)
+        if share.leaves:
+            _, *ends = self._run(operands, self._before_last())
+        else:
+            ends = [self._zeros((share.carried, *call.state_shape(s)[1:])) for s in self._states]
+        factors: tuple[Tensor | None, ...] = (None,) * self._count
+        if spanned:
+            factors = self._factors(operands, zero=not share.spans)
+        return _Map(tuple(ends), factors)
+
+    def _before_last(self) -> tuple[Tensor | None, ...]:
+        """The states before the stretch that leaves: given if it begins here, else zero."""
+        rows, initial = self._share.rows, self._call.initial
+        if self._share.spans:
+            return (None,) * self._count
+        if rows is None:
+            return initial
+        return tuple(None if x is None else x[rows.stop - 1 : rows.stop] for x in initial)
+
+    def _factors(self, operands: dict[str, Tensor], *, zero: bool) -> tuple[Tensor | None, ...]:
+        """A of every state; `zero`: of the right shape, for ranks whose own nobody needs."""
+        call, carried = self._call, self._share.carried
+        found: list[Tensor | None] = []
+        keys, side = (Kind.KEY, call.V) if self._kinds.transposed else (Kind.VALUE, call.K)
+        matrices: dict[int, Tensor] = {}
+        if any(self._kinds.matrix) and not zero:
+            one = torch.eye(side, dtype=call.state_dtype, device=call.device)
+            blank = {
+                x.name: operands[x.name].new_zeros(side).expand(*operands[x.name].shape[:-1], side)
+                for x in call.step.operands
+                if x.kind is keys
+            }
+            starts = tuple(
+                one.expand(carried, call.HV, side, side) if matrix else None
+                for matrix in self._kinds.matrix
+            )
+            _, *ends = self._run({**operands, **blank}, starts)
+            matrices = dict(enumerate(ends))
+        for n, state in enumerate(self._states):
+            if self._kinds.matrix[n]:
+                made = matrices.get(n)
+                shape = (carried, call.HV, side, side)
+                found.append(self._zeros(shape) if made is None else made)
+            elif self._kinds.decays[n]:
+                logs = self._log_decay(n, operands, state.kind)
+                found.append(torch.zeros_like(logs) if zero else logs.exp())
+            else:
+                found.append(None)
+        return tuple(found)
+
+    def _log_decay(self, n: int, operands: dict[str, Tensor], kind: Kind) -> Tensor:
+        """The sum of a state's log-decays, with the axes of the state, some of them of length 1."""
+        call = self._call
+        env = oracle.leaves(call.step, operands, call.params, call.state_dtype)
+        total: Tensor | None = None
+        tokens = next(operands[x.name] for x in call.step.operands if x.per is Per.TOKEN)
+        B, T = tokens.shape[:2]
+        for node in self._kinds.decays[n]:
+            (log,) = oracle.evaluate([node], env)
+            if node.kind is Kind.SCALAR:
+                log = log[..., None] if kind is Kind.KEY_STATE else log[..., None, None]
+            elif kind is not Kind.KEY_STATE:
+                log = log[..., None, :] if node.kind is Kind.VALUE else log[..., None]
+            log = log.expand(B, T, call.HV, *log.shape[3:]).sum(1)
+            total = log if total is None else total + log
+        assert total is not None
+        return total
+
+    def _entering(self, maps: Sequence[_Map]) -> Tensors | None:
+        """The states that come from the ranks before this one; None if no sequence does."""
+        if not self._share.enters:
+            return None
+        states: Tensors = ()
+        for m, share in zip(maps[: self._rank], self._shares, strict=False):
+            states = self._moved(states, m.factors, m.ends) if share.spans else m.ends
+        return states
+
+    def _moved(
+        self,
+        states: Tensors,
+        factors: Sequence[Tensor | None],
+        added: Tensors,
+        *,
+        transposed: bool = False,
+    ) -> Tensors:
+        """A S + B of every state, or A^T S + B."""
+        moved = []
+        for x, a, b, matrix in zip(states, factors, added, self._kinds.matrix, strict=True):
+            if a is None:
+                moved.append(x + b)
+            elif matrix:
+                a = a.mT if transposed else a
+                moved.append((x @ a if self._kinds.transposed else a @ x) + b)
+            else:
+                moved.append(a * x + b)
+        return tuple(moved)
+
+    def _starts(self, entering: Tensors | None) -> tuple[Tensor | None, ...]:
+        """The first states of this rank's call."""
+        call, share = self._call, self._share
+        if share.rows is None:
+            return call.initial if entering is None else entering
+        starts: list[Tensor | None] = []
+        for n, (state, x) in enumerate(zip(self._states, call.initial, strict=True)):
+            own = None if x is None else x[share.rows]
+            if entering is not None:
+                count = share.rows.stop - share.rows.start
+                own = self._zeros((count, *call.state_shape(state)[1:])) if own is None else own
+                own = torch.cat([entering[n], own[1:].to(entering[n].dtype)])
+            starts.append(own)
+        return tuple(starts)
+
+    # ---- backward --------------------------------------------------------------------------------
+
+    def backward(
+        self, saved: Sequence[Tensor | None], do: Tensor | None, *dstates: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of operands and of initial states."""
+        call, share, states = self._call, self._share, self._count
+        a, b = len(call.operands), len(call.operands) + states
+        operands = dict(zip(call.operands, saved, strict=False))
+        initial, starts, factors = saved[a:b], saved[b : b + states], saved[b + states :]
+        rows = share.rows
+        dfinals = [None if d is None else d if rows is None else d[rows] for d in dstates]
+        if any(x.leaves for x in self._shares):
+            after = self._after(operands, starts, factors, do, dfinals)
+            if after is not None:
+                dfinals = [
+                    self._added(d, x, state)
+                    for d, x, state in zip(dfinals, after, self._states, strict=True)
+                ]
+        grads = self._differentiate(operands, starts, do, dfinals, share.boundaries)
+        own: list[Tensor | None] = grads[:a]
+        for n, x in enumerate(initial):
+            d = grads[a + n]
+            if x is None or d is None:
+                own.append(None)
+            elif rows is None:
+                own.append((torch.zeros_like(d) if share.enters else d).to(x.dtype))
+            else:
+                d = d.clone()
+                d[:1] *= not share.enters
+                own.append(_spread(d, rows, call.N).to(x.dtype))
+        return tuple(own)
+
+    def _after(
+        self,
+        operands: dict[str, Any],
+        starts: Sequence[Tensor | None],
+        factors: Sequence[Tensor | None],
+        do: Tensor | None,
+        dfinals: Sequence[Tensor | None],
+    ) -> Tensors | None:
+        """The gradient of the states with which this rank's part ends, by the ranks behind it."""
+        call, share, count = self._call, self._share, self._count
+        mine = [self._zeros((share.carried, *call.state_shape(s)[1:])) for s in self._states]
+        if share.enters:
+            T, k = share.first_tokens, share.carried
+            first = tokens_of(replace(call, operands=operands), 0, T)
+            ends = [_rows(x, k) for x in dfinals]
+            before = [_rows(x, k) for x in starts]
+            grads = self._differentiate(first, before, None if do is None else do[:, :T], ends)
+            mine = [x for x in grads[len(first) :] if x is not None]
+        gathered = self._gathered(tuple(mine))
+        if not share.leaves:
+            return None
+        after: Tensors = ()
+        for rank in range(self._ranks - 1, self._rank, -1):
+            after, behind = gathered[rank], after
+            if self._shares[rank].spans:
+                own = factors[rank * count : (rank + 1) * count]
+                after = self._moved(behind, own, after, transposed=True)
+        return after
+
+    def _added(self, d: Tensor | None, after: Tensor, state: Any) -> Tensor:
+        """The gradient of this rank's last states, with that of the states that go on."""
+        rows = self._share.rows
+        count = self._call.N if rows is None else rows.stop - rows.start
+        total = self._zeros((count, *self._call.state_shape(state)[1:]))
+        if d is not None:
+            total += d
+        total[count - self._share.carried :] += after
+        return total
+
+    # ---- calls of the ops, and collectives -------------------------------------------------------
+
+    def _run(
+        self,
+        operands: dict[str, Tensor],
+        starts: Sequence[Tensor | None],
+        boundaries: Tensor | None = None,
+        check: bool | None = False,
+    ) -> Tensors:
+        made: Tensors = self._ops.forward(
+            *operands.values(), *starts, boundaries, *self._numbers, self._engine, check
+        )
+        return made
+
+    def _differentiate(
+        self,
+        operands: dict[str, Any],
+        starts: Sequence[Tensor | None],
+        do: Tensor | None,
+        dfinals: Sequence[Tensor | None],
+        boundaries: Tensor | None = None,
+    ) -> list[Tensor | None]:
+        """Gradients of operands and of first states, None of those that are not there."""
+        inputs = (*operands.values(), *starts)
+        grads = iter(
+            self._ops.backward(do, *dfinals, *inputs, boundaries, *self._numbers, self._engine)
+        )
+        return [None if x is None else next(grads) for x in inputs]
+
+    @property
+    def _numbers(self) -> tuple[float, ...]:
+        return (*self._call.params.values(), *(n for _, n in self._call.static))
+
+    def _zeros(self, shape: Sequence[int]) -> Tensor:
+        return torch.zeros(*shape, dtype=self._call.state_dtype, device=self._call.device)
+
+    def _exchanged(self, own: _Map) -> list[_Map]:
+        """The maps of all ranks."""
+        count, present = len(own.ends), [f is not None for f in own.factors]
+        found = []
+        for x in self._gathered((*own.ends, *(f for f in own.factors if f is not None))):
+            rest = iter(x[count:])
+            found.append(_Map(x[:count], tuple(next(rest) if p else None for p in present)))
+        return found
+
+    def _gathered(self, own: Tensors) -> list[Tensors]:
+        """These tensors of every rank, by one collective."""
+        flat = torch.cat([x.reshape(-1) for x in own])
+        every = [torch.empty_like(flat) for _ in range(self._ranks)]
+        dist.all_gather(every, flat, group=self._group)
+        sizes = [x.numel() for x in own]
+        return [
+            tuple(part.view(x.shape) for part, x in zip(row.split(sizes), own, strict=True))
+            for row in every
+        ]
+
+
+def _kinds_of(call: Call) -> _Kinds:
+    """Raises NotLowered where the transition is not derived."""
+    form = call.form
+    program = chunk_program(form)
+    found = segment_transitions(program.carried)
+    dims = Dims(max(call.K, 1), max(call.V, 1))
+    if found is None or transition_of(form, dims) is None:
+        raise errors.NotLowered(
+            f"{form.name} on several ranks",
+            "the transition of its states over a stretch of tokens is not derived (states that "
+            "mix, or a matrix of more than 128 channels)",
+            "keep sequences whole: batch and heads may be split over ranks",
+        )
+    transitions = {c.name: p for c, p in zip(program.carried, found, strict=True)}
+    ends = {c.name: c.end for c in program.carried}
+    matrix, decays = [], []
+    for state in call.declaration.states:
+        p = transitions[state.name]
+        matrix.append(p is not None and p.matrix)
+        logs = [g for name, g in form.log_decays if name == state.name]
+        scales = p is not None and not p.matrix
+        decays.append(tuple(logs) if scales else ())
+        kept = padding(ends[state.name], Axis.V) is Padding.ZERO or not matrix[-1]
+        if not kept or (scales and (not logs or any(map(results_of, logs)))):
+            raise errors.NotLowered(
+                f"{form.name} on several ranks",
+                f"what is written to state {state.name} is not zero where its operands are",
+                "keep sequences whole: batch and heads may be split over ranks",
+            )
+    return _Kinds(tuple(matrix), tuple(decays), program.transposed)
+
+
+def _spread(x: Tensor, rows: slice, N: int) -> Tensor:
+    """Rows of sequences among those of all, which are zero."""
+    full = x.new_zeros(N, *x.shape[1:])
+    full[rows] = x
+    return full
+
+
+def _rows(x: Tensor | None, count: int) -> Tensor | None:
+    return None if x is None else x[:count]

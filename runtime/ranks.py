@@ -1,0 +1,135 @@
+"""Which tokens of which sequences a rank has, and that the calls of all ranks fit together."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..dsl import errors
+from ..dsl.ir import Per
+from .call import Call
+
+_TEXT = 320  # bytes of what a rank says of its call
+_SIZES = ("B", "H", "HV", "K", "V", "micro", "N")
+_ALIKE = (*_SIZES, "cu_seqlens (a checksum)")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The tokens of one rank.
+
+    Attributes:
+        enters: whether sequences go on here that began on a rank before; `leaves`: whether they go
+            on behind it; `spans`: whether those are the same ones.
+        carried: how many sequences go over a border of ranks: of a packed batch one, else all.
+        rows: of a packed batch, which of its sequences the rank has; `boundaries`: of these.
+        first_tokens: tokens of what enters; `last_from`: the first token of what leaves.
+    """
+
+    enters: bool
+    leaves: bool
+    spans: bool
+    carried: int
+    rows: slice | None
+    boundaries: Tensor | None
+    first_tokens: int
+    last_from: int
+
+
+def share_of(call: Call, bounds: Sequence[int] | None, tokens: Sequence[int], rank: int) -> Share:
+    """The share of a rank, of batches that have so many `tokens` on each rank."""
+    enters, leaves = rank > 0, rank < len(tokens) - 1
+    T = tokens[rank]
+    if bounds is None:
+        return Share(enters, leaves, enters and leaves, call.B, None, None, T, 0)
+    begin, N = sum(tokens[:rank]), len(bounds) - 1
+    end = begin + T
+    starts = [n for n in range(N) if bounds[n] >= begin]
+    first, last = min(starts, default=N), N
+    enters = any(a < begin < b for a, b in pairwise(bounds))
+    if leaves:
+        last = min((n for n in range(N) if bounds[n] >= end), default=N)
+        leaves = any(a < end < b for a, b in pairwise(bounds))
+    first -= enters
+    own = [min(max(b, begin), end) - begin for b in bounds[first : last + 1]]
+    spans = enters and leaves and last - first == 1
+    boundaries = torch.tensor(own, dtype=torch.int64, device="cpu")
+    return Share(enters, leaves, spans, 1, slice(first, last), boundaries, own[1], own[-2])
+
+
+def tokens_of(call: Call, begin: int, end: int | None) -> dict[str, Any]:
+    """The operands of a stretch of tokens."""
+    per_token = {x.name for x in call.step.operands if x.per is Per.TOKEN}
+    return {n: x[:, begin:end] if n in per_token else x for n, x in call.operands.items()}
+
+
+def group_of(given: object) -> dist.ProcessGroup:
+    """The process group that a call names.
+
+    Raises:
+        BadOption: it is none, or one without this rank.
+    """
+    expected = "a process group, or a mesh of one axis"
+    if not dist.is_available() or not dist.is_initialized():
+        raise errors.BadOption("group", given, f"{expected}, after init_process_group")
+    if isinstance(given, DeviceMesh):
+        if given.ndim != 1:
+            names = given.mesh_dim_names or ("axis",)
+            got = f"a mesh of shape {tuple(given.shape)}"
+            raise errors.BadOption("group", got, f"{expected}: mesh[{names[-1]!r}]")
+        given = given.get_group()
+    if given is dist.GroupMember.NON_GROUP_MEMBER or (
+        isinstance(given, dist.ProcessGroup) and dist.get_rank(given) < 0
+    ):
+        raise errors.BadOption("group", "one of other ranks", f"one with rank {dist.get_rank()}")
+    if not isinstance(given, dist.ProcessGroup):
+        raise errors.BadOption("group", given, expected)
+    return given
+
+
+def agree(
+    group: dist.ProcessGroup, call: Call | None, refused: Exception | None
+) -> tuple[list[int], list[int] | None]:
+    """How many tokens each rank has, and the boundaries of packed sequences, read on the host.
+
+    Every rank says what its call is, or why it was `refused`, so that all of them end alike.
+
+    Raises:
+        RankMismatch: another rank's call was refused, or is of another kind.
+    """
+    bounds = None if call is None or call.cu_seqlens is None else call.cu_seqlens.tolist()
+    if call is None or refused is not None:
+        numbers, text = [0] * (2 + len(_ALIKE)), f"{type(refused).__name__}: {refused}"
+    else:
+        checksum = 0 if bounds is None else zlib.crc32(repr(bounds).encode())
+        numbers = [1, call.T, *(getattr(call, n) for n in _SIZES), checksum]
+        dtypes = ", ".join(f"{n} {str(x.dtype)[6:]}" for n, x in call.operands.items())
+        given = {**call.params, **dict(call.static)}
+        text = f"{call.declaration.name} of {dtypes}, {given}"
+    said = list(text.encode()[:_TEXT].ljust(_TEXT))
+    place = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    own = torch.tensor([*numbers, *said], dtype=torch.int64, device=place)
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, own, group=group)
+    rows = [x.tolist() for x in every]
+    texts = [bytes(row[len(numbers) :]).decode(errors="ignore").rstrip() for row in rows]
+    if refused is not None:
+        raise refused
+    for rank, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        if not row[0]:
+            raise errors.RankMismatch(rank, "its call", f"refused ({text})", "like this rank's")
+    for rank, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        for name, got, expected in zip(_ALIKE, row[2:], rows[0][2:], strict=False):  # then text
+            if got != expected:
+                raise errors.RankMismatch(rank, name, str(got), f"{expected} as on rank 0")
+        if text != texts[0]:
+            raise errors.RankMismatch(rank, "its call", text, f"{texts[0]} as on rank 0")
+    return [row[1] for row in rows], bounds

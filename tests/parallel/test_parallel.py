@@ -1,0 +1,89 @@
+"""Recurrences split over ranks are those of one process, and mistakes end on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import chunkwise as cw
+import pytest
+import torch
+from chunkwise.codegen.config import Dims
+from chunkwise.codegen.programs import transition_of
+
+from tests.parallel import ranks
+
+LIMIT = 1e-5
+# tokens of each rank; whole sequences, and packed ones of which one spans ranks and one is empty
+CASES: dict[str, tuple[list[int], dict[str, Any]]] = {
+    "two": ([9, 11], {"T": 20, "HV": 4, "initial": True}),
+    "two, packed": ([6, 14], {"B": 1, "T": 20, "lengths": (3, 0, 15, 2), "initial": True}),
+    "four": ([5, 6, 4, 5], {"T": 20, "initial": True}),
+    "four, packed": ([7, 6, 7, 8], {"B": 1, "T": 28, "lengths": (3, 0, 20, 2, 3)}),
+    "a border between sequences": ([5, 15], {"B": 1, "T": 20, "lengths": (5, 0, 15)}),
+}
+
+
+def _names() -> list[str]:
+    """The library's recurrences whose segments are derived."""
+    found = []
+    for name in dir(cw.library):
+        op = getattr(cw.library, name)
+        if isinstance(op, cw.Recurrence):
+            form = op.declaration.normal_form(op.declaration.default_micro)
+            try:
+                if transition_of(form, Dims(8, 8)) is not None:
+                    found.append(name)
+            except cw.errors.NotLowered:
+                continue
+    return found
+
+
+def _compare(case: str, names: list[str], engine: str, folder: Path) -> None:
+    parts, sizes = CASES[case]
+    given = {**sizes, "dtype": torch.float32}
+    for rank, found in enumerate(
+        ranks.run(ranks.errors_of, len(parts), folder, names, given, engine, parts)
+    ):
+        assert isinstance(found, dict), found
+        for name, differences in found.items():
+            for result, far in differences.items():
+                assert far <= LIMIT, (rank, name, result, far)
+
+
+def test_two_ranks_are_one_process(tmp_path: Path) -> None:
+    """A matrix, and two states that fade; over a border within a sequence, with gradients."""
+    _compare("two", ["gated_delta_rule", "mlstm"], "eager", tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["eager", "tvm"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_recurrence(case: str, engine: str, tmp_path: Path) -> None:
+    _compare(case, _names(), engine, tmp_path)
+
+
+MISTAKES = {
+    "sizes": "RankMismatch: on rank 1 V is 5, expected 4 as on rank 0",
+    "dtype": "RankMismatch: on rank 1 its call is delta_rule of q float32, k float32, v float32, "
+    "beta float16",
+    "boundaries": "RankMismatch: on rank 1 cu_seqlens (a checksum) is",
+    "total": "BadCuSeqlens: cu_seqlens is 12 at [2], expected T = 10",
+    "mixed states": "NotLowered: momentum_delta on several ranks",
+    "no group": "BadOption: option 'group' is 'gloo', expected a process group",
+    "mesh": "BadOption: option 'group' is 'a mesh of shape (1, 2)', expected a process group, or a "
+    "mesh of one axis: mesh['cp']",
+}
+
+
+def test_mistakes_end_on_every_rank(tmp_path: Path) -> None:
+    first, second = ranks.run(ranks.mistakes, 2, tmp_path)
+    for found in (first, second):
+        assert isinstance(found, dict), found
+        for case, message in MISTAKES.items():
+            assert message in found[case]
+    assert "on rank 1 its call is refused (BadShape: operand 'v'" in first["refused"]
+    assert second["refused"].startswith("BadShape: operand 'v'")
+    assert first["no tokens"].startswith("BadBatch: operand 'tokens' has batch size 0")
+    assert "on rank 0 its call is refused (BadBatch" in second["no tokens"]
+    assert "'one of other ranks', expected one with rank 1" in second["outside"]
