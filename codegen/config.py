@@ -32,6 +32,13 @@ class Space(Enum):
     MEMORY = "as wide as their operands, in float32; nothing is taken part by part but by programs"
 
 
+class Printer(Enum):
+    """The language in which a kernel is printed."""
+
+    TRITON = "Triton, whose compiler schedules loads and products"
+    GLUON = "Gluon, for Hopper: warp groups, barriers and asynchronous products are written out"
+
+
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """The extents that are asked for: tokens of a chunk, channels of V and of K (None: all).
@@ -54,6 +61,8 @@ class KernelConfig(Limited):
     it (no value axis, nothing along K that needs a sum over K); elsewhere all of K.
     `block`: tokens of a block of the chunk, between any two of which the decay of a vector gate is
     split into two factors; a chunk that has no more tokens is one block.
+    `printer`: the language; where Gluon cannot have the kernel or a call, Triton has it with these
+    tiles (`codegen.gluon.refusal`).
     """
 
     v_tile: Tile = 64
@@ -61,6 +70,7 @@ class KernelConfig(Limited):
     stages: Annotated[int, Within(1, 16, "a loop's tiles are held once per stage")] = 2
     k_tile: Tile = 256
     block: Block = 32
+    printer: Printer = Printer.TRITON
 
     def options(self, stages: int) -> dict[str, int | bool]:
         """Triton's options, for a launch and for compiling alike.

@@ -51,6 +51,12 @@ class TritonKernel:
     stores: tuple[Buffer, ...]
     functions: frozenset[str]
     segments: bool = False
+    blocks: tuple[tuple[str, tuple[int, int]], ...] = ()  # loads and stores have pointers
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Triton's options."""
+        return self.config.options(self.config.stages)
 
 
 def print_triton(kernel: Kernel, signature: Signature, config: Config) -> TritonKernel:

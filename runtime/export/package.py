@@ -183,7 +183,8 @@ def _command(request: Request, *, has_micro: bool) -> str:
 # files of the runtime that packages carry as they are (read, not imported: they need triton)
 _CARRIED = (
     *("cannot_run.py", "packing.py", "rows.py", "shapes.py"),
-    *("triton/kernels.py", "triton/launch_plan.py", "export/support.py", "export/token_loop.py"),
+    *("triton/descriptors.py", "triton/kernels.py", "triton/launch_plan.py"),
+    *("export/support.py", "export/token_loop.py"),
 )
 _MODULES = ("layers", "op", "reference", *(Path(name).stem for name in _CARRIED))
 # what the printed functions that have operands as arguments use

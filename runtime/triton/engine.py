@@ -12,6 +12,7 @@ import torch
 import triton
 
 from ...codegen.config import Config, Dims, Precision
+from ...codegen.gluon import emit as gluon_emit
 from ...codegen.interface import Signature
 from ...codegen.triton.emit import Emitted, emit, emit_token
 from ...codegen.triton.fit import H100_SHARED, untuned_config
@@ -143,8 +144,10 @@ def compile_with(
 
     `segment`: tokens of a segment, to have scans run on segments; else 0.
     """
-    emitted = emit(form, signature(dims, dtype, dtypes), config, segments=segment > 0)
-    return _imported(emitted, config.chunk, segment)
+    printed_for, segments = signature(dims, dtype, dtypes), segment > 0
+    emitted = emit(form, printed_for, config, segments=segments)
+    in_gluon = gluon_emit.emit(form, printed_for, config, segments=segments)
+    return _imported(emitted, config.chunk, segment, in_gluon)
 
 
 @lru_cache(maxsize=512)
@@ -154,10 +157,21 @@ def _compile_token(
     return _imported(emit_token(step, signature(dims, dtype, dtypes), pooled=pooled), 1)
 
 
-def _imported(emitted: Emitted, chunk: int, segment: int = 0) -> _Compiled:
+def _imported(
+    emitted: Emitted, chunk: int, segment: int = 0, in_gluon: gluon_emit.Emitted | None = None
+) -> _Compiled:
     module = import_source(emitted.source)
+    gluon: dict[str, LoadedKernel] = {}
+    if in_gluon is not None and in_gluon.kernels and not triton.knobs.runtime.interpret:
+        own = import_source(in_gluon.source)
+        gluon = {
+            k.name: LoadedKernel(kernel_of(k), getattr(own, k.name)) for k in in_gluon.kernels
+        }
     forward, backward = (
-        tuple(LoadedKernel(kernel_of(k), getattr(module, k.name)) for k in kernels)
+        tuple(
+            LoadedKernel(kernel_of(k), getattr(module, k.name), gluon=gluon.get(k.name))
+            for k in kernels
+        )
         for kernels in (emitted.forward, emitted.backward)
     )
     return _Compiled(chunk, forward, backward, segment)

@@ -6,6 +6,7 @@ This file imports torch only, because exported packages carry it as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ class Kernel(NamedTuple):
         sources: what other parameters are given.
         strides: of which operand, along which axis, by parameter.
         groups: the operand whose heads the value heads share, by parameter.
+        blocks: rows and columns of the blocks that TMA moves, by parameter: it is a descriptor.
     """
 
     name: str
@@ -56,3 +58,4 @@ class Kernel(NamedTuple):
     strides: Mapping[str, tuple[str, int]]
     groups: Mapping[str, str]
     stores: tuple[Buffer, ...]
+    blocks: Mapping[str, tuple[int, int]] = MappingProxyType({})

@@ -27,6 +27,7 @@ from triton.runtime.errors import OutOfResources
 
 from ..cannot_run import CannotRun
 from ..packing import chunk_bound, chunk_table
+from .descriptors import Block, block_of, takes
 from .kernels import Buffer, Kernel, Source
 
 TABLES = ("cu_seqlens", "chunk_offsets", "chunk_table", "segment_table")
@@ -42,11 +43,13 @@ class LoadedKernel:
     """A printed kernel and its function (a triton.JITFunction: Triton has no types).
 
     `stages`: of its pipelined loop; fewer than configured where shared memory turned out too small.
+    `gluon`: the same kernel for Hopper GPUs and calls that `takes` admits.
     """
 
     kernel: Kernel
     function: Any
     stages: int = 0
+    gluon: LoadedKernel | None = None
 
     def __post_init__(self) -> None:
         self.stages = self.stages or self.kernel.options["num_stages"]
@@ -201,6 +204,7 @@ class LaunchSpec:
 
     `again`: launches the machine code that served it, given arguments and a stream, for calls
     whose pointers are aligned like those. `seen`: whether it was compiled for any call.
+    `blocks`: arguments for TMA. `unaligned`: the launch instead for pointers that TMA cannot take.
     """
 
     loaded: LoadedKernel
@@ -208,6 +212,8 @@ class LaunchSpec:
     values: tuple[object, ...]
     slots: tuple[tuple[int, int], ...]
     new: tuple[New, ...]
+    blocks: tuple[Block, ...] = ()
+    unaligned: LaunchSpec | None = None
     again: Any = None
     seen: bool = False
 
@@ -225,6 +231,8 @@ class LaunchSpec:
         arguments = list(self.values)
         for argument, number in self.slots:
             arguments[argument] = given[number]
+        for block in self.blocks:
+            arguments[block.argument] = block.of(given[block.number])
         return arguments
 
 
@@ -265,8 +273,9 @@ class LaunchPlan:
         if not aligned or None in [x.again for x in self.launches]:
             for spec in self.launches:
                 tensors += [b.make(device) for b in spec.new]
-            _compile(self.launches, tensors, self.index)
-            for spec in self.launches:
+            specs = [x if aligned else x.unaligned or x for x in self.launches]
+            _compile(specs, tensors, self.index)
+            for spec in specs:
                 spec.run(tensors, aligned=aligned)
             return
         # one piece of memory for all that is no result, and numbers for arguments: less to do
@@ -288,6 +297,8 @@ class LaunchPlan:
             arguments = list(spec.values)
             for argument, number in spec.slots:
                 arguments[argument] = pointers[number]
+            for block in spec.blocks:
+                arguments[block.argument] = block.of(pointers[block.number])
             spec.again(*arguments, stream=stream)
 
 
@@ -330,6 +341,8 @@ def plan_launches(
     sources += [("table", name) for name in TABLES]
     sources += [("param", name) for name in layout.params]
     number = {source: n for n, source in enumerate(sources)}
+    letters = {b.name: b.shape for b in given}
+    letters |= {b.name: b.shape for x in kernels for b in x.kernel.stores}
     launches: list[LaunchSpec] = []
     for loaded in kernels:
         kernel = loaded.kernel
@@ -340,7 +353,12 @@ def plan_launches(
         for b in new:
             number[b.source] = len(sources)
             sources.append(b.source)
-        launches.append(_spec(loaded, layout, operands, number, tuple(new)))
+        spec = _spec(loaded, layout, operands, number, tuple(new), letters)
+        if loaded.gluon is not None and takes(loaded.gluon.kernel, layout):
+            unaligned = spec
+            spec = _spec(loaded.gluon, layout, operands, number, tuple(new), letters)
+            spec.unaligned = unaligned
+        launches.append(spec)
     made = [b for x in launches for b in x.new]
     device = layout.device
     return LaunchPlan(
@@ -358,6 +376,7 @@ def _spec(
     operands: Mapping[str, OperandLayout],
     number: Mapping[Source, int],
     new: tuple[New, ...],
+    letters: Mapping[str, tuple[str, ...]],
 ) -> LaunchSpec:
     kernel = loaded.kernel
     fixed: dict[str, object] = {
@@ -384,8 +403,16 @@ def _spec(
         loaded,
         grid=(layout.sizes[kernel.programs] * layout.HV * kernel.parts, 1, 1),
         values=tuple(fixed.get(name) for name in names),
-        slots=tuple((names.index(name), n) for name, n in numbers.items() if name in names),
+        slots=tuple(
+            (names.index(name), n)
+            for name, n in numbers.items()
+            if name in names and name not in kernel.blocks
+        ),
         new=new,
+        blocks=tuple(
+            block_of(kernel, name, layout, names.index(name), numbers[name], letters)
+            for name in kernel.blocks
+        ),
     )
 
 

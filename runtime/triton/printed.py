@@ -1,9 +1,10 @@
-"""From printed Triton kernels to what launches have to know of them."""
+"""From printed kernels to what launches have to know of them."""
 
 from __future__ import annotations
 
 from ...codegen import interface
 from ...codegen.buffers import BufferKind
+from ...codegen.gluon.kernel import GluonKernel
 from ...codegen.interface import Role
 from ...codegen.plan import Loop
 from ...codegen.triton.kernel import TritonKernel
@@ -28,7 +29,7 @@ _SOURCES = {
 }
 
 
-def kernel_of(printed: TritonKernel) -> Kernel:
+def kernel_of(printed: TritonKernel | GluonKernel) -> Kernel:
     """What launches have to know of a printed kernel."""
     parameters = printed.parameters
     programs = "chunks" if printed.loop is Loop.PARALLEL else "sequences"
@@ -37,11 +38,12 @@ def kernel_of(printed: TritonKernel) -> Kernel:
         "segments" if printed.segments else programs,
         printed.v_programs,
         dict(printed.constants),
-        printed.config.options(printed.config.stages),
+        printed.options,
         {p.name: (_SOURCES[p.role], str(p.of)) for p in parameters if p.role in _SOURCES},
         {p.name: (str(p.of), _AXES[p.role]) for p in parameters if p.role in _AXES},
         {p.name: str(p.of) for p in parameters if p.role is Role.GROUP},
         tuple(map(buffer_of, printed.stores)),
+        dict(printed.blocks),
     )
 
 

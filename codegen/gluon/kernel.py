@@ -1,0 +1,442 @@
+"""A serial scan as Gluon: one warp loads by TMA, warp groups of four compute, both chunk by chunk.
+
+Loaded tiles go around in rings of STAGES slots in shared memory. Of each slot there are two
+barriers: `ready`, where its bytes (and vectors) have arrived, and `empty`, where it may be written
+again. The state lies [V, K] in registers, split along V over programs; products are asynchronous
+and in the order of `schedule`. Results leave through shared memory by TMA too.
+
+A program is one sequence, head and part of V, like the Triton printer's; parameters have the same
+roles, but those that are loaded or stored by TMA are descriptors (`GluonKernel.blocks`). Calls must
+be dense, their chunks whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .. import tiled
+from ..buffers import BufferId
+from ..config import Config, KernelConfig
+from ..expressions import Names, identifier, unaliased
+from ..interface import Buffer, Parameter, Role, Signature, Storage, stored
+from ..plan import Kernel, Loop
+from ..tile import LEAVES, SQUARE, TIMES, Axes, Axis, Tile
+from ..tiling import tile
+from .expressions import GluonExpressions, layout_of
+from .refusal import refusal
+from .schedule import Await, Issue, Schedule, subtracted
+
+STORAGE = Storage(wide=False, transposed=True)  # as the Triton printer's
+_RESERVED = (
+    *("gl", "tma", "mbarrier", "gluon", "pid", "n", "h", "part", "step", "steps", "chunk", "chunks"),
+    *("slot", "oi", "oj", "ok", "ov", "K", "V", "C", "BK", "BV", "HV", "NV", "TOKENS", "STAGES"),
+    *("STATE", "ROWS", "SCORES", "LANES", "VECTOR", "ready", "empty", "rows", "columns"),
+    *("STATE_FACTOR", "ROWS_FACTOR", "SCORES_FACTOR", "barrier", "async_load", "async_store"),
+)
+_SHARED = 228 * 1024  # of a multiprocessor of Hopper, of which each program takes 1 KB more
+_CONSTANTS = ("HV", "K", "V", "C", "BK", "BV", "NV", "STAGES")
+_SIZE = {Axis.I: "C", Axis.J: "C", Axis.K: "BK", Axis.V: "BV"}
+
+
+@dataclass(frozen=True, slots=True)
+class GluonKernel:
+    """A printed kernel.
+
+    Attributes:
+        blocks: rows and columns of the blocks that TMA moves, by the parameter that is a
+            descriptor: of an operand, its rows of tokens; of a buffer, all axes but its last.
+        shared: bytes of shared memory, but for barriers.
+        constants, stores, v_programs: as of a `TritonKernel`.
+    """
+
+    name: str
+    loop: Loop
+    source: str
+    parameters: tuple[Parameter, ...]
+    blocks: tuple[tuple[str, tuple[int, int]], ...]
+    shared: int
+    v_programs: int
+    constants: tuple[tuple[str, int], ...]
+    config: KernelConfig
+    stores: tuple[Buffer, ...]
+    segments: bool = False
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Triton's options; registers for two programs where shared memory has room for them."""
+        two = self.config.warps == 4 and 2 * (self.shared + 1024) <= _SHARED
+        capped = {"maxnreg": 128} if two else {}
+        return {**self.config.options(self.config.stages), **capped}
+
+
+def print_gluon(kernel: Kernel, signature: Signature, config: Config) -> GluonKernel | str:
+    """`kernel` as Gluon, or why it cannot be."""
+    decided = tile(kernel, signature, config.tiles(kernel.name))
+    why = refusal(decided, signature, config.of(kernel.name))
+    return why or _Printer(decided, kernel, signature, config.of(kernel.name)).print()
+
+
+class _Printer(GluonExpressions):
+    """Prints the two partitions and the kernel that starts them."""
+
+    def __init__(
+        self, own: tiled.TiledKernel, kernel: Kernel, signature: Signature, config: KernelConfig
+    ) -> None:
+        super().__init__(own, Names(_RESERVED))
+        self._kernel, self._signature, self._config = kernel, signature, config
+        self._parameters: dict[tuple[Role, BufferId | str], Parameter] = {}
+        self._blocks: dict[str, tuple[int, int]] = {}
+        for t in kernel.order:  # operands get their names first
+            if t.op in LEAVES or t in kernel.buffers:
+                name = kernel.buffers[t].label if t in kernel.buffers else str(t.attrs[0])
+                self.known[t] = self.names.fresh(identifier(name))
+        self._inside = subtracted(own.inside)
+        self._made = {
+            s.value: s for s in self._inside if isinstance(s, tiled.Compute | tiled.Product)
+        }
+        self._schedule = Schedule(self._inside)
+        self.uses = self._schedule.uses
+        self._before: list[str] = []  # of the kernel: where rows and columns of each operand begin
+        self._vectors: list[str] = []  # of the loading partition: before it waits for a slot
+        self._copies: list[str] = []
+        self._puts: list[str] = []
+        self._bytes = 0  # that TMA brings a chunk
+        self._staging = 0  # bytes of shared memory beside the rings
+        self._loading: dict[str, None] = {}  # arguments of the partitions
+        self._computing: dict[str, None] = {}
+        self._memory: list[str] = []  # allocations
+        self._numbers: list[str] = []  # a chunk's numbers
+
+    # ---- parameters ----------------------------------------------------------------------------
+
+    def _parameter(
+        self, name: str, role: Role, of: BufferId | str, channels: Axis | None = None
+    ) -> str:
+        if (role, of) not in self._parameters:
+            free = name if role is Role.PARAM else self.names.fresh(name)
+            self._parameters[role, of] = Parameter(free, role, of, channels)
+        return self._parameters[role, of].name
+
+    def _strides(self, name: str, s: tiled.Load) -> tuple[str, str, str, str]:
+        channels = next((a for a in s.value.axes if a not in TIMES), None)
+        of = str(s.of)
+        return (
+            self._parameter(f"{name}_sb", Role.STRIDE_BATCH, of, channels),
+            self._parameter(f"{name}_st", Role.STRIDE_TOKEN, of, channels),
+            self._parameter(f"{name}_sh", Role.STRIDE_HEAD, of, channels),
+            self._parameter(f"{name}_group", Role.GROUP, of),
+        )
+
+    # ---- what the loading partition does -------------------------------------------------------
+
+    def _load(self, s: tiled.Load) -> None:
+        name, axes = self.known[s.value], s.value.axes
+        if len(axes) == 2:
+            del self.known[s.value]
+            self.rings[s.value] = name
+            self._load_tile(name, s)
+        elif axes:
+            del self.known[s.value]
+            self.rings[s.value] = name
+            self._load_vector(name, s)
+        else:
+            self._load_number(name, s)
+
+    def _load_tile(self, name: str, s: tiled.Load) -> None:
+        second = self.laid_out(s.value.axes)[1]
+        size = self.tiled.extents[second]
+        if isinstance(s.of, BufferId):
+            desc = self._parameter(f"{name}_desc", Role.BUFFER, s.of)
+            row, column = "n * TOKENS", f"h * {self._whole(second)}"
+        else:
+            desc = self._parameter(f"{name}_desc", Role.OPERAND, s.of)
+            batch, tokens, heads, group = self._strides(name, s)
+            row, column = f"(n * ({batch} // {tokens})).to(gl.int32)", f"h // {group} * {heads}"
+        if second is Axis.V:
+            column += " + part * BV"
+        self._blocks[desc] = (self.tiled.chunk, size)
+        self._before += [f"{name}_row = {row}", f"{name}_column = {column}"]
+        self._memory.append(
+            f"{name} = gl.allocate_shared_memory("
+            f"gl.bfloat16, [STAGES, C, {_SIZE[second]}], {desc}.layout)"
+        )
+        at = f"[{name}_row + chunk * C, {name}_column]"
+        self._copies.append(f"async_load({desc}, {at}, ready.index(slot), {name}.index(slot))")
+        self._bytes += 2 * self.tiled.chunk * size
+        self._loading |= dict.fromkeys((desc, f"{name}_row", f"{name}_column", name))
+        self._computing[name] = None
+
+    def _load_vector(self, name: str, s: tiled.Load) -> None:
+        if isinstance(s.of, BufferId):
+            pointer = self._parameter(f"{name}_ptr", Role.BUFFER, s.of)
+            base, stride = f"{pointer} + (n.to(gl.int64) * TOKENS * HV + h)", "HV"
+        else:
+            pointer = self._parameter(f"{name}_ptr", Role.OPERAND, s.of)
+            batch, stride, heads, group = self._strides(name, s)
+            base = f"{pointer} + n.to(gl.int64) * {batch} + h // {group} * {heads}"
+        self._before.append(f"{name}_base = {base}")
+        self._memory.append(f"{name} = gl.allocate_shared_memory(gl.float32, [STAGES, C], VECTOR)")
+        at = f"{name}_base + (chunk * C + oi).to(gl.int64) * {stride}"
+        self._vectors.append(f"{name}_next = gl.load({at}).to(gl.float32)")
+        self._puts.append(f"{name}.index(slot).store({name}_next)")
+        self._loading |= dict.fromkeys((f"{name}_base", stride, name))
+        self._computing[name] = None
+
+    def _load_number(self, name: str, s: tiled.Load) -> None:
+        """A number of a chunk, head or call, which every thread of the computing warps loads."""
+        if s.source is tiled.Source.NUMBER:
+            self._computing[self._parameter(name, Role.PARAM, s.of)] = None
+            return
+        if isinstance(s.of, BufferId):
+            pointer = self._parameter(f"{name}_ptr", Role.BUFFER, s.of)
+            at = f"{pointer} + ((n.to(gl.int64) * steps + chunk) * HV + h)"
+            self._numbers.append(f"{name} = gl.load({at})")
+        else:
+            pointer = self._parameter(f"{name}_ptr", Role.OPERAND, s.of)
+            self.lines.append(f"{name} = gl.load({pointer} + h).to(gl.float32)")
+        self._computing[pointer] = None
+
+    def _whole(self, axis: Axis) -> str:
+        """The entries of a head's row of a buffer along `axis`."""
+        return "C" if axis in TIMES else axis.value.upper()
+
+    @staticmethod
+    def laid_out(axes: Axes) -> Axes:
+        """As memory has them: tokens first."""
+        return tuple(sorted(axes, key=lambda a: (a not in TIMES, a.value)))
+
+    # ---- what the computing partition does -----------------------------------------------------
+
+    def _begin(self, s: tiled.Begin) -> list[str]:
+        name = self.known[s.value]
+        lines = [f"{name} = gl.zeros((BV, BK), gl.float32, STATE)"]
+        if s.from_call:
+            pointer = self._parameter(f"{name}_first", Role.INITIAL, str(s.value.attrs[0]))
+            self._computing[pointer] = None
+            load = f"{name} += gl.load({self._state(pointer)}).to(gl.float32)"
+            lines += [f"if {pointer} is not None:", f"    {load}"]
+        return lines
+
+    def _finish(self, s: tiled.Finish) -> list[str]:
+        name = self.known[s.value]
+        pointer = self._parameter(f"{name}_last", Role.FINAL, str(s.value.attrs[0]))
+        self._computing[pointer] = None
+        return [f"if {pointer} is not None:", f"    gl.store({self._state(pointer)}, {name})"]
+
+    def _state(self, pointer: str) -> str:
+        keys, values = "ok[None, :]", "ov[:, None]"
+        at = f"{values} * K + {keys}" if self.tiled.transposed else f"{keys} * V + {values}"
+        return f"{pointer} + (n.to(gl.int64) * HV + h) * K * V + ({at})"
+
+    def _issue(self, event: Issue) -> None:
+        s = event.product
+        used = [s.left.value, s.right.value, *([] if s.start is None else [s.start.value])]
+        for x in used:
+            self.prepare(x, self._made)
+        rows, layout = self.laid(s.value.axes)[0], layout_of(s.value.axes)
+        self._stage(s.right.value)
+        left, right = self.left(s.left, rows, layout), self.right(s.right, s.over)
+        start, known = f"gl.zeros(({self._shape(s.value.axes)}), gl.float32, {layout})", ""
+        if s.start is None:
+            known = ", use_acc=False"
+        else:
+            start = self.text(s.start.value)
+        name = self.names.fresh(s.value.hint or "x")
+        self.lines.append(
+            f"{name} = warpgroup_mma({left}, {right}, {start}{known}, is_async=True)"
+        )
+        self.known[s.value] = name
+
+    def _shape(self, axes: Axes) -> str:
+        return ", ".join(_SIZE[a] for a in self.laid(axes))
+
+    def _stage(self, x: Tile) -> None:
+        """Put scores, which a product takes, in shared memory."""
+        x = unaliased(x)
+        if x in self.rings or x in self.staged:
+            return
+        name = self.staged[x] = self.names.fresh(f"{x.hint or 'x'}_shared")
+        self._allocate(name, "[C, C]")
+        self._staging += 2 * self.tiled.chunk**2
+        self.lines.append(f"{name}.store(({self.text(x)}).to(gl.bfloat16))")
+        self.lines += ["fence_async_shared()", "barrier()"]
+
+    def _allocate(self, name: str, shape: str) -> None:
+        layout = f"gl.NVMMASharedLayout.get_default_for({shape}, gl.bfloat16)"
+        self._memory.append(f"{name} = gl.allocate_shared_memory(gl.bfloat16, {shape}, {layout})")
+        self._computing[name] = None
+
+    def _await(self, event: Await) -> None:
+        names = [self.known[x] for x in event.values]
+        waited = f"warpgroup_mma_wait({event.outstanding}, deps=({', '.join(names)},))"
+        self.lines.append(f"{', '.join(names)} = {waited}")
+
+    def _store(self, s: tiled.Store) -> list[str]:
+        """Lines that send a tile to its buffer: in shared memory first, as memory has it."""
+        desc = self._parameter(f"{s.buffer}_desc", Role.BUFFER, s.buffer)
+        name = self.names.fresh(f"{identifier(str(s.buffer))}_shared")
+        text = self.text(s.use.value)
+        if Axis.K in s.axes:
+            first, second, view = "BV", "BK", name
+            row = "((n * steps + chunk) * HV + h) * V + part * BV"
+            at = f"[{row}, 0]"
+            self._blocks[desc] = (self.tiled.extents[Axis.V], self.tiled.extents[Axis.K])
+        else:
+            first, second, view = "C", "BV", f"{name}.permute((1, 0))"
+            at = "[n * TOKENS + chunk * C, h * V + part * BV]"
+            self._blocks[desc] = (self.tiled.chunk, self.tiled.extents[Axis.V])
+        self._memory.append(
+            f"{name} = gl.allocate_shared_memory(gl.bfloat16, [{first}, {second}], {desc}.layout)"
+        )
+        self._staging += 2 * math.prod(self._blocks[desc])
+        self._computing |= dict.fromkeys((name, desc))
+        return [
+            f"{view}.store(({text}).to(gl.bfloat16))",
+            "fence_async_shared()",
+            "barrier()",
+            f"async_store({desc}, {at}, {name})",
+        ]
+
+    def _step(self) -> list[str]:
+        """One chunk."""
+        stores = [s for s in self._inside if isinstance(s, tiled.Store)]
+        of_states = [s for s in stores if Axis.K in s.axes]
+        lines = [line for s in of_states for line in self._store(s)]
+        lines.append("mbarrier.wait(ready.index(slot), (step // STAGES) & 1)")
+        for event in self._schedule.events:
+            if isinstance(event, Issue):
+                self._issue(event)
+            else:
+                self._await(event)
+        (advance,) = (s for s in self._inside if isinstance(s, tiled.Advance))
+        ((start, end),) = advance.ends
+        results = [s for s in stores if s not in of_states]
+        for x in (*(s.use.value for s in results), end.value):
+            self.prepare(x, self._made)
+        lines += self.flush()
+        # from here on nothing of the slot is read, nor what the last step sent away
+        lines += ["tma.store_wait(0)", "barrier()", "mbarrier.arrive(empty.index(slot), count=1)"]
+        lines += [line for s in results for line in self._store(s)]
+        return [*lines, f"{self.known[start]} = {self.text(end.value)}"]
+
+    # ---- the three functions -------------------------------------------------------------------
+
+    def print(self) -> GluonKernel:
+        own, kernel = self.tiled, self._kernel
+        loads = [s for s in (*own.before, *self._inside) if isinstance(s, tiled.Load)]
+        for s in loads:
+            self._load(s)
+        heads = self.flush()
+        (begin,) = (s for s in own.before if isinstance(s, tiled.Begin))
+        (finish,) = (s for s in own.after if isinstance(s, tiled.Finish))
+        first, step, last = self._begin(begin), self._step(), self._finish(finish)
+        computing = self._compute([*heads, *first], step, last)
+        source = "\n\n".join((self._load_partition(), computing, self._entry()))
+        sizes = {"K": own.dims.K, "V": own.dims.V, "C": own.chunk}
+        sizes |= {"BK": own.extents[Axis.K], "BV": own.extents[Axis.V]}
+        return GluonKernel(
+            name=kernel.name,
+            loop=kernel.loop,
+            source=source,
+            parameters=tuple(self._parameters.values()),
+            blocks=tuple(self._blocks.items()),
+            shared=self._config.stages * (self._bytes + 4 * own.chunk * len(self._puts))
+            + self._staging,
+            v_programs=own.v_parts,
+            constants=(*sizes.items(), ("NV", own.v_parts)),
+            config=self._config,
+            stores=stored(kernel, self._signature, STORAGE),
+        )
+
+    def _constants(self, names: Iterable[str]) -> list[str]:
+        """Arguments of a partition; those of a model or of the printer are constants of it."""
+        constant = {p.name for p in self._parameters.values() if p.role is Role.GROUP}
+        constant |= set(_CONSTANTS)
+        return [f"{n}: gl.constexpr" if n in constant else n for n in names]
+
+    def _loop(self) -> list[str]:
+        reverse = self._kernel.loop is Loop.REVERSE
+        chunk = "steps - 1 - step" if reverse else "step"
+        return [f"chunk = {chunk}", "slot = step % STAGES"]
+
+    def _load_partition(self) -> str:
+        self._loading |= dict.fromkeys(("ready", "empty", "steps", "C", "HV", "STAGES"))
+        names = self._constants(self._loading)
+        body = [f"def {self._kernel.name}_load({', '.join(names)}):"]
+        body.append('    """Keeps the rings full."""')
+        if self._vectors:
+            body.append("    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])")
+            body.append("    oi = gl.arange(0, C, LANES)")
+        put = [*self._puts, "barrier()", "mbarrier.arrive(ready.index(slot), count=1)"]
+        step = [
+            *self._loop(),
+            *self._vectors,  # on their way while the slot is still read
+            "mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)",
+            f"mbarrier.expect(ready.index(slot), {self._bytes})",
+            *self._copies,
+            *(put if self._vectors else []),
+        ]
+        body += ["    for step in range(steps):", *(f"        {line}" for line in step)]
+        return "@gluon.jit\n" + "\n".join(body)
+
+    def _compute(self, before: list[str], step: list[str], after: list[str]) -> str:
+        warps = self._config.warps
+        groups = warps // 4
+        self._computing |= dict.fromkeys(("ready", "empty", "n", "h", "part", "steps", "TOKENS"))
+        self._computing |= dict.fromkeys(("HV", "K", "V", "C", "BK", "BV", "STAGES"))
+        names = self._constants(self._computing)
+        mma = "gl.NVMMADistributedLayout([3, 0], {}, [16, {}, 16])"
+        lines = [
+            f"STATE: gl.constexpr = {mma.format([warps, 1], 'BK')}",
+            f"ROWS: gl.constexpr = {mma.format([warps, 1], 'C')}",
+            f"SCORES: gl.constexpr = {mma.format([4, groups], f'C // {groups}')}",
+            "STATE_FACTOR: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)",
+            "ROWS_FACTOR: gl.constexpr = gl.DotOperandLayout(0, ROWS, 2)",
+            "oi = gl.arange(0, C, gl.SliceLayout(1, SCORES))",
+            "oj = gl.arange(0, C, gl.SliceLayout(0, SCORES))",
+            "ok = gl.arange(0, BK, gl.SliceLayout(0, STATE))",
+            "ov = part * BV + gl.arange(0, BV, gl.SliceLayout(1, STATE))",
+            *before,
+            "for step in range(steps):",
+            *(f"    {line}" for line in (*self._loop(), *self._numbers, *step)),
+            "tma.store_wait(0)",
+            *after,
+        ]
+        head = f"def {self._kernel.name}_compute({', '.join(names)}):"
+        text = "\n".join(f"    {line}" for line in lines)
+        return f'@gluon.jit\n{head}\n    """Carries the state along."""\n{text}'
+
+    def _entry(self) -> str:
+        warps = 2 if self._vectors else 1
+        names = self._constants(p.name for p in self._parameters.values())
+        stores = ", ".join(str(n) for n, _ in self._kernel.stores) or "nothing"
+        computing, loading = ", ".join(self._computing), ", ".join(self._loading)
+        lines = [
+            f'"""{self._kernel.loop.value}; stores {stores}."""',
+            "VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])",
+            "pid = gl.program_id(0)",
+            "part = pid % NV",
+            "h = pid // NV % HV",
+            "n = pid // NV // HV  # the sequence",
+            "steps = chunks",
+            *self._before,
+            *self._memory,
+            "ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())",
+            "empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())",
+            "for slot in gl.static_range(STAGES):",
+            f"    mbarrier.init(ready.index(slot), count={warps})",
+            "    mbarrier.init(empty.index(slot), count=1)",
+            "gl.warp_specialize([",
+            f"    ({self._kernel.name}_compute, ({computing})),",
+            f"    ({self._kernel.name}_load, ({loading})),",
+            f"], [1], [{40 if self._vectors else 24}])",
+        ]
+        sizes = ", ".join(f"{n}: gl.constexpr" for n in _CONSTANTS)
+        head = (
+            '@gluon.jit(do_not_specialize=["TOKENS", "chunks"])\n'
+            f"def {self._kernel.name}(\n    {', '.join(names)},\n"
+            f"    TOKENS, chunks, {sizes},\n):\n"
+        )
+        return head + "\n".join(f"    {line}" for line in lines)

@@ -1,0 +1,73 @@
+"""Offline compilation of printed Gluon kernels for Hopper: what they take, without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+
+import triton
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from ..buffers import BufferId
+from ..config import Dims
+from ..interface import Dtype, Role, Signature
+from ..triton.resources import HEADS, Resources, Target, usage
+from .kernel import GluonKernel
+
+_POINTER = {Dtype.FLOAT32: "*fp32", Dtype.BFLOAT16: "*bf16", Dtype.FLOAT16: "*fp16"}
+
+
+def compile_kernel(
+    module: ModuleType,
+    kernel: GluonKernel,
+    buffers: Mapping[BufferId, Dtype],
+    signature: Signature,
+) -> Resources:
+    """Compile `kernel` of the imported `module` for sm_90 and read what it takes.
+
+    `buffers`: the dtype of every buffer of its program.
+
+    Raises whatever Triton raises for a kernel that does not compile.
+    """
+    function = getattr(module, kernel.name)
+    types: dict[str, str] = {"TOKENS": "i32", "chunks": "i32"}
+    constants: dict[str, object] = {**dict(kernel.constants), "HV": HEADS}
+    constants["STAGES"] = kernel.config.stages
+    blocks = dict(kernel.blocks)
+    sizes = Dims(*(dict(kernel.constants)[n] for n in ("K", "V")))
+    for p in kernel.parameters:
+        if p.name in blocks:
+            types[p.name] = _descriptor(blocks[p.name])
+        elif p.role is Role.OPERAND:
+            types[p.name] = _POINTER[signature.of(str(p.of))]
+        elif isinstance(p.of, BufferId):
+            types[p.name] = _POINTER[buffers[p.of]]
+        elif p.role in (Role.INITIAL, Role.FINAL):
+            types[p.name] = "*fp32"
+        elif p.role is Role.PARAM:
+            types[p.name] = "fp32"
+        elif p.role is Role.GROUP:
+            constants[p.name] = 1
+        elif p.role is Role.STRIDE_BATCH:
+            types[p.name] = "i32"
+        else:
+            channels = 1 if p.channels is None else getattr(sizes, p.channels.value.upper())
+            constants[p.name] = channels * (1 if p.role is Role.STRIDE_HEAD else HEADS)
+    types |= dict.fromkeys(constants, "constexpr")
+    names = function.arg_names
+    aligned = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in types.items()
+        if kind.startswith("*")
+    }
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource(function, {n: types[n] for n in names}, values, aligned)
+    compiled = triton.compile(source, target=Target.SM90.triton, options=kernel.options)
+    return Resources(kernel.name, Target.SM90, compiled.metadata.shared, usage(compiled.asm))
+
+
+def _descriptor(block: tuple[int, int]) -> str:
+    """The type of a descriptor of bfloat16, as Triton writes it."""
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
+    return f"tensordesc<bf16{list(block)},{layout!r}>"

@@ -1,0 +1,112 @@
+"""Says which tiled kernels the Gluon printer can have, and why not the others."""
+
+from __future__ import annotations
+
+from .. import tiled
+from ..config import KernelConfig
+from ..interface import Dtype, Signature
+from ..plan import Loop
+from ..tile import SQUARE, TIMES, Axis, Tile, TileOp
+from .expressions import FUNCTIONS, OPERATORS
+
+CHUNK = 64  # rows of a product of one warp group, and tokens whose scores its registers can hold
+_WIDTHS = (64, 128)  # channels that a tile of shared memory is swizzled for, and registers can hold
+_ROWS_OF_WARP = 16
+
+
+def refusal(kernel: tiled.TiledKernel, signature: Signature, config: KernelConfig) -> str | None:
+    """Why the printer cannot have `kernel`; None if it can."""
+    why = _of_shape(kernel, signature, config)
+    loaded = frozenset(s.value for s in kernel.statements if isinstance(s, tiled.Load))
+    for s in kernel.statements:
+        why = why or _of_statement(s, loaded)
+    return why
+
+
+def _of_shape(
+    kernel: tiled.TiledKernel, signature: Signature, config: KernelConfig
+) -> str | None:
+    keys, values = kernel.extents[Axis.K], kernel.extents[Axis.V]
+    if kernel.scan is Loop.PARALLEL or kernel.by_token:
+        return "it is no scan over chunks"
+    if kernel.segments is not None:
+        return "it scans segments of sequences"
+    if signature.dtype is not Dtype.BFLOAT16:
+        return f"its products are of {signature.dtype.value}, and the printer has those of bfloat16"
+    if kernel.chunk != CHUNK:
+        return f"its chunks have {kernel.chunk} tokens, and a warp group's tiles of scores {CHUNK}"
+    padded = any(kernel.is_padded(a) for a in (Axis.K, Axis.V))
+    if padded or keys not in _WIDTHS or values not in _WIDTHS:
+        return f"its states' tiles are {keys} x {values}, and of 64 or 128 channels each they fit"
+    if config.warps * _ROWS_OF_WARP != values:
+        return f"its {config.warps} warps take {_ROWS_OF_WARP * config.warps} rows of {values}"
+    if sum(isinstance(s, tiled.Begin) for s in kernel.statements) != 1:
+        return "it carries several states"
+    return None
+
+
+def _of_statement(s: tiled.Statement, loaded: frozenset[Tile]) -> str | None:
+    if isinstance(s, tiled.Load):
+        return _of_load(s)
+    if isinstance(s, tiled.Compute):
+        return _of_compute(s)
+    if isinstance(s, tiled.Product):
+        return _of_product(s, loaded)
+    if isinstance(s, tiled.Store):
+        of_state = Axis.K in s.axes
+        whole = s.axes == (Axis.K, Axis.V) or (len(s.axes) == 2 and Axis.V in s.axes)
+        same = {*s.use.axes} == {*s.axes} and s.use.value.op is not TileOp.CONST
+        if not whole or not same or s.once:
+            return f"it stores {s.buffer}, which is no tile of its part of the value axis"
+        if of_state and s.use.value.op is not TileOp.CARRY:
+            return f"it stores {s.buffer}, a state that it does not carry"
+        return None
+    if isinstance(s, tiled.Begin):
+        return None if s.value.axes == (Axis.K, Axis.V) and not s.identity else _STATE
+    if isinstance(s, tiled.Advance):
+        return None if all(u.axes == (Axis.K, Axis.V) for _, u in s.ends) else _STATE
+    if isinstance(s, tiled.Finish):
+        return None
+    return f"it has a statement for which there is no row: {type(s).__name__.lower()}"
+
+
+_STATE = "what it carries is no matrix of keys and values"
+
+
+def _of_load(s: tiled.Load) -> str | None:
+    axes = s.value.axes
+    if s.source in (tiled.Source.HEADS, tiled.Source.NUMBER):
+        return None if not axes else f"it loads {s.of}, a vector of channels per head"
+    if len(axes) == 2 and (axes[0] not in TIMES or s.dtype is not Dtype.BFLOAT16):
+        return f"it loads {s.of}, which is no tile of bfloat16 by tokens"
+    if len(axes) == 1 and axes[0] not in TIMES:
+        return f"it loads {s.of}, a vector of channels per chunk"
+    return None
+
+
+def _of_compute(s: tiled.Compute) -> str | None:
+    x = s.value
+    axes = [a for a in x.axes if a not in TIMES]
+    if len(x.axes) == 2 and axes == [Axis.K]:
+        return "it computes a tile of keys, which its products take from shared memory"
+    if x.axes in ((Axis.K,), (Axis.V,)):
+        return "it computes vectors of channels"
+    if x.op is TileOp.MAP and x.attrs[0] in (*FUNCTIONS, *OPERATORS):
+        return None
+    if x.op in (TileOp.ROWS, TileOp.MASK):
+        return None
+    name = x.attrs[0].name if x.op is TileOp.MAP else x.op.name  # type: ignore[union-attr]
+    return f"it computes {name.lower()} within the scan"
+
+
+def _of_product(s: tiled.Product, loaded: frozenset[Tile]) -> str | None:
+    axes, right = s.value.axes, s.right.value
+    if s.left.clean or s.right.clean or s.adds:
+        return "it has a product of padded tiles"
+    if s.over is Axis.V or len(axes) != 2 or (Axis.V not in axes and Axis.K in axes):
+        return "it has a product that no warp group of rows of the value axis can take"
+    if right not in loaded and right.axes != SQUARE:
+        return "it has a product by a tile of channels that it computes"
+    if Axis.V not in axes and not {s.left.value, right} <= loaded:
+        return "it has scores of tiles that it computes"
+    return None
