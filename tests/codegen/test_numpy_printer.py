@@ -45,7 +45,7 @@ DENSE = Sizes(B=2, T=C, H=2, HV=2, K=16, V=16, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """Kernels of both directions for one call over rows."""
 
     forward: tuple[Kernel, ...]
@@ -82,16 +82,21 @@ class _Call:
                 channels = [size[a] for a in axes]
                 shape = [len(self.sequences), sizes["HV"], *channels]
                 memory.final[c.name] = np.full(shape, np.nan, np.float32)
-            tiles = Tiles(C, v=6, space=Space.MEMORY) if self.in_memory else Tiles(C, v=16, k=16)
-            numpy_printer.run(tile(kernel, signature, tiles), memory)
+            self.launch(kernel, signature, memory)
         return memory
 
+    def launch(self, kernel: Kernel, signature: Signature, memory: numpy_printer.Memory) -> None:
+        """Run one kernel, whose buffers and last states are there."""
+        C = self.sizes["C"]
+        tiles = Tiles(C, v=6, space=Space.MEMORY) if self.in_memory else Tiles(C, v=16, k=16)
+        numpy_printer.run(tile(kernel, signature, tiles), memory)
 
-class _Numpy(torch.autograd.Function):
+
+class Numpy(torch.autograd.Function):
     """What an engine does: the output and final states of rows, and gradients."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         arrays = [x.detach().numpy() for x in tensors]
         count = len(call.operands)
         operands = dict(zip(call.operands, arrays, strict=False))
@@ -150,7 +155,7 @@ def _computed(
         torch.zeros(sizes.N, sizes.HV, sizes.K, *((sizes.V,) if s.kind is Kind.STATE else ()))
         for s in form.states
     )
-    call = _Call(
+    call = Call(
         forward=forward_program(form, plans[0], segments=segments).kernels,
         backward=backward_program(form, plans[1], segments=segments).kernels,
         operands=tuple(o.name for o in form.operands),
@@ -167,7 +172,7 @@ def _computed(
         in_memory=in_memory,
     )
     rows = [_rows(o, inputs.operands[o.name], n) for o in form.operands]
-    o, *finals = _Numpy.apply(call, *rows, *states)
+    o, *finals = Numpy.apply(call, *rows, *states)
     return results(o[:, n - 1 :: n], tuple(finals), inputs)
 
 
@@ -229,7 +234,7 @@ def test_one_token_at_a_time(name: str) -> None:
         x = inputs.operands[o.name].detach()
         for m, row in enumerate(row_names(o, micro)):
             operands[row] = (x[:, :, m] if o.micro else x).numpy()
-    call = _Call(
+    call = Call(
         forward=(token_kernel(step),),
         backward=(),
         operands=tuple(operands),

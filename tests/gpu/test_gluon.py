@@ -1,0 +1,111 @@
+"""Scans in Gluon on a Hopper GPU: against the token loop, and what serves calls they cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import chunkwise as cw
+import pytest
+import torch
+from chunkwise.codegen.config import Dims
+from chunkwise.runtime.call import Call
+from chunkwise.runtime.prepared import Records
+from chunkwise.runtime.triton import engine as triton_engine
+from chunkwise.runtime.triton.launch_plan import LaunchPlan
+from torch import Tensor
+
+from benchmarks import verify
+from benchmarks.registry import CASES, SHAPES, draw
+from tests.gluon import in_gluon
+from tests.harness import Layout, Sizes, engine_results, make_inputs, oracle_results, wobbled
+from tests.tolerances import BY_DTYPE, assert_agree
+
+NAMES = ["linear_attention", "simple_gla", "retention", "delta_rule", "gated_delta_rule"]
+TILES = [(64, 2), (128, 2), (64, 1), (64, 3)]  # values of a state, and stages
+SIZES = Sizes(B=2, T=256, H=1, HV=2, K=128, V=128, initial=True, device="cuda")
+SIZES = replace(SIZES, dtype=torch.bfloat16, gate_dtype=torch.float32)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="the kernels are Hopper's",
+    ),
+]
+
+
+@pytest.fixture
+def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Has calls take scans in Gluon with these tiles and stages; the scans that were launched so."""
+    v_tile, stages = getattr(request, "param", (64, 2))
+    found: list[str] = []
+
+    def compiled_for(call: Call) -> Any:
+        dims = Dims(call.K, call.V)
+        config = in_gluon(triton_engine.configuration(call.form, dims, call.dtype), v_tile, stages)
+        dtypes = tuple((n, x.dtype) for n, x in call.operands.items())
+        return triton_engine.compile_with(call.form, dims, call.dtype, dtypes, config)
+
+    run = LaunchPlan.run
+
+    def noted(plan: LaunchPlan, tensors: list[Any]) -> None:
+        pointers = [x.data_ptr() for x in tensors if isinstance(x, Tensor)]
+        if not any(p % 16 for p in pointers):
+            found.extend(x.loaded.kernel.name for x in plan.launches if x.blocks)
+        run(plan, tensors)
+
+    monkeypatch.setattr(triton_engine, "_compiled_for", compiled_for)
+    monkeypatch.setattr(LaunchPlan, "run", noted)
+    Records.forget()
+    yield found
+    Records.forget()
+
+
+def _check(name: str, sizes: Sizes) -> None:
+    op = getattr(cw.library, name)
+    inputs = make_inputs(op, sizes)
+    got = engine_results(op, inputs, "triton")
+    near = oracle_results(op, wobbled(inputs))
+    assert_agree(got, oracle_results(op, inputs), BY_DTYPE[torch.bfloat16], near=near)
+    for _ in range(3):
+        again = engine_results(op, inputs, "triton")
+        assert all(torch.equal(again[n], x) for n, x in got.items()), "two runs differ"
+
+
+@pytest.mark.parametrize("K", [64, 128], ids="K{}".format)
+@pytest.mark.parametrize("served", TILES, indirect=True, ids=(f"BV{v}s{s}" for v, s in TILES))
+@pytest.mark.parametrize("name", NAMES)
+def test_agreement(name: str, K: int, served: list[str]) -> None:
+    """Given and last states, groups of heads, output and all gradients; four times, bit for bit."""
+    _check(name, replace(SIZES, K=K))
+    assert set(served) == {"forward_scan", "backward_states", "backward_reverse"}
+
+
+@pytest.mark.parametrize("case", ["tail", "packed", "views", "copies"])
+def test_other_calls_have_the_triton_kernels(case: str, served: list[str]) -> None:
+    sizes = {
+        "tail": replace(SIZES, T=200),
+        "packed": SIZES.packed(100, 156),
+        "views": replace(SIZES, layout=Layout.VIEWS),
+        "copies": replace(SIZES, layout=Layout.COPIED),
+    }[case]
+    _check("gated_delta_rule", sizes)
+    assert not served or case == "copies"
+
+
+@pytest.mark.parametrize("shape", ["F", "C"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("served")
+def test_large_shapes(name: str, shape: str) -> None:
+    case, at, device = CASES[name], SHAPES[shape], torch.device("cuda")
+    op = getattr(cw.library, name)
+    operands = draw(case, at, torch.bfloat16, device, seed=0)
+    do = torch.randn_like(operands["v"])
+    pairs = verify.sample(at)
+    expected = verify.oracle(op, case, operands, do, None, pairs)
+    errors = verify.compare(
+        lambda: op(*operands.values())[0], case, operands, do, expected, pairs
+    )
+    assert all(e.ok for e in errors), "; ".join(map(str, errors))
