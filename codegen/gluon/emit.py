@@ -12,7 +12,7 @@ from ..interface import Signature
 from ..programs import backward_program, forward_program
 from .kernel import GluonKernel, print_gluon
 
-HEAD = '''
+HEAD = """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,7 +24,7 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 is_new = hasattr(tma, "async_load")
 async_load = tma.async_load if is_new else tma.async_copy_global_to_shared
 async_store = tma.async_store if is_new else tma.async_copy_shared_to_global
-'''
+"""
 
 
 @dataclass(frozen=True, slots=True)

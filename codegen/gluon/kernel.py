@@ -22,7 +22,7 @@ from ..config import Config, KernelConfig
 from ..expressions import Names, identifier, unaliased
 from ..interface import Buffer, Parameter, Role, Signature, Storage, stored
 from ..plan import Kernel, Loop
-from ..tile import LEAVES, SQUARE, TIMES, Axes, Axis, Tile
+from ..tile import LEAVES, TIMES, Axes, Axis, Tile
 from ..tiling import tile
 from .expressions import GluonExpressions, layout_of
 from .refusal import refusal
@@ -30,7 +30,20 @@ from .schedule import Await, Issue, Schedule, subtracted
 
 STORAGE = Storage(wide=False, transposed=True)  # as the Triton printer's
 _RESERVED = (
-    *("gl", "tma", "mbarrier", "gluon", "pid", "n", "h", "part", "step", "steps", "chunk", "chunks"),
+    *(
+        "gl",
+        "tma",
+        "mbarrier",
+        "gluon",
+        "pid",
+        "n",
+        "h",
+        "part",
+        "step",
+        "steps",
+        "chunk",
+        "chunks",
+    ),
     *("slot", "oi", "oj", "ok", "ov", "K", "V", "C", "BK", "BV", "HV", "NV", "TOKENS", "STAGES"),
     *("STATE", "ROWS", "SCORES", "LANES", "VECTOR", "ready", "empty", "rows", "columns"),
     *("STATE_FACTOR", "ROWS_FACTOR", "SCORES_FACTOR", "barrier", "async_load", "async_store"),
@@ -244,9 +257,7 @@ class _Printer(GluonExpressions):
         else:
             start = self.text(s.start.value)
         name = self.names.fresh(s.value.hint or "x")
-        self.lines.append(
-            f"{name} = warpgroup_mma({left}, {right}, {start}{known}, is_async=True)"
-        )
+        self.lines.append(f"{name} = warpgroup_mma({left}, {right}, {start}{known}, is_async=True)")
         self.known[s.value] = name
 
     def _shape(self, axes: Axes) -> str:

@@ -23,9 +23,7 @@ def refusal(kernel: tiled.TiledKernel, signature: Signature, config: KernelConfi
     return why
 
 
-def _of_shape(
-    kernel: tiled.TiledKernel, signature: Signature, config: KernelConfig
-) -> str | None:
+def _of_shape(kernel: tiled.TiledKernel, signature: Signature, config: KernelConfig) -> str | None:
     keys, values = kernel.extents[Axis.K], kernel.extents[Axis.V]
     if kernel.scan is Loop.PARALLEL or kernel.by_token:
         return "it is no scan over chunks"

@@ -164,9 +164,7 @@ def _imported(
     gluon: dict[str, LoadedKernel] = {}
     if in_gluon is not None and in_gluon.kernels and not triton.knobs.runtime.interpret:
         own = import_source(in_gluon.source)
-        gluon = {
-            k.name: LoadedKernel(kernel_of(k), getattr(own, k.name)) for k in in_gluon.kernels
-        }
+        gluon = {k.name: LoadedKernel(kernel_of(k), getattr(own, k.name)) for k in in_gluon.kernels}
     forward, backward = (
         tuple(
             LoadedKernel(kernel_of(k), getattr(module, k.name), gluon=gluon.get(k.name))

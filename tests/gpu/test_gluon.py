@@ -105,7 +105,5 @@ def test_large_shapes(name: str, shape: str) -> None:
     do = torch.randn_like(operands["v"])
     pairs = verify.sample(at)
     expected = verify.oracle(op, case, operands, do, None, pairs)
-    errors = verify.compare(
-        lambda: op(*operands.values())[0], case, operands, do, expected, pairs
-    )
+    errors = verify.compare(lambda: op(*operands.values())[0], case, operands, do, expected, pairs)
     assert all(e.ok for e in errors), "; ".join(map(str, errors))
