@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from .cli_arguments import add_dims, add_dtype, count
 from .cli_command import Command, UsageError, add_target, find, no_such
 from .cli_progress import watched
-from .codegen.config import Config, Dims, Precision
+from .codegen.config import Config, Dims, KernelConfig, Precision
 from .codegen.eager.kernel import print_eager
+from .codegen.gluon import emit as gluon_emit
 from .codegen.interface import Dtype, Signature
 from .codegen.plan import Plan, Program
 from .codegen.programs import (
@@ -109,6 +110,19 @@ def _triton(request: _Request) -> str:
     return "\n\n".join(print_triton(k, signature, request.config).source for k in kernels)
 
 
+def _gluon(request: _Request) -> str:
+    """The scans in Gluon, and why others have to be in Triton."""
+    signature = Signature(request.dims, request.dtype, (), Precision.TF32X3)
+    config = gluon_emit.in_gluon(request.form, request.config, KernelConfig(64, 4, 2))
+    made = gluon_emit.emit(request.form, signature, config, segments=request.segments)
+    if made is None:
+        raise UsageError(f"{request.form.name} has no scan")
+    kernels = [k for k in made.kernels if request.kernel in (None, k.name)]
+    stay = [f"# {n} stays in Triton: {w}" for n, w in made.refused if request.kernel in (None, n)]
+    source = [k.source for k in kernels] if request.kernel else [made.source] * bool(kernels)
+    return "\n\n".join([*source, *stay])
+
+
 def _tir(request: _Request) -> str:
     """TVM's functions for a CPU with AVX2: each kernel, after the functions that it calls."""
     if importlib.util.find_spec("tvm") is None:
@@ -141,6 +155,7 @@ _STAGES: dict[str, Callable[[_Request], str]] = {
     "plan": _plan,
     "eager": _eager,
     "triton": _triton,
+    "gluon": _gluon,
     "tir": _tir,
 }
 
@@ -270,7 +285,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernel",
         metavar="NAME",
-        help="print only this kernel (stages plan, eager, triton, tir)",
+        help="print only this kernel (stages plan, eager, triton, gluon, tir)",
     )
     parser.add_argument(
         "--segments",

@@ -20,6 +20,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from ..codegen.modules import import_file
 from ..codegen.triton.offline import VERDICTS
@@ -46,7 +47,7 @@ class TritonJob:
         started = time.monotonic()
         try:
             function = getattr(_module(self.file), self.kernel)
-            source = ASTSource(
+            source = (GluonASTSource if function.is_gluon() else ASTSource)(
                 function, dict(self.signature), dict(self.constants), dict(self.attributes)
             )
             compiled = triton.compile(

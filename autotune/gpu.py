@@ -21,6 +21,7 @@ class Gpu:
         shared, shared_program: bytes of shared memory of a multiprocessor, and of one program.
         registers: 32-bit registers of a multiprocessor.
         warps, warp: warps that a multiprocessor holds at most, and threads of a warp.
+        hopper: whether its compute capability is 9.0.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Gpu:
     registers: int = 65536
     warps: int = 64
     warp: int = 32
+    hopper: bool = False
 
     def flops(self, dtype: Dtype) -> float:
         """FLOP/s of products of `dtype`; a float32 product takes three products of tf32."""
@@ -44,8 +46,8 @@ GPUS = {
     g.name: g
     for g in (
         Gpu("a100", 108, 2.0e12, 312e12, 156e12, 164 * _KIB, 163 * _KIB),
-        Gpu("h100", 132, 3.35e12, 989e12, 494e12, 228 * _KIB, 227 * _KIB),
-        Gpu("h200", 132, 4.8e12, 989e12, 494e12, 228 * _KIB, 227 * _KIB),
+        Gpu("h100", 132, 3.35e12, 989e12, 494e12, 228 * _KIB, 227 * _KIB, hopper=True),
+        Gpu("h200", 132, 4.8e12, 989e12, 494e12, 228 * _KIB, 227 * _KIB, hopper=True),
         Gpu("b200", 148, 8.0e12, 2250e12, 1125e12, 228 * _KIB, 227 * _KIB),
         Gpu("rtx5090", 170, 1.79e12, 210e12, 105e12, 100 * _KIB, 99 * _KIB, warps=48),
         Gpu("mi300x", 304, 5.3e12, 1307e12, 653e12, 64 * _KIB, 64 * _KIB, 131072, 32, 64),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ..codegen.config import Config, Dims, KernelConfig, Tiles, dims_of, padded
+from ..codegen.config import Config, Dims, KernelConfig, Printer, Tiles, dims_of, padded
+from ..codegen.gluon.refusal import ROWS_OF_WARP, refusal
 from ..codegen.interface import Signature
 from ..codegen.phases import in_registers
 from ..codegen.plan import Hoist, Kernel, Loop, Plan
@@ -70,6 +71,12 @@ def _idle_warps(c: Choice) -> float:
     return 16 * c.tiles.warps / (2 * rows) - 1
 
 
+def _other_warps(c: Choice) -> float:
+    if c.tiles.printer is not Printer.GLUON:
+        return 0.0
+    return abs(math.log2(ROWS_OF_WARP * c.tiles.warps / c.tiles.v_tile))
+
+
 RULES: tuple[Rule[Choice], ...] = (
     Rule(
         "shared memory",
@@ -86,6 +93,11 @@ RULES: tuple[Rule[Choice], ...] = (
         _idle_warps,
         "a warp computes 16 rows of a product: with twice as many warps as rows, most would idle",
     ),
+    Rule(
+        "warp groups",
+        _other_warps,
+        "in Gluon, warps have 16 rows of the value axis each, and groups of four 64",
+    ),
 )
 
 
@@ -97,6 +109,7 @@ class Traits:
         v, k, stages: the tile of the value axis, of the key axis, the stages of the loop.
         split: each value tile has a program of its own, instead of an iteration of a loop.
         block: the block within which decays of a vector gate are split.
+        gluon: whether it can be printed in Gluon too.
     """
 
     v: bool
@@ -104,6 +117,7 @@ class Traits:
     k: bool
     stages: bool
     block: bool
+    gluon: bool
 
 
 def traits(kernel: Kernel, chunk: int, signature: Signature) -> Traits:
@@ -119,6 +133,10 @@ def traits(kernel: Kernel, chunk: int, signature: Signature) -> Traits:
         k=narrow != replace(wide_k, extents=narrow.extents),
         stages=narrow.scan is not Loop.PARALLEL or narrow.turns > 0,
         block=narrow != decided(block=16),
+        gluon=any(
+            refusal(decided(v_tile=v), signature, KernelConfig(v, v // ROWS_OF_WARP)) is None
+            for v in (64, 128)
+        ),
     )
 
 
@@ -127,8 +145,8 @@ def printed(kernel: Kernel, tiles: KernelConfig, chunk: int, signature: Signatur
     return print_triton(kernel, signature, Config(chunk, SOME_PLAN, SOME_PLAN, tiles))
 
 
-def axes(found: Traits, dims: Dims) -> tuple[Axis, ...]:
-    """The axes of a kernel's space; there is always one."""
+def axes(found: Traits, dims: Dims, *, hopper: bool = False) -> tuple[Axis, ...]:
+    """The axes of a kernel's space; there is always one. `hopper`: for a GPU that runs Gluon's."""
     made = []
     if found.v:
         made.append(Axis("v_tile", _upto(padded(dims.V))))
@@ -139,6 +157,8 @@ def axes(found: Traits, dims: Dims) -> tuple[Axis, ...]:
         made.append(Axis("stages", _STAGES))
     if found.block:
         made.append(Axis("block", _BLOCKS))
+    if found.gluon and hopper:
+        made.append(Axis("gluon", (0, 1)))
     return tuple(made)
 
 
@@ -157,13 +177,15 @@ def tiles_of(point: Point) -> KernelConfig:
         stages=chosen.get("stages", base.stages),
         k_tile=chosen.get("k_tile", base.k_tile),
         block=chosen.get("block", base.block),
+        printer=Printer.GLUON if chosen.get("gluon") else Printer.TRITON,
     )
 
 
 def tiles_text(tiles: KernelConfig) -> str:
     """A kernel's tiles as one line: `BV=64 BK=32 warps=4 stages=2`."""
-    block = f" block={tiles.block}" if tiles.block != KernelConfig().block else ""
-    return f"BV={tiles.v_tile} BK={tiles.k_tile} warps={tiles.warps} stages={tiles.stages}{block}"
+    more = f" block={tiles.block}" if tiles.block != KernelConfig().block else ""
+    more += " in Gluon" * (tiles.printer is Printer.GLUON)
+    return f"BV={tiles.v_tile} BK={tiles.k_tile} warps={tiles.warps} stages={tiles.stages}{more}"
 
 
 def point_of(tiles: KernelConfig, space: tuple[Axis, ...]) -> Point | None:
@@ -175,6 +197,7 @@ def point_of(tiles: KernelConfig, space: tuple[Axis, ...]) -> Point | None:
         "warps": tiles.warps,
         "stages": tiles.stages,
         "block": tiles.block,
+        "gluon": int(tiles.printer is Printer.GLUON),
     }
     point = tuple((a.name, values[a.name]) for a in space)
     legal = all(value in a.choices for a, (_, value) in zip(space, point, strict=True))

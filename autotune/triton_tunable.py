@@ -14,7 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..codegen.config import Config, Dims, KernelConfig, dims_of
+from ..codegen.config import Config, Dims, KernelConfig, Printer, dims_of
+from ..codegen.gluon.emit import module
+from ..codegen.gluon.kernel import print_gluon
 from ..codegen.interface import loaded
 from ..codegen.plan import Kernel, Plan, Program, backward_plans, forward_plans
 from ..codegen.programs import backward_program, chunk_program, forward_program
@@ -36,7 +38,17 @@ from ..runtime.tuned.selection import call_size_of
 from .call_tunable import WholeCalls
 from .capture import specialisations
 from .gpu import Gpu
-from .kernel_space import RULES, Choice, Traits, axes, point_of, printed, tiles_of, traits
+from .kernel_space import (
+    RULES,
+    SOME_PLAN,
+    Choice,
+    Traits,
+    axes,
+    point_of,
+    printed,
+    tiles_of,
+    traits,
+)
 from .predict import bound_us, predict
 from .space import Point, broken
 from .tunable import Alternative, Chosen, Job, Part, Run
@@ -141,7 +153,8 @@ class TritonTunable(WholeCalls):
 
     def part(self, key: str) -> Part:
         subject = self._subjects[key]
-        space = axes(subject.found, dims_of(subject.kernel, self._dims))
+        dims = dims_of(subject.kernel, self._dims)
+        space = axes(subject.found, dims, hopper=self._gpu.hopper)
         known = [c.of(subject.kernel.name) for c in self._known]
         first = [point_of(tiles, space) for tiles in known]
         kept = tuple(dict.fromkeys(p for p in first if p is not None))
@@ -161,13 +174,25 @@ class TritonTunable(WholeCalls):
         choice = self._choice(part, point)
         kernel = printed(choice.kernel, choice.tiles, choice.chunk, self._signature)
         unit = import_source(offline.unit(kernel))
-        alone = LoadedKernel(kernel_of(kernel), vars(unit)[offline.UNIT])
+        gluon = self._in_gluon(choice)
+        alone = LoadedKernel(kernel_of(kernel), vars(unit)[offline.UNIT], gluon=gluon)
         given = tuple(map(buffer_of, loaded(choice.kernel, self._signature, STORAGE)))
         launch = Launch(self._task, (alone,), choice.chunk, self._segment, given)
         tensors = launch.tensors(self._values)
         (spec,) = launch.plan.launches
         tensors += self._arena.take(spec.new)
         return lambda: spec.run(tensors, aligned=True)
+
+    def _in_gluon(self, choice: Choice) -> LoadedKernel | None:
+        """The kernel in Gluon, if that is chosen and there is one."""
+        if choice.tiles.printer is not Printer.GLUON or triton.knobs.runtime.interpret:
+            return None
+        config = Config(choice.chunk, SOME_PLAN, SOME_PLAN, choice.tiles)
+        kernel = print_gluon(choice.kernel, self._signature, config)
+        if isinstance(kernel, str):
+            return None
+        own = import_source(module([kernel]))
+        return LoadedKernel(kernel_of(kernel), vars(own)[kernel.name])
 
     # ---- whole configurations --------------------------------------------------------------------
 

@@ -61,8 +61,8 @@ class KernelConfig(Limited):
     it (no value axis, nothing along K that needs a sum over K); elsewhere all of K.
     `block`: tokens of a block of the chunk, between any two of which the decay of a vector gate is
     split into two factors; a chunk that has no more tokens is one block.
-    `printer`: the language; where Gluon cannot have the kernel or a call, Triton has it with these
-    tiles (`codegen.gluon.refusal`).
+    `printer`: the language (None: what the runtime prefers for a call); where Gluon cannot have the
+    kernel (`codegen.gluon.refusal`) or a call, Triton has it with these tiles.
     """
 
     v_tile: Tile = 64
@@ -70,7 +70,7 @@ class KernelConfig(Limited):
     stages: Annotated[int, Within(1, 16, "a loop's tiles are held once per stage")] = 2
     k_tile: Tile = 256
     block: Block = 32
-    printer: Printer = Printer.TRITON
+    printer: Printer | None = None
 
     def options(self, stages: int) -> dict[str, int | bool]:
         """Triton's options, for a launch and for compiling alike.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ...dsl.normal_form import NormalForm
-from ..config import Config, Printer
+from ..config import Config, KernelConfig, Printer
 from ..interface import Signature
+from ..plan import Loop
 from ..programs import backward_program, forward_program
 from .kernel import GluonKernel, print_gluon
 
-HEAD = """
+_IMPORTS = """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -36,6 +38,18 @@ class Emitted:
     refused: tuple[tuple[str, str], ...]
 
 
+def in_gluon(
+    form: NormalForm, config: Config, tiles: KernelConfig, but: frozenset[str] = frozenset()
+) -> Config:
+    """`config` that names Gluon, with these tiles, for all scans over chunks but those in `but`."""
+    programs = (forward_program(form, config.forward), backward_program(form, config.backward))
+    scans = [k.name for p in programs for k in p.kernels if k.loop is not Loop.PARALLEL]
+    scans = [name for name in scans if name not in but]
+    rest = tuple((n, k) for n, k in config.kernels if n not in scans)
+    own = replace(tiles, printer=Printer.GLUON)
+    return replace(config, kernels=(*rest, *((n, own) for n in scans)))
+
+
 @lru_cache(maxsize=512)
 def emit(
     form: NormalForm, signature: Signature, config: Config, *, segments: bool = False
@@ -57,6 +71,12 @@ def emit(
         f"dimensions  K={dims.K} V={dims.V}, products in {signature.dtype.value}\n"
         f'chunk       {config.chunk} tokens\n"""'
     )
-    source = "\n\n".join(x.strip("\n") for x in (head, HEAD, *(k.source for k in kernels))) + "\n"
+    return Emitted(module(kernels, head), kernels, refused)
+
+
+def module(kernels: Iterable[GluonKernel], head: str = "") -> str:
+    """One file: `head`, imports and kernels."""
+    parts = (x.strip("\n") for x in (head, _IMPORTS, *(k.source for k in kernels)))
+    source = "\n\n".join(x for x in parts if x) + "\n"
     ast.parse(source)
-    return Emitted(source, kernels, refused)
+    return source

@@ -11,7 +11,7 @@ from .expressions import FUNCTIONS, OPERATORS
 
 CHUNK = 64  # rows of a product of one warp group, and tokens whose scores its registers can hold
 _WIDTHS = (64, 128)  # channels that a tile of shared memory is swizzled for, and registers can hold
-_ROWS_OF_WARP = 16
+ROWS_OF_WARP = 16  # of a product's sums
 
 
 def refusal(kernel: tiled.TiledKernel, signature: Signature, config: KernelConfig) -> str | None:
@@ -36,8 +36,8 @@ def _of_shape(kernel: tiled.TiledKernel, signature: Signature, config: KernelCon
     padded = any(kernel.is_padded(a) for a in (Axis.K, Axis.V))
     if padded or keys not in _WIDTHS or values not in _WIDTHS:
         return f"its states' tiles are {keys} x {values}, and of 64 or 128 channels each they fit"
-    if config.warps * _ROWS_OF_WARP != values:
-        return f"its {config.warps} warps take {_ROWS_OF_WARP * config.warps} rows of {values}"
+    if config.warps * ROWS_OF_WARP != values:
+        return f"its {config.warps} warps take {ROWS_OF_WARP * config.warps} rows of {values}"
     if sum(isinstance(s, tiled.Begin) for s in kernel.statements) != 1:
         return "it carries several states"
     return None

@@ -51,14 +51,18 @@ class Block(NamedTuple):
         return made
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether `device` is a GPU of compute capability 9.0."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == _HOPPER
+
+
 def takes(kernel: Kernel, layout: Layout) -> bool:
     """Whether a kernel in Gluon can serve calls of `layout`.
 
     It can for whole chunks of dense sequences, on a GPU of compute capability 9.0, if the heads of
     each operand lie within the rows of tokens that TMA takes it for.
     """
-    device = layout.device
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != _HOPPER:
+    if not is_hopper(layout.device):
         return False
     if layout.packed is not None or layout.segment or not layout.T or layout.T % layout.chunk:
         return False

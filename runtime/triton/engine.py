@@ -13,6 +13,7 @@ import triton
 
 from ...codegen.config import Config, Dims, Precision
 from ...codegen.gluon import emit as gluon_emit
+from ...codegen.gluon.defaults import preferred
 from ...codegen.interface import Signature
 from ...codegen.triton.emit import Emitted, emit, emit_token
 from ...codegen.triton.fit import H100_SHARED, untuned_config
@@ -25,7 +26,8 @@ from ..engines import EngineName
 from ..prepared import Way
 from ..printed import PRINTED, Dtypes, dtypes_of, signature_of, unsupported_dtype
 from ..tuned.artifact import Configuration
-from ..tuned.selection import call_size_of, select_config
+from ..tuned.selection import call_size_of, find, folders, select_config
+from .descriptors import is_hopper
 from .launch import Launch
 from .launch_plan import LoadedKernel
 from .printed import kernel_of
@@ -121,7 +123,28 @@ def _compiled_for(call: Call) -> _Compiled:
         return configuration(form, dims, call.dtype, shared_memory(call.device))
 
     config = select_config(Config, ENGINE.key(call), call_size_of(call), default)
-    return _compiled_with(call, config, None)
+    return _compiled_with(call, _with_gluon(call, config, default()), None)
+
+
+def _with_gluon(call: Call, config: Config, usual: Config) -> Config:
+    """`config` with scans in Gluon where those are measured to be faster and nothing was chosen.
+
+    `usual`: the default, under whose plans they were measured.
+    """
+    device, size = call.device, call_size_of(call)
+    chosen = any(k.printer is not None for k in (config.default, *dict(config.kernels).values()))
+    if chosen or call.cu_seqlens is not None or not is_hopper(device):
+        return config
+    same = (config.chunk, config.forward, config.backward)
+    base = config if same == (usual.chunk, usual.forward, usual.backward) else usual
+    count, dims = multiprocessors(device), Dims(call.K, call.V)
+    if call.T % base.chunk or segment_of(call.form, dims, size, count):
+        return config
+    printed_for = signature(dims, call.dtype, dtypes_of(call))
+    made = preferred(call.form, base, printed_for, size.rows, size.tokens, count)
+    artifact = find(ENGINE.key(call), folders()).artifact
+    wrong = () if artifact is None else artifact.quarantine
+    return config if made is None or any(r.config == made for r in wrong) else made
 
 
 def _compiled_with(call: Call, config: Config, segment: int | None) -> _Compiled:

@@ -1,31 +1,47 @@
-"""Printed Gluon: what it computes (emulated), what it takes on Hopper (compiled), what it refuses."""
+"""Printed Gluon: what it computes (emulated), what it takes (compiled), what it refuses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import triton
 from chunkwise import library
 from chunkwise.codegen.buffers import BufferId
-from chunkwise.codegen.config import Config, Dims, Precision
-from chunkwise.codegen.gluon.emit import Emitted, emit
+from chunkwise.codegen.config import Config, Dims, KernelConfig, Printer
+from chunkwise.codegen.gluon.defaults import preferred
+from chunkwise.codegen.gluon.emit import Emitted, emit, in_gluon
 from chunkwise.codegen.gluon.kernel import GluonKernel
+from chunkwise.codegen.gluon.offline import compile_kernel
 from chunkwise.codegen.interface import Dtype, Role, Signature
+from chunkwise.codegen.modules import import_file
 from chunkwise.codegen.plan import Kernel
 from chunkwise.codegen.programs import backward_program, forward_program
 from chunkwise.codegen.tile import Axis
+from chunkwise.codegen.triton.emit import emit as emit_triton
 from chunkwise.codegen.triton.fit import H100_SHARED, untuned_config
-from chunkwise.dsl.ir import Kind, Per
+from chunkwise.codegen.triton.offline import signature_for
+from chunkwise.codegen.triton.resources import Target
+from chunkwise.dsl.ir import Per
 from chunkwise.dsl.normal_form import NormalForm
+from chunkwise.runtime.call import Call as RuntimeCall
+from chunkwise.runtime.prepared import Records
+from chunkwise.runtime.triton import descriptors, launch_plan
+from chunkwise.runtime.triton import engine as triton_engine
+from chunkwise.runtime.triton.launch_plan import LaunchSpec
+from chunkwise.runtime.tuned.json import from_plain, to_plain
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tests.codegen import gluon_emulator, numpy_printer
 from tests.codegen.test_numpy_printer import Call, Numpy
-from tests.gluon import in_gluon
 from tests.harness import Sizes, engine_results, make_inputs, results
+from tests.offline_driver import Driver
 from tests.tolerances import assert_agree
 
+SCANS = ["forward_scan", "backward_states", "backward_reverse"]
 SIZES = Sizes(B=2, T=192, H=1, HV=2, K=64, V=128, initial=True, dtype=torch.float32)
 _STRIDES = (Role.STRIDE_BATCH, Role.STRIDE_TOKEN, Role.STRIDE_HEAD)
 
@@ -38,10 +54,9 @@ def _form(name: str) -> NormalForm:
 
 def _emitted(name: str, dims: Dims, v_tile: int, stages: int = 2) -> tuple[Emitted, Config]:
     form = _form(name)
-    wide = [o.name for o in form.operands if o.kind is Kind.SCALAR or o.per is Per.HEAD]
-    dtypes = tuple((n, Dtype.FLOAT32) for n in wide)
-    signature = Signature(dims, Dtype.BFLOAT16, dtypes, Precision.TF32X3)
-    config = in_gluon(untuned_config(form, dims, Dtype.BFLOAT16, H100_SHARED), v_tile, stages)
+    signature = signature_for(form, dims, Dtype.BFLOAT16, Target.SM90)
+    default = untuned_config(form, dims, Dtype.BFLOAT16, H100_SHARED)
+    config = in_gluon(form, default, KernelConfig(v_tile, v_tile // 16, stages))
     made = emit(form, signature, config)
     assert made is not None
     return made, config
@@ -133,3 +148,118 @@ def test_it_computes_what_eager_does(name: str, v_tile: int, stages: int) -> Non
     o, *finals = Numpy.apply(call, *inputs.operands.values(), *inputs.initial)
     got = results(o, tuple(finals), inputs)
     assert_agree(got, engine_results(op, inputs, "eager"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        ("simple_gla", ["forward_scan"]),
+        pytest.param("linear_attention", SCANS, marks=pytest.mark.long),
+        pytest.param("gated_delta_rule", SCANS, marks=pytest.mark.long),
+    ],
+)
+def test_no_register_is_spilled_and_no_product_serialised(
+    name: str, kernels: list[str], tmp_path: Path
+) -> None:
+    dims, form = Dims(128, 128), _form(name)
+    emitted, config = _emitted(name, dims, 64)
+    signature = signature_for(form, dims, Dtype.BFLOAT16, Target.SM90)
+    beside = emit_triton(form, signature, config)
+    file = tmp_path / "kernels.py"
+    file.write_text(emitted.source)
+    module = import_file(f"chunkwise_test_{name}", file)
+    printed = {k.name: k for k in (*beside.forward, *beside.backward)}
+    for kernel in (k for k in emitted.kernels if k.name in kernels):
+        buffers = beside.buffers(printed[kernel.name])
+        found = compile_kernel(module, kernel, buffers, signature)
+        assert found.fits
+        assert found.shared - kernel.shared < 1024  # barriers, and what aligns them
+        assert found.spills == 0
+        assert found.usage.instructions is not None
+        assert found.usage.instructions.wgmma > 0
+        assert not found.usage.is_serialised
+
+
+@pytest.mark.parametrize(
+    ("name", "tiles", "dims", "reason"),
+    [
+        ("kda", KernelConfig(64, 4), Dims(128, 128), "its chunks have 32 tokens"),
+        ("mlstm", KernelConfig(64, 4), Dims(128, 128), "it carries several states"),
+        ("longhorn", KernelConfig(64, 4), Dims(128, 128), "it computes a tile of keys"),
+        ("mamba2", KernelConfig(64, 4), Dims(128, 128), "it computes softplus within the scan"),
+        ("delta_rule", KernelConfig(64, 8), Dims(128, 128), "its 8 warps take 128 rows of 64"),
+        ("delta_rule", KernelConfig(64, 4), Dims(128, 72), "its states' tiles are 128 x 64"),
+        ("delta_rule", KernelConfig(32, 4), Dims(128, 128), "its states' tiles are 128 x 32"),
+    ],
+)
+def test_what_it_refuses(name: str, tiles: KernelConfig, dims: Dims, reason: str) -> None:
+    form = _form(name)
+    signature = signature_for(form, dims, Dtype.BFLOAT16, Target.SM90)
+    config = in_gluon(form, untuned_config(form, dims, Dtype.BFLOAT16, H100_SHARED), tiles)
+    made = emit(form, signature, config)
+    assert made is not None
+    assert dict(made.refused)["forward_scan"].startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "tokens", "v_tile"),
+    [
+        ("gated_delta_rule", 64, 4096, 64),
+        ("gated_delta_rule", 96, 8192, 128),
+        ("gated_delta_rule", 64, 2048, None),  # shorter than what was measured
+        ("simple_gla", 64, 4096, None),  # nothing to gain
+        ("simple_gla", 96, 8192, 128),
+        ("comba", 96, 8192, None),  # of a class that was not measured
+    ],
+)
+def test_what_is_preferred(name: str, rows: int, tokens: int, v_tile: int | None) -> None:
+    form, dims = _form(name), Dims(128, 128)
+    signature = signature_for(form, dims, Dtype.BFLOAT16, Target.SM90)
+    default = untuned_config(form, dims, Dtype.BFLOAT16, H100_SHARED)
+    made = preferred(form, default, signature, rows, tokens, 132)
+    own = None if made is None else made.of("forward_scan")
+    assert (own and own.v_tile) == v_tile
+    assert own is None or own.printer is Printer.GLUON
+    assert made is None or made.of("forward_prep") == default.of("forward_prep")
+
+
+@pytest.mark.parametrize("T", [256, 200])
+def test_launches(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of whole chunks launches it, another what Triton compiles; so do odd addresses."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    monkeypatch.setattr(triton_engine, "_no_device", lambda device: None)
+    monkeypatch.setattr(descriptors, "is_hopper", lambda device: True)
+    asked = KernelConfig(64, 4, 2)
+
+    def compiled_for(call: RuntimeCall) -> Any:
+        dims = Dims(call.K, call.V)
+        config = in_gluon(
+            call.form, triton_engine.configuration(call.form, dims, call.dtype), asked
+        )
+        dtypes = tuple((n, x.dtype) for n, x in call.operands.items())
+        return triton_engine.compile_with(call.form, dims, call.dtype, dtypes, config)
+
+    found: list[bool] = []
+
+    def noted(spec: LaunchSpec, tensors: Any, *, aligned: bool) -> None:
+        arguments = spec._arguments(tensors)
+        found.append(any(isinstance(x, TensorDescriptor) for x in arguments))
+
+    monkeypatch.setattr(launch_plan, "_compile", lambda *_: None)
+    monkeypatch.setattr(triton_engine, "_compiled_for", compiled_for)
+    monkeypatch.setattr(LaunchSpec, "run", noted)
+    Records.forget()
+    room = torch.zeros(4, 1, T, 1, 128, dtype=torch.bfloat16)
+    odd = torch.zeros(T * 128 + 1, dtype=torch.bfloat16)[1:].view(1, T, 1, 128)
+    with torch.no_grad():
+        library.linear_attention(*room[:3], engine="triton")
+        library.linear_attention(*room[:2], odd, engine="triton")
+    Records.forget()
+    assert found == [T == 256, False]
+
+
+def test_a_configuration_says_so_in_json() -> None:
+    own = KernelConfig(64, 4, 3, printer=Printer.GLUON)
+    assert from_plain(KernelConfig, to_plain(own)) == own
+    older = {"v_tile": 64, "warps": 4, "stages": 3, "k_tile": 256}
+    assert from_plain(KernelConfig, older).printer is None  # type: ignore[arg-type]

@@ -1,0 +1,46 @@
+"""Where scans are Gluon's if nobody chose: a rule from measurements on an H100 (decision 65)."""
+
+from __future__ import annotations
+
+from ...dsl.classify import DecayClass, LowRank, classify
+from ...dsl.normal_form import NormalForm
+from ..config import Config, Dims, KernelConfig
+from ..interface import Dtype, Signature
+from .emit import emit, in_gluon
+
+_MEASURED = Dims(128, 128)
+_LONG = 4096  # tokens of the shortest sequences that were measured
+_FEW, _MANY = KernelConfig(64, 4, 3), KernelConfig(128, 8, 2)
+# the classes that were measured
+_RANKS = (LowRank.NONE, LowRank.SYMMETRIC)
+_DECAYS = (DecayClass.NONE, DecayClass.PER_HEAD, DecayClass.SCALAR)
+
+
+def preferred(
+    form: NormalForm,
+    config: Config,
+    signature: Signature,
+    rows: int,
+    tokens: int,
+    multiprocessors: int,
+) -> Config | None:
+    """`config` with scans in Gluon, for `rows` sequences and heads; None where Triton's are kept.
+
+    Programs with 64 values each are few if all of them run at once. More, with 128 values each,
+    read Keys half as often. Few scans that solve no system gain nothing.
+    """
+    if signature.dims != _MEASURED or signature.dtype is not Dtype.BFLOAT16 or tokens < _LONG:
+        return None
+    found = classify(form)
+    (state, *others) = found.states
+    plain = not others and found.micro_steps == 1 and not found.transposed
+    if not plain or state.decay not in _DECAYS or state.low_rank not in _RANKS:
+        return None
+    few = rows * signature.dims.V // _FEW.v_tile <= multiprocessors
+    if few and state.low_rank is LowRank.NONE:
+        return None
+    tiles = _FEW if few else _MANY
+    made = emit(form, signature, in_gluon(form, config, tiles))
+    if made is None or not made.kernels:
+        return None
+    return in_gluon(form, config, tiles, frozenset(name for name, _ in made.refused))
