@@ -14,16 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from enum import Enum, Flag, auto
-from functools import cached_property, lru_cache
+from enum import Enum
+from functools import cached_property
 
-from ..dsl.ir import Op
+from ..dsl.errors import InvalidIR
 from . import tile
 from .buffers import BufferId, BufferKind
 from .chunk import Carried, ChunkProgram, Named
 from .differentiate import Adjoint
+from .hoisting import Hoist as Hoist
+from .hoisting import depends, norms_along_keys, scores_under_vector_gate, worth_hoisting
+from .scans import exchanged, gradient_scans, has_gradient_scans
 from .segments import Segments, Start, Transitions, segment_transitions
-from .tile import LEAVES, NUMBERS, POINTWISE, SQUARE, Axis, Tile, TileOp, summed_axes
+from .tile import Axis, Tile, TileOp, summed_axes
 
 # suffixes of the names of scans that compute the ends of segments
 ENDS, MATRICES = "_ends", "_matrices"
@@ -35,16 +38,6 @@ class Loop(Enum):
     PARALLEL = "one program per chunk"
     FORWARD = "a scan from the first chunk to the last"
     REVERSE = "a scan from the last chunk to the first"
-
-
-class Hoist(Flag):
-    """The tiles computed ahead of the scan, in parallel over chunks; kinds add up."""
-
-    NOTHING = 0
-    PREFIXES = auto()  # prefix sums of gates, and tiles scaled by them
-    SOLVES = auto()  # applications of the triangular inverse
-    PRODUCTS = auto()  # all other matrix products
-    ALL = PREFIXES | SOLVES | PRODUCTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +53,9 @@ class Plan:
     needs no sum over it; the other kernel then holds fewer tiles at once.
     `outputs_in_scan`: outputs are computed while the state is at hand, and the state is not stored;
     the backward can only where its scan is not split along the value axis, which its outputs sum
-    over.
+    over, or with `scans_apart`.
+    `scans_apart`: backward only: each gradient in a scan of its own, which carries the one state
+    that it reads (codegen/scans.py).
     """
 
     hoist: Hoist
@@ -69,6 +64,7 @@ class Plan:
     values_apart: bool = False
     sums_apart: bool = False
     norms_apart: bool = False
+    scans_apart: bool = False
 
     @property
     def label(self) -> str:
@@ -77,15 +73,17 @@ class Plan:
         hoisted = [str(k.name).lower() for k in kinds if k in self.hoist]
         prep = "+".join(["norms"] * self.norms_apart + hoisted + ["W"] * self.reassociate)
         post = "+".join(("sums",) * self.sums_apart + ("values",) * self.values_apart + ("post",))
-        return "|".join(p for p in (prep, "scan", "" if self.outputs_in_scan else post) if p)
+        scan = "scans" if self.scans_apart else "scan"
+        return "|".join(p for p in (prep, scan, "" if self.outputs_in_scan else post) if p)
 
 
 @dataclass(frozen=True)  # no slots: what follows from the fields is kept
 class Kernel:
     """One kernel: the tiles it stores under their buffers' names, those it finds stored already.
 
-    `transposed`: states are held transposed (`ChunkProgram`). `pooled`: a token's kernel reads
-    states of a pool and writes each token's there, instead of first and last ones of the call.
+    `transposed`: states are held transposed (`ChunkProgram`). `last`: whether the call is given
+    what its carries are after the last chunk. `pooled`: a token's kernel reads states of a pool
+    and writes each token's there, instead of first and last ones of the call.
     """
 
     name: str
@@ -95,6 +93,7 @@ class Kernel:
     stored: Named
     segments: Segments | None = None
     transposed: bool = False
+    last: bool = True
     pooled: bool = False
 
     @property
@@ -174,16 +173,20 @@ def _plans(body: ChunkProgram) -> list[Plan]:
             if solves:
                 hoist = prefix | Hoist.SOLVES | Hoist.PRODUCTS
                 plans.append(Plan(hoist, reassociate=True, outputs_in_scan=outputs_in_scan))
-    if _norms_along_keys(tiles):
+    if norms_along_keys(tiles):
         plans += [replace(p, norms_apart=True) for p in plans]
     return plans
 
 
 def backward_plans(body: ChunkProgram) -> tuple[Plan, ...]:
     """Every legal plan of a backward."""
-    plans = [p for p in _plans(body) if not p.outputs_in_scan]
+    both = _plans(body)
+    plans = [p for p in both if not p.outputs_in_scan]
     plans += [replace(p, values_apart=True) for p in plans]
-    return (*plans, *(replace(p, sums_apart=True) for p in plans))
+    plans += [replace(p, sums_apart=True) for p in plans]
+    if has_gradient_scans(body):
+        plans += [replace(p, scans_apart=True) for p in both if p.outputs_in_scan]
+    return tuple(plans)
 
 
 def plan_forward(body: ChunkProgram, plan: Plan, *, segments: bool = False) -> Program:
@@ -216,13 +219,16 @@ def plan_backward(
     if plan.norms_apart:
         build.norms([*ends, *outputs])
     build.prepare(plan, ends, saved | reverse, outputs)
+    if plan.scans_apart:
+        build.gradient_scans(body, adjoint)
+        return Program(tuple(build.kernels), tuple(name for name, _ in adjoint.outputs))
     kept = _kept([*outputs, *(c.end for c in adjoint.carried)], saved | reverse)
-    of_states = tuple(t for t in kept if not _depends(t, reverse))
+    of_states = tuple(t for t in kept if not depends(t, reverse))
     build.kernel("states", Loop.FORWARD, build.fresh(of_states), body.carried)
     if plan.outputs_in_scan:
         build.kernel("reverse", Loop.REVERSE, adjoint.outputs, adjoint.carried)
         return Program(tuple(build.kernels), tuple(name for name, _ in adjoint.outputs))
-    of_reverse = tuple(t for t in kept if _depends(t, reverse))
+    of_reverse = tuple(t for t in kept if depends(t, reverse))
     build.kernel("reverse", Loop.REVERSE, build.fresh(of_reverse), adjoint.carried)
     apart = tuple(o for o in adjoint.outputs if plan.values_apart and Axis.V in o[1].axes)
     if apart:
@@ -231,7 +237,7 @@ def plan_backward(
     if plan.sums_apart:
         build.sums(rest)
     cut = build.late_norms(rest) if plan.norms_apart else ()
-    late = tuple(o for o in rest if _depends(o[1], frozenset(cut)))
+    late = tuple(o for o in rest if depends(o[1], frozenset(cut)))
     early = tuple(o for o in rest if o not in late)
     build.kernel("gradients", Loop.PARALLEL, (*early, *build.fresh(cut)))
     if late:
@@ -261,12 +267,7 @@ class _Builder:
         if loop is not Loop.PARALLEL:  # a scan holds its own carry: nobody stored it before
             starts = {c.start for c in carried}
             before = tuple((n, t) for n, t in before if t not in starts)
-        name = f"{self._direction}_{name}"
-        own = None
-        if self._transitions is not None and loop is not Loop.PARALLEL:
-            self._ends(name, loop, carried, before, self._transitions)
-            own = Segments(Start.ENDS, self._transitions)
-        self._add(name, loop, stores, carried, before, own)
+        self._add(Kernel(f"{self._direction}_{name}", loop, stores, carried, before))
         for n, t in stores:
             self._names.add(n)
             while t.op is TileOp.RENAME:  # the same numbers, which printers know by their tile
@@ -274,35 +275,42 @@ class _Builder:
             if t.op is not TileOp.EXPAND:
                 self._stored.setdefault(t, n)
 
-    def _ends(
-        self,
-        name: str,
-        loop: Loop,
-        carried: tuple[Carried, ...],
-        before: Named,
-        transitions: Transitions,
-    ) -> None:
+    def gradient_scans(self, body: ChunkProgram, adjoint: Adjoint) -> None:
+        """The scans that carry the states which their gradients read."""
+        scans = gradient_scans(body, adjoint)
+        if scans is None:
+            raise InvalidIR("gradients that no scans of their own can compute")
+        before = tuple((n, t) for t, n in self._stored.items())
+        for scan in scans:
+            loop = Loop.REVERSE if scan.reverse else Loop.FORWARD
+            carried = adjoint.carried if scan.reverse else body.carried
+            kernel = Kernel(
+                f"{self._direction}_{scan.name}", loop, scan.outputs, carried, before, last=scan.last
+            )
+            self._add(_exchanged(kernel) if scan.exchanged else kernel)
+
+    def _add(self, kernel: Kernel) -> None:
+        """`kernel`, held as the chunk is; a scan of segments after those for their ends."""
+        kernel = replace(kernel, transposed=kernel.transposed is not self._transposed)
+        if self._transitions is not None and kernel.loop is not Loop.PARALLEL:
+            self._ends(kernel, self._transitions)
+            kernel = replace(kernel, segments=Segments(Start.ENDS, self._transitions))
+        self.kernels.append(kernel)
+
+    def _ends(self, scan: Kernel, transitions: Transitions) -> None:
         """Scans for the ends of segments; the first scan's transitions serve the scans after it."""
         known = any(k.segments is not None for k in self.kernels)
         new = () if known else tuple(dict.fromkeys(p for p in transitions if p is not None))
         fades = tuple(p.carried for p in new if not p.matrix)
         matrices = tuple(p.carried for p in new if p.matrix)
         zero, identity = Segments(Start.ZERO, ()), Segments(Start.IDENTITY, ())
-        self._add(name + ENDS, loop, (), (*carried, *fades), before, zero)
-        if matrices:
-            self._add(name + MATRICES, loop, (), matrices, before, identity)
-
-    def _add(
-        self,
-        name: str,
-        loop: Loop,
-        stores: Named,
-        carried: tuple[Carried, ...],
-        before: Named,
-        segments: Segments | None,
-    ) -> None:
-        transposed = self._transposed
-        self.kernels.append(Kernel(name, loop, stores, carried, before, segments, transposed))
+        for suffix, carried, segments in (
+            (ENDS, (*scan.carried, *fades), zero),
+            (MATRICES, matrices, identity),
+        ):
+            if carried:
+                own = replace(scan, stores=(), carried=carried, segments=segments)
+                self.kernels.append(replace(own, name=scan.name + suffix))
 
     def fresh(self, tiles: Iterable[Tile]) -> Named:
         """Buffer names for `tiles`, in order, none of them used yet."""
@@ -319,7 +327,7 @@ class _Builder:
 
     def norms(self, roots: list[Tile]) -> None:
         """A kernel for the sums over K of operands that something along K needs."""
-        wanted = _norms_along_keys(tile.topological(*roots))
+        wanted = norms_along_keys(tile.topological(*roots))
         if wanted:
             self.kernel("norms", Loop.PARALLEL, self.fresh(wanted))
 
@@ -331,12 +339,12 @@ class _Builder:
         along = frozenset(t for t in fresh if t.op in under_gate)
         wanted: dict[Tile, None] = {}
         for s in fresh:
-            late = s.op is TileOp.SUM and Axis.K in summed_axes(s) and _depends(s, along)
-            if late and any(Axis.K in t.axes and _depends(t, frozenset((s,))) for t in fresh):
+            late = s.op is TileOp.SUM and Axis.K in summed_axes(s) and depends(s, along)
+            if late and any(Axis.K in t.axes and depends(t, frozenset((s,))) for t in fresh):
                 wanted[s] = None
                 (summed,) = s.args
                 parts = summed.args if summed.op is TileOp.MAP else (summed,)
-                wanted |= {x: None for x in parts if _depends(x, along)}
+                wanted |= {x: None for x in parts if depends(x, along)}
         return tuple(wanted)
 
     def sums(self, outputs: Named) -> None:
@@ -367,7 +375,7 @@ class _Builder:
             if x in seen:
                 return
             seen.add(x)
-            if not _depends(x, carries) and _worth_hoisting(x, plan.hoist, plan.reassociate):
+            if not depends(x, carries) and worth_hoisting(x, plan.hoist, plan.reassociate):
                 wanted[x] = None
             else:
                 for argument in x.args:
@@ -377,63 +385,25 @@ class _Builder:
             visit(root)
         if Hoist.PRODUCTS in plan.hoist:
             for t in tile.topological(*outputs):
-                for x in t.args if not _scores_under_vector_gate(t) else ():
-                    if _scores_under_vector_gate(x) and not _depends(x, carries):
+                for x in t.args if not scores_under_vector_gate(t) else ():
+                    if scores_under_vector_gate(x) and not depends(x, carries):
                         wanted[x] = None
         if wanted:
             self.kernel("prep", Loop.PARALLEL, self.fresh(wanted))
 
 
-_PRODUCTS = (TileOp.DOT, TileOp.PRODUCT, TileOp.DECAYED_DOT, TileOp.INVERSE)
-
-
-def _worth_hoisting(x: Tile, hoist: Hoist, reassociate: bool) -> bool:
-    below = tile.topological(x)
-    if not x.args or (Axis.K in x.axes and Axis.V in x.axes):
-        return False  # a K x V tile per chunk is the size of the state: never worth its bytes
-    if Axis.V in x.axes and not reassociate:
-        return False  # a C x V tile costs more bytes than its arguments
-    if any(t.op is TileOp.INVERSE for t in below):
-        return Hoist.SOLVES in hoist
-    if any(t.op in _PRODUCTS for t in below):
-        return Hoist.PRODUCTS in hoist
-    return Hoist.PREFIXES in hoist and _scales_by_prefix(x)
-
-
-def _norms_along_keys(tiles: list[Tile]) -> tuple[Tile, ...]:
-    """Vectors of tokens made from sums over K of operands, and used along K."""
-    along = (t for t in tiles if Axis.K in t.axes)
-    return tuple(dict.fromkeys(x for t in along for x in t.args if _is_norm(x)))
-
-
-def _is_norm(x: Tile) -> bool:
-    """Whether `x` takes a sum over K of operands, elementwise: no matrix product, no carry."""
-    if x.axes != (Axis.I,):
-        return False
-    below = tile.topological(x)
-    sums = {t for t in below if t.op is TileOp.SUM and Axis.K in summed_axes(t)}
-    elementwise = {*POINTWISE, *LEAVES, *NUMBERS, TileOp.EXPAND} - {TileOp.CARRY}
-    return bool(sums) and all(t in sums or t.op in elementwise for t in below)
-
-
-def _scores_under_vector_gate(x: Tile) -> bool:
-    """Whether `x` is a decayed product of operands, or such products and others added up."""
-    if x.is_map(Op.ADD):
-        return x.axes == SQUARE and any(map(_scores_under_vector_gate, x.args))
-    return x.op is TileOp.DECAYED_DOT
-
-
-def _scales_by_prefix(x: Tile) -> bool:
-    """Whether `x` is a prefix sum or made from one of its own shape, not merely scaled by it."""
-    if x.op is TileOp.CUMSUM or Axis.I in summed_axes(x):
-        return True
-    same = [a for a in x.args if a.axes == x.axes or x.op in (TileOp.ROWS, TileOp.MASK)]
-    return x.op in (TileOp.MAP, TileOp.FLUSH) and any(_scales_by_prefix(a) for a in same)
-
-
-@lru_cache(maxsize=65536)
-def _depends(x: Tile, carries: frozenset[Tile]) -> bool:
-    return x in carries or any(_depends(a, carries) for a in x.args)
+def _exchanged(kernel: Kernel) -> Kernel:
+    """The same kernel with axis K called V, and V K."""
+    ends = (c.end for c in kernel.carried)
+    roots = (*(t for _, t in kernel.stores), *ends, *(t for _, t in kernel.stored))
+    new = exchanged(roots)
+    return replace(
+        kernel,
+        stores=tuple((n, new[t]) for n, t in kernel.stores),
+        carried=tuple(Carried(c.start, new[c.end]) for c in kernel.carried),
+        stored=tuple((n, new[t]) for n, t in kernel.stored),
+        transposed=not kernel.transposed,
+    )
 
 
 def _kept(roots: list[Tile], carries: frozenset[Tile]) -> tuple[Tile, ...]:
@@ -441,7 +411,7 @@ def _kept(roots: list[Tile], carries: frozenset[Tile]) -> tuple[Tile, ...]:
     solves = frozenset(
         t
         for t in tile.topological(*roots)
-        if t.op is TileOp.DOT and t.args[0].op is TileOp.INVERSE and _depends(t, carries)
+        if t.op is TileOp.DOT and t.args[0].op is TileOp.INVERSE and depends(t, carries)
     )
     needed = tile.topological(*roots, stop=solves)
     return tuple(t for t in needed if t in carries or t in solves)

@@ -116,7 +116,9 @@ class _Tiling:
         inside = [*self._stores(starts), *self._run(t for t in self._order if t.op not in same)]
         inside += self._stores([t for t in self._order if t not in starts])
         inside.append(tiled.Advance(tuple((c.start, self._end(c)) for c in carried)))
-        return before, inside, [self._finish(c) for c in carried]
+        ends = segments is not None and segments.ends
+        finished = carried if self._kernel.last or ends else ()
+        return before, inside, [self._finish(c) for c in finished]
 
     # ---- what a scan carries ---------------------------------------------------------------------
 

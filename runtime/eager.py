@@ -20,7 +20,7 @@ from ..codegen.differentiate import GRADIENT
 from ..codegen.eager import library as eager_library
 from ..codegen.eager.kernel import print_eager
 from ..codegen.plan import Hoist, Loop, Plan, Program
-from ..codegen.programs import backward_program, chunk_program, forward_program
+from ..codegen.programs import backward_program, forward_program
 from ..codegen.tile import Axes, Axis, TileOp
 from ..dsl.normal_form import NormalForm
 from . import reference
@@ -38,11 +38,12 @@ _LONGEST_CHUNK = 64  # where nothing was tuned
 class _Compiled:
     """A printed kernel, ready to run.
 
-    `arguments`: the name of each, and what it is (None: a buffer). `stores`, `ends`: the names and
-    axes of its results, buffers and then carries.
+    `transposed`: it holds states transposed. `arguments`: the name of each, and what it is (None: a
+    buffer). `stores`, `ends`: the names and axes of its results, buffers and then carries.
     """
 
     loop: Loop
+    transposed: bool
     run: Callable[..., tuple[Tensor | float, ...]]
     arguments: tuple[tuple[str, TileOp | None], ...]
     stores: tuple[tuple[str, Axes], ...]
@@ -113,7 +114,9 @@ def _compile(program: Program) -> tuple[_Compiled, ...]:
         )
         stores = tuple((str(name), t.axes) for name, t in printed.stores)
         ends = tuple((name, t.axes) for name, t in printed.ends)
-        compiled.append(_Compiled(kernel.loop, run, arguments, stores, ends))
+        compiled.append(
+            _Compiled(kernel.loop, kernel.transposed, run, arguments, stores, ends)
+        )
     return tuple(compiled)
 
 
@@ -158,10 +161,6 @@ class _Run:
         self._task, self._chunk, self._kernels = task, chunk, kernels
         call = self._call = task.rows
         self._dtype = call.state_dtype
-        self._transposed = chunk_program(call.form).transposed  # of states, as kernels hold them
-        dims = held(Dims(call.K, call.V), transposed=self._transposed)
-        self._context = dims.K, dims.V, self._dtype
-        self._size = {Axis.I: chunk, Axis.J: chunk, Axis.K: dims.K, Axis.V: dims.V}
         feeds = [(name, f.at, f.make) for name, f in task.operands.items()]
         self._tokens = [x for x in feeds if x[0] not in task.per_head]
         self._heads = [x for x in feeds if x[0] in task.per_head]
@@ -192,36 +191,37 @@ class _Run:
             flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
             laid = flat[slots.flat].movedim(2, 1).repeat_interleave(call.HV // x.shape[2], 1)
             found[name] = laid.reshape(call.N * call.HV, chunks, chunk, *x.shape[3:])
-        carries: dict[str, Tensor] = {}
+        starts: dict[str, Tensor] = {}
         for name, place, shape in self._starts:
             if place is None:
-                carries[name] = self._turned(torch.zeros(shape, dtype=dtype, device=device))
+                starts[name] = torch.zeros(shape, dtype=dtype, device=device)
             else:
-                carries[name] = self._turned(values[place].to(dtype).reshape(shape))
+                starts[name] = values[place].to(dtype).reshape(shape)
+        ends = dict(starts)
         for kernel in self._kernels:
             if kernel.loop is Loop.PARALLEL:
                 given = [
                     found[key][:, None] if op is TileOp.HEAD else found[key]
                     for key, op in kernel.arguments
                 ]
-                results = kernel.run(*given, slots.rows, slots.at, *self._context)
+                results = kernel.run(*given, slots.rows, slots.at, *self._context(kernel))
                 for (buffer, axes), y in zip(kernel.stores, results, strict=True):
-                    found[buffer] = self._filled(y, axes, chunks)
+                    found[buffer] = self._filled(kernel, y, axes, chunks)
             else:
-                self._scan(kernel, found, carries, slots)
-        return [self._result(name, found, carries, slots) for name in self._task.results]
+                ends |= self._scan(kernel, found, starts, slots)
+        return [self._result(name, found, ends, slots) for name in self._task.results]
 
     def _scan(
         self,
         kernel: _Compiled,
         found: dict[str, Tensor],
-        carries: dict[str, Tensor],
+        starts: dict[str, Tensor],
         slots: _Slots,
-    ) -> None:
-        """Run a scan: `found` has what it stores then, `carries` the last values."""
+    ) -> dict[str, Tensor]:
+        """Run a scan from `starts`, of all carries: `found` has what it stores then; its ends."""
         stored, carried = kernel.stores, kernel.ends
         layouts = [axes for _, axes in (*stored, *carried)]
-        carry = {name: carries[name] for name, _ in carried}
+        carry = {name: _turned(kernel, starts[name]) for name, _ in carried}
         series: list[list[Tensor]] = [[] for _ in stored]
         steps = range(slots.at.shape[0])
         for n in steps if kernel.loop is Loop.FORWARD else reversed(steps):
@@ -232,37 +232,44 @@ class _Run:
                 else:
                     x = found[key]
                     given.append(x if op in (TileOp.HEAD, TileOp.PARAM) else x[:, n])
-            results = kernel.run(*given, slots.rows[:, n], slots.at[n], *self._context)
-            full = [self._filled(y, axes) for axes, y in zip(layouts, results, strict=True)]
+            results = kernel.run(*given, slots.rows[:, n], slots.at[n], *self._context(kernel))
+            pairs = zip(layouts, results, strict=True)
+            full = [self._filled(kernel, y, axes) for axes, y in pairs]
             for own, y in zip(series, full[: len(stored)], strict=True):
                 own.append(y)
             carry = {name: y for (name, _), y in zip(carried, full[len(stored) :], strict=True)}
-        carries |= carry
         for (buffer, axes), own in zip(stored, series, strict=True):
             ordered = own if kernel.loop is Loop.FORWARD else own[::-1]
             # of no chunks there is nothing to stack
-            found[buffer] = torch.stack(ordered, 1) if ordered else self._filled(0.0, axes, 0)
+            full = torch.stack(ordered, 1) if ordered else self._filled(kernel, 0.0, axes, 0)
+            found[buffer] = full
+        return {name: _turned(kernel, x) for name, x in carry.items()}
 
-    def _turned(self, state: Tensor) -> Tensor:
-        """A state between the call's layout and that of kernels."""
-        return state.mT if self._transposed else state
+    def _dims(self, kernel: _Compiled) -> Dims:
+        return held(Dims(self._call.K, self._call.V), transposed=kernel.transposed)
 
-    def _filled(self, x: Tensor | float, axes: Axes, *chunks: int) -> Tensor:
+    def _context(self, kernel: _Compiled) -> tuple[int, int, torch.dtype]:
+        """Its arguments behind tiles and rows."""
+        dims = self._dims(kernel)
+        return dims.K, dims.V, self._dtype
+
+    def _filled(self, kernel: _Compiled, x: Tensor | float, axes: Axes, *chunks: int) -> Tensor:
         """A kernel's result in full, `[N*HV, *chunks, *axes]`; a view where it is constant."""
-        call = self._call
+        call, dims = self._call, self._dims(kernel)
+        size = {Axis.I: self._chunk, Axis.J: self._chunk, Axis.K: dims.K, Axis.V: dims.V}
         x = torch.as_tensor(x, dtype=self._dtype, device=call.device)
-        return x.expand(call.N * call.HV, *chunks, *(self._size[a] for a in axes))
+        return x.expand(call.N * call.HV, *chunks, *(size[a] for a in axes))
 
     def _result(
         self,
         name: str,
         found: Mapping[str, Tensor],
-        carries: Mapping[str, Tensor],
+        ends: Mapping[str, Tensor],
         slots: _Slots,
     ) -> Tensor | None:
         call = self._call
-        if name in carries:
-            end = self._turned(carries[name])
+        if name in ends:
+            end = ends[name]
             return end.reshape(call.N, call.HV, *end.shape[1:]).contiguous()
         x = found.get(name)
         if x is None:
@@ -281,3 +288,8 @@ class _Run:
         flat = x.new_zeros(call.B * call.T, *x.shape[2:])
         flat[slots.flat[slots.valid]] = x[slots.valid]
         return flat.reshape(call.B, call.T, *x.shape[2:])
+
+
+def _turned(kernel: _Compiled, state: Tensor) -> Tensor:
+    """A state between the call's layout and that of a kernel."""
+    return state.mT if kernel.transposed else state

@@ -69,7 +69,7 @@ def spread(config: TvmConfig, rows: int, V: int, threads: int) -> TvmConfig:
     while rows * (V // tile) < threads and tile % (2 * config.lanes) == 0 and tile >= 2 * NARROWEST:
         tile //= 2
     backward = config.backward
-    if 4 * rows <= threads and backward.outputs_in_scan:
+    if 4 * rows <= threads and backward.outputs_in_scan and not backward.scans_apart:
         backward = Plan(Hoist.ALL)
     return replace(config, backward=backward, v_tile=tile if tile < V else config.v_tile)
 

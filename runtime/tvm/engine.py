@@ -231,7 +231,7 @@ class _Run:
                 elif (Role.BUFFER, b.name) not in number:
                     number[Role.BUFFER, b.name] = len(number)
                     new.append(self._new(b, self._rows.HV))
-        parts = min(kernel.v_programs for kernel, _ in stage)
+        parts = math.gcd(*(kernel.v_programs for kernel, _ in stage))
         kernels = []
         for kernel, function in stage:
             of = [(p.role, p.of) for p in kernel.parameters]

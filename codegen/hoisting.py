@@ -1,0 +1,72 @@
+"""What is worth a kernel ahead of a scan: prefixes, solves, products and norms without a carry."""
+
+from __future__ import annotations
+
+from enum import Flag, auto
+from functools import lru_cache
+
+from ..dsl.ir import Op
+from . import tile
+from .tile import LEAVES, NUMBERS, POINTWISE, SQUARE, Axis, Tile, TileOp, summed_axes
+
+
+class Hoist(Flag):
+    """The tiles computed ahead of the scan, in parallel over chunks; kinds add up."""
+
+    NOTHING = 0
+    PREFIXES = auto()  # prefix sums of gates, and tiles scaled by them
+    SOLVES = auto()  # applications of the triangular inverse
+    PRODUCTS = auto()  # all other matrix products
+    ALL = PREFIXES | SOLVES | PRODUCTS
+
+
+_PRODUCTS = (TileOp.DOT, TileOp.PRODUCT, TileOp.DECAYED_DOT, TileOp.INVERSE)
+
+
+def worth_hoisting(x: Tile, hoist: Hoist, reassociate: bool) -> bool:
+    below = tile.topological(x)
+    if not x.args or (Axis.K in x.axes and Axis.V in x.axes):
+        return False  # a K x V tile per chunk is the size of the state: never worth its bytes
+    if Axis.V in x.axes and not reassociate:
+        return False  # a C x V tile costs more bytes than its arguments
+    if any(t.op is TileOp.INVERSE for t in below):
+        return Hoist.SOLVES in hoist
+    if any(t.op in _PRODUCTS for t in below):
+        return Hoist.PRODUCTS in hoist
+    return Hoist.PREFIXES in hoist and _scales_by_prefix(x)
+
+
+def norms_along_keys(tiles: list[Tile]) -> tuple[Tile, ...]:
+    """Vectors of tokens made from sums over K of operands, and used along K."""
+    along = (t for t in tiles if Axis.K in t.axes)
+    return tuple(dict.fromkeys(x for t in along for x in t.args if _is_norm(x)))
+
+
+def _is_norm(x: Tile) -> bool:
+    """Whether `x` takes a sum over K of operands, elementwise: no matrix product, no carry."""
+    if x.axes != (Axis.I,):
+        return False
+    below = tile.topological(x)
+    sums = {t for t in below if t.op is TileOp.SUM and Axis.K in summed_axes(t)}
+    elementwise = {*POINTWISE, *LEAVES, *NUMBERS, TileOp.EXPAND} - {TileOp.CARRY}
+    return bool(sums) and all(t in sums or t.op in elementwise for t in below)
+
+
+def scores_under_vector_gate(x: Tile) -> bool:
+    """Whether `x` is a decayed product of operands, or such products and others added up."""
+    if x.is_map(Op.ADD):
+        return x.axes == SQUARE and any(map(scores_under_vector_gate, x.args))
+    return x.op is TileOp.DECAYED_DOT
+
+
+def _scales_by_prefix(x: Tile) -> bool:
+    """Whether `x` is a prefix sum or made from one of its own shape, not merely scaled by it."""
+    if x.op is TileOp.CUMSUM or Axis.I in summed_axes(x):
+        return True
+    same = [a for a in x.args if a.axes == x.axes or x.op in (TileOp.ROWS, TileOp.MASK)]
+    return x.op in (TileOp.MAP, TileOp.FLUSH) and any(_scales_by_prefix(a) for a in same)
+
+
+@lru_cache(maxsize=65536)
+def depends(x: Tile, carries: frozenset[Tile]) -> bool:
+    return x in carries or any(depends(a, carries) for a in x.args)
