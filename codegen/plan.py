@@ -56,6 +56,7 @@ class Plan:
     over, or with `scans_apart`.
     `scans_apart`: backward only: each gradient in a scan of its own, which carries the one state
     that it reads (codegen/scans.py).
+    `together`: scans that need nothing of one another in one launch, where a target has launches.
     """
 
     hoist: Hoist
@@ -65,6 +66,7 @@ class Plan:
     sums_apart: bool = False
     norms_apart: bool = False
     scans_apart: bool = False
+    together: bool = False
 
     @property
     def label(self) -> str:
@@ -73,7 +75,7 @@ class Plan:
         hoisted = [str(k.name).lower() for k in kinds if k in self.hoist]
         prep = "+".join(["norms"] * self.norms_apart + hoisted + ["W"] * self.reassociate)
         post = "+".join(("sums",) * self.sums_apart + ("values",) * self.values_apart + ("post",))
-        scan = "scans" if self.scans_apart else "scan"
+        scan = ("scans" if self.scans_apart else "scan") + "+together" * self.together
         return "|".join(p for p in (prep, scan, "" if self.outputs_in_scan else post) if p)
 
 

@@ -17,6 +17,7 @@ from ..token import token_kernel
 from . import library as triton_library
 from .defaults import token_config
 from .kernel import TritonKernel, print_triton
+from .together import launches
 
 _Kernels = tuple[TritonKernel, ...]
 
@@ -44,10 +45,10 @@ def emit(
     `segments`: its scans run on segments of a sequence at once, which `transition_of` must allow.
     """
     forward, backward = (
-        tuple(print_triton(k, signature, config) for k in program.kernels)
-        for program in (
-            forward_program(form, config.forward, segments=segments),
-            backward_program(form, config.backward, segments=segments),
+        tuple(launches(program.kernels, signature, config, together=plan.together))
+        for plan, program in (
+            (config.forward, forward_program(form, config.forward, segments=segments)),
+            (config.backward, backward_program(form, config.backward, segments=segments)),
         )
     )
     head = _header(form, signature, config, segments=segments)

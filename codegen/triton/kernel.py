@@ -59,16 +59,21 @@ class TritonKernel:
         return self.config.options(self.config.stages)
 
 
-def print_triton(kernel: Kernel, signature: Signature, config: Config) -> TritonKernel:
-    """`kernel` as a Triton kernel for `signature`."""
-    return _KernelPrinter(kernel, signature, config).print()
+def print_triton(
+    kernel: Kernel, signature: Signature, config: Config, *, called: bool = False
+) -> TritonKernel:
+    """`kernel` as a Triton kernel for `signature`.
+
+    `called`: as a function of the program's number, which a kernel of several calls.
+    """
+    return _KernelPrinter(kernel, signature, config, called).print()
 
 
 class _KernelPrinter(TritonMemory):
-    def __init__(self, kernel: Kernel, signature: Signature, config: Config) -> None:
+    def __init__(self, kernel: Kernel, signature: Signature, config: Config, called: bool) -> None:
         super().__init__(tile(kernel, signature, config.tiles(kernel.name)), Names(_RESERVED))
         self._kernel, self._signature = kernel, signature
-        self._config = config.of(kernel.name)
+        self._config, self._called = config.of(kernel.name), called
 
     def print(self) -> TritonKernel:
         kernel, own = self._kernel, self.tiled
@@ -112,8 +117,11 @@ class _KernelPrinter(TritonMemory):
             stores = f"what a segment ends with: {', '.join(c.name for c in self._kernel.carried)}"
         stages = "" if self._kernel.loop is Loop.PARALLEL else " STAGES: tl.constexpr,"
         loop = "a scan over tokens" if self.tiled.by_token else self._kernel.loop.value
+        head = f'@triton.jit(do_not_specialize=["TOKENS", "chunks"{lengths}])'
+        if self._called:
+            head, names = "@triton.jit", f"pid, {names}"
         return (
-            f'@triton.jit(do_not_specialize=["TOKENS", "chunks"{lengths}])\n'
+            f"{head}\n"
             f"def {self._kernel.name}(\n"
             f"    {names},\n"
             f"    cu_seqlens, chunk_offsets, chunk_table,{tables} TOKENS, chunks,{sizes} "
@@ -172,7 +180,8 @@ class _KernelPrinter(TritonMemory):
 
     def _program(self) -> list[str]:
         part = ["i_v = pid % NV", "pid = pid // NV"] if self.tiled.v_parts > 1 else []
-        return ["pid = tl.program_id(0)", *part, "h = (pid % HV).to(tl.int64)"]
+        program = [] if self._called else ["pid = tl.program_id(0)"]
+        return [*program, *part, "h = (pid % HV).to(tl.int64)"]
 
     def _ranges(self) -> list[str]:
         lines = [] if self.tiled.by_token else ["oi = tl.arange(0, C)", "oj = tl.arange(0, C)"]
