@@ -4,7 +4,7 @@ Counted from the graph: matrix products as the kernels run them (a masked produc
 those under a vector gate, and the triangular inverse, take one or two per halving, ℓ = log2 C), one
 FLOP per element for the rest. Bytes: each kernel reads each of its inputs once and writes each
 result once (programs along V that read the same rows meet in the cache). K and V are those of the
-state as kernels hold it.
+state as the kernel or chunk holds it; those of a program are the call's.
 """
 
 from __future__ import annotations
@@ -78,7 +78,10 @@ def program_cost(program: Program, dtype: Dtype) -> Cost:
     zero = sympy.Integer(0)
     total = Cost(zero, zero, zero, zero)
     for kernel in program.kernels:
-        total += kernel_cost(kernel, dtype)
+        own = kernel_cost(kernel, dtype)
+        if kernel.transposed:
+            own = Cost(*map(_exchanged, (own.products, own.elementwise, own.read, own.written)))
+        total += own
     return total
 
 
@@ -100,9 +103,13 @@ def evaluate(expression: Expr, chunk: int, dims: Dims) -> float:
 def readable(expression: Expr, *, transposed: bool = False) -> str:
     """A polynomial as text, its largest powers first; `transposed`: of states that are held so."""
     if transposed:
-        expression = expression.subs({K: V, V: K}, simultaneous=True)
+        expression = _exchanged(expression)
     text = str(expression).replace("**2", "²").replace("**3", "³")
     return text.replace("*", "·").replace(" - ", " − ")
+
+
+def _exchanged(expression: Expr) -> Expr:
+    return expression.subs({K: V, V: K}, simultaneous=True)
 
 
 def _size(axes: Iterable[Axis]) -> Expr:

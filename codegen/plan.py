@@ -287,7 +287,12 @@ class _Builder:
             loop = Loop.REVERSE if scan.reverse else Loop.FORWARD
             carried = adjoint.carried if scan.reverse else body.carried
             kernel = Kernel(
-                f"{self._direction}_{scan.name}", loop, scan.outputs, carried, before, last=scan.last
+                f"{self._direction}_{scan.name}",
+                loop,
+                scan.outputs,
+                carried,
+                before,
+                last=scan.last,
             )
             self._add(_exchanged(kernel) if scan.exchanged else kernel)
 

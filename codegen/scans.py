@@ -20,7 +20,7 @@ from .chunk import ChunkProgram, Named
 from .differentiate import Adjoint, differentiate
 from .gates import DECAYED
 from .hoisting import depends
-from .tile import Attr, Axis, Tile, TileOp, summed_axes
+from .tile import Attr, Axis, Tile, summed_axes
 
 _OTHER = {Axis.K: Axis.V, Axis.V: Axis.K}
 

@@ -56,24 +56,27 @@ class PlanCosts:
 def plan_costs(form: NormalForm, dims: Dims = DIMS, dtype: Dtype = Dtype.BFLOAT16) -> PlanCosts:
     """The kernels by default with their costs. Raises NotLowered for a form without chunks."""
     config = default_config(chunk_program(form), dims, wide_dtype=dtype is Dtype.FLOAT32)
-    own = held(dims, transposed=chunk_program(form).transposed)
+    transposed = chunk_program(form).transposed
     programs: dict[str, Program] = {
         "forward": forward_program(form, config.forward),
         "backward": backward_program(form, config.backward),
     }
 
-    def number(expression: cost.Expr) -> float:
-        return cost.evaluate(expression, config.chunk, own)
+    def number(expression: cost.Expr, *, transposed: bool) -> float:
+        return cost.evaluate(expression, config.chunk, held(dims, transposed=transposed))
 
     kernels = []
     for direction, program in programs.items():
         for kernel in program.kernels:
             spent = cost.kernel_cost(kernel, dtype)
-            moved, products = number(spent.moved), number(spent.products)
+            moved, products = (
+                number(x, transposed=kernel.transposed) for x in (spent.moved, spent.products)
+            )
             kernels.append(KernelCost(direction, kernel, moved, products))
+    chunks = {"forward": chunk_program(form), "backward": chunk_adjoint(form)}
     floors = {
-        "forward": number(cost.compulsory_bytes(chunk_program(form), dtype)),
-        "backward": number(cost.compulsory_bytes(chunk_adjoint(form), dtype)),
+        name: number(cost.compulsory_bytes(chunk, dtype), transposed=transposed)
+        for name, chunk in chunks.items()
     }
     return PlanCosts(config, dims, dtype, tuple(kernels), floors)
 

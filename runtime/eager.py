@@ -114,9 +114,7 @@ def _compile(program: Program) -> tuple[_Compiled, ...]:
         )
         stores = tuple((str(name), t.axes) for name, t in printed.stores)
         ends = tuple((name, t.axes) for name, t in printed.ends)
-        compiled.append(
-            _Compiled(kernel.loop, kernel.transposed, run, arguments, stores, ends)
-        )
+        compiled.append(_Compiled(kernel.loop, kernel.transposed, run, arguments, stores, ends))
     return tuple(compiled)
 
 
@@ -241,8 +239,8 @@ class _Run:
         for (buffer, axes), own in zip(stored, series, strict=True):
             ordered = own if kernel.loop is Loop.FORWARD else own[::-1]
             # of no chunks there is nothing to stack
-            full = torch.stack(ordered, 1) if ordered else self._filled(kernel, 0.0, axes, 0)
-            found[buffer] = full
+            nothing = self._filled(kernel, 0.0, axes, 0)
+            found[buffer] = torch.stack(ordered, 1) if ordered else nothing
         return {name: _turned(kernel, x) for name, x in carry.items()}
 
     def _dims(self, kernel: _Compiled) -> Dims:

@@ -24,17 +24,18 @@ def costs(form: NormalForm, dims: Dims = _DIMS, dtype: Dtype = Dtype.BFLOAT16) -
     from .. import cost  # SymPy takes half a second to import
 
     transposed = chunk_program(form).transposed
-    own = held(dims, transposed=transposed)
     config = default_config(chunk_program(form), dims, wide_dtype=dtype is Dtype.FLOAT32)
     rows = [("", "FLOPs of products", "", "bytes moved", "")]
 
-    def number(expression: cost.Expr) -> str:
-        return f"{cost.evaluate(expression, config.chunk, own):,.0f}"
+    def row(label: str, products: cost.Expr, moved: cost.Expr, *, transposed: bool = False) -> None:
+        own = held(dims, transposed=transposed)
 
-    def readable(expression: cost.Expr) -> str:
-        return cost.readable(expression, transposed=transposed)
+        def number(expression: cost.Expr) -> str:
+            return f"{cost.evaluate(expression, config.chunk, own):,.0f}"
 
-    def row(label: str, products: cost.Expr, moved: cost.Expr) -> None:
+        def readable(expression: cost.Expr) -> str:
+            return cost.readable(expression, transposed=transposed)
+
         flops = ("", "") if products is None else (readable(products), number(products))
         rows.append((label, *flops, readable(moved), number(moved)))
 
@@ -42,10 +43,11 @@ def costs(form: NormalForm, dims: Dims = _DIMS, dtype: Dtype = Dtype.BFLOAT16) -
         rows.append((f"{name} ({plan.label})", "", "", "", ""))
         for kernel in program.kernels:
             spent = cost.kernel_cost(kernel, dtype)
-            row(f"  {kernel.name.removeprefix(f'{name}_')}", spent.products, spent.moved)
+            label = kernel.name.removeprefix(f"{name}_")
+            row(f"  {label}", spent.products, spent.moved, transposed=kernel.transposed)
         whole = cost.program_cost(program, dtype)
         row("  together", whole.products, whole.moved)
-        row("  compulsory", None, floor)
+        row("  compulsory", None, floor, transposed=transposed)
 
     forward, backward = config.forward, config.backward
     direction(

@@ -15,6 +15,7 @@ from ..plan import Kernel, Loop
 from ..tile import Axis
 from .kernel import STAGES, TritonKernel, print_triton
 
+_OF_CALL = ("cu_seqlens", "chunk_offsets", "chunk_table", "TOKENS", "chunks", "HV")
 _OTHER = {Axis.K: Axis.V, Axis.V: Axis.K}
 
 
@@ -47,47 +48,54 @@ def _printed(group: Sequence[Kernel], signature: Signature, config: Config) -> T
     if len(group) == 1:
         return print_triton(group[0], signature, config)
     scans = [print_triton(k, signature, config, called=True) for k in group]
-    first = scans[0]
-    parameters, calls, before = _Parameters(), [], 0
+    first, parameters, calls, parts = scans[0], _Parameters(), [], 0
     for kernel, scan in zip(group, scans, strict=True):
         exchanged = kernel.transposed is not group[0].transposed
         names = [parameters.name(p, exchanged=exchanged) for p in scan.parameters]
-        sizes = [str(n) for _, n in scan.constants]
-        program = f"row * {scan.v_programs} + part" + (f" - {before}" if before else "")
-        tables = ["cu_seqlens", "chunk_offsets", "chunk_table", "TOKENS", "chunks", "HV"]
-        arguments = ", ".join([program, *names, *tables, *sizes, "PACKED", "EVEN", STAGES])
-        before += scan.v_programs
-        calls.append((before, f"{scan.name}({arguments})"))
-    lines = ["pid = tl.program_id(0)", "part = pid % NV", "row = pid // NV"]
-    for n, (end, call) in enumerate(calls):
-        last = "else:" if n == len(calls) - 1 else f"{'elif' if n else 'if'} part < {end}:"
-        lines += [last, f"    {call}"]
-    name = "_".join([first.name.partition("_")[0], "scans"])
-    text = "\n".join(f"    {line}" for line in lines)
-    head = ", ".join(
-        p.name + ": tl.constexpr" * (p.role is Role.GROUP) for p in parameters.all
-    )
-    entry = (
-        '@triton.jit(do_not_specialize=["TOKENS", "chunks"])\n'
-        f"def {name}(\n"
-        f"    {head},\n"
-        "    cu_seqlens, chunk_offsets, chunk_table, TOKENS, chunks, HV: tl.constexpr,\n"
-        "    K: tl.constexpr, V: tl.constexpr, NV: tl.constexpr, PACKED: tl.constexpr,\n"
-        f"    EVEN: tl.constexpr, {STAGES}: tl.constexpr,\n"
-        "):\n"
-        f'    """{", ".join(s.name for s in scans)} at once."""\n'
-        f"{text}\n"
-    )
-    sizes = dict(first.constants)
+        program = f"row * {scan.v_programs} + part" + (f" - {parts}" if parts else "")
+        sizes = (str(n) for _, n in scan.constants)
+        parts += scan.v_programs
+        arguments = ", ".join([program, *names, *_OF_CALL, *sizes, "PACKED", "EVEN", STAGES])
+        calls.append((parts, f"{scan.name}({arguments})"))
+    sizes_of = dict(first.constants)
+    name = f"{first.name}_together"
+    entry = _entry(name, parameters.all, calls, ", ".join(s.name for s in scans))
     return replace(
         first,
         name=name,
         source="\n\n".join([*(s.source for s in scans), entry]),
-        parameters=tuple(parameters.all),
-        v_programs=before,
-        constants=(("K", sizes["K"]), ("V", sizes["V"]), ("NV", before)),
+        parameters=parameters.all,
+        v_programs=parts,
+        constants=(("K", sizes_of["K"]), ("V", sizes_of["V"]), ("NV", parts)),
         stores=tuple(b for s in scans for b in s.stores),
-        functions=frozenset().union(*(s.functions for s in scans)),
+        functions=frozenset[str]().union(*(s.functions for s in scans)),
+    )
+
+
+def _entry(
+    name: str, parameters: tuple[Parameter, ...], calls: Sequence[tuple[int, str]], what: str
+) -> str:
+    """The kernel that calls one of several scans; with each call, where its parts of NV end."""
+    names = ", ".join(p.name + ": tl.constexpr" * (p.role is Role.GROUP) for p in parameters)
+    branches = [
+        f"    {'elif' if n else 'if'} part < {end}:\n        {call}\n"
+        for n, (end, call) in enumerate(calls[:-1])
+    ]
+    return (
+        '@triton.jit(do_not_specialize=["TOKENS", "chunks"])\n'
+        f"def {name}(\n"
+        f"    {names},\n"
+        "    cu_seqlens, chunk_offsets, chunk_table, TOKENS, chunks, HV: tl.constexpr,\n"
+        "    K: tl.constexpr, V: tl.constexpr, NV: tl.constexpr, PACKED: tl.constexpr,\n"
+        f"    EVEN: tl.constexpr, {STAGES}: tl.constexpr,\n"
+        "):\n"
+        f'    """Scans at once: {what}."""\n'
+        "    pid = tl.program_id(0)\n"
+        "    part = pid % NV\n"
+        "    row = pid // NV\n"
+        f"{''.join(branches)}"
+        "    else:\n"
+        f"        {calls[-1][1]}\n"
     )
 
 
@@ -98,8 +106,8 @@ class _Parameters:
         self._found: dict[tuple[object, object], Parameter] = {}
 
     @property
-    def all(self) -> list[Parameter]:
-        return list(self._found.values())
+    def all(self) -> tuple[Parameter, ...]:
+        return tuple(self._found.values())
 
     def name(self, p: Parameter, *, exchanged: bool) -> str:
         """The name of the parameter that is passed for `p`."""
