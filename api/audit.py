@@ -71,11 +71,12 @@ class Subject:
         signature = signature_for(self.form, self.dims, self.dtype, self.target)
         return Job(found, buffers, signature, self.target, self.packed)
 
-    def kernels(self, config: Config) -> list[str]:
+    def kernels(self, config: Config) -> dict[str, tuple[str, ...]]:
+        """The names of launched kernels, each with those under which `config` has its tiles."""
         emitted = self.emitted(config)
         chosen = [emitted.forward] if "forward" in self.directions else []
         chosen += [emitted.backward] if "backward" in self.directions else []
-        return [k.name for program in chosen for k in program]
+        return {k.name: k.calls or (k.name,) for program in chosen for k in program}
 
 
 def ladder(config: KernelConfig) -> tuple[KernelConfig, ...]:
@@ -100,6 +101,7 @@ class Search:
     """The descent of one subject to tiles that fit: a rung per kernel, for each chunk length.
 
     Attributes:
+        names: of each launched kernel, the names under which a configuration has its tiles.
         attempt: the index of the chunk length being tried.
         rungs: the rung of each kernel being tried.
         found: the outcomes of the kernels that fit, at this chunk length.
@@ -109,6 +111,7 @@ class Search:
     """
 
     subject: Subject
+    names: dict[str, tuple[str, ...]] = field(default_factory=dict)
     attempt: int = 0
     rungs: dict[str, int] = field(default_factory=dict)
     found: dict[str, Outcome] = field(default_factory=dict)
@@ -117,14 +120,16 @@ class Search:
     failed: str = ""
 
     def __post_init__(self) -> None:
-        self.rungs = dict.fromkeys(self.subject.kernels(self.subject.default), 0)
+        self.names = self.subject.kernels(self.subject.default)
+        self.rungs = dict.fromkeys(self.names, 0)
 
     @property
     def config(self) -> Config:
         """The configuration being tried."""
         default = self.subject.default
         chunk = chunks_below(default.chunk)[self.attempt]
-        kernels = tuple((n, ladder(default.of(n))[rung]) for n, rung in self.rungs.items())
+        rungs = ((n, rung) for name, rung in self.rungs.items() for n in self.names[name])
+        kernels = tuple((n, ladder(default.of(n))[rung]) for n, rung in rungs)
         return replace(default, chunk=chunk, kernels=kernels)
 
     def pending(self) -> Iterator[tuple[str, Job]]:

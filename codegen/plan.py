@@ -188,7 +188,8 @@ def backward_plans(body: ChunkProgram) -> tuple[Plan, ...]:
     plans += [replace(p, sums_apart=True) for p in plans]
     if has_gradient_scans(body):
         plans += [replace(p, scans_apart=True) for p in both if p.outputs_in_scan]
-    return tuple(plans)
+    whole = [p for p in plans if not (p.values_apart or p.sums_apart or p.norms_apart)]
+    return (*plans, *(replace(p, together=True) for p in whole))
 
 
 def plan_forward(body: ChunkProgram, plan: Plan, *, segments: bool = False) -> Program:

@@ -62,8 +62,12 @@ def lowered(declaration: Declaration) -> bool:
 
 
 def plan_pairs(name: str) -> list[tuple[int, tuple[Plan, Plan]]]:
-    """Every plan of each direction, in numbered pairs of a forward and a backward."""
+    """Every plan of each direction, in numbered pairs of a forward and a backward.
+
+    One launch or several is a matter of the printer: the plans are otherwise the same.
+    """
     body = chunk_program(by_name(name).normal_form())
-    forward, backward = forward_plans(body), backward_plans(body)
+    forward = forward_plans(body)
+    backward = [p for p in backward_plans(body) if not p.together]
     count = max(len(forward), len(backward))
     return [(n, (forward[n % len(forward)], backward[n % len(backward)])) for n in range(count)]

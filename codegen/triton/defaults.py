@@ -5,13 +5,14 @@ The rules come from sweeps on an H100 (docs/measured.md); a tuner replaces them 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .. import tile
 from ..chunk import ChunkProgram
 from ..config import Config, Dims, KernelConfig, padded
 from ..gates import DECAYED
 from ..plan import Hoist, Kernel, Plan, sums_over_values
+from ..scans import has_gradient_scans
 from ..tile import Axis, TileOp, summed_axes
 
 
@@ -49,6 +50,11 @@ def default_config(body: ChunkProgram, dims: Dims, *, wide_dtype: bool) -> Confi
     late = sums_over_values(body)
     forward = Plan(hoist, outputs_in_scan=not late, sums_apart=late and apart, norms_apart=apart)
     backward = Plan(hoist, values_apart=apart, sums_apart=apart, norms_apart=apart)
+    if widest <= 64 and not wide_dtype:
+        # where states are small, scans in one launch hide more of one another's waiting
+        backward = replace(backward, together=not apart)
+        if has_gradient_scans(body):
+            backward = Plan(hoist, outputs_in_scan=True, scans_apart=True, together=True)
     if wide_dtype or widest > 128:
         # with 32 rows, wide kernels of half precision took up to twelve times as long as with 64
         short = widest > 64 if wide_dtype else f.vector_gated

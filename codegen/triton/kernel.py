@@ -38,7 +38,8 @@ _RESERVED = frozenset(triton_library.FUNCTIONS).union(
 class TritonKernel:
     """A printed kernel.
 
-    `v_programs`: programs along the value axis; `segments`: whether it is a scan of segments.
+    `v_programs`: programs along the value axis; `segments`: whether it is a scan of segments;
+    `calls`: the names of scans that it runs at once (codegen/triton/together.py).
     """
 
     name: str
@@ -52,6 +53,7 @@ class TritonKernel:
     functions: frozenset[str]
     segments: bool = False
     blocks: tuple[tuple[str, tuple[int, int]], ...] = ()  # loads and stores have pointers
+    calls: tuple[str, ...] = ()
 
     @property
     def options(self) -> dict[str, int | bool]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ..config import Config
+from ..config import TOGETHER, Config
 from ..interface import Parameter, Role, Signature
 from ..plan import Kernel, Loop
 from ..tile import Axis
@@ -58,7 +58,7 @@ def _printed(group: Sequence[Kernel], signature: Signature, config: Config) -> T
         arguments = ", ".join([program, *names, *_OF_CALL, *sizes, "PACKED", "EVEN", STAGES])
         calls.append((parts, f"{scan.name}({arguments})"))
     sizes_of = dict(first.constants)
-    name = f"{first.name}_together"
+    name = first.name + TOGETHER
     entry = _entry(name, parameters.all, calls, ", ".join(s.name for s in scans))
     return replace(
         first,
@@ -69,6 +69,7 @@ def _printed(group: Sequence[Kernel], signature: Signature, config: Config) -> T
         constants=(("K", sizes_of["K"]), ("V", sizes_of["V"]), ("NV", parts)),
         stores=tuple(b for s in scans for b in s.stores),
         functions=frozenset[str]().union(*(s.functions for s in scans)),
+        calls=tuple(s.name for s in scans),
     )
 
 
