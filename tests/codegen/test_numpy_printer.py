@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from chunkwise import library
-from chunkwise.codegen.buffers import OUTPUT, gradient
+from chunkwise.codegen.buffers import gradient, output
 from chunkwise.codegen.config import Dims, Precision, Space, Tiles
 from chunkwise.codegen.differentiate import GRADIENT
 from chunkwise.codegen.interface import Dtype, Signature, Storage, stored
@@ -38,6 +38,7 @@ from tests.harness import Inputs, Sizes, engine_results, make_inputs, results, w
 from tests.tolerances import assert_agree
 
 C = 16
+OUTPUT = output("o")
 _STORAGE = Storage(wide=False, transposed=False)
 # tails of sequences and of channels, parts of V and loops over it or K, groups of heads
 PACKED = Sizes(H=1, HV=2, K=20, V=18, initial=True, dtype=torch.float32).packed(C + 3, 0, 5)
