@@ -419,7 +419,8 @@ def _kept(roots: list[Tile], carries: frozenset[Tile]) -> tuple[Tile, ...]:
     solves = frozenset(
         t
         for t in tile.topological(*roots)
-        if t.op is TileOp.DOT and t.args[0].op is TileOp.INVERSE and depends(t, carries)
+        if (t.op is TileOp.SUBSTITUTE or (t.op is TileOp.DOT and t.args[0].op is TileOp.INVERSE))
+        and depends(t, carries)
     )
     needed = tile.topological(*roots, stop=solves)
     return tuple(t for t in needed if t in carries or t in solves)

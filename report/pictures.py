@@ -73,7 +73,10 @@ def plan_costs(form: NormalForm, dims: Dims = DIMS, dtype: Dtype = Dtype.BFLOAT1
                 number(x, transposed=kernel.transposed) for x in (spent.moved, spent.products)
             )
             kernels.append(KernelCost(direction, kernel, moved, products))
-    chunks = {"forward": chunk_program(form), "backward": chunk_adjoint(form)}
+    chunks: dict[str, ChunkProgram | Adjoint] = {
+        "forward": chunk_program(form),
+        "backward": chunk_adjoint(form),
+    }
     floors = {
         name: number(cost.compulsory_bytes(chunk, dtype), transposed=transposed)
         for name, chunk in chunks.items()

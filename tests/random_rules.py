@@ -318,7 +318,10 @@ class _Writer:
             )
         lines.append(f"{S}1 = {S}")
         what = self.pick(
-            ("add", "delta", "apart", "ratio", "undecayed", "general", "twice", "split", "scaled")
+            (
+                *("add", "delta", "apart", "ratio", "undecayed", "general", "twice", "split"),
+                *("scaled", "channels"),
+            )
         )
         write = f"outer({self.vector('Key')}, {self.vector('Value')})"
         if what == "add":
@@ -340,6 +343,9 @@ class _Writer:
         if what == "delta":
             value = self.vector("Value")
             return [*lines, f"{S} = {S} + {step} * outer({key}, {value} - {key} @ {S}1)"]
+        if what == "channels":  # a step size for each
+            error = f"({self.vector('Value')} - {key} @ {S}1)"
+            return [*lines, f"{S} = {S} + outer({key}, sigmoid({self.vector('Value')}) * {error})"]
         if what == "split":  # the delta rule in two terms
             value = self.vector("Value")
             at = self.pick(("1", "0"))
@@ -387,13 +393,19 @@ class _Writer:
         lines = [f"{S}0 = {S}", *([f"{S} = {decay} * {S}"] if decay else []), f"{S}1 = {S}"]
         self.inner = {"Key": "k_i", "Value": "v_i", "Scalar": "b_i"}
         head = len(lines)
-        what = self.pick(("delta", "add", "decayed", "ratio", "general"))
+        what = self.pick(("delta", "add", "decayed", "ratio", "general", "window"))
         value = self.pick(("v_i", self.vector("Value", 1)))
         if what == "general":
             read, key = self.pick(("l2norm(k_i)", "l2norm(p)")), self.pick(("l2norm(k_i)", "k_i"))
             lines.append(
                 f"    {S} = {S} - {self.step()} * outer({read}, {read} @ {S})"
                 f" + outer({key}, {value})"
+            )
+        elif what == "window":  # all recall the same state; entries meet in one row
+            other = self.pick(("0.3", "tanh(dot(ks[0], k_i))"))
+            lines.append(
+                f"    {S} = {S} + {other} * {self.step()} * outer(l2norm(k_i), "
+                f"{value} - l2norm(k_i) @ {S}1)"
             )
         elif what == "add":
             lines.append(
@@ -461,7 +473,7 @@ class _Writer:
 
     # ------------------------------------------------------------ outputs
     def output(
-        self, matrices: Sequence[str], vectors: Sequence[str], last_only: bool, over: str = "Key"
+        self, matrices: Sequence[str], vectors: Sequence[str], over: str = "Key"
     ) -> list[str]:
         """Statements that make the output `o` of reads of the states over an axis."""
         lines = []
@@ -472,17 +484,16 @@ class _Writer:
             return f"({x}) @ {S}" if over == "Key" else f"{S} @ ({x})"
 
         for n, S in enumerate(matrices):
-            seen = [S] if last_only else [S, S, f"{S}1", f"{S}0"]
-            if not last_only:
-                seen.append(f"({S}0 + outer({self.leaf('Key')}, {self.leaf('Value')}))")
-                seen += [f"({S} - {S}0)", f"({self.scalar(0)} * {S} + {S}1)"]
+            seen = [S, S, f"{S}1", f"{S}0"]
+            seen.append(f"({S}0 + outer({self.leaf('Key')}, {self.leaf('Value')}))")
+            seen += [f"({S} - {S}0)", f"({self.scalar(0)} * {S} + {S}1)"]
             x = self.pick((query, self.vector("Key"))) if over == "Key" else self.vector("Value")
             read = reading(x, self.pick(seen))
             lines.append(f"o = o + {read}" if n else f"o = {read}")
         if not matrices:
             lines.append(f"o = {self.vector(kind)}")
         for z in vectors:
-            at = z if last_only else self.pick((z, z, f"{z}1", f"{z}0"))
+            at = self.pick((z, z, f"{z}1", f"{z}0"))
             read = self.pick((f"dot({query}, {at})", f"(({query}) @ {at})"))
             lines.append(
                 self.pick(
@@ -546,11 +557,11 @@ def rule(pick: Pick) -> Rule:
     for z in vectors if shape != "vector first" else ():
         lines += writer.normaliser(z)
     if shape == "refused":
-        lines += writer.output(matrices, vectors, last_only=False)
+        lines += writer.output(matrices, vectors)
         lines.append(pick(_REFUSED))
     else:
         over = pick(("Key", "Key", "Value"))
-        lines += writer.output(matrices, vectors, last_only=shape in ("micro", "unlike"), over=over)
+        lines += writer.output(matrices, vectors, over=over)
     mirrored = not vectors and pick((False, False, True))
     states = [*matrices, *vectors]
     lines.append(

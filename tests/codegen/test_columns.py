@@ -53,7 +53,9 @@ def rows(S: State, q: Key, v: Key, b: Key, x: Value, g: Scalar):
 
 
 @cw.recurrence
-def products(S: State, q: Key, k: tuple[Key, ...], v: tuple[Value, ...], b: Value, g: Scalar):
+def scaled_products(
+    S: State, q: Key, k: tuple[Key, ...], v: tuple[Value, ...], b: Value, g: Scalar
+):
     """Micro-steps, each with its scales."""
     S = exp(g) * S
     for k_i, v_i in zip(k, v, strict=True):
@@ -71,7 +73,8 @@ def follows(A: State, B: State, q: Key, k: Key, v: Value, b: Value, c: Scalar, g
 
 
 RULES = {
-    op.declaration.name: op for op in (longhorn, gated_delta, undecayed, rows, products, follows)
+    op.declaration.name: op
+    for op in (longhorn, gated_delta, undecayed, rows, scaled_products, follows)
 }
 
 
@@ -94,7 +97,7 @@ def test_compiled_for_the_cpu(name: str) -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what padding holds
-@pytest.mark.parametrize("name", ["longhorn", "rows", "products"])
+@pytest.mark.parametrize("name", ["longhorn", "rows", "scaled_products"])
 def test_interpreted(name: str) -> None:
     check_engine(RULES[name], COMPILED["triton"], "triton")
 

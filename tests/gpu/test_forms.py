@@ -8,7 +8,15 @@ import chunkwise as cw
 import pytest
 import torch
 
-from tests.codegen import test_axes, test_cascades, test_groups, test_literature
+from tests.codegen import (
+    test_axes,
+    test_cascades,
+    test_columns,
+    test_groups,
+    test_literature,
+    test_outputs,
+    test_rows,
+)
 from tests.harness import Sizes, engine_results, make_inputs, oracle_results, wobbled
 from tests.tolerances import BY_DTYPE, FLOAT32_HARD, ROUNDINGS, assert_agree
 
@@ -18,6 +26,9 @@ OPS = {
     **test_axes.OPS,
     **test_groups.RULES,
     **test_cascades.RULES,
+    **test_rows.RULES,
+    **test_outputs.RULES,
+    **test_columns.RULES,
     **{n: op for n, (op, _, _) in test_literature.PAPERS.items()},
 }
 SIZES = {n: sizes for n, (_, _, sizes) in test_literature.PAPERS.items()}
