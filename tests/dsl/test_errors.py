@@ -359,13 +359,6 @@ def square_of_read(S: State, q: Key, k: Key, v: Value):
     return S + outer(k, v - r * r), q @ S
 
 
-@mistake(errors.NoChunkForm, "each column would need its own triangular solve")
-def longhorn_per_channel(S: State, q: Key, k: Key, v: Value, beta: Value):
-    step = beta / (1 + beta * dot(k, k))
-    S = S + outer(k, step * (v - k @ S))
-    return S, q @ S
-
-
 @mistake(errors.NoChunkForm, "decays along one axis so far; along both at once none is derived yet")
 def both_gates(S: State, q: Key, k: Key, v: Value, g: Key, h: Value):
     S = exp(g) * S * exp(h) + outer(k, v)
