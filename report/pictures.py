@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..codegen import cost
+from ..codegen.chunk import ChunkProgram
 from ..codegen.config import Config, Dims, held
+from ..codegen.differentiate import Adjoint
 from ..codegen.interface import Dtype
 from ..codegen.plan import Kernel, Loop, Program
 from ..codegen.programs import backward_program, chunk_adjoint, chunk_program, forward_program

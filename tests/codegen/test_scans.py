@@ -1,4 +1,4 @@
-"""Gradients in scans of their own, and scans in one launch: the forms that have them, and results."""
+"""Gradients in scans of their own, and scans in one launch: forms that have them, and results."""
 
 from __future__ import annotations
 
