@@ -13,7 +13,7 @@ from ..config import Config, Dims, KernelConfig, padded
 from ..gates import DECAYED
 from ..plan import Hoist, Kernel, Plan, sums_over_values
 from ..scans import has_gradient_scans
-from ..tile import Axis, TileOp, summed_axes
+from ..tile import SQUARE, Axis, TileOp, summed_axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class Features:
     gated: bool
     vector_gated: bool
     solves: bool
+    scores: int  # C x C products of operands
 
 
 def features(body: ChunkProgram) -> Features:
@@ -33,6 +34,7 @@ def features(body: ChunkProgram) -> Features:
         gated=TileOp.CUMSUM in ops,
         vector_gated=not ops.isdisjoint(DECAYED),
         solves=TileOp.INVERSE in ops,
+        scores=sum(t.op is TileOp.DOT and t.axes == SQUARE for t in tiles),
     )
 
 
@@ -42,6 +44,16 @@ def default_config(body: ChunkProgram, dims: Dims, *, wide_dtype: bool) -> Confi
     `wide_dtype`: products of float32.
     """
     f = features(body)
+    config = _config(body, f, dims, wide_dtype=wide_dtype)
+    # rows of several writes and reads have a C x C tile for every pair
+    shortest = next((chunk for scores, chunk in _SCORES if f.scores > scores), config.chunk)
+    return replace(config, chunk=min(config.chunk, shortest))
+
+
+_SCORES = ((9, 16), (4, 32))  # with more such tiles, chunks of so many rows at most
+
+
+def _config(body: ChunkProgram, f: Features, dims: Dims, *, wide_dtype: bool) -> Config:
     hoist = Hoist.ALL if f.gated or f.solves else Hoist.NOTHING
     widest = max(padded(dims.K), padded(dims.V))
     # what holds too many float32 tiles at once is cut where it can be (decision 12)

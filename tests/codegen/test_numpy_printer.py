@@ -105,7 +105,7 @@ class Numpy(torch.autograd.Function):
         given = states if call.given else dict.fromkeys(states)
         memory = call.run(call.forward, operands, given)
         ctx.saved = call, operands, given
-        o = memory.buffers[OUTPUT][1].reshape([call.sizes[n] for n in ("B", "T", "HV", "V")])
+        o = memory.buffers[output("o")][1].reshape([call.sizes[n] for n in ("B", "T", "HV", "V")])
         return (torch.from_numpy(o), *(torch.from_numpy(memory.final[s]) for s in call.states))
 
     @staticmethod
@@ -251,7 +251,7 @@ def test_one_token_at_a_time(name: str) -> None:
     o, finals = op(**inputs.operands, engine="reference", output_final_state=True)
     finals = finals if isinstance(finals, tuple) else (finals,)
     want = {"o": o.detach(), **{s: x.detach() for s, x in zip(call.states, finals, strict=True)}}
-    got = {"o": memory.buffers[OUTPUT][1].reshape(o.shape), **memory.final}
+    got = {"o": memory.buffers[output("o")][1].reshape(o.shape), **memory.final}
     assert_agree({n: torch.from_numpy(x) for n, x in got.items()}, want, torch.float32)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from chunkwise.codegen import tile as ir
-from chunkwise.codegen.buffers import OUTPUT
+from chunkwise.codegen.buffers import output
 from chunkwise.codegen.chunk import ChunkProgram
 from chunkwise.codegen.config import Dims, Precision, Tiles
 from chunkwise.codegen.interface import Dtype, Signature
@@ -50,7 +50,7 @@ _SCORES = ir.contract(_Q, ir.rename(_K, Axis.J), Axis.K)
 )
 def test_a_tile_that_its_op_does_not_make(wrong: Tile) -> None:
     with pytest.raises(InvalidIR, match="please report"):
-        verify_tiles(ChunkProgram(((OUTPUT, wrong),), ()))
+        verify_tiles(ChunkProgram(((output("o"), wrong),), ()))
 
 
 def test_a_product_that_the_notation_cannot_express() -> None:
