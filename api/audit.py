@@ -64,9 +64,10 @@ class Subject:
         return emit(self.form, signature, config, segments=self.segments)
 
     def job(self, kernel: str, config: Config) -> Job:
-        """The compilation of the kernel of that name under `config`."""
+        """The compilation of the kernel of that name under `config`, or of one that calls it."""
         emitted = self.emitted(config)
-        found = next(k for k in (*emitted.forward, *emitted.backward) if k.name == kernel)
+        launched = (*emitted.forward, *emitted.backward)
+        found = next(k for k in launched if kernel in (k.name, *k.calls))
         buffers = tuple(emitted.buffers(found).items())
         signature = signature_for(self.form, self.dims, self.dtype, self.target)
         return Job(found, buffers, signature, self.target, self.packed)

@@ -57,7 +57,7 @@ def _printed(group: Sequence[Kernel], signature: Signature, config: Config) -> T
         parts += scan.v_programs
         arguments = ", ".join([program, *names, *_OF_CALL, *sizes, "PACKED", "EVEN", STAGES])
         calls.append((parts, f"{scan.name}({arguments})"))
-    sizes_of = dict(first.constants)
+    given = {n: size for n, size in first.constants if n in ("K", "V", "C")}
     name = first.name + TOGETHER
     entry = _entry(name, parameters.all, calls, ", ".join(s.name for s in scans))
     return replace(
@@ -66,7 +66,7 @@ def _printed(group: Sequence[Kernel], signature: Signature, config: Config) -> T
         source="\n\n".join([*(s.source for s in scans), entry]),
         parameters=parameters.all,
         v_programs=parts,
-        constants=(("K", sizes_of["K"]), ("V", sizes_of["V"]), ("NV", parts)),
+        constants=(*given.items(), ("NV", parts)),
         stores=tuple(b for s in scans for b in s.stores),
         functions=frozenset[str]().union(*(s.functions for s in scans)),
         calls=tuple(s.name for s in scans),
@@ -87,8 +87,8 @@ def _entry(
         f"def {name}(\n"
         f"    {names},\n"
         "    cu_seqlens, chunk_offsets, chunk_table, TOKENS, chunks, HV: tl.constexpr,\n"
-        "    K: tl.constexpr, V: tl.constexpr, NV: tl.constexpr, PACKED: tl.constexpr,\n"
-        f"    EVEN: tl.constexpr, {STAGES}: tl.constexpr,\n"
+        "    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, NV: tl.constexpr,\n"
+        f"    PACKED: tl.constexpr, EVEN: tl.constexpr, {STAGES}: tl.constexpr,\n"
         "):\n"
         f'    """Scans at once: {what}."""\n'
         "    pid = tl.program_id(0)\n"

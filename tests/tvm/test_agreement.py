@@ -9,6 +9,7 @@ import chunkwise as cw
 import pytest
 import torch
 from chunkwise.autotune.cpu_spaces import PLANS
+from chunkwise.codegen.plan import Hoist, Plan
 from chunkwise.codegen.tir.config import spread
 from chunkwise.dsl.library import all_declarations
 from chunkwise.runtime.tvm import engine as tvm_engine
@@ -90,6 +91,14 @@ def test_every_plan_that_may_be_tuned(
     config = replace(tvm_engine.configuration(), forward=forward, backward=backward, v_tile=16)
     monkeypatch.setattr(tvm_engine, "configuration", lambda: config)
     _check(name, replace(FEW, B=2))
+
+
+def test_gradients_in_scans_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scans that are split along K, in another number of parts than those along V."""
+    backward = Plan(Hoist.NOTHING, outputs_in_scan=True, scans_apart=True)
+    config = replace(tvm_engine.configuration(), backward=backward, v_tile=16)
+    monkeypatch.setattr(tvm_engine, "configuration", lambda: config)
+    _check("linear_attention", replace(FEW, B=2, K=48))
 
 
 def test_few_rows_are_spread_over_threads() -> None:
