@@ -341,8 +341,9 @@ class _Printer(GluonExpressions):
             self._load(s)
         heads = self.flush()
         (begin,) = (s for s in own.before if isinstance(s, tiled.Begin))
-        (finish,) = (s for s in own.after if isinstance(s, tiled.Finish))
-        first, step, last = self._begin(begin), self._step(), self._finish(finish)
+        first, step = self._begin(begin), self._step()
+        finishes = (s for s in own.after if isinstance(s, tiled.Finish))
+        last = [line for s in finishes for line in self._finish(s)]
         computing = self._compute([*heads, *first], step, last)
         source = "\n\n".join((self._load_partition(), computing, self._entry()))
         sizes = {"K": own.dims.K, "V": own.dims.V, "C": own.chunk}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ..config import TOGETHER, Config
+from ..config import TOGETHER, Config, Printer
 from ..interface import Parameter, Role, Signature
 from ..plan import Kernel, Loop
 from ..tile import Axis
@@ -41,6 +41,7 @@ def _joins(group: Sequence[Kernel], kernel: Kernel, config: Config) -> bool:
     own = {c.name for c in kernel.carried} if kernel.last else set()
     mine, theirs = config.of(kernel.name), config.of(group[0].name)
     alike = (mine.warps, mine.stages) == (theirs.warps, theirs.stages)
+    alike &= Printer.GLUON not in (mine.printer, theirs.printer)
     return scans and alike and not (stored & set(kernel.buffers.values()) or left & own)
 
 

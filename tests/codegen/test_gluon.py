@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from chunkwise.codegen.gluon.kernel import GluonKernel
 from chunkwise.codegen.gluon.offline import compile_kernel
 from chunkwise.codegen.interface import Dtype, Role, Signature
 from chunkwise.codegen.modules import import_file
-from chunkwise.codegen.plan import Kernel
+from chunkwise.codegen.plan import Hoist, Kernel, Plan
 from chunkwise.codegen.programs import backward_program, forward_program
 from chunkwise.codegen.tile import Axis
 from chunkwise.codegen.triton.emit import emit as emit_triton
@@ -42,6 +42,7 @@ from tests.offline_driver import Driver
 from tests.tolerances import assert_agree
 
 SCANS = ["forward_scan", "backward_states", "backward_reverse"]
+GRADIENTS = Plan(Hoist.NOTHING, outputs_in_scan=True, scans_apart=True)
 SIZES = Sizes(B=2, T=192, H=1, HV=2, K=64, V=128, initial=True, dtype=torch.float32)
 _STRIDES = (Role.STRIDE_BATCH, Role.STRIDE_TOKEN, Role.STRIDE_HEAD)
 
@@ -52,10 +53,13 @@ def _form(name: str) -> NormalForm:
     return form
 
 
-def _emitted(name: str, dims: Dims, v_tile: int, stages: int = 2) -> tuple[Emitted, Config]:
+def _emitted(
+    name: str, dims: Dims, v_tile: int, stages: int = 2, backward: Plan | None = None
+) -> tuple[Emitted, Config]:
     form = _form(name)
     signature = signature_for(form, dims, Dtype.BFLOAT16, Target.SM90)
     default = untuned_config(form, dims, Dtype.BFLOAT16, H100_SHARED)
+    default = replace(default, backward=backward or default.backward)
     config = in_gluon(form, default, KernelConfig(v_tile, v_tile // 16, stages))
     made = emit(form, signature, config)
     assert made is not None
@@ -116,20 +120,23 @@ class _Call(Call):
 
 
 @pytest.mark.parametrize(
-    ("name", "v_tile", "stages"),
+    ("name", "v_tile", "stages", "backward"),
     [
-        ("linear_attention", 64, 3),
-        ("simple_gla", 64, 2),
-        ("retention", 128, 2),
-        ("delta_rule", 128, 1),
-        ("gated_delta_rule", 64, 2),
+        ("linear_attention", 64, 3, None),
+        ("linear_attention", 64, 2, GRADIENTS),
+        ("simple_gla", 64, 2, None),
+        ("retention", 128, 2, None),
+        ("delta_rule", 128, 1, None),
+        ("gated_delta_rule", 64, 2, None),
     ],
 )
-def test_it_computes_what_eager_does(name: str, v_tile: int, stages: int) -> None:
+def test_it_computes_what_eager_does(
+    name: str, v_tile: int, stages: int, backward: Plan | None
+) -> None:
     """States that are given, groups of heads, several chunks, fewer slots than chunks."""
     op, sizes, form = getattr(library, name), SIZES, _form(name)
     inputs = make_inputs(op, sizes)
-    emitted, config = _emitted(name, Dims(sizes.K, sizes.V), v_tile, stages)
+    emitted, config = _emitted(name, Dims(sizes.K, sizes.V), v_tile, stages, backward)
     assert not emitted.refused
     call = _Call(
         forward=forward_program(form, config.forward).kernels,
