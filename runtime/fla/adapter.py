@@ -28,8 +28,8 @@ _REFUSED = {
     "head_first": ("head_first=True", "layouts are [B,T,H,D]", "x.transpose(1, 2)"),
     "cp_context": (
         "a cp_context",
-        "sequences are not split over devices",
-        "pass whole sequences; heads and batch may be sharded",
+        "sequences are split over devices by another option",
+        "call the recurrence of chunkwise.library with group=..., or pass whole sequences",
     ),
     "return_intermediate_states": (
         "return_intermediate_states=True",

@@ -58,7 +58,7 @@ _ARGUMENTS = {
     "transpose_state_layout": _V_FIRST,
     "cu_seqlens": "int `[N+1]`, boundaries of N sequences packed along T; then B = 1.",
     "return_intermediate_states": "refused unless False: the planner chooses what is stored.",
-    "cp_context": "refused unless None: sequences are not split over devices.",
+    "cp_context": "refused unless None: `group` of the library's recurrences splits sequences.",
 }
 _HINTS = (
     "checkpoint_level",

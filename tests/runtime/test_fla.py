@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import chunkwise as cw
 import pytest
 import torch
 import torch.nn.functional as F
+from chunkwise.runtime.decode import Stepper
 from torch import Tensor
 
 # recorded with inspect from flash-linear-attention 0.6.0
@@ -369,3 +373,66 @@ def test_what_is_not_offered_is_refused(
 ) -> None:
     with pytest.raises(cw.errors.ChunkwiseError, match=message):
         getattr(cw.fla, name)(*(x.get(n) for n in operands), **options)
+
+
+@torch.no_grad()
+def test_one_token_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a gradient; with one, the op itself has it by kernels."""
+    steps = []
+    original = Stepper.__call__
+
+    def counted(self: Stepper, *args: Any) -> Any:
+        steps.append(self)
+        return original(self, *args)
+
+    monkeypatch.setattr(Stepper, "__call__", counted)
+    q, k, v = torch.randn(3, 2, 1, 2, 8).unbind(0)
+    g, beta = -torch.rand(2, 1, 2), torch.rand(2, 1, 2)
+    f = cw.fla
+    for n, call in enumerate(
+        (
+            lambda: f.fused_recurrent_gated_delta_rule(q, k, v, g=g, beta=beta),
+            lambda: f.fused_recurrent_kda(q, k, v, g[..., None].expand(-1, -1, -1, 8), beta),
+            lambda: f.fused_recurrent_linear_attn(q, k, v, normalize=True),
+            lambda: f.chunk_delta_rule(q, k, v, beta),
+        ),
+        1,
+    ):
+        o, final = call()
+        assert (o.shape, final) == (v.shape, None) or final[0] is None
+        assert len(steps) == n
+    with torch.enable_grad():
+        o, _ = f.fused_recurrent_delta_rule(q.clone().requires_grad_(), k, v, beta)
+        o.sum().backward()
+    assert len(steps) == 4
+
+
+def test_submodules_are_found_and_installed() -> None:
+    from chunkwise.fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+    from chunkwise.fla.ops.generalized_delta_rule.chunk import chunk_dplr_delta_rule
+
+    assert fused_recurrent_gated_delta_rule is cw.fla.fused_recurrent_gated_delta_rule
+    assert chunk_dplr_delta_rule is cw.fla.chunk_dplr_delta_rule
+    assert {n for n in vars(cw.fla.ops) if "_" in n and not n.startswith("_")} >= set(
+        cw.fla.__all__
+    )
+    before = {n: m for n, m in sys.modules.items() if n == "fla" or n.startswith("fla.")}
+    for name in before:  # another test may have the library itself
+        del sys.modules[name]
+    try:
+        names = cw.fla.install()
+        assert names == cw.fla.install()
+        assert {"fla", "fla.ops", "fla.ops.kda", "fla.ops.kda.chunk"} <= set(names)
+        assert importlib.import_module("fla.ops.kda").chunk_kda is cw.fla.chunk_kda
+        assert importlib.import_module("fla.ops.simple_gla.fused_chunk").fused_chunk_simple_gla
+        with pytest.raises(ModuleNotFoundError, match=r"fla\.layers"):
+            importlib.import_module("fla.layers")
+        cw.fla.uninstall()
+        assert not [n for n in sys.modules if n.startswith("fla.")]
+        sys.modules["fla"] = ModuleType("fla")
+        with pytest.raises(cw.errors.EngineUnavailable, match="flash-linear-attention is imported"):
+            cw.fla.install()
+        cw.fla.uninstall()  # leaves alone what is not its own
+        del sys.modules["fla"]
+    finally:
+        sys.modules.update(before)
