@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,17 +24,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from ..codegen.config import Dims
-from ..codegen.padding import Padding, padding
-from ..codegen.programs import chunk_program, transition_of
-from ..codegen.segments import segment_transitions
-from ..codegen.tile import Axis
 from ..dsl import errors, oracle
-from ..dsl.ir import Kind, Node, Per
-from ..dsl.normal_form import results_of
+from ..dsl.ir import Kind, Per
 from .call import Call, bind
 from .ranks import agree, group_of, share_of, tokens_of
 from .sizes import check_boundaries
+from .transitions import Kinds, kinds_of
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
@@ -52,18 +47,6 @@ class Given(NamedTuple):
     cu_seqlens: Tensor | None
     engine: str | None
     check: bool | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Kinds:
-    """Of each state, in order: whether A is a matrix, and else the log-decays that it is made of.
-
-    `transposed`: whether matrices multiply states from the right.
-    """
-
-    matrix: tuple[bool, ...]
-    decays: tuple[tuple[Node, ...], ...]
-    transposed: bool
 
 
 class _Map(NamedTuple):
@@ -100,7 +83,7 @@ def _call(declaration: Declaration, ops: Ops, given: Given, group: ProcessGroup)
         found = bind(declaration, given.args, given.named, initial_state=initial, cu_seqlens=bounds)
         if found.T == 0:
             raise errors.BadBatch("tokens", 0, "at least one on every rank")
-        kinds = _kinds_of(found)
+        kinds = kinds_of(found)
     except Exception as why:
         refused = why
     tokens, offsets = agree(group, found, refused)
@@ -139,7 +122,7 @@ class _Parallel:
         call: Call,
         given: Given,
         group: ProcessGroup,
-        kinds: _Kinds,
+        kinds: Kinds,
         tokens: Sequence[int],
         bounds: Sequence[int] | None,
     ) -> None:
@@ -409,38 +392,6 @@ class _Parallel:
             tuple(part.view(x.shape) for part, x in zip(row.split(sizes), own, strict=True))
             for row in every
         ]
-
-
-def _kinds_of(call: Call) -> _Kinds:
-    """Raises NotLowered where the transition is not derived."""
-    form = call.form
-    program = chunk_program(form)
-    found = segment_transitions(program.carried)
-    dims = Dims(max(call.K, 1), max(call.V, 1))
-    if found is None or transition_of(form, dims) is None:
-        raise errors.NotLowered(
-            f"{form.name} on several ranks",
-            "the transition of its states over a stretch of tokens is not derived (states that "
-            "mix, or a matrix of more than 128 channels)",
-            "keep sequences whole: batch and heads may be split over ranks",
-        )
-    transitions = {c.name: p for c, p in zip(program.carried, found, strict=True)}
-    ends = {c.name: c.end for c in program.carried}
-    matrix, decays = [], []
-    for state in call.declaration.states:
-        p = transitions[state.name]
-        matrix.append(p is not None and p.matrix)
-        logs = [g for name, g in form.log_decays if name == state.name]
-        scales = p is not None and not p.matrix
-        decays.append(tuple(logs) if scales else ())
-        kept = padding(ends[state.name], Axis.V) is Padding.ZERO or not matrix[-1]
-        if not kept or (scales and (not logs or any(map(results_of, logs)))):
-            raise errors.NotLowered(
-                f"{form.name} on several ranks",
-                f"what is written to state {state.name} is not zero where its operands are",
-                "keep sequences whole: batch and heads may be split over ranks",
-            )
-    return _Kinds(tuple(matrix), tuple(decays), program.transposed)
 
 
 def _spread(x: Tensor, rows: slice, N: int) -> Tensor:
