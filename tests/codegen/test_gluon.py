@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -230,39 +231,54 @@ def test_what_is_preferred(name: str, rows: int, tokens: int, v_tile: int | None
     assert made is None or made.of("forward_prep") == default.of("forward_prep")
 
 
-@pytest.mark.parametrize("T", [256, 200])
-def test_launches(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call of whole chunks launches it, another what Triton compiles; so do odd addresses."""
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Has the Triton engine take the CPU for a Hopper GPU and launch nothing; whose turn it was."""
+    found: list[str] = []
+
+    def noted(spec: LaunchSpec, tensors: Any, *, aligned: bool) -> None:
+        described = any(isinstance(x, TensorDescriptor) for x in spec._arguments(tensors))
+        found.append(spec.loaded.kernel.name + " in Gluon" * described)
+
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     monkeypatch.setattr(triton_engine, "_no_device", lambda device: None)
+    monkeypatch.setattr(triton_engine, "is_hopper", lambda device: True)
     monkeypatch.setattr(descriptors, "is_hopper", lambda device: True)
-    asked = KernelConfig(64, 4, 2)
+    monkeypatch.setattr(launch_plan, "_compile", lambda *_: None)
+    monkeypatch.setattr(LaunchSpec, "run", noted)
+    Records.forget()
+    yield found
+    Records.forget()
+
+
+@pytest.mark.parametrize("T", [256, 200])
+@torch.no_grad()
+def test_launches(T: int, launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of whole chunks launches it, others what Triton compiles; so do odd addresses."""
 
     def compiled_for(call: RuntimeCall) -> Any:
         dims = Dims(call.K, call.V)
-        config = in_gluon(
-            call.form, triton_engine.configuration(call.form, dims, call.dtype), asked
-        )
+        default = triton_engine.configuration(call.form, dims, call.dtype)
+        config = in_gluon(call.form, default, KernelConfig(64, 4, 2))
         dtypes = tuple((n, x.dtype) for n, x in call.operands.items())
         return triton_engine.compile_with(call.form, dims, call.dtype, dtypes, config)
 
-    found: list[bool] = []
-
-    def noted(spec: LaunchSpec, tensors: Any, *, aligned: bool) -> None:
-        arguments = spec._arguments(tensors)
-        found.append(any(isinstance(x, TensorDescriptor) for x in arguments))
-
-    monkeypatch.setattr(launch_plan, "_compile", lambda *_: None)
     monkeypatch.setattr(triton_engine, "_compiled_for", compiled_for)
-    monkeypatch.setattr(LaunchSpec, "run", noted)
-    Records.forget()
     room = torch.zeros(4, 1, T, 1, 128, dtype=torch.bfloat16)
     odd = torch.zeros(T * 128 + 1, dtype=torch.bfloat16)[1:].view(1, T, 1, 128)
-    with torch.no_grad():
-        library.linear_attention(*room[:3], engine="triton")
-        library.linear_attention(*room[:2], odd, engine="triton")
-    Records.forget()
-    assert found == [T == 256, False]
+    library.linear_attention(*room[:3], engine="triton")
+    library.linear_attention(*room[:2], odd, engine="triton")
+    assert launched == ["forward_scan" + " in Gluon" * (T == 256), "forward_scan"]
+
+
+@torch.no_grad()
+def test_a_call_gets_what_is_preferred(launched: list[str]) -> None:
+    q, k, v = (torch.empty(4, 4096, 16, 128, dtype=torch.bfloat16) for _ in range(3))
+    beta = torch.empty(4, 4096, 16)
+    library.delta_rule(q, k, v, beta, engine="triton")
+    library.delta_rule(*(x[:, :4032] for x in (q, k, v, beta)), engine="triton")
+    assert launched[:2] == ["forward_prep", "forward_scan in Gluon"]
+    assert launched[2:] == ["forward_prep", "forward_scan"]
 
 
 def test_a_configuration_says_so_in_json() -> None:
