@@ -72,7 +72,7 @@ lint: $(READY) links
 	$(BIN)/ruff format --check .
 	MYPYPATH=.links $(BIN)/mypy -p chunkwise -p benchmarks -m examples.mqar -m examples.serving \
 	    -m examples.train_lm \
-	    -m docs.tables -m docs.pictures -m docs.gallery
+	    -m docs.tables -m docs.pictures -m docs.gallery -m docs.matrix
 
 # The packages live in top-level folders (pyproject.toml); type checkers want them as one tree.
 .PHONY: links
@@ -90,7 +90,7 @@ bench: $(READY)
 
 # Runs every block of the documents and rewrites what they print; then the site.
 docs: $(READY)
-	for made in tables pictures gallery commands api; do $(BIN)/python -m docs.$$made || exit 1; done
+	for made in tables pictures gallery matrix commands api; do $(BIN)/python -m docs.$$made || exit 1; done
 	$(BIN)/python docs/regenerate.py
 	@$(MAKE) --no-print-directory site
 

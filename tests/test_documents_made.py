@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from chunkwise.dsl.library import all_declarations
 
-from docs import gallery, pictures, tables
+from docs import gallery, matrix, pictures, tables
 from tests.browser import look, needs_chromium
 
 RESULTS = sorted(tables.FOLDER.glob("*.json"))
@@ -36,6 +36,14 @@ def test_gallery() -> None:
     page = gallery.PAGE.read_text(encoding="utf-8")
     assert gallery.page() == page, "run `python -m docs.gallery`"
     assert page.count("\n## ") == len(all_declarations())
+
+
+def test_matrix() -> None:
+    page = matrix.PAGE.read_text(encoding="utf-8")
+    assert matrix.page() == page, "run `python -m docs.matrix`"
+    assert matrix._NOT_PROVED not in page, "run `python -m docs.matrix --prove`"
+    rows = tables.load(matrix.PROOFS)["rows"]
+    assert all(float(r["CPU seconds"]) <= 10 for r in rows)
 
 
 @pytest.mark.parametrize("name", pictures.PICTURES)
