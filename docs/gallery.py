@@ -68,6 +68,7 @@ _SAME = {
     "dplr": "rwkv7",
     "gated_delta_product": "delta_product",
     "delta_rule_normalised": "delta_rule",
+    "longhorn_channels": "longhorn",
     "mamba3_mimo": "mamba3_trapezoid",
     "titans_batches": "titans",
     "preconditioned_kda": "preconditioned_delta",

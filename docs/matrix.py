@@ -156,6 +156,9 @@ def _segments(form: NormalForm) -> Answer:
         return "a state of a later level is no affine function of its own past alone"
     if any(s.kind is Kind.KEY_STATE for s in form.states):
         return "a vector that is corrected passes a segment by a K x K matrix that is not derived"
+    corrections = [w.correction for u in updates for w in u.writes if w.correction is not None]
+    if any(c.scale.kind is Kind.VALUE for c in corrections):
+        return "columns that are corrected apart pass a segment by a K x K matrix each"
     return "the matrix that a state passes a segment by is not derived"
 
 
@@ -215,7 +218,7 @@ The smallest step of each kind that has no kernels, and what the compiler says o
 def page() -> str:
     """The page."""
     rows = result(PROOFS)["rows"] if (FOLDER / PROOFS).exists() else []
-    proved = {r["recurrence"] for r in rows}
+    proved = {r["proof of"] for r in rows}
     reasons: dict[str, int] = {}
     lines: list[tuple[str, ...]] = [("recurrence", *_COLUMNS)]
     for declared in all_declarations():
@@ -254,7 +257,7 @@ def _proofs() -> dict[str, Any]:
         sizes = ", ".join(map(str, proof.chunks))
         rows.append(
             {
-                "recurrence": declared.name,
+                "proof of": declared.name,
                 "tokens of a chunk": sizes,
                 "claims": str(len(proof.claims)),
                 "CPU seconds": f"{seconds:.1f}",

@@ -229,6 +229,14 @@ def longhorn(S: State, q: Key, k: Key, v: Value, beta: Scalar) -> tuple[State, V
 
 
 @declaration
+def longhorn_channels(S: State, q: Key, k: Key, v: Value, beta: Value) -> tuple[State, Value]:
+    """Longhorn (Liu et al. 2024) with a step size σ(β) per value channel, without its diagonal."""
+    beta = sigmoid(beta)
+    S = S + outer(k, beta / (1 + beta * dot(k, k)) * (v - k @ S))
+    return S, q @ S
+
+
+@declaration
 def momentum_delta(
     S: State, M: State, q: Key, k: Key, v: Value, p: Key,
     log_alpha: Scalar, log_mu: Scalar, beta: Scalar, eta: Scalar,

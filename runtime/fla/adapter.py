@@ -64,9 +64,7 @@ def adapter(
             if given.get(argument):
                 raise errors.NotLowered(f"{name} got {what}", why, instead)
         given = _read(name, given)
-        if given.get("reverse"):
-            return _backwards(name, means, given)
-        return _forwards(name, means, given)
+        return _backwards(name, means, given) if given.get("reverse") else means(name, given)
 
     names = [p.partition("=")[0] for p in parameters.split(", ")]
     arguments = ", ".join("{0}={0}".format(n.lstrip("*")) for n in names)
@@ -94,35 +92,8 @@ def _backwards(name: str, means: Callable[[str, Given], R], given: Given) -> R:
         return x.index_select(1, cu[sequence - 1] + cu[sequence] - 1 - at)
 
     tokens = {n: turned(x) for n, x in given.items() if is_per_token(n) and x is not None}
-    o, *states = _forwards(name, means, {**given, **tokens})
+    o, *states = means(name, {**given, **tokens})
     result: Any = (turned(o), *states)
-    return cast(R, result)
-
-
-def _forwards(name: str, means: Callable[[str, Given], R], given: Given) -> R:
-    """The call; with a step size per value channel, of heads of one value channel each."""
-    beta = given.get("beta")
-    if beta is None or beta.ndim < 4:
-        return means(name, given)
-    V, state, v_first = beta.shape[3], given["initial_state"], given.get("state_v_first")
-    each = {n: given[n] for n in ("g", "gk") if given.get(n) is not None}
-    if v_first and state is not None:
-        state = state.mT
-    o, final, *others = means(
-        name,
-        {
-            **given,
-            **{n: x.repeat_interleave(V, 2) for n, x in each.items()},
-            "v": given["v"].flatten(2).unsqueeze(-1),
-            "beta": beta.flatten(2),
-            "initial_state": None if state is None else state.mT.flatten(1, 2).unsqueeze(-1),
-            "state_v_first": False,
-        },
-    )
-    if final is not None:  # [N,HV*V,K,1]
-        final = final.squeeze(-1).unflatten(1, (-1, V))
-        final = final if v_first else final.mT
-    result: Any = (o.squeeze(-1).unflatten(2, (-1, V)), final, *others)
     return cast(R, result)
 
 
@@ -148,7 +119,8 @@ def steps(
 def run(step: str, operands: list[Tensor], given: Given) -> Result:
     """A call of a step with one state; where `state_v_first`, the caller has it as `[N,HV,V,K]`."""
     state, v_first = given["initial_state"], given.get("state_v_first")
-    op = rule(step, bool(given.get("use_qk_l2norm_in_kernel")), promised_bound(given))
+    l2 = bool(given.get("use_qk_l2norm_in_kernel"))
+    op = rule(step, l2, promised_bound(given), by_channel(given))
     first = state.transpose(-1, -2) if v_first and state is not None else state
     o, final = called(op, operands, given, first)
     if not given["output_final_state"]:
@@ -179,6 +151,12 @@ def scale_of(given: Given, q: Tensor) -> float:
     """The scale of the output: K^-0.5 unless told otherwise."""
     scale: float | None = given["scale"]
     return float(q.shape[-1] ** -0.5) if scale is None else scale
+
+
+def by_channel(given: Given) -> bool:
+    """Whether there is a step size for each value channel."""
+    beta = given.get("beta")
+    return beta is not None and beta.ndim == 4
 
 
 def promised_bound(given: Given) -> float | None:

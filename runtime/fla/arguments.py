@@ -20,8 +20,7 @@ _ARGUMENTS = {
     "g_gamma": "natural-log decays that are the same for all tokens, `[H]`, at most 0.",
     "gk": "natural-log decays per key channel, `[B,T,HV,K]`, at most 0.",
     "gv": "natural-log decays per value channel, `[B,T,HV,V]`, at most 0.",
-    "beta": "step sizes, `[B,T,HV]`, 1 where it is None; or `[B,T,HV,V]`, one per value channel: "
-    "exact, but each channel is then solved for as a head of its own.",
+    "beta": "step sizes, `[B,T,HV]`, 1 where it is None; or `[B,T,HV,V]`, one per value channel.",
     "s": "weights with which slots are written, `[B,T,H,M]`; logarithms of them where g is None.",
     "x": "what is added to the state, `[B,T,D]`.",
     "log_alpha": "natural-log decays of the state, `[B,T,HV]`, at most 0.",

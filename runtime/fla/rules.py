@@ -93,13 +93,15 @@ _OWN = {
 }
 
 
-def rule(name: str, l2: bool = False, bound: float | None = None) -> Recurrence:
+def rule(
+    name: str, l2: bool = False, bound: float | None = None, by_channel: bool = False
+) -> Recurrence:
     """The step `name`, of this file or else of the library, as the peer calls it.
 
     Its output is multiplied by a run-time float `scale`; `l2`: q, k and p are normalised first;
-    `bound`: g is promised to lie between it and 0.
+    `bound`: g is promised to lie between it and 0; `by_channel`: beta is a Value, not a Scalar.
     """
-    found: Recurrence = getattr(_DECLARED, _declare(name, l2, bound))
+    found: Recurrence = getattr(_DECLARED, _declare(name, l2, bound, by_channel))
     return found
 
 
@@ -110,11 +112,11 @@ class _Declared:
 _DECLARED = _Declared()
 
 
-def _declare(name: str, l2: bool, bound: float | None) -> str:
+def _declare(name: str, l2: bool, bound: float | None, by_channel: bool) -> str:
     """Have a variant declared once; torch.compile does that as it traces, and traces no more."""
-    key = f"{name} {l2} {bound}"
+    key = f"{name} {l2} {bound} {by_channel}"
     if not hasattr(_DECLARED, key):
-        setattr(_DECLARED, key, recurrence(_variant(name, l2, bound)))
+        setattr(_DECLARED, key, recurrence(_variant(name, l2, bound, by_channel)))
     return key
 
 
@@ -122,7 +124,7 @@ def _declare(name: str, l2: bool, bound: float | None) -> str:
 _declare._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _variant(name: str, l2: bool, bound: float | None) -> Callable[..., Any]:
+def _variant(name: str, l2: bool, bound: float | None, by_channel: bool) -> Callable[..., Any]:
     """The step `name` as a function of the same arguments and `scale`, made to be traced."""
     step: Callable[..., Any] = _OWN.get(name) or library.by_name(name).function
     arguments = inspect.signature(step).parameters
@@ -142,9 +144,12 @@ def _variant(name: str, l2: bool, bound: float | None) -> Callable[..., Any]:
         state, o = step(**x)
         return state, scale * o
 
-    own = [p for n, p in arguments.items() if n != "scale"]
     scale = inspect.Parameter("scale", inspect.Parameter.KEYWORD_ONLY)
     variant.__name__, variant.__doc__ = f"fla_{name}", step.__doc__
-    variant.__annotations__ = {**annotations_of(step), "scale": float}
+    kinds = {**annotations_of(step), "scale": float}
+    if by_channel and kinds["beta"] == Scalar:
+        kinds["beta"] = Value
+    variant.__annotations__ = kinds
+    own = [p.replace(annotation=kinds[n]) for n, p in arguments.items() if n != "scale"]
     variant.__signature__ = inspect.Signature([*own, scale])  # type: ignore[attr-defined]
     return variant

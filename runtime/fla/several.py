@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...dsl import errors
-from .adapter import Given, promised_bound, scale_of
+from .adapter import Given, by_channel, promised_bound, scale_of
 from .rules import rule
 
 _CENTRE = -0.2  # the logarithm of a sum of squares at which a preconditioner is 1
@@ -47,7 +47,7 @@ def _pass(
     step: str, operands: Sequence[Tensor], state: Tensor | None, scale: float, given: Given
 ) -> tuple[Tensor, Tensor | None]:
     """One call of a step with one state."""
-    o, final = rule(step, bound=promised_bound(given))(
+    o, final = rule(step, False, promised_bound(given), by_channel(given))(
         *operands,
         scale=scale,
         initial_state=state,

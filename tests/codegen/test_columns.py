@@ -7,7 +7,7 @@ from dataclasses import replace
 import chunkwise as cw
 import pytest
 import torch
-from chunkwise import Key, Scalar, State, Value, dot, exp, outer, sigmoid
+from chunkwise import Key, Scalar, State, Value, exp, outer, sigmoid
 from chunkwise.codegen.programs import chunk_program
 from chunkwise.codegen.prove import prove
 
@@ -20,13 +20,7 @@ from tests.codegen.forms import (
 )
 from tests.harness import Gates, Sizes, engine_results, make_inputs
 
-
-@cw.recurrence
-def longhorn(S: State, q: Key, k: Key, x: Value, beta: Value):
-    """Longhorn (Liu et al. 2024) without its diagonal: implicit updates per channel."""
-    b = sigmoid(beta)
-    S = S + outer(k, b / (1 + b * dot(k, k)) * (x - k @ S))
-    return S, q @ S
+longhorn = cw.library.longhorn_channels
 
 
 @cw.recurrence
@@ -84,7 +78,7 @@ def test_the_chunk_is_the_token_loop(name: str, case: str) -> None:
     check_engine(RULES[name], CASES[case], "eager")
 
 
-@pytest.mark.parametrize("name", ["longhorn", "gated_delta"])
+@pytest.mark.parametrize("name", ["longhorn_channels", "gated_delta"])
 def test_hard_gates(name: str) -> None:
     check_engine(RULES[name], replace(CASES["packed"], gates=Gates.HARD), "eager")
 
@@ -97,7 +91,7 @@ def test_compiled_for_the_cpu(name: str) -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what padding holds
-@pytest.mark.parametrize("name", ["longhorn", "rows", "scaled_products"])
+@pytest.mark.parametrize("name", ["longhorn_channels", "rows", "scaled_products"])
 def test_interpreted(name: str) -> None:
     check_engine(RULES[name], COMPILED["triton"], "triton")
 

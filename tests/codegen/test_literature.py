@@ -20,7 +20,6 @@ from chunkwise import (
     Scalar,
     State,
     Value,
-    dot,
     exp,
     expm1,
     logsigmoid,
@@ -78,21 +77,13 @@ def _(x: Token, S: Tensor) -> Any:
     return x.q @ S, (S,)
 
 
-@cw.recurrence
-def longhorn_channels(S: State, q: Key, k: Key, x: Value, beta: Value):
-    """Longhorn (Liu et al. 2024) without its diagonal: an implicit step, of a size per channel."""
-    beta = sigmoid(beta)
-    S = S + outer(k, beta / (1 + beta * dot(k, k)) * (x - k @ S))
-    return S, q @ S
-
-
-@loop_of(longhorn_channels)
+@loop_of(cw.library.longhorn_channels)
 def _(x: Token, S: Tensor) -> Any:
     beta = x.beta.sigmoid()
     columns = []
     for channel, b in enumerate(beta):  # argmin_s |s - s'|^2 + b (k s - x)^2, of each row of S^T
         A = torch.eye(len(x.k)).to(S) + b * torch.outer(x.k, x.k)
-        columns.append(torch.linalg.solve(A, S[:, channel] + b * x.x[channel] * x.k))
+        columns.append(torch.linalg.solve(A, S[:, channel] + b * x.v[channel] * x.k))
     S = torch.stack(columns, 1)
     return x.q @ S, (S,)
 

@@ -56,6 +56,7 @@ CLASSES = {
     "gdn2": (DecayClass.KEY, LowRank.ONE_WRITE),
     "oja": (DecayClass.VALUE, LowRank.SYMMETRIC),
     "longhorn": (DecayClass.NONE, LowRank.SYMMETRIC),
+    "longhorn_channels": (DecayClass.NONE, LowRank.SYMMETRIC),
     "momentum_delta": (DecayClass.SCALAR, LowRank.ONE_WRITE),
     "gated_lms": (DecayClass.NONE, LowRank.SYMMETRIC),
     "delta_rule_normalised": (DecayClass.NONE, LowRank.SYMMETRIC),
