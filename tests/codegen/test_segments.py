@@ -59,9 +59,10 @@ def test_states_fade_unless_something_is_corrected() -> None:
     for form in _forms():
         updates = [u for m in form.micro_steps for u in m.updates]
         vectors = {s.name for s in form.states if s.kind is Kind.KEY_STATE}
-        recalled = {u.state for u in updates for w in u.writes if w.correction is not None}
+        found = [(u.state, w.correction) for u in updates for w in u.writes if w.correction]
+        apart = any(c.scale.kind is Kind.VALUE for _, c in found)  # a matrix for each column
         cascade = len(levels_of(form)) > 1
-        if cascade or recalled & vectors or any(u.mixes for u in updates):
+        if apart or cascade or vectors & {s for s, _ in found} or any(u.mixes for u in updates):
             assert transition_of(form, DIMS) is None, form.name
             continue
         plain = all(s.low_rank is LowRank.NONE for s in classify(form).states)
