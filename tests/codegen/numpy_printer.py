@@ -229,6 +229,7 @@ class _Program:
             "FLOOR": lambda: np.maximum(x, attrs[0]),
             "FLUSH": lambda: np.where(x < attrs[0], 0, x),
             "PRODUCT": lambda: np.einsum("abkv,bckv->ackv", *map(np.swapaxes, args, (0, 0), attrs)),
+            "SUBSTITUTE": lambda: _substituted(*args, *attrs),
             "INVERSE": lambda: np.linalg.inv(np.eye(size) + x[..., 0, 0])[..., None, None],
         }
         if t.op.name in simple:
@@ -241,6 +242,18 @@ class _Program:
             return np.where(i > j, _sums(product, True, attrs[-1]), 0).sum(1, keepdims=True)
         over = int(attrs[0].name == "I") if t.op.name == "DECAYED_APPLY" else 2
         return product if t.op.name == "DECAY" else product.sum(over, keepdims=True)
+
+
+def _substituted(lower: Numbers, b: Numbers, x: Numbers, transposed: bool) -> Numbers:
+    """U = x - b (L U) from the first row on, or U = x - L^T (b U) from the last."""
+    u = np.array(np.broadcast_to(x, np.broadcast_shapes(x.shape, b.shape)))
+    for n in range(len(u))[:: -1 if transposed else 1]:
+        row = lower[n, :n].reshape(-1, 1, 1, 1)
+        if transposed:
+            u[:n] -= row * (b[n] * u[n])
+        else:
+            u[n] -= b[n] * (row * u[:n]).sum(0)
+    return u
 
 
 def _sums(x: Numbers, reverse: bool, exclusive: bool) -> Numbers:

@@ -11,7 +11,8 @@ from torch import Tensor
 _AXES = "ijklvt"
 _LINE = re.compile(r"^\s+(?P<name>\w+)(\[(?P<axes>[a-z,]+)\])?\s+= (?P<right>.*?)(\s{2,}.*)?$")
 _TOKEN = re.compile(
-    r"\s*(?:(?P<where> ?\[[ijt] [≥>=<] [jn]\])|(?P<inverse>\(1 \+ (?P<matrix>\w+)\)⁻¹\[i,j\])"
+    r"\s*(?:(?P<where> ?\[[ijt] [≥>=<] [jn]\])|"
+    r"(?P<inverse>\(1 \+ (?:(?P<scale>\w+)·)?(?P<matrix>\w+)\)⁻¹\[(?P<entry>\w,\w)\])"
     r"|Σ_(?P<sum>\{[^}]*\}|\w)|(?P<number>\d[\d.]*(?:e-?\d+)?)"
     r"|(?P<name>[A-Za-z_]\w*)(?:\[(?P<axes>[a-z,]+)\])?(?P<call>\()?|(?P<sign>[+−·/(),]))"
 )
@@ -131,8 +132,11 @@ class _Parser:
         token = self._tokens[self._at]
         self._at += 1
         if token["inverse"]:
-            lower = self._env[token["matrix"]]
-            return self._placed(torch.linalg.inv(torch.eye(self._n) + lower), "ij")
+            lower, entry = self._env[token["matrix"]], token["entry"].replace(",", "")
+            if token["scale"] is None:
+                return self._placed(torch.linalg.inv(torch.eye(self._n) + lower), entry)
+            scaled = self._env[token["scale"]].mT[..., None] * lower  # of each column
+            return self._placed(torch.linalg.inv(torch.eye(self._n) + scaled), f"v{entry}")
         if token["number"]:
             return self._placed(torch.tensor(float(token["number"]), dtype=torch.float64), "")
         if token["call"]:
