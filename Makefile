@@ -71,7 +71,7 @@ lint: $(READY) links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=.links $(BIN)/mypy -p chunkwise -p benchmarks -m examples.mqar -m examples.serving \
-	    -m examples.train_lm \
+	    -m examples.train_lm -m examples.evaluate_lm \
 	    -m docs.tables -m docs.pictures -m docs.gallery -m docs.matrix
 
 # The packages live in top-level folders (pyproject.toml); type checkers want them as one tree.

@@ -50,6 +50,7 @@ def delta_rule(S: State, q: Key, k: Key, v: Value, beta: Scalar) -> tuple[State,
 KEYS, VALUES, PAIRS, QUERIES = 16, 32, 32, 16
 HIDDEN, HEADS, KEY_DIM, VALUE_DIM = 64, 1, 16, 16
 BATCH, WARMUP, LAST = 32, 50, 50
+COUNTS = (8, 16, 24, 32, 48, 64)  # of pairs, after training on PAIRS of them
 EVERY_S = 3.0  # seconds between two lines of the race
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 MODELS = {"additive attention": additive_attention, "delta rule": delta_rule}
@@ -59,24 +60,33 @@ BEST = {"additive attention": 1e-2, "delta rule": 3e-3}
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`curve`: accuracy at every step; `by_bindings[n]`: on fresh text, for keys bound n times."""
+    """`curve`: accuracy at every step; on fresh text, `by_bindings[n]` for keys bound n times.
+
+    `by_pairs[n]` is the accuracy on texts of n pairs.
+    """
 
     curve: tuple[float, ...]
     accuracy: float
     by_bindings: dict[int, float]
+    by_pairs: dict[int, float]
     seconds: float
 
 
-def text(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens `[B, 2 PAIRS + QUERIES]`, answers `[B, QUERIES]`, and how often each key was bound."""
-    keys = torch.randint(KEYS, (batch, PAIRS), generator=generator)
-    values = KEYS + torch.randint(VALUES, (batch, PAIRS), generator=generator)
-    asked = torch.rand(batch, PAIRS, generator=generator).argsort(-1)[:, :QUERIES]
+def text(
+    batch: int, generator: torch.Generator, pairs: int = PAIRS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens `[B, 2 pairs + QUERIES]`, answers `[B, QUERIES]`, and how often each key was bound.
+
+    Of fewer pairs than QUERIES, there are as many queries as pairs.
+    """
+    keys = torch.randint(KEYS, (batch, pairs), generator=generator)
+    values = KEYS + torch.randint(VALUES, (batch, pairs), generator=generator)
+    asked = torch.rand(batch, pairs, generator=generator).argsort(-1)[:, :QUERIES]
     queries = keys.gather(1, asked)
     same = keys[:, None, :] == queries[:, :, None]
-    last = (same * torch.arange(1, PAIRS + 1)).argmax(-1)
-    pairs = torch.stack([keys, values], -1).flatten(1)
-    return torch.cat([pairs, queries], 1), values.gather(1, last), same.sum(-1)
+    last = (same * torch.arange(1, pairs + 1)).argmax(-1)
+    bound = torch.stack([keys, values], -1).flatten(1)
+    return torch.cat([bound, queries], 1), values.gather(1, last), same.sum(-1)
 
 
 def model(op: cw.Recurrence, engine: str | None) -> LanguageModel:
@@ -123,13 +133,20 @@ class Racer:
     def result(self) -> Result:
         """Its accuracy on text that it has not seen."""
         fresh = torch.Generator().manual_seed(self.args.seed + 1_000_000)
-        tokens, answers, bindings = (x.to(self.args.device) for x in text(512, fresh))
-        with torch.no_grad():
-            right = (self.net(tokens)[:, 2 * PAIRS :].argmax(-1) == answers).float()
+        right, bindings = self._right(512, fresh, PAIRS)
         by_bindings = {
             n: right[bindings == n].mean().item() for n in range(1, 6) if (bindings == n).any()
         }
-        return Result(tuple(self.curve), right.mean().item(), by_bindings, self.seconds)
+        by_pairs = {n: self._right(256, fresh, n)[0].mean().item() for n in COUNTS}
+        return Result(tuple(self.curve), right.mean().item(), by_bindings, by_pairs, self.seconds)
+
+    @torch.no_grad()
+    def _right(self, batch: int, generator: torch.Generator, pairs: int) -> tuple[Tensor, Tensor]:
+        """Whether each query is answered right, 1 or 0, and how often its key was bound."""
+        drawn = text(batch, generator, pairs)
+        tokens, answers, bindings = (x.to(self.args.device) for x in drawn)
+        found = self.net(tokens)[:, 2 * pairs :].argmax(-1)
+        return (found == answers).float(), bindings
 
 
 def race(racers: Sequence[Racer], steps: int) -> list[Result]:
@@ -199,24 +216,26 @@ def tune(args: argparse.Namespace) -> int:
 
 
 def plot(results: dict[str, Result], path: Path) -> None:
-    """Accuracy while training, and after it by how often the key had been bound."""
+    """Accuracy while training; after it, by how often the key was bound and by pairs of a text."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     mpl.rcParams["svg.hashsalt"] = "mqar"  # the same picture for the same numbers
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
     for index, (name, result) in enumerate(results.items()):
         window = min(20, len(result.curve))
         curve = torch.tensor(result.curve).unfold(0, window, 1).mean(-1)
         left.plot(range(window, len(result.curve) + 1), curve, label=name)
         counts = list(result.by_bindings)
         places = [n + 0.4 * index - 0.2 for n in counts]
-        right.bar(places, list(result.by_bindings.values()), width=0.38, label=name)
+        middle.bar(places, list(result.by_bindings.values()), width=0.38, label=name)
+        right.plot(list(result.by_pairs), list(result.by_pairs.values()), marker="o", label=name)
     left.set(xlabel="step", ylabel="accuracy", ylim=(0, 1.05), title="while training")
     left.legend(loc="upper left")
-    right.set(xlabel="times the key was bound", title="after training, unseen text")
+    middle.set(xlabel="times the key was bound", title="after training, unseen text")
+    right.set(xlabel="pairs of a text", xticks=COUNTS, title=f"trained on {PAIRS} pairs")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     undated = {"Date": None} if path.suffix == ".svg" else None

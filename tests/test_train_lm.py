@@ -17,7 +17,7 @@ import pytest
 import torch
 from chunkwise.nn import LanguageModel
 
-from examples import token_file, train_lm
+from examples import evaluate_lm, token_file, train_lm
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--layers 2 --hidden 16 --heads 2 --tokens 16 --batch 4 --steps 6 --warmup 2 --window 8"
@@ -190,3 +190,15 @@ def test_a_killed_process_loses_no_more_than_the_interval(text: Path, tmp_path: 
     assert reached - 2 <= step <= reached
     assert train_lm.main([*given, "--steps", str(step + 3)]) == 0
     assert len(losses(tmp_path)) == step + 3
+
+
+def test_a_text_is_drawn_as_a_vector(
+    whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "p.svg"
+    options = ["--tokens", "16", "--rows", "4", "--out", str(picture)]
+    models = [x for _ in range(2) for x in ("--model", str(whole / "model"))]
+    assert evaluate_lm.main(["--text", str(text), *options, *models]) == 0
+    drawn = picture.read_text(encoding="utf-8")
+    assert "perplexity relative to the text's" in drawn.replace("&#x27;", "'")
+    assert "perplexity" in capsys.readouterr().out
