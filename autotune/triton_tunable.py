@@ -180,7 +180,7 @@ class TritonTunable(WholeCalls):
         launch = Launch(self._task, (alone,), choice.chunk, self._segment, given)
         tensors = launch.tensors(self._values)
         (spec,) = launch.plan.launches
-        tensors += self._arena.take(spec.new)
+        tensors += self._arena.take(launch.plan.new)
         return lambda: spec.run(tensors, aligned=True)
 
     def _in_gluon(self, choice: Choice) -> LoadedKernel | None:

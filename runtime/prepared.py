@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
 Values = Sequence[Any]  # tensors (or None) and numbers of a call, in the order of its op
 Run = Callable[[Values], Sequence[Tensor]]  # from values to results
 States = tuple[Tensor | None, ...]
+_Parts = tuple[Callable[[Values], Any], Callable[[Values], Any]]
 _R = TypeVar("_R")
 _MOST = 4096  # records that are kept, of each kind
+_NOTHING = {type(None)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +41,14 @@ class _Latest(Generic[_R]):
 
     Attributes:
         rest: what was given besides values, and how many these were.
-        others: values that are no tensors, in their places; None if all are tensors.
+        parts: take tensors out of values, and what must be None; None if all are tensors.
+        others: values that are no tensors, in their places, where some are not None.
         alike: whether tensors lie as those did.
     """
 
     rest: Sequence[object]
     count: int
+    parts: _Parts | None
     others: list[object] | None
     alike: Callable[..., bool]
     record: _R
@@ -69,7 +74,12 @@ class Records(Generic[_R]):
         if latest is None or latest.rest != rest or latest.count != len(values):
             return None
         tensors = values
-        if latest.others is not None:
+        if latest.parts is not None:
+            take, absent = latest.parts
+            if {*map(type, absent(values))} != _NOTHING:
+                return None
+            tensors = take(values)
+        elif latest.others is not None:
             tensors = [x for x in values if isinstance(x, Tensor)]
             if latest.others != _others(values):
                 return None
@@ -92,8 +102,7 @@ class Records(Generic[_R]):
                 self._known.clear()
             self._known[key] = made
         found = self._known[key]
-        whole = len(tensors) == len(values)
-        self._latest = _Latest(rest, len(values), None if whole else others, _guard(tensors), found)
+        self._latest = _Latest(rest, len(values), *_parts(values, others), _guard(tensors), found)
         return found
 
     @classmethod
@@ -102,6 +111,17 @@ class Records(Generic[_R]):
         for records in cls._all:
             records._latest = None
             records._known.clear()
+
+
+def _parts(values: Values, others: list[object]) -> tuple[_Parts | None, list[object] | None]:
+    """`parts` and `others` of the latest record: at most one of them is not None."""
+    tensors = [n for n, x in enumerate(values) if isinstance(x, Tensor)]
+    absent = [n for n, x in enumerate(values) if x is None]
+    if len(tensors) == len(values):
+        return None, None
+    if len(tensors) < 2 or len(tensors) + len(absent) < len(values):
+        return None, others
+    return (itemgetter(*tensors), itemgetter(*absent, absent[0])), None  # of one, no tuple comes
 
 
 def _others(values: Values) -> list[object]:

@@ -53,6 +53,8 @@ class Rows:
         """
         if g is None:
             own = torch.zeros(shape, dtype=dtype, device=device)
+        elif self.each == 1 and self.micro is None and not self.per_head and shape[2] == HV:
+            return g.view(shape).to(dtype)
         elif self.per_head:
             own = g.sum(0).to(dtype)
         else:

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from .. import shapes
 from ..rows import Rows, as_kernels_read, in_last_rows, last_rows
-from ..triton.launch_plan import Layout, LoadedKernel, OperandLayout, plan_launches
+from ..triton.launch_plan import NO_TABLES, Layout, LoadedKernel, OperandLayout, plan_launches
 
 # how a fault that `shapes` found says what a tensor has
 _HAS = {
@@ -226,7 +226,7 @@ class _Call:
             ),
             params=of.params,
         )
-        tables = (None,) * 4 if bounds is None else layout.tables(bounds)
+        tables = NO_TABLES if bounds is None else layout.tables(bounds)
         tensors: list[Any] = [*operands.values(), *starts.values(), *tables, *self.params]
         plan = plan_launches(kernels, layout)
         plan.run(tensors)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from ..engine import Task
 from ..prepared import Values, Way
 from .kernels import Buffer
-from .launch_plan import Layout, LoadedKernel, OperandLayout, plan_launches
+from .launch_plan import NO_TABLES, Layout, LoadedKernel, OperandLayout, plan_launches
 
 
 class Launch:
@@ -34,34 +32,40 @@ class Launch:
         pools = (*task.pools.values(), *task.slots)  # as they lie
         feeds = (*task.operands.values(), *pools, *(f.dense() for f in task.starts.values()))
         self._feeds = [(f.at, f.make) for f in feeds]
-        self._outputs: list[tuple[int, ...]] = []
-        if task.way in (Way.TOKENS, Way.POOL):  # whose outputs lie by tokens, as chunks of one
-            shapes = task.call.output_shapes.values()
-            self._outputs = [(B, *rest) if task.time else (B, *rest[1:]) for B, *rest in shapes]
         self._params = list(task.params.values())
         self._bounds = task.cu_seqlens
         layout = self._layout = _layout(task, chunk, -(-segment // chunk))
         self.plan = plan_launches(kernels, layout, given)
         self._results = [self.plan.results.get(name) for name in task.results]
+        # outputs of single tokens lie by tokens, as chunks of one: by number, another shape
+        self._outputs: list[tuple[int, tuple[int, ...]]] = []
+        if task.way in (Way.TOKENS, Way.POOL):
+            lie = {b.source[1]: b.shape for b in self.plan.new}
+            shapes = zip(task.results, task.call.output_shapes.values(), strict=False)
+            for n, (name, (B, *rest)) in enumerate(shapes):
+                shape = (B, *rest) if task.time else (B, *rest[1:])
+                if lie.get(name) != shape:
+                    self._outputs.append((n, shape))
 
     def __call__(self, values: Values) -> list[Any]:
         """Launch the kernels in order; the task's results."""
         tensors = self.tensors(values)
         self.plan.run(tensors)
         made: list[Any] = [None if n is None else tensors[n] for n in self._results]
-        for n, shape in enumerate(self._outputs):
+        for n, shape in self._outputs:
             made[n] = made[n][: self._layout.T * self._layout.B].view(shape)
         return made
 
     def tensors(self, values: Values) -> list[Any]:
         """What kernels take of a call, as they number it."""
         tensors = [values[at] if make is None else make(values[at]) for at, make in self._feeds]
-        tables: tuple[Tensor | None, ...] = (None, None, None, None)
-        if self._bounds is not None:
+        if self._bounds is None:
+            tensors += NO_TABLES
+        else:
             assert self._bounds.make is not None
-            tables = self._layout.tables(self._bounds.make(values[self._bounds.at]))
-        tensors += tables
-        tensors += [values[at] for at in self._params]
+            tensors += self._layout.tables(self._bounds.make(values[self._bounds.at]))
+        if self._params:
+            tensors += [values[at] for at in self._params]
         return tensors
 
 

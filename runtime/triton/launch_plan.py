@@ -12,10 +12,11 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from .descriptors import Block, block_of, takes
 from .kernels import Buffer, Kernel, Source
 
 TABLES = ("cu_seqlens", "chunk_offsets", "chunk_table", "segment_table")
+NO_TABLES = (None,) * len(TABLES)  # where sequences are not packed
 STAGES = "STAGES"  # the parameter of scans that says how deep their loop is pipelined
 _COMPILING = threading.Lock()
 _INTERPRETED = triton.knobs.runtime.interpret  # kernels are then Python, and constants numbers
@@ -163,6 +165,14 @@ class Layout(NamedTuple):
             **{"chunks": self._pieces(self.chunk), "segments": segments, "sequences": self.N},
         }
 
+    @property
+    def pointed(self) -> tuple[int, ...]:
+        """The numbers of what is a tensor."""
+        given = [dtype for _, _, dtype in self.carries]
+        given += [*[self.packed] * 3, self.packed if self.segment else None]  # as TABLES
+        operands = len(self.operands)
+        return (*range(operands), *(operands + n for n, x in enumerate(given) if x is not None))
+
     def _pieces(self, rows: int) -> int:
         if self.packed is not None:
             return chunk_bound(self.T, self.N, rows)
@@ -197,6 +207,20 @@ class New(NamedTuple):
         made = torch.empty(self.shape, dtype=self.dtype, device=device)
         return made.zero_() if self.zeroed else made
 
+    def maker(self, device: torch.device) -> Callable[[], Tensor]:
+        """What makes such a tensor in the least time."""
+        if self.zeroed:
+            return partial(torch.zeros, self.shape, dtype=self.dtype, device=device)
+        return _maker(self.shape, self.dtype, device)
+
+
+def _maker(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Callable[[], Tensor]:
+    strides = tuple(math.prod(shape[n + 1 :]) for n in range(len(shape)))
+    # with strides, torch reads fewer arguments than `torch.empty` has
+    return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
+
 
 @dataclass(slots=True, eq=False)
 class LaunchSpec:
@@ -211,7 +235,6 @@ class LaunchSpec:
     grid: tuple[int, int, int]
     values: tuple[object, ...]
     slots: tuple[tuple[int, int], ...]
-    new: tuple[New, ...]
     blocks: tuple[Block, ...] = ()
     unaligned: LaunchSpec | None = None
     again: Any = None
@@ -219,15 +242,16 @@ class LaunchSpec:
 
     def compile(self, tensors: Sequence[Given]) -> None:
         """Compile for a call with these tensors, on the current device."""
-        self.loaded.compile(self.grid, self._arguments(tensors))
+        self.loaded.compile(self.grid, self.arguments(tensors))
 
     def run(self, tensors: Sequence[Given], *, aligned: bool) -> None:
         """Launch on the current device and stream; `aligned`: every pointer is."""
-        compiled = self.loaded.launch(self.grid, self._arguments(tensors))
+        compiled = self.loaded.launch(self.grid, self.arguments(tensors))
         if aligned and compiled is not None:
             self.again = compiled[self.grid]
 
-    def _arguments(self, given: Sequence[Given]) -> list[object]:
+    def arguments(self, given: Sequence[Given]) -> list[object]:
+        """The kernel's arguments, of a call's tensors or of their addresses."""
         arguments = list(self.values)
         for argument, number in self.slots:
             arguments[argument] = given[number]
@@ -236,32 +260,44 @@ class LaunchSpec:
         return arguments
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class LaunchPlan:
     """The launches of one direction, for calls of one layout.
 
     Attributes:
         device: where calls of that layout are; index: of a GPU, its number.
+        pointed: the numbers of what is a tensor, of all that a call gives.
+        new: the tensors that are new in each call, numbered behind those: buffers that only these
+            kernels read come last.
+        makers: what makes the others.
+        scratch: makes one piece of memory for the last; None where there are none.
+        places: of the last in that memory, in bytes.
         results: the numbers of the buffers and last states that callers take, by name.
-        scratch: bytes of all buffers that only these kernels read.
+        ready: whether each launch has machine code for aligned pointers.
     """
 
     device: torch.device
     index: int | None
     launches: tuple[LaunchSpec, ...]
+    pointed: tuple[int, ...]
+    new: tuple[New, ...]
+    makers: tuple[Callable[[], Tensor], ...]
+    scratch: Callable[[], Tensor] | None
+    places: tuple[int, ...]
     results: Mapping[str, int]
-    scratch: int
+    ready: bool = False
 
     def run(self, tensors: list[Any]) -> None:
         """Launch the kernels in order on the tensors of a call; the new ones are added to those.
 
         All tensors but operands are contiguous.
         """
-        pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in tensors]
-        aligned = True
-        for p in pointers:
-            if isinstance(p, int) and p % 16:
-                aligned = False
+        pointers, bits = tensors.copy(), 0
+        for n in self.pointed:
+            if tensors[n] is not None:  # a pool without numbers of accepted tokens
+                pointers[n] = pointer = tensors[n].data_ptr()
+                bits |= pointer
+        aligned = not bits % 16
         if self.index is not None and torch.cuda.current_device() != self.index:
             with torch.cuda.device(self.index):
                 self._launch(tensors, pointers, aligned=aligned)
@@ -269,37 +305,25 @@ class LaunchPlan:
             self._launch(tensors, pointers, aligned=aligned)
 
     def _launch(self, tensors: list[Given], pointers: list[float | None], *, aligned: bool) -> None:
-        device = self.device
-        if not aligned or None in [x.again for x in self.launches]:
-            for spec in self.launches:
-                tensors += [b.make(device) for b in spec.new]
+        if not (aligned and self.ready):
+            tensors += [b.make(self.device) for b in self.new]
             specs = [x if aligned else x.unaligned or x for x in self.launches]
             _compile(specs, tensors, self.index)
             for spec in specs:
                 spec.run(tensors, aligned=aligned)
+            self.ready = all(spec.again is not None for spec in self.launches)
             return
         # one piece of memory for all that is no result, and numbers for arguments: less to do
-        scratch = torch.empty(self.scratch // 4, dtype=torch.float32, device=device)
-        free = scratch.data_ptr()
+        made = [make() for make in self.makers]
+        tensors += made
+        pointers += [x.data_ptr() for x in made]
+        if self.scratch is not None:
+            scratch = self.scratch()
+            free = scratch.data_ptr()
+            pointers += [free + place for place in self.places]
         stream = triton.runtime.driver.active.get_current_stream(self.index or 0)
         for spec in self.launches:
-            for b in spec.new:
-                if b.scratch:
-                    tensors.append(None)
-                    pointers.append(free)
-                    free += b.bytes
-                else:
-                    made = torch.empty(b.shape, dtype=b.dtype, device=device)
-                    if b.zeroed:
-                        made.zero_()
-                    tensors.append(made)
-                    pointers.append(made.data_ptr())
-            arguments = list(spec.values)
-            for argument, number in spec.slots:
-                arguments[argument] = pointers[number]
-            for block in spec.blocks:
-                arguments[block.argument] = block.of(pointers[block.number])
-            spec.again(*arguments, stream=stream)
+            spec.again(*spec.arguments(pointers), stream=stream)
 
 
 def _compile(specs: Sequence[LaunchSpec], tensors: Sequence[Given], index: int | None) -> None:
@@ -340,33 +364,40 @@ def plan_launches(
     sources += [("initial", name) for name in shapes]
     sources += [("table", name) for name in TABLES]
     sources += [("param", name) for name in layout.params]
-    number = {source: n for n, source in enumerate(sources)}
     letters = {b.name: b.shape for b in given}
     letters |= {b.name: b.shape for x in kernels for b in x.kernel.stores}
+    new: dict[Source, New] = {}
+    for n, loaded in enumerate(kernels):
+        kernel = loaded.kernel
+        for b in kernel.stores if n else (*given, *kernel.stores):
+            new.setdefault(("buffer", b.name), _new(b, layout, operands))
+        for source in kernel.sources.values():
+            if source[0] == "final":
+                new[source] = New(source, shapes[source[1]], torch.float32)
+    made = [b for b in new.values() if not b.scratch]
+    buffers = [b for b in new.values() if b.scratch]
+    sources += [b.source for b in (*made, *buffers)]
+    number = {source: n for n, source in enumerate(sources)}
+    ends = [*accumulate(b.bytes for b in buffers)]
     launches: list[LaunchSpec] = []
     for loaded in kernels:
-        kernel = loaded.kernel
-        buffers = kernel.stores if launches else (*given, *kernel.stores)
-        new = [_new(b, layout, operands) for b in buffers if ("buffer", b.name) not in number]
-        ends = [source for source in kernel.sources.values() if source[0] == "final"]
-        new += [New(source, shapes[source[1]], torch.float32) for source in ends]
-        for b in new:
-            number[b.source] = len(sources)
-            sources.append(b.source)
-        spec = _spec(loaded, layout, operands, number, tuple(new), letters)
+        spec = _spec(loaded, layout, operands, number, letters)
         if loaded.gluon is not None and takes(loaded.gluon.kernel, layout):
             unaligned = spec
-            spec = _spec(loaded.gluon, layout, operands, number, tuple(new), letters)
+            spec = _spec(loaded.gluon, layout, operands, number, letters)
             spec.unaligned = unaligned
         launches.append(spec)
-    made = [b for x in launches for b in x.new]
     device = layout.device
     return LaunchPlan(
         device,
         device.index if device.type == "cuda" else None,
         tuple(launches),
-        {b.source[1]: number[b.source] for b in made if not b.scratch},
-        sum(b.bytes for b in made if b.scratch),
+        layout.pointed,
+        new=(*made, *buffers),
+        makers=tuple(b.maker(device) for b in made),
+        scratch=_maker((ends[-1] // 4,), torch.float32, device) if ends else None,
+        places=tuple(end - b.bytes for b, end in zip(buffers, ends, strict=True)),
+        results={b.source[1]: number[b.source] for b in made},
     )
 
 
@@ -375,7 +406,6 @@ def _spec(
     layout: Layout,
     operands: Mapping[str, OperandLayout],
     number: Mapping[Source, int],
-    new: tuple[New, ...],
     letters: Mapping[str, tuple[str, ...]],
 ) -> LaunchSpec:
     kernel = loaded.kernel
@@ -408,7 +438,6 @@ def _spec(
             for name, n in numbers.items()
             if name in names and name not in kernel.blocks
         ),
-        new=new,
         blocks=tuple(
             block_of(kernel, name, layout, names.index(name), numbers[name], letters)
             for name in kernel.blocks

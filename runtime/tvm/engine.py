@@ -33,7 +33,7 @@ from ..tuned.selection import call_size_of, select_config
 from .allocator import LARGE_BLOCK, empty, in_large_pages, keep_freed_memory
 from .build import Function, functions, host_cpu, lanes_of
 from .pool import PooledTokens
-from .threads import SHARED, Work, room, run
+from .threads import SHARED, Room, Work, run
 
 Stage: TypeAlias = tuple[tuple[TirKernel, Function], ...]
 
@@ -316,6 +316,7 @@ class _Token:
         results = [*outputs, *states]
         self._new += [empty(*call.state_shape(s)) for s in call.step.states]
         self._function, self._scratch = function, kernel.scratch
+        self._room = Room(kernel.scratch)
         self._items = call.N * call.HV * kernel.v_programs
         sequences, chunks, _ = _tables(call.B, 1, None, 1)
         self._fixed = (sequences, chunks, call.HV, 0, self._items)
@@ -334,7 +335,7 @@ class _Token:
         for p in kernel.parameters:
             own = p.role in _RESULTS
             taken.append(results.index(str(p.of)) if own else places[str(p.of)])
-        self._room = len(taken) + 2
+        self._scratch_at = len(taken) + 2
         taken += [room + 1, room + 2, room, room + 3]
         taken += [values + task.params[n] for n in kernel.numbers]
         self._take = itemgetter(*taken, room + 4, room + 5)
@@ -343,15 +344,14 @@ class _Token:
 
     def __call__(self, values: Values) -> list[Tensor]:
         """The output and new states."""
-        made = [torch.empty_like(x) for x in self._new]
-        scratch = room(self._scratch) if self._alone else None
+        made = [*map(torch.empty_like, self._new)]
         fed = [make(values[at]) for at, make in self._made] if self._made else ()
-        arguments = self._take((*made, scratch, *self._fixed, *fed, *values))
+        arguments = self._take((*made, self._room.tensor, *self._fixed, *fed, *values))
         if self._alone:
             self._function(*arguments)
         else:
             threads = torch.get_num_threads()
-            own = {self._room: empty(threads, self._scratch)}
+            own = {self._scratch_at: empty(threads, self._scratch)}
             run([Work(self._function, arguments[:-2], own)], self._items, threads)
         for n, shape in enumerate(self._outputs):
             made[n] = made[n].view(shape)

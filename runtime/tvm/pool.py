@@ -16,7 +16,7 @@ from ..engine import Task
 from ..prepared import Values
 from .allocator import empty
 from .build import Function
-from .threads import SHARED, Work, room, run
+from .threads import SHARED, Room, Work, run
 
 _OWN = ("before", "after", "sequences", "chunks", "room", "heads", "begin", "items")
 
@@ -36,6 +36,7 @@ class PooledTokens:
         self._rows = [(B * T, *rest) for B, T, *rest in outputs.values()]
         self._shapes = [(B, T, *r) if task.time else (B, *r) for B, T, *r in outputs.values()]
         self._dtype, self._scratch = call.dtype, kernel.scratch
+        self._room = Room(kernel.scratch)
         self._items = call.B * call.HV * kernel.v_programs
         numbers = call.B * sum(math.prod(x.shape[1:]) for x in pool.states)
         self._alone = self._items == 1 or numbers < SHARED
@@ -60,7 +61,7 @@ class PooledTokens:
         for p in kernel.parameters:
             of = own if p.role in (Role.SLOTS, Role.BUFFER) else places
             taken.append(of[str(p.of)])
-        self._room = len(taken) + 2
+        self._scratch_at = len(taken) + 2
         taken += [own[n] for n in ("sequences", "chunks", "room", "heads")]
         taken += [len(own) + task.params[name] for name in kernel.numbers]
         self._take = itemgetter(*taken, own["begin"], own["items"])
@@ -74,7 +75,7 @@ class PooledTokens:
         before = indices[:, 0] if self._wide else indices
         if accepted is not None and self._wide:
             before = indices.gather(1, accepted.long()[:, None] - 1)[:, 0]
-        own = room(self._scratch) if self._alone else None
+        own = self._room.tensor if self._alone else None
         every = [*values, *(make(values[at]) for at, make in self._makes)]
         for t, table in enumerate(self._tables):
             after = indices[:, min(t, indices.shape[1] - 1)] if self._wide else indices
@@ -87,7 +88,7 @@ class PooledTokens:
                 self._function(*arguments)
             else:
                 threads = torch.get_num_threads()
-                rooms = {self._room: empty(threads, self._scratch)}
+                rooms = {self._scratch_at: empty(threads, self._scratch)}
                 run([Work(self._function, arguments[:-2], rooms)], self._items, threads)
             before = after
         return [x.view(shape) for x, shape in zip(made, self._shapes, strict=True)]

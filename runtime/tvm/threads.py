@@ -28,7 +28,6 @@ from .worker import Arguments, described, worker
 _PIECES = 4  # pieces of work per thread, so that sequences of unequal length even out
 _PROCESS = os.getpid()
 SHARED = 1 << 19  # numbers in the states of tokens from which another thread is worth waking
-_ROOMS = threading.local()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,12 +52,11 @@ class Work:
         return values
 
 
-def room(size: int) -> Tensor:
-    """This thread's scratch memory."""
-    own: Tensor | None = getattr(_ROOMS, "tensor", None)
-    if own is None or own.numel() < size:
-        own = _ROOMS.tensor = empty(size)
-    return own
+class Room(threading.local):
+    """Scratch memory of so many numbers, of each thread its own."""
+
+    def __init__(self, size: int) -> None:
+        self.tensor = empty(size)
 
 
 def run(works: Sequence[Work], items: int, threads: int) -> None:
