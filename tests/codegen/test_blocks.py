@@ -20,6 +20,8 @@ from tests.tolerances import BY_DTYPE, assert_agree
 pytestmark = pytest.mark.interpreter
 SIZES = Sizes(B=1, T=75, H=1, HV=1, K=17, V=16, initial=True, dtype=torch.float32)
 
+KINDS = ("mild", "strong", "floor of -5", "beyond the range", "resets")
+
 
 def _gates(kind: str, z: Tensor) -> Tensor:
     return {
@@ -47,15 +49,29 @@ def _serve(monkeypatch: pytest.MonkeyPatch, chunk: int, block: int) -> None:
     monkeypatch.setattr(triton_engine, "_compiled_for", served_under(config))
 
 
-@pytest.mark.parametrize("kind", ["mild", "strong", "floor of -5", "beyond the range", "resets"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("name", "gate"), [("kda", "g"), ("gla", "g"), ("rwkv6", "w"), ("hgrn2", "f")]
 )
-@pytest.mark.parametrize(("chunk", "block"), [(64, 16), (64, 32), (32, 32)])
 def test_blocks_are_the_token_loop(
-    name: str, gate: str, kind: str, chunk: int, block: int, monkeypatch: pytest.MonkeyPatch
+    name: str, gate: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """rwkv6 reads before the decay; hgrn2's gate is a factor, which may be 0."""
+    _check(name, gate, kind, 64, 16, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("chunk", "block"), [(64, 32), (32, 32)])
+def test_blocks_of_another_length(
+    kind: str, chunk: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How long a block is does not depend on the rule; kda has all that rules have."""
+    _check("kda", "g", kind, chunk, block, monkeypatch)
+
+
+def _check(
+    name: str, gate: str, kind: str, chunk: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _serve(monkeypatch, chunk, block)
     op = getattr(cw.library, name)
     inputs = _inputs(op, gate, kind, SIZES)

@@ -24,9 +24,9 @@ def _holds(verdicts: list[Verdict]) -> None:
     assert outcomes.count(Outcome.MOOT) <= MOOT * len(outcomes)
 
 
-@pytest.mark.parametrize("first", range(0, 320, 40))
+@pytest.mark.parametrize("first", range(0, 300, 30))
 def test_eager(first: int) -> None:
-    _holds(block("eager", first, 40))
+    _holds(block("eager", first, 30))
 
 
 @pytest.mark.parametrize("first", range(0, 100, 25))
@@ -36,6 +36,6 @@ def test_tvm(first: int) -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what padding holds
-@pytest.mark.parametrize("first", range(0, 40, 20))
+@pytest.mark.parametrize("first", range(0, 30, 15))
 def test_triton(first: int) -> None:
-    _holds(block("triton", first, 20))
+    _holds(block("triton", first, 15))

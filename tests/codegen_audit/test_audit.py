@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import chunkwise.audit
 import pytest
 from chunkwise import library
 
@@ -25,6 +26,7 @@ from chunkwise.audit import (
     quick_subjects,
     report,
 )
+from chunkwise.cli import main
 from chunkwise.codegen.config import Dims, KernelConfig
 from chunkwise.codegen.interface import Dtype
 from chunkwise.codegen.triton.offline import Job, Outcome, compile_job
@@ -127,6 +129,24 @@ def test_quick_mode_has_every_class_on_every_target() -> None:
     assert len(forms) >= 9
 
 
+def test_every_class_compiles_and_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each class in both directions for one of two targets, and forward for one of the others."""
+    names = sorted({s.form.name for s in quick_subjects()})
+    both, forward = (Target.SM90, Target.GFX942), (Target.SM80, Target.SM100, Target.SM120)
+    mine = {(n, both[i % 2]) for i, n in enumerate(names)}
+    mine |= {(n, forward[i % 3]) for i, n in enumerate(names)}
+    subjects = [s for s in quick_subjects() if (s.form.name, s.target) in mine]
+    assert {s.target for s in subjects} == set(Target)
+    monkeypatch.setattr(chunkwise.audit, "quick_subjects", lambda: subjects)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    assert main(["audit", "--quick", "--jobs", "2"]) == 0, capsys.readouterr().out
+    told = f"{len(subjects)} audited, 0 with findings (Triton {triton.__version__})\n"
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.long
 def test_quick_audit(tmp_path: Path) -> None:
     """The audit runs in its own process, with a cache of its own and without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -184,7 +184,7 @@ RULES = [x for x in globals().values() if isinstance(x, cw.Recurrence)]
 SHAPES: dict[str, dict[str, Any]] = {
     # sizes that coincide: an axis taken for another one raises nothing
     "alike": {"B": 1, "T": 16, "H": 1, "HV": 1, "K": 16, "V": 16},
-    "apart": {"T": 19, "H": 2, "HV": 4, "K": 5, "V": 3, "initial": True},
+    "apart": {"B": 1, "T": 19, "H": 2, "HV": 4, "K": 5, "V": 3, "initial": True},
 }
 
 

@@ -33,8 +33,8 @@ def default(what: torch.dtype | str) -> Iterator[None]:
 @pytest.mark.parametrize("rule", RULES)
 def test_calls(kit: Any, engine: str, rule: str, what: torch.dtype | str) -> None:
     op = getattr(cw.library, rule)
-    sizes = kit.Sizes(T=9, HV=4, K=5, V=6, dtype=torch.float32)
-    for at in (sizes, kit.Sizes(T=9, K=5, V=6, initial=True, dtype=torch.float32).packed(4, 0, 5)):
+    sizes = kit.Sizes(B=1, T=9, H=1, HV=2, K=5, V=6, initial=True, dtype=torch.float32)
+    for at in (sizes, sizes.packed(4, 0, 5)):
         inputs = kit.make_inputs(op, at)
         want = kit.oracle_results(op, inputs)
         options = {**inputs.options, "engine": engine, "output_final_state": True}

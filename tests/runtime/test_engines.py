@@ -49,6 +49,7 @@ def _supported(op: cw.Recurrence, engine: str, inputs: Any) -> bool:
     return True
 
 
+@pytest.mark.interpreted_elsewhere  # codegen/test_interpreter.py
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rule", RULES)
 def test_agrees_with_the_oracle(kit: Any, engine: str, rule: str, variant: str) -> None:
@@ -59,6 +60,7 @@ def test_agrees_with_the_oracle(kit: Any, engine: str, rule: str, variant: str) 
     )
 
 
+@pytest.mark.interpreted_elsewhere  # codegen/test_interpreter.py
 @pytest.mark.parametrize("initial", [False, True], ids=["zero state", "initial state"])
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("rule", ["simple_gla", "gated_delta_rule", "kda"])

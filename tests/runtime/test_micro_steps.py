@@ -38,7 +38,7 @@ def test_tuples_of_any_length(
 ) -> None:
     op = cw.library.gated_delta_product
     H, HV = heads
-    sizes = kit.Sizes(T=9, H=H, HV=HV, K=5, V=4, micro=n, initial=True)
+    sizes = kit.Sizes(B=1, T=9, H=H, HV=HV, K=5, V=4, micro=n, initial=True)
     inputs = kit.make_inputs(op, sizes if lengths is None else sizes.packed(*lengths))
     _agrees(kit, op, engine, inputs)
 

@@ -65,7 +65,7 @@ def test_fullgraph(kit: Any, engine: str, dynamic: bool | None) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
     for T in (7, 11, 13):
-        inputs = kit.make_inputs(op, kit.Sizes(T=T, HV=4, K=3, V=5, initial=True))
+        inputs = kit.make_inputs(op, kit.Sizes(T=T, H=1, HV=2, K=3, V=5, initial=True))
         options = {"engine": engine, "initial_state": inputs.initial[0]}
         want = model(inputs.operands, **options)
         got = compiled(inputs.operands, **options)
