@@ -1,21 +1,20 @@
 """Compiles every emitted kernel for every target without a GPU, and checks that it fits.
 
 A kernel that compiles may still fail to launch, because it needs more shared memory than the target
-has. For each declaration, dtype and target, the audit therefore compiles the configuration that the
-runtime would choose (`fit` estimates its memory without a compiler). If a kernel does not fit, the
-audit descends a short ladder of smaller tiles and reports the first configuration that fits.
+has. The audit compiles the configuration that the runtime would choose: `fit` made it smaller by an
+estimate of its memory, which is checked here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from .cli_progress import watched
-from .codegen.config import Config, Dims, KernelConfig
+from .codegen.config import Config, Dims
 from .codegen.interface import Dtype
 from .codegen.programs import Transition, chunk_program, transition_of
-from .codegen.triton.emit import Emitted, emit
+from .codegen.triton.emit import emit
 from .codegen.triton.fit import untuned_config
 from .codegen.triton.offline import Job, Outcome, run_jobs, signature_for
 from .codegen.triton.resources import SERIALISED, Target
@@ -24,8 +23,6 @@ from .dsl.classify import DecayClass, LowRank, classify
 from .dsl.errors import NotLowered
 from .dsl.normal_form import NormalForm
 from .runtime.tuned.machine import version
-
-_CHUNKS = (64, 32, 16)
 
 # ---- what is compiled ----------------------------------------------------------------------------
 
@@ -59,155 +56,40 @@ class Subject:
         """The configuration that the runtime chooses on this target if nothing was tuned."""
         return untuned_config(self.form, self.dims, self.dtype, self.target.shared_limit)
 
-    def emitted(self, config: Config) -> Emitted:
+    def jobs(self, config: Config | None = None) -> dict[str, Job]:
+        """The compilation of each kernel by name, under `config` instead of the default."""
         signature = signature_for(self.form, self.dims, self.dtype, self.target)
-        return emit(self.form, signature, config, segments=self.segments)
-
-    def job(self, kernel: str, config: Config) -> Job:
-        """The compilation of the kernel of that name under `config`, or of one that calls it."""
-        emitted = self.emitted(config)
-        launched = (*emitted.forward, *emitted.backward)
-        found = next(k for k in launched if kernel in (k.name, *k.calls))
-        buffers = tuple(emitted.buffers(found).items())
-        signature = signature_for(self.form, self.dims, self.dtype, self.target)
-        return Job(found, buffers, signature, self.target, self.packed)
-
-    def kernels(self, config: Config) -> dict[str, tuple[str, ...]]:
-        """The names of launched kernels, each with those under which `config` has its tiles."""
-        emitted = self.emitted(config)
-        chosen = [emitted.forward] if "forward" in self.directions else []
-        chosen += [emitted.backward] if "backward" in self.directions else []
-        return {k.name: k.calls or (k.name,) for program in chosen for k in program}
+        emitted = emit(self.form, signature, config or self.default, segments=self.segments)
+        programs = {"forward": emitted.forward, "backward": emitted.backward}
+        return {
+            k.name: Job(k, tuple(emitted.buffers(k).items()), signature, self.target, self.packed)
+            for direction in self.directions
+            for k in programs[direction]
+        }
 
 
-def ladder(config: KernelConfig) -> tuple[KernelConfig, ...]:
-    """The tiles tried for one kernel, from the given ones down: stages first, then widths."""
-    rungs = [config, replace(config, stages=1)]
-    for size in (32, 16):
-        v_tile, k_tile = min(size, config.v_tile), min(size, config.k_tile)
-        rungs += [
-            replace(config, stages=1, v_tile=v_tile),
-            replace(config, stages=1, v_tile=v_tile, k_tile=k_tile),
-        ]
-    return tuple(dict.fromkeys(rungs))
+class Audit:
+    """The compilations of some subjects; those that are equal are done once."""
 
+    def __init__(self, subjects: Iterable[Subject]) -> None:
+        self._jobs = {s: s.jobs() for s in subjects}
+        self._outcomes: dict[str, Outcome] = {}
 
-def chunks_below(chunk: int) -> tuple[int, ...]:
-    """The chunk lengths tried, the given one first."""
-    return (chunk, *(c for c in _CHUNKS if c < chunk))
-
-
-@dataclass(slots=True, eq=False)
-class Search:
-    """The descent of one subject to tiles that fit: a rung per kernel, for each chunk length.
-
-    Attributes:
-        names: of each launched kernel, the names under which a configuration has its tiles.
-        attempt: the index of the chunk length being tried.
-        rungs: the rung of each kernel being tried.
-        found: the outcomes of the kernels that fit, at this chunk length.
-        errors: the compiler's errors, by kernel.
-        first: the outcome of each kernel in the default configuration.
-        failed: a kernel that fits with no tiles; empty if there is none.
-    """
-
-    subject: Subject
-    names: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    attempt: int = 0
-    rungs: dict[str, int] = field(default_factory=dict)
-    found: dict[str, Outcome] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
-    first: dict[str, Outcome] = field(default_factory=dict)
-    failed: str = ""
-
-    def __post_init__(self) -> None:
-        self.names = self.subject.kernels(self.subject.default)
-        self.rungs = dict.fromkeys(self.names, 0)
+    def run(self, workers: int) -> None:
+        """Compile all of them, with a line of progress; what an interrupt leaves is kept."""
+        jobs = {job.key: job for of in self._jobs.values() for job in of.values()}
+        for key, outcome in watched(run_jobs(jobs, workers), "compiling", len(jobs), "kernel"):
+            self._outcomes[key] = outcome
 
     @property
-    def config(self) -> Config:
-        """The configuration being tried."""
-        default = self.subject.default
-        chunk = chunks_below(default.chunk)[self.attempt]
-        rungs = ((n, rung) for name, rung in self.rungs.items() for n in self.names[name])
-        kernels = tuple((n, ladder(default.of(n))[rung]) for n, rung in rungs)
-        return replace(default, chunk=chunk, kernels=kernels)
-
-    def pending(self) -> Iterator[tuple[str, Job]]:
-        """The compilations that the next decision needs, with the kernels' names."""
-        if self.failed:
-            return
-        for name in self.rungs:
-            if name not in self.found:
-                yield name, self.subject.job(name, self.config)
-
-    def learn(self, name: str, outcome: Outcome) -> None:
-        """Take the outcome of a pending kernel, and go down a rung if it did not fit."""
-        if self.failed:
-            return
-        if name not in self.first:
-            self.first[name] = outcome
-            if outcome.error:  # even a kernel that does not fit must compile
-                self.errors[name] = outcome.error
-        if outcome.fits:
-            self.found[name] = outcome
-            return
-        default = self.subject.default
-        if self.rungs[name] + 1 < len(ladder(default.of(name))):
-            self.rungs[name] += 1
-            return
-        if self.attempt + 1 < len(chunks_below(default.chunk)):
-            self.attempt += 1
-            self.rungs = dict.fromkeys(self.rungs, 0)
-            self.found = {}
-            return
-        self.failed = name
-
-    @property
-    def finished(self) -> bool:
-        """Whether a configuration that fits is found, or none is left to try."""
-        return bool(self.failed) or self.found.keys() == self.rungs.keys()
-
-    @property
-    def passed(self) -> bool:
-        """Whether every kernel compiles, and fits in the configuration that the runtime chooses."""
-        return not (self.failed or self.errors or self.changes)
-
-    @property
-    def changes(self) -> list[str]:
-        """How the configuration that fits differs from the default; empty if it does not."""
-        default, config = self.subject.default, self.config
-        changes = [] if config.chunk == default.chunk else [f"chunk={config.chunk}"]
-        for name in self.rungs:
-            old, new = default.of(name), config.of(name)
-            if old != new:
-                tiles = f"BV={new.v_tile} stages={new.stages}"
-                tiles += f" BK={new.k_tile}" if new.k_tile != old.k_tile else ""
-                changes.append(f"{name}: {tiles}")
-        return changes
-
-
-# ---- running -------------------------------------------------------------------------------------
-
-
-def audit(searches: Sequence[Search], workers: int) -> None:
-    """Compile until every search has a configuration that fits, or none is left to try."""
-    known: dict[str, Outcome] = {}
-    while any(not s.finished for s in searches):
-        fresh: dict[str, Job] = {}
-        waiting: dict[str, list[tuple[Search, str]]] = {}
-        for search in searches:
-            for name, job in list(search.pending()):
-                if job.key in known:
-                    search.learn(name, known[job.key])
-                else:
-                    fresh[job.key] = job
-                    waiting.setdefault(job.key, []).append((search, name))
-        outcomes = run_jobs(fresh, workers)
-        for key, outcome in watched(outcomes, "compiling", len(fresh), "kernel"):
-            known[key] = outcome
-            for search, name in waiting[key]:
-                search.learn(name, outcome)
+    def found(self) -> dict[Subject, dict[str, Outcome]]:
+        """The outcomes of each subject's kernels by name; subjects that were interrupted lack."""
+        done = self._outcomes
+        return {
+            subject: {name: done[job.key] for name, job in jobs.items()}
+            for subject, jobs in self._jobs.items()
+            if all(job.key in done for job in jobs.values())
+        }
 
 
 # ---- which subjects ------------------------------------------------------------------------------
@@ -289,52 +171,45 @@ def all_subjects(
 # ---- what was found ------------------------------------------------------------------------------
 
 
-def report(searches: Sequence[Search]) -> str:
+def fits(outcomes: Mapping[str, Outcome]) -> bool:
+    """Whether every kernel compiles and fits."""
+    return all(o.fits for o in outcomes.values())
+
+
+def report(found: Mapping[Subject, Mapping[str, Outcome]]) -> str:
     """One line per subject, then the compiler's errors and the number of findings."""
-    lines = []
-    width = max((len(s.subject.label) for s in searches), default=0)
-    for s in searches:
-        if s.failed:
-            verdict = f"DOES NOT FIT: {s.failed} under no configuration tried"
-        else:
-            shared = max(o.resources.shared for o in s.found.values() if o.resources)
-            registers = [o.resources.registers for o in s.found.values() if o.resources]
-            most = max((r for r in registers if r is not None), default="unknown")
-            spills = [o.resources.spills or 0 for o in s.found.values() if o.resources]
-            slow = [
-                n for n, o in s.found.items() if o.resources and o.resources.usage.is_serialised
-            ]
-            limit = s.subject.target.shared_limit
-            verdict = f"{shared / 1024:5.1f} of {limit // 1024} KiB, "
-            verdict += f"registers {most}, spills {max(spills)} B"
-            if slow:
-                verdict += f"   {SERIALISED}: {', '.join(slow)}"
-            if s.changes:
-                verdict += f"   TOO MUCH AS CHOSEN, fits with {'; '.join(s.changes)}"
-        lines.append(f"{s.subject.label:<{width}}  {verdict}")
-    for s in searches:
-        lines += [f"ERROR {s.subject.label} {n}: {e}" for n, e in s.errors.items()]
-    good = [s for s in searches if s.passed]
-    found = f"{len(searches)} audited, {len(searches) - len(good)} with findings"
-    lines.append(f"{found} (Triton {version('triton')})")
-    return "\n".join(lines)
+    lines, errors = [], []
+    width = max((len(s.label) for s in found), default=0)
+    for subject, outcomes in found.items():
+        errors += [f"ERROR {subject.label} {n}: {o.error}" for n, o in outcomes.items() if o.error]
+        compiled = {n: o.resources for n, o in outcomes.items() if o.resources}
+        shared = max((r.shared for r in compiled.values()), default=0)
+        registers = [r.registers for r in compiled.values() if r.registers is not None]
+        spills = max((r.spills or 0 for r in compiled.values()), default=0)
+        verdict = f"{shared / 1024:5.1f} of {subject.target.shared_limit // 1024} KiB, "
+        verdict += f"registers {max(registers, default='unknown')}, spills {spills} B"
+        slow = [n for n, r in compiled.items() if r.usage.is_serialised]
+        large = [n for n, r in compiled.items() if not r.fits]
+        for what, names in ((SERIALISED, slow), ("DOES NOT FIT", large)):
+            verdict += f"   {what}: {', '.join(names)}" if names else ""
+        lines.append(f"{subject.label:<{width}}  {verdict}")
+    wrong = sum(not fits(outcomes) for outcomes in found.values())
+    count = f"{len(found)} audited, {wrong} with findings (Triton {version('triton')})"
+    return "\n".join([*lines, *errors, count])
 
 
-def as_json(search: Search) -> dict[str, object]:
-    """A search as data: the resources and the configuration of each kernel."""
-    config = search.config
+def as_json(subject: Subject, outcomes: Mapping[str, Outcome]) -> dict[str, object]:
+    """A subject as data: the resources and the configuration of each kernel."""
+    jobs = subject.jobs()
     kernels = {}
-    for name, outcome in search.first.items():
-        last = search.found.get(name, outcome)
-        r = last.resources
-        tiles = config.of(name)
+    for name, outcome in outcomes.items():
+        r, tiles = outcome.resources, jobs[name].kernel.config
         kernels[name] = {
             "v_tile": tiles.v_tile,
             "k_tile": tiles.k_tile,
             "warps": tiles.warps,
             "stages": tiles.stages,
             "shared": r.shared if r else None,
-            "shared_by_default": outcome.resources.shared if outcome.resources else None,
             "registers": r.registers if r else None,
             "spills": r.spills if r else None,
             "instructions": r.usage.instructions._asdict() if r and r.usage.instructions else None,
@@ -342,10 +217,9 @@ def as_json(search: Search) -> dict[str, object]:
             "error": outcome.error,
         }
     return {
-        "subject": search.subject.label,
+        "subject": subject.label,
         "triton": version("triton"),
-        "passed": search.passed,
-        "changes": search.changes,
-        "chunk": config.chunk,
+        "passed": fits(outcomes),
+        "chunk": subject.default.chunk,
         "kernels": kernels,
     }

@@ -17,7 +17,7 @@ from .codegen.interface import Dtype
 
 def _audit(arguments: argparse.Namespace) -> int:
     with triton_compiler():
-        from .audit import Search, all_subjects, as_json, audit, quick_subjects, report
+        from .audit import Audit, all_subjects, as_json, fits, quick_subjects, report
     for name in arguments.names:
         if name not in library.names():
             raise UsageError(unknown_name(name))
@@ -33,20 +33,20 @@ def _audit(arguments: argparse.Namespace) -> int:
             list(targets(arguments.for_target).values()),
         )
     started = time.perf_counter()
-    searches, interrupted = [Search(s) for s in subjects], False
+    audit, interrupted = Audit(subjects), False
     try:
-        audit(searches, arguments.jobs)
+        audit.run(arguments.jobs)
     except KeyboardInterrupt:
         interrupted = True
-        searches = [s for s in searches if s.finished]
-    print(report(searches))
+    found = audit.found
+    print(report(found))
     print(f"in {time.perf_counter() - started:.0f} s", flush=True)
     if arguments.json:
-        text = json.dumps([as_json(s) for s in searches], indent=1)
+        text = json.dumps([as_json(s, o) for s, o in found.items()], indent=1)
         arguments.json.write_text(text + "\n", encoding="utf-8")
     if interrupted:
         raise KeyboardInterrupt
-    return 0 if all(s.passed for s in searches) else 1
+    return 0 if all(map(fits, found.values())) else 1
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

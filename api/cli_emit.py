@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from .cli_arguments import add_dims, add_dtype, count
 from .cli_command import Command, UsageError, add_target, find, no_such
-from .cli_progress import watched
 from .codegen.config import Config, Dims, KernelConfig, Precision
 from .codegen.eager.kernel import print_eager
 from .codegen.gluon import emit as gluon_emit
@@ -229,54 +228,41 @@ _COUNTED = ("wgmma", "local", "barriers", "lines")  # of the machine code, where
 def _resources(request: _Request, arguments: argparse.Namespace) -> int:
     """Compile the runtime's choice for each target, and print the resources of each kernel."""
     with triton_compiler():
-        from .audit import Subject
-        from .codegen.triton import offline
-    jobs = {}
-    for name, target in targets(arguments.for_target).items():
-        subject = Subject(
+        from .audit import Audit, Subject
+        from .codegen.triton.offline import verdict
+    audit = Audit(
+        Subject(
             *(request.form, request.dims, request.dtype, target),
             packed=False,
             segments=request.segments,
         )
-        config = subject.default
-        for kernel in subject.kernels(config):
-            jobs[name, kernel] = subject.job(kernel, config)
-    unique = {job.key: job for job in jobs.values()}
-    outcomes: dict[str, offline.Outcome] = {}
+        for target in targets(arguments.for_target).values()
+    )
     interrupted = False
     try:
-        run = offline.run_jobs(unique, arguments.jobs)
-        outcomes.update(watched(run, "compiling", len(unique), "kernel"))
+        audit.run(arguments.jobs)
     except KeyboardInterrupt:
         interrupted = True
     rows: list[tuple[str, ...]] = [
         ("kernel", "target", "shared", "limit", "registers", "spills", *_COUNTED, "")
     ]
-    failed = False
-    for (name, kernel), job in jobs.items():
-        outcome = outcomes.get(job.key)
-        if outcome is None:  # the interrupt came before it
-            continue
-        limit = f"{job.target.shared_limit // 1024} KiB"
-        if outcome.resources is None:
-            nothing = ["-"] * (2 + len(_COUNTED))
-            rows.append((kernel, name, "-", limit, *nothing, outcome.error))
+    found = [(s.target, n, o) for s, of in audit.found.items() for n, o in of.items()]
+    for target, kernel, outcome in found:
+        name, limit = target.name.lower(), f"{target.shared_limit // 1024} KiB"
+        r = outcome.resources
+        if r is None:
+            taken = ["-", limit, *["-"] * (2 + len(_COUNTED))]
         else:
-            r = outcome.resources
-            shared = f"{r.shared / 1024:.1f} KiB"
             registers = "-" if r.registers is None else str(r.registers)
             spills = "-" if r.spills is None else f"{r.spills} B"
-            counted = [
-                "-" if r.usage.instructions is None else str(getattr(r.usage.instructions, n))
-                for n in _COUNTED
-            ]
-            verdict = offline.verdict(outcome)
-            rows.append((kernel, name, shared, limit, registers, spills, *counted, verdict))
-        failed |= not outcome.fits
+            counts = r.usage.instructions
+            counted = ["-" if counts is None else str(getattr(counts, n)) for n in _COUNTED]
+            taken = [f"{r.shared / 1024:.1f} KiB", limit, registers, spills, *counted]
+        rows.append((kernel, name, *taken, verdict(outcome)))
     print("\n".join(table(rows)), flush=True)
     if interrupted:
         raise KeyboardInterrupt
-    return 1 if failed else 0
+    return 0 if all(o.fits for _, _, o in found) else 1
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .cli_progress import Progress, watched
+from .cli_progress import Progress
 from .codegen.config import Dims
 from .codegen.interface import Dtype
 from .codegen.prove import prove
@@ -89,20 +89,19 @@ def _resources(form: NormalForm, options: Options) -> page.Section:
         return page.table_section(title, (), "Left out: Triton is not installed here.")
     if os.environ.get("TRITON_INTERPRET") == "1":
         return page.table_section(title, (), "Left out: TRITON_INTERPRET=1 replaces the compiler.")
-    from .audit import Subject
-    from .codegen.triton import offline
+    from .audit import Audit, Subject
     from .codegen.triton.resources import Target
 
-    columns = {}
-    for target in Target:
-        name = target.name.lower()
-        subject = Subject(form, options.dims, options.dtype, target, packed=False)
-        jobs = {k: subject.job(k, subject.default) for k in subject.kernels(subject.default)}
-        unique = {j.key: j for j in jobs.values()}
-        run = offline.run_jobs(unique, options.jobs)
-        outcomes = dict(watched(run, f"compiling for {name}", len(unique), "kernel"))
-        column = {kernel: _taken(outcomes[job.key]) for kernel, job in jobs.items()}
-        columns[f"{name}, of {target.shared_limit // 1024} KiB"] = column
+    audit = Audit(
+        Subject(form, options.dims, options.dtype, target, packed=False) for target in Target
+    )
+    audit.run(options.jobs)
+    columns = {
+        f"{s.target.name.lower()}, of {s.target.shared_limit // 1024} KiB": {
+            kernel: _taken(outcome) for kernel, outcome in outcomes.items()
+        }
+        for s, outcomes in audit.found.items()
+    }
     kernels = dict.fromkeys(kernel for column in columns.values() for kernel in column)
     rows = [(k, *(column.get(k, "-") for column in columns.values())) for k in kernels]
     note = (

@@ -1,4 +1,4 @@
-"""Every class of kernels compiles for every target and fits it, and the audit's search works."""
+"""Every class of kernels compiles for every target and fits; the audit says what does not."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ pytest.importorskip("triton")
 
 import triton
 from chunkwise.audit import (
-    Search,
     Subject,
     as_json,
-    chunks_below,
-    ladder,
+    fits,
     lowered_forms,
     one_per_class,
     quick_subjects,
     report,
 )
 from chunkwise.cli import main
-from chunkwise.codegen.config import Dims, KernelConfig
+from chunkwise.codegen.config import Dims
 from chunkwise.codegen.interface import Dtype
 from chunkwise.codegen.triton.offline import Job, Outcome, compile_job
 from chunkwise.codegen.triton.resources import Resources, Target, Usage
@@ -45,81 +43,35 @@ def test_gradients_of_numbers_per_head_compile_for_blackwell() -> None:
     form = library.mamba2.declaration.normal_form()
     backward = ("backward",)
     subject = Subject(form, Dims(128, 128), Dtype.BFLOAT16, Target.SM100, False, backward)
-    outcome = compile_job(subject.job("backward_gradients", subject.default))
+    outcome = compile_job(subject.jobs()["backward_gradients"])
     assert outcome.fits, outcome.error
 
 
-def test_the_first_configuration_that_fits_is_found() -> None:
-    """One kernel needs too much memory until it has one stage; the others fit by default."""
-    search = Search(_SUBJECT)
-    while pending := list(search.pending()):
-        for name, job in pending:
-            greedy = name == "backward_reverse" and job.kernel.config.stages > 1
-            search.learn(name, _outcome(job, 100 * 1024 if greedy else 50 * 1024))
-    assert not search.failed
-    default = _SUBJECT.default
-    assert search.config.chunk == default.chunk
-    expected = default.of("backward_reverse")
-    if expected.stages > 1:
-        assert search.config.of("backward_reverse") == replace(expected, stages=1)
-        assert [c.split(":")[0] for c in search.changes] == ["backward_reverse"]
-    assert search.config.of("forward_scan") == default.of("forward_scan")
-    assert search.passed == (expected.stages == 1)
-    assert "TOO MUCH AS CHOSEN" in report([search])
-
-
-def test_a_shorter_chunk_when_no_tile_fits() -> None:
-    search = Search(_SUBJECT)
-    while pending := list(search.pending()):
-        for name, job in pending:
-            chunk = dict(job.kernel.constants)["C"]
-            search.learn(name, _outcome(job, 90 * 1024 if chunk <= 32 else 100 * 1024))
-    assert search.config.chunk == 32
-    assert search.changes[0] == "chunk=32"
-
-
-def test_what_never_fits_or_does_not_compile_is_reported() -> None:
-    search = Search(_SUBJECT)
-    while pending := list(search.pending()):
-        for name, job in pending:
-            search.learn(name, _outcome(job, 200 * 1024))
-    assert search.failed
-    assert "DOES NOT FIT" in report([search])
-    search = Search(_SUBJECT)
-    while pending := list(search.pending()):
-        for name, job in pending:
-            broken = name == "forward_scan" and job.kernel.config == _SUBJECT.default.of(name)
-            search.learn(name, Outcome(None, "no", 0.0) if broken else _outcome(job, 1024))
-    assert search.errors == {"forward_scan": "no"}
-    assert not search.passed
-    told = f"1 audited, 1 with findings (Triton {triton.__version__})"
-    assert report([search]).endswith(told)
-    assert as_json(search)["triton"] == triton.__version__
-
-
-def test_the_ladder_descends() -> None:
-    rungs = ladder(KernelConfig(64, 8, 3))
-    assert rungs[0] == KernelConfig(64, 8, 3)
-    assert rungs[1] == KernelConfig(64, 8, 1)
-    sizes = [(r.stages, r.v_tile, r.k_tile) for r in rungs]
-    assert sizes == sorted(sizes, reverse=True)
-    assert len(set(rungs)) == len(rungs)
-    assert chunks_below(64) == (64, 32, 16)
-    assert chunks_below(32) == (32, 16)
+def test_what_does_not_fit_or_compile_is_reported() -> None:
+    jobs = _SUBJECT.jobs()
+    found = {name: _outcome(job, 50 * 1024) for name, job in jobs.items()}
+    assert fits(found)
+    large = {**found, "backward_reverse": _outcome(jobs["backward_reverse"], 200 * 1024)}
+    assert "DOES NOT FIT: backward_reverse\n" in report({_SUBJECT: large})
+    broken = {**found, "forward_scan": Outcome(None, "no", 0.0)}
+    said = report({_SUBJECT: broken})
+    assert f"ERROR {_SUBJECT.label} forward_scan: no\n" in said
+    assert said.endswith(f"1 audited, 1 with findings (Triton {triton.__version__})")
+    assert not fits(large)
+    assert not fits(broken)
+    assert as_json(_SUBJECT, broken)["triton"] == triton.__version__
 
 
 def test_equal_kernels_are_one_job() -> None:
     """The two directions begin with the same kernel under different names."""
     subject = replace(_SUBJECT, target=Target.SM90)
     config = subject.default
-    names = [n for n in subject.kernels(config) if n.endswith("_prep")]
-    prep = {subject.job(n, replace(config, kernels=())).key for n in names}
-    others = {subject.job(n, config).key for n in subject.kernels(config)}
-    assert len(prep) == 1
-    assert len(others) >= 4
-    assert subject.job("forward_scan", config).key != (
-        replace(subject, target=Target.SM80).job("forward_scan", config).key
-    )
+    alike = subject.jobs(replace(config, kernels=()))
+    assert len({job.key for n, job in alike.items() if n.endswith("_prep")}) == 1
+    jobs = subject.jobs(config)
+    assert len({job.key for job in jobs.values()}) >= 4
+    older = replace(subject, target=Target.SM80).jobs(config)
+    assert jobs["forward_scan"].key != older["forward_scan"].key
 
 
 def test_quick_mode_has_every_class_on_every_target() -> None:
