@@ -21,7 +21,7 @@ DEMO      ?=
 TRAIN     ?=
 BENCH     ?=
 
-.PHONY: setup demo train wheel test test-all test-cpu test-interpreter test-gpu lint format bench docs site audit clean
+.PHONY: setup demo train wheel test test-all test-cpu test-interpreter test-gpu lint format bench docs site linkcheck audit clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -99,6 +99,10 @@ site: $(READY)
 	$(BIN)/typos docs README.md CHANGELOG.md
 	$(BIN)/pytest tests/test_docs.py -k 'links or targets'
 	$(BIN)/sphinx-build -W --keep-going -q -d out/doctrees docs out/site
+
+# Links of the pages to other sites; it needs a network, so that no test and no CI runs it.
+linkcheck: $(READY)
+	$(BIN)/sphinx-build -b linkcheck -q -d out/doctrees docs out/linkcheck
 
 # Compiles every emitted kernel for every target, without a GPU.
 audit: $(READY)
