@@ -32,10 +32,10 @@ DTYPE
 `--json`
 : One JSON document on stdout instead of text.
 
-Results go to stdout. A command that takes more than five seconds reports its progress on stderr: a
-bar on a terminal, elsewhere a line every ten seconds. The exit status is 0 for success, 1 for a
-failure (stderr says why), 2 for a command line that was not understood, and 130 after Ctrl-C; `tune`,
-`verify`, `audit` and `emit --resources` then keep and print their results so far.
+Results go to stdout. A command that takes more than five seconds reports its progress on stderr:
+a bar on a terminal, elsewhere a line every ten seconds. The exit status is 0 for success, 1 for a
+failure (stderr says why), 2 for a command line that was not understood, and 130 after Ctrl-C;
+`tune`, `verify`, `audit` and `emit --resources` then keep and print their results so far.
 """
 
 
