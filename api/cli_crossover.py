@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from .autotune.crossover import LENGTHS, Bracket, contest, search, sweep
+from .autotune.crossover import LENGTHS, Bracket, contest, search
 from .autotune.store import save
 from .autotune.subject import Size, subject
 from .cli_arguments import add_dims, add_dtype, count
@@ -60,20 +60,15 @@ def _crossover(arguments: argparse.Namespace) -> int:
     )
     with Progress("timing chunks and token loop", quiet=arguments.json):
         found = search(wins, LENGTHS)
-        swept = sweep(wins, LENGTHS) if arguments.compare else None
     known = Crossover(arguments.heads, found.low, found.high, found.confidence, found.timings)
     path = save(Artifact(op.__name__, about.key, crossovers=(known,)))
     if arguments.json:
-        swept_plain = None if swept is None else to_plain(swept)
-        print_json({"file": str(path), "crossover": to_plain(known), "sweep": swept_plain})
+        print_json({"file": str(path), "crossover": to_plain(known)})
         return 0
     print(f"{op.__name__}: {about.key}, {arguments.heads} heads")
     print(f"  {_sentence(found)}")
     print(f"  with {found.confidence:.0%} confidence".replace("%", " %"), end="")
     print(f", by {found.timings} paired timings")
-    if swept is not None:
-        print(f"  a sweep of all {len(LENGTHS)} lengths: {_sentence(swept)}")
-        print(f"  by {swept.timings} timings, {swept.timings / found.timings:.1f} times as many")
     print(f"  artifact: {path}")
     return 0
 
@@ -94,9 +89,6 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", choices=[e.value for e in EngineName], help="the engine to time"
     )
-    parser.add_argument(
-        "--compare", action="store_true", help="also sweep all lengths, and count the timings"
-    )
     add_json(parser)
 
 
@@ -105,7 +97,7 @@ CROSSOVER = Command(
     "Find from which length the forward in chunks beats the token loop on this machine.",
     (
         "chunkwise crossover gated_delta_rule --dims K=64,V=64",
-        "chunkwise crossover kda --heads 4 --compare",
+        "chunkwise crossover kda --heads 4",
     ),
     _arguments,
     _crossover,

@@ -198,7 +198,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "target",
         nargs="?",
         metavar=TARGET,
-        help="an artifact's file, or a recurrence; by default every artifact for this machine",
+        help="an artifact's file (`tune` names it), or a recurrence; default: all for this machine",
     )
     parser.add_argument(
         "--recurrence", metavar="FILE.py:NAME", help="the recurrence of FILE, if not of the library"
@@ -212,7 +212,7 @@ VERIFY = Command(
     (
         "chunkwise verify",
         "chunkwise verify gated_delta_rule",
-        "chunkwise verify artifact.json --recurrence my_rules.py:my_rule",
+        "chunkwise verify FORM/KEY.json --recurrence my_rules.py:my_rule",
     ),
     _arguments,
     _verify,

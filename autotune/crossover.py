@@ -87,31 +87,6 @@ def search(wins: Wins, lengths: Sequence[int], confidence: float = 0.95) -> Brac
     )
 
 
-def sweep(wins: Wins, lengths: Sequence[int], confidence: float = 0.95) -> Bracket:
-    """The same crossing by equally many timings at every length: the baseline of `search`."""
-    coin = _Coin(wins)
-    each = _majority((1 - confidence) / len(lengths))
-    won = [2 * sum(coin.flip(T) for _ in range(each)) > each for T in lengths]
-    first = won.index(True) if True in won else len(won)
-    return Bracket(
-        lengths[first - 1] if first else None,
-        lengths[first] if first < len(won) else None,
-        confidence,
-        coin.flips,
-    )
-
-
-def _majority(doubt: float) -> int:
-    """The number of timings whose majority errs with probability at most `doubt`, at MARGIN."""
-
-    def wrong(n: int) -> float:
-        right = 0.5 + MARGIN
-        few = range(n // 2 + 1)
-        return sum(math.comb(n, k) * right**k * (1 - right) ** (n - k) for k in few)
-
-    return next(n for n in itertools.count(1, 2) if wrong(n) <= doubt)
-
-
 def contest(
     declaration: Declaration,
     engine: EngineName,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -14,7 +15,7 @@ import pytest
 import torch
 from chunkwise import cli, library
 from chunkwise.autotune import store
-from chunkwise.autotune.crossover import MARGIN, Bracket, geometric, search, sweep
+from chunkwise.autotune.crossover import MARGIN, Bracket, geometric, search
 from chunkwise.codegen.config import Dims
 from chunkwise.runtime import reference
 from chunkwise.runtime.engines import EngineName
@@ -41,6 +42,30 @@ def _monotone(crossing: float, sharpness: float) -> Callable[[int], float]:
     return probability
 
 
+def sweep(wins: Callable[[int], bool]) -> Bracket:
+    """The crossing by equally many timings at every length, with confidence 0.95: the baseline."""
+    each = _majority(0.05 / len(LENGTHS))
+    won = [2 * sum(wins(T) for _ in range(each)) > each for T in LENGTHS]
+    first = won.index(True) if True in won else len(won)
+    return Bracket(
+        LENGTHS[first - 1] if first else None,
+        LENGTHS[first] if first < len(won) else None,
+        0.95,
+        each * len(LENGTHS),
+    )
+
+
+def _majority(doubt: float) -> int:
+    """The number of timings whose majority errs with probability at most `doubt`, at MARGIN."""
+
+    def wrong(n: int) -> float:
+        right = 0.5 + MARGIN
+        few = range(n // 2 + 1)
+        return sum(math.comb(n, k) * right**k * (1 - right) ** (n - k) for k in few)
+
+    return next(n for n in itertools.count(1, 2) if wrong(n) <= doubt)
+
+
 def _holds(bracket: Bracket, probability: Callable[[int], float]) -> bool:
     """Neither end lies on the wrong side, except where the odds are within MARGIN of even."""
     low_right = bracket.low is None or probability(bracket.low) < 0.5 + MARGIN
@@ -65,7 +90,7 @@ def test_right_as_often_as_stated_and_five_times_fewer_timings(sharpness: float)
         wrong += not _holds(bracket, probability)
         timings += bracket.timings
         octaves.append(math.log2(bracket.high / bracket.low))
-        of_sweeps += sweep(wins, LENGTHS, confidence=0.95).timings
+        of_sweeps += sweep(wins).timings
     assert wrong <= 5
     assert of_sweeps >= 5 * timings
     assert sorted(octaves)[50] <= max(0.5, 3 / sharpness)
@@ -100,7 +125,7 @@ def test_without_noise_it_is_a_bisection() -> None:
         assert bracket.low is not None
         assert bracket.high is not None
         assert bracket.low < crossing <= bracket.high
-        assert bracket == replace(sweep(wins, LENGTHS), timings=bracket.timings)
+        assert bracket == replace(sweep(wins), timings=bracket.timings)
 
 
 def test_geometric() -> None:
