@@ -81,14 +81,16 @@ class Audit:
         for key, outcome in watched(run_jobs(jobs, workers), "compiling", len(jobs), "kernel"):
             self._outcomes[key] = outcome
 
-    @property
-    def found(self) -> dict[Subject, dict[str, Outcome]]:
-        """The outcomes of each subject's kernels by name; subjects that were interrupted lack."""
+    def found(self, *, partial: bool = False) -> dict[Subject, dict[str, Outcome]]:
+        """The outcomes of each subject's kernels by name.
+
+        After an interrupt some lack: then the subject does too, unless `partial`.
+        """
         done = self._outcomes
         return {
-            subject: {name: done[job.key] for name, job in jobs.items()}
+            subject: {name: done[job.key] for name, job in jobs.items() if job.key in done}
             for subject, jobs in self._jobs.items()
-            if all(job.key in done for job in jobs.values())
+            if partial or all(job.key in done for job in jobs.values())
         }
 
 

@@ -38,7 +38,7 @@ def _audit(arguments: argparse.Namespace) -> int:
         audit.run(arguments.jobs)
     except KeyboardInterrupt:
         interrupted = True
-    found = audit.found
+    found = audit.found()
     print(report(found))
     print(f"in {time.perf_counter() - started:.0f} s", flush=True)
     if arguments.json:

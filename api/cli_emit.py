@@ -246,7 +246,7 @@ def _resources(request: _Request, arguments: argparse.Namespace) -> int:
     rows: list[tuple[str, ...]] = [
         ("kernel", "target", "shared", "limit", "registers", "spills", *_COUNTED, "")
     ]
-    found = [(s.target, n, o) for s, of in audit.found.items() for n, o in of.items()]
+    found = [(s.target, n, o) for s, of in audit.found(partial=True).items() for n, o in of.items()]
     for target, kernel, outcome in found:
         name, limit = target.name.lower(), f"{target.shared_limit // 1024} KiB"
         r = outcome.resources

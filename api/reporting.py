@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .cli_command import UsageError
+from .cli_emit import triton_compiler
 from .cli_progress import Progress
 from .codegen.config import Dims
 from .codegen.interface import Dtype
@@ -85,13 +85,12 @@ def _resources(form: NormalForm, options: Options) -> page.Section:
     title = "Resources per target"
     if options.quick:
         return page.table_section(title, (), "Left out: --quick compiles nothing for GPUs.")
-    if importlib.util.find_spec("triton") is None:
-        return page.table_section(title, (), "Left out: Triton is not installed here.")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return page.table_section(title, (), "Left out: TRITON_INTERPRET=1 replaces the compiler.")
-    from .audit import Audit, Subject
-    from .codegen.triton.resources import Target
-
+    try:
+        with triton_compiler():
+            from .audit import Audit, Subject
+            from .codegen.triton.resources import Target
+    except UsageError as why:
+        return page.table_section(title, (), f"Left out: {why}")
     audit = Audit(
         Subject(form, options.dims, options.dtype, target, packed=False) for target in Target
     )
@@ -100,7 +99,7 @@ def _resources(form: NormalForm, options: Options) -> page.Section:
         f"{s.target.name.lower()}, of {s.target.shared_limit // 1024} KiB": {
             kernel: _taken(outcome) for kernel, outcome in outcomes.items()
         }
-        for s, outcomes in audit.found.items()
+        for s, outcomes in audit.found().items()
     }
     kernels = dict.fromkeys(kernel for column in columns.values() for kernel in column)
     rows = [(k, *(column.get(k, "-") for column in columns.values())) for k in kernels]
