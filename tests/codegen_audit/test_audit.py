@@ -84,11 +84,11 @@ def test_quick_mode_has_every_class_on_every_target() -> None:
 def test_every_class_compiles_and_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each class in both directions for one of two targets, and forward for one of the others."""
+    """Each class in both directions for one of two targets, every second forward for another."""
     names = sorted({s.form.name for s in quick_subjects()})
     both, forward = (Target.SM90, Target.GFX942), (Target.SM80, Target.SM100, Target.SM120)
     mine = {(n, both[i % 2]) for i, n in enumerate(names)}
-    mine |= {(n, forward[i % 3]) for i, n in enumerate(names)}
+    mine |= {(n, forward[i % 3]) for i, n in enumerate(names[::2])}
     subjects = [s for s in quick_subjects() if (s.form.name, s.target) in mine]
     assert {s.target for s in subjects} == set(Target)
     monkeypatch.setattr(chunkwise.audit, "quick_subjects", lambda: subjects)
