@@ -34,6 +34,11 @@ def layout_of(axes: Axes) -> str:
     return "STATE" if Axis.K in axes else "ROWS"
 
 
+def laid_out(axes: Axes) -> Axes:
+    """The axes of a loaded tile in the order in which memory has them: tokens first."""
+    return tuple(sorted(axes, key=lambda a: (a not in TIMES, a.value)))
+
+
 class GluonExpressions(Expressions):
     """The dialect: tiles in registers or rings, products of warp groups."""
 
@@ -102,7 +107,7 @@ class GluonExpressions(Expressions):
         """The left factor of a product whose sums lie in the layout `sums`."""
         x = unaliased(use.value)
         if x in self.rings:
-            return self._shared(self.rings[x] + ".index(slot)", self._as_loaded(use), rows)
+            return self._shared(self.rings[x] + ".index(slot)", laid_out(use.axes), rows)
         text = f"({self.text(x)}).to(gl.bfloat16)"
         if x in self.known:
             text = f"{self.known[x]}.to(gl.bfloat16)"
@@ -112,13 +117,8 @@ class GluonExpressions(Expressions):
         """The right factor of a product over `over`."""
         x = unaliased(use.value)
         if x in self.rings:
-            return self._shared(self.rings[x] + ".index(slot)", self._as_loaded(use), over)
+            return self._shared(self.rings[x] + ".index(slot)", laid_out(use.axes), over)
         return self._shared(self.staged[x], use.axes, over)
-
-    @staticmethod
-    def _as_loaded(use: tiled.Use) -> Axes:
-        """The axes of a loaded tile in the order in which memory has them, as `use` calls them."""
-        return tuple(sorted(use.axes, key=lambda a: (a not in TIMES, a.value)))
 
     @staticmethod
     def _shared(text: str, axes: Axes, first: Axis) -> str:

@@ -24,7 +24,7 @@ from ..interface import Buffer, Parameter, Role, Signature, Storage, stored
 from ..plan import Kernel, Loop
 from ..tile import LEAVES, TIMES, Axes, Axis, Tile
 from ..tiling import tile
-from .expressions import GluonExpressions, layout_of
+from .expressions import GluonExpressions, laid_out, layout_of
 from .refusal import refusal
 from .schedule import Await, Issue, Schedule, subtracted
 
@@ -158,7 +158,7 @@ class _Printer(GluonExpressions):
             self._load_number(name, s)
 
     def _load_tile(self, name: str, s: tiled.Load) -> None:
-        second = self.laid_out(s.value.axes)[1]
+        second = laid_out(s.value.axes)[1]
         size = self.tiled.extents[second]
         if isinstance(s.of, BufferId):
             desc = self._parameter(f"{name}_desc", Role.BUFFER, s.of)
@@ -214,11 +214,6 @@ class _Printer(GluonExpressions):
     def _whole(self, axis: Axis) -> str:
         """The entries of a head's row of a buffer along `axis`."""
         return "C" if axis in TIMES else axis.value.upper()
-
-    @staticmethod
-    def laid_out(axes: Axes) -> Axes:
-        """As memory has them: tokens first."""
-        return tuple(sorted(axes, key=lambda a: (a not in TIMES, a.value)))
 
     # ---- what the computing partition does -----------------------------------------------------
 

@@ -237,7 +237,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     found: list[str] = []
 
     def noted(spec: LaunchSpec, tensors: Any, *, aligned: bool) -> None:
-        described = any(isinstance(x, TensorDescriptor) for x in spec._arguments(tensors))
+        described = any(isinstance(x, TensorDescriptor) for x in spec.arguments(tensors))
         found.append(spec.loaded.kernel.name + " in Gluon" * described)
 
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())

@@ -45,11 +45,14 @@ NAMES = [d.name for d in all_declarations() if lowered(d)]
 def test_no_recurrence_is_named(folder: str) -> None:
     names = "|".join(re.escape(d.name) for d in all_declarations())
     named = re.compile(rf"(?<![a-z0-9_])({names})(?![a-z0-9_])", re.IGNORECASE)
+    pythons = re.compile(
+        r"(collections|importlib)\.abc|from abc import|\bABC\b"
+    )  # one is called abc as well
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line}"
         for path in sorted((ROOT / folder).rglob("*.py"))
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if named.search(line)
+        if named.search(pythons.sub("", line))
     ]
     assert not found, "\n".join(found)
 
