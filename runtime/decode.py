@@ -302,7 +302,7 @@ def _after(states: Tensor, accepted: Tensor) -> Tensor:
     W = states.shape[1]
     if accepted.device.type == "cpu" and not torch.compiler.is_compiling():
         check_accepted(accepted, W)
-    sequences = torch.arange(len(states), device=states.device)
+    sequences = torch.arange(len(states), dtype=torch.int64, device=states.device)
     return states[sequences, accepted.long().clamp(1, W) - 1]
 
 

@@ -89,7 +89,7 @@ def _call(declaration: Declaration, ops: Ops, given: Given, group: ProcessGroup)
     tokens, offsets = agree(group, found, refused)
     assert found is not None
     if offsets is not None:
-        check_boundaries(torch.tensor(offsets), sum(tokens))
+        check_boundaries(torch.tensor(offsets, dtype=torch.int64, device="cpu"), sum(tokens))
     parallel = _Parallel(ops, found, given, group, kinds, tokens, offsets)
     tensors = (*found.operands.values(), *found.initial)
     made: Tensors = _Function.apply(parallel, *tensors)  # type: ignore[no-untyped-call]

@@ -31,9 +31,10 @@ def unnamed(source: str) -> Iterator[tuple[int, str]]:
     """Line and text of each factory that is not called with both `dtype=` and `device=`."""
     tree = ast.parse(source)
     named = {
-        id(node.func)
+        id(x)
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and {"dtype", "device"} <= {k.arg for k in node.keywords}
+        for x in (node.func, *node.args)  # functools.partial calls what it is given
     }
     for node in ast.walk(tree):
         factory = isinstance(node, ast.Attribute) and node.attr in FACTORIES

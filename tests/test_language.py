@@ -22,6 +22,7 @@ REFUSALS = [
     if isinstance(error, type)
     and issubclass(error, (cw.errors.DeclarationError, cw.errors.CallError))
     and error not in (cw.errors.DeclarationError, cw.errors.CallError)
+    and error is not cw.errors.RankMismatch  # of several processes: docs/howto/many-gpus.md
 ]
 
 

@@ -62,7 +62,7 @@ def assert_agree(
             allowed = tolerance.gates if name[1:] in gates else tolerance.gradients
         if near is not None:
             allowed = max(allowed, roundings * relative_errors(near[name], y)[0])
-        rms, worst = relative_errors(x, y)
+        rms, worst = relative_errors(x.to(y.device), y)
         if not within(rms, worst, allowed):
             wrong.append(
                 f"{name}: relative RMS error {rms:.1e}, maximum {worst:.1e}, not {allowed}"

@@ -86,7 +86,8 @@ class RMSNorm(nn.Module):
         Returns:
             `[..., size]` in x's dtype.
         """
-        if fused.serves(x):
+        # a compiler joins a norm without a gate to what is beside it
+        if fused.serves(x) and not (gate is None and torch.compiler.is_compiling()):
             normed: Tensor = fused.rms_norm(x, self.weight, gate, self.eps)
             return normed
         y = wide(x)
@@ -151,7 +152,8 @@ class ShortConvolution(nn.Module):
         self.size = size
         table = fused.span_table(spans or [(channels, False)])
         self.widest = max(width for _, width, _ in table)
-        self.register_buffer("spans", torch.tensor(table, dtype=torch.int32), persistent=False)
+        made = torch.tensor(table, dtype=torch.int32, device=None)
+        self.register_buffer("spans", made, persistent=False)
         self.weight = nn.Parameter(torch.empty(size, channels, dtype=None, device=None))
         nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
 

@@ -42,7 +42,7 @@ class PooledTokens:
         self._alone = self._items == 1 or numbers < SHARED
         self._tables = [_table(call.B, call.T, t) for t in range(call.T)]
         chunks = torch.zeros(call.B, 2, dtype=torch.int64, device="cpu")
-        chunks[:, 0] = torch.arange(call.B, device="cpu")
+        chunks[:, 0] = torch.arange(call.B, dtype=torch.int64, device="cpu")
         self._fixed = chunks, call.HV, 0, self._items
         # values of tokens and what is made of values, each by a number behind those of its own
         makes: list[tuple[int, Callable[[Any], Tensor]]] = []
@@ -97,7 +97,7 @@ class PooledTokens:
 def _table(B: int, T: int, t: int) -> Tensor:
     """The table of sequences for token t of each, whose output is a row of all tokens."""
     table = torch.zeros(B, len(SEQUENCE), dtype=torch.int64, device="cpu")
-    sequences = torch.arange(B, device="cpu")
+    sequences = torch.arange(B, dtype=torch.int64, device="cpu")
     table[:, SEQUENCE.index("batch")] = sequences
     table[:, SEQUENCE.index("tokens")] = 1
     for column in ("first token of all", "first chunk of all"):

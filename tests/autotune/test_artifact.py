@@ -52,8 +52,8 @@ def test_the_file_is_for_readers() -> None:
     """Names, not numbers; small things on one line; sorted, so that diffs are small."""
     assert '"hoist": ["PREFIXES", "SOLVES"],' in TEXT
     assert '"bucket": {"rows": 64, "tokens": 4096},' in TEXT
-    scan = '"forward_scan": {"v_tile": 32, "warps": 8, "stages": 3, "k_tile": 256, "block": 32}'
-    assert scan in TEXT
+    default = '{"v_tile": 64, "warps": 4, "stages": 2, "k_tile": 256, "block": 32, "printer": null}'
+    assert f'"default": {default},' in TEXT
     assert max(map(len, TEXT.splitlines())) <= 100
     backwards = replace(ARTIFACT, tuned=ARTIFACT.tuned[::-1])
     assert to_text(backwards) == TEXT
