@@ -18,6 +18,19 @@ from chunkwise.dsl.declaration import Declaration
 from hypothesis import strategies as st
 
 from tests.mirror import mirror
+from tests.random_vocabulary import (
+    GATES,
+    KIND_OF,
+    NAMES,
+    NUMBERS,
+    OF_ONE,
+    OF_TWO,
+    OUTPUTS,
+    PARAMS,
+    REFUSED,
+    SINGLE,
+    STATICS,
+)
 
 T = TypeVar("T")
 
@@ -26,102 +39,6 @@ class Pick(Protocol):
     """Chooses one of a few things."""
 
     def __call__(self, options: Sequence[T], /) -> T: ...
-
-
-_SINGLE = {
-    "Key": ("k", "q", "p", "a"),
-    "Value": ("v", "z", "y"),
-    "Scalar": ("b", "c", "s"),
-    "HeadScalar": ("h", "d"),
-    "HeadKey": ("u",),
-    "HeadValue": ("r",),
-}
-# gates have operands of their own: what the rest of a step does to them is drawn too
-_GATES = {"Scalar": ("g", "f"), "Key": ("w", "e"), "HeadScalar": ("hg",), "HeadKey": ("hw",)}
-_TUPLES = {"Key": "ks", "Value": "vs", "Scalar": "bs"}
-_KIND_OF = {
-    **{n: kind for table in (_SINGLE, _GATES) for kind, names in table.items() for n in names},
-    **{n: f"tuple[{kind}, ...]" for kind, n in _TUPLES.items()},
-}
-_PARAMS = {"scale": ("float = 0.7", 0.7), "rate": ("float", 0.25)}
-_STATICS = {"power": "int = 2", "flag": "bool = True"}
-# names that kernels use themselves, or Python, torch or Triton does
-_NAMES = (
-    *(*"GTDULHAWXCKVNBijkx", "x_2", "e_G", "d", "S_next", "G_C", "w", "c", "tl", "torch", "F"),
-    *("triton", "T_", "eps", "lanes", "rows", "chunk", "at", "float32", "dtype", "self", "step"),
-    *("operands", "params", "valid", "exp_", "lambda_", "q0", "beta", "Ω", "m", "n", "pid"),
-)
-
-_NUMBERS = (
-    *("0.5", "scale", "2", "tanh(0.3)", "exp(-scale)", "scale / 3", "sqrt(2.0)", "-rate"),
-    *("sigmoid(rate)", "log(1.5 + scale ** 2)", "maximum(scale, 0.2)", "scale * rate", "1 / 3"),
-    *("(scale if flag else 0.1)", "1.0 / power", "softplus(-0.4)", "clamp(rate, 0.1, 0.2)"),
-    *("log2(3.0)", "rsqrt(power)", "relu(scale - 2)", "abs(-0.3)", "log1p(rate)", "expm1(-0.5)"),
-    *("silu(0.7)", "minimum(rate, scale)", "within(scale, 0.0, 2.0)", "logsigmoid(1.0)"),
-)
-_OF_ONE = (
-    *("tanh({})", "sigmoid({})", "softplus({})", "silu({})", "relu({})", "abs({})", "-{}"),
-    *("exp(-abs({}))", "expm1(-abs({}))", "log1p(abs({}))", "log(1 + abs({}))", "{} ** 3"),
-    *("log2(0.5 + {} ** 2)", "logsigmoid({})", "sqrt(0.1 + {} ** 2)", "rsqrt(1 + {} ** 2)"),
-    *("clamp({}, -1.0, 0.7)", "clamp({}, None, 0.4)", "1 / (1 + {} ** 2)", "(1 - {})", "({} / 3)"),
-    *(
-        "{} ** -2 * 0",
-        "(0.6 - {}) * 0.5",
-        "within({}, -1e6, 1e6)",
-        "(+{})",
-        "(1 + abs({})) ** -0.5",
-    ),
-)
-_OF_TWO = (
-    *("({0} + {1})", "({0} - {1})", "{0} * {1}", "{0} / (1 + abs({1}))", "maximum({0}, {1})"),
-    *("minimum({0}, {1})", "{0} / (0.5 + {1} ** 2)", "{0} * sigmoid({1})", "({0} - -({1}))"),
-    # what a printer must keep in parentheses
-    *("({0} - ({1} - {0})) * 0.5", "{0} / ((1 + abs({1})) * (2 + abs({0})))", "-({0} - {1})"),
-    *(
-        "{0} / (2 / (1 + sigmoid({1})))",
-        "({0} + {1}) * ({0} - {1})",
-        "({0} * (1 / (1 + {1} ** 2)))",
-    ),
-    *("({0} / 3 / (1 + softplus({1})))", "(1 - ({0} - {1}) / 2)", "({1} - {0} * ({1} + {0}))"),
-)
-_OUTPUTS = (
-    *("o", "tanh(o)", "o * sigmoid({v})", "o / (1 + abs(o))", "o + {s} * {v}", "silu(o)"),
-    *("{s} * o - dot({k}, {k}) * {v}", "o * sum({v})", "maximum(o, {v})", "relu(o) + 0.1"),
-    *("o / (1 + o ** 2)", "o + sum({k}) * {v}", "o * {n}", "o * tanh(0.3)", "log1p(abs(o))"),
-    *("o / (0.1 + dot({k}, {k}))", "sqrt(1 + o * o)", "clamp(o, -2.0, 2.0)", "(o + {v}) * {n}"),
-    *("o + 0.0 * {v} / (0.1 + dot({v}, {v}))", "minimum(o, {s})", "exp(-o ** 2)", "o * o", "-o"),
-    *("l2norm({v}) * o", "softplus(o)", "o / sqrt(0.1 + sum({v} * {v}))", "within(o, -1e9, 1e9)"),
-    *("expm1(-abs(o)) + {v}", "logsigmoid(o)", "rsqrt(1 + o ** 2)", "o * {s} / (1 + {s} ** 2)"),
-)
-# steps that have no meaning, no chunk form, or no lowering: each must be refused in words
-_REFUSED = (
-    *("S = tanh(S)", "S = S * S", "S = S + outer(k, tanh(k @ S))", "S = S @ v", "S = S + 1.0"),
-    *("S = exp(abs(s)) * S + outer(k, v)", "S = s * S + outer(k, v)", "S = S + outer(v, k)"),
-    *("S = S + outer(k, v - S @ k)", "o = o / sum(o)", "o = o * sum(q @ S)", "S = -S", "o = S"),
-    *("S = 0.0 * S + outer(k, v)", "S = S ** 2", "S = clamp(S, -1, 1)", "S = l2norm(S)", "o = q"),
-    *("S = S - S + outer(k, v)", "S = S + outer(k @ S, v)", "S = k * v * S", "S = S if s else S"),
-    *("S = S + outer(k, v) * clamp(s, 1, 0)", "S = s ** 1.5 * S", "o = o ** s", "o = o @ v"),
-    *("S = sigmoid(w) * S * sigmoid(v)", "S = S * sigmoid(v) + outer(k, v)", "o = k.T", "o = o[0]"),
-    *("S = S + b * outer(k, v - k @ S) - b * outer(p, p @ S)", "o = (S @ v) * k", "o = sum(S)"),
-    *(
-        "S = S + outer(k, v * (k @ S))",
-        "S = S + outer(k, (k @ S) * (q @ S))",
-        "S = exp(S)",
-        "o = None",
-    ),
-    *("S = S + outer(k - S @ v, b * v)", "o = (q + S @ v) @ S", "o = dot(o, o) * v", "S = 2 * S"),
-    *("S = (1 + b ** 2) * S", "S = S / 0.5", "S = tanh(b) * S", "o = exp(k) * o", "S = dot(S, k)"),
-    *("S = maximum(S, S)", "S = within(S, 0, 1)", "S = S - outer(k, v @ S)", "o = o + S", "o = s"),
-    *("o = (q @ S) @ S", "S = S + outer(k, sum(k @ S) * v)", "S = S + outer(k, o)", "S = S + o"),
-    *(
-        "S = S * exp(v) + outer(k, v)",
-        "o = (S @ v) @ S",
-        "S = k @ S",
-        "o = float(s) * o",
-        "o = q * s",
-    ),
-    *("S = S + outer(k, v / (k @ S))", "S = S + outer(k, maximum(k @ S, v))", "o = len(o) * o"),
-)
 
 
 @dataclass(frozen=True)
@@ -136,15 +53,15 @@ class Rule:
     @property
     def params(self) -> dict[str, float]:
         """The run-time floats of a call."""
-        return {n: x for n, (_, x) in _PARAMS.items() if n in _words(self.lines)}
+        return {n: x for n, (_, x) in PARAMS.items() if n in _words(self.lines)}
 
     @property
     def source(self) -> str:
         """The declaration."""
         used = _words(self.lines)
-        operands = [f"{n}: {kind}" for n, kind in _KIND_OF.items() if n in used]
-        keywords = [f"{n}: {kind}" for n, (kind, _) in _PARAMS.items() if n in used]
-        keywords += [f"{n}: {kind}" for n, kind in _STATICS.items() if n in used]
+        operands = [f"{n}: {kind}" for n, kind in KIND_OF.items() if n in used]
+        keywords = [f"{n}: {kind}" for n, (kind, _) in PARAMS.items() if n in used]
+        keywords += [f"{n}: {kind}" for n, kind in STATICS.items() if n in used]
         signature = ", ".join([*self.states, *operands, *(["*"] if keywords else []), *keywords])
         body = "\n".join(f"    {line}" for line in self.lines)
         source = f"def rule({signature}):\n{body}\n"
@@ -188,13 +105,13 @@ class _Writer:
     # ------------------------------------------------------------ expressions
     def number(self) -> str:
         """A number: of the language's functions on constants and float keywords."""
-        return self.pick(_NUMBERS)
+        return self.pick(NUMBERS)
 
     def leaf(self, kind: str) -> str:
         """An operand of `kind`, of the token, of the micro-step or of the head."""
         token = (self.inner[kind],) * 3 if kind in self.inner else ()
         token += (self.read[kind],) * 5 if kind in self.read else ()
-        return self.pick((*token, *_SINGLE[kind], *_SINGLE["Head" + kind]))
+        return self.pick((*token, *SINGLE[kind], *SINGLE["Head" + kind]))
 
     def scalar(self, depth: int | None = None) -> str:
         """A Scalar."""
@@ -209,7 +126,7 @@ class _Writer:
         if depth <= 0 or what == "leaf":
             return self.leaf("Scalar")
         if what == "ratio":  # what padding turns into 0 / 0
-            x = self.pick(_SINGLE[self.pick(("Key", "Value"))])
+            x = self.pick(SINGLE[self.pick(("Key", "Value"))])
             return f"{self.scalar(0)} * 0.1 / dot({x}, {x})"
         return self._of(what, lambda: self.scalar(depth - 1))
 
@@ -233,8 +150,8 @@ class _Writer:
 
     def _of(self, what: str, inner: Callable[[], str]) -> str:
         if what == "one":
-            return self.pick(_OF_ONE).format(inner())
-        return self.pick(_OF_TWO).format(inner(), inner())
+            return self.pick(OF_ONE).format(inner())
+        return self.pick(OF_TWO).format(inner(), inner())
 
     # ------------------------------------------------------------ gates and steps
     def decay(self) -> str:
@@ -246,8 +163,8 @@ class _Writer:
             return self.pick(
                 ("0.75", "exp(-scale)", "sigmoid(rate)", "sqrt(0.5)", "exp(-1 / power)")
             )
-        log, factor = _GATES[per]
-        (head,) = _GATES["Head" + per]
+        log, factor = GATES[per]
+        (head,) = GATES["Head" + per]
         free = self.scalar(1) if per == "Scalar" else self.vector("Key", 1)
         return self.pick(
             (
@@ -508,7 +425,7 @@ class _Writer:
             )
         if matrices and self.often():
             lines.append(f"o = o + {reading(self.vector(over), matrices[0])}")
-        final = self.pick(_OUTPUTS)
+        final = self.pick(OUTPUTS)
         if final != "o":
             places = {
                 "v": lambda: self.vector(kind, 0),
@@ -558,7 +475,7 @@ def rule(pick: Pick) -> Rule:
         lines += writer.normaliser(z)
     if shape == "refused":
         lines += writer.output(matrices, vectors)
-        lines.append(pick(_REFUSED))
+        lines.append(pick(REFUSED))
     else:
         over = pick(("Key", "Key", "Value"))
         lines += writer.output(matrices, vectors, over=over)
@@ -594,10 +511,10 @@ def _names(pick: Pick, lines: Sequence[str]) -> tuple[tuple[str, str], ...]:
     if pick((True, True, True, False)):
         return ()
     used = _words(lines)
-    taken = set(_KIND_OF) | used | set(dsl.__all__)
-    free = [n for n in _NAMES if n not in taken]
+    taken = set(KIND_OF) | used | set(dsl.__all__)
+    free = [n for n in NAMES if n not in taken]
     chosen = []
-    for name in (n for n in _KIND_OF if n in used):
+    for name in (n for n in KIND_OF if n in used):
         other = pick(free)
         free.remove(other)
         chosen.append((name, other))
