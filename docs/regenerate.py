@@ -19,6 +19,7 @@ long each command took, and all Python blocks of a page together.
 from __future__ import annotations
 
 import argparse
+import builtins
 import contextlib
 import io
 import linecache
@@ -34,7 +35,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chunkwise import cli
+from chunkwise import cli, errors
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -63,6 +64,14 @@ def _inside(folder: Path) -> Iterator[None]:
             file = Path(getattr(sys.modules[name], "__file__", None) or sys.executable).resolve()
             if file.is_relative_to(folder.resolve()) or file.is_relative_to(FOLDER):
                 del sys.modules[name]
+
+
+def _named(error: str | None) -> type[Exception] | tuple[()]:
+    """The class of errors of that name; nothing to catch where there is no name."""
+    if error is None:
+        return ()
+    found: type[Exception] = getattr(errors, error, None) or getattr(builtins, error)
+    return found
 
 
 @dataclass
@@ -121,9 +130,7 @@ class _Run:
         with contextlib.redirect_stdout(out), self._timed("its Python"):
             try:
                 exec(compile(code, str(path), "exec"), self.names)
-            except Exception as error:
-                if type(error).__name__ != raises:
-                    raise
+            except _named(raises) as error:
                 out.write("".join(traceback.format_exception_only(error)))
                 raises = None
         if raises:

@@ -13,6 +13,7 @@ from .functions import abs as abs_
 from .functions import clamp, dot, exp, log, maximum, outer, sigmoid, softplus
 from .functions import sum as sum_
 from .kinds import HeadScalar, HeadValue, Key, KeyState, Scalar, State, Value
+from .traced import Traced
 
 _Two = tuple[tuple[State, State], Value]
 _Three = tuple[tuple[State, State, State], Value]
@@ -137,6 +138,13 @@ def residual_linear_attention(
     return (S, R), exp(g) * before + gamma * (q @ R)
 
 
+def _by_squares(D: Traced, k: Traced, g: Traced, b: Traced, e: Traced) -> tuple[Traced, Traced]:
+    """The next D, and the key that is written: k, shrunk where the decayed sum of k² is large."""
+    D, u = exp(g) * D + b * outer(k * k, exp(e)), exp(e)
+    r = log(abs_(D @ u) / dot(u, u) + 1e-6) + 0.2
+    return D, k * exp(-0.4054651081081644 * r / (1 + abs_(r)))
+
+
 @declaration
 def preconditioned_delta(
     D: State, S: State, q: Key, k: Key, v: Value, g: Scalar, beta: Scalar,
@@ -146,9 +154,7 @@ def preconditioned_delta(
 
     Every column of D is that sum, decayed, times exp(e): any e will do, as 0.
     """
-    D, u = exp(g_sum) * D + b_sum * outer(k * k, exp(e)), exp(e)
-    r = log(abs_(D @ u) / dot(u, u) + 1e-6) + 0.2
-    p = k * exp(-0.4054651081081644 * r / (1 + abs_(r)))
+    D, p = _by_squares(D, k, g_sum, b_sum, e)
     S = exp(g) * S
     S = S + beta * outer(p, v - k @ S)
     return (D, S), q @ S
@@ -160,9 +166,7 @@ def preconditioned_kda(
     g_sum: Scalar, b_sum: Scalar, e: HeadValue,
 ) -> _Two:  # fmt: skip
     """Preconditioned Kimi delta attention (Tumma, Loo, Rus 2026): the same, gates per channel."""
-    D, u = exp(g_sum) * D + b_sum * outer(k * k, exp(e)), exp(e)
-    r = log(abs_(D @ u) / dot(u, u) + 1e-6) + 0.2
-    p = k * exp(-0.4054651081081644 * r / (1 + abs_(r)))
+    D, p = _by_squares(D, k, g_sum, b_sum, e)
     S = exp(g) * S
     S = S + beta * outer(p, v - k @ S)
     return (D, S), q @ S

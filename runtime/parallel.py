@@ -84,7 +84,7 @@ def _call(declaration: Declaration, ops: Ops, given: Given, group: ProcessGroup)
         if found.T == 0:
             raise errors.BadBatch("tokens", 0, "at least one on every rank")
         kinds = kinds_of(found)
-    except Exception as why:
+    except Exception as why:  # whatever it is: `agree` tells the other ranks, and raises it here
         refused = why
     tokens, offsets = agree(group, found, refused)
     assert found is not None

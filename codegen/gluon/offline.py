@@ -12,10 +12,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from ..buffers import BufferId
 from ..config import Dims
 from ..interface import Dtype, Role, Signature
-from ..triton.resources import HEADS, Resources, Target, usage
+from ..triton.resources import HEADS, Resources, Target, type_of, usage
 from .kernel import GluonKernel
-
-_POINTER = {Dtype.FLOAT32: "*fp32", Dtype.BFLOAT16: "*bf16", Dtype.FLOAT16: "*fp16"}
 
 
 def compile_kernel(
@@ -39,18 +37,10 @@ def compile_kernel(
     for p in kernel.parameters:
         if p.name in blocks:
             types[p.name] = _descriptor(blocks[p.name])
-        elif p.role is Role.OPERAND:
-            types[p.name] = _POINTER[signature.of(str(p.of))]
-        elif isinstance(p.of, BufferId):
-            types[p.name] = _POINTER[buffers[p.of]]
-        elif p.role in (Role.INITIAL, Role.FINAL):
-            types[p.name] = "*fp32"
-        elif p.role is Role.PARAM:
-            types[p.name] = "fp32"
+        elif (known := type_of(p, buffers, signature)) is not None:
+            types[p.name] = known
         elif p.role is Role.GROUP:
             constants[p.name] = 1
-        elif p.role is Role.STRIDE_BATCH:
-            types[p.name] = "i32"
         else:
             channels = 1 if p.channels is None else getattr(sizes, p.channels.value.upper())
             constants[p.name] = channels * (1 if p.role is Role.STRIDE_HEAD else HEADS)

@@ -150,20 +150,13 @@ def _arguments(
     constants: dict[str, object] = {**dict(kernel.constants), "HV": HEADS, "PACKED": packed}
     constants["EVEN"] = not packed
     for p in kernel.parameters:
-        if p.role is Role.OPERAND:
-            types[p.name] = _POINTER[signature.of(str(p.of))]
-        elif isinstance(p.of, BufferId):
-            types[p.name] = _POINTER[buffers[p.of]]
-        elif p.role in (Role.INITIAL, Role.FINAL, Role.POOL):
-            types[p.name] = "*fp32"
+        known = type_of(p, buffers, signature)
+        if known is not None:
+            types[p.name] = known
         elif p.role is Role.SLOTS:
             types |= {p.name: "*i64", "SLOTS": "i32", "WIDTH": "i32"}
-        elif p.role is Role.PARAM:
-            types[p.name] = "fp32"
         elif p.role is Role.GROUP:
             constants[p.name] = 1
-        elif p.role is Role.STRIDE_BATCH:
-            types[p.name] = "i32"
         else:
             constants[p.name] = _stride(p, kernel)
     tables = ["cu_seqlens", "chunk_offsets", "chunk_table"]
@@ -177,6 +170,17 @@ def _arguments(
     types |= {"TOKENS": "i32", "chunks": "i32"}
     types |= dict.fromkeys(constants, "constexpr")
     return types, constants
+
+
+def type_of(p: Parameter, buffers: Mapping[BufferId, Dtype], signature: Signature) -> str | None:
+    """The type, as Triton writes it, of what a launch gives in each call; None: a constant."""
+    if p.role is Role.OPERAND:
+        return _POINTER[signature.of(str(p.of))]
+    if isinstance(p.of, BufferId):
+        return _POINTER[buffers[p.of]]
+    if p.role in (Role.INITIAL, Role.FINAL, Role.POOL):
+        return "*fp32"
+    return {Role.PARAM: "fp32", Role.STRIDE_BATCH: "i32"}.get(p.role)
 
 
 def _stride(p: Parameter, kernel: TritonKernel) -> int:

@@ -29,6 +29,14 @@ def _places(position, t, T, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _span(spans, BC: tl.constexpr):
+    """This program's channels, which of BC they are, and whether they are scaled to length 1."""
+    row = spans + 3 * tl.program_id(0)
+    c = tl.arange(0, BC)
+    return tl.load(row) + c, c < tl.load(row + 1), tl.load(row + 2) != 0
+
+
+@triton.jit
 def convolve(
     x,
     weight,
@@ -47,11 +55,8 @@ def convolve(
     BC: tl.constexpr,
 ):
     """One span of channels, BT tokens: the convolution, silu, and the span scaled to length 1."""
-    span, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    first, width = tl.load(spans + 3 * span), tl.load(spans + 3 * span + 1)
-    unit = tl.load(spans + 3 * span + 2) != 0
-    c = tl.arange(0, BC)
-    columns, inside = first + c, c < width
+    columns, inside, unit = _span(spans, BC)
+    b = tl.program_id(2).to(tl.int64)
     t = tl.program_id(1) * BT + tl.arange(0, BT)
     place = _places(position, t, T, PACKED)
     a = _convolved(x + b * stride_b, weight, t, place, columns, inside, T, stride_t, channels, SIZE)
@@ -92,11 +97,8 @@ def activation_backward(
 
     The convolution is computed again. Without an activation its gradient is dy, and not stored.
     """
-    span, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    first, width = tl.load(spans + 3 * span), tl.load(spans + 3 * span + 1)
-    unit = tl.load(spans + 3 * span + 2) != 0
-    c = tl.arange(0, BC)
-    columns, inside = first + c, c < width
+    columns, inside, unit = _span(spans, BC)
+    b = tl.program_id(2).to(tl.int64)
     x += b * stride_b
     row = b * tl.num_programs(1) + tl.program_id(1)
     taps = tl.arange(0, SIZE)
