@@ -14,13 +14,14 @@ from torch import Tensor
 
 # tokens of a tile, which registers hold several times, and tiles of a program of the backward
 _TOKENS, _TILES = 8, 16
+_INSTALLED = importlib.util.find_spec("triton") is not None
 _PROGRAMS = 512  # of a norm's backward, each with its own sum over rows
 _CHANNELS = 128  # of a span that need not be one
 
 
 def serves(x: Tensor) -> bool:
     """Whether kernels of this file take `x`: on a CUDA device, of at most 32 bits."""
-    return x.is_cuda and x.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    return x.is_cuda and x.dtype != torch.float64 and _INSTALLED
 
 
 def _kernels() -> Any:
@@ -52,6 +53,11 @@ def _above(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def _in_one_piece(x: Tensor) -> Tensor:
+    """`x`, whose channels lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @torch.library.custom_op("chunkwise::short_convolution", mutates_args=())
 def short_convolution(
     x: Tensor, weight: Tensor, spans: Tensor, widest: int, position: Tensor | None, activate: bool,
@@ -60,7 +66,7 @@ def short_convolution(
     """A causal depthwise convolution over time, silu, and spans of channels of length 1.
 
     Args:
-        x: `[B, T, channels]`, channels in one piece.
+        x: `[B, T, channels]`.
         weight: `[size, channels]`; the tap `weight[n]` is of the token n before.
         spans: int32 `[spans, 3]`: first channel, channels, and whether they are scaled to length 1.
             Every channel is in one span.
@@ -72,11 +78,12 @@ def short_convolution(
     Returns:
         `[B, T, channels]`, contiguous, in x's dtype.
     """
+    x = _in_one_piece(x)
     B, T, channels = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    _kernels().convolve[(spans.shape[0], -(-T // _TOKENS), B)](
+    _kernels().convolve[(-(-T // _TOKENS), spans.shape[0], B)](
         *(x, weight, spans, position, y, T, x.stride(0), x.stride(1), channels, eps),
         SIZE=weight.shape[0], ACTIVATE=activate, PACKED=position is not None, BT=_TOKENS,
         BC=_above(widest),
@@ -96,6 +103,7 @@ def short_convolution_backward(
     activate: bool, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of `x`, contiguous, and of `weight`, given `dy` of the output."""
+    x = _in_one_piece(x)
     B, T, channels = x.shape
     size = weight.shape[0]
     dy = dy.contiguous()
@@ -105,11 +113,11 @@ def short_convolution_backward(
     sums = torch.empty(B * programs, size, channels, dtype=torch.float32, device=x.device)
     if dx.numel():
         of, tokens = _kernels(), {"SIZE": size, "PACKED": position is not None, "BT": _TOKENS}
-        of.activation_backward[(spans.shape[0], programs, B)](
+        of.activation_backward[(programs, spans.shape[0], B)](
             *(x, weight, spans, position, dy, dz, sums, T, x.stride(0), x.stride(1), channels, eps),
-            **tokens, ACTIVATE=activate, TILES=_TILES, BC=_above(widest),
+            **tokens, ACTIVATE=activate, TILES=_TILES, TAPS=_above(size), BC=_above(widest),
         )  # fmt: skip
-        of.convolve_transposed[(-(-channels // _CHANNELS), -(-T // _TOKENS), B)](
+        of.convolve_transposed[(-(-T // _TOKENS), -(-channels // _CHANNELS), B)](
             dz, weight, position, dx, T, channels, **tokens, BC=_CHANNELS
         )
     return dx, sums.sum(0).to(weight.dtype)

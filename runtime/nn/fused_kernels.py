@@ -31,7 +31,7 @@ def _places(position, t, T, PACKED: tl.constexpr):
 @triton.jit
 def _span(spans, BC: tl.constexpr):
     """This program's channels, which of BC they are, and whether they are scaled to length 1."""
-    row = spans + 3 * tl.program_id(0)
+    row = spans + 3 * tl.program_id(1)
     c = tl.arange(0, BC)
     return tl.load(row) + c, c < tl.load(row + 1), tl.load(row + 2) != 0
 
@@ -57,7 +57,7 @@ def convolve(
     """One span of channels, BT tokens: the convolution, silu, and the span scaled to length 1."""
     columns, inside, unit = _span(spans, BC)
     b = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
     place = _places(position, t, T, PACKED)
     a = _convolved(x + b * stride_b, weight, t, place, columns, inside, T, stride_t, channels, SIZE)
     scale = tl.full([BT], 1.0, tl.float32)
@@ -90,21 +90,24 @@ def activation_backward(
     ACTIVATE: tl.constexpr,
     PACKED: tl.constexpr,
     TILES: tl.constexpr,
+    TAPS: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
     """One span, TILES times BT tokens: the convolution's gradient and the weight's.
+
+    TAPS: a power of two, of which SIZE are taps.
 
     The convolution is computed again. Without an activation its gradient is dy, and not stored.
     """
     columns, inside, unit = _span(spans, BC)
     b = tl.program_id(2).to(tl.int64)
     x += b * stride_b
-    row = b * tl.num_programs(1) + tl.program_id(1)
-    taps = tl.arange(0, SIZE)
-    dw = tl.zeros([SIZE, BC], tl.float32)
+    row = b * tl.num_programs(0) + tl.program_id(0)
+    taps = tl.arange(0, TAPS)
+    dw = tl.zeros([TAPS, BC], tl.float32)
     for tile in range(TILES):
-        t = (tl.program_id(1) * TILES + tile) * BT + tl.arange(0, BT)
+        t = (tl.program_id(0) * TILES + tile) * BT + tl.arange(0, BT)
         place = _places(position, t, T, PACKED)
         here = (t < T)[:, None] & inside[None, :]
         at = (b * T + t)[:, None] * channels + columns[None, :]
@@ -124,7 +127,7 @@ def activation_backward(
             tap = tl.load(x + of, mask=seen, other=0.0).to(tl.float32)
             dw += tl.where((taps == back)[:, None], tl.sum(d * tap, 0)[None, :], 0.0)
     at = (row * SIZE + taps)[:, None] * channels + columns[None, :]
-    tl.store(dweight + at, dw, mask=inside[None, :])
+    tl.store(dweight + at, dw, mask=(taps < SIZE)[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -141,9 +144,9 @@ def convolve_transposed(
     BC: tl.constexpr,
 ):
     """BC channels, BT tokens: the gradients of those outputs of their sequence that saw them."""
-    columns = tl.program_id(0) * BC + tl.arange(0, BC)
+    columns = tl.program_id(1) * BC + tl.arange(0, BC)
     inside = columns < channels
-    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
     b = tl.program_id(2).to(tl.int64)
     total = tl.zeros([BT, BC], tl.float32)
     for ahead in tl.static_range(SIZE):

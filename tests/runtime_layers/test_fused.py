@@ -36,7 +36,7 @@ def _agree(module: nn.Module, run: Callable[[], Tensor], *inputs: Tensor) -> Non
 
 
 @interpreted
-@pytest.mark.parametrize(("size", "packed"), [(2, False), (4, True)])
+@pytest.mark.parametrize(("size", "packed"), [(3, False), (4, True)])
 def test_convolution(size: int, packed: bool) -> None:
     torch.manual_seed(0)
     conv = ShortConvolution(150, size)
@@ -44,6 +44,8 @@ def test_convolution(size: int, packed: bool) -> None:
     x = whole[..., 5:155].requires_grad_()  # channels of a larger projection
     bounds = BOUNDARIES if packed else None
     _agree(conv, lambda: conv(x, bounds), x)
+    turned = torch.randn(1, 150, 9).mT.requires_grad_()  # channels lie apart
+    _agree(conv, lambda: conv(turned), turned)
 
 
 @interpreted
