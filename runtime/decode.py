@@ -19,7 +19,7 @@ from ..dsl.ir import Per
 from .call import PLAIN, Call, Places, Pool, arrange, describe, initial_states
 from .check import asked, check_accepted, check_slots
 from .engines import EngineName, engine_of_environment, load
-from .pool import MOST_TOKENS, with_pool
+from .pool import MOST_TOKENS, check_integers, with_pool
 from .prepared import Records, Run, chosen, prepare_pool, prepare_step
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ class Stepper:
         """
         if indices is not None:
             return self._in_pool(args, named, state, indices, accepted, engine)
+        if not torch.compiler.is_compiling():
+            self._checked(args, named, None)
         operands, params, static = arrange(self._declaration, args, named)
         operands, has_time = self._with_time(operands)
         self._refuse_many(operands)
@@ -296,6 +298,7 @@ class _Kept:
 
 def _after(states: Tensor, accepted: Tensor) -> Tensor:
     """Of states after each of several tokens `[B,W,HV,K,V]` those after so many of them, `[B]`."""
+    check_integers("num_accepted", accepted, states.device)
     if states.ndim < 3 or accepted.shape != states.shape[:1]:
         expected = "[B], for states [B,W,HV,K,V]"
         raise errors.BadShape("num_accepted", accepted.shape, expected)

@@ -39,14 +39,14 @@ def with_pool(call: Call, pool: Pool) -> Call:
                 help="a step writes it: pass memory of its own for each slot",
             )
     indices, accepted = pool.indices, pool.accepted
-    _check_integers("state_indices", indices, call)
+    check_integers("state_indices", indices, call.device)
     if indices.ndim not in (1, 2) or indices.shape[0] != call.B:
         raise errors.BadShape("state_indices", indices.shape, f"[B] or [B,W] with B = {call.B}")
     if indices.ndim == 2 and indices.shape[1] != 1 and indices.shape[1] < call.T:
         expected = f"[B,W] with a slot for each of the {call.T} tokens, or one for all"
         raise errors.BadShape("state_indices", indices.shape, expected)
     if accepted is not None:
-        _check_integers("num_accepted", accepted, call)
+        check_integers("num_accepted", accepted, call.device)
         if list(accepted.shape) != [call.B]:
             raise errors.BadShape("num_accepted", accepted.shape, f"[B] = [{call.B}]")
     return replace(call, pool=pool)
@@ -60,10 +60,11 @@ def _check_place(name: str, x: Tensor, device: torch.device) -> None:
         raise errors.BadDevice(name, str(x.device), str(device))
 
 
-def _check_integers(name: str, x: object, call: Call) -> None:
+def check_integers(name: str, x: object, device: torch.device) -> None:
+    """Refuse indices or counts that are no int32 or int64 tensor on `device`."""
     if not isinstance(x, Tensor):
         raise errors.NotATensor(name, type(x).__name__, "an int32 or int64 tensor [B]")
-    _check_place(name, x, call.device)
+    _check_place(name, x, device)
     if x.dtype not in (torch.int32, torch.int64):
         raise errors.BadDtype(name, str(x.dtype), "int32 or int64")
 

@@ -93,7 +93,7 @@ def pooled(call: Call, *, time: bool = True) -> Tensor:
     """
     pool = call.pool
     assert pool is not None
-    indices = pool.indices.reshape(call.B, -1).long()
+    indices = pool.indices.reshape(call.B, pool.width).long()
     after = torch.zeros_like(indices[:, 0]) if pool.accepted is None else pool.accepted.long() - 1
     known = (after >= 0) & (after < pool.width)
     slot = indices.gather(1, after.clamp(0, pool.width - 1)[:, None])[:, 0]

@@ -375,6 +375,7 @@ fused_recurrent_hgrn = adapter(
 
 _MOMENTUM = {
     "p": "keys that read what is corrected, `[B,T,H,K]`; k where it is None.",
+    "beta": "how far the momentum moves the state, `[B,T,HV]`.",
     "initial_state": "the state and the momentum before the first token, `[2,N,HV,K,V]`.",
     "returns": "`(o, final_state)`: o `[B,T,HV,V]` in the dtype of v; the final state and momentum "
     "`[2,N,HV,K,V]` in float32, or None where they were not asked for.",

@@ -136,9 +136,9 @@ def called(
 ) -> tuple[Tensor, States | None]:
     """The output and the final state, by `step` where there is one token and no gradient."""
     scale, packed = scale_of(given, operands[0]), given["cu_seqlens"]
-    states = initial if isinstance(initial, tuple) else (initial,)
+    states = (initial,) if initial is None or isinstance(initial, Tensor) else initial
     recorded = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (*operands, *states)
+        isinstance(x, Tensor) and x.requires_grad for x in (*operands, *states)
     )
     if packed is None and operands[0].shape[1] == 1 and not recorded:
         return op.step(*operands, scale=scale, state=initial)

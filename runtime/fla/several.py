@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...dsl import errors
-from .adapter import Given, by_channel, promised_bound, scale_of
+from ..recurrence import Recurrence
+from .adapter import Given, by_channel, called, promised_bound, scale_of
 from .rules import rule
 
 _CENTRE = -0.2  # the logarithm of a sum of squares at which a preconditioner is 1
@@ -30,8 +31,8 @@ def gsa(name: str, given: Given) -> tuple[Tensor, Pair]:
     if groups > 1:
         k, v, s, g = (x.repeat_interleave(groups, 2) for x in (k, v, s, g))
         A, S = (x if x is None else x.repeat_interleave(groups, 1) for x in (A, S))
-    scores, A = _pass("value_gla", (q, k, s, g), A, scale_of(given, q), given)
-    o, S = _pass("gla", (scores.softmax(-1), s, v, g), S, 1.0, given)
+    scores, A = _pass(rule("value_gla"), (q, k, s, g), A, scale_of(given, q), given)
+    o, S = _pass(rule("gla"), (scores.softmax(-1), s, v, g), S, 1.0, given)
     if A is None or S is None:
         return o, (None, None)
     return o, (A[:, ::groups], S[:, ::groups])
@@ -44,18 +45,12 @@ def abc(name: str, given: Given) -> tuple[Tensor, Pair | None]:
 
 
 def _pass(
-    step: str, operands: Sequence[Tensor], state: Tensor | None, scale: float, given: Given
+    op: Recurrence, operands: Sequence[Tensor], state: Tensor | None, scale: float, given: Given
 ) -> tuple[Tensor, Tensor | None]:
-    """One call of a step with one state."""
-    o, final = rule(step, False, promised_bound(given), by_channel(given))(
-        *operands,
-        scale=scale,
-        initial_state=state,
-        output_final_state=given["output_final_state"],
-        cu_seqlens=given["cu_seqlens"],
-    )
+    """One call of a step with one state, which is returned where states are asked for."""
+    o, final = called(op, [*operands], {**given, "scale": scale}, state)
     assert not isinstance(final, tuple)
-    return o, final
+    return o, final if given["output_final_state"] else None
 
 
 def _averages(s: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -81,7 +76,7 @@ def hgrn(name: str, given: Given) -> tuple[Tensor, Tensor | None]:
     one = torch.ones((*x.shape[:2], 1, 1), dtype=x.dtype, device=x.device)
     channels = (y.unflatten(-1, (-1, width)) for y in (x, given["g"]))
     state = None if state is None else state.unflatten(-1, (-1, 1, width))
-    o, final = _pass("hgrn", (one, *channels), state, 1.0, given)
+    o, final = _pass(rule("hgrn"), (one, *channels), state, 1.0, given)
     return o.flatten(2), None if final is None else final.flatten(1)
 
 
@@ -93,15 +88,14 @@ def momentum(name: str, given: Given) -> tuple[Tensor, Tensor | None]:
     eta = torch.ones_like(beta) if eta is None else eta
     step = "momentum_decayed" if given["use_p_times_alpha"] else "momentum"
     initial = given["initial_state"]
-    o, finals = rule(step, given["use_qk_l2norm_in_kernel"])(
-        *(q, k, v, k if p is None else p, a, mu, beta, eta),
-        scale=scale_of(given, k),
-        initial_state=None if initial is None else tuple(initial),
-        output_final_state=given["output_final_state"],
-        cu_seqlens=given["cu_seqlens"],
+    o, finals = called(
+        rule(step, given["use_qk_l2norm_in_kernel"]),
+        [q, k, v, k if p is None else p, a, mu, beta, eta],
+        {**given, "scale": scale_of(given, k)},
+        None if initial is None else tuple(initial),
     )
-    assert not isinstance(finals, Tensor)
-    return o, None if finals is None else torch.stack(finals)
+    assert isinstance(finals, tuple)
+    return o, torch.stack([*finals]) if given["output_final_state"] else None
 
 
 def preconditioned(name: str, given: Given) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -123,16 +117,15 @@ def preconditioned(name: str, given: Given) -> tuple[Tensor, Tensor | None, Tens
     one = torch.ones((*k.shape[:3], 1), dtype=k.dtype, device=k.device)
     A, S = given["initial_A_state"], given["initial_state"]
     A = None if A is None else A.unsqueeze(-1)
-    sums, A = _pass("sums_of_squares", (k, one, g_sum, given["beta_atk"]), A, 1.0, given)
+    sums, A = _pass(rule("sums_of_squares"), (k, one, g_sum, given["beta_atk"]), A, 1.0, given)
     centre = given["log_atk_scale"]
     r = (sums + given["eps"]).log() - _per_head(_CENTRE if centre is None else centre)
     p = (k * torch.exp(-math.log(given["x"]) * r / (1 + r.abs()))).to(k.dtype)
     step = "preconditioned_delta" if gates.ndim == 3 else "preconditioned_kda"
     turned = given["state_v_first"]
     S = S.mT if turned and S is not None else S
-    o, final = _pass(
-        step, (q, k, p, given["v"], gates, given["beta"]), S, scale_of(given, k), given
-    )
+    op = rule(step, False, promised_bound(given), by_channel(given))  # promised of its gates alone
+    o, final = _pass(op, (q, k, p, given["v"], gates, given["beta"]), S, scale_of(given, k), given)
     if final is None or A is None:
         return o, None, None
     return o, final.mT.contiguous() if turned else final, A.squeeze(-1)

@@ -49,7 +49,7 @@ def sample(
     p = ordered.softmax(-1)
     if top_p is not None:
         p = p.where(p.cumsum(-1) - p < top_p, 0.0)  # the first is always among them
-    chosen = torch.multinomial(p.flatten(0, -2), 1, generator=generator)
+    chosen = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator)
     return token.gather(-1, chosen.reshape(*p.shape[:-1], 1))[..., 0]
 
 

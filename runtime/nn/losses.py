@@ -29,7 +29,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     mean: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        _cast(rows), weight, labels
+        _cast(rows), weight, labels, torch.is_grad_enabled()
     )
     return mean
 
@@ -74,16 +74,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made beside the losses, since logits are not kept for a backward."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, recorded: bool) -> Tensor:
         wide = torch.promote_types(rows.dtype, torch.float32)
         narrow = weight.to(rows.dtype)
         total = torch.zeros((), dtype=wide, device=rows.device)
         share = 1.0 / (labels != IGNORED).sum().clamp(min=1).to(wide)
-        d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        recorded = recorded and any(ctx.needs_input_grad)  # which is so without gradients, too
+        shape = weight.shape if recorded else (0,)
+        d_weight = torch.zeros(shape, dtype=wide, device=weight.device)
         d_rows = []
         for part, log_p, loss, at, counted in _runs(rows, narrow, labels):
             total = total + loss.sum()
-            if not any(ctx.needs_input_grad):
+            if not recorded:
                 continue
             d = log_p.exp_().scatter_add_(1, at, torch.full_like(at, -1, dtype=wide))
             d_logits = d.mul_((share * counted)[:, None]).to(rows.dtype)
@@ -96,6 +98,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, None, None]:
         d_rows, d_weight = ctx.saved_tensors
-        return (d_rows * d).to(d_rows.dtype), (d_weight * d).to(ctx.dtype), None
+        return (d_rows * d).to(d_rows.dtype), (d_weight * d).to(ctx.dtype), None, None
