@@ -10,7 +10,6 @@ from .limits import Limited, Within
 from .plan import ENDS, MATRICES, Kernel, Plan
 from .segments import Start
 
-TOGETHER = "_together"  # suffix of the name of a kernel that runs several scans at once
 _HALVED = "a chunk is halved until single tokens are left"
 Chunk = Annotated[int, Within(1, 1024, _HALVED, power=True)]  # 1: for tokens one at a time
 Tile = Annotated[int, Within(8, 4096, "Triton's tiles are powers of two", power=True)]
@@ -92,12 +91,9 @@ class Config(Limited):
     kernels: tuple[tuple[str, KernelConfig], ...] = ()
 
     def of(self, kernel: str) -> KernelConfig:
-        """The tiles of the kernel called `kernel`; scans for ends may have those of their scan.
-
-        A kernel that runs several scans has the warps and stages of the first, which are theirs.
-        """
+        """The tiles of the kernel called `kernel`; scans for ends may have those of their scan."""
         own = dict(self.kernels)
-        scan = kernel.removesuffix(TOGETHER).removesuffix(ENDS).removesuffix(MATRICES)
+        scan = kernel.removesuffix(ENDS).removesuffix(MATRICES)
         return own.get(kernel) or own.get(scan, self.default)
 
     def tiles(self, kernel: str) -> Tiles:

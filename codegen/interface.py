@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from .config import Dims, Precision
 from .plan import Kernel
 from .segments import Start
 from .tile import TIMES, Axes, Axis, Tile, TileOp
+
+_ENTRY = re.compile(r"_at\d+$")  # ends the name of a tuple's entry: `lower.entry_name`
 
 
 class Dtype(Enum):
@@ -73,7 +76,7 @@ class Signature:
     def of(self, operand: str) -> Dtype:
         """The dtype of an operand, or of an entry of a tuple (`lower.entry_name`)."""
         known = dict(self.dtypes)
-        return known.get(operand) or known.get(operand.rpartition("_at")[0], self.dtype)
+        return known.get(operand) or known.get(_ENTRY.sub("", operand), self.dtype)
 
 
 class Storage(NamedTuple):

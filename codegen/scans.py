@@ -22,7 +22,7 @@ from .gates import DECAYED
 from .hoisting import depends
 from .tile import Attr, Axis, Tile, summed_axes
 
-_OTHER = {Axis.K: Axis.V, Axis.V: Axis.K}
+OTHER = {Axis.K: Axis.V, Axis.V: Axis.K}
 
 
 class GradientScan(NamedTuple):
@@ -89,11 +89,11 @@ def exchanged(roots: tuple[Tile, ...]) -> dict[Tile, Tile]:
 
     def other(attr: Attr) -> Attr:
         if isinstance(attr, tuple):
-            return tile.axes_of(*(_OTHER.get(a, a) for a in attr))
-        return _OTHER.get(attr, attr) if isinstance(attr, Axis) else attr
+            return tile.axes_of(*(OTHER.get(a, a) for a in attr))
+        return OTHER.get(attr, attr) if isinstance(attr, Axis) else attr
 
     def rule(t: Tile, args: tuple[Tile, ...]) -> Tile:
-        axes = tile.axes_of(*(_OTHER.get(a, a) for a in t.axes))
+        axes = tile.axes_of(*(OTHER.get(a, a) for a in t.axes))
         return Tile(t.op, args, tuple(map(other, t.attrs)), axes, t.hint)
 
     return tile.rewritten(roots, rule)

@@ -413,5 +413,5 @@ class ReservedName(DeclarationError, ValueError):
             f"{name!r} is a name that every op uses; it cannot name an operand or parameter",
             loc=loc,
             help=f"choose another name; reserved are {', '.join(reserved)}, "
-            "and d_x and x_chunk for every operand or state x",
+            "and d_x, x_chunk and x_at0, x_at1, ... for every operand or state x",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -414,5 +415,6 @@ def _refuse_reserved(declaration: Declaration) -> None:
     taken = {f"d_{n}" for n in (*names, *states, *outputs)}
     taken |= {f"{n}_chunk" for n in (*names, *states)}
     for name in (*names, *declaration.statics):
-        if name in reserved | taken:
+        entry = re.fullmatch(r"(\w+)_at\d+", name)  # what kernels call an entry of a tuple
+        if name in reserved | taken or (entry and entry[1] in names):
             raise errors.ReservedName(name, sorted(reserved), where(declaration.function))

@@ -20,15 +20,15 @@ from .. import tiled
 from ..buffers import BufferId
 from ..config import Config, KernelConfig
 from ..expressions import Names, identifier, unaliased
-from ..interface import Buffer, Parameter, Role, Signature, Storage, stored
+from ..interface import Buffer, Parameter, Role, Signature, stored
 from ..plan import Kernel, Loop
 from ..tile import LEAVES, TIMES, Axes, Axis, Tile
 from ..tiling import tile
+from ..triton.kernel import STORAGE
 from .expressions import GluonExpressions, laid_out, layout_of
-from .refusal import refusal
+from .refusal import of_stores, refusal
 from .schedule import Await, Issue, Schedule, subtracted
 
-STORAGE = Storage(wide=False, transposed=True)  # as the Triton printer's
 _RESERVED = (
     *(
         "gl",
@@ -88,6 +88,7 @@ def print_gluon(kernel: Kernel, signature: Signature, config: Config) -> GluonKe
     """`kernel` as Gluon, or why it cannot be."""
     decided = tile(kernel, signature, config.tiles(kernel.name))
     why = refusal(decided, signature, config.of(kernel.name))
+    why = why or of_stores(stored(kernel, signature, STORAGE))
     return why or _Printer(decided, kernel, signature, config.of(kernel.name)).print()
 
 
@@ -170,15 +171,16 @@ class _Printer(GluonExpressions):
         if second is Axis.V:
             column += " + part * BV"
         self._blocks[desc] = (self.tiled.chunk, size)
-        self._before += [f"{name}_row = {row}", f"{name}_column = {column}"]
+        first, start = self.names.fresh(f"{name}_row"), self.names.fresh(f"{name}_column")
+        self._before += [f"{first} = {row}", f"{start} = {column}"]
         self._memory.append(
             f"{name} = gl.allocate_shared_memory("
             f"gl.bfloat16, [STAGES, C, {_SIZE[second]}], {desc}.layout)"
         )
-        at = f"[{name}_row + chunk * C, {name}_column]"
+        at = f"[{first} + chunk * C, {start}]"
         self._copies.append(f"async_load({desc}, {at}, ready.index(slot), {name}.index(slot))")
         self._bytes += 2 * self.tiled.chunk * size
-        self._loading |= dict.fromkeys((desc, f"{name}_row", f"{name}_column", name))
+        self._loading |= dict.fromkeys((desc, first, start, name))
         self._computing[name] = None
 
     def _load_vector(self, name: str, s: tiled.Load) -> None:
@@ -189,12 +191,13 @@ class _Printer(GluonExpressions):
             pointer = self._parameter(f"{name}_ptr", Role.OPERAND, s.of)
             batch, stride, heads, group = self._strides(name, s)
             base = f"{pointer} + n.to(gl.int64) * {batch} + h // {group} * {heads}"
-        self._before.append(f"{name}_base = {base}")
+        first, ahead = self.names.fresh(f"{name}_base"), self.names.fresh(f"{name}_next")
+        self._before.append(f"{first} = {base}")
         self._memory.append(f"{name} = gl.allocate_shared_memory(gl.float32, [STAGES, C], VECTOR)")
-        at = f"{name}_base + (chunk * C + oi).to(gl.int64) * {stride}"
-        self._vectors.append(f"{name}_next = gl.load({at}).to(gl.float32)")
-        self._puts.append(f"{name}.index(slot).store({name}_next)")
-        self._loading |= dict.fromkeys((f"{name}_base", stride, name))
+        at = f"{first} + (chunk * C + oi).to(gl.int64) * {stride}"
+        self._vectors.append(f"{ahead} = gl.load({at}).to(gl.float32)")
+        self._puts.append(f"{name}.index(slot).store({ahead})")
+        self._loading |= dict.fromkeys((first, stride, name))
         self._computing[name] = None
 
     def _load_number(self, name: str, s: tiled.Load) -> None:

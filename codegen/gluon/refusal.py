@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .. import tiled
 from ..config import KernelConfig
-from ..interface import Dtype, Signature
+from ..interface import Buffer, Dtype, Signature
 from ..plan import Loop
 from ..tile import SQUARE, TIMES, Axis, Tile, TileOp
 from .expressions import FUNCTIONS, OPERATORS
@@ -23,6 +25,12 @@ def refusal(kernel: tiled.TiledKernel, signature: Signature, config: KernelConfi
     return why
 
 
+def of_stores(buffers: Iterable[Buffer]) -> str | None:
+    """Why TMA cannot write `buffers`: tiles of shared memory are bfloat16."""
+    wide = next((b for b in buffers if b.dtype is not Dtype.BFLOAT16), None)
+    return wide and f"it stores {wide.name} in {wide.dtype.value}"
+
+
 def _of_shape(kernel: tiled.TiledKernel, signature: Signature, config: KernelConfig) -> str | None:
     keys, values = kernel.extents[Axis.K], kernel.extents[Axis.V]
     if kernel.scan is Loop.PARALLEL or kernel.by_token:
@@ -33,8 +41,9 @@ def _of_shape(kernel: tiled.TiledKernel, signature: Signature, config: KernelCon
         return f"its products are of {signature.dtype.value}, and the printer has those of bfloat16"
     if kernel.chunk != CHUNK:
         return f"its chunks have {kernel.chunk} tokens, and a warp group's tiles of scores {CHUNK}"
-    padded = any(kernel.is_padded(a) for a in (Axis.K, Axis.V))
-    if padded or keys not in _WIDTHS or values not in _WIDTHS:
+    if any(kernel.is_padded(a) for a in (Axis.K, Axis.V)):
+        return "K or V is padded to its tiles, and TMA would take a neighbour's channels for it"
+    if keys not in _WIDTHS or values not in _WIDTHS:
         return f"its states' tiles are {keys} x {values}, and of 64 or 128 channels each they fit"
     if config.warps * ROWS_OF_WARP != values:
         return f"its {config.warps} warps take {ROWS_OF_WARP * config.warps} rows of {values}"

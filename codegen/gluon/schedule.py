@@ -17,10 +17,9 @@ from ..tile import Tile
 
 @dataclass(frozen=True, slots=True)
 class Issue:
-    """A product begins. `onto`: the product whose unfinished sums it adds to."""
+    """A product begins."""
 
     product: tiled.Product
-    onto: Tile | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +123,6 @@ class Schedule:
             todo.remove(s)
             started.add(s.value)
             issued.append(s.value)
-            yield Issue(s, onto)
+            yield Issue(s)
         if issued:
             yield Await(0, tuple(x for x in issued if x is not None))

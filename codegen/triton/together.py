@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ..config import TOGETHER, Config, Printer
+from ..config import Config, Printer
 from ..interface import Parameter, Role, Signature
 from ..plan import Kernel, Loop
-from ..tile import Axis
+from ..scans import OTHER
 from .kernel import STAGES, TritonKernel, print_triton
 
 _OF_CALL = ("cu_seqlens", "chunk_offsets", "chunk_table", "TOKENS", "chunks", "HV")
-_OTHER = {Axis.K: Axis.V, Axis.V: Axis.K}
+TOGETHER = "_together"  # suffix of the name of a kernel that runs several scans at once
 
 
 def launches(
@@ -121,6 +121,6 @@ class _Parameters:
                 name = f"{p.name}_{count}"
             channels = p.channels
             if exchanged and channels is not None:
-                channels = _OTHER[channels]
+                channels = OTHER[channels]
             self._found[p.role, p.of] = replace(p, name=name, channels=channels)
         return self._found[p.role, p.of].name

@@ -381,7 +381,7 @@ def plan_launches(
     launches: list[LaunchSpec] = []
     for loaded in kernels:
         spec = _spec(loaded, layout, operands, number, letters)
-        if loaded.gluon is not None and takes(loaded.gluon.kernel, layout):
+        if loaded.gluon is not None and takes(loaded.gluon.kernel, layout, new):
             by_tma = _spec(loaded.gluon, layout, operands, number, letters)
             by_tma.unaligned, spec = spec, by_tma
         launches.append(spec)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import chunkwise as cw
 import pytest
 import torch
 import triton
-from chunkwise import library
+from chunkwise import Key, State, Value, library, outer
 from chunkwise.codegen.buffers import BufferId
 from chunkwise.codegen.config import Config, Dims, KernelConfig, Printer
 from chunkwise.codegen.gluon.defaults import preferred
@@ -196,7 +197,7 @@ def test_no_register_is_spilled_and_no_product_serialised(
         ("longhorn", KernelConfig(64, 4), Dims(128, 128), "it computes a tile of keys"),
         ("mamba2", KernelConfig(64, 4), Dims(128, 128), "it computes softplus within the scan"),
         ("delta_rule", KernelConfig(64, 8), Dims(128, 128), "its 8 warps take 128 rows of 64"),
-        ("delta_rule", KernelConfig(64, 4), Dims(128, 72), "its states' tiles are 128 x 64"),
+        ("delta_rule", KernelConfig(64, 4), Dims(128, 72), "K or V is padded to its tiles"),
         ("delta_rule", KernelConfig(32, 4), Dims(128, 128), "its states' tiles are 128 x 32"),
     ],
 )
@@ -251,24 +252,74 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     Records.forget()
 
 
+def _in_gluon(call: RuntimeCall) -> Any:
+    """Every scan of a call in Gluon where it can be."""
+    dims = Dims(call.K, call.V)
+    default = triton_engine.configuration(call.form, dims, call.dtype)
+    config = in_gluon(call.form, default, KernelConfig(64, 4, 2))
+    dtypes = tuple((n, x.dtype) for n, x in call.operands.items())
+    return triton_engine.compile_with(call.form, dims, call.dtype, dtypes, config)
+
+
 @pytest.mark.parametrize("T", [256, 200])
 @torch.no_grad()
 def test_launches(T: int, launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A call of whole chunks launches it, others what Triton compiles; so do odd addresses."""
 
-    def compiled_for(call: RuntimeCall) -> Any:
-        dims = Dims(call.K, call.V)
-        default = triton_engine.configuration(call.form, dims, call.dtype)
-        config = in_gluon(call.form, default, KernelConfig(64, 4, 2))
-        dtypes = tuple((n, x.dtype) for n, x in call.operands.items())
-        return triton_engine.compile_with(call.form, dims, call.dtype, dtypes, config)
-
-    monkeypatch.setattr(triton_engine, "_compiled_for", compiled_for)
+    monkeypatch.setattr(triton_engine, "_compiled_for", _in_gluon)
     room = torch.zeros(4, 1, T, 1, 128, dtype=torch.bfloat16)
     odd = torch.zeros(T * 128 + 1, dtype=torch.bfloat16)[1:].view(1, T, 1, 128)
     library.linear_attention(*room[:3], engine="triton")
     library.linear_attention(*room[:2], odd, engine="triton")
     assert launched == ["forward_scan" + " in Gluon" * (T == 256), "forward_scan"]
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_gradients_of_shared_heads_are_triton_s(
+    heads: int, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in float32, since several value heads add to them, and TMA writes bfloat16."""
+
+    monkeypatch.setattr(triton_engine, "_compiled_for", _in_gluon)
+    q, k = torch.zeros(2, 1, 128, heads, 64, dtype=torch.bfloat16, requires_grad=True)
+    v = torch.zeros(1, 128, 2, 64, dtype=torch.bfloat16, requires_grad=True)
+    o, _ = library.linear_attention(q, k, v, engine="triton")
+    launched.clear()
+    torch.autograd.grad(o.sum(), (q, k, v))
+    in_gluon_ones = [name for name in launched if name.endswith(" in Gluon")]
+    assert len(launched) == 3  # a scan for each gradient
+    assert len(in_gluon_ones) == (3 if heads == 2 else 1)  # d_v has the value heads
+
+
+def test_what_is_stored_wide_is_not_written_by_tma() -> None:
+    form, dims = _form("linear_attention"), Dims(64, 64)
+    signature = signature_for(form, dims, Dtype.BFLOAT16, Target.SM90)
+    mixed = replace(signature, dtypes=(("v", Dtype.FLOAT32),))
+    default = untuned_config(form, dims, Dtype.BFLOAT16, H100_SHARED)
+    made = emit(form, mixed, in_gluon(form, default, KernelConfig(64, 4, 2)))
+    assert made is not None
+    assert dict(made.refused)["backward_reverse_columns"] == "it stores d_v in float32"
+
+
+@cw.recurrence
+def named(S: State, q: Key, k: Key, v: Value, k_row: Key):
+    S = S + outer(k, v) + outer(k_row, v)
+    return S, q @ S
+
+
+def test_operands_may_be_named_like_what_kernels_compute(tmp_path: Path) -> None:
+    form, dims = named.declaration.normal_form(), Dims(128, 128)
+    signature = signature_for(form, dims, Dtype.BFLOAT16, Target.SM90)
+    default = untuned_config(form, dims, Dtype.BFLOAT16, H100_SHARED)
+    made = emit(form, signature, in_gluon(form, default, KernelConfig(64, 4, 2)))
+    assert made is not None
+    file = tmp_path / "kernels.py"
+    file.write_text(made.source)
+    beside = emit_triton(form, signature, default)
+    scan = next(k for k in beside.forward if k.name == "forward_scan")
+    kernel = next(k for k in made.kernels if k.name == scan.name)
+    module = import_file("chunkwise_test_named", file)
+    assert compile_kernel(module, kernel, beside.buffers(scan), signature).fits
 
 
 @torch.no_grad()

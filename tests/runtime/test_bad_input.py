@@ -301,6 +301,18 @@ def test_names_of_options_and_results_are_reserved(name: str) -> None:
         cw.recurrence(renamed)
 
 
+def test_no_operand_is_named_like_an_entry_of_a_tuple() -> None:
+    """Kernels call an entry so: one of the two would be read for both."""
+
+    def entries(S: cw.State, q: cw.Key, k: tuple[cw.Key, ...], v: cw.Value, k_at1: cw.Key):
+        for key in k:
+            S = S + cw.outer(key, v)
+        return S + cw.outer(k_at1, v), q @ S
+
+    with pytest.raises(E.ReservedName, match="k_at1"):
+        cw.recurrence(entries)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # Triton's interpreter is numpy
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_check_names_the_first_nan(
