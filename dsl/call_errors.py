@@ -156,7 +156,9 @@ class UnknownOperand(CallError, TypeError):
     def __init__(self, operand: str, expected: Sequence[str], *, op: str = "") -> None:
         super().__init__(
             f"{op or 'the op'} got the operand {operand!r}, expected only {', '.join(expected)}",
-            help=did_you_mean(operand, [*expected, *OPTION_NAMES]),
+            help="that is an option of other calls of the recurrence"
+            if operand in OPTION_NAMES
+            else did_you_mean(operand, [*expected, *OPTION_NAMES]),
         )
 
 

@@ -304,8 +304,8 @@ class BadReturn(DeclarationError, TypeError):
         super().__init__(
             f"the step returns {got}, expected {expected}",
             loc=loc,
-            help="end with `return S, o`; with several states `return (S, M), o`, in the order of "
-            "the signature",
+            help="end with `return S, o`; several states are a tuple, in the order of the "
+            "signature, and so are several outputs, none of them a state: `return (S, M), (o, p)`",
         )
 
 

@@ -82,7 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens = rows.read(range(min(len(rows), args.rows)))
     vectors: dict[str, dict[Gram, float]] = {}
     for folder in args.model or [Path("out/lm/model")]:
-        losses = token_losses(LanguageModel.from_pretrained(folder), tokens)
+        try:
+            model = LanguageModel.from_pretrained(folder)
+        except FileNotFoundError as missing:
+            raise SystemExit(f"--model: {missing}") from None
+        losses = token_losses(model, tokens)
         vectors[str(folder)] = relative_perplexities(losses, tokens, args.n)
         print(f"{folder}: perplexity {perplexity(losses):.1f} of {losses.numel()} tokens")
     for a, b in itertools.combinations(vectors, 2):

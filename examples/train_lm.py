@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import chunkwise as cw
 import torch
 import torch.distributed as dist
 from chunkwise.nn import (
@@ -63,6 +64,9 @@ def mixers(args: argparse.Namespace) -> tuple[RecurrentConfig | AttentionConfig,
             return AttentionConfig(args.heads, args.window)
         if name == "mamba2":
             return mamba2(args.hidden, state=dim, head_dim=dim)
+        if name not in cw.library.names():
+            known = ", ".join(("attention", "window", "mamba2", *cw.library.names()))
+            raise SystemExit(f"--mixers has {name}: expected names of {known}")
         return RecurrentConfig(name, args.heads, dim, dim)
 
     kinds = [one(name) for name in args.mixers.split(",")]
@@ -183,7 +187,11 @@ class Trainer:
         each = self.share * self.world
         count = min(len(self.rows["valid"]), self.args.validate_rows) // each * each
         if not count:
-            raise SystemExit("there are fewer rows for validation than a batch has")
+            has = len(self.rows["valid"])
+            raise SystemExit(
+                f"--validate-rows {self.args.validate_rows}, of a text that has {has}: expected at "
+                f"least a batch, {self.args.batch}"
+            )
         losses = [self.loss(batch) for batch in self._own("valid", range(count))]
         return math.exp(min(self.mean(torch.stack(losses).mean()), 700.0))
 
@@ -193,7 +201,15 @@ class Trainer:
         if self.rank == 0:
             beside = self.checkpoint.with_suffix(".new")
             with beside.open("wb") as file:
-                torch.save({"step": self.step, "model": model, "optimiser": optimiser}, file)
+                torch.save(
+                    {
+                        "step": self.step,
+                        "config": repr(self.config),
+                        "model": model,
+                        "optimiser": optimiser,
+                    },
+                    file,
+                )
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, self.checkpoint)
@@ -201,6 +217,8 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the checkpoint."""
         found = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        if found["config"] != repr(self.config):
+            raise SystemExit(f"{self.args.out} has a run of another model: {found['config']}")
         set_state_dict(
             self.net,
             self.optimiser,
@@ -368,7 +386,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.parallel not in ("ddp", "fsdp"):
         raise SystemExit(f"--parallel {args.parallel}: expected ddp or fsdp")
-    if not (args.text / "about.json").exists():
+    mixers(args)  # before minutes are spent on a text
+    if (args.text / "about.json").exists():
+        print(f"{args.text} is there: --source and --vocabulary are as it was made")
+    else:
         if "RANK" in os.environ:
             raise SystemExit(f"no text in {args.text}: run python -m examples.token_file first")
         token_file.build([args.source], args.vocabulary, args.text)

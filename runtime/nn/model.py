@@ -212,9 +212,15 @@ class LanguageModel(nn.Module):
             The model.
 
         Raises:
+            FileNotFoundError: one of the two files is missing.
             ValueError: the config does not fit, or the weights do not fit the config.
             ModuleNotFoundError: safetensors (extra `train`) is not installed.
         """
+        names = ("config.json", "model.safetensors")
+        missing = [name for name in names if not (Path(folder) / name).is_file()]
+        if missing:
+            wanted = "save_pretrained writes config.json and model.safetensors"
+            raise FileNotFoundError(f"no {' and no '.join(missing)} in {folder}: {wanted}")
         model = cls.from_config(ModelConfig.read(Path(folder) / "config.json"), rules)
         path = Path(folder) / "model.safetensors"
         try:
