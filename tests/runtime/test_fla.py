@@ -407,6 +407,24 @@ def test_one_token_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(steps) == 4
 
 
+def test_what_is_promised_of_gates_is_not_of_those_of_squares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor is a step size per value channel one of the sums of squares."""
+    monkeypatch.setenv("CHUNKWISE_CHECK", "1")
+    q, k, v = torch.randn(3, 1, 9, 2, 4).unbind(0)
+    beta, b_sum = torch.rand(2, 1, 9, 2)
+    g_sum = -20 - torch.rand(1, 9, 2)
+    call = cw.fla.chunk_precond_gated_delta_rule
+    want, *_ = call(q, k, v, g_atk=g_sum, g=-beta, beta_atk=b_sum, beta=beta)
+    per_channel = beta[..., None].expand(v.shape)
+    got, *_ = call(q, k, v, g_atk=g_sum, g=-beta, beta_atk=b_sum, beta=per_channel)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    gates = {"g": -torch.rand(q.shape), "safe_gate": True}
+    o, *_ = cw.fla.chunk_precond_kda(q, k, v, g_atk=g_sum, beta_atk=b_sum, beta=beta, **gates)
+    assert o.isfinite().all()
+
+
 def test_submodules_are_found_and_installed() -> None:
     from chunkwise.fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
     from chunkwise.fla.ops.generalized_delta_rule.chunk import chunk_dplr_delta_rule

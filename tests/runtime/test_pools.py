@@ -247,6 +247,28 @@ def test_nine_tokens_are_a_call(kit: Any) -> None:
             op.step(**_inputs(kit, op, B=2, T=9, H=4, K=8, V=8), **given)
 
 
+@torch.no_grad()
+def test_a_draft_whose_operands_disagree(kit: Any) -> None:
+    op = cw.library.delta_rule
+    x = _inputs(kit, op, B=2, T=3, H=2, K=4, V=4)
+    with pytest.raises(cw.errors.BadShape, match="with T = 3"):
+        op.step(**{**x, "k": x["k"][:, :2]})
+    _, states = op.step(**x)
+    with pytest.raises(cw.errors.NotATensor, match="'num_accepted' is of type list"):
+        op.step(**x, state=states, num_accepted=[1, 2])
+    with pytest.raises(cw.errors.BadDtype, match="'num_accepted' has dtype"):
+        op.step(**x, state=states, num_accepted=torch.tensor([1.0, 2.0]))
+
+
+@torch.no_grad()
+def test_a_pool_without_sequences(kit: Any) -> None:
+    op = cw.library.delta_rule
+    token = {n: y[:0] for n, y in _token(op, _inputs(kit, op, B=2, T=1, K=8, V=8), 0).items()}
+    slots = torch.empty(0, dtype=torch.int64)
+    o, _ = op.step(**token, state=torch.zeros(3, 4, 8, 8), state_indices=slots)
+    assert o.shape[0] == 0
+
+
 def test_nothing_is_compiled_after_a_warmup(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of other lengths, with a first state and without, steps, pools, gradients."""
     from chunkwise.runtime.tvm import engine
