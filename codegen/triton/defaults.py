@@ -69,7 +69,7 @@ def _config(body: ChunkProgram, f: Features, dims: Dims, *, wide_dtype: bool) ->
             backward = Plan(hoist, outputs_in_scan=True, scans_apart=True, together=True)
     if wide_dtype or widest > 128:
         # with 32 rows, wide kernels of half precision took up to twelve times as long as with 64
-        short = widest > 64 if wide_dtype else f.vector_gated
+        short = f.vector_gated if not wide_dtype else widest > 64 or (f.vector_gated and f.solves)
         return _cautious(forward, backward, widest, 32 if short else 64)
     if f.vector_gated:
         return _vector_gated(forward, backward)
