@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +44,7 @@ class Stepper:
         # axes of operands of tokens, with that of time
         self._axes = {x.name: len(x.axes) for x in declaration.operands if x.per is Per.TOKEN}
 
-    def __call__(
+    def one(
         self,
         args: Sequence[Any],
         named: Mapping[str, Any],
@@ -61,12 +62,12 @@ class Stepper:
         if torch.compiler.is_compiling():
             return self._by_op(args, named, state, engine)
         values = [*args, *named.values()]
-        if isinstance(state, (list, tuple)):
-            values += state
-        elif state is None:
+        if state is None:
             values += self._no_states
-        else:
+        elif isinstance(state, Tensor) or not isinstance(state, (list, tuple)):
             values.append(state)
+        else:
+            values += state
         usual = self._usual
         if engine is None and usual is None:
             usual = engine_of_environment()
@@ -79,9 +80,8 @@ class Stepper:
                 if engine is not None:
                     self._refuse_to_record(self._checked(args, named, state)[0], engine)
                 return self._by_op(args, named, state, engine)
-            kept = self._records.find(
-                values, rest, lambda: self._prepare(args, named, state, engine, usual)
-            )
+            prepare = partial(self._prepare, args, named, state, engine, usual)
+            kept = self._records.find(values, rest, prepare)
             if kept is None:
                 return self._by_op(args, named, state, engine)
         values += kept.floats
@@ -114,7 +114,7 @@ class Stepper:
         given, outputs, series = {**params, **dict(static)}, [], []
         for t in range(operands[next(iter(self._axes))].shape[1]):
             token = [x[:, t : t + 1] if n in self._axes else x for n, x in operands.items()]
-            o, new = self(token, given, states, engine)
+            o, new = self.one(token, given, states, engine)
             states = (new,) if isinstance(new, Tensor) else new
             outputs.append(o)
             series.append(states)
@@ -148,9 +148,8 @@ class Stepper:
         if found is None:
             if not all(map(_lies_open, values)):
                 return self._in_pool_by_op(args, named, pool, engine), same
-            found = self._pools.find(
-                values, rest, lambda: self._prepare_pool(args, named, pool, engine, usual)
-            )
+            prepare = partial(self._prepare_pool, args, named, pool, engine, usual)
+            found = self._pools.find(values, rest, prepare)
         if indices.device.type == "cpu" or asked():
             check_slots(pool)
         (o,) = found.run([*values, *found.floats])

@@ -256,11 +256,12 @@ class Recurrence:
         if isinstance(engine, EngineName):
             engine = engine.value
         if state_indices is None and num_accepted is None:
-            o, new = self._step(args, named, state, engine)
+            made = self._step.one(args, named, state, engine)
         else:
-            o, new = self._step.kept(args, named, state, state_indices, num_accepted, engine)
+            made = self._step.kept(args, named, state, state_indices, num_accepted, engine)
         if self._has_one_output:
-            return o, new
+            return made
+        o, new = made
         operands, _, static = arrange(self.declaration, args, named)
         outputs: Any = self._outputs(o, operands, static)
         return outputs, new

@@ -54,7 +54,9 @@ class Rows:
         if g is None:
             own = torch.zeros(shape, dtype=dtype, device=device)
         elif self.each == 1 and self.micro is None and not self.per_head and shape[2] == HV:
-            return g.view(shape).to(dtype)
+            # of the same shape and dtype, both calls of torch would take 2 µs
+            g = g if g.shape == shape else g.view(shape)
+            return g if g.dtype is dtype else g.to(dtype)
         elif self.per_head:
             own = g.sum(0).to(dtype)
         else:

@@ -79,7 +79,7 @@ class _Tvm(KernelEngine):
             made = compiled_token(
                 call.step, dims, call.dtype, dtypes_of(task.rows), one_token=task.one_token
             )
-            return _Token(task, made) if task.one_token else _Run(task, made)
+            return _Token(task, made).run if task.one_token else _Run(task, made)
         config = config or served(call)
         assert isinstance(config, TvmConfig)
         backward = task.way is Way.BACKWARD
@@ -311,7 +311,7 @@ class _Token:
         feeds, starts = _operands(task), _starts(task)
         states = [s.name for s in call.step.states]
         outputs = call.output_shapes
-        self._outputs = tuple(outputs.values()) if task.time else ()
+        self._outputs = tuple(enumerate(outputs.values())) if task.time else ()
         self._new = [empty(B, *rest, dtype=call.dtype) for B, _, *rest in outputs.values()]
         results = [*outputs, *states]
         self._new += [empty(*call.state_shape(s)) for s in call.step.states]
@@ -342,7 +342,7 @@ class _Token:
         numbers = sum(math.prod(call.state_shape(s)) for s in call.step.states)
         self._alone = self._items == 1 or numbers < SHARED
 
-    def __call__(self, values: Values) -> list[Tensor]:
+    def run(self, values: Values) -> list[Tensor]:
         """The output and new states."""
         made = [*map(torch.empty_like, self._new)]
         fed = [make(values[at]) for at, make in self._made] if self._made else ()
@@ -353,7 +353,7 @@ class _Token:
             threads = torch.get_num_threads()
             own = {self._scratch_at: empty(threads, self._scratch)}
             run([Work(self._function, arguments[:-2], own)], self._items, threads)
-        for n, shape in enumerate(self._outputs):
+        for n, shape in self._outputs:
             made[n] = made[n].view(shape)
         return made
 

@@ -379,13 +379,13 @@ def test_what_is_not_offered_is_refused(
 def test_one_token_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a gradient; with one, the op itself has it by kernels."""
     steps = []
-    original = Stepper.__call__
+    original = Stepper.one
 
     def counted(self: Stepper, *args: Any) -> Any:
         steps.append(self)
         return original(self, *args)
 
-    monkeypatch.setattr(Stepper, "__call__", counted)
+    monkeypatch.setattr(Stepper, "one", counted)
     q, k, v = torch.randn(3, 2, 1, 2, 8).unbind(0)
     g, beta = -torch.rand(2, 1, 2), torch.rand(2, 1, 2)
     f = cw.fla

@@ -43,7 +43,7 @@ def way(run: Callable[[], object]) -> list[tuple[str, str]]:
         if event == "call":
             launched |= file.startswith("<chunkwise") or name == "launch"
         elif event == "return":  # of TVM's kernels, which are no Python, all is done by then
-            launched |= name == "__call__" and file.endswith("tvm/engine.py")
+            launched |= name in ("__call__", "run") and file.endswith("tvm/engine.py")
         called_back = bool(found) and not _ours(frame.f_back)
         inlined = name.startswith("<")  # comprehensions, since Python 3.12
         if event == "call" and _ours(frame) and not (inlined or launched or called_back):
