@@ -65,8 +65,8 @@ def _config(body: ChunkProgram, f: Features, dims: Dims, *, wide_dtype: bool) ->
     if widest <= 64 and not wide_dtype:
         # where states are small, scans in one launch hide more of one another's waiting
         backward = replace(backward, together=not apart)
-        if has_gradient_scans(body):
-            backward = Plan(hoist, outputs_in_scan=True, scans_apart=True, together=True)
+    if widest <= 128 and not wide_dtype and has_gradient_scans(body):
+        backward = Plan(hoist, outputs_in_scan=True, scans_apart=True, together=True)
     if wide_dtype or widest > 128:
         # with 32 rows, wide kernels of half precision took up to twelve times as long as with 64
         short = f.vector_gated if not wide_dtype else widest > 64 or (f.vector_gated and f.solves)
@@ -76,7 +76,9 @@ def _config(body: ChunkProgram, f: Features, dims: Dims, *, wide_dtype: bool) ->
     narrow = widest <= 64
     # a delta step does more in sequence: where states are small, more programs hide more of it
     scan = KernelConfig(32 if f.solves and narrow else 64, 4, 3)
-    if narrow:
+    if narrow and f.solves and f.gated:
+        gradients = KernelConfig(32, 8, 3)
+    elif narrow:
         gradients = KernelConfig(16 if f.solves else 32, 4, 4)
     elif f.solves or f.gated:
         gradients = KernelConfig(64, 8, 3)

@@ -44,6 +44,7 @@ from tests.offline_driver import Driver
 from tests.tolerances import assert_agree
 
 SCANS = ["forward_scan", "backward_states", "backward_reverse"]
+GRADIENT_SCANS = [f"backward_{n}" for n in ("forward_rows", "reverse_rows", "reverse_columns")]
 GRADIENTS = Plan(Hoist.NOTHING, outputs_in_scan=True, scans_apart=True)
 SIZES = Sizes(B=2, T=192, H=1, HV=2, K=64, V=128, initial=True, dtype=torch.float32)
 _STRIDES = (Role.STRIDE_BATCH, Role.STRIDE_TOKEN, Role.STRIDE_HEAD)
@@ -163,7 +164,7 @@ def test_it_computes_what_eager_does(
     ("name", "kernels"),
     [
         ("simple_gla", ["forward_scan"]),
-        pytest.param("linear_attention", SCANS, marks=pytest.mark.long),
+        pytest.param("linear_attention", [*SCANS, *GRADIENT_SCANS], marks=pytest.mark.long),
         pytest.param("gated_delta_rule", SCANS, marks=pytest.mark.long),
     ],
 )

@@ -23,6 +23,9 @@ from tests.harness import Layout, Sizes, engine_results, make_inputs, oracle_res
 from tests.tolerances import BY_DTYPE, assert_agree
 
 NAMES = ["linear_attention", "simple_gla", "retention", "delta_rule", "gated_delta_rule"]
+SCANS = {"forward_scan", "backward_states", "backward_reverse"}
+# gradients of shared heads are added up in float32, which TMA does not write here
+OF_LINEAR = {"forward_scan", "backward_reverse_columns"}
 TILES = [(64, 2), (128, 2), (64, 1), (64, 3)]  # values of a state, and stages
 SIZES = Sizes(B=2, T=256, H=1, HV=2, K=128, V=128, initial=True, device="cuda")
 SIZES = replace(SIZES, dtype=torch.bfloat16, gate_dtype=torch.float32)
@@ -81,7 +84,7 @@ def _check(name: str, sizes: Sizes) -> None:
 def test_agreement(name: str, K: int, served: list[str]) -> None:
     """Given and last states, groups of heads, output and all gradients; four times, bit for bit."""
     _check(name, replace(SIZES, K=K))
-    assert set(served) == {"forward_scan", "backward_states", "backward_reverse"}
+    assert set(served) == (OF_LINEAR if name == "linear_attention" else SCANS)
 
 
 @pytest.mark.parametrize("case", ["tail", "packed", "views", "copies"])
