@@ -19,6 +19,7 @@ equations, the axis K of tiles.
 States that mix, or recall one another, are a group: what a write to one leaves in another takes
 the place of the decay (codegen/transitions), and the recalls of all are one system (codegen/solve).
 A recall that one write uses is solved for with that write, as u; one that several use, for itself.
+Recalls that all writes take with one scale are one unknown, their sum.
 
 Several micro-steps expand time: a row is one micro-step of a token, the state passes through all of
 them, and the output is read in the last row of each token. What only some micro-steps have (a
@@ -37,6 +38,7 @@ from ..dsl.normal_form import NormalForm, Phase, Read, groups_of, levels_of
 from ..dsl.step import output_names
 from . import gates, tile
 from .buffers import BufferId, output
+from .coordinates import Coordinates
 from .gates import LEAST_FACTOR
 from .lower import kind_axes
 from .refusals import refusals
@@ -84,35 +86,50 @@ def derive(form: NormalForm, *, hoist_products: bool = False) -> ChunkProgram:
     for what, why in refusals(form):
         instead = 'call it with engine="reference", which runs it token by token'
         raise NotLowered(what=f"{form.name}: {what}", why=why, instead=instead)
-    tiles = RowTiles(form, results := {})
+    coordinates = Coordinates(form)
+    results: dict[int, Tile] = {}
+    tiles = RowTiles(form, results)
     chunks: dict[str, _GroupChunk] = {}
     for level in levels_of(form):
-        for names in groups_of(form, level.states):
-            chunks |= dict.fromkeys(names, _GroupChunk(tiles, names, hoist_products))
+        results |= coordinates.leaves(tiles, level.states)
+        for names in groups_of(coordinates.form, level.states):
+            chunks |= dict.fromkeys(
+                names, _GroupChunk(coordinates.form, tiles, names, hoist_products)
+            )
         for n in level.reads:
-            results[n] = chunks[form.reads[n].state].read(form.reads[n])
+            parts = []
+            for read, factor in coordinates.reads(form.reads[n]):
+                part = chunks[read.state].read(read)
+                parts.append(part if factor is None else tile.mul(tiles.of(factor), part))
+            results[n] = tile.total(parts)
     outputs = []
     for name, node in zip(output_names(len(form.outputs)), form.outputs, strict=True):
         axes = tile.axes_of(Axis.I, *kind_axes(node.kind, transposed=form.transposed))
         outputs.append((output(name), tile.expand(tiles.of(node), axes).named(name)))
-    carried = tuple(chunks[s.name].carried[s.name] for s in form.states)
+    ends = coordinates.ends(tiles, {n: chunk.ends[n] for n, chunk in chunks.items()})
+    carried = tuple(
+        Carried(chunks[s.name].starts[s.name], ends[s.name].named(s.name + "_next"))
+        for s in form.states
+    )
     return ChunkProgram(tuple(outputs), carried, form.transposed)
 
 
 class _GroupChunk:
     """The chunk form of a group of states of one kind, shared by their updates and reads."""
 
-    def __init__(self, tiles: RowTiles, names: tuple[str, ...], hoist_products: bool) -> None:
-        self._form, self._tiles = tiles.form, tiles
+    def __init__(
+        self, form: NormalForm, tiles: RowTiles, names: tuple[str, ...], hoist_products: bool
+    ) -> None:
+        self._form, self._tiles = form, tiles
         (self._kind,) = {s.kind for s in self._form.states if s.name in names}
-        self._starts = {n: tile.carry(n, kind_axes(self._kind)) for n in names}
+        self.starts = {n: tile.carry(n, kind_axes(self._kind)) for n in names}
         self._hoist = hoist_products
         state_gates = {n: StateGate.of(self._log_decay(n)) for n in names}
         self._transitions = Transitions(state_gates, dict(self._mixes(names)))
         self._writes, recalls = row_writes(self._form, names)
         self._keys = [tiles.in_rows(w.keys).named("w") for w in self._writes]
         self._written = self._solve(recalls)
-        self.carried = {n: Carried(self._starts[n], self._next(n)) for n in names}
+        self.ends = {n: self._next(n) for n in names}
 
     def _log_decay(self, state: str) -> Tile | None:
         logs = tuple(u.log_decay for u in updates_of(self._form, state))
@@ -131,7 +148,7 @@ class _GroupChunk:
 
     # ---- what is written -------------------------------------------------------------------------
 
-    def _solve(self, recalls: list[Recall]) -> list[Tile]:
+    def _solve(self, recalls: list[list[Recall]]) -> list[Tile]:
         """The written values, [I, V]: each write's value and corrections, solved for the chunk."""
         axes = tile.axes_of(Axis.I, *((Axis.V,) if self._kind is Kind.STATE else ()))
         values = [self._tiles.values(w.values, axes) for w in self._writes]
@@ -148,19 +165,21 @@ class _GroupChunk:
         coupling: dict[tuple[int, int], Tile] = {}
         given: list[dict[str | None, Tile]] = []
         columns: dict[int, Tile] = {}  # scales per channel of what is written
-        for r, recall in enumerate(recalls):
+        for r, summed in enumerate(recalls):
             scale, value = tile.const(1.0), None
             if r in own:
                 scale, value = scales[own[r]][r], values[own[r]]
             if Axis.V in scale.axes:
                 columns[r] = scale
             once = tile.const(1.0) if r in columns else scale
-            b = self._recalling(recall)
+            recalling = [(recall, self._recalling(recall)) for recall in summed]
             known = [] if value is None else [value]
             for n, free in enumerate(values):
-                scores = self._scores(b, recall.state, recall.phase, n)
-                if scores is None:
+                seen = [self._scores(b, x.state, x.phase, n) for x, b in recalling]
+                parts = [x for x in seen if x is not None]
+                if not parts:
                     continue
+                scores = tile.total(parts)
                 if n in alone:
                     add_to(coupling, (r, alone[n]), tile.mul(once, scores))
                     continue
@@ -171,7 +190,7 @@ class _GroupChunk:
                         raise NotLowered(*_SHARED_PER_CHANNEL)
                     tied = tile.mul(tile.mul(once, scores), tile.rename(s, Axis.J))
                     add_to(coupling, (r, m), tied)
-            given.append(self._given(known, b, recall, scale))
+            given.append(self._given(known, recalling, scale))
         solved = [
             self._total(parts, r in own)
             for r, parts in enumerate(eliminate(coupling, given, columns))
@@ -199,19 +218,24 @@ class _GroupChunk:
         return self._transitions.scores(x, to, self._keys[n], self._writes[n].state, phase)
 
     def _given(
-        self, known: list[Tile], b: Tile, recall: Recall, scale: Tile
+        self, known: list[Tile], recalling: list[tuple[Recall, Tile]], scale: Tile
     ) -> dict[str | None, Tile]:
         """What a recall sees but the recalls of rows before: all in one part, called None.
 
         Where products are hoisted, what it sees of each state at the chunk's start is a part of its
         own, the factor of the state.
         """
-        factors = self._transitions.from_start(recall.state, recall.phase)
-        starts = [(of, tile.mul(b, x)) for of, x in factors]
+        starts = [
+            (of, tile.mul(b, x))
+            for recall, b in recalling
+            for of, x in self._transitions.from_start(recall.state, recall.phase)
+        ]
         if self._hoist:
             parts: dict[str | None, Tile] = {} if not known else {None: tile.total(known)}
-            return {**parts, **{of: tile.mul(scale, x) for of, x in starts}}
-        recalled = [tile.mul(scale, tile.contract(x, self._starts[of], Axis.K)) for of, x in starts]
+            for of, x in starts:
+                add_to(parts, of, tile.mul(scale, x))
+            return parts
+        recalled = [tile.mul(scale, tile.contract(x, self.starts[of], Axis.K)) for of, x in starts]
         return {None: tile.total([*known, *recalled]).named("X")}
 
     def _total(self, parts: dict[str | None, Tile], written: bool) -> Tile:
@@ -222,13 +246,13 @@ class _GroupChunk:
         found = [] if None not in parts else [parts[None].named("TX")]
         for of, w in parts.items():
             if of is not None:
-                found.append(tile.contract(w.named("W"), self._starts[of], Axis.K))
+                found.append(tile.contract(w.named("W"), self.starts[of], Axis.K))
         return tile.total(found).named(name)
 
     # ---- the state at the chunk's end, and reads -------------------------------------------------
 
     def _next(self, to: str) -> Tile:
-        parts = [tile.mul(x, self._starts[of]) for of, x in self._transitions.whole(to)]
+        parts = [tile.mul(x, self.starts[of]) for of, x in self._transitions.whole(to)]
         by_key: dict[Tile, list[tuple[Tile, Tile]]] = {}
         for write, key, written in zip(self._writes, self._keys, self._written, strict=True):
             left = self._transitions.to_end(to, write.state)
@@ -242,7 +266,7 @@ class _GroupChunk:
             else:  # of states that mix, by numbers per row
                 decayed, values = key, [tile.mul(left, u) for left, u in pairs]
             parts.append(tile.contract(decayed, tile.total(values), Axis.I))
-        return tile.total(parts).named(to + "_next")
+        return tile.total(parts)
 
     def read(self, read: Read) -> Tile:
         """key^T S at the read's moment: [I, V], or [I] of a KeyState; or S key: [I, K]."""
@@ -250,7 +274,7 @@ class _GroupChunk:
         columns = read.other_axis is not self._form.transposed
         parts = []
         for of, x in self._transitions.from_start(read.state, read.phase):
-            start = self._starts[of]
+            start = self.starts[of]
             if columns:
                 parts.append(tile.mul(tile.contract(c, start, Axis.V), x))
             else:

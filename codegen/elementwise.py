@@ -103,6 +103,8 @@ FUNCTIONS: dict[Op, Function] = {
     ),
     Op.SOFTPLUS: Function(_unary(lambda x, z: tile.fmap(Op.SIGMOID, x)), "softplus", "F.softplus"),
     Op.TANH: Function(_unary(lambda x, z: _sech2(x)), "tanh", "torch.tanh"),
+    Op.COS: Function(_unary(lambda x, z: tile.neg(tile.fmap(Op.SIN, x))), "tl.cos", "torch.cos"),
+    Op.SIN: Function(_unary(lambda x, z: tile.fmap(Op.COS, x)), "tl.sin", "torch.sin"),
     Op.SQRT: Function(
         lambda z, g: [(z.args[0], tile.div(tile.mul(g, _HALF), z))], "tl.sqrt", "torch.sqrt"
     ),

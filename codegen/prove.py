@@ -25,6 +25,7 @@ from ..dsl.errors import NotLowered, ProofFailed
 from ..dsl.ir import Kind, Node, Op, Per, bounds_of, promises_of
 from ..dsl.normal_form import NormalForm, Operand, has_entries_apart
 from ..dsl.step import Step, operand_leaf, output_names, param_leaf, state_leaf
+from ..dsl.turns import log_decays
 from .buffers import BufferId, gradient
 from .chunk import ChunkProgram, derive
 from .differentiate import GRADIENT, Adjoint, differentiate
@@ -133,7 +134,7 @@ def _resets(step: Step, form: NormalForm) -> dict[str, Decimal]:
     Empty if something else that the step makes of them does not exist there.
     """
     resets = {}
-    for _, log in form.log_decays:
+    for _, log in log_decays(form):
         if log.op is Op.OPERAND:
             resets[str(log.attrs[0])] = -Decimal("Infinity")
         elif log.op is Op.LOG and log.args[0].op is Op.MAXIMUM:

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 
 from ..dsl.ir import Kind
 from ..dsl.normal_form import NormalForm, are_rows
+from ..dsl.turns import mixing_factors
 
 
 def refusals(form: NormalForm) -> Iterator[tuple[str, str]]:
     """What the chunk derivation does not lower of `form`, each with the reason."""
-    updates = [u for m in form.micro_steps for u in m.updates]
-    mixed = {name for u in updates for m in u.mixes for name in (u.state, m.state)}
-    gates = [u.log_decay for u in updates if u.state in mixed and u.log_decay is not None]
-    if any(g.kind is not Kind.SCALAR for g in gates):
+    every = range(len(form.micro_steps))
+    if any(f.kind is not Kind.SCALAR for _, f in mixing_factors(form, every)):
         why = (
             "states that mix in one micro-step decay per channel in another: what is left of one "
             "in another between two rows would be a matrix of rows per channel"

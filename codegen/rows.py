@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..dsl import algebra
 from ..dsl.ir import Node, Op
 from ..dsl.normal_form import Correction, NormalForm, Phase, Update, Write, results_of
 from . import tile
@@ -119,11 +120,18 @@ class RowWrite:
     def values(self) -> Nodes:
         return tuple(None if w is None else w.value for w in self.writes)
 
+    def has(self, m: int, key: Node) -> bool:
+        """Whether the write of micro-step `m` is by that key."""
+        own = self.writes[m]
+        return own is not None and own.key == key
 
-def row_writes(form: NormalForm, states: Sequence[str]) -> tuple[list[RowWrite], list[Recall]]:
+
+def row_writes(
+    form: NormalForm, states: Sequence[str]
+) -> tuple[list[RowWrite], list[list[Recall]]]:
     """The writes of rows to a group of states, as few as will do, and what they recall.
 
-    Writes that recall the same share one recall.
+    Writes that recall the same share one recall; recalls that all writes take alike are one sum.
     """
     count = len(form.micro_steps)
     writes: list[RowWrite] = []
@@ -132,18 +140,39 @@ def row_writes(form: NormalForm, states: Sequence[str]) -> tuple[list[RowWrite],
         own: list[RowWrite] = []
         for m, update in enumerate(updates_of(form, state)):
             for w in update.writes:
-                free = [x for x in own if x.writes[m] is None]
-                alike = (x for x in free if bool(x.recalls) is (w.correction is not None))
-                into = next(alike, free[0] if free else None)
+                into = _into(own, m, w)
                 if into is None:
                     into = RowWrite(state, [None] * count)
                     own.append(into)
-                into.writes[m] = w
+                into.writes[m] = into.writes[m] or w
                 if w.correction is not None:
                     n = _recall(form, recalls, m, w.correction)
-                    into.recalls.setdefault(n, [None] * count)[m] = w.correction.scale
+                    scales = into.recalls.setdefault(n, [None] * count)
+                    parts = [x for x in (scales[m], w.correction.scale) if x is not None]
+                    scales[m] = algebra.total(parts)
         writes += own
-    return writes, recalls
+    return writes, _summed(writes, recalls)
+
+
+def _into(own: Sequence[RowWrite], m: int, w: Write) -> RowWrite | None:
+    """The write of rows that takes `w` of micro-step `m`: one of its key, or one that is free."""
+    if w.value is None and (alike := [x for x in own if x.has(m, w.key)]):
+        return alike[0]
+    free = [x for x in own if x.writes[m] is None]
+    fit = (x for x in free if bool(x.recalls) is (w.correction is not None))
+    return next(fit, free[0] if free else None)
+
+
+def _summed(writes: list[RowWrite], recalls: list[Recall]) -> list[list[Recall]]:
+    """Recalls that every write has with the same scales, together; numbers in `writes` follow."""
+    sums: dict[tuple[object, ...], list[int]] = {}
+    for r in range(len(recalls)):
+        users = (tuple(w.recalls[r]) if r in w.recalls else None for w in writes)
+        sums.setdefault(tuple(users), []).append(r)
+    for w in writes:
+        numbered = enumerate(sums.values())
+        w.recalls = {n: w.recalls[rs[0]] for n, rs in numbered if rs[0] in w.recalls}
+    return [[recalls[r] for r in rs] for rs in sums.values()]
 
 
 def _recall(form: NormalForm, recalls: list[Recall], m: int, f: Correction) -> int:

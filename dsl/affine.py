@@ -198,7 +198,8 @@ class Walker:
             if t.read is not None and t.read.left is not left:
                 raise errors.NoChunkForm(
                     "the state is read along one axis in what is written, and then along the other",
-                    "products on the left and on the right of the state do not chunk together",
+                    "no chunk form of products on the left and on the right of the state together "
+                    "is derived yet",
                     "read along one axis only, or read the state before or after its whole update",
                     node.loc,
                 )

@@ -95,6 +95,20 @@ def total(nodes: Iterable[Node]) -> Node | None:
     return result
 
 
+def factors(node: Node) -> tuple[int, list[Node]]:
+    """A product as a sign, 1 or -1, and its factors, of which numbers are positive."""
+    if node.op is Op.NEG:
+        sign, found = factors(node.args[0])
+        return -sign, found
+    if node.op is Op.MUL:
+        (s, x), (t, y) = (factors(a) for a in node.args)
+        return s * t, x + y
+    value = number(node)
+    if value is not None and value < 0.0:
+        return -1, [constant(-value)]
+    return 1, [node]
+
+
 def leaves(node: Node) -> frozenset[str]:
     """The names of operands and parameters, and numbers of reads, that an expression depends on."""
     found = (n for n in topological(node) if n.op in (Op.OPERAND, Op.PARAM, Op.RESULT))

@@ -64,12 +64,17 @@ def _sees(step: Step) -> list[set[int]]:
 
 def direct_states(node: Node) -> frozenset[str]:
     """The states that a state expression is made of, those that it only reads left out."""
+    return frozenset(str(n.attrs[0]) for n in state_nodes(node) if n.op is Op.STATE)
+
+
+def state_nodes(node: Node) -> frozenset[Node]:
+    """The state expressions that one is made of, those that it only reads left out."""
     found, stack = set(), [node]
     while stack:
         n = stack.pop()
-        if n.op is Op.STATE:
-            found.add(str(n.attrs[0]))
-        stack += [a for a in n.args if a.kind.is_state and n.op not in READS]
+        if n not in found:
+            found.add(n)
+            stack += [a for a in n.args if a.kind.is_state and n.op not in READS]
     return frozenset(found)
 
 

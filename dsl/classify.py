@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from . import algebra
 from .intervals import Interval
 from .ir import Kind, Node, Per, operands_of
 from .normal_form import NormalForm, Update, levels_of, results_of, seen_by
+from .turns import Plane, planes_of
 
 
 class DecayClass(Enum):
@@ -39,6 +41,7 @@ class StateClass:
     bound: Interval
     low_rank: LowRank
     writes: int
+    turns: str = ""  # how else than by a decay the state is multiplied
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,8 @@ class Classes:
     def __str__(self) -> str:
         parts = []
         for s in self.states:
-            what = f"{s.decay.value}, {s.low_rank.value}"
+            turns = f" {s.turns}" if s.turns else ""
+            what = f"{s.decay.value}{turns}, {s.low_rank.value}"
             parts.append(f"{s.state}: {what}" if len(self.states) > 1 else what)
         n, m = self.micro_steps, len(self.states)
         parts.append("one micro-step" if n == 1 else f"{n} micro-steps")
@@ -72,9 +76,12 @@ class Classes:
 def classify(form: NormalForm) -> Classes:
     """The class of every state, and of the form as a whole."""
     states = []
+    turned = {n: _multipliers(p, n) for p in planes_of(form) for n in p.states}
+    turns = {n: _turns(p) for p in planes_of(form) for n in p.states}
     for declared in form.states:
         updates = [u for m in form.micro_steps for u in m.updates if u.state == declared.name]
-        decays = [decay_class(form, u.log_decay) for u in updates]
+        decays = [decay_class(form, x) for x in turned.get(declared.name, [])]
+        decays = decays or [decay_class(form, u.log_decay) for u in updates]
         order = list(DecayClass)
         states.append(
             StateClass(
@@ -83,10 +90,26 @@ def classify(form: NormalForm) -> Classes:
                 Interval(min(u.bound.lo for u in updates), max(u.bound.hi for u in updates)),
                 _low_rank(declared.name, updates),
                 max(len(u.writes) for u in updates),
+                turns.get(declared.name, ""),
             )
         )
     levels = len(levels_of(form))
     return Classes(tuple(states), len(form.micro_steps), is_coupled(form), form.transposed, levels)
+
+
+def _multipliers(plane: Plane, state: str) -> list[Node | None]:
+    """The real factors by which a state of a plane goes into itself, micro-step by micro-step."""
+    real = next(pair[0] for pair in plane.pairs if state in pair)
+    found = [left.get((real, real)) for left in plane.left]
+    return [None if f == algebra.ONE else f for f in found]
+
+
+def _turns(plane: Plane) -> str:
+    kinds = [a.kind for a in plane.angles if a is not None]
+    if not kinds:
+        return "of either sign"
+    channels = [k.name.lower() for k in kinds if k is not Kind.SCALAR]
+    return f"with an angle per {channels[0]} channel" if channels else "with an angle"
 
 
 def is_coupled(form: NormalForm) -> bool:

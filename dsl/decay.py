@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from . import algebra, errors
@@ -23,11 +24,65 @@ def log_decay(multiplier: Node, loc: Loc | None = None) -> tuple[Node | None, In
         return None, Interval(0.0, 0.0)
     loc = multiplier.loc or loc
     log = _log(multiplier, loc)
+    return log, _checked(multiplier, log, loc)
+
+
+def _checked(multiplier: Node, log: Node, loc: Loc | None) -> Interval:
+    """The bounds of a log-decay. Raises StateGrows."""
     bound = interval(log)
     if bound.hi > 0.0 and (bound.lo >= 0.0 or bound.hi < math.inf):
-        hi = math.exp(bound.hi) if bound.hi < 700 else math.inf
-        raise errors.StateGrows(infix(multiplier), math.exp(min(bound.lo, 700.0)), hi, loc)
-    return log, bound
+        own = interval(multiplier)
+        if own.lo >= 0.0:
+            hi = math.exp(bound.hi) if bound.hi < 700 else math.inf
+            own = Interval(math.exp(min(bound.lo, 700.0)), hi)
+        raise errors.StateGrows(infix(multiplier), own.lo, own.hi, loc)
+    return bound
+
+
+def is_forgotten(log_decay: Node | None) -> bool:
+    """Whether nothing is left of a state under a log-decay: a factor of its own may follow."""
+    return log_decay is not None and algebra.number(log_decay) == -math.inf
+
+
+def is_signed(multiplier: Node) -> bool:
+    """Whether a multiplier may be negative, for all that is known: then it has no logarithm."""
+    try:
+        log_decay(multiplier)
+    except (errors.DecayNotPositive, errors.UnboundedDecay):
+        return True
+    except errors.StateGrows:
+        return False
+    return False
+
+
+def log_magnitude(multiplier: Node, sign: Node, loc: Loc | None = None) -> Node | None:
+    """The log of |f|, for a multiplier f in [-1, 1]; None where |f| is 1.
+
+    `sign`: an expression of the sign of f, by which f is multiplied where |f| is not simpler.
+    Raises StateGrows, UnboundedDecay, DecayNotPositive.
+    """
+    loc = multiplier.loc or loc
+    log = _log_magnitude(multiplier, sign, loc)
+    _checked(multiplier, log, loc)
+    return None if algebra.number(log) == 0.0 else log
+
+
+def _log_magnitude(f: Node, sign: Node, loc: Loc | None) -> Node:
+    if not is_signed(f) or algebra.number(f) == 0.0:
+        return _log(f, loc)
+    outside, factors = algebra.factors(f)
+    signed = [x for x in factors if is_signed(x)]
+    logs = [_log(x, loc) for x in factors if x not in signed]
+    if signed:
+        rest = functools.reduce(algebra.mul, signed)
+        bound = interval(rest)
+        if math.inf in (-bound.lo, bound.hi):
+            raise errors.UnboundedDecay(infix(f), f.loc or loc)
+        if not bound.inside(-1.0, 1.0):
+            raise errors.StateGrows(infix(f), bound.lo, bound.hi, f.loc or loc)
+        size = algebra.mul(sign if outside > 0 else algebra.neg(sign), rest)
+        logs.append(algebra.unary(Op.LOG, _at_least(size, SMALLEST)))
+    return functools.reduce(algebra.add, logs, constant(0.0))
 
 
 def _log(f: Node, loc: Loc | None) -> Node:

@@ -374,34 +374,34 @@ class StateGrows(DeclarationError, ValueError):
         super().__init__(
             f"the state grows: its multiplier {what} lies in [{lo:.4g}, {hi:.4g}]",
             loc=loc,
-            why="a decay must lie in (0, 1]; products of larger ones overflow within a chunk",
+            why="a decay must lie in [-1, 1]; products of larger ones overflow within a chunk",
             help="is a sign forgotten? write `exp(-exp(A_log) * softplus(x)) * S`; or scale v",
         )
 
 
 class UnboundedDecay(DeclarationError, ValueError):
-    """`f * S` where nothing says that f lies in (0, 1]."""
+    """`f * S` where nothing says that f lies in [-1, 1]."""
 
     def __init__(self, what: str, loc: Loc | None) -> None:
         super().__init__(
-            f"the state is multiplied by {what}, and nothing bounds it to (0, 1]",
+            f"the state is multiplied by {what}, and nothing bounds it to [-1, 1]",
             loc=loc,
-            why="decays live in log space, so the multiplier must be positive and at most 1",
+            why="decays live in log space, where products of larger multipliers overflow",
             help="write `within(f, 0, 1) * S` to promise it, `clamp(f, 0, 1)` to enforce it, "
-            "`sigmoid(f) * S`, or `exp(g) * S` with g ≤ 0",
+            "`sigmoid(f) * S`, or `exp(g) * S` with g ≤ 0; -1 in place of 0 for either sign",
         )
 
 
 class DecayNotPositive(DeclarationError, ValueError):
-    """A multiplier of the state that can be zero or negative."""
+    """A multiplier of the state that is 0 at every token; others may be 0 or negative."""
 
     def __init__(self, what: str, lo: float, hi: float, loc: Loc | None) -> None:
         super().__init__(
             f"the state is multiplied by {what}, which lies in [{lo:.4g}, {hi:.4g}]",
             loc=loc,
-            why="decays live in log space, so the multiplier must be positive",
-            help="use `exp(g)`, `sigmoid(x)` or `clamp(f, 0, 1)` for the decay; subtract with a "
-            "write, `S - outer(k, k @ S)`",
+            why="nothing is left of a state from one token to the next",
+            help="compute it in the step instead of carrying it; a factor that is 0 at some tokens "
+            "only, as `clamp(f, 0, 1)` or `tanh(x)`, is a decay",
         )
 
 

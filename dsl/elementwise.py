@@ -73,6 +73,27 @@ def _softplus_of_float(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
+# half of pi
+_QUARTER = Decimal("1.57079632679489661923132169163975144209858469968755291048747229615391")
+
+
+def _sine(x: Decimal) -> Decimal:
+    """The sine, by its series."""
+    if not x.is_finite():
+        return Decimal("NaN")
+    x -= 4 * _QUARTER * (x / (4 * _QUARTER)).to_integral_value()
+    result, term, n = x, x, 1
+    while abs(term) > Decimal(10) ** -(DIGITS + 5):
+        n += 2
+        term *= -x * x / (n * (n - 1))
+        result += term
+    return result
+
+
+def _of_a_circle(_: Interval) -> Interval:
+    return Interval(-1.0, 1.0)
+
+
 _minus_rsqrt = increasing(lambda x: -1.0 / math.sqrt(x) if x > 0 else -math.inf, high=0.0)
 
 ELEMENTWISE: dict[Op, Elementwise] = {
@@ -110,6 +131,8 @@ ELEMENTWISE: dict[Op, Elementwise] = {
         lambda x: 2 * _sigmoid(2 * x) - 1,
         increasing(math.tanh, low=-1.0, high=1.0),
     ),
+    Op.COS: Elementwise("torch.cos({x})", lambda x: _sine(x + _QUARTER), _of_a_circle),
+    Op.SIN: Elementwise("torch.sin({x})", lambda x: _sine(x), _of_a_circle),
     Op.SQRT: Elementwise("torch.sqrt({x})", Decimal.sqrt, increasing(math.sqrt, low=0.0)),
     Op.RSQRT: Elementwise("torch.rsqrt({x})", lambda x: 1 / x.sqrt(), lambda x: -_minus_rsqrt(x)),
     Op.ABS: Elementwise("torch.abs({x})", abs, abs),

@@ -13,6 +13,7 @@ from .normal_form import Correction, NormalForm, Phase, Update, Write, expressio
 from .notation import Level
 from .printing import infix, printed
 from .step import Step, output_names
+from .turns import planes_of
 
 if TYPE_CHECKING:
     from .declaration import Declaration
@@ -101,14 +102,16 @@ def _update_lines(form: NormalForm, update: Update) -> list[str]:
     many = len(form.states) > 1
     of = f" of {update.state}" if many else ""
     lines = []
-    if update.log_decay is not None:
+    itself = [m for m in update.mixes if m.state == update.state]  # in place of a decay
+    if update.log_decay is not None and not itself:
         what = decay_class(form, update.log_decay)
         text = f"e^({infix(update.log_decay)})" if update.log_decay.args else ""
         text = text or f"e^{infix(update.log_decay)}"
         per = " per token" if what is DecayClass.SCALAR else ""
         lines.append(_row("decay", text, f"{what.value}{of}{per}, {_bound(update)}"))
     for mix in update.mixes:
-        lines.append(_row("mix", f"{infix(mix.factor)} · {mix.state}", f"into {update.state}"))
+        label = "factor" if mix in itself else "mix"
+        lines.append(_row(label, f"{infix(mix.factor)} · {mix.state}", f"into {update.state}"))
     for write in update.writes:
         lines.append(
             _row("write", _write(update, write, form.transposed), _write_note(update, write, many))
@@ -237,6 +240,10 @@ def _notes(form: NormalForm) -> list[str]:
                     f"the multiplier of {u.state} becomes log(max(f, 2^-126)): at f = 0 the state "
                     "is scaled by 2^-126 instead of forgotten exactly"
                 )
+    for plane in planes_of(form):
+        names = " and ".join(plane.states)
+        turn = "angle" if any(a is not None for a in plane.angles) else "sign"
+        notes.append(f"{names}: a chunk takes the {turn} of the factor out of the state, into keys")
     if form.transposed:
         notes.append("columns decay or are read: the state is handled transposed, V×K")
     promises = {n for n in topological(*form.outputs, *expressions(form)) if n.op is Op.WITHIN}

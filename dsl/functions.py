@@ -16,6 +16,7 @@ from .traced import Traced, binary, build, lift, name_if_leaf, name_of, unary
 __all__ = [
     "abs",
     "clamp",
+    "cos",
     "dot",
     "exp",
     "expm1",
@@ -28,9 +29,11 @@ __all__ = [
     "minimum",
     "outer",
     "relu",
+    "rotate",
     "rsqrt",
     "sigmoid",
     "silu",
+    "sin",
     "softplus",
     "sqrt",
     "sum",
@@ -129,6 +132,40 @@ def silu(x: Traced | float) -> Traced:
 def tanh(x: Traced | float) -> Traced:
     """The hyperbolic tangent of every channel, in (−1, 1)."""
     return unary(Op.TANH, x)
+
+
+@_of_every_channel
+def cos(x: Traced | float) -> Traced:
+    """The cosine of every channel, x in radians."""
+    return unary(Op.COS, x)
+
+
+@_of_every_channel
+def sin(x: Traced | float) -> Traced:
+    """The sine of every channel, x in radians."""
+    return unary(Op.SIN, x)
+
+
+def rotate(x: Traced, y: Traced, angle: Traced | float) -> tuple[Traced, Traced]:
+    """x and y turned by an angle: the parts of (x + i y) e^(i angle).
+
+    Of two states, it is a decay of modulus 1, lowered with any angle of a token: a Scalar turns all
+    channels by one angle, a Key every row of the states by its own (a Value every column).
+
+    Args:
+        x: a state, Key, Value or Scalar: the real part.
+        y: the same, of the kind of x: the imaginary part.
+        angle: a Scalar, or a vector by which x and y can be multiplied, or a number; in radians.
+
+    Returns:
+        `cos(angle) * x - sin(angle) * y` and `sin(angle) * x + cos(angle) * y`.
+
+    Raises:
+        KindMismatch: the kinds of x, y and the angle do not go together.
+        StateAsVector: the angle is a state.
+    """
+    c, s = cos(angle), sin(angle)
+    return c * x - s * y, s * x + c * y
 
 
 def relu(x: Traced | float) -> Traced:

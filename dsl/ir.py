@@ -72,6 +72,8 @@ class Op(Enum):
     LOGSIGMOID = (1, "log sigmoid(x)")
     SOFTPLUS = (1, "log(1 + e**x)")
     TANH = (1, "hyperbolic tangent")
+    COS = (1, "cosine")
+    SIN = (1, "sine")
     SQRT = (1, "square root")
     RSQRT = (1, "1 / sqrt(x)")
     ABS = (1, "|x|")

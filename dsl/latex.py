@@ -27,6 +27,8 @@ _FUNCTIONS = {
     Op.SIGMOID: (r"\sigma(%s)", Level.ATOM),
     Op.LOGSIGMOID: (r"\log\sigma(%s)", Level.ATOM),
     Op.TANH: (r"\tanh(%s)", Level.ATOM),
+    Op.COS: (r"\cos(%s)", Level.ATOM),
+    Op.SIN: (r"\sin(%s)", Level.ATOM),
     Op.SQRT: (r"\sqrt{%s}", Level.ATOM),
     Op.RSQRT: (r"\frac{1}{\sqrt{%s}}", Level.PRODUCT),
     Op.ABS: (r"|%s|", Level.ATOM),

@@ -97,7 +97,10 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """`factor * S_other` added to a state (coupled states; scalar factors only)."""
+    """`factor * S_other` added to a state: by a Scalar, or by an angle of channels (`turns`).
+
+    Of a state itself where its own factor may be negative: its log-decay is then -inf.
+    """
 
     state: str
     factor: Node
@@ -169,12 +172,6 @@ class NormalForm:
         text = repr([_text(x) for x in (*fields, self.micro_steps, outputs)])
         digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
         object.__setattr__(self, "digest", digest)
-
-    @property
-    def log_decays(self) -> list[tuple[str, Node]]:
-        """Every log-decay with its state, micro-step by micro-step."""
-        updates = (u for m in self.micro_steps for u in m.updates)
-        return [(u.state, u.log_decay) for u in updates if u.log_decay is not None]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, NormalForm):

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 from . import algebra, errors
 from .affine import Moment, MomentRead, StateForm, Term, Walker
-from .cascade import READS, Results, cycle, levels
-from .decay import log_decay
+from .cascade import READS, Results, cycle, levels, state_nodes
+from .decay import is_signed, log_decay, log_magnitude
 from .intervals import Interval
 from .ir import Kind, Node, Op, constant
 from .normal_form import (
@@ -32,6 +32,7 @@ from .normal_form import (
     are_rows,
 )
 from .step import Step, state_leaf
+from .turns import mixing_factors, planes_of
 
 
 def normalise(step: Step) -> NormalForm:
@@ -59,7 +60,7 @@ def _normalised(step: Step, *, cut: bool) -> NormalForm:
             mistake.why += cycle(step, level)
             raise
     transposed = _is_transposed([f for part in parts for f in part.forms], step)
-    return NormalForm(
+    form = NormalForm(
         step.name,
         step.operands,
         step.params,
@@ -71,6 +72,28 @@ def _normalised(step: Step, *, cut: bool) -> NormalForm:
         *_reads(step, results, len(order)),
         transposed,
     )
+    _check_mixing(step, form)
+    return form
+
+
+def _check_mixing(step: Step, form: NormalForm) -> None:
+    """Raises NoChunkForm unless states mix by Scalars, but for angles of channels."""
+    line = {s.name: n.loc for s, n in zip(step.states, step.next_states, strict=True)}
+    for plane in planes_of(form):
+        for (to, _), factor in (x for p in plane.left for x in p.items()):
+            if len(plane.pairs) == 1:
+                log_magnitude(factor, algebra.ONE, line[to])  # it is at most 1
+    for m in range(len(form.micro_steps)):
+        for name, factor in mixing_factors(form, [m]):
+            if factor.kind is not Kind.SCALAR:
+                raise errors.NoChunkForm(
+                    "states that mix carry a gate per channel",
+                    "what is left of one in another between two tokens would be a matrix of "
+                    "tokens per channel, unless they mix by an angle",
+                    "make the gates and factors of these states Scalars, turn two states by "
+                    "`rotate(x, y, angle)`, or uncouple the states",
+                    factor.loc or line[name],
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +186,13 @@ def _separator(
     step: Step, base: tuple[Node, ...], state: Node, above: list[Node]
 ) -> tuple[Node, ...] | None:
     """One expression per state, `state` among them, through which alone the step sees `base`."""
-    for slot, declared in enumerate(step.states):
-        if declared.kind is not state.kind:
-            continue
+    own = [state_nodes(n) for n in step.next_states]
+    slots = [n for n, s in enumerate(step.states) if s.kind is state.kind]
+    for slot in sorted(slots, key=lambda n: state not in own[n]):  # a state rather than another
         choices: list[list[Node]] = []
         for j, other in enumerate(step.states):
             nodes = [n for n in above if n.kind is other.kind]
+            nodes = [n for n in nodes if n in own[j]] + [n for n in nodes if n not in own[j]]
             if j == slot:
                 nodes = [state]
             elif _is_alone(step, base, j):  # whole update in the first micro-step that there is
@@ -203,15 +227,14 @@ def _own_coefs(
 ) -> dict[Moment, Node]:
     """The decay of each state's own incoming value within micro-step `index`.
 
-    A state that mixes with others may have a multiplier that is no decay, or none: it has no entry
-    here, its decay is 0, and the multiplier a factor by which it goes into itself.
+    A multiplier may be negative, or, of a state that mixes with others, be none: the state has no
+    entry here, its decay is 0, and the multiplier a factor by which it goes into itself.
     """
-    mixed = _mixed([s.name for s in states], forms)
     own = {}
     for s, form in zip(states, forms, strict=True):
         moment = Moment(s.name, index)
         multiplier = dict(form.coefs).get(moment)
-        if multiplier is not None and not (s.name in mixed and _is_signed(multiplier)):
+        if multiplier is not None and not is_signed(multiplier):
             own[moment] = multiplier
     return own
 
@@ -220,17 +243,6 @@ def _mixed(names: Sequence[str], forms: Sequence[StateForm]) -> set[str]:
     """The states that others go into, and those others."""
     pairs = ((n, m.state) for n, f in zip(names, forms, strict=True) for m, _ in f.coefs)
     return {name for pair in pairs if len(set(pair)) > 1 for name in pair}
-
-
-def _is_signed(multiplier: Node) -> bool:
-    """Whether a multiplier may be negative, for all that is known: then it has no logarithm."""
-    try:
-        log_decay(multiplier)
-    except (errors.DecayNotPositive, errors.UnboundedDecay):
-        return True
-    except errors.StateGrows:
-        return False
-    return False
 
 
 def _is_transposed(forms: Sequence[Sequence[StateForm]], step: Step) -> bool:
@@ -244,7 +256,7 @@ def _is_transposed(forms: Sequence[Sequence[StateForm]], step: Step) -> bool:
         raise errors.NoChunkForm(
             "the step acts on the rows of the state and on its columns",
             "`k @ S` and a Key gate multiply the state on the left (K×K), `S @ v` and a Value gate "
-            "on the right (V×V): both together do not chunk",
+            "on the right (V×V): no chunk form of both together is derived yet",
             "use one side: `k @ S` with a Key or Scalar gate, or `S @ v` with a Value or Scalar "
             "gate",
             loc,
@@ -290,15 +302,8 @@ def _updates(step: Step, index: int, forms: Sequence[StateForm], transposed: boo
                 node.loc,
             )
         mixes = tuple(Mix(m.state, c) for m, c in form.coefs if m.state != name or name not in own)
-        for coef in (c for _, c in form.coefs if name in mixed):
-            if coef.kind is not Kind.SCALAR:
-                raise errors.NoChunkForm(
-                    "states that mix carry a gate per channel",
-                    "what is left of one in another between two tokens would be a matrix of "
-                    "tokens per channel",
-                    "make the gates and factors of these states Scalars, or uncouple the states",
-                    coef.loc or node.loc,
-                )
+        if multiplier is not None and name not in own and name not in mixed:
+            log_magnitude(multiplier, algebra.ONE, node.loc)  # it is at most 1
         log, bound = log_decay(own[name], node.loc) if name in own else _FORGOTTEN
         writes = _writes(form.terms, own, transposed)
         updates.append(

@@ -65,7 +65,7 @@ def _verify_update(update: Update, kinds: dict[str, Kind], transposed: bool) -> 
     for mix in update.mixes:
         if kinds.get(mix.state) is not kinds[update.state]:
             raise InvalidIR(f"{update.state} mixes with {mix.state}")
-        expect("a mixing factor", mix.factor, Kind.SCALAR)
+        expect("a mixing factor", mix.factor, Kind.SCALAR, row)
     for write in update.writes:
         expect("a write key", write.key, row)
         if write.value is not None:

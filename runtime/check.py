@@ -11,6 +11,7 @@ from torch import Tensor
 from ..dsl import errors, oracle
 from ..dsl.ir import Node, Op, bounds_of, operands_of, topological
 from ..dsl.normal_form import expressions, results_of
+from ..dsl.turns import log_decays
 from .call import Call, Pool
 from .sizes import check_boundaries
 
@@ -117,7 +118,7 @@ def _log_decays(call: Call) -> list[tuple[str, Node]]:
     """Of each state that decays; none without a normal form: then nothing relies on a gate."""
     if call.declaration.any_step:
         return []
-    return call.form.log_decays
+    return log_decays(call.form)
 
 
 def _check_promises(call: Call) -> None:

@@ -15,6 +15,7 @@ from ..dsl.ir import Kind, Op, Per, bounds_of, topological
 from ..dsl.latex import aligned, mathml
 from ..dsl.normal_form import Operand, StateDecl, expressions
 from ..dsl.step import output_names
+from ..dsl.turns import log_decays
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
@@ -169,7 +170,7 @@ def _notes(declaration: Declaration) -> dict[str, str]:
         return {}
     form = declaration.normal_form(declaration.default_micro)
     decayed: dict[str, dict[str, None]] = {}
-    for state, log_decay in form.log_decays:
+    for state, log_decay in log_decays(form):
         if log_decay.op is Op.OPERAND:
             decayed.setdefault(str(log_decay.attrs[0]), {})[state] = None
     notes = {n: f"; the log-decay of {' and '.join(s)}, at most 0" for n, s in decayed.items()}

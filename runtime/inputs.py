@@ -20,6 +20,7 @@ from ..dsl.bounds import interval
 from ..dsl.declaration import Declaration
 from ..dsl.ir import Kind, Node, Op, Per, bounds_of, operands_of, promises_of, topological
 from ..dsl.normal_form import NormalForm, Operand, expressions, results_of
+from ..dsl.turns import log_decays
 
 _SAMPLES, _CHANNELS = 512, 4
 # of a state over the sequence: rounding grows alike, and is not to be taken for an error
@@ -146,7 +147,7 @@ def ranges(form: NormalForm, params: Mapping[str, float], also: Sequence[Node] =
     Raises:
         NotLowered: there are none among those that are tried.
     """
-    decays = [*(node for _, node in form.log_decays if not results_of(node)), *also]
+    decays = [*(node for _, node in log_decays(form) if not results_of(node)), *also]
     every = topological(*expressions(form), *form.outputs)
     promised = [n for n in every if n.op is Op.WITHIN and not results_of(n)]
     names = operands_of(*decays, *promised).keys()

@@ -12,6 +12,7 @@ from ..codegen.tile import Axis
 from ..dsl import errors
 from ..dsl.ir import Node
 from ..dsl.normal_form import results_of
+from ..dsl.turns import log_decays
 from .call import Call
 
 
@@ -46,7 +47,7 @@ def kinds_of(call: Call) -> Kinds:
     for state in call.declaration.states:
         p = transitions[state.name]
         matrix.append(p is not None and p.matrix)
-        logs = [g for name, g in form.log_decays if name == state.name]
+        logs = [g for name, g in log_decays(form) if name == state.name]
         scales = p is not None and not p.matrix
         decays.append(tuple(logs) if scales else ())
         kept = padding(ends[state.name], Axis.V) is Padding.ZERO or not matrix[-1]

@@ -1,10 +1,11 @@
 """Elementwise functions as polynomials on vectors: LLVM has no vector libm, and calls one by one.
 
-Errors are below 2e-7, relative; NaN stays NaN. Minimax coefficients are Cephes' (expf, logf).
+Errors are below 2e-7, relative; NaN stays NaN. Minimax coefficients are Cephes' (expf, logf, sinf).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from tvm import tirx
@@ -27,6 +28,9 @@ _LOG = (
     -2.4999993993e-1,
     3.3333331174e-1,
 )
+_SIN = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
+_COS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
+_QUARTER = (1.5703125, 4.83751296997e-4, 7.54978995489e-8)  # pi/2, the first with few bits
 _LEAST, _MOST = -104.0, 89.0  # e^x is 0 below in float32, infinite above
 _LEAST_NORMAL = -87.33
 
@@ -161,6 +165,34 @@ class Math:
         y = self._bind("tanh", u / (u + self._c(2.0)))
         return tirx.Select(x > self._c(0.0), -y, y)
 
+    def cos(self, x: Expr) -> Expr:
+        """Cosine; of angles beyond some thousand turns, the digits that float32 leaves."""
+        return self._wave(x, 1)
+
+    def sin(self, x: Expr) -> Expr:
+        """Sine; of angles beyond some thousand turns, the digits that float32 leaves."""
+        return self._wave(x, 0)
+
+    def _wave(self, x: Expr, ahead: int) -> Expr:
+        """The sine, so many quarter turns ahead."""
+        nearest = x * self._c(2.0 / math.pi) + self._c(0.5)
+        name = vector_type("float32", self._lanes)
+        n = self._bind("n", tirx.call_llvm_pure_intrin(name, "llvm.floor", nearest))
+        r = x
+        for part in _QUARTER:  # with x = n pi/2 + r, |r| <= pi/4
+            r = self._bind("r", r - n * self._c(part))
+        z = self._bind("z", r * r)
+        sine = self._bind("sine", self._polynomial(z, _SIN) * z * r + r)
+        cosine = self._polynomial(z, _COS) * (z * z) + (self._c(1.0) - z * self._c(0.5))
+        cosine = self._bind("cosine", cosine)
+        quarter = tirx.Cast(vector_type("int32", self._lanes), n) + self._int(ahead)
+        quarter = self._bind("quarter", quarter)
+        odd = tirx.EQ(tirx.bitwise_and(quarter, self._int(1)), self._int(1))
+        wave = self._bind("wave", tirx.Select(odd, cosine, sine))
+        return tirx.Select(
+            tirx.EQ(tirx.bitwise_and(quarter, self._int(2)), self._int(2)), -wave, wave
+        )
+
     def abs(self, x: Expr) -> Expr:
         name = vector_type("float32", self._lanes)
         return tirx.call_llvm_pure_intrin(name, "llvm.fabs", x)
@@ -193,6 +225,8 @@ FUNCTIONS: dict[Op, Callable[..., Expr]] = {
     Op.LOGSIGMOID: Math.logsigmoid,
     Op.SOFTPLUS: Math.softplus,
     Op.TANH: Math.tanh,
+    Op.COS: Math.cos,
+    Op.SIN: Math.sin,
     Op.SQRT: Math.sqrt,
     Op.RSQRT: Math.rsqrt,
 }

@@ -24,6 +24,7 @@ from ...dsl.declaration import Declaration
 from ...dsl.errors import NotLowered
 from ...dsl.ir import Kind, Per, operands_of
 from ...dsl.normal_form import NormalForm
+from ...dsl.turns import angles, log_decays
 from ..cache import write_atomically
 from ..engines import EngineName
 from ..tuned.artifact import CallSize, Certificate, Key
@@ -123,7 +124,7 @@ def _package(declaration: Declaration, request: Request) -> Package:
 
 def _narrow(form: NormalForm) -> frozenset[str]:
     """Keys and Values per token, but for gates: what products take in the dtype of the call."""
-    gates = operands_of(*(log_decay for _, log_decay in form.log_decays))
+    gates = operands_of(*(log_decay for _, log_decay in log_decays(form)), *angles(form))
     return frozenset(
         o.name
         for o in form.operands

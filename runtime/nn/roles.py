@@ -18,6 +18,7 @@ from ...dsl.bounds import interval
 from ...dsl.errors import NotLowered
 from ...dsl.ir import Kind, Node, Op, Per, operands_of, topological
 from ...dsl.normal_form import NormalForm, Operand, Write, expressions, results_of
+from ...dsl.turns import log_decays
 from ..inputs import ANY, NEGATIVE, POSITIVE, UNIT, Range, kinds_only, ranges, usual_params
 
 
@@ -148,7 +149,7 @@ def roles_of(form: NormalForm, params: Mapping[str, float] | None = None) -> Rol
 
 def own_decays(form: NormalForm) -> list[Node]:
     """The log-decays of operands alone; others also depend on what was read of a state."""
-    return [node for _, node in form.log_decays if not results_of(node)]
+    return [node for _, node in log_decays(form) if not results_of(node)]
 
 
 def _is_declared(role: OperandRole, found: Range) -> bool:

@@ -30,7 +30,7 @@ from chunkwise import (
 )
 from torch import Tensor
 
-from tests import papers_attention  # noqa: F401
+from tests import papers_attention, papers_turns  # noqa: F401
 from tests.harness import Sizes, engine_results, make_inputs
 from tests.papers import BATCH, DENSE, PACKED, PAPERS, Token, loop_of, loop_results
 from tests.tolerances import FLOAT64_RANDOM, assert_agree
@@ -260,8 +260,8 @@ def test_gates_on_both_sides_are_refused() -> None:
             return S, q @ S
 
 
-def test_an_angle_per_channel_is_refused() -> None:
-    """Mamba-3's rotation, an angle per pair of channels: decays of unit modulus are missing."""
+def test_a_matrix_per_channel_is_refused() -> None:
+    """Two states that mix by any numbers per channel: those of an angle have a chunk form."""
     with pytest.raises(cw.errors.NoChunkForm, match="gate per channel"):
 
         @cw.recurrence

@@ -150,7 +150,7 @@ def numpy_exp(S: State, q: Key, k: Key, v: Value, g: Scalar):
     return np.exp(g) * S + outer(k, v), q @ S
 
 
-@mistake(errors.ForeignFunction, "use chunkwise's own functions: abs, clamp, dot, exp")
+@mistake(errors.ForeignFunction, "use chunkwise's own functions: abs, clamp, cos, dot, exp")
 def math_exp(S: State, q: Key, k: Key, v: Value, g: Scalar):
     return math.exp(g) * S + outer(k, v), q @ S
 
@@ -365,7 +365,7 @@ def both_gates(S: State, q: Key, k: Key, v: Value, g: Key, h: Value):
     return S, q @ S
 
 
-@mistake(errors.NoChunkForm, "both together do not chunk")
+@mistake(errors.NoChunkForm, "no chunk form of both together is derived yet")
 def key_gate_and_right_read(S: State, q: Key, k: Key, v: Value, g: Key):
     S = exp(g) * S
     S = S + outer(k - S @ v, v)
@@ -426,19 +426,19 @@ def unbounded(S: State, q: Key, k: Key, v: Value, f: Scalar):
     return f * S + outer(k, v), q @ S
 
 
-@mistake(errors.UnboundedDecay, "nothing bounds it to (0, 1]")
+@mistake(errors.UnboundedDecay, "nothing bounds it to [-1, 1]")
 def unbounded_param(S: State, q: Key, k: Key, v: Value, *, decay: float = 0.9):
     return decay * S + outer(k, v), q @ S
 
 
-@mistake(errors.DecayNotPositive, "lies in [-1, 1]")
-def signed_decay(S: State, q: Key, k: Key, v: Value, f: Scalar):
-    return tanh(f) * S + outer(k, v), q @ S
+@mistake(errors.StateGrows, "its multiplier 2*tanh(f) lies in [-2, 2]")
+def signed_growth(S: State, q: Key, k: Key, v: Value, f: Scalar):
+    return 2 * tanh(f) * S + outer(k, v), q @ S
 
 
-@mistake(errors.DecayNotPositive, "the constant -1")
-def negative(S: State, q: Key, k: Key, v: Value):
-    return outer(k, v) - S, q @ S
+@mistake(errors.DecayNotPositive, "multiplied by the constant 0")
+def nothing_left(S: State, q: Key, k: Key, v: Value):
+    return 0 * S + outer(k, v), q @ S
 
 
 @pytest.mark.parametrize(
