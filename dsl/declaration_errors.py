@@ -111,9 +111,9 @@ class StatePlusNumber(DeclarationError, TypeError):
         super().__init__(
             f"{what} is added to a state: only states add to states",
             loc=loc,
-            why="adding a number to every entry is a rank-one write that no kernel would expect",
+            why="a state changes by factors and by what is written to it, a Key and a Value",
             help="add a small constant to what is read (`dot(q, z) + eps`), or write it as "
-            "`outer(k, v)`",
+            "`outer(k, v)`; compute a running maximum of gates before the op",
         )
 
 
@@ -124,7 +124,10 @@ class StateAsVector(DeclarationError, TypeError):
         super().__init__(
             f"{what} got a {got}: a state is only scaled, added to a state, or read",
             loc=loc,
-            help="read it: `q @ S` (a Value), `S @ v` (a Key), `q @ z` or `dot(q, z)` for a "
+            help="compute a running maximum of gates before the op, by `torch.cummax`, and give it "
+            "gates relative to that"
+            if what in ("maximum", "minimum")
+            else "read it: `q @ S` (a Value), `S @ v` (a Key), `q @ z` or `dot(q, z)` for a "
             "KeyState",
         )
 
