@@ -120,10 +120,12 @@ class RowWrite:
     def values(self) -> Nodes:
         return tuple(None if w is None else w.value for w in self.writes)
 
-    def has(self, m: int, key: Node) -> bool:
-        """Whether the write of micro-step `m` is by that key."""
+    def recalls_alike(self, m: int, w: Write) -> bool:
+        """Whether `w` is what the write of micro-step `m` is, but for what it recalls."""
         own = self.writes[m]
-        return own is not None and own.key == key
+        if own is None or own.key != w.key or w.value is not None or w.correction is None:
+            return False
+        return any(scales[m] == w.correction.scale for scales in self.recalls.values())
 
 
 def row_writes(
@@ -155,9 +157,10 @@ def row_writes(
 
 
 def _into(own: Sequence[RowWrite], m: int, w: Write) -> RowWrite | None:
-    """The write of rows that takes `w` of micro-step `m`: one of its key, or one that is free."""
-    if w.value is None and (alike := [x for x in own if x.has(m, w.key)]):
-        return alike[0]
+    """The write of rows that takes `w` of micro-step `m`: one that recalls alike, or is free."""
+    alike = (x for x in own if x.recalls_alike(m, w))
+    if (found := next(alike, None)) is not None:
+        return found
     free = [x for x in own if x.writes[m] is None]
     fit = (x for x in free if bool(x.recalls) is (w.correction is not None))
     return next(fit, free[0] if free else None)

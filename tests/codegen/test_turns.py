@@ -71,7 +71,7 @@ def channels(R: State, J: State, q: Key, p: Key, k: Key, c: Key, v: Value, g: Ke
 def lagged(R: State, J: State, X: State, Y: State, q: Key, k: Key, c: Key, v: Value, g: Scalar,
            b: Scalar, a: HeadKey):  # fmt: skip
     b = tanh(b)  # of either sign: not a turn, for the lags mix by it
-    R, J = rotate(exp(g) * R + b * X, exp(g) * J + b * Y, 3 * a)
+    R, J = rotate(exp(g) * R + b * X, exp(g) * J + b * Y, 0.5 * a)
     return (R + outer(k, v), J + outer(c, v), outer(k, v), outer(c, v)), q @ R + q @ J
 
 
