@@ -1,9 +1,10 @@
 """Makes a file of tokens of real text: `python -m examples.token_file --source stdlib`.
 
 Sources are the sources of Python's own library (`stdlib`, 11 MB, always at hand), the documents in
-a Debian package (`deb:linux-doc-6.1`, `deb:python3.11-doc`: Debian and Ubuntu download packages
-without installing them), and any folder or file. A byte-level BPE is trained on them; every
-document begins with its token 0. One document in twenty is kept for validation.
+a Debian package (`deb:linux-doc-6.1`, `deb:python3.11-doc`, `deb:dict-gcide`: Debian and Ubuntu
+download packages without installing them), and any folder or file. A byte-level BPE is trained on
+them; every document begins with its token 0. One document in twenty is kept for validation; a book
+in one file is several documents.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 START = "<|document|>"  # token 0
-_SUFFIXES = (".txt", ".rst", ".md", ".py", ".txt.gz", ".rst.gz", ".md.gz")
-_SHORTEST = 200  # characters of a document
+_PACKED = (".gz", ".dz")  # a dictionary's .dz is a .gz with a table of places
+_SUFFIXES = (".txt", ".rst", ".md", ".py", ".pod", ".txt.gz", ".rst.gz", ".md.gz", ".dict.dz")
+_SHORTEST, _LONGEST = 200, 2**20  # characters of a document
 _VALIDATION = 20  # one document of so many
 
 
@@ -65,13 +67,14 @@ def documents(sources: Sequence[str]) -> Iterator[str]:
         for source in sources:
             for path in _files(source, Path(folder)):
                 data = path.read_bytes()
-                text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode(
-                    "utf-8", errors="ignore"
-                )
-                digest = hashlib.sha256(text.encode()).digest()
-                if len(text) >= _SHORTEST and digest not in seen:
-                    seen.add(digest)
-                    yield text
+                packed = path.suffix in _PACKED
+                whole = (gzip.decompress(data) if packed else data).decode("utf-8", errors="ignore")
+                for begin in range(0, len(whole), _LONGEST):
+                    text = whole[begin : begin + _LONGEST]
+                    digest = hashlib.sha256(text.encode()).digest()
+                    if len(text) >= _SHORTEST and digest not in seen:
+                        seen.add(digest)
+                        yield text
 
 
 def build(sources: Sequence[str], vocabulary: int, folder: Path) -> None:
@@ -187,6 +190,12 @@ def packed(batch: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor]:
 def rows_of(folder: Path, name: str, length: int) -> Rows:
     """The rows of `train` or `valid`."""
     return Rows(np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r"), length)
+
+
+def vocabulary_of(folder: Path) -> int:
+    """How many tokens there are, which needs no tokenizer."""
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    return int(about["vocabulary"])
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:

@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 
 from examples import token_file
-from examples.token_file import packed, rows_of, tokenizer_of
+from examples.token_file import packed, rows_of, tokenizer_of, vocabulary_of
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _COLUMNS = ("step", "tokens", "loss", "rate", "gradient", "seconds", "validation")
@@ -87,8 +87,7 @@ class Trainer:
         self.share = share
         self.sequences = max(r.most_documents(share) for r in self.rows.values())
         torch.manual_seed(args.seed)
-        vocabulary = tokenizer_of(args.text).get_vocab_size()
-        self.config = ModelConfig(vocabulary, args.hidden, mixers(args), tied=args.tied)
+        self.config = self.shape(vocabulary_of(args.text))
         self.model = LanguageModel.from_config(self.config).to(self.device)
         self.model.checkpointing = args.checkpointing
         if args.compile:
@@ -102,6 +101,11 @@ class Trainer:
             fused=self.device.type == "cuda",
         )
         self.checkpoint = args.out / "checkpoint.pt"
+
+    def shape(self, vocabulary: int) -> ModelConfig:
+        """That of the model."""
+        args = self.args
+        return ModelConfig(vocabulary, args.hidden, mixers(args), tied=args.tied)
 
     def _parallel(self) -> nn.Module:
         if self.world == 1:
@@ -129,13 +133,21 @@ class Trainer:
         done = (self.step - args.warmup) / max(1, args.steps - args.warmup)
         return peak * (0.55 + 0.45 * math.cos(math.pi * min(done, 1.0)))
 
+    def inputs(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens, targets and boundaries of rows `[B, T + 1]`."""
+        return packed(batch, self.sequences)
+
+    def narrow(self) -> torch.autocast:
+        """Computation in bfloat16, where it is asked for."""
+        enabled = self.args.bfloat16 and self.args.parallel != "fsdp"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
     def loss(self, batch: Tensor) -> Tensor:
         """The mean loss of rows `[B, T + 1]`."""
         tokens, targets, cu_seqlens = (
-            x.to(self.device, non_blocking=True) for x in packed(batch, self.sequences)
+            None if x is None else x.to(self.device, non_blocking=True) for x in self.inputs(batch)
         )
-        narrow = self.args.bfloat16 and self.args.parallel != "fsdp"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=narrow):
+        with self.narrow():
             found: Tensor = self.net(tokens, cu_seqlens, targets=targets)
         return found
 

@@ -180,5 +180,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, sequence: Tensor | N
     if sequence is not None:
         padded = F.pad(sequence, (window, extra), value=-1).unfold(0, 2 * window, window)
         mask = mask & (padded[:, window:, None] == padded[:, None, :])
-    o = F.scaled_dot_product_attention(blocked(q, 0), blocked(k, 1), blocked(v, 1), attn_mask=mask)
-    return o.flatten(2, 3)[:, :, :tokens]
+    # of four axes, which torch's fused kernels want: [B * H, blocks, rows, D]
+    own, keys, values = (blocked(x, n).flatten(0, 1) for x, n in ((q, 0), (k, 1), (v, 1)))
+    o = F.scaled_dot_product_attention(own, keys, values, attn_mask=mask)
+    return o.reshape(*q.shape[:2], blocks * window, -1)[:, :, :tokens]

@@ -16,6 +16,7 @@ from torch import Tensor
 _TOKENS, _TILES = 8, 16
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _PROGRAMS = 512  # of a norm's backward, each with its own sum over rows
+_ENTRIES = 8192  # of a row of logits at once
 _CHANNELS = 128  # of a span that need not be one
 
 
@@ -226,3 +227,32 @@ def _norm_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 rms_norm.register_autograd(_norm_backward, setup_context=_keep_norm)
+
+
+@torch.library.custom_op("chunkwise::cross_entropy", mutates_args=("logits",))
+def cross_entropy(logits: Tensor, labels: Tensor, ignored: int, share: Tensor | None) -> Tensor:
+    """The cross entropy of every row; with a share, logits become the gradients of share * sum.
+
+    Args:
+        logits: `[rows, vocabulary]`, contiguous.
+        labels: int64 `[rows]`.
+        ignored: the label of rows without a loss.
+        share: float32 `[]`.
+
+    Returns:
+        `[rows]`, float32; 0 where there is no loss.
+    """
+    rows, vocabulary = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if rows:
+        BV = min(_above(vocabulary), _ENTRIES)
+        _kernels().cross_entropy[(rows,)](
+            *(logits, labels, losses, share, vocabulary),
+            IGNORED=ignored, GRADIENT=share is not None, BV=BV, num_warps=_warps(BV),
+        )  # fmt: skip
+    return losses
+
+
+@cross_entropy.register_fake
+def _(logits: Tensor, labels: Tensor, ignored: int, share: Tensor | None) -> Tensor:
+    return torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)

@@ -217,3 +217,40 @@ def normalise_backward(
         d = inverse * (d - a * (tl.sum(d * a, 1) / size)[:, None])
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
     tl.store(dweight + tl.program_id(0) * size + c, dw, mask=c < size)
+
+
+@triton.jit
+def cross_entropy(
+    logits,
+    labels,
+    losses,
+    share,
+    vocabulary,
+    IGNORED: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """One row: its loss; then its logits are replaced by their gradients."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocabulary
+    label = tl.load(labels + row)
+    counted = label != IGNORED
+    # before the sums, whose barriers keep the gradients from overtaking it
+    chosen = tl.load(logits + tl.where(counted, label, 0)).to(tl.float32)
+    c = tl.arange(0, BV)
+    top, total = chosen, chosen * 0.0
+    for start in range(0, vocabulary, BV):
+        inside = start + c < vocabulary
+        x = tl.load(logits + start + c, mask=inside, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(x, 0))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
+        top = higher
+    log_sum = top + tl.log(total)
+    tl.store(losses + row, tl.where(counted, log_sum - chosen, 0.0))
+    if GRADIENT:
+        scale = tl.where(counted, tl.load(share), 0.0)
+        for start in range(0, vocabulary, BV):
+            inside = start + c < vocabulary
+            x = tl.load(logits + start + c, mask=inside, other=-float("inf")).to(tl.float32)
+            d = tl.exp(x - log_sum) - tl.where(start + c == label, 1.0, 0.0)
+            tl.store(logits + start + c, (d * scale).to(logits.dtype.element_ty), mask=inside)

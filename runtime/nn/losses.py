@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import fused
+
 IGNORED = -100  # torch's own mark of a target without a loss
 _LOGITS = 2**26  # of one run of tokens: 256 MiB in float32
 
@@ -15,9 +17,9 @@ _LOGITS = 2**26  # of one run of tokens: 256 MiB in float32
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The mean cross entropy of `hidden @ weight.T`.
 
-    Logits are computed in runs of tokens, in float32, and become their own gradient at once, as in
-    liger-kernel (Hsu et al. 2024). Under autocast, `hidden` and `weight` are cast as a linear
-    layer would.
+    Logits are computed in runs of tokens and become their own gradient at once, as in liger-kernel
+    (Hsu et al. 2024); their exponentials are summed in float32. Under autocast, `hidden` and
+    `weight` are cast as a linear layer would.
 
     Args:
         hidden: `[..., hidden]`.
@@ -46,9 +48,11 @@ def linear_token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
         `[...]`, in float32 (float64 for float64); 0 where there is no loss.
     """
     with torch.no_grad():
-        rows = _cast(hidden.reshape(-1, hidden.shape[-1]))
-        runs = _runs(rows, weight.to(rows.dtype), targets.reshape(-1))
-        return torch.cat([loss for _, _, loss, *_ in runs]).reshape(targets.shape)
+        rows, found = _cast(hidden.reshape(-1, hidden.shape[-1])), []
+        narrow = weight.to(rows.dtype)
+        for part, label in _runs(rows, targets.reshape(-1), weight.shape[0]):
+            found.append(_losses(part @ narrow.T, label, None)[0])
+        return torch.cat(found).reshape(targets.shape)
 
 
 def _cast(rows: Tensor) -> Tensor:
@@ -56,18 +60,28 @@ def _cast(rows: Tensor) -> Tensor:
     return rows.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else rows
 
 
-def _runs(
-    rows: Tensor, weight: Tensor, labels: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """By run of tokens: its rows, log-probabilities `[R, vocabulary]`, losses, labels, counted."""
-    size = max(1, _LOGITS // weight.shape[0])
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    for part, label in zip(rows.split(size), labels.split(size), strict=True):
-        counted = label != IGNORED
-        at = label.where(counted, 0)[:, None]
-        log_p = torch.log_softmax(part @ weight.T, -1, dtype=wide)
-        loss = -log_p.gather(1, at)[:, 0]
-        yield part, log_p, loss.where(counted, 0.0), at, counted
+def _runs(rows: Tensor, labels: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows and their labels, so many at once that they have `_LOGITS` logits."""
+    size = max(1, _LOGITS // vocabulary)
+    return zip(rows.split(size), labels.split(size), strict=True)
+
+
+def _losses(logits: Tensor, labels: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The losses of rows of logits, and the gradients of `share` times their sum.
+
+    The gradients, made where there is a share, are in the logits' dtype and may lie in their place.
+    """
+    if fused.serves(logits):
+        return fused.cross_entropy(logits, labels, IGNORED, share), logits
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    counted = labels != IGNORED
+    at = labels.where(counted, 0)[:, None]
+    log_p = torch.log_softmax(logits, -1, dtype=wide)
+    losses = -log_p.gather(1, at)[:, 0].where(counted, 0.0)
+    if share is None:
+        return losses, logits
+    d = log_p.exp_().scatter_add_(1, at, torch.full_like(at, -1, dtype=wide))
+    return losses, d.mul_((share * counted)[:, None]).to(logits.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -83,14 +97,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         shape = weight.shape if recorded else (0,)
         d_weight = torch.zeros(shape, dtype=wide, device=weight.device)
         d_rows = []
-        for part, log_p, loss, at, counted in _runs(rows, narrow, labels):
-            total = total + loss.sum()
-            if not recorded:
-                continue
-            d = log_p.exp_().scatter_add_(1, at, torch.full_like(at, -1, dtype=wide))
-            d_logits = d.mul_((share * counted)[:, None]).to(rows.dtype)
-            d_rows.append(d_logits @ narrow)
-            d_weight += d_logits.T @ part
+        for part, label in _runs(rows, labels, weight.shape[0]):
+            losses, d_logits = _losses(part @ narrow.T, label, share if recorded else None)
+            total = total + losses.sum()
+            if recorded:
+                d_rows.append(d_logits @ narrow)
+                d_weight += d_logits.T @ part
         if d_rows:
             ctx.save_for_backward(torch.cat(d_rows), d_weight)
             ctx.dtype = weight.dtype

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import chunkwise as cw
 import pytest
 import torch
-from chunkwise.runtime.nn import fused
+from chunkwise.runtime.nn import fused, losses
 from chunkwise.runtime.nn.layers import RecurrentLayer
 from chunkwise.runtime.nn.parts import RMSNorm, ShortConvolution
 from torch import Tensor, nn
@@ -57,6 +57,22 @@ def test_norm(size: int, gated: bool) -> None:
     nn.init.normal_(norm.weight)
     x, gate = torch.randn(2, 2, 70, 3, size, requires_grad=True)
     _agree(norm, lambda: norm(x, gate if gated else None), *([x, gate] if gated else [x]))
+
+
+@interpreted
+def test_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In runs of five rows, whose logits come in two parts."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(losses, "_LOGITS", 5 * 90)
+    monkeypatch.setattr(fused, "_ENTRIES", 64)
+    head = nn.Linear(16, 90, bias=False)
+    x = (4 * torch.randn(13, 16)).requires_grad_()
+    targets = torch.randint(90, (13,)).index_fill(0, torch.tensor([3, 11]), losses.IGNORED)
+    _agree(head, lambda: losses.linear_cross_entropy(x, head.weight, targets), x)
+    want = losses.linear_token_losses(x, head.weight, targets)
+    monkeypatch.setattr(fused, "serves", lambda x: True)
+    got = losses.linear_token_losses(x, head.weight, targets)
+    torch.testing.assert_close(got, want)
 
 
 @interpreted
