@@ -301,7 +301,7 @@ def train_all(names: Sequence[str], args: argparse.Namespace, argv: Sequence[str
             )
         running.pop(0).wait()
         now = time.time()
-        took, ended = max(took, now - ended), now
+        took, ended = now - ended, now
         if now + took * 0.9 > args.until:
             for child in running:
                 child.terminate()

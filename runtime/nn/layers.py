@@ -24,7 +24,7 @@ from ...dsl.normal_form import NormalForm, Operand
 from ..inputs import usual_params
 from . import decays, fused
 from .explanation import explain
-from .parts import Mixer, RMSNorm, ShortConvolution, l2norm, last_tokens, wide
+from .parts import Mixer, RMSNorm, ShortConvolution, again, l2norm, last_tokens, wide
 from .roles import FEATURES, OperandRole, own_decays, roles_of
 
 if TYPE_CHECKING:
@@ -271,8 +271,12 @@ class RecurrentLayer(nn.Module, Mixer):
 
     def _finish(self, o: Tensor, hidden: Tensor) -> Tensor:
         gate = None if self.gate is None else self.gate(hidden).view(o.shape)
-        out: Tensor = self.output(self.norm(o, gate).flatten(-2))
-        return out
+
+        def finish(o: Tensor, gate: Tensor | None) -> Tensor:
+            out: Tensor = self.output(self.norm(o, gate).flatten(-2))
+            return out
+
+        return again(finish, o, gate)
 
     def _run(
         self, x: Tensor, cu_seqlens: Tensor | None, final: bool

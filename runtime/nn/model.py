@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from . import generation, training
 from .config import ModelConfig, mixer
 from .losses import linear_cross_entropy, linear_token_losses
-from .parts import Mixer, RMSNorm
+from .parts import Mixer, RMSNorm, again
 from .weights import read_weights, write_weights
 
 if TYPE_CHECKING:
@@ -43,9 +43,21 @@ class SwiGLU(nn.Module):
         Returns:
             `[..., hidden]`.
         """
-        a, b = self.up(x).chunk(2, dim=-1)
-        y: Tensor = self.down(F.silu(a) * b)
-        return y
+        return self.after(None, x)
+
+    def after(self, norm: RMSNorm | None, x: Tensor) -> Tensor:
+        """`forward(norm(x))`, of which the backward keeps x and the product with W1 and W2."""
+
+        def inner(x: Tensor) -> Tensor:
+            y: Tensor = self.up(x if norm is None else norm(x))
+            return y
+
+        def outer(inner: Tensor) -> Tensor:
+            a, b = inner.chunk(2, dim=-1)
+            y: Tensor = self.down(F.silu(a) * b)
+            return y
+
+        return again(outer, again(inner, x))
 
 
 class Block(nn.Module, Mixer):
@@ -79,8 +91,7 @@ class Block(nn.Module, Mixer):
     def _mlp(self, x: Tensor) -> Tensor:
         if self.mlp is None or self.mlp_norm is None:
             return x
-        y: Tensor = self.mlp(self.mlp_norm(x))
-        return x + y
+        return x + self.mlp.after(self.mlp_norm, x)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """The outputs of whole sequences.

@@ -5,15 +5,28 @@ On a GPU they are one kernel each (`fused`); what is written here in torch is th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..packing import token_sequences
 from . import fused
+
+
+def again(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """`function(*inputs)`, of which the backward keeps the inputs alone and computes the rest again.
+
+    It is for what costs little beside reading it: norms and activations before a matrix product.
+    The product itself is not computed again, since nothing in its backward needs its result.
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    y: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return y
 
 
 def wide(x: Tensor) -> Tensor:
