@@ -199,9 +199,10 @@ class Run(train_lm.Trainer):
         self.row["step"] = self.step
 
     def measure(self) -> None:
-        """Evaluate the model on rows kept for validation."""
+        """Evaluate the model on rows kept for validation, of all sources."""
         rows = self.rows["valid"]
-        tokens = rows.read(range(min(len(rows), self.args.validate_rows)))
+        count = min(len(rows), self.args.validate_rows)
+        tokens = rows.read([n * len(rows) // count for n in range(count)])
         self.row |= {"validation_tokens": tokens[:, 1:].numel()}
         with torch.compiler.set_stance("force_eager"), self.narrow():
             losses = token_losses(self.model, tokens.to(self.device), self.share)

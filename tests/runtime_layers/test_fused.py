@@ -112,6 +112,24 @@ def test_layer_on_a_gpu(packed: bool, dtype: torch.dtype) -> None:
         assert float(error.detach()) < limit
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [8192, 32003])
+def test_cross_entropy_on_a_gpu(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses and gradients in bfloat16, against torch's of the same numbers in float32."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(losses, "_LOGITS", 1000 * vocabulary)
+    hidden = torch.randn(2049, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(vocabulary, 128, device="cuda") / 8).bfloat16().requires_grad_()
+    targets = torch.randint(vocabulary, (2049,), device="cuda")
+    targets[::7] = losses.IGNORED
+    mean = losses.linear_cross_entropy(hidden, weight, targets)
+    want = nn.functional.cross_entropy(hidden.float() @ weight.float().T, targets)
+    torch.testing.assert_close(mean, want, rtol=1e-3, atol=1e-3)
+    gradients = (torch.autograd.grad(x, (hidden, weight)) for x in (mean, want))
+    for a, b in zip(*gradients, strict=True):
+        assert float((a.float() - b.float()).norm() / b.float().norm()) < 1.5e-2
+
+
 @interpreted
 def test_nothing_to_do() -> None:
     empty = torch.empty(2, 0, 7, requires_grad=True)
