@@ -18,7 +18,7 @@ from . import fused
 
 
 def again(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """`function(*inputs)`, of which the backward keeps the inputs alone and computes the rest again.
+    """`function(*inputs)`; the backward keeps the inputs alone and computes the rest again.
 
     It is for what costs little beside reading it: norms and activations before a matrix product.
     The product itself is not computed again, since nothing in its backward needs its result.
