@@ -348,7 +348,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     args.until = args.until or time.time() + args.seconds
-    args.command = shlex.join(["python", "-m", "benchmarks.paper_table", *argv])
+    named = argv[: argv.index("--until")] if "--until" in argv else argv
+    args.command = shlex.join(["python", "-m", "benchmarks.paper_table", *named])
     names = args.models.split(",")
     if unknown := [n for n in names if n not in MODELS]:
         raise SystemExit(
