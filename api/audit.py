@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from .cli_progress import watched
 from .codegen.config import Config, Dims
 from .codegen.interface import Dtype
-from .codegen.programs import Transition, chunk_program, transition_of
+from .codegen.programs import Transition, transition_of
 from .codegen.triton.emit import emit
 from .codegen.triton.fit import untuned_config
 from .codegen.triton.offline import Job, Outcome, run_jobs, signature_for
 from .codegen.triton.resources import SERIALISED, Target
 from .dsl import library
 from .dsl.classify import DecayClass, LowRank, classify
-from .dsl.errors import NotLowered
 from .dsl.normal_form import NormalForm
+from .runtime.engine import chunk_refusal
 from .runtime.tuned.machine import version
 
 # ---- what is compiled ----------------------------------------------------------------------------
@@ -99,15 +99,8 @@ class Audit:
 
 def lowered_forms() -> list[NormalForm]:
     """The library's normal forms that have a chunk form."""
-    forms = []
-    for declared in library.all_declarations():
-        form = declared.normal_form(declared.default_micro)
-        try:
-            chunk_program(form)
-        except NotLowered:
-            continue
-        forms.append(form)
-    return forms
+    forms = (d.normal_form(d.default_micro) for d in library.all_declarations())
+    return [form for form in forms if chunk_refusal(form) is None]
 
 
 def one_per_class(forms: Iterable[NormalForm]) -> list[NormalForm]:

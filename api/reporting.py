@@ -77,7 +77,7 @@ def _proof(declared: Declaration, *, quick: bool) -> page.Section:
         with Progress("proving that the chunk form equals the step"):
             proof = prove(declared, 2 if quick else 3)
     except NotLowered as refused:
-        return page.table_section("Proof", (), f"Left out: {refused.headline}: {refused.why}")
+        return page.table_section("Proof", (), f"Left out: {refused.reason}")
     return page.proof_section(str(proof), time.perf_counter() - start)
 
 
@@ -133,8 +133,7 @@ def _agreement(declared: Declaration, *, quick: bool) -> page.Section:
         with Progress("comparing the engines with the token loop in float64"):
             found = list(facts.agreement(declared, size, torch.float32, tokens))
     except NotLowered as refused:
-        note = f"Left out: {refused.headline}: {refused.why}"
-        return page.table_section("Agreement of engines", (), note)
+        return page.table_section("Agreement of engines", (), f"Left out: {refused.reason}")
     limits = (
         "Against the declared step, token by token in float64, on ordinary, hard and packed "
         f"inputs of {tokens} tokens; float32, K={size.K}, V={size.V}. “d q” is the gradient of q."

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from optuna.storages import BaseStorage
@@ -93,27 +93,22 @@ def search(
     return _Search(tunable, device, storage, study, budget, progress).run()
 
 
+@dataclass(slots=True, eq=False)
 class _Search:
-    def __init__(
-        self,
-        tunable: Tunable,
-        device: Device,
-        storage: BaseStorage,
-        study: str,
-        budget: Budget,
-        progress: Progress,
-    ) -> None:
-        self._tunable = tunable
-        self._device = device
-        self._storage = storage
-        self._study = study
-        self._budget = budget
-        self._progress = progress
-        self._started = time.monotonic()
-        self._leaderboard = Leaderboard(tunable)
-        self._refused: Counter[str] = Counter()
-        self._claims: dict[tuple[str, Point], Claim] = {}
-        self._mine = 0
+    _tunable: Tunable
+    _device: Device
+    _storage: BaseStorage
+    _study: str
+    _budget: Budget
+    _progress: Progress
+    _started: float = field(init=False)
+    _refused: Counter[str] = field(default_factory=Counter)
+    _claims: dict[tuple[str, Point], Claim] = field(default_factory=dict)
+    _mine: int = 0
+    _leaderboard: Leaderboard = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._started, self._leaderboard = time.monotonic(), Leaderboard(self._tunable)
 
     def run(self) -> Findings:
         interrupted = False

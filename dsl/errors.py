@@ -19,6 +19,11 @@ class NotLowered(ChunkwiseError, ValueError):
     def __init__(self, what: str, why: str, instead: str, loc: Loc | None = None) -> None:
         super().__init__(what, loc=loc, why=why, help=instead)
 
+    @property
+    def reason(self) -> str:
+        """What is not served, and why, on one line."""
+        return f"{self.headline}: {self.why}"
+
 
 class UnknownRecurrence(ChunkwiseError, ValueError):
     """A name that the library does not have."""

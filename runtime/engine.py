@@ -400,7 +400,7 @@ def chunk_refusal(form: NormalForm) -> str | None:
     try:
         chunk_program(form)
     except NotLowered as refused:
-        return f"{refused.headline}: {refused.why}"
+        return refused.reason
     return None
 
 
@@ -412,5 +412,5 @@ def printed_token_refusal(call: Call) -> str | None:
     try:
         token_kernel(call.step, pooled=call.pool is not None)
     except NotLowered as refused:
-        return f"{refused.headline}: {refused.why}"
+        return refused.reason
     return None

@@ -50,6 +50,16 @@ def test_every_package_of_the_tree_is_declared() -> None:
     assert _packages() == _tree()
 
 
+def test_no_file_is_longer_than_450_lines() -> None:
+    """But the catalogue of errors, which is a list: what does two things becomes two files."""
+    folders = [*_package_dirs().values(), "benchmarks", "docs", "examples"]
+    files = [f for folder in dict.fromkeys(folders) for f in (ROOT / folder).rglob("*.py")]
+    lines = {str(f.relative_to(ROOT)): len(f.read_text("utf-8").splitlines()) for f in files}
+    assert "dsl/declaration_errors.py" in lines
+    too_long = {f: n for f, n in lines.items() if n > 450 and not f.endswith("_errors.py")}
+    assert not too_long
+
+
 def test_every_declared_package_has_a_folder() -> None:
     dirs = _package_dirs()
     for package in _packages():

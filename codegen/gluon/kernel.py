@@ -30,20 +30,8 @@ from .refusal import of_stores, refusal
 from .schedule import Await, Issue, Schedule, subtracted
 
 _RESERVED = (
-    *(
-        "gl",
-        "tma",
-        "mbarrier",
-        "gluon",
-        "pid",
-        "n",
-        "h",
-        "part",
-        "step",
-        "steps",
-        "chunk",
-        "chunks",
-    ),
+    *("gl", "tma", "mbarrier", "gluon", "pid", "n", "h", "part", "step", "steps"),
+    *("chunk", "chunks"),
     *("slot", "oi", "oj", "ok", "ov", "K", "V", "C", "BK", "BV", "HV", "NV", "TOKENS", "STAGES"),
     *("STATE", "ROWS", "SCORES", "LANES", "VECTOR", "ready", "empty", "rows", "columns"),
     *("STATE_FACTOR", "ROWS_FACTOR", "SCORES_FACTOR", "barrier", "async_load", "async_store"),

@@ -124,15 +124,8 @@ class _Printer:
     def print(self) -> TirKernel:
         """The kernel, statement by statement."""
         kernel, entry, code = self._kernel, Code(), Code()
-        transfers = Transfers(
-            self._signature,
-            self._buffers,
-            kernel,
-            entry,
-            self._heads,
-            self._private,
-            has_time=not self._one_token,
-        )
+        given = self._signature, self._buffers, kernel, entry, self._heads, self._private
+        transfers = Transfers(*given, not self._one_token)
         begin, end = Var("begin", "int64"), Var("end", "int64")
         self._code, self._transfers = code, transfers
         self._flat_tables = [entry.flat(x) for x in self._tables]

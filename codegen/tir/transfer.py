@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tvm import tirx
 from tvm.tirx import Buffer, Expr, Var
@@ -70,37 +70,27 @@ class Tensor:
     strides: tuple[Expr, ...]
 
 
+@dataclass(slots=True, eq=False)
 class Transfers:
     """The tensors of one kernel, gathered as its statements need them.
 
-    `buffers`: those that it loads or stores; `private`: those of one sequence and head at a time.
-    `has_time`: whether tensors of tokens have an axis for them; else they hold one token.
+    `_buffers`: those that it loads or stores; `_private`: those of one sequence and head at a time.
+    `_has_time`: whether tensors of tokens have an axis for them; else they hold one token.
     """
 
-    def __init__(
-        self,
-        signature: Signature,
-        buffers: Mapping[BufferId, Stored],
-        kernel: TiledKernel,
-        entry: Code,
-        heads: Expr,
-        private: frozenset[BufferId],
-        *,
-        has_time: bool,
-    ) -> None:
-        self._signature = signature
-        self._buffers = buffers
-        self._private = private
-        self._kernel = kernel
-        self._sizes = {
-            **dict.fromkeys(TIMES, kernel.chunk),
-            Axis.K: kernel.dims.K,
-            Axis.V: kernel.dims.V,
-        }
-        self._has_time = has_time
-        self._entry = entry
-        self._heads = heads
-        self.tensors: dict[Parameter, Tensor] = {}
+    _signature: Signature
+    _buffers: Mapping[BufferId, Stored]
+    _kernel: TiledKernel
+    _entry: Code
+    _heads: Expr
+    _private: frozenset[BufferId]
+    _has_time: bool
+    _sizes: dict[Axis, int] = field(init=False)
+    tensors: dict[Parameter, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        dims = self._kernel.dims
+        self._sizes = dict.fromkeys(TIMES, self._kernel.chunk) | {Axis.K: dims.K, Axis.V: dims.V}
 
     def tensor(
         self,
