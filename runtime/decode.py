@@ -21,7 +21,7 @@ from .call import PLAIN, Call, Places, Pool, arrange, describe, initial_states
 from .check import asked, check_accepted, check_slots
 from .engines import EngineName, engine_of_environment, load
 from .pool import MOST_TOKENS, check_integers, with_pool
-from .prepared import Records, Run, chosen, prepare_pool, prepare_step
+from .prepared import Records, Run, chosen, prepare_step
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
@@ -39,7 +39,7 @@ class Stepper:
         # an op's engine must serve, which of the usual ones only the reference always does
         self._declared = usual if usual == EngineName.REFERENCE.value else None
         self._records: Records[_Kept | None] = Records()
-        self._pools: Records[_Kept] = Records()
+        self._pools: Records[_Kept | None] = Records()
         self._no_states = (None,) * len(declaration.states)
         # axes of operands of tokens, with that of time
         self._axes = {x.name: len(x.axes) for x in declaration.operands if x.per is Per.TOKEN}
@@ -148,27 +148,14 @@ class Stepper:
         if found is None:
             if not all(map(_lies_open, values)):
                 return self._in_pool_by_op(args, named, pool, engine), same
-            prepare = partial(self._prepare_pool, args, named, pool, engine, usual)
+            prepare = partial(self._prepare, args, named, None, engine, usual, pool)
             found = self._pools.find(values, rest, prepare)
+            assert found is not None
         if indices.device.type == "cpu" or asked():
             check_slots(pool)
         (o,) = found.run([*values, *found.floats])
         torch.autograd.graph.increment_version([x for x in states if not x.is_inference()])
         return o, same
-
-    def _prepare_pool(
-        self,
-        args: Sequence[Any],
-        named: Mapping[str, Any],
-        pool: Pool,
-        engine: str | None,
-        usual: str | None,
-    ) -> _Kept:
-        call, has_time = self._checked(args, named, None)
-        call = with_pool(call, pool)
-        places = self._places(call, self._names(args, named), has_time)
-        made = prepare_pool(call, engine, usual, places)
-        return _Kept(made.run, list(call.params.values()))
 
     def _in_pool_by_op(
         self, args: Sequence[Any], named: Mapping[str, Any], pool: Pool, engine: str | None
@@ -197,8 +184,10 @@ class Stepper:
         state: Given,
         engine: str | None,
         usual: str | None,
+        pool: Pool | None = None,
     ) -> _Kept | None:
         call, has_time = self._checked(args, named, state)
+        call = call if pool is None else with_pool(call, pool)
         places = self._places(call, self._names(args, named), has_time)
         made = prepare_step(call, engine, usual, places)
         return None if made is None else _Kept(made.run, list(call.params.values()))

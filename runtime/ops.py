@@ -27,15 +27,7 @@ from .call import Call, Pool, Static, describe
 from .check import CHECK_VARIABLE, asked, check_contents, check_results, check_slots
 from .engines import ENGINE_VARIABLE, EngineName
 from .pool import with_pool
-from .prepared import (
-    Prepared,
-    Records,
-    chosen,
-    prepare_backward,
-    prepare_forward,
-    prepare_pool,
-    prepare_step,
-)
+from .prepared import Prepared, Records, chosen, prepare_backward, prepare_forward, prepare_step
 from .transforms import Along, Derivative, register_batches, register_derivative
 
 if TYPE_CHECKING:
@@ -229,7 +221,7 @@ def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
         rest = (*inputs[numbers + 1 :], named, torch.get_num_threads())
         layout = inputs[: tensors + 1], rest
         found = pools.latest(*layout) or pools.find(
-            *layout, lambda: prepare_pool(flat.pooled_call(inputs), engine)
+            *layout, lambda: _step(flat.pooled_call(inputs), engine)
         )
         if inputs[flat.operands].device.type == "cpu" or asked():
             a, b = flat.operands, flat.operands + states
@@ -362,5 +354,5 @@ def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
 
 
 def _step(call: Call, engine: str | None) -> Prepared:
-    """What serves a step: a kernel if there is one, else the token loop."""
+    """What serves a step: a kernel if there is one, else the token loop in torch."""
     return prepare_step(call, engine) or prepare_forward(call, EngineName.REFERENCE.value)

@@ -227,27 +227,6 @@ class Prepared:
         return self.run(values)
 
 
-def prepare_pool(
-    call: Call, engine: str | None, usual: str | None = None, places: Places | None = None
-) -> Prepared:
-    """What serves steps like `call` on states of a pool: a kernel if there is one, else torch.
-
-    Args: as of `prepare_step`.
-
-    Raises:
-        EngineUnavailable: the named engine has no kernel for this step.
-        BadLayout: its kernels do not take a pool that lies so.
-    """
-    serving = load(chosen(call.operands.values(), engine or usual))
-    reason = serving.token_refusal(call) if serving.has_steps else ""
-    if serving.has_steps and reason is not None and engine is not None:
-        raise errors.EngineUnavailable(serving.name.value, reason)
-    if reason is not None or 0 in (call.B, call.HV, call.K, call.V):
-        serving = load(EngineName.REFERENCE)
-    request = Request(call, Way.POOL, places=places)
-    return Prepared(serving.prepare(request.bare()), call.device.type)
-
-
 def chosen(operands: Iterable[Tensor], engine: str | None) -> EngineName:
     """The engine of a call with these operands: as named, else by their device."""
     given = list(operands)
@@ -292,12 +271,11 @@ def _serving(call: Call, engine: str | None) -> Engine:
 
 
 def prepare_step(
-    call: Call,
-    engine: str | None,
-    usual: str | None = None,
-    places: Places | None = None,
+    call: Call, engine: str | None, usual: str | None = None, places: Places | None = None
 ) -> Prepared | None:
-    """What serves single tokens like `call` by a kernel; None: no kernel does.
+    """What serves single tokens like `call`, or a few whose states lie in a pool.
+
+    It is a kernel; where none does, torch for a pool, else None.
 
     Args:
         engine: must serve, if it has kernels of single tokens at all.
@@ -306,14 +284,18 @@ def prepare_step(
 
     Raises:
         EngineUnavailable: the named engine has no kernel for this step.
+        BadLayout: its kernels do not take a pool that lies so.
     """
-    serving = load(chosen(call.operands.values(), engine or usual))
-    if not serving.has_steps or 0 in (call.B, call.HV, call.K, call.V):
-        return None
-    reason = serving.token_refusal(call)
-    if reason is None:
-        request = Request(call, Way.TOKENS, places=places)
-        return Prepared(serving.prepare(request.bare()), call.device.type)
-    if engine is not None:
+    serving, way = load(chosen(call.operands.values(), engine or usual)), Way.TOKENS
+    by_kernel = serving.has_steps and 0 not in (call.B, call.HV, call.K, call.V)
+    reason = serving.token_refusal(call) if by_kernel else None
+    if reason is not None and engine is not None:
         raise errors.EngineUnavailable(serving.name.value, reason)
-    return None
+    by_kernel = by_kernel and reason is None
+    if call.pool is not None:
+        way = Way.POOL
+        serving = serving if by_kernel else load(EngineName.REFERENCE)
+    elif not by_kernel:
+        return None
+    request = Request(call, way, places=places)
+    return Prepared(serving.prepare(request.bare()), call.device.type)
