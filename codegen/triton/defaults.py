@@ -67,6 +67,8 @@ def _config(body: ChunkProgram, f: Features, dims: Dims, *, wide_dtype: bool) ->
         backward = replace(backward, together=not apart)
     if widest <= 128 and not wide_dtype and has_gradient_scans(body):
         backward = Plan(hoist, outputs_in_scan=True, scans_apart=True, together=True)
+    if 128 < widest <= 256 and not wide_dtype and len(body.carried) == 1:
+        return _wide(forward, backward, f)
     if wide_dtype or widest > 128:
         # with 32 rows, wide kernels of half precision took up to twelve times as long as with 64
         short = f.vector_gated if not wide_dtype else widest > 64 or (f.vector_gated and f.solves)
@@ -118,6 +120,38 @@ def _vector_gated(forward: Plan, backward: Plan) -> Config:
         *_after_sums(forward, KernelConfig(128, 8, 2), products),
     )
     return Config(32, forward, backward, KernelConfig(64, 4, 3), kernels)
+
+
+def _wide(forward: Plan, backward: Plan, f: Features) -> Config:
+    """For one state of up to 256 channels in half precision: 64 of its columns on eight warps.
+
+    A scan then has products of warp groups, and four programs read what it loads, not sixteen.
+    """
+    prep, sums = KernelConfig(64, 8, 3, k_tile=64), KernelConfig(32, 8, 1)
+    gradients = KernelConfig(64, 8, 1)
+    if f.vector_gated:
+        prep = gradients = KernelConfig(64, 4, 1, k_tile=32)
+        sums = sums if f.solves else KernelConfig(64, 8, 1)
+    elif f.solves:
+        prep = KernelConfig(64, 4, 2, k_tile=64)
+        gradients = KernelConfig(64, 8, 2, k_tile=64) if f.gated else KernelConfig(64, 4, 3, 32)
+    kernels = [
+        ("forward_prep", prep),
+        ("backward_prep", prep),
+        ("backward_values", KernelConfig(64, 4, 2)),
+        ("backward_sums", sums),
+        ("backward_gradients", gradients),
+        *_after_sums(forward, sums, prep),
+    ]
+    if (
+        f.gated
+    ):  # a kernel for all gradients spills, one without those along the value axis does not
+        backward = replace(backward, values_apart=True)
+    elif not f.solves:  # with scores at hand more programs, of fewer columns, are faster
+        forward = replace(forward, hoist=Hoist.PRODUCTS)
+        kernels.append(("forward_scan", KernelConfig(32, 4, 2)))
+    scan = KernelConfig(64, 8, 2)
+    return Config(32 if f.vector_gated else 64, forward, backward, scan, tuple(kernels))
 
 
 def _cautious(forward: Plan, backward: Plan, widest: int, chunk: int) -> Config:
