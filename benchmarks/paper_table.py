@@ -312,17 +312,19 @@ def train_all(names: Sequence[str], args: argparse.Namespace, argv: Sequence[str
 
 def collect(folder: Path, file: Path) -> None:
     """Add the whole runs of a folder to a file of docs/results/, in the order of the table."""
-    found = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
-    rows = {row["model"]: row for row in found}
+    before = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    rows = {name: {"model": name} for name in MODELS} | {row["model"]: row for row in before}
     for name in MODELS:
         if whole(folder / f"{name}.json"):
             rows[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-            rows[name]["speeds"] = []
-    if not rows:
-        raise SystemExit(f"no whole run in {folder}")
-    ordered = [rows[name] for name in MODELS if name in rows]
-    first = ordered[0]
-    result = {"command": first["command"], "machine": first["machine"], "rows": ordered}
+            del rows[name]["speeds"]
+    machines = [row["machine"] for row in rows.values() if "machine" in row]
+    machine = machines[-1] if machines else describe(torch.device("cpu"))
+    result = {
+        "command": "python -m benchmarks.paper_table",
+        "machine": {"device": machine["processor"]} | machine,
+        "rows": list(rows.values()),
+    }
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from chunkwise.dsl import library
-from chunkwise.report.drawing import Bar, bars
+from chunkwise.report.drawing import Bar, bars, curves
 from chunkwise.report.pictures import kernels_picture, plan_costs, road_picture
 from chunkwise.runtime.tuned.selection import SHIPPED, read
 
-from docs.tables import load
+from docs.tables import LANGUAGE, Row, load
 
 FOLDER = Path(__file__).resolve().parent / "pictures"
 
@@ -68,6 +68,40 @@ def _errors() -> str:
     return bars(f"{title} (H100, bfloat16, K = V = 128)", rows)
 
 
+def _trained() -> list[Row]:
+    return [row for row in load(LANGUAGE)["rows"] if "perplexity" in row]
+
+
+def _losses() -> str:
+    """The loss in training; the first tenth, which would set the scale, is left out."""
+    lines = [
+        (row["model"], [(t / 1e6, y) for t, y in row["curve"] if t >= row["curve"][-1][0] / 10])
+        for row in _trained()
+    ]
+    return curves("Loss in training", "million tokens", lines)
+
+
+def _positions() -> str:
+    """The validation loss by position, of all but the first bin, which has no context yet."""
+    lines = []
+    for row in _trained():
+        size = row["T"] / len(row["positions"])
+        losses = row["positions"][1:]
+        lines.append((row["model"], [((n + 1.5) * size, y) for n, y in enumerate(losses)]))
+    return curves("Validation loss by position", "position in the row", lines)
+
+
+def _recall() -> str:
+    rows = [
+        Bar(
+            r["model"], (r["recalled"], r["others"]), (f"{r['recalled']:.2f}", f"{r['others']:.1f}")
+        )
+        for r in _trained()
+    ]
+    kinds = ("tokens whose bigram occurred before in the row", "all others")
+    return bars("Perplexity of tokens that the context shows", rows, kinds, logarithmic=True)
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "road": _road,
     "kernels": _kernels,
@@ -82,6 +116,9 @@ PICTURES: dict[str, Callable[[], str]] = {
         "H200: flash-linear-attention's time over ours, on the device",
         "h200-fla.json",
     ),
+    "language-loss": _losses,
+    "language-position": _positions,
+    "language-recall": _recall,
     "cpu-avx2": partial(
         _against_torch, "AVX2, 2 threads: torch's time over TVM's", "cpu-avx2.json"
     ),

@@ -112,13 +112,42 @@ def _cpu(rows: Sequence[Row]) -> str:
     return table(lines)
 
 
+LANGUAGE = "language.json"
+
+
+def _language(rows: Sequence[Row]) -> str:
+    """Runs of `benchmarks.paper_table`, and the models that it has not trained yet."""
+    lines: list[tuple[str, ...]] = [
+        (
+            *("model", "parameters", "perplexity", "of recalled tokens", "of the others"),
+            *("Ktok/s", "peak GiB", "first step s", "trained on"),
+        )
+    ]
+    for row in rows:
+        if "perplexity" not in row:
+            lines.append((row["model"], "not run yet", *[""] * 7))
+            continue
+        lines.append(
+            (
+                row["model"],
+                f"{row['parameters'] / 1e6:.1f} M",
+                *(f"{row[key]:.2f}" for key in ("perplexity", "recalled", "others")),
+                f"{row['tokens_per_s'] / 1e3:.0f}",
+                *(f"{row[k]:.1f}" if k in row else "-" for k in ("peak_gib", "first_s")),
+                f"{row['machine'].get('device', 'a CPU')}, {row['machine']['date'][:10]}",
+            )
+        )
+    return table(lines)
+
+
 def _plain(rows: Sequence[Row]) -> str:
     return table([list(rows[0]), *([str(x) for x in r.values()] for r in rows)])
 
 
 def printer(rows: Sequence[Row]) -> Callable[[Sequence[Row]], str]:
     """The layout that the rows' fields ask for."""
-    return _contest if "peer" in rows[0] else _cpu if "tvm_ms" in rows[0] else _plain
+    layouts = {"peer": _contest, "tvm_ms": _cpu, "model": _language}
+    return next((made for key, made in layouts.items() if key in rows[0]), _plain)
 
 
 def regenerated(page: str) -> str:
