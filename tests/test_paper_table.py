@@ -1,4 +1,4 @@
-"""The table of language models, in small: a run that was stopped continues, and results are kept."""
+"""The table of language models: a run that was stopped continues, and results are kept."""
 
 from __future__ import annotations
 
