@@ -78,7 +78,7 @@ lint: $(READY) links
 .PHONY: links
 links:
 	@rm -rf .links && mkdir -p $(LINKS)
-	@cd $(LINKS) && ln -s ../../api/*.py ../../api/py.typed . && \
+	@cd $(LINKS) && ln -s ../../api/*.py ../../api/py.typed ../../api/integrations . && \
 	    for d in dsl codegen autotune runtime report; do ln -s ../../$$d $$d; done
 
 format: $(READY)

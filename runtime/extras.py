@@ -11,6 +11,7 @@ _NAMES = {
     "tvm": ("apache-tvm",),
     "plot": ("matplotlib",),
     "train": ("safetensors", "tokenizers"),
+    "hf": ("transformers",),
 }
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # folders of the sources, by their place in the wheel
 SOURCES = {"api": "", **{name: f"{name}/" for name in ("dsl", "codegen", "runtime", "autotune")}}
 CALL = """
-import torch, chunkwise as cw
+import torch, chunkwise as cw, chunkwise.integrations.transformers
 q, k, v = (torch.randn(1, 50, 2, 8, requires_grad=True) for _ in range(3))
 o, _ = cw.library.delta_rule(q, k, v, torch.rand(1, 50, 2))
 o.sum().backward()

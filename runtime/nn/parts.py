@@ -146,6 +146,29 @@ def last_tokens(x: Tensor, count: int, cu_seqlens: Tensor | None = None) -> Tens
     return found.masked_fill(~inside, 0.0)
 
 
+def causal_convolution(x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
+    """A causal depthwise convolution over time, in torch.
+
+    Args:
+        x: `[B, T, channels]`.
+        weight: `[size, channels]`; the tap `weight[n]` is of the token n before.
+        position: int `[T]` or `[B, T]`, of each token in its packed sequence, if packed.
+
+    Returns:
+        `[B, T, channels]`.
+    """
+    tokens, size = x.shape[1], weight.shape[0]
+    padded = F.pad(x, (0, 0, size - 1, 0))
+    y = x * weight[0]
+    for back in range(1, size):
+        start = size - 1 - back
+        tap = padded[:, start : start + tokens] * weight[back]
+        if position is not None:
+            tap = tap.masked_fill((position < back).unsqueeze(-1), 0.0)
+        y = y + tap
+    return y
+
+
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution over time: each channel sees its last `size` tokens.
 
@@ -183,18 +206,8 @@ class ShortConvolution(nn.Module):
         """
         if fused.serves(x):
             return self._fused(x, cu_seqlens, False)
-        tokens = x.shape[1]
-        padded = F.pad(x, (0, 0, self.size - 1, 0))
-        weight = self.weight.to(x.dtype)
-        position = None if cu_seqlens is None else positions(cu_seqlens, tokens)[1]
-        y = x * weight[0]
-        for back in range(1, self.size):
-            start = self.size - 1 - back
-            tap = padded[:, start : start + tokens] * weight[back]
-            if position is not None:
-                tap = tap.masked_fill((position < back)[:, None], 0.0)
-            y = y + tap
-        return y
+        position = None if cu_seqlens is None else positions(cu_seqlens, x.shape[1])[1]
+        return causal_convolution(x, self.weight.to(x.dtype), position)
 
     def activated(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """On a GPU: `forward`, silu, and the spans scaled to unit length, as one kernel.

@@ -1,0 +1,223 @@
+"""The functions of the package mamba_ssm by which models scan: Mamba-1 and -2, on any device.
+
+States are `[B,H,P,N]` there: N channels of what is written and read, P of a head's values.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dsl.functions import exp, outer
+from ..dsl.kinds import HeadKey, HeadScalar, Key, Scalar, State, Value
+from ..runtime.nn.parts import wide
+from ..runtime.recurrence import recurrence
+
+__all__ = ["mamba_chunk_scan_combined", "selective_scan_fn", "selective_state_update"]
+
+
+@recurrence
+def ssd(
+    S: State, C: Key, B: Key, x: Value, dt: Scalar, g: Scalar, D: HeadScalar
+) -> tuple[State, Value]:
+    """Mamba-2 (Dao, Gu 2024), whose step sizes dt and log-decays g are given."""
+    S = exp(g) * S + outer(B, dt * x)
+    return S, C @ S + D * x
+
+
+@recurrence
+def selective(S: State, C: Key, B: Key, x: Value, dt: Scalar, A: HeadKey) -> tuple[State, Value]:
+    """Mamba-1 (Gu, Dao 2023), each of whose channels is a head with one value."""
+    S = exp(dt * A) * S + outer(B, dt * x)
+    return S, C @ S
+
+
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mamba-1 over whole sequences.
+
+    Args:
+        u: values, `[B,D,T]`.
+        delta: step sizes, `[B,D,T]`.
+        A: rates of decay, `[D,N]`, below 0.
+        B: keys with which values are written, `[B,N,T]`, or `[B,G,N,T]`, D a multiple of G.
+        C: keys with which they are read, as B.
+        D: weights of the skip connection, `[D]`.
+        z: the output is multiplied by silu of it, `[B,D,T]`.
+        delta_bias: added to delta, `[D]`.
+        delta_softplus: take softplus of delta.
+        return_last_state: return the state after the last token too.
+
+    Returns:
+        `[B,D,T]` in u's dtype; with `return_last_state` a pair of it and `[B,D,N]` in float32.
+
+    Raises:
+        CallError: what every call of a recurrence raises of its operands.
+    """
+    dt = _step_sizes(delta.mT, delta_bias, delta_softplus)
+    B, C = (x.mT.unsqueeze(2) if x.ndim == 3 else x.permute(0, 3, 1, 2) for x in (B, C))
+    o, final = selective(*(C, B, u.mT.unsqueeze(-1), dt, A), output_final_state=return_last_state)
+    o = _finished(o.squeeze(-1).mT, u, None if D is None else D.unsqueeze(-1), z)
+    if not return_last_state:
+        return o
+    assert isinstance(final, Tensor)
+    return o, final.squeeze(-1)
+
+
+def mamba_chunk_scan_combined(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mamba-2 over whole sequences.
+
+    Args:
+        x: values, `[B,T,H,P]`.
+        dt: step sizes, `[B,T,H]`.
+        A: rates of decay, `[H]`, below 0.
+        B: keys with which values are written, `[B,T,G,N]`, H a multiple of G.
+        C: keys with which they are read, `[B,T,G,N]`.
+        chunk_size: a hint, which does not change the result.
+        D: weights of the skip connection, `[H]` or `[H,P]`.
+        z: the output is multiplied by silu of it, `[B,T,H,P]`.
+        dt_bias: added to dt, `[H]`.
+        initial_states: the states before the first token, `[B,H,P,N]`.
+        seq_idx: int `[B,T]`, the number of each token's sequence, if several lie one behind
+            another; each but the first begins with a state of zeros.
+        dt_softplus: take softplus of dt.
+        dt_limit: the least and the largest step size.
+        return_final_states: return the states after the last token of each row too.
+
+    Returns:
+        `[B,T,H,P]` in x's dtype; with `return_final_states` a pair of it and `[B,H,P,N]` in
+        float32.
+
+    Raises:
+        CallError: what every call of a recurrence raises of its operands.
+    """
+    dt = _step_sizes(dt, dt_bias, dt_softplus)
+    if dt_limit != (0.0, math.inf):
+        dt = dt.clamp(*dt_limit)
+    g = dt * wide(A)
+    if seq_idx is not None:  # a decay to nothing begins a sequence
+        begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        g = g.masked_fill(begins.unsqueeze(-1), -math.inf)
+    skip = torch.zeros_like(g[0, 0])
+    if D is not None and D.ndim == 1:
+        skip, D = wide(D), None
+    o, final = ssd(
+        *(C, B, x, dt, g, skip),
+        initial_state=None if initial_states is None else initial_states.mT,
+        output_final_state=return_final_states,
+    )
+    o = _finished(o, x, D, z)
+    if not return_final_states:
+        return o
+    assert isinstance(final, Tensor)
+    return o, final.mT.contiguous()
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+) -> Tensor:
+    """One token of Mamba-1 or -2, whose state is changed in place.
+
+    It is Mamba-2's where a head has one rate and one step size, which strides of 0 say.
+
+    Args:
+        state: `[B,H,P,N]`, or `[slots,H,P,N]`; of Mamba-1 without H, as all that follows.
+        x: `[B,H,P]`.
+        dt: `[B,H,P]`.
+        A: `[H,P,N]`.
+        B: `[B,G,N]`.
+        C: `[B,G,N]`.
+        D: `[H,P]`.
+        z: the output is multiplied by silu of it, `[B,H,P]`.
+        dt_bias: added to dt, `[H,P]`.
+        dt_softplus: take softplus of dt.
+        state_batch_indices: int `[B]`, the slot of each sequence.
+
+    Returns:
+        `[B,H,P]` in x's dtype.
+
+    Raises:
+        CallError: what every step of a recurrence raises of its operands.
+    """
+    if state.ndim == 3:
+        heads = [None if y is None else y.unsqueeze(-2) for y in (x, dt, B, C, D, z, dt_bias)]
+        x, dt, B, C, D, z, dt_bias = heads  # type: ignore[assignment]
+        one = state.unsqueeze(1)
+        A = A.unsqueeze(0)
+        return selective_state_update(
+            one, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices
+        ).squeeze(1)
+    before = state if state_batch_indices is None else state[state_batch_indices]
+    if _has_one_rate(A, dt, dt_bias):
+        A, bias = wide(A[:, 0, 0]), None if dt_bias is None else dt_bias[:, 0]
+        dt = _step_sizes(dt[..., 0], bias, dt_softplus)
+        o, new = ssd.step(C, B, x, dt, dt * A, torch.zeros_like(A), state=before.mT)
+        assert isinstance(new, Tensor)
+        new = new.mT
+    else:
+        dt = _step_sizes(dt, dt_bias, dt_softplus).flatten(1)
+        channels, of_channels = x.flatten(1).unsqueeze(-1), before.flatten(1, 2).unsqueeze(-1)
+        o, new = selective.step(C, B, channels, dt, A.flatten(0, 1), state=of_channels)
+        assert isinstance(new, Tensor)
+        o, new = o.view(x.shape), new.view(before.shape)
+    if state_batch_indices is None:
+        state.copy_(new)
+    else:
+        state.index_copy_(0, state_batch_indices.long(), new.to(state.dtype))
+    return _finished(o, x, D, z)
+
+
+def _has_one_rate(A: Tensor, dt: Tensor, dt_bias: Tensor | None) -> bool:
+    """Whether the channels of a head decay alike: their entries lie in one place."""
+    of_a_head = [A[0, :, 0], A[0, 0], dt[0, 0], *([] if dt_bias is None else [dt_bias[0]])]
+    return all(len(x) == 1 or x.stride(0) == 0 for x in of_a_head)
+
+
+def _step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    dt = wide(dt) if bias is None else wide(dt) + wide(bias)
+    return F.softplus(dt) if softplus else dt
+
+
+def _finished(o: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """The output `o` with the skip connection of `x`, gated, in x's dtype."""
+    if D is not None:
+        o = wide(o) + wide(D) * wide(x)
+    return (o if z is None else wide(o) * F.silu(wide(z))).to(x.dtype)
