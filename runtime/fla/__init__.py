@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...dsl import errors
 from . import several
-from .adapter import Given, adapter, called, run, steps
+from .adapter import Given, Steps, adapter, called, run
 from .rules import rule
 
 __all__ = [
@@ -115,7 +115,7 @@ fused_recurrent_linear_attn = adapter(
     "As `chunk_linear_attn`, not normalised by default.",
 )
 
-_RETENTION = steps("retention: q k v g", first=_retention)
+_RETENTION = Steps("retention: q k v g", first=_retention)
 chunk_retention = adapter(
     "chunk_retention",
     f"q, k, v, {_RUN}, {_CU}, **kwargs",
@@ -133,7 +133,7 @@ fused_recurrent_retention = adapter(
     _TRANSPOSED,
 )
 
-_LIGHTNING = steps("retention: q k v g", first=_lightning)
+_LIGHTNING = Steps("retention: q k v g", first=_lightning)
 chunk_lightning_attn = adapter(
     "chunk_lightning_attn",
     f"q, k, v, layer_idx, num_layers, {_RUN}, {_CU}, **kwargs",
@@ -147,7 +147,7 @@ fused_recurrent_lightning_attn = adapter(
     "As `chunk_lightning_attn`.",
 )
 
-_SIMPLE_GLA = steps("simple_gla: q k v g", "retention: q k v g_gamma", "linear_attention: q k v")
+_SIMPLE_GLA = Steps("simple_gla: q k v g", "retention: q k v g_gamma", "linear_attention: q k v")
 chunk_simple_gla = adapter(
     "chunk_simple_gla",
     f"q, k, v, g=None, g_gamma=None, {_RUN}, state_v_first=False, {_CU_CPU}, **kwargs",
@@ -172,19 +172,19 @@ fused_recurrent_simple_gla = adapter(
 chunk_gla = adapter(
     "chunk_gla",
     f"q, k, v, g, {_RUN}, state_v_first=False, {_CU_CPU}",
-    steps("gla: q k v g"),
+    Steps("gla: q k v g"),
     "Gated linear attention (Yang, Wang, Shen, Panda, Kim 2024): a gate per key channel.",
     g=_PER_KEY,
 )
 fused_recurrent_gla = adapter(
     "fused_recurrent_gla",
     f"q, k, v, gk=None, gv=None, {_RUN}, reverse=False, state_v_first=False, {_CU}, **kwargs",
-    steps("gla: q k v gk", "value_gla: q k v gv", "linear_attention: q k v"),
+    Steps("gla: q k v gk", "value_gla: q k v gv", "linear_attention: q k v"),
     "As `chunk_gla`, gated per key channel (`gk`), per value channel (`gv`), or not at all.",
     _TRANSPOSED,
 )
 
-_RWKV6 = steps("rwkv6: r k v w u")
+_RWKV6 = Steps("rwkv6: r k v w u")
 chunk_rwkv6 = adapter(
     "chunk_rwkv6",
     f"r, k, v, w, u, {_RUN}, {_CU_CPU}, **kwargs",
@@ -198,7 +198,7 @@ fused_recurrent_rwkv6 = adapter(
     "As `chunk_rwkv6`.",
 )
 
-_DELTA = steps("delta_rule: q k v beta")
+_DELTA = Steps("delta_rule: q k v beta")
 chunk_delta_rule = adapter(
     "chunk_delta_rule",
     f"q, k, v, beta, {_RUN}, {_L2}, {_CU_CPU}, **kwargs",
@@ -216,7 +216,7 @@ chunk_gated_delta_rule = chunk_gdn = adapter(
     "chunk_gated_delta_rule",
     f"q, k, v, g, beta, {_RUN}, {_L2}, {_BETA}, state_v_first=False, {_CU_CPU}, "
     "chunk_indices=None, cp_context=None, **kwargs",
-    steps("gated_delta_rule: q k v g beta"),
+    Steps("gated_delta_rule: q k v g beta"),
     "Gated delta rule (Yang, Kautz, Hatamizadeh 2024).",
     f"{_TRANSPOSED} {_GATE} use_gate_in_kernel",
 )
@@ -224,12 +224,12 @@ fused_recurrent_gated_delta_rule = fused_recurrent_gdn = adapter(
     "fused_recurrent_gated_delta_rule",
     f"q, k, v, g=None, gk=None, gv=None, beta=None, {_RUN}, {_L2}, use_gate_in_kernel=False, "
     f"A_log=None, dt_bias=None, {_BETA}, state_v_first=False, {_CU}, **kwargs",
-    steps("kda: q k v gk beta", "gated_delta_rule: q k v g beta", "delta_rule: q k v beta"),
+    Steps("kda: q k v gk beta", "gated_delta_rule: q k v g beta", "delta_rule: q k v beta"),
     "As `chunk_gated_delta_rule`, with a gate per key channel (`gk`) as well.",
     _TRANSPOSED,
 )
 
-_KDA = steps("kda: q k v g beta")
+_KDA = Steps("kda: q k v g beta")
 chunk_kda = adapter(
     "chunk_kda",
     f"q, k, v, g, beta, {_RUN}, {_L2}, use_gate_in_kernel=False, {_BETA}, safe_gate=False, "
@@ -251,7 +251,7 @@ fused_recurrent_kda = adapter(
     g=_PER_KEY,
 )
 
-_COMBA = steps("comba: q k v p g beta", "comba: q k v k g beta")
+_COMBA = Steps("comba: q k v p g beta", "comba: q k v k g beta")
 chunk_comba = adapter(
     "chunk_comba",
     f"q, k, v, p, g, beta=None, {_RUN}, {_L2}, {_CU_CPU}",
@@ -265,7 +265,7 @@ fused_recurrent_comba = adapter(
     "As `chunk_comba`, but for the order of p and v.",
 )
 
-_DPLR = steps("dplr: q k v a b gk")
+_DPLR = Steps("dplr: q k v a b gk")
 chunk_dplr_delta_rule = adapter(
     "chunk_dplr_delta_rule",
     f"q, k, v, a, b, gk, {_RUN}, {_CU_CPU}, safe_gate=False, chunk_size=None, "
@@ -280,7 +280,7 @@ fused_recurrent_dplr_delta_rule = adapter(
     "As `chunk_dplr_delta_rule`.",
 )
 
-_IPLR = steps("iplr: q k v a b")
+_IPLR = Steps("iplr: q k v a b")
 chunk_iplr_delta_rule = adapter(
     "chunk_iplr_delta_rule",
     f"q, k, v, a, b, {_RUN}, {_CU_CPU}, **kwargs",
@@ -294,7 +294,7 @@ fused_recurrent_iplr_delta_rule = adapter(
     "As `chunk_iplr_delta_rule`.",
 )
 
-_RWKV7 = steps("dplr: r k v a b w")
+_RWKV7 = Steps("dplr: r k v a b w")
 chunk_rwkv7 = adapter(
     "chunk_rwkv7",
     "r, w, k, v, a, b, scale=1.0, initial_state=None, output_final_state=False, "
@@ -315,7 +315,7 @@ chunk_gdn2 = adapter(
     f"q, k, v, g, b, w, {_RUN}, {_L2}, use_gate_in_kernel=False, {_CU_CPU}, safe_gate=False, "
     "lower_bound=None, disable_recompute=False, return_intermediate_states=False, "
     "state_v_first=False, cp_context=None, **kwargs",
-    steps("gdn2: q k v g b w"),
+    Steps("gdn2: q k v g b w"),
     "Gated DeltaNet-2 (Hatamizadeh, Choi, Kautz 2026): gates of what is erased and written.",
     f"{_TRANSPOSED} {_GATE}",
     g=_PER_KEY,
@@ -325,7 +325,7 @@ chunk_gdn2 = adapter(
 chunk_gated_delta_product = adapter(
     "chunk_gated_delta_product",
     f"q, k, v, g, beta, num_householder, {_RUN}, {_L2}, {_CU_CPU}, cp_context=None",
-    steps("gated_delta_product: q k v g beta", "delta_product: q k v beta", first=_by_micro_steps),
+    Steps("gated_delta_product: q k v g beta", "delta_product: q k v beta", first=_by_micro_steps),
     "Gated DeltaProduct (Siems et al. 2025): n delta steps per token.",
     k="keys of all delta steps, `[B,T*n,H,K]`.",
     v="values of all delta steps, `[B,T*n,HV,V]`.",

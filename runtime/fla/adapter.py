@@ -6,7 +6,10 @@ and the steps that it may stand for with the arguments that are their operands.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,6 +25,11 @@ Given = dict[str, Any]  # the arguments of a call by name
 Result = tuple[Tensor, Tensor | None]
 R = TypeVar("R", bound=tuple[Any, ...])
 
+Layout = tuple[object, ...]
+
+_MOST = 4096  # layouts that are kept, of each function
+_CHUNK = 64  # tokens between the states that are returned, unless told otherwise
+_PLAIN = frozenset({Tensor, type(None), bool, int, float})
 _SAFE_GATE = -5.0  # the lower bound that `safe_gate=True` alone promises
 # by argument: what was passed, why it is not offered, what to do instead
 _REFUSED = {
@@ -31,12 +39,35 @@ _REFUSED = {
         "sequences are split over devices by another option",
         "call the recurrence of chunkwise.library with group=..., or pass whole sequences",
     ),
-    "return_intermediate_states": (
-        "return_intermediate_states=True",
-        "which states are stored is the planner's choice",
-        "call with output_final_state=True on the prefixes of interest",
-    ),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class _Direct:
+    """One token by the step of a recurrence, whose operands are arguments as they come."""
+
+    step: Callable[..., tuple[Tensor, States]]
+    operands: Callable[[Given], tuple[Tensor, ...]]
+    scale: float
+
+    def __call__(self, given: Given) -> tuple[Tensor, States | None]:
+        """The output, and the final state where it is asked for."""
+        o, new = self.step(*self.operands(given), scale=self.scale, state=given["initial_state"])
+        return o, new if given["output_final_state"] else None
+
+
+def _is_one_token(given: Given) -> bool:
+    """Whether a call is of one token, which nobody records."""
+    x = next(iter(given.values()))
+    if type(x) is not Tensor or x.ndim < 2 or x.shape[1] != 1 or torch.compiler.is_compiling():
+        return False
+    return not torch.is_grad_enabled() or not any(
+        x.requires_grad for x in given.values() if isinstance(x, Tensor)
+    )
+
+
+# arguments for which a token takes more than its step
+_OTHERWISE = (*_REFUSED, "reverse", "return_intermediate_states", "state_v_first")
 
 
 def adapter(
@@ -53,9 +84,26 @@ def adapter(
     `**kwargs` beside `chunk_size`; `own` describes arguments that mean something else here.
     """
     known = sorted({"chunk_size", *extras.split()})
+    direct: dict[Layout, _Direct | None] = {}  # by layouts of calls of one token
 
     def call(**given: Any) -> R:
-        kwargs = given.pop("kwargs", {})
+        kwargs = given.pop("kwargs", None) or {}
+        if kwargs or not _is_one_token(given):
+            return read_and_run(given, kwargs)
+        layout = tuple([x.shape if type(x) is Tensor else x for x in given.values()])
+        try:
+            ready = direct.get(layout)
+        except TypeError:  # a list, say, which is refused by name
+            return read_and_run(given, kwargs)
+        if ready is None and layout not in direct and _PLAIN.issuperset(map(type, given.values())):
+            if len(direct) >= _MOST:
+                direct.clear()
+            if isinstance(means, Steps):
+                ready = means.direct(given, _read(name, {**given}))
+            direct[layout] = ready
+        return read_and_run(given, kwargs) if ready is None else cast(R, ready(given))
+
+    def read_and_run(given: Given, kwargs: Given) -> R:
         for extra in kwargs:
             if extra not in known and extra != "head_first":
                 raise errors.UnknownOperand(extra, known, op=name)
@@ -64,7 +112,11 @@ def adapter(
             if given.get(argument):
                 raise errors.NotLowered(f"{name} got {what}", why, instead)
         given = _read(name, given)
-        return _backwards(name, means, given) if given.get("reverse") else means(name, given)
+        if given.get("reverse"):
+            return _backwards(name, means, given)
+        if given.get("return_intermediate_states"):
+            return _with_states(name, means, given)
+        return means(name, given)
 
     names = [p.partition("=")[0] for p in parameters.split(", ")]
     arguments = ", ".join("{0}={0}".format(n.lstrip("*")) for n in names)
@@ -97,30 +149,80 @@ def _backwards(name: str, means: Callable[[str, Given], R], given: Given) -> R:
     return cast(R, result)
 
 
-def steps(
-    *each: str, first: Callable[[Given], Given] | None = None
-) -> Callable[[str, Given], Result]:
+def _with_states(name: str, means: Callable[[str, Given], R], given: Given) -> R:
+    """The results, and last the states before each chunk of `chunk_size` tokens of each sequence.
+
+    Each chunk is a call of its own, which begins with the state of the one before it.
+    """
+    size, cu = given.get("chunk_size") or _CHUNK, given["cu_seqlens"]
+    tokens = {n: x for n, x in given.items() if is_per_token(n) and x is not None}
+    T = tokens["q"].shape[1]
+    bounds = [0, T] if cu is None else cu.tolist()
+    firsts = [n for n in ("initial_state", "initial_A_state") if n in given]
+    outputs, finals, before = [], [], []
+    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
+        states = [given[x] for x in firsts]
+        if cu is not None:
+            states = [None if x is None else x[n : n + 1] for x in states]
+        for at in range(start, max(end, start + 1), size):
+            first, chunk = states[0], slice(at, min(at + size, end))
+            part = {x: y[:, chunk] for x, y in tokens.items()} | dict(
+                zip(firsts, states, strict=True)
+            )
+            o, *states = means(
+                name, {**given, **part, "cu_seqlens": None, "output_final_state": True}
+            )
+            outputs.append(o)
+            if at < end:
+                before.append(torch.zeros_like(states[0]) if first is None else first)
+        finals.append(states)
+    each = [torch.cat(x) for x in zip(*finals, strict=True)]
+    kept = torch.stack(before, 1) if before else each[0].unsqueeze(1)[:, :0]
+    wanted = each if given["output_final_state"] else [None] * len(each)
+    result: Any = (torch.cat(outputs, 1), *wanted, kept)
+    return cast(R, result)
+
+
+class Steps:
     """A call of the first of the steps ("gla: q k v gk") whose operands were given, or the last.
 
     `first` makes operands of other arguments.
     """
-    table = [(step, operands.split()) for step, _, operands in (s.partition(": ") for s in each)]
 
-    def means(name: str, given: Given) -> Result:
-        if first is not None:
-            given = {**given, **first(given)}
-        complete = (row for row in table if all(given[n] is not None for n in row[1]))
-        step, operands = next(complete, table[-1])
+    def __init__(self, *each: str, first: Callable[[Given], Given] | None = None) -> None:
+        table = (s.partition(": ") for s in each)
+        self._table = [(step, operands.split()) for step, _, operands in table]
+        self._first = first
+
+    def __call__(self, name: str, given: Given) -> Result:
+        """The output and the final state."""
+        if self._first is not None:
+            given = {**given, **self._first(given)}
+        step, operands = self._chosen(given)
         return run(step, [given[n] for n in operands], given)
 
-    return means
+    def _chosen(self, given: Given) -> tuple[str, list[str]]:
+        complete = (row for row in self._table if all(given[n] is not None for n in row[1]))
+        return next(complete, self._table[-1])
+
+    def direct(self, asked: Given, given: Given) -> _Direct | None:
+        """The step of one token, if its operands are arguments as they were `asked`."""
+        if self._first is not None or given["cu_seqlens"] is not None:
+            return None
+        if any(given.get(n) for n in _OTHERWISE):
+            return None
+        step, names = self._chosen(given)
+        if any(given[n] is not asked[n] for n in names):
+            return None
+        return _Direct(
+            _variant(step, given).step, itemgetter(*names), scale_of(given, given[names[0]])
+        )
 
 
 def run(step: str, operands: list[Tensor], given: Given) -> Result:
     """A call of a step with one state; where `state_v_first`, the caller has it as `[N,HV,V,K]`."""
     state, v_first = given["initial_state"], given.get("state_v_first")
-    l2 = bool(given.get("use_qk_l2norm_in_kernel"))
-    op = rule(step, l2, promised_bound(given), by_channel(given))
+    op = _variant(step, given)
     first = state.transpose(-1, -2) if v_first and state is not None else state
     o, final = called(op, operands, given, first)
     if not given["output_final_state"]:
@@ -129,6 +231,11 @@ def run(step: str, operands: list[Tensor], given: Given) -> Result:
     if v_first and final is not None:
         final = final.transpose(-1, -2).contiguous()
     return o, final
+
+
+def _variant(step: str, given: Given) -> Recurrence:
+    l2 = bool(given.get("use_qk_l2norm_in_kernel"))
+    return rule(step, l2, promised_bound(given), by_channel(given))
 
 
 def called(

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")  # which needs Python 3.11
 from chunkwise import errors  # noqa: E402
 from chunkwise.integrations import transformers as integration  # noqa: E402
 
-from tests.integrations.families import FAMILIES, MORE, VOCABULARY, model  # noqa: E402
+from benchmarks.families import FAMILIES, MORE, VOCABULARY, model  # noqa: E402
 
 B, T = 2, 37
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -344,12 +345,6 @@ def test_packed(x: dict[str, Tensor]) -> None:
             {"allow_neg_eigval": True},
             "use_beta_sigmoid_in_kernel",
         ),
-        (
-            "chunk_kda",
-            ("q", "k", "v", "gk", "beta"),
-            {"return_intermediate_states": True},
-            "prefixes",
-        ),
         ("fused_recurrent_gla", ("q", "k", "v", "gk", "gv"), {}, "one of the two"),
         ("fused_recurrent_gdn", ("q", "k", "v", "g", "gk", "gv"), {}, "one of the two"),
         ("fused_recurrent_gdn", ("q", "k", "v", "g", "none", "gv"), {}, "columns"),
@@ -405,6 +400,68 @@ def test_one_token_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         o, _ = f.fused_recurrent_delta_rule(q.clone().requires_grad_(), k, v, beta)
         o.sum().backward()
     assert len(steps) == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scale": 0.3, "output_final_state": False},
+        {"initial_state": torch.ones(2, 2, 4, 4)},
+        {"initial_state": torch.ones(2, 2, 4, 4), "state_v_first": True},
+        {"beta": None},
+        {"use_beta_sigmoid_in_kernel": True},
+        {"gk": -torch.ones(2, 1, 2, 4)},
+        {"use_qk_l2norm_in_kernel": True},
+        {"cu_seqlens": torch.tensor([0, 1])},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_what_is_kept_of_one_token(options: dict[str, Any]) -> None:
+    """It serves a call as the arguments say, which `chunk_size` has read one by one."""
+    q, k, v = torch.randn(3, 2, 1, 2, 4).unbind(0)
+    given = {"g": -torch.rand(2, 1, 2), "beta": torch.rand(2, 1, 2), "output_final_state": True}
+    x = {"q": q, "k": k, "v": v, **given, **options}
+    if "cu_seqlens" in options:
+        x = {n: y[:1] if isinstance(y, Tensor) and y.ndim > 1 else y for n, y in x.items()}
+    call = cw.fla.fused_recurrent_gated_delta_rule
+    call(**{**x, "output_final_state": True}), call(**{**x, "k": q})
+    for _ in range(2):
+        for got, want in zip(call(**x), call(**x, chunk_size=64), strict=True):
+            assert torch.equal(got, want) if want is not None else got is None
+    with pytest.raises(cw.errors.ChunkwiseError):
+        call(**{**x, "cu_seqlens": [0, 1]})
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("cu", [None, torch.tensor([0, 3, 3, T])])
+def test_states_before_each_chunk(x: dict[str, Tensor], cu: Tensor | None, v_first: bool) -> None:
+    """They are final states of what comes before them, of each sequence."""
+    rows = B if cu is None else 1
+    q, k, v, g, beta = (x[n][:rows] for n in ("q", "k", "v", "gk", "beta"))
+    bounds = [0, T] if cu is None else cu.tolist()
+    shape = (V, K) if v_first else (K, V)
+    first = torch.randn(B if cu is None else 3, HV, *shape, dtype=torch.float64)
+    options = {"initial_state": first, "state_v_first": v_first}
+    o, final, states = cw.fla.chunk_kda(
+        q, k, v, g, beta, chunk_size=4, cu_seqlens=cu, output_final_state=True,
+        return_intermediate_states=True, **options,
+    )  # fmt: skip
+    given = {"cu_seqlens": cu, "output_final_state": True}
+    want, last = cw.fla.chunk_kda(q, k, v, g, beta, **given, **options)
+    torch.testing.assert_close((o, final), (want, last))
+    at = 0
+    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
+        own = {**options, "initial_state": first if cu is None else first[n : n + 1]}
+        for stop in range(start, end, 4):
+            part = (y[:, start:stop] for y in (q, k, v, g, beta))
+            _, before = cw.fla.chunk_kda(*part, output_final_state=True, **own)
+            torch.testing.assert_close(states[:, at], before)
+            at += 1
+    assert at == states.shape[1]
+    part, nothing, _ = cw.fla.chunk_kda(q, k, v, g, beta, return_intermediate_states=True)
+    assert nothing is None
 
 
 def test_what_is_promised_of_gates_is_not_of_those_of_squares(

@@ -107,3 +107,11 @@ def test_triton(driver: Driver) -> None:
 def test_a_step() -> None:
     token, state = [t[:, 0] for t in _operands(1)], torch.zeros(2, 2, 16, 16)
     _few(lambda: OP.step(*token, state=state))
+
+
+@torch.no_grad()
+def test_a_step_by_a_name_of_fla() -> None:
+    x, state = _operands(1), torch.zeros(2, 2, 16, 16)
+    run = cw.fla.fused_recurrent_gated_delta_rule
+    names = ("q", "k", "v", "g", "beta")
+    _few(lambda: run(**dict(zip(names, x, strict=True)), initial_state=state))

@@ -1,0 +1,203 @@
+"""The functions of mamba_ssm and causal_conv1d against loops over tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from chunkwise import errors
+from chunkwise.integrations.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from chunkwise.integrations.mamba_ssm import (
+    mamba_chunk_scan_combined,
+    selective_scan_fn,
+    selective_state_update,
+)
+from chunkwise.runtime.nn import fused
+from torch import Tensor
+
+B, T, D, W = 2, 11, 6, 4
+SEQUENCES = torch.tensor([[0] * 4 + [1] + [2] * 6, [3] * 5 + [0] * 6])
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def check(got: Tensor, want: Tensor, *leaves: Tensor) -> None:
+    """Equal, and so are the gradients of the leaves."""
+    torch.testing.assert_close(got, want)
+    if leaves:
+        of = [torch.autograd.grad((y * randn(*y.shape)).sum(), leaves) for y in (got, want)]
+        for a, b in zip(*of, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+# ---- convolutions --------------------------------------------------------------------------------
+
+
+def convolved(x: Tensor, weight: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+    """Token by token; x may begin with tokens that are only seen."""
+    rows = []
+    for b in range(len(x)):
+        columns = []
+        for t in range(x.shape[2]):
+            seen = torch.zeros_like(x[b, :, 0])
+            for n in range(min(weight.shape[1], t + 1)):
+                if seq_idx is None or seq_idx[b, t] == seq_idx[b, t - n]:
+                    seen = seen + weight[:, -1 - n] * x[b, :, t - n]
+            columns.append(seen)
+        rows.append(torch.stack(columns, -1))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_convolution(packed: bool) -> None:
+    x, weight, bias = randn(B, D, T), randn(D, W, seed=1), randn(D, seed=2)
+    leaves = [y.requires_grad_() for y in (x, weight, bias)]
+    seq_idx = SEQUENCES if packed else None
+    want = F.silu(convolved(x, weight, seq_idx) + bias[:, None])
+    check(causal_conv1d_fn(x, weight, bias, seq_idx, activation="silu"), want, *leaves)
+    check(causal_conv1d_fn(x, weight, seq_idx=seq_idx), convolved(x, weight, seq_idx), x, weight)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("biased", [False, True])
+def test_convolution_by_its_kernel(monkeypatch: pytest.MonkeyPatch, biased: bool) -> None:
+    x, weight = (randn(*s, dtype=torch.float32).requires_grad_() for s in ((B, D, T), (D, W)))
+    bias = randn(D, seed=2, dtype=torch.float32) if biased else None
+    for seq_idx in (None, SEQUENCES):
+        want = causal_conv1d_fn(x, weight, bias, seq_idx, activation="silu")
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "serves", lambda x: True)
+            got = causal_conv1d_fn(x, weight, bias, seq_idx, activation="silu")
+        check(got, want, x, weight)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, T])
+def test_states_of_convolutions(tokens: int) -> None:
+    x, weight, before = randn(B, D, tokens), randn(D, W, seed=1), randn(B, D, W - 1, seed=2)
+    whole = torch.cat([before, x], -1)
+    want = convolved(whole, weight)[..., W - 1 :]
+    room = torch.empty(B, D, W - 1, dtype=x.dtype)
+    got, last = causal_conv1d_fn(
+        x, weight, initial_states=before, return_final_states=True, final_states_out=room
+    )
+    check(got, want)
+    assert last is room
+    assert torch.equal(last, whole[..., -(W - 1) :])
+    _, alone = causal_conv1d_fn(x, weight, return_final_states=True)
+    assert torch.equal(alone, F.pad(x, (W - 1, 0))[..., -(W - 1) :])
+
+    state = F.pad(before, (1, 0))  # states may hold more than is seen
+    pool = randn(5, D, W, seed=3)
+    slots = torch.tensor([3, 1])
+    pool[slots] = state
+    others = pool[[0, 2, 4]]
+    given = x.squeeze(-1) if tokens == 1 else x
+    check(causal_conv1d_update(given, state, weight).view(want.shape), want)
+    check(
+        causal_conv1d_update(given, pool, weight, conv_state_indices=slots).view(want.shape), want
+    )
+    assert torch.equal(state, F.pad(whole, (1, 0))[..., -W:])
+    assert torch.equal(pool[slots], state)
+    assert torch.equal(pool[[0, 2, 4]], others)
+
+
+def test_convolutions_refuse() -> None:
+    x, weight = randn(B, D, T), randn(D, W)
+    with pytest.raises(errors.BadOption, match="activation"):
+        causal_conv1d_fn(x, weight, activation="tanhshrink")
+    with pytest.raises(errors.BadOption, match="seq_idx"):
+        causal_conv1d_fn(x, weight, seq_idx=SEQUENCES, return_final_states=True)
+
+
+# ---- scans ---------------------------------------------------------------------------------------
+
+H, G, P, N = 4, 2, 3, 5
+
+
+def scanned(
+    x: Tensor, dt: Tensor, A: Tensor, Bs: Tensor, Cs: Tensor, state: Tensor,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`[B,T,H,P]`, token by token; dt `[B,T,H,P]`, A `[H,P,N]`, Bs and Cs `[B,T,H,N]`."""
+    outputs = []
+    for t in range(x.shape[1]):
+        if seq_idx is not None and t:
+            state = state * (seq_idx[:, t] == seq_idx[:, t - 1])[:, None, None, None]
+        step = dt[:, t, :, :, None]
+        state = torch.exp(step * A) * state + step * x[:, t, :, :, None] * Bs[:, t, :, None]
+        outputs.append((state * Cs[:, t, :, None]).sum(-1))
+    return torch.stack(outputs, 1), state
+
+
+@pytest.mark.parametrize("case", ["plain", "packed", "continued", "skip per channel"])
+def test_mamba2(case: str) -> None:
+    x, dt, z = randn(B, T, H, P), randn(B, T, H, seed=1), randn(B, T, H, P, seed=2)
+    A, bias = -randn(H, seed=3).exp(), randn(H, seed=4)
+    Bs, Cs = randn(B, T, G, N, seed=5), randn(B, T, G, N, seed=6)
+    skip = randn(H, P, seed=7) if case == "skip per channel" else randn(H, seed=7)
+    leaves = [y.requires_grad_() for y in (x, dt, A, Bs, Cs, skip, bias, z)]
+    first = randn(B, H, P, N, seed=8) if case == "continued" else None
+    seq_idx = SEQUENCES if case == "packed" else None
+    o, final = mamba_chunk_scan_combined(
+        *(x, dt, A, Bs, Cs, 64), D=skip, z=z, dt_bias=bias, initial_states=first, seq_idx=seq_idx,
+        dt_softplus=True, dt_limit=(0.1, 2.0), return_final_states=True,
+    )  # fmt: skip
+    steps = F.softplus(dt + bias).clamp(0.1, 2.0)[..., None].expand(x.shape)
+    keys = [y.repeat_interleave(H // G, 2) for y in (Bs, Cs)]
+    zero = torch.zeros(B, H, P, N, dtype=x.dtype) if first is None else first
+    want, last = scanned(x, steps, A[:, None, None].expand(H, P, N), *keys, zero, seq_idx)
+    want = (want + x * (skip if skip.ndim == 2 else skip[:, None])) * F.silu(z)
+    check(o, want, *leaves)
+    check(final, last)
+
+
+@pytest.mark.parametrize("one_rate", [True, False])
+def test_one_token(one_rate: bool) -> None:
+    """Of Mamba-2, whose heads have one rate, and of what has a rate for every channel."""
+    x, z, state = randn(B, H, P), randn(B, H, P, seed=1), randn(B, H, P, N, seed=2)
+    Bs, Cs, skip = randn(B, G, N, seed=3), randn(B, G, N, seed=4), randn(H, P, seed=5)
+    dt, A = randn(B, H, P, seed=6), -randn(H, P, N, seed=7).exp()
+    bias = randn(H, P, seed=8)
+    if one_rate:
+        dt, bias = dt[..., :1].expand(B, H, P), bias[:, :1].expand(H, P)
+        A = A[:, :1, :1].expand(H, P, N)
+    keys = [y.repeat_interleave(H // G, 1)[:, None] for y in (Bs, Cs)]
+    want, last = scanned(x[:, None], F.softplus(dt + bias)[:, None], A, *keys, state)
+    want = (want[:, 0] + skip * x) * F.silu(z)
+    pool, slots = randn(5, H, P, N, seed=9), torch.tensor([4, 0])
+    pool[slots], others = state, pool[1:4].clone()
+    given = (x, dt, A, Bs, Cs, skip, z, bias, True)
+    check(selective_state_update(pool, *given, slots), want)
+    check(selective_state_update(state, *given), want)
+    check(state, last)
+    assert torch.equal(pool[slots], state)
+    assert torch.equal(pool[1:4], others)
+
+
+def test_mamba1() -> None:
+    """Whole sequences, and one token more."""
+    u, delta, z = randn(B, D, T), randn(B, D, T, seed=1), randn(B, D, T, seed=2)
+    A, skip, bias = -randn(D, N, seed=3).exp(), randn(D, seed=4), randn(D, seed=5)
+    Bs, Cs = randn(B, N, T, seed=6), randn(B, N, T, seed=7)
+    leaves = [y.requires_grad_() for y in (u, delta, A, Bs, Cs, skip, bias, z)]
+    o, final = selective_scan_fn(u, delta, A, Bs, Cs, skip, z, bias, True, True)
+    steps = F.softplus(delta + bias[:, None]).mT[:, :, None]
+    keys = [y.mT[:, :, None] for y in (Bs, Cs)]
+    zero = torch.zeros(B, 1, D, N, dtype=u.dtype)
+    want, last = scanned(u.mT[:, :, None], steps, A[None], *keys, zero)
+    check(o, (want[:, :, 0].mT + skip[:, None] * u) * F.silu(z), *leaves)
+    check(final, last[:, 0])
+    grouped = [y[:, None].expand(B, 2, N, T) for y in (Bs, Cs)]
+    check(selective_scan_fn(u, delta, A, *grouped), selective_scan_fn(u, delta, A, Bs, Cs))
+
+    with torch.no_grad():
+        part, state = selective_scan_fn(
+            *(u[..., :-1], delta[..., :-1], A, Bs[..., :-1], Cs[..., :-1]), return_last_state=True
+        )
+        got = selective_state_update(state, u[..., -1], delta[..., -1], A, Bs[..., -1], Cs[..., -1])
+        assert math.prod(part.shape) == B * D * (T - 1)
+        check(got, selective_scan_fn(u, delta, A, Bs, Cs)[..., -1])
