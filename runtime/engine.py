@@ -27,6 +27,7 @@ from ..dsl.normal_form import NormalForm, Operand, has_entries_apart
 from ..dsl.oracle import joined
 from .call import Call, places_of, values_of
 from .engines import EngineName
+from .joining import Join
 from .micro_steps import by_entry, expanded, rows_of
 from .prepared import Records, Request, Run, States, Values, Way
 from .printed import dtypes_of, unsupported_dtype
@@ -78,6 +79,7 @@ class Task:
         params: the numbers of floats among the values of a call.
         results: the names that kernels give to the results: outputs and states, or gradients.
         time: whether values of tokens have a time axis.
+        joined: as of a request.
     """
 
     way: Way
@@ -91,6 +93,7 @@ class Task:
     time: bool = True
     pools: dict[str, Feed] = field(default_factory=dict)
     slots: tuple[Feed, ...] = ()
+    joined: bool = False
 
     @property
     def per_head(self) -> frozenset[str]:
@@ -113,6 +116,7 @@ class Engine(ABC):
 
     name: EngineName
     has_steps = True  # whether it has kernels of single tokens
+    joins = False  # whether it prepares requests that are `joined`
 
     @abstractmethod
     def refusal(self, call: Call) -> str | None:
@@ -192,13 +196,25 @@ class Engine(ABC):
         initials = tuple(None if x is None else next(rest) for x in call.initial)
         return dict(zip(call.operands, made, strict=False)), initials
 
-    def _run(self, request: Request) -> Sequence[Tensor]:
+    def joined(
+        self, call: Call, join: Join, cotangents: States | None = None
+    ) -> tuple[Tensor, ...]:
+        """Output and last states of this rank's part of sequences; of `cotangents`, gradients.
+
+        The first states (of a backward the gradients of the last ones), float32 and all there, are
+        read after `join.meet` was called.
+        """
+        way = Way.CHUNKS if cotangents is None else Way.BACKWARD
+        return tuple(self._run(Request(call, way, cotangents or (), joined=True), join))
+
+    def _run(self, request: Request, *joins: Join) -> Sequence[Tensor]:
         call, values = request.call, values_of(request.call, request.cotangents)
         tensors = values[: len(values) - len(call.params)]
         how = (self, call.declaration, call.static, request.way, request.config, request.segment)
-        layout = tensors, (*how, torch.get_num_threads())
-        latest = _RECORDS.latest(*layout)
-        return (latest or _RECORDS.find(*layout, lambda: self.prepare(request.bare())))(values)
+        layout = tensors, (*how, request.joined, torch.get_num_threads())
+        run = _RECORDS.latest(*layout)
+        run = run or _RECORDS.find(*layout, lambda: self.prepare(request.bare()))
+        return run([*values, *joins])
 
 
 _RECORDS: Records[Run] = Records()
@@ -287,7 +303,7 @@ def task_of(request: Request) -> Task:
     rows = by_entry(call) if tokens else expanded(call)
     return Task(
         way, call, rows, operands, starts, places.params, bounds, tuple(results), places.time,
-        pools, slots,
+        pools, slots, request.joined,
     )  # fmt: skip
 
 

@@ -1,20 +1,21 @@
 """A recurrence over sequences that lie on several ranks of a process group, token after token.
 
 The state after a rank's part of a sequence is affine in the state before it, S' = A S + B (equation
-9 of the mathematics). So each rank computes A and B of its own part, all ranks exchange them, each
-combines those of the ranks before it, and then calls the op from the state that it finds. Gradients
-go the other way with the transposes of the same A. What is exchanged does not depend on the number
-of tokens.
+9 of the mathematics). Each rank computes A and B of its own part, all ranks exchange them, and each
+combines those of the ranks before it to the state from which its part starts. Gradients go the
+other way with the transposes of the same A. What is exchanged does not depend on the number of
+tokens.
 
-B is the final state from zero. If a state only decays, A is e^(the sum of its log-decays). Else it
-is a matrix: the final state from the identity, with operands of zero in the place of what is
-written.
+An engine whose scans run on segments computes A and B on its way (`Engine.joins`). Elsewhere the op
+is called for them: B is the final state from zero. If a state only decays, A is e^(the sum of its
+log-decays). Else it is a matrix: the final state from the identity, with operands of zero in the
+place of what is written.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +27,11 @@ from torch.distributed import ProcessGroup
 
 from ..dsl import errors, oracle
 from ..dsl.ir import Kind, Per
-from .call import Call, bind
+from ..dsl.normal_form import StateDecl
+from .call import Call, bind, describe
+from .check import asked, check_contents, check_results
+from .joining import Factors, Join, Map
+from .prepared import serving_engine
 from .ranks import agree, group_of, share_of, tokens_of
 from .sizes import check_boundaries
 from .transitions import Kinds, kinds_of
@@ -47,16 +52,6 @@ class Given(NamedTuple):
     cu_seqlens: Tensor | None
     engine: str | None
     check: bool | None
-
-
-class _Map(NamedTuple):
-    """What becomes of states over a stretch: `ends` from zero, and a factor of the state before it.
-
-    A factor is a matrix `[N,HV,K,K]` (`[N,HV,V,V]` if transposed), or scales entries; None is 1.
-    """
-
-    ends: Tensors
-    factors: tuple[Tensor | None, ...]
 
 
 def call(declaration: Declaration, ops: Ops, given: Given, group: object) -> Tensors:
@@ -84,6 +79,9 @@ def _call(declaration: Declaration, ops: Ops, given: Given, group: ProcessGroup)
         if found.T == 0:
             raise errors.BadBatch("tokens", 0, "at least one on every rank")
         kinds = kinds_of(found)
+        if asked() if given.check is None else given.check:
+            check_contents(replace(found, cu_seqlens=None), check=True)
+        serving_engine(found, given.engine)
     except Exception as why:  # whatever it is: `agree` tells the other ranks, and raises it here
         refused = why
     tokens, offsets = agree(group, found, refused)
@@ -127,30 +125,80 @@ class _Parallel:
         bounds: Sequence[int] | None,
     ) -> None:
         self._ops, self._call, self._kinds, self._group = ops, call, kinds, group
-        self._engine, self._check = given.engine, given.check
+        self._engine = given.engine
+        self._checked = asked() if given.check is None else given.check
+        self._serving = serving_engine(call, given.engine)
         self._rank, self._ranks = dist.get_rank(group), len(tokens)
         self._shares = [share_of(call, bounds, tokens, n) for n in range(self._ranks)]
         self._share = self._shares[self._rank]
         self._states = call.declaration.states
         self._count = len(self._states)
+        self._leaves = any(x.leaves for x in self._shares)
+        self._spanned = any(x.spans for x in self._shares)
 
     # ---- forward ---------------------------------------------------------------------------------
 
     def forward(self) -> tuple[Tensors, list[Tensor | None]]:
         """Output and states; and what the backward needs beside operands: states and factors."""
-        call, share = self._call, self._share
-        spanned = any(x.spans for x in self._shares)
-        maps: list[_Map] = []
-        if any(x.leaves for x in self._shares):
-            maps = self._exchanged(self._own_map(spanned=spanned))
-        starts = self._starts(self._entering(maps))
-        o, *ends = self._run(call.operands, starts, share.boundaries, self._check)
-        rows = share.rows
+        call, rows = self._call, self._share.rows
+        starts = [
+            self._own_rows(x, state) for x, state in zip(call.initial, self._states, strict=True)
+        ]
+        maps: list[Map] = []
+
+        def meet(own: Map) -> None:
+            maps.extend(self._exchanged(own))
+            for start, x in zip(starts, self._entering(maps), strict=False):
+                start[: self._share.carried].copy_(x)
+
+        def meet_from_zero(own: Map) -> None:
+            meet(own._replace(ends=self._moved(self._before_last(), *reversed(own))))
+
+        if self._leaves and self._serving.joins:
+            o, *ends = self._serving.joined(
+                self._own_call(call.operands, starts), self._join(-1, meet_from_zero)
+            )
+        else:
+            if self._leaves:
+                meet(self._own_map())
+            o, *ends = self._run(call.operands, starts, self._share.boundaries)
         states = tuple(x if rows is None else _spread(x, rows, call.N) for x in ends)
-        factors = [f for m in maps for f in m.factors] if spanned else []
+        if self._checked:
+            check_results(call, (o, *states))
+        factors = [f for m in maps for f in m.factors] if self._spanned else []
         return (o, *states), [*starts, *factors]
 
-    def _own_map(self, *, spanned: bool) -> _Map:
+    def _own_rows(self, x: Tensor | None, state: StateDecl) -> Tensor:
+        """New states of this rank's sequences: `x` of them, or zero."""
+        call, rows = self._call, self._share.rows
+        count = call.N if rows is None else rows.stop - rows.start
+        if x is None:
+            return self._zeros((count, *call.state_shape(state)[1:]))
+        return (
+            (x if rows is None else x[rows]).detach().to(call.state_dtype, copy=True).contiguous()
+        )
+
+    def _own_call(self, operands: Mapping[str, Tensor], starts: Sequence[Tensor]) -> Call:
+        """The call of this rank's sequences alone."""
+        call = self._call
+        return describe(
+            call.declaration,
+            dict(operands),
+            call.params,
+            tuple(starts),
+            self._share.boundaries,
+            call.static,
+        )
+
+    def _join(self, sequence: int, meet: Callable[[Map], None]) -> Join:
+        """`sequence`: of a packed batch, the one that goes over a border: the first or the last."""
+        boundaries = self._share.boundaries
+        if boundaries is None:
+            return Join(slice(None), None, meet)
+        at = sequence % (len(boundaries) - 1)
+        return Join(slice(at, at + 1), tuple(boundaries.tolist()), meet)
+
+    def _own_map(self) -> Map:
         """That of the stretch of this rank's tokens that goes on on the next; zero if none does."""
         call, share = self._call, self._share
         operands = tokens_of(call, share.last_from, None)
@@ -158,10 +206,10 @@ class _Parallel:
             _, *ends = self._run(operands, self._before_last())
         else:
             ends = [self._zeros((share.carried, *call.state_shape(s)[1:])) for s in self._states]
-        factors: tuple[Tensor | None, ...] = (None,) * self._count
-        if spanned:
+        factors: Factors = (None,) * self._count
+        if self._spanned:
             factors = self._factors(operands, zero=not share.spans)
-        return _Map(tuple(ends), factors)
+        return Map(tuple(ends), factors)
 
     def _before_last(self) -> tuple[Tensor | None, ...]:
         """The states before the stretch that leaves: given if it begins here, else zero."""
@@ -172,7 +220,7 @@ class _Parallel:
             return initial
         return tuple(None if x is None else x[rows.stop - 1 : rows.stop] for x in initial)
 
-    def _factors(self, operands: dict[str, Tensor], *, zero: bool) -> tuple[Tensor | None, ...]:
+    def _factors(self, operands: dict[str, Tensor], *, zero: bool) -> Factors:
         """A of every state; `zero`: of the right shape, for ranks whose own nobody needs."""
         call, carried = self._call, self._share.carried
         found: list[Tensor | None] = []
@@ -221,10 +269,10 @@ class _Parallel:
         assert total is not None
         return total
 
-    def _entering(self, maps: Sequence[_Map]) -> Tensors | None:
-        """The states that come from the ranks before this one; None if no sequence does."""
+    def _entering(self, maps: Sequence[Map]) -> Tensors:
+        """The states that come from the ranks before this one; empty if no sequence does."""
         if not self._share.enters:
-            return None
+            return ()
         states: Tensors = ()
         for m, share in zip(maps[: self._rank], self._shares, strict=False):
             states = self._moved(states, m.factors, m.ends) if share.spans else m.ends
@@ -232,38 +280,26 @@ class _Parallel:
 
     def _moved(
         self,
-        states: Tensors,
-        factors: Sequence[Tensor | None],
+        states: Sequence[Tensor | None],
+        factors: Factors,
         added: Tensors,
         *,
         transposed: bool = False,
     ) -> Tensors:
-        """A S + B of every state, or A^T S + B."""
+        """A S + B of every state, or A^T S + B; in float64, for the next rank rounds again."""
         moved = []
         for x, a, b, matrix in zip(states, factors, added, self._kinds.matrix, strict=True):
-            if a is None:
+            if x is None:
+                moved.append(b)
+            elif a is None:
                 moved.append(x + b)
             elif matrix:
+                a, x = a.double(), x.double()
                 a = a.mT if transposed else a
-                moved.append((x @ a if self._kinds.transposed else a @ x) + b)
+                moved.append(((x @ a if self._kinds.transposed else a @ x) + b).to(b.dtype))
             else:
                 moved.append(a * x + b)
         return tuple(moved)
-
-    def _starts(self, entering: Tensors | None) -> tuple[Tensor | None, ...]:
-        """The first states of this rank's call."""
-        call, share = self._call, self._share
-        if share.rows is None:
-            return call.initial if entering is None else entering
-        starts: list[Tensor | None] = []
-        for n, (state, x) in enumerate(zip(self._states, call.initial, strict=True)):
-            own = None if x is None else x[share.rows]
-            if entering is not None:
-                count = share.rows.stop - share.rows.start
-                own = self._zeros((count, *call.state_shape(state)[1:])) if own is None else own
-                own = torch.cat([entering[n], own[1:].to(entering[n].dtype)])
-            starts.append(own)
-        return tuple(starts)
 
     # ---- backward --------------------------------------------------------------------------------
 
@@ -273,21 +309,31 @@ class _Parallel:
         """Gradients of operands and of initial states."""
         call, share, states = self._call, self._share, self._count
         a, b = len(call.operands), len(call.operands) + states
-        operands = dict(zip(call.operands, saved, strict=False))
-        initial, starts, factors = saved[a:b], saved[b : b + states], saved[b + states :]
-        rows = share.rows
-        dfinals = [None if d is None else d if rows is None else d[rows] for d in dstates]
-        if any(x.leaves for x in self._shares):
-            after = self._after(operands, starts, factors, do, dfinals)
-            if after is not None:
-                dfinals = [
-                    self._added(d, x, state)
-                    for d, x, state in zip(dfinals, after, self._states, strict=True)
-                ]
-        grads = self._differentiate(operands, starts, do, dfinals, share.boundaries)
-        own: list[Tensor | None] = grads[:a]
+        operands: dict[str, Any] = dict(zip(call.operands, saved, strict=False))
+        initial, factors = saved[a:b], saved[b + states :]
+        starts = [x for x in saved[b : b + states] if x is not None]
+        dlast = [self._own_rows(d, state) for d, state in zip(dstates, self._states, strict=True)]
+
+        def meet(mine: Tensors) -> None:
+            for d, x in zip(dlast, self._after(self._gathered(mine), factors), strict=False):
+                d[len(d) - share.carried :] += x
+
+        def meet_from_zero(own: Map) -> None:
+            ends = [d[: share.carried] for d in dlast]
+            meet(self._moved(ends, *reversed(own), transposed=True))
+
+        grads: Sequence[Tensor | None]
+        if self._leaves and self._serving.joins:
+            grads = self._serving.joined(
+                self._own_call(operands, starts), self._join(0, meet_from_zero), (do, *dlast)
+            )
+        else:
+            if self._leaves:
+                meet(self._before_first(operands, starts, do, dlast))
+            grads = self._differentiate(operands, starts, do, dlast, share.boundaries)
+        own: list[Tensor | None] = [*grads[:a]]
         for n, x in enumerate(initial):
-            d = grads[a + n]
+            d, rows = grads[a + n], share.rows
             if x is None or d is None:
                 own.append(None)
             elif rows is None:
@@ -298,44 +344,32 @@ class _Parallel:
                 own.append(_spread(d, rows, call.N).to(x.dtype))
         return tuple(own)
 
-    def _after(
+    def _before_first(
         self,
         operands: dict[str, Any],
-        starts: Sequence[Tensor | None],
-        factors: Sequence[Tensor | None],
+        starts: Sequence[Tensor],
         do: Tensor | None,
-        dfinals: Sequence[Tensor | None],
-    ) -> Tensors | None:
+        dlast: Sequence[Tensor],
+    ) -> Tensors:
+        """The gradient of the states before what enters, by this rank's tokens; zero if none do."""
+        call, share, k = self._call, self._share, self._share.carried
+        if not share.enters:
+            return tuple(self._zeros((k, *call.state_shape(s)[1:])) for s in self._states)
+        T = share.first_tokens
+        first = tokens_of(replace(call, operands=operands), 0, T)
+        before, ends = [x[:k] for x in starts], [x[:k] for x in dlast]
+        grads = self._differentiate(first, before, None if do is None else do[:, :T], ends)
+        return tuple(x for x in grads[len(first) :] if x is not None)
+
+    def _after(self, gathered: Sequence[Tensors], factors: Sequence[Tensor | None]) -> Tensors:
         """The gradient of the states with which this rank's part ends, by the ranks behind it."""
-        call, share, count = self._call, self._share, self._count
-        mine = [self._zeros((share.carried, *call.state_shape(s)[1:])) for s in self._states]
-        if share.enters:
-            T, k = share.first_tokens, share.carried
-            first = tokens_of(replace(call, operands=operands), 0, T)
-            ends = [_rows(x, k) for x in dfinals]
-            before = [_rows(x, k) for x in starts]
-            grads = self._differentiate(first, before, None if do is None else do[:, :T], ends)
-            mine = [x for x in grads[len(first) :] if x is not None]
-        gathered = self._gathered(tuple(mine))
-        if not share.leaves:
-            return None
         after: Tensors = ()
-        for rank in range(self._ranks - 1, self._rank, -1):
+        for rank in range(self._ranks - 1, self._rank, -1) if self._share.leaves else ():
             after, behind = gathered[rank], after
             if self._shares[rank].spans:
-                own = factors[rank * count : (rank + 1) * count]
-                after = self._moved(behind, own, after, transposed=True)
+                own = factors[rank * self._count : (rank + 1) * self._count]
+                after = self._moved(behind, tuple(own), after, transposed=True)
         return after
-
-    def _added(self, d: Tensor | None, after: Tensor, state: Any) -> Tensor:
-        """The gradient of this rank's last states, with that of the states that go on."""
-        rows = self._share.rows
-        count = self._call.N if rows is None else rows.stop - rows.start
-        total = self._zeros((count, *self._call.state_shape(state)[1:]))
-        if d is not None:
-            total += d
-        total[count - self._share.carried :] += after
-        return total
 
     # ---- calls of the ops, and collectives -------------------------------------------------------
 
@@ -344,10 +378,9 @@ class _Parallel:
         operands: dict[str, Tensor],
         starts: Sequence[Tensor | None],
         boundaries: Tensor | None = None,
-        check: bool | None = False,
     ) -> Tensors:
         made: Tensors = self._ops.forward(
-            *operands.values(), *starts, boundaries, *self._numbers, self._engine, check
+            *operands.values(), *starts, boundaries, *self._numbers, self._engine, False
         )
         return made
 
@@ -373,13 +406,15 @@ class _Parallel:
     def _zeros(self, shape: Sequence[int]) -> Tensor:
         return torch.zeros(*shape, dtype=self._call.state_dtype, device=self._call.device)
 
-    def _exchanged(self, own: _Map) -> list[_Map]:
-        """The maps of all ranks."""
-        count, present = len(own.ends), [f is not None for f in own.factors]
+    def _exchanged(self, own: Map) -> list[Map]:
+        """The maps of all ranks; factors where a sequence spans a rank."""
+        count = self._count
+        factors = [f for f in own.factors if f is not None and self._spanned]
         found = []
-        for x in self._gathered((*own.ends, *(f for f in own.factors if f is not None))):
+        for x in self._gathered((*own.ends, *factors)):
             rest = iter(x[count:])
-            found.append(_Map(x[:count], tuple(next(rest) if p else None for p in present)))
+            own_factors = (None if f is None else next(rest, None) for f in own.factors)
+            found.append(Map(x[:count], tuple(own_factors)))
         return found
 
     def _gathered(self, own: Tensors) -> list[Tensors]:
@@ -399,7 +434,3 @@ def _spread(x: Tensor, rows: slice, N: int) -> Tensor:
     full = x.new_zeros(N, *x.shape[1:])
     full[rows] = x
     return full
-
-
-def _rows(x: Tensor | None, count: int) -> Tensor | None:
-    return None if x is None else x[:count]

@@ -171,6 +171,7 @@ class Request:
         segment: of a config for a GPU, tokens of a segment (0: none), instead of as many as such
             calls have.
         places: where values stand, if not in the order of the op.
+        joined: whether ranks of a group have parts of its sequences: a `Join` is the last value.
     """
 
     call: Call
@@ -179,6 +180,7 @@ class Request:
     config: Configuration | None = None
     segment: int | None = None
     places: Places | None = None
+    joined: bool = False
 
     def bare(self) -> Request:
         """The same for layouts alone: what is kept must not keep tensors."""
@@ -240,7 +242,7 @@ def prepare_forward(call: Call, engine: str | None) -> Prepared:
     Raises:
         NotLowered, EngineUnavailable: as their names say.
     """
-    serving = _serving(call, engine)
+    serving = serving_engine(call, engine)
     run = serving.prepare(Request(call, serving.forward_way(call)).bare())
     bounds = call.cu_seqlens
     return Prepared(run, call.device.type, bounds is not None and bounds.device.type == "cpu")
@@ -252,10 +254,10 @@ def prepare_backward(call: Call, cotangents: States, engine: str | None) -> Prep
     The values of such a call are the cotangents, then those of its forward.
     """
     request = Request(call, Way.BACKWARD, cotangents)
-    return Prepared(_serving(call, engine).prepare(request.bare()), call.device.type)
+    return Prepared(serving_engine(call, engine).prepare(request.bare()), call.device.type)
 
 
-def _serving(call: Call, engine: str | None) -> Engine:
+def serving_engine(call: Call, engine: str | None) -> Engine:
     """The engine of a call, which it must admit; the reference engine where no kernel has work.
 
     Without channels, reads are zero and outputs what the step makes of zero; without tokens, the

@@ -25,13 +25,14 @@ from ..engine import Execute, KernelEngine, Task, chunk_refusal, printed_token_r
 from ..engines import EngineName
 from ..prepared import Way
 from ..printed import PRINTED, Dtypes, dtypes_of, signature_of, unsupported_dtype
-from ..tuned.artifact import Configuration
+from ..tuned.artifact import CallSize, Configuration
 from ..tuned.selection import call_size_of, find, folders, select_config
 from .descriptors import is_hopper
+from .joined import JoinedLaunch
 from .launch import Launch
 from .launch_plan import LoadedKernel
 from .printed import kernel_of
-from .segments import segment_of
+from .segments import joined_segment, segment_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class _Triton(KernelEngine):
     """Kernels of Triton, on a GPU or in its interpreter."""
 
     name = EngineName.TRITON
+    joins = True
 
     def refusal(self, call: Call) -> str | None:
         why = self.device_refusal(call) or unsupported_dtype(dtypes_of(call))
@@ -72,13 +74,16 @@ class _Triton(KernelEngine):
             dims, dtypes = Dims(call.K, call.V), dtypes_of(task.rows)
             pooled = call.pool is not None
             compiled = _compile_token(call.step, dims, call.dtype, dtypes, pooled=pooled)
+        elif task.joined:
+            compiled = _compiled_for(call, joined_segment(*_sizes(call)))
         elif config is None:
             compiled = _compiled_for(call)
         else:
             assert isinstance(config, Config)
             compiled = _compiled_with(call, config, segment)
         kernels = compiled.backward if task.way is Way.BACKWARD else compiled.forward
-        return Launch(task, kernels, compiled.chunk, compiled.segment)
+        launch = JoinedLaunch if task.joined else Launch
+        return launch(task, kernels, compiled.chunk, compiled.segment)
 
 
 ENGINE = _Triton()
@@ -116,14 +121,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _compiled_for(call: Call) -> _Compiled:
+def _compiled_for(call: Call, segment: int | None = None) -> _Compiled:
     form, dims = call.form, Dims(call.K, call.V)
 
     def default() -> Config:
         return configuration(form, dims, call.dtype, shared_memory(call.device))
 
     config = select_config(Config, ENGINE.key(call), call_size_of(call), default)
-    return _compiled_with(call, _with_gluon(call, config, default()), None)
+    return _compiled_with(call, _with_gluon(call, config, default()), segment)
 
 
 def _with_gluon(call: Call, config: Config, usual: Config) -> Config:
@@ -148,10 +153,14 @@ def _with_gluon(call: Call, config: Config, usual: Config) -> Config:
 
 
 def _compiled_with(call: Call, config: Config, segment: int | None) -> _Compiled:
+    segment = segment_of(*_sizes(call)) if segment is None else segment
     dims = Dims(call.K, call.V)
-    if segment is None:
-        segment = segment_of(call.form, dims, call_size_of(call), multiprocessors(call.device))
     return compile_with(call.form, dims, call.dtype, dtypes_of(call), config, segment)
+
+
+def _sizes(call: Call) -> tuple[NormalForm, Dims, CallSize, int]:
+    """What the segments of a call depend on."""
+    return call.form, Dims(call.K, call.V), call_size_of(call), multiprocessors(call.device)
 
 
 @lru_cache(maxsize=512)

@@ -50,11 +50,15 @@ class Launch:
     def __call__(self, values: Values) -> list[Any]:
         """Launch the kernels in order; the task's results."""
         tensors = self.tensors(values)
-        self.plan.run(tensors)
+        self.run(tensors, values)
         made: list[Any] = [None if n is None else tensors[n] for n in self._results]
         for n, shape in self._outputs:
             made[n] = made[n][: self._layout.T * self._layout.B].view(shape)
         return made
+
+    def run(self, tensors: list[Any], values: Values) -> None:
+        """Launch the kernels on what `tensors` returned, to which new tensors are added."""
+        self.plan.run(tensors)
 
     def tensors(self, values: Values) -> list[Any]:
         """What kernels take of a call, as they number it."""

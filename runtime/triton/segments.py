@@ -23,16 +23,27 @@ def segment_of(form: NormalForm, dims: Dims, size: CallSize, multiprocessors: in
     As many segments as there are multiprocessors for. A pure function of the call's sizes and the
     kind of GPU: all ranks of a job choose alike.
     """
-    values = held(dims, transposed=chunk_program(form).transposed).V
-    programs = size.rows * -(-padded(values) // _V_TILE)
-    tokens = size.tokens * len(form.micro_steps)
-    segments = min(multiprocessors // max(programs, 1), tokens // _TOKENS)
+    segments, tokens = _at_most(form, dims, size, multiprocessors)
     if segments < min(_LEAST.values()):
         return 0
     how = transition_of(form, dims)
     if how is None or segments < _LEAST[how]:
         return 0
     return -(-tokens // segments)
+
+
+def joined_segment(form: NormalForm, dims: Dims, size: CallSize, multiprocessors: int) -> int:
+    """The same of a rank's part of sequences, whose transition is wanted anyhow: one at least."""
+    segments, tokens = _at_most(form, dims, size, multiprocessors)
+    return -(-tokens // max(segments, 1))
+
+
+def _at_most(form: NormalForm, dims: Dims, size: CallSize, multiprocessors: int) -> tuple[int, int]:
+    """The segments of a sequence for which a GPU has room, and its tokens."""
+    values = held(dims, transposed=chunk_program(form).transposed).V
+    programs = size.rows * -(-padded(values) // _V_TILE)
+    tokens = size.tokens * len(form.micro_steps)
+    return min(multiprocessors // max(programs, 1), tokens // _TOKENS), tokens
 
 
 def in_parts(

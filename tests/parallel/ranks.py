@@ -13,9 +13,12 @@ import chunkwise as cw
 import torch
 import torch.distributed as dist
 from chunkwise.dsl.ir import Per
+from chunkwise.runtime.call import Call
+from chunkwise.runtime.triton import engine as triton_engine
 from torch import Tensor
 
 from tests.harness import Inputs, Sizes, make_inputs
+from tests.interpreted import CHUNK, hasten, served_under, small
 
 
 def run(work: Callable[..., Any], ranks: int, folder: Path, *given: Any) -> list[Any]:
@@ -83,14 +86,23 @@ def mistakes() -> dict[str, str]:
 
 def errors_of(names: list[str], sizes: dict[str, Any], engine: str, parts: list[int]) -> Any:
     """By recurrence and result, the largest difference from one process over the result's size."""
+    if engine == "triton":
+        hasten()
+        triton_engine._compiled_for = _interpreted  # type: ignore[assignment]
     return {name: _compared(name, Sizes(**sizes), engine, parts) for name in names}
+
+
+def _interpreted(call: Call, joined: int | None = None) -> Any:
+    """What serves calls in the interpreter: of parts of sequences, segments of one chunk."""
+    return served_under(small, 0 if joined is None else CHUNK)(call)
 
 
 def _compared(name: str, sizes: Sizes, engine: str, parts: list[int]) -> dict[str, float]:
     op = getattr(cw.library, name)
     inputs = make_inputs(op, sizes)
     options = inputs.options
-    o, finals = op(**inputs.operands, **options, engine=engine, output_final_state=True)
+    alone = "eager" if engine == "triton" else engine
+    o, finals = op(**inputs.operands, **options, engine=alone, output_final_state=True)
     weights = _weights(o, finals)
     want = torch.autograd.grad(_loss(o, finals, weights), list(inputs.leaves.values()))
     rank, begin = dist.get_rank(), sum(parts[: dist.get_rank()])
