@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -246,10 +246,16 @@ def whole(name: str, x: Tensor) -> Tensor:
         raise errors.BadLayout(
             name,
             "a DTensor",
-            help="recurrences have no sharding rule; call them on x.to_local(): sequences of a "
-            "batch and value heads are independent of one another",
+            help="a call takes DTensors as operands, all of them, without a group; else pass "
+            "x.to_local(): sequences of a batch and value heads are independent of one another",
         )
     return x
+
+
+def any_sharded(args: Iterable[object], named: Mapping[str, object]) -> bool:
+    """Whether an operand is a shard of a tensor on many devices."""
+    kinds = _sharded()
+    return bool(kinds) and any(isinstance(x, kinds) for x in (*args, *named.values()))
 
 
 def _sharded() -> tuple[type, ...]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -115,11 +117,7 @@ def agree(
         given = {**call.params, **dict(call.static)}
         text = f"{call.declaration.name} of {dtypes}, {given}"
     said = list(text.encode()[:_TEXT].ljust(_TEXT))
-    place = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    own = torch.tensor([*numbers, *said], dtype=torch.int64, device=place)
-    every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, own, group=group)
-    rows = [x.tolist() for x in every]
+    rows = _said([*numbers, *said], group)
     texts = [bytes(row[len(numbers) :]).decode(errors="ignore").rstrip() for row in rows]
     if refused is not None:
         raise refused
@@ -133,3 +131,20 @@ def agree(
         if text != texts[0]:
             raise errors.RankMismatch(rank, "its call", text, f"{texts[0]} as on rank 0")
     return [row[1] for row in rows], bounds
+
+
+def _said(own: list[int], group: dist.ProcessGroup) -> list[list[int]]:
+    """What every rank says, on the host; a GPU goes on meanwhile with what it has to do."""
+    on_gpu = dist.get_backend(group) == "nccl"
+    with torch.cuda.stream(_beside(torch.cuda.current_device())) if on_gpu else nullcontext():
+        mine = torch.tensor(own, dtype=torch.int64, device="cuda" if on_gpu else "cpu")
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(every, mine, group=group)
+        rows: list[list[int]] = torch.stack(every).tolist()
+    return rows
+
+
+@cache
+def _beside(device: int) -> torch.cuda.Stream:
+    """A stream that waits for no kernel of a call."""
+    return torch.cuda.Stream(device)

@@ -16,7 +16,7 @@ from ..dsl.explain import explain
 from ..dsl.step import output_names
 from ..dsl.trace import where
 from . import documentation
-from .call import Static, arrange, boundaries, initial_states
+from .call import Static, any_sharded, arrange, boundaries, initial_states
 from .decode import Stepper
 from .engines import EngineName, choose
 from .explanation import sections
@@ -177,6 +177,12 @@ class Recurrence:
             o, *made = parallel.call(self.declaration, self._ops, given, group)
             operands, params, static = arrange(self.declaration, args, named)
             return self._returned(o, made if output_final_state else None, operands, static)
+        if any_sharded(args, named):
+            from . import sharded
+
+            options = {"output_final_state": output_final_state, "engine": name, "check": check}
+            where_split = (self, self.declaration, args, named, initial_state, cu_seqlens)
+            return sharded.call(*where_split, options)
         operands, params, static = arrange(self.declaration, args, named)
         initial: Sequence[Tensor | None] = self._no_states
         if initial_state is not None:

@@ -16,26 +16,39 @@ from chunkwise.dsl.ir import Per
 from chunkwise.runtime.call import Call
 from chunkwise.runtime.triton import engine as triton_engine
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from tests.harness import Inputs, Sizes, make_inputs
 from tests.interpreted import CHUNK, hasten, served_under, small
 
 
-def run(work: Callable[..., Any], ranks: int, folder: Path, *given: Any) -> list[Any]:
+def run(
+    work: Callable[..., Any], ranks: int, folder: Path, *given: Any, backend: str = "gloo"
+) -> list[Any]:
     """What `work(*given)` returns on each of so many ranks; what one raises is raised here."""
     torch.multiprocessing.start_processes(
-        _rank, (work, ranks, str(folder), given), nprocs=ranks, start_method="spawn"
+        _rank, (work, ranks, str(folder), given, backend), nprocs=ranks, start_method="spawn"
     )
     return [torch.load(folder / f"{n}.pt", weights_only=False) for n in range(ranks)]
 
 
-def _rank(rank: int, work: Callable[..., Any], ranks: int, folder: str, given: Any) -> None:
+def _rank(
+    rank: int, work: Callable[..., Any], ranks: int, folder: str, given: Any, backend: str
+) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     # a rank that hangs would otherwise hang the test
     limit = timedelta(seconds=120)
-    dist.init_process_group("gloo", store, world_size=ranks, rank=rank, timeout=limit)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, store, world_size=ranks, rank=rank, timeout=limit)
     torch.save(work(*given), Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -86,7 +99,7 @@ def mistakes() -> dict[str, str]:
 
 def errors_of(names: list[str], sizes: dict[str, Any], engine: str, parts: list[int]) -> Any:
     """By recurrence and result, the largest difference from one process over the result's size."""
-    if engine == "triton":
+    if engine == "triton" and "device" not in sizes:
         hasten()
         triton_engine._compiled_for = _interpreted  # type: ignore[assignment]
     return {name: _compared(name, Sizes(**sizes), engine, parts) for name in names}
@@ -101,7 +114,7 @@ def _compared(name: str, sizes: Sizes, engine: str, parts: list[int]) -> dict[st
     op = getattr(cw.library, name)
     inputs = make_inputs(op, sizes)
     options = inputs.options
-    alone = "eager" if engine == "triton" else engine
+    alone = "eager" if engine == "triton" and sizes.device == "cpu" else engine
     o, finals = op(**inputs.operands, **options, engine=alone, output_final_state=True)
     weights = _weights(o, finals)
     want = torch.autograd.grad(_loss(o, finals, weights), list(inputs.leaves.values()))
@@ -172,8 +185,8 @@ def _each(states: Any) -> tuple[Tensor, ...]:
 
 def _weights(o: Tensor, finals: Any) -> tuple[Tensor, list[Tensor]]:
     random = torch.Generator().manual_seed(7)
-    return torch.randn(o.shape, generator=random), [
-        torch.randn(x.shape, generator=random) for x in _each(finals)
+    return torch.randn(o.shape, generator=random).to(o), [
+        torch.randn(x.shape, generator=random).to(x) for x in _each(finals)
     ]
 
 
@@ -185,3 +198,88 @@ def _loss(o: Tensor, finals: Any, weights: tuple[Tensor, list[Tensor]]) -> Tenso
 def _far(x: Tensor, y: Tensor) -> float:
     x, y = x.detach(), y.detach()
     return float((x - y).abs().max() / y.abs().max().clamp(min=1.0))
+
+
+class Layer(torch.nn.Module):
+    """A residual layer around the gated delta rule, of projections that can be split by heads."""
+
+    def __init__(self, hidden: int, heads: int, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        wide = heads * channels
+        sizes = {"q": wide, "k": wide, "v": wide, "g": heads, "beta": heads}
+        self.of = torch.nn.ModuleDict(
+            {n: torch.nn.Linear(hidden, size, bias=False) for n, size in sizes.items()}
+        )
+        self.out = torch.nn.Linear(wide, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = {n: f(x) for n, f in self.of.items()}
+        q, k, v = (made[n].unflatten(-1, (-1, self.channels)) for n in "qkv")
+        g, beta = made["g"].sigmoid().log(), made["beta"].sigmoid()
+        k = k * torch.rsqrt(k.square().sum(-1, keepdim=True) + 1e-6)
+        o, _ = cw.library.gated_delta_rule(q, k, v, g, beta)
+        y: Tensor = self.out(o.flatten(-2))
+        return x + y
+
+
+def tensor_parallel(engine: str) -> dict[str, float]:
+    """A model of two layers split by heads and batch, against one process; and other layouts."""
+    os.environ["CHUNKWISE_ENGINE"] = engine
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(Layer(12, 4, 4), Layer(12, 4, 4)), torch.randn(2, 9, 12)
+    want = model(x)
+    want.square().sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("heads",))
+    columns = ColwiseParallel(use_local_output=False)
+    plan = {f"of.{n}": columns for n in ("q", "k", "v", "g", "beta")}
+    for layer in model:
+        parallelize_module(layer, mesh, {**plan, "out": RowwiseParallel()})
+    got = model(x)
+    got.square().sum().backward()
+    found = {"o": _far(got, want)}
+    for n, p in model.named_parameters():
+        found[f"d {n}"] = _far(p.grad.full_tensor(), grads[n])
+    return found | _layouts(mesh)
+
+
+def _layouts(line: DeviceMesh) -> dict[str, float]:
+    """Calls whose operands are split over sequences, over heads, over time, and not at all."""
+    op, sizes = cw.library.mamba2, Sizes(B=2, T=7, H=1, HV=4, initial=True, dtype=torch.float32)
+    inputs = make_inputs(op, sizes)
+    o, final = op(**inputs.operands, **inputs.options, output_final_state=True)
+    weights = _weights(o, final)
+    want = torch.autograd.grad(_loss(o, final, weights), list(inputs.leaves.values()))
+    found = {}
+    heads = {x.name: -1 - len(x.kind.axes) for x in op.declaration.operands}
+    tokens = {x.name for x in op.declaration.operands if x.per is Per.TOKEN}
+    ways: dict[str, Callable[[str, int], Placement]] = {
+        "sequences": lambda n, axis: Shard(0) if n in tokens else Replicate(),
+        "heads": lambda n, axis: Shard(axis) if inputs.leaves[n].shape[axis] > 1 else Replicate(),
+        "time": lambda n, axis: Shard(1) if n in tokens else Replicate(),
+        "nothing": lambda n, axis: Replicate(),
+    }
+    square = dist.init_device_mesh("cpu", (2, dist.get_world_size() // 2))
+    for way, place in ways.items():
+        for mesh in (line, square):
+            leaves = {}
+            for n, x in inputs.leaves.items():
+                first = place(n, heads.get(n, 1) % x.ndim)
+                places = (
+                    [first] if mesh is line else [first, ways["heads"](n, heads.get(n, 1) % x.ndim)]
+                )
+                leaves[n] = distribute_tensor(x.detach(), mesh, places).requires_grad_()
+            got_o, got_final = op(
+                **{n: leaves[n] for n in inputs.operands},
+                **{**inputs.options, **_states(leaves, inputs)},
+                output_final_state=True,
+            )
+            whole = got_o.full_tensor(), got_final.full_tensor()
+            grads = torch.autograd.grad(_loss(*whole, weights), list(leaves.values()))
+            label = f"{way}, {mesh.ndim}"
+            found[f"{label}: o"] = max(_far(whole[0], o), _far(whole[1], final))
+            for n, d, w in zip(leaves, grads, want, strict=True):
+                found[f"{label}: d {n}"] = _far(d.full_tensor(), w)
+    return found
