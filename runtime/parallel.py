@@ -152,7 +152,7 @@ class _Parallel:
                 start[: self._share.carried].copy_(x)
 
         def meet_from_zero(own: Map) -> None:
-            meet(own._replace(ends=self._moved(self._before_last(), *reversed(own))))
+            meet(own._replace(ends=self._moved(self._before_last(), own.factors, own.ends)))
 
         if self._leaves and self._serving.joins:
             o, *ends = self._serving.joined(
@@ -320,7 +320,7 @@ class _Parallel:
 
         def meet_from_zero(own: Map) -> None:
             ends = [d[: share.carried] for d in dlast]
-            meet(self._moved(ends, *reversed(own), transposed=True))
+            meet(self._moved(ends, own.factors, own.ends, transposed=True))
 
         grads: Sequence[Tensor | None]
         if self._leaves and self._serving.joins:

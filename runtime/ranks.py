@@ -117,7 +117,7 @@ def agree(
         given = {**call.params, **dict(call.static)}
         text = f"{call.declaration.name} of {dtypes}, {given}"
     said = list(text.encode()[:_TEXT].ljust(_TEXT))
-    rows = _said([*numbers, *said], group)
+    rows = told([*numbers, *said], group)
     texts = [bytes(row[len(numbers) :]).decode(errors="ignore").rstrip() for row in rows]
     if refused is not None:
         raise refused
@@ -133,7 +133,7 @@ def agree(
     return [row[1] for row in rows], bounds
 
 
-def _said(own: list[int], group: dist.ProcessGroup) -> list[list[int]]:
+def told(own: list[int], group: dist.ProcessGroup) -> list[list[int]]:
     """What every rank says, on the host; a GPU goes on meanwhile with what it has to do."""
     on_gpu = dist.get_backend(group) == "nccl"
     with torch.cuda.stream(_beside(torch.cuda.current_device())) if on_gpu else nullcontext():

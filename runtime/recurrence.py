@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    Group = ProcessGroup | DeviceMesh | None
+
 States = Tensor | tuple[Tensor, ...]
 GivenStates = Tensor | Sequence[Tensor | None] | None
 
@@ -115,7 +117,7 @@ class Recurrence:
         cu_seqlens: Tensor | None = None,
         engine: EngineName | str | None = None,
         check: bool | None = None,
-        group: ProcessGroup | DeviceMesh | None = None,
+        group: Group = None,
         **named: Tensor | float,
     ) -> tuple[Tensor, States | None]:
         """The recurrence over whole sequences.

@@ -28,7 +28,7 @@ from .parts import Mixer, RMSNorm, ShortConvolution, again, l2norm, last_tokens,
 from .roles import FEATURES, OperandRole, own_decays, roles_of
 
 if TYPE_CHECKING:
-    from ..recurrence import Recurrence, States
+    from ..recurrence import Group, Recurrence, States
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,34 +279,37 @@ class RecurrentLayer(nn.Module, Mixer):
         return again(finish, o, gate)
 
     def _run(
-        self, x: Tensor, cu_seqlens: Tensor | None, final: bool
+        self, x: Tensor, cu_seqlens: Tensor | None, final: bool, group: Group = None
     ) -> tuple[Tensor, Tensor, States | None]:
         features = projected = self.project(x)
         fuses = self.convolve is not None and self.alike and fused.serves(projected)
         if self.convolve is not None:
             convolve = self.convolve.activated if fuses else self.convolve
-            features = convolve(projected, cu_seqlens)
+            features = convolve(projected, cu_seqlens, group)
         o, state = self.op(
             *self._operands(features, x, fuses),
             output_final_state=final,
             cu_seqlens=cu_seqlens,
             engine=self.engine,
+            group=group,
             **self.params,
         )
         return self._finish(o, x), projected, state
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, group: Group = None) -> Tensor:
         """The outputs of whole sequences.
 
         Args:
             x: `[B, T, hidden]`.
             cu_seqlens: int `[N + 1]`, boundaries of N packed sequences, which are independent; then
                 B = 1.
+            group: the ranks over which the tokens are split in order, as of a call of the op; then
+                x has this rank's tokens, and `cu_seqlens` counts those of all.
 
         Returns:
             `[B, T, hidden]`.
         """
-        return self._run(x, cu_seqlens, final=False)[0]
+        return self._run(x, cu_seqlens, final=False, group=group)[0]
 
     def prefill(self, x: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, LayerState]:
         y, projected, state = self._run(x, cu_seqlens, final=True)

@@ -18,7 +18,7 @@ from .parts import Mixer, RMSNorm, again
 from .weights import read_weights, write_weights
 
 if TYPE_CHECKING:
-    from ..recurrence import Recurrence
+    from ..recurrence import Group, Recurrence
 
 
 class SwiGLU(nn.Module):
@@ -93,18 +93,20 @@ class Block(nn.Module, Mixer):
             return x
         return x + self.mlp.after(self.mlp_norm, x)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, group: Group = None) -> Tensor:
         """The outputs of whole sequences.
 
         Args:
             x: `[B, T, hidden]`.
             cu_seqlens: int `[N + 1]`, boundaries of N packed sequences, which are independent; then
                 B = 1.
+            group: the ranks over which the tokens are split in order, for a mixer that takes it.
 
         Returns:
             `[B, T, hidden]`.
         """
-        return self._mlp(x + self.mix(self.mixer_norm(x), cu_seqlens))
+        ranks = {} if group is None else {"group": group}
+        return self._mlp(x + self.mixer(self.mixer_norm(x), cu_seqlens, **ranks))
 
     def prefill(self, x: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:
         y, state = self.mix.prefill(self.mixer_norm(x), cu_seqlens)
@@ -257,7 +259,11 @@ class LanguageModel(nn.Module):
         return logits
 
     def forward(
-        self, tokens: Tensor, cu_seqlens: Tensor | None = None, targets: Tensor | None = None
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None = None,
+        targets: Tensor | None = None,
+        group: Group = None,
     ) -> Tensor:
         """The logits of the token after each, or the loss.
 
@@ -265,12 +271,14 @@ class LanguageModel(nn.Module):
             tokens: int64 `[B, T]`.
             cu_seqlens: int `[N + 1]`, boundaries of N packed sequences; then B = 1.
             targets: the tokens that follow, int64 `[B, T]`, -100 where there is no loss.
+            group: the ranks over which the tokens are split in order; then `tokens` and `targets`
+                are this rank's, and `cu_seqlens` counts those of all. For models without attention.
 
         Returns:
-            `[B, T, vocabulary]`; with `targets`, the mean cross entropy `[]`, for which the logits
-            never exist all at once.
+            `[B, T, vocabulary]`; with `targets`, the mean cross entropy `[]` (of this rank's
+            tokens), for which the logits never exist all at once.
         """
-        hidden = self._hidden(tokens, cu_seqlens)
+        hidden = self._hidden(tokens, cu_seqlens, group)
         if targets is None:
             return self.logits(hidden)
         return linear_cross_entropy(self.norm(hidden), self.head.weight, targets)
@@ -292,14 +300,14 @@ class LanguageModel(nn.Module):
             hidden = self.norm(self._hidden(tokens, cu_seqlens))
             return linear_token_losses(hidden, self.head.weight, targets)
 
-    def _hidden(self, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def _hidden(self, tokens: Tensor, cu_seqlens: Tensor | None, group: Group = None) -> Tensor:
         """What the last block gives, `[B, T, hidden]`."""
         x: Tensor = self.embed(tokens)
         for block in self._blocks():
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cu_seqlens, use_reentrant=False)
+                x = checkpoint(block, x, cu_seqlens, group, use_reentrant=False)
             else:
-                x = block(x, cu_seqlens)
+                x = block(x, cu_seqlens, group)
         return x
 
     def initial_state(self, batch: int) -> list[Any]:

@@ -6,7 +6,7 @@ On a GPU they are one kernel each (`fused`); what is written here in torch is th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..packing import token_sequences
 from . import fused
+
+if TYPE_CHECKING:
+    from ..recurrence import Group
 
 
 def again(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
@@ -193,40 +196,64 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, channels, dtype=None, device=None))
         nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, group: Group = None) -> Tensor:
         """The convolution of whole sequences.
 
         Args:
             x: `[B, T, channels]`.
             cu_seqlens: int `[N + 1]`, boundaries of N packed sequences; then B = 1, and no token
                 sees another sequence.
+            group: the ranks over which the tokens are split in order, as of a call of an op; then
+                x has this rank's tokens, and `cu_seqlens` counts those of all.
 
         Returns:
             `[B, T, channels]`.
         """
         if fused.serves(x):
-            return self._fused(x, cu_seqlens, False)
-        position = None if cu_seqlens is None else positions(cu_seqlens, x.shape[1])[1]
-        return causal_convolution(x, self.weight.to(x.dtype), position)
+            return self._fused(x, cu_seqlens, group, False)
+        x, position, before = self._with_halo(x, cu_seqlens, group)
+        return causal_convolution(x, self.weight.to(x.dtype), position)[:, before:]
 
-    def activated(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def activated(self, x: Tensor, cu_seqlens: Tensor | None = None, group: Group = None) -> Tensor:
         """On a GPU: `forward`, silu, and the spans scaled to unit length, as one kernel.
 
         Args:
             x: `[B, T, channels]`.
             cu_seqlens: int `[N + 1]`, as for `forward`.
+            group: as for `forward`.
 
         Returns:
             `[B, T, channels]`.
         """
-        return self._fused(x, cu_seqlens, True)
+        return self._fused(x, cu_seqlens, group, True)
 
-    def _fused(self, x: Tensor, cu_seqlens: Tensor | None, activate: bool) -> Tensor:
-        position = None if cu_seqlens is None else positions(cu_seqlens, x.shape[1])[1]
+    def _fused(self, x: Tensor, cu_seqlens: Tensor | None, group: Group, activate: bool) -> Tensor:
+        x, position, before = self._with_halo(x, cu_seqlens, group)
         y: Tensor = fused.short_convolution(
             x, self.weight, self.spans, self.widest, position, activate, L2_EPS
         )
-        return y
+        return y[:, before:]
+
+    def _with_halo(
+        self, x: Tensor, cu_seqlens: Tensor | None, group: Group
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """`x` behind the tokens before it on other ranks, their positions, and how many they are."""
+        position = self._position(x, cu_seqlens, group)
+        if group is None:
+            return x, position, 0
+        before = self.size - 1
+        position = None if position is None else F.pad(position, (before, 0))
+        return _halo().with_halo(x, before, group), position, before
+
+    def _position(self, x: Tensor, cu_seqlens: Tensor | None, group: Group) -> Tensor | None:
+        """The position of each token in its packed sequence."""
+        if cu_seqlens is None:
+            return None
+        if group is None:
+            return positions(cu_seqlens, x.shape[1])[1]
+        bounds = cu_seqlens.to(x.device, non_blocking=True)
+        position: Tensor = _halo().positions(bounds, x.shape[1], group)
+        return position
 
     def last(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """The cache after some tokens, from which `step` continues.
@@ -253,3 +280,9 @@ class ShortConvolution(nn.Module):
         """
         window = torch.cat([cache, x[:, None]], 1)
         return (window * self.weight.to(x.dtype).flip(0)).sum(1), window[:, 1:]
+
+
+def _halo() -> Any:
+    from . import halo  # imports torch.distributed
+
+    return halo

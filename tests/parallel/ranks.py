@@ -13,6 +13,7 @@ import chunkwise as cw
 import torch
 import torch.distributed as dist
 from chunkwise.dsl.ir import Per
+from chunkwise.nn import LanguageModel, ModelConfig, RecurrentConfig
 from chunkwise.runtime.call import Call
 from chunkwise.runtime.triton import engine as triton_engine
 from torch import Tensor
@@ -223,9 +224,8 @@ class Layer(torch.nn.Module):
         return x + y
 
 
-def tensor_parallel(engine: str) -> dict[str, float]:
-    """A model of two layers split by heads and batch, against one process; and other layouts."""
-    os.environ["CHUNKWISE_ENGINE"] = engine
+def tensor_parallel() -> dict[str, float]:
+    """A model of two layers split by heads, against one process; and calls of other layouts."""
     torch.manual_seed(0)
     model, x = torch.nn.Sequential(Layer(12, 4, 4), Layer(12, 4, 4)), torch.randn(2, 9, 12)
     want = model(x)
@@ -283,3 +283,52 @@ def _layouts(line: DeviceMesh) -> dict[str, float]:
             for n, d, w in zip(leaves, grads, want, strict=True):
                 found[f"{label}: d {n}"] = _far(d.full_tensor(), w)
     return found
+
+
+def models(parts: list[int], lengths: tuple[int, ...] | None) -> dict[str, float]:
+    """A model with short convolutions over tokens of several ranks, against one process."""
+    torch.manual_seed(0)
+    mixer = RecurrentConfig("gated_delta_rule", 2, 4, 4)
+    model = LanguageModel.from_config(ModelConfig(11, 8, (mixer, mixer)))
+    tokens = torch.randint(11, (1 if lengths else 2, sum(parts)))
+    bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+    want = model(tokens, bounds)
+    weights = torch.randn(want.shape)
+    (want * weights).sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    begin = sum(parts[: dist.get_rank()])
+    mine = slice(begin, begin + parts[dist.get_rank()])
+    got = model(tokens[:, mine], bounds, group=dist.group.WORLD)
+    (got * weights[:, mine]).sum().backward()
+    found = {"logits": _far(got, want[:, mine])}
+    for n, p in model.named_parameters():
+        total = p.grad.clone()
+        dist.all_reduce(total)
+        found[f"d {n}"] = _far(total, grads[n])
+    return found
+
+
+def of_two(parts: list[int], sizes: dict[str, Any]) -> dict[str, Any]:
+    """All that two ranks do, in processes that start once."""
+    os.environ["CHUNKWISE_ENGINE"] = "eager"
+    names = ["gated_delta_rule", "mlstm"]
+    return {
+        "recurrences": errors_of(names, sizes, "eager", parts),
+        "models": {
+            "whole": models([7, 2], None),
+            "packed": models([9, 8], (4, 0, 11, 2)),
+            "tensor parallel": tensor_parallel(),
+        },
+        "mistakes": mistakes(),
+    }
+
+
+def models_of_four() -> dict[str, dict[str, float]]:
+    """Parts that are shorter than a convolution's halo; heads over four ranks."""
+    os.environ["CHUNKWISE_ENGINE"] = "eager"
+    return {
+        "whole": models([5, 1, 2, 4], None),
+        "packed": models([5, 1, 2, 4], (3, 6, 0, 3)),
+        "tensor parallel": tensor_parallel(),
+    }

@@ -22,6 +22,13 @@ CASES: dict[str, tuple[list[int], dict[str, Any]]] = {
     "four, packed": ([7, 6, 7, 8], {"B": 1, "T": 28, "lengths": (3, 0, 20, 2, 3)}),
     "a border between sequences": ([5, 15], {"B": 1, "T": 20, "lengths": (5, 0, 15)}),
 }
+# of chunks of 16 tokens, each a segment
+SEGMENTS: dict[str, tuple[list[int], dict[str, Any]]] = {
+    "segments": ([40, 30], {"B": 1, "T": 70, "H": 1, "lengths": (17, 0, 53), "initial": True}),
+    "segments, whole": ([40, 30], {"B": 2, "T": 70, "H": 1, "V": 9, "initial": True}),
+    "segments, packed": ([40, 70, 20], {"B": 1, "T": 130, "H": 1, "lengths": (3, 0, 100, 20, 7)}),
+    "segments, four": ([20, 40, 17, 33], {"B": 1, "T": 110, "H": 1, "HV": 1}),
+}
 
 
 def _names() -> list[str]:
@@ -40,19 +47,52 @@ def _names() -> list[str]:
 
 
 def _compare(case: str, names: list[str], engine: str, folder: Path) -> None:
-    parts, sizes = CASES[case]
+    parts, sizes = {**CASES, **SEGMENTS}[case]
     given = {**sizes, "dtype": torch.float32}
-    for rank, found in enumerate(
-        ranks.run(ranks.errors_of, len(parts), folder, names, given, engine, parts)
-    ):
-        for name, differences in found.items():
+    _assert_near(ranks.run(ranks.errors_of, len(parts), folder, names, given, engine, parts))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks found."""
+    parts, sizes = CASES["two"]
+    given = {**sizes, "dtype": torch.float32}
+    return ranks.run(ranks.of_two, 2, tmp_path_factory.mktemp("two"), parts, given)
+
+
+def _assert_near(found: list[dict[str, dict[str, float]]]) -> None:
+    for rank, by_name in enumerate(found):
+        for name, differences in by_name.items():
             for result, far in differences.items():
                 assert far <= LIMIT, (rank, name, result, far)
 
 
-def test_two_ranks_are_one_process(tmp_path: Path) -> None:
+def test_two_ranks_are_one_process(two: list[dict[str, Any]]) -> None:
     """A matrix, and two states that fade; over a border within a sequence, with gradients."""
-    _compare("two", ["gated_delta_rule", "mlstm"], "eager", tmp_path)
+    _assert_near([found["recurrences"] for found in two])
+
+
+def test_models_over_ranks_are_those_of_one_process(two: list[dict[str, Any]]) -> None:
+    """Tokens split, with the halo of short convolutions; heads and batch split, as DTensors."""
+    _assert_near([found["models"] for found in two])
+
+
+@pytest.mark.long
+def test_models_over_four_ranks(tmp_path: Path) -> None:
+    _assert_near(ranks.run(ranks.models_of_four, 4, tmp_path))
+
+
+@pytest.mark.interpreter
+def test_a_part_in_segments_is_joined_within_one_call(tmp_path: Path) -> None:
+    """The engine whose scans of segments compute the map of a rank's part on their way."""
+    _compare("segments", ["gated_delta_rule"], "triton", tmp_path)
+
+
+@pytest.mark.interpreter
+@pytest.mark.long
+@pytest.mark.parametrize("case", ["segments, whole", "segments, packed", "segments, four"])
+def test_every_recurrence_is_joined_within_one_call(case: str, tmp_path: Path) -> None:
+    _compare(case, _names(), "triton", tmp_path)
 
 
 @pytest.mark.long
@@ -75,8 +115,8 @@ MISTAKES = {
 }
 
 
-def test_mistakes_end_on_every_rank(tmp_path: Path) -> None:
-    first, second = ranks.run(ranks.mistakes, 2, tmp_path)
+def test_mistakes_end_on_every_rank(two: list[dict[str, Any]]) -> None:
+    first, second = (found["mistakes"] for found in two)
     for found in (first, second):
         for case, message in MISTAKES.items():
             assert message in found[case]
