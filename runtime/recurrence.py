@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-    Group = ProcessGroup | DeviceMesh | None
-
 States = Tensor | tuple[Tensor, ...]
 GivenStates = Tensor | Sequence[Tensor | None] | None
 
@@ -117,14 +115,15 @@ class Recurrence:
         cu_seqlens: Tensor | None = None,
         engine: EngineName | str | None = None,
         check: bool | None = None,
-        group: Group = None,
+        group: ProcessGroup | DeviceMesh | None = None,
         **named: Tensor | float,
     ) -> tuple[Tensor, States | None]:
         """The recurrence over whole sequences.
 
         Args:
             *args: the operands in the order of the declaration, of the shapes that their kinds say
-                (`[B,T,H,K]` for a Key).
+                (`[B,T,H,K]` for a Key); all of them, with states, may be DTensors of one mesh, and
+                results then are: sequences and heads stay split, nothing else does.
             **named: operands by name, and the declaration's keyword-only numbers.
             initial_state: the state before the first token, `[N,HV,K,V]` (`[N,HV,K]` for a
                 KeyState); a tuple for several states, in which None is zero; all zero where absent.
@@ -157,7 +156,7 @@ class Recurrence:
             BadCuSeqlens: boundaries that are no offsets from 0 to T.
             BadDtype: an operand is no tensor of floats, or a number no number.
             BadDevice: operands on two devices.
-            BadLayout: an operand is sparse, nested or sharded.
+            BadLayout: an operand is sparse or nested, or only some of them are DTensors.
             BadNumber: a number that is infinite or NaN.
             BadOption: `check` is no bool.
             NanOperand: `check` found NaN or infinities in an operand.

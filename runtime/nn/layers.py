@@ -28,7 +28,10 @@ from .parts import Mixer, RMSNorm, ShortConvolution, again, l2norm, last_tokens,
 from .roles import FEATURES, OperandRole, own_decays, roles_of
 
 if TYPE_CHECKING:
-    from ..recurrence import Group, Recurrence, States
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from ..recurrence import Recurrence, States
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +282,11 @@ class RecurrentLayer(nn.Module, Mixer):
         return again(finish, o, gate)
 
     def _run(
-        self, x: Tensor, cu_seqlens: Tensor | None, final: bool, group: Group = None
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None,
+        final: bool,
+        group: ProcessGroup | DeviceMesh | None = None,
     ) -> tuple[Tensor, Tensor, States | None]:
         features = projected = self.project(x)
         fuses = self.convolve is not None and self.alike and fused.serves(projected)
@@ -296,7 +303,12 @@ class RecurrentLayer(nn.Module, Mixer):
         )
         return self._finish(o, x), projected, state
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, group: Group = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        group: ProcessGroup | DeviceMesh | None = None,
+    ) -> Tensor:
         """The outputs of whole sequences.
 
         Args:

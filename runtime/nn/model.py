@@ -18,7 +18,10 @@ from .parts import Mixer, RMSNorm, again
 from .weights import read_weights, write_weights
 
 if TYPE_CHECKING:
-    from ..recurrence import Group, Recurrence
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from ..recurrence import Recurrence
 
 
 class SwiGLU(nn.Module):
@@ -93,7 +96,12 @@ class Block(nn.Module, Mixer):
             return x
         return x + self.mlp.after(self.mlp_norm, x)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, group: Group = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        group: ProcessGroup | DeviceMesh | None = None,
+    ) -> Tensor:
         """The outputs of whole sequences.
 
         Args:
@@ -263,7 +271,7 @@ class LanguageModel(nn.Module):
         tokens: Tensor,
         cu_seqlens: Tensor | None = None,
         targets: Tensor | None = None,
-        group: Group = None,
+        group: ProcessGroup | DeviceMesh | None = None,
     ) -> Tensor:
         """The logits of the token after each, or the loss.
 
@@ -300,7 +308,12 @@ class LanguageModel(nn.Module):
             hidden = self.norm(self._hidden(tokens, cu_seqlens))
             return linear_token_losses(hidden, self.head.weight, targets)
 
-    def _hidden(self, tokens: Tensor, cu_seqlens: Tensor | None, group: Group = None) -> Tensor:
+    def _hidden(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None,
+        group: ProcessGroup | DeviceMesh | None = None,
+    ) -> Tensor:
         """What the last block gives, `[B, T, hidden]`."""
         x: Tensor = self.embed(tokens)
         for block in self._blocks():

@@ -17,7 +17,8 @@ from ..packing import token_sequences
 from . import fused
 
 if TYPE_CHECKING:
-    from ..recurrence import Group
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def again(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
@@ -196,7 +197,12 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, channels, dtype=None, device=None))
         nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, group: Group = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        group: ProcessGroup | DeviceMesh | None = None,
+    ) -> Tensor:
         """The convolution of whole sequences.
 
         Args:
@@ -214,7 +220,12 @@ class ShortConvolution(nn.Module):
         x, position, before = self._with_halo(x, cu_seqlens, group)
         return causal_convolution(x, self.weight.to(x.dtype), position)[:, before:]
 
-    def activated(self, x: Tensor, cu_seqlens: Tensor | None = None, group: Group = None) -> Tensor:
+    def activated(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        group: ProcessGroup | DeviceMesh | None = None,
+    ) -> Tensor:
         """On a GPU: `forward`, silu, and the spans scaled to unit length, as one kernel.
 
         Args:
@@ -227,7 +238,13 @@ class ShortConvolution(nn.Module):
         """
         return self._fused(x, cu_seqlens, group, True)
 
-    def _fused(self, x: Tensor, cu_seqlens: Tensor | None, group: Group, activate: bool) -> Tensor:
+    def _fused(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None,
+        group: ProcessGroup | DeviceMesh | None,
+        activate: bool,
+    ) -> Tensor:
         x, position, before = self._with_halo(x, cu_seqlens, group)
         y: Tensor = fused.short_convolution(
             x, self.weight, self.spans, self.widest, position, activate, L2_EPS
@@ -235,7 +252,7 @@ class ShortConvolution(nn.Module):
         return y[:, before:]
 
     def _with_halo(
-        self, x: Tensor, cu_seqlens: Tensor | None, group: Group
+        self, x: Tensor, cu_seqlens: Tensor | None, group: ProcessGroup | DeviceMesh | None
     ) -> tuple[Tensor, Tensor | None, int]:
         """`x` behind the tokens before it on other ranks, their positions, and how many they are."""
         position = self._position(x, cu_seqlens, group)
@@ -245,7 +262,9 @@ class ShortConvolution(nn.Module):
         position = None if position is None else F.pad(position, (before, 0))
         return _halo().with_halo(x, before, group), position, before
 
-    def _position(self, x: Tensor, cu_seqlens: Tensor | None, group: Group) -> Tensor | None:
+    def _position(
+        self, x: Tensor, cu_seqlens: Tensor | None, group: ProcessGroup | DeviceMesh | None
+    ) -> Tensor | None:
         """The position of each token in its packed sequence."""
         if cu_seqlens is None:
             return None

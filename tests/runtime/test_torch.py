@@ -369,8 +369,8 @@ def test_version() -> None:
 
 # torch's own, where it is asked for processes
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_systems_sharded_tensors_are_refused(kit: Any, engine: str) -> None:
-    """Until there is a sharding rule, a DTensor is named, as operand and as state."""
+def test_sharded_tensors(kit: Any, engine: str) -> None:
+    """A call takes them, all or none; a step does not. On many ranks: tests/parallel."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
@@ -382,9 +382,14 @@ def test_systems_sharded_tensors_are_refused(kit: Any, engine: str) -> None:
     try:
         mesh = init_device_mesh("cpu", (1,))
         sharded = {n: distribute_tensor(t.cpu(), mesh, [Replicate()]) for n, t in x.items()}
-        for run in (op, op.step):
-            with pytest.raises(cw.errors.BadLayout, match=r"'q' is a DTensor.*\n.*to_local"):
-                run(**sharded, engine=engine)
+        o, _ = op(**sharded, engine=engine)
+        assert torch.equal(
+            o.full_tensor(), op(**{n: t.cpu() for n, t in x.items()}, engine=engine)[0]
+        )
+        with pytest.raises(cw.errors.BadLayout, match=r"'q' is a DTensor.*\n.*to_local"):
+            op.step(**sharded, engine=engine)
+        with pytest.raises(cw.errors.BadLayout, match=r"'k' is a plain tensor beside DTensors"):
+            op(**{**sharded, "k": x["k"].cpu()}, engine=engine)
         state = distribute_tensor(inputs.initial[0].detach().cpu(), mesh, [Replicate()])
         with pytest.raises(cw.errors.BadLayout, match=r"initial_state \(S\).*DTensor"):
             op(**x, initial_state=state, engine=engine)
