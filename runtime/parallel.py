@@ -32,6 +32,7 @@ from .call import Call, bind, describe
 from .check import asked, check_contents, check_results
 from .joining import Factors, Join, Map
 from .prepared import serving_engine
+from .rank_scan import scanned
 from .ranks import agree, group_of, share_of, tokens_of
 from .sizes import check_boundaries
 from .transitions import Kinds, kinds_of
@@ -139,16 +140,17 @@ class _Parallel:
     # ---- forward ---------------------------------------------------------------------------------
 
     def forward(self) -> tuple[Tensors, list[Tensor | None]]:
-        """Output and states; and what the backward needs beside operands: states and factors."""
+        """Output and states; and what the backward needs: first states, this rank's factors."""
         call, rows = self._call, self._share.rows
         starts = [
             self._own_rows(x, state) for x, state in zip(call.initial, self._states, strict=True)
         ]
-        maps: list[Map] = []
+        own_factors: Factors = ()
 
         def meet(own: Map) -> None:
-            maps.extend(self._exchanged(own))
-            for start, x in zip(starts, self._entering(maps), strict=False):
+            nonlocal own_factors
+            own_factors = own.factors if self._spanned else ()
+            for start, x in zip(starts, self._scanned(own), strict=False):
                 start[: self._share.carried].copy_(x)
 
         def meet_from_zero(own: Map) -> None:
@@ -165,8 +167,7 @@ class _Parallel:
         states = tuple(x if rows is None else _spread(x, rows, call.N) for x in ends)
         if self._checked:
             check_results(call, (o, *states))
-        factors = [f for m in maps for f in m.factors] if self._spanned else []
-        return (o, *states), [*starts, *factors]
+        return (o, *states), [*starts, *own_factors]
 
     def _own_rows(self, x: Tensor | None, state: StateDecl) -> Tensor:
         """New states of this rank's sequences: `x` of them, or zero."""
@@ -269,24 +270,32 @@ class _Parallel:
         assert total is not None
         return total
 
-    def _entering(self, maps: Sequence[Map]) -> Tensors:
-        """The states that come from the ranks before this one; empty if no sequence does."""
-        if not self._share.enters:
-            return ()
-        states: Tensors = ()
-        for m, share in zip(maps[: self._rank], self._shares, strict=False):
-            states = self._moved(states, m.factors, m.ends) if share.spans else m.ends
-        return states
+    def _scanned(self, own: Map, *, reverse: bool = False) -> Tensors:
+        """The states that come to this rank, of a backward the gradients of its last ones."""
+        arrives = [x.leaves if reverse else x.enters for x in self._shares]
+        spans = [x.spans for x in self._shares]
+        return scanned(self._group, own, arrives, spans, self._composed, reverse=reverse)
+
+    def _composed(self, second: Map, first: Map) -> Map:
+        """The map of two stretches."""
+        factors: list[Tensor | None] = []
+        for a, b, matrix in zip(second.factors, first.factors, self._kinds.matrix, strict=True):
+            if a is None or b is None:  # 1, or a first stretch with a first state of its own
+                factors.append(None)
+            elif matrix:
+                x, y = (b, a) if self._kinds.transposed else (a, b)
+                factors.append((x.double() @ y.double()).to(a.dtype))
+            else:
+                factors.append(a * b)
+        return Map(self._moved(first.ends, second.factors, second.ends), tuple(factors))
 
     def _moved(
         self,
         states: Sequence[Tensor | None],
         factors: Factors,
         added: Tensors,
-        *,
-        transposed: bool = False,
     ) -> Tensors:
-        """A S + B of every state, or A^T S + B; in float64, for the next rank rounds again."""
+        """A S + B of every state; in float64, for the next rank rounds again."""
         moved = []
         for x, a, b, matrix in zip(states, factors, added, self._kinds.matrix, strict=True):
             if x is None:
@@ -295,7 +304,6 @@ class _Parallel:
                 moved.append(x + b)
             elif matrix:
                 a, x = a.double(), x.double()
-                a = a.mT if transposed else a
                 moved.append(((x @ a if self._kinds.transposed else a @ x) + b).to(b.dtype))
             else:
                 moved.append(a * x + b)
@@ -310,17 +318,18 @@ class _Parallel:
         call, share, states = self._call, self._share, self._count
         a, b = len(call.operands), len(call.operands) + states
         operands: dict[str, Any] = dict(zip(call.operands, saved, strict=False))
-        initial, factors = saved[a:b], saved[b + states :]
+        initial = saved[a:b]
         starts = [x for x in saved[b : b + states] if x is not None]
         dlast = [self._own_rows(d, state) for d, state in zip(dstates, self._states, strict=True)]
 
-        def meet(mine: Tensors) -> None:
-            for d, x in zip(dlast, self._after(self._gathered(mine), factors), strict=False):
+        def meet(mine: Tensors, factors: Factors) -> None:
+            own = Map(mine, self._turned(factors))
+            for d, x in zip(dlast, self._scanned(own, reverse=True), strict=False):
                 d[len(d) - share.carried :] += x
 
         def meet_from_zero(own: Map) -> None:
             ends = [d[: share.carried] for d in dlast]
-            meet(self._moved(ends, own.factors, own.ends, transposed=True))
+            meet(self._moved(ends, self._turned(own.factors), own.ends), own.factors)
 
         grads: Sequence[Tensor | None]
         if self._leaves and self._serving.joins:
@@ -329,7 +338,7 @@ class _Parallel:
             )
         else:
             if self._leaves:
-                meet(self._before_first(operands, starts, do, dlast))
+                meet(self._before_first(operands, starts, do, dlast), tuple(saved[b + states :]))
             grads = self._differentiate(operands, starts, do, dlast, share.boundaries)
         own: list[Tensor | None] = [*grads[:a]]
         for n, x in enumerate(initial):
@@ -361,15 +370,10 @@ class _Parallel:
         grads = self._differentiate(first, before, None if do is None else do[:, :T], ends)
         return tuple(x for x in grads[len(first) :] if x is not None)
 
-    def _after(self, gathered: Sequence[Tensors], factors: Sequence[Tensor | None]) -> Tensors:
-        """The gradient of the states with which this rank's part ends, by the ranks behind it."""
-        after: Tensors = ()
-        for rank in range(self._ranks - 1, self._rank, -1) if self._share.leaves else ():
-            after, behind = gathered[rank], after
-            if self._shares[rank].spans:
-                own = factors[rank * self._count : (rank + 1) * self._count]
-                after = self._moved(behind, tuple(own), after, transposed=True)
-        return after
+    def _turned(self, factors: Factors) -> Factors:
+        """What gradients are multiplied by, from the last token to the first."""
+        pairs = zip(factors or (None,) * self._count, self._kinds.matrix, strict=True)
+        return tuple(f.mT if matrix and f is not None else f for f, matrix in pairs)
 
     # ---- calls of the ops, and collectives -------------------------------------------------------
 
@@ -405,28 +409,6 @@ class _Parallel:
 
     def _zeros(self, shape: Sequence[int]) -> Tensor:
         return torch.zeros(*shape, dtype=self._call.state_dtype, device=self._call.device)
-
-    def _exchanged(self, own: Map) -> list[Map]:
-        """The maps of all ranks; factors where a sequence spans a rank."""
-        count = self._count
-        factors = [f for f in own.factors if f is not None and self._spanned]
-        found = []
-        for x in self._gathered((*own.ends, *factors)):
-            rest = iter(x[count:])
-            own_factors = (None if f is None else next(rest, None) for f in own.factors)
-            found.append(Map(x[:count], tuple(own_factors)))
-        return found
-
-    def _gathered(self, own: Tensors) -> list[Tensors]:
-        """These tensors of every rank, by one collective."""
-        flat = torch.cat([x.reshape(-1) for x in own])
-        every = [torch.empty_like(flat) for _ in range(self._ranks)]
-        dist.all_gather(every, flat, group=self._group)
-        sizes = [x.numel() for x in own]
-        return [
-            tuple(part.view(x.shape) for part, x in zip(row.split(sizes), own, strict=True))
-            for row in every
-        ]
 
 
 def _spread(x: Tensor, rows: slice, N: int) -> Tensor:

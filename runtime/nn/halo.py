@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..packing import token_sequences
+from ..rank_scan import swap
 from ..ranks import group_of, told
 
 
@@ -49,12 +50,12 @@ class _Halo(torch.autograd.Function):
         made[:, count:] = x
         before = made[:, :count].contiguous()
         if count <= T:
-            _exchange(group, made[:, T:].contiguous(), 1, before)
+            swap(group, made[:, T:].contiguous(), 1, before)
             made[:, :count] = before
         else:  # what it sends is in part what it receives
-            _exchange(group, None, 1, before)
+            swap(group, None, 1, before)
             made[:, :count] = before
-            _exchange(group, made[:, T:].contiguous(), 1, None)
+            swap(group, made[:, T:].contiguous(), 1, None)
         return made
 
     @staticmethod
@@ -65,24 +66,10 @@ class _Halo(torch.autograd.Function):
         T = dmade.shape[1] - count
         sent = torch.zeros_like(dmade[:, :count], memory_format=torch.contiguous_format)
         if count <= T:
-            _exchange(group, dmade[:, :count].contiguous(), -1, sent)
+            swap(group, dmade[:, :count].contiguous(), -1, sent)
             dmade[:, T:] += sent
         else:
-            _exchange(group, None, -1, sent)
+            swap(group, None, -1, sent)
             dmade[:, T:] += sent
-            _exchange(group, dmade[:, :count].contiguous(), -1, None)
+            swap(group, dmade[:, :count].contiguous(), -1, None)
         return dmade[:, count:], None, None
-
-
-def _exchange(
-    group: dist.ProcessGroup, given: Tensor | None, to: int, taken: Tensor | None
-) -> None:
-    """Send `given` to the rank that is `to` ranks on, and receive `taken` from the other side."""
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    operations = []
-    for send, x, peer in ((dist.isend, given, rank + to), (dist.irecv, taken, rank - to)):
-        if x is not None and 0 <= peer < ranks:
-            other = dist.get_global_rank(group, peer)
-            operations.append(dist.P2POp(send, x, other, group))
-    for request in dist.batch_isend_irecv(operations) if operations else ():
-        request.wait()
