@@ -254,7 +254,7 @@ class ShortConvolution(nn.Module):
     def _with_halo(
         self, x: Tensor, cu_seqlens: Tensor | None, group: ProcessGroup | DeviceMesh | None
     ) -> tuple[Tensor, Tensor | None, int]:
-        """`x` behind the tokens before it on other ranks, their positions, and how many they are."""
+        """`x` behind the tokens before it on other ranks, their positions, and how many."""
         position = self._position(x, cu_seqlens, group)
         if group is None:
             return x, position, 0
