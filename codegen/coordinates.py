@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..dsl import algebra
+from ..dsl.bounds import interval
 from ..dsl.decay import is_signed, log_decay, log_magnitude
 from ..dsl.intervals import Interval
 from ..dsl.ir import Kind, Node, Op, constant
@@ -38,7 +39,7 @@ from . import gates, tile
 from .rows import RowTiles
 from .tile import Axis, Tile
 
-_FORGOTTEN = constant(-math.inf)
+_FORGOTTEN, _NEGATIVE = constant(-math.inf), constant(-1.0)
 _Payload = tuple[Node | None, tuple[Correction, ...]]  # what a key is written with
 
 
@@ -226,10 +227,12 @@ def _has_signs(plane: Plane) -> bool:
 def _negative(tiles: RowTiles, plane: Plane) -> Tile:
     """1 in the rows whose factor is negative."""
     factors = [next(iter(left.values()), None) for left in plane.left]
-    signed = tuple(f if f is not None and is_signed(f) else None for f in factors)
+    signed = [f if f is not None and is_signed(f) else None for f in factors]
     if not _has_signs(plane):
         return tile.const(0.0)
-    return tiles.in_rows(signed, lambda x: tile.step(tile.neg(x)))
+    known = (f if f is None or interval(f).hi > 0.0 else _NEGATIVE for f in signed)
+    one, always = tile.const(1.0), tiles.of(_NEGATIVE)
+    return tiles.in_rows(tuple(known), lambda x: one if x == always else tile.step(tile.neg(x)))
 
 
 def _angle(tiles: RowTiles, plane: Plane) -> Tile:

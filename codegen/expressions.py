@@ -194,5 +194,5 @@ def is_number(x: Tile) -> bool:
     """Whether `x` prints as a plain number rather than as a tensor without axes."""
     x = unaliased(x)
     return x.op in (*NUMBERS, TileOp.PARAM) or (
-        x.op is TileOp.MAP and all(is_number(a) for a in x.args)
+        x.op in (TileOp.MAP, TileOp.STEP) and all(is_number(a) for a in x.args)
     )

@@ -36,6 +36,7 @@ OF_ONE = (
     *("exp(-abs({}))", "expm1(-abs({}))", "log1p(abs({}))", "log(1 + abs({}))", "{} ** 3"),
     *("log2(0.5 + {} ** 2)", "logsigmoid({})", "sqrt(0.1 + {} ** 2)", "rsqrt(1 + {} ** 2)"),
     *("clamp({}, -1.0, 0.7)", "clamp({}, None, 0.4)", "1 / (1 + {} ** 2)", "(1 - {})", "({} / 3)"),
+    *("cos({})", "sin(2 * {})"),
     *(
         "{} ** -2 * 0",
         "(0.6 - {}) * 0.5",
@@ -56,6 +57,12 @@ OF_TWO = (
     ),
     *("({0} / 3 / (1 + softplus({1})))", "(1 - ({0} - {1}) / 2)", "({1} - {0} * ({1} + {0}))"),
 )
+# factors of either sign, of one in (0, 1], of anything, and of an operand that is a gate
+SIGNS = (
+    *("-({0})", "({0}) * tanh({1})", "tanh({1})", "within({2}, -1.0, 1.0)", "cos({1})"),
+    *("clamp({1}, -1.0, 1.0)", "(1 - 2 * sigmoid({1}))", "-({0}) * clamp({1}, -1.0, 0.5)"),
+    *("({0}) * sin({1})", "-0.8", "-({0}) * within({2}, -1.0, 1.0)", "minimum(tanh({1}), {0})"),
+)
 OUTPUTS = (
     *("o", "tanh(o)", "o * sigmoid({v})", "o / (1 + abs(o))", "o + {s} * {v}", "silu(o)"),
     *("{s} * o - dot({k}, {k}) * {v}", "o * sum({v})", "maximum(o, {v})", "relu(o) + 0.1"),
@@ -69,7 +76,7 @@ OUTPUTS = (
 REFUSED = (
     *("S = tanh(S)", "S = S * S", "S = S + outer(k, tanh(k @ S))", "S = S @ v", "S = S + 1.0"),
     *("S = exp(abs(s)) * S + outer(k, v)", "S = s * S + outer(k, v)", "S = S + outer(v, k)"),
-    *("S = S + outer(k, v - S @ k)", "o = o / sum(o)", "o = o * sum(q @ S)", "S = -S", "o = S"),
+    *("S = S + outer(k, v - S @ k)", "o = o / sum(o)", "o = o * sum(q @ S)", "o = S"),
     *("S = 0.0 * S + outer(k, v)", "S = S ** 2", "S = clamp(S, -1, 1)", "S = l2norm(S)", "o = q"),
     *("S = S - S + outer(k, v)", "S = S + outer(k @ S, v)", "S = k * v * S", "S = S if s else S"),
     *("S = S + outer(k, v) * clamp(s, 1, 0)", "S = s ** 1.5 * S", "o = o ** s", "o = o @ v"),
@@ -82,7 +89,7 @@ REFUSED = (
         "o = None",
     ),
     *("S = S + outer(k - S @ v, b * v)", "o = (q + S @ v) @ S", "o = dot(o, o) * v", "S = 2 * S"),
-    *("S = (1 + b ** 2) * S", "S = S / 0.5", "S = tanh(b) * S", "o = exp(k) * o", "S = dot(S, k)"),
+    *("S = (1 + b ** 2) * S", "S = S / 0.5", "o = exp(k) * o", "S = dot(S, k)"),
     *("S = maximum(S, S)", "S = within(S, 0, 1)", "S = S - outer(k, v @ S)", "o = o + S", "o = s"),
     *("o = (q @ S) @ S", "S = S + outer(k, sum(k @ S) * v)", "S = S + outer(k, o)", "S = S + o"),
     *(

@@ -74,6 +74,8 @@ class _Torch(Expressions):
     def structural(self, x: Tile) -> str:
         if x.op in (*MASKS, TileOp.STEP):
             # torch.where of two numbers has torch's default dtype, not the run's
+            if is_number(x):
+                return f"float({self.text(x.args[0])} > 0)"
             if x.op is TileOp.STEP:
                 return f"{self.masked(x, 'rows', _INDEX)}.to(dtype)"
             if is_number(unaliased(x.args[0])):

@@ -53,6 +53,13 @@ def always_negative(S: State, q: Key, k: Key, v: Value, g: Scalar):
 
 
 @cw.recurrence
+def of_numbers(S: State, q: Key, k: Key, v: Value, *, scale: float = 0.7):
+    S = -0.75 * S + outer(k, v)
+    S = tanh(-scale) * (S - 0.5 * outer(k, k @ S))
+    return S, q @ S
+
+
+@cw.recurrence
 def turning(R: State, J: State, q: Key, p: Key, k: Key, v: Value, g: Scalar, a: Scalar):
     R, J = rotate(exp(g) * R, exp(g) * J, a)
     R = R + outer(k, v)
@@ -116,7 +123,17 @@ def steps(R: State, J: State, T: State, q: Key, k: Key, p: Key, v: Value, a: Key
 RULES = {
     op.declaration.name: op
     for op in (
-        *(flips, always_negative, turning, channels, lagged, on_values, columns, key_states),
+        *(
+            flips,
+            always_negative,
+            of_numbers,
+            turning,
+            channels,
+            lagged,
+            on_values,
+            columns,
+            key_states,
+        ),
         *(angles_of_reads, steps),
     )
 }
@@ -164,7 +181,7 @@ def test_turns_leave_no_products_of_two_tiles_but_of_recalls(name: str) -> None:
     body = chunk_program(RULES[name].declaration.normal_form())
     below = tile.topological(*(c.end for c in body.carried))
     solves = sum(t.op is TileOp.INVERSE for t in below)
-    recalls = {"flips": 1, "key_states": 1, "on_values": 1, "channels": 1}
+    recalls = {"flips": 1, "key_states": 1, "on_values": 1, "channels": 1, "of_numbers": 1}
     assert solves <= recalls.get(name, 0)
 
 
