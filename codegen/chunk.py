@@ -45,7 +45,7 @@ from .refusals import refusals
 from .rows import Recall, RowTiles, row_writes, updates_of
 from .solve import add_to, eliminate, gather
 from .tile import Axis, Tile, TileOp
-from .transitions import StateGate, Transitions
+from .transitions import StateGate, Transitions, under
 
 # e^-110 is 0 in float32. A log-decay below is as good as this one, and sums of it stay finite.
 LEAST_LOG_DECAY = -110.0
@@ -125,17 +125,19 @@ class _GroupChunk:
         self.starts = {n: tile.carry(n, kind_axes(self._kind)) for n in names}
         self._hoist = hoist_products
         state_gates = {n: StateGate.of(self._log_decay(n)) for n in names}
+        self._columns = {n: StateGate.of(self._log_decay(n, columns=True)) for n in names}
         self._transitions = Transitions(state_gates, dict(self._mixes(names)))
         self._writes, recalls = row_writes(self._form, names)
         self._keys = [tiles.in_rows(w.keys).named("w") for w in self._writes]
         self._written = self._solve(recalls)
         self.ends = {n: self._next(n) for n in names}
 
-    def _log_decay(self, state: str) -> Tile | None:
-        logs = tuple(u.log_decay for u in updates_of(self._form, state))
+    def _log_decay(self, state: str, *, columns: bool = False) -> Tile | None:
+        updates = updates_of(self._form, state)
+        logs = tuple(u.columns if columns else u.log_decay for u in updates)
         if all(n is None for n in logs):
             return None
-        return self._tiles.in_rows(logs, _bounded).named("g")
+        return self._tiles.in_rows(logs, _bounded).named("h" if columns else "g")
 
     def _mixes(self, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, str], Tile]]:
         """The factors by which states go into others, of rows."""
@@ -252,7 +254,11 @@ class _GroupChunk:
     # ---- the state at the chunk's end, and reads -------------------------------------------------
 
     def _next(self, to: str) -> Tile:
-        parts = [tile.mul(x, self.starts[of]) for of, x in self._transitions.whole(to)]
+        columns = self._columns[to]
+        kept = columns.factor(columns.whole)
+        parts = [
+            tile.mul(tile.mul(kept, x), self.starts[of]) for of, x in self._transitions.whole(to)
+        ]
         by_key: dict[Tile, list[tuple[Tile, Tile]]] = {}
         for write, key, written in zip(self._writes, self._keys, self._written, strict=True):
             left = self._transitions.to_end(to, write.state)
@@ -265,7 +271,8 @@ class _GroupChunk:
                 decayed, values = tile.mul(key, left), [u for _, u in pairs]
             else:  # of states that mix, by numbers per row
                 decayed, values = key, [tile.mul(left, u) for left, u in pairs]
-            parts.append(tile.contract(decayed, tile.total(values), Axis.I))
+            late = columns.factor(columns.following)
+            parts.append(tile.contract(decayed, tile.mul(late, tile.total(values)), Axis.I))
         return tile.total(parts)
 
     def read(self, read: Read) -> Tile:
@@ -278,7 +285,8 @@ class _GroupChunk:
             if columns:
                 parts.append(tile.mul(tile.contract(c, start, Axis.V), x))
             else:
-                parts.append(tile.contract(tile.mul(c, x), start, Axis.K))
+                early = self._columns[of].factor(self._columns[of].prefix(read.phase))
+                parts.append(tile.mul(early, tile.contract(tile.mul(c, x), start, Axis.K)))
         for n, written in enumerate(self._written):
             seen = (self._combined if columns else self._gathered)(c, read, n, written)
             if seen is not None:
@@ -288,7 +296,10 @@ class _GroupChunk:
     def _gathered(self, c: Tile, read: Read, n: int, written: Tile) -> Tile | None:
         """What the n-th writes add to a read over rows; None: nothing."""
         scores = self._scores(c, read.state, read.phase, n)
-        return None if scores is None else gather(scores.named("A"), written)
+        if scores is None:
+            return None
+        columns = self._columns[read.state].of_channels(read.phase)
+        return under(columns, scores.named("A"), written, read.phase)
 
     def _combined(self, c: Tile, read: Read, n: int, written: Tile) -> Tile | None:
         """What they add to a read over columns."""

@@ -134,9 +134,9 @@ def _products(t: Tile) -> Expr:
     if t.op is TileOp.SUBSTITUTE:
         return C * C * _size((Axis.V,))
     if t.op in (TileOp.DECAYED_DOT, TileOp.DECAYED_APPLY):
-        return 2 * LEVELS * C * C * K
+        return 2 * LEVELS * C * C * _size((tile.gated_axis(t),))
     if t.op is TileOp.DECAYED_CROSSING:
-        return 6 * LEVELS * C * C * K
+        return 6 * LEVELS * C * C * _size((tile.gated_axis(t),))
     if t.op is TileOp.INVERSE:
         # two products per doubling: of 16 x 16 blocks up to 16 rows, of whole tiles above
         return 2 * 3 * 2 * 16**2 * C + 2 * (LEVELS - 4) * 2 * C**3
@@ -147,7 +147,8 @@ def _elementwise(t: Tile) -> Expr:
     if t.op in (*_FREE, TileOp.DOT, TileOp.PRODUCT) or not t.args:
         return sympy.Integer(0)
     if t.op in DECAYED:
-        return 4 * LEVELS * C * K  # difference, exponential, two factors
+        # difference, exponential, two factors
+        return 4 * LEVELS * C * _size((tile.gated_axis(t),))
     if t.op is TileOp.INVERSE:
         return 2 * LEVELS * C * C
     return _size(_joint(t.args))

@@ -202,7 +202,7 @@ _TILES: dict[TileOp, Callable[[Tile, Sequence[Numbers], Sizes], Numbers]] = {
     TileOp.DECAY: lambda t, xs, c: _decay(t, xs[0], c),
     TileOp.INVERSE: lambda t, xs, c: _inverse(xs[0]),
     TileOp.SUBSTITUTE: lambda t, xs, c: _substitute(t, *xs),
-    TileOp.DECAYED_DOT: lambda t, xs, c: total(_decayed(t, xs, c), Axis.K),
+    TileOp.DECAYED_DOT: lambda t, xs, c: total(_decayed(t, xs, c), tile.gated_axis(t)),
     TileOp.DECAYED_APPLY: lambda t, xs, c: total(
         _decayed(t, xs, c), Axis.J if t.attrs[0] is Axis.I else Axis.I
     ),

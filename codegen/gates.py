@@ -56,7 +56,7 @@ def crossing(w: Tile, *, exclusive: bool = False) -> Tile:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A vector gate [I, K] as reads see it: log-decays, and their prefix sums to i and to j.
+    """A vector gate [I, K] or [I, V] as reads see it: log-decays, their prefix sums to i and to j.
 
     `exclusive`: the decay of token i itself is left out. `factor`: it is the log of a factor that
     may be 0, whose decays are flushed.
@@ -69,13 +69,18 @@ class Gate:
     factor: bool
 
     @property
+    def axis(self) -> Axis:
+        """The axis whose channels decay one by one."""
+        return self.log_decay.axes[-1]
+
+    @property
     def args(self) -> tuple[Tile, Tile, Tile]:
         """The arguments of the ops below that stand for it."""
         return self.to, rename(self.since, Axis.J), self.log_decay
 
 
 def decayed_dot(x: Tile, y: Tile, gate: Gate) -> Tile:
-    """Scores under a vector gate, strictly lower; x and y are [I, K], y is renamed here."""
+    """Scores under a vector gate, strictly lower; x and y have its axes, y is renamed here."""
     args = (x, rename(y, Axis.J), *gate.args)
     attrs = (gate.factor, gate.exclusive)
     return Tile(TileOp.DECAYED_DOT, args, attrs, SQUARE)
@@ -85,11 +90,11 @@ def decayed_apply(a: Tile, y: Tile, gate: Gate, side: Axis) -> Tile:
     """The adjoint of `decayed_dot`: `a` applied to y (side I), or transposed to x (side J)."""
     args = (a, y, *gate.args)
     attrs = (side, gate.factor, gate.exclusive)
-    return Tile(TileOp.DECAYED_APPLY, args, attrs, axes_of(side, Axis.K))
+    return Tile(TileOp.DECAYED_APPLY, args, attrs, axes_of(side, gate.axis))
 
 
 def decayed_crossing(a: Tile, x: Tile, y: Tile, dx: Tile, dy: Tile, gate: Gate) -> Tile:
-    """The adjoint of `decayed_dot` for the log-decay itself, [I, K].
+    """The adjoint of `decayed_dot` for the log-decay itself, of its axes.
 
     It equals the sum of x dx from t on, less that of y dy from t on. The rounding of this
     difference counts where it is multiplied: by 1/f if the gate is log f, by about |g| elsewhere.
@@ -98,7 +103,7 @@ def decayed_crossing(a: Tile, x: Tile, y: Tile, dx: Tile, dy: Tile, gate: Gate) 
     limit = -4.0 if gate.factor else -30.0
     args = (a, x, y, dx, dy, *gate.args)
     attrs = (limit, gate.exclusive)
-    return Tile(TileOp.DECAYED_CROSSING, args, attrs, (Axis.I, Axis.K))
+    return Tile(TileOp.DECAYED_CROSSING, args, attrs, (Axis.I, gate.axis))
 
 
 def gate_of(t: Tile) -> Gate:

@@ -164,7 +164,12 @@ def summed_axes(t: Tile) -> Axes:
         return (t.attr(Axis),)
     if t.op is TileOp.DECAYED_APPLY:
         return (Axis.J,) if t.attrs[0] is Axis.I else (Axis.I,)
-    return (Axis.K,) if t.op is TileOp.DECAYED_DOT else ()
+    return (gated_axis(t),) if t.op is TileOp.DECAYED_DOT else ()
+
+
+def gated_axis(t: Tile) -> Axis:
+    """The axis of a DECAYED op's gate, K unless a state decays along both: its log-decay's."""
+    return t.args[-1].axes[-1]
 
 
 # ---- constructors: each checks its axes and folds trivial cases -------------------------------

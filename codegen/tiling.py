@@ -16,7 +16,7 @@ from .padding import Padding, padding
 from .phases import added_products, extents, phases
 from .plan import Kernel, Loop
 from .segments import Segments, Start
-from .tile import ALIASES, NUMBERS, TIMES, Axes, Axis, Tile, TileOp, summed_axes
+from .tile import ALIASES, NUMBERS, TIMES, Axes, Axis, Tile, TileOp, gated_axis, summed_axes
 from .verify import verify_tiled
 
 # how the axes of a tile lie in registers, rows first: a scan keeps its state [V, K], split along V
@@ -196,7 +196,7 @@ class _Tiling:
         if t.op is TileOp.DOT or t in self._fused:
             yield from self._product(t, adds=adds)
             return
-        clean = (Axis.K,) if t.op in DECAYED else summed_axes(t)
+        clean = (gated_axis(t),) if t.op in DECAYED else summed_axes(t)
         dtype = Dtype.FLOAT32
         if t.op is TileOp.DECAYED_DOT and self._signature.dtype is Dtype.BFLOAT16:
             dtype = Dtype.BFLOAT16  # decayed factors underflow in float16 (mathematics, numerics 7)

@@ -77,7 +77,7 @@ class StateGate:
     def of_channels(self, phase: Phase) -> Gate | None:
         """The gate as products under it take it, if channels decay one by one."""
         g, inclusive, to = self.log_decay, self.inclusive, self.prefix(phase)
-        if g is None or inclusive is None or to is None or Axis.K not in g.axes:
+        if g is None or inclusive is None or to is None or g.axes == (Axis.I,):
             return None
         return Gate(g, to, inclusive, phase is Phase.BEFORE, self.is_factor)
 
@@ -98,6 +98,17 @@ class StateGate:
             return tile.mask(tile.expand(tile.const(1.0), SQUARE), Which.STRICT)
         decays = gates.decay(self.log_decay, Which.STRICT, exclusive=True)
         return self.decay(decays.named("D_before"))
+
+
+def under(gate: Gate | None, scores: Tile, x: Tile, phase: Phase) -> Tile:
+    """sum_j scores_ij x_j, channel by channel decayed from j to i by a vector gate, if any."""
+    if gate is None:
+        return gather(scores, x)
+    strict = decayed_apply(scores, tile.rename(x, Axis.J), gate, Axis.I)
+    if phase is not Phase.AFTER:
+        return strict
+    own = tile.reduce(tile.mask(scores, Which.DIAGONAL), (Axis.J,))
+    return tile.add(strict, tile.mul(own, x))
 
 
 def _seen(phase: Phase) -> Which:
@@ -133,14 +144,8 @@ class Transitions:
     def combine(self, products: Tile, to: str, key: Tile, of: str, phase: Phase) -> Tile | None:
         """sum_j products_ij key_j, by what is left of what row j wrote: [I, K]; None: 0."""
         gate = self._of_channels(to, of, phase)
-        if gate is None:
-            scores = self._between(products, to, of, phase)
-            return None if scores is None else gather(scores, key)
-        strict = decayed_apply(products, tile.rename(key, Axis.J), gate, Axis.I)
-        if phase is not Phase.AFTER:
-            return strict
-        own = tile.reduce(tile.mask(products, Which.DIAGONAL), (Axis.J,))
-        return tile.add(strict, tile.mul(own, key))
+        scores = self._between(products, to, of, phase) if gate is None else products
+        return None if scores is None else under(gate, scores, key, phase)
 
     def from_start(self, to: str, phase: Phase) -> list[tuple[str, Tile]]:
         """The factors of states at the chunk's start that a read of `to` sees, [I] or [I, K]."""

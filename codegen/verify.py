@@ -28,6 +28,7 @@ from .tile import (
     Tile,
     TileOp,
     axes_of,
+    gated_axis,
     renamed,
     summed_axes,
     topological,
@@ -71,15 +72,21 @@ def _product(t: Tile, x: Tile, y: Tile) -> bool:
     return matrices and set(t.axes) == (set(x.axes) | set(y.axes)) - both
 
 
-def _gated(side: Axes) -> Callable[..., bool]:
+def _gated(t: Tile, *args: Tile) -> bool:
     """Of an op under a vector gate: P of row i, Q of row j, and the log-decay of row i."""
-
-    def rule(t: Tile, *args: Tile) -> bool:
-        p, q, g = (x.axes for x in args[-3:])
-        rows, columns = (Axis.I, Axis.K), (Axis.J, Axis.K)
-        return p == g == rows and q == columns and (t.axes == side or not side)
-
-    return rule
+    p, q, g = (x.axes for x in args[-3:])
+    axis = gated_axis(t)
+    sides = {
+        TileOp.DECAYED_DOT: (SQUARE,),
+        TileOp.DECAYED_APPLY: ((Axis.I, axis), (Axis.J, axis)),
+        TileOp.DECAYED_CROSSING: ((Axis.I, axis),),
+    }
+    return (
+        axis in (Axis.K, Axis.V)
+        and p == g == (Axis.I, axis)
+        and q == (Axis.J, axis)
+        and (t.axes in sides[t.op])
+    )
 
 
 _TILES: Mapping[TileOp, Callable[..., bool]] = {
@@ -111,9 +118,7 @@ _TILES: Mapping[TileOp, Callable[..., bool]] = {
     TileOp.SUBSTITUTE: lambda t, lower, b, x: (
         lower.axes == SQUARE and t.axes == b.axes == x.axes == (Axis.I, Axis.V)
     ),
-    TileOp.DECAYED_DOT: _gated(SQUARE),
-    TileOp.DECAYED_APPLY: _gated(()),
-    TileOp.DECAYED_CROSSING: _gated((Axis.I, Axis.K)),
+    **dict.fromkeys(DECAYED, _gated),
 }
 
 
@@ -184,7 +189,7 @@ class _Checked:
         if s.adds and not inside:
             return "adds outside the loop"
         summed = tuple(a for a in summed_axes(s.value) if a not in TIMES)
-        for axis in (Axis.K,) if s.value.op in DECAYED else summed:
+        for axis in (gated_axis(s.value),) if s.value.op in DECAYED else summed:
             for use in s.args if self.kernel.is_padded(axis) else ():
                 if axis in use.axes and self.padding(use, axis) is not Padding.ZERO:
                     return f"sums the padding of {_shown(use.value)}"

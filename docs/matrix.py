@@ -55,8 +55,14 @@ Answer = str | None  # why not; None: yes
 # ---- steps that are refused, each the smallest that asks for what is missing ---------------------
 
 
-def gates_on_rows_and_columns(S: State, q: Key, k: Key, v: Value, g: Key, h: Value) -> Any:
-    S = exp(g) * S * exp(h) + outer(k, v)
+def recall_between_gates_on_both_axes(S: State, q: Key, k: Key, v: Value, g: Key, h: Value) -> Any:
+    S = exp(g) * S * exp(h)
+    S = S + outer(k, v - k @ S)
+    return S, q @ S
+
+
+def gate_on_rows_plus_gate_on_columns(S: State, q: Key, k: Key, v: Value, g: Key, h: Value) -> Any:
+    S = exp(g) * S + exp(h) * S + outer(k, v)
     return S, q @ S
 
 
@@ -88,7 +94,8 @@ def cycle_of_states(S: State, W: State, q: Key, k: Key, v: Value) -> Any:
 
 
 _REFUSED: tuple[Callable[..., Any], ...] = (
-    gates_on_rows_and_columns,
+    recall_between_gates_on_both_axes,
+    gate_on_rows_plus_gate_on_columns,
     gate_per_entry,
     angle_per_key_channel,
     kalman_with_process_noise,
@@ -157,6 +164,8 @@ def _segments(form: NormalForm) -> Answer:
     if any(s.kind is Kind.KEY_STATE for s in form.states):
         return "a vector that is corrected passes a segment by a K x K matrix that is not derived"
     corrections = [w.correction for u in updates for w in u.writes if w.correction is not None]
+    if any(u.columns is not None for u in updates):
+        return "states that decay along both axes pass a segment by a number for every entry"
     if any(c.scale.kind is Kind.VALUE for c in corrections):
         return "columns that are corrected apart pass a segment by a K x K matrix each"
     return "the matrix that a state passes a segment by is not derived"

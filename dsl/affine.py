@@ -117,7 +117,7 @@ class Walker:
             left, right = (self.state(a) for a in node.args)
             if node.op is Op.SUB:
                 right = _scaled(right, algebra.MINUS_ONE, node)
-            return _plus(left, right)
+            return _plus(left, right, node.loc)
         if node.op is Op.SCALE:
             state, factor = node.args
             if self.depends(factor):
@@ -186,13 +186,14 @@ class Walker:
                 "the state is read with a vector that depends on it", "the reading", node.loc
             )
         form = self.state(state)
-        along = Kind.KEY if left else Kind.VALUE
         consts: list[Node] = []
         reads: list[tuple[Node, MomentRead]] = []
         for moment, coef in form.coefs:
-            inner = coef.kind in (Kind.SCALAR, along)
-            read = MomentRead(moment, key, coef if inner else algebra.ONE, left)
-            reads.append((algebra.ONE if inner else coef, read))
+            rows, columns = sides(coef)
+            inner, outer = (rows, columns) if left else (columns, rows)
+            if outer.kind is Kind.SCALAR:  # of all channels: kept with the key
+                inner, outer = algebra.mul(outer, inner), algebra.ONE
+            reads.append((outer, MomentRead(moment, key, inner, left)))
         for t in form.terms:
             read_side, other = (t.row, t.col) if left else (t.col, t.row)
             if t.read is not None and t.read.left is not left:
@@ -211,21 +212,18 @@ class Walker:
         return VectorForm(algebra.total(consts), tuple(reads))
 
 
-def _plus(a: StateForm, b: StateForm) -> StateForm:
+def _plus(a: StateForm, b: StateForm, loc: Loc | None) -> StateForm:
     coefs = dict(a.coefs)
     for moment, coef in b.coefs:
+        kinds = {coef.kind, dict(a.coefs).get(moment, coef).kind}
+        if moment in coefs and ({Kind.KEY, Kind.VALUE} <= kinds or Kind.STATE in kinds):
+            raise _per_entry(loc)
         coefs[moment] = algebra.add(coefs[moment], coef) if moment in coefs else coef
-        if {Kind.KEY, Kind.VALUE} <= {coef.kind, dict(a.coefs).get(moment, coef).kind}:
-            raise _both_axes(coef)
     return StateForm(tuple(coefs.items()), a.terms + b.terms)
 
 
 def _scaled(form: StateForm, factor: Node, node: Node) -> StateForm:
-    coefs = []
-    for moment, coef in form.coefs:
-        if {coef.kind, factor.kind} == {Kind.KEY, Kind.VALUE}:
-            raise _both_axes(node)
-        coefs.append((moment, algebra.mul(factor, coef)))
+    coefs = [(moment, _both_sides(factor, coef)) for moment, coef in form.coefs]
     on_row = factor.kind is Kind.KEY
     terms = []
     for t in form.terms:
@@ -237,12 +235,30 @@ def _scaled(form: StateForm, factor: Node, node: Node) -> StateForm:
     return StateForm(tuple(coefs), tuple(terms))
 
 
-def _both_axes(node: Node) -> errors.NoChunkForm:
+def sides(coef: Node) -> tuple[Node, Node]:
+    """A factor of a state as those of its rows and of its columns; a Scalar is of the rows."""
+    if coef.kind is Kind.STATE:
+        rows, columns = coef.args
+        return rows, columns
+    return (algebra.ONE, coef) if coef.kind is Kind.VALUE else (coef, algebra.ONE)
+
+
+def _both_sides(factor: Node, coef: Node) -> Node:
+    """The product of two factors of a state: of rows and of columns, their outer product."""
+    kinds = {factor.kind, coef.kind}
+    if kinds != {Kind.KEY, Kind.VALUE} and Kind.STATE not in kinds:
+        return algebra.mul(factor, coef)
+    (a, b), (c, d) = sides(factor), sides(coef)
+    return Node(Op.OUTER, (algebra.mul(a, c), algebra.mul(b, d)), (), Kind.STATE)
+
+
+def _per_entry(loc: Loc | None) -> errors.NoChunkForm:
     return errors.NoChunkForm(
-        "one step scales the rows of the state and its columns",
-        "the chunk form has decays along one axis so far; along both at once none is derived yet",
-        "gate the keys, or the values, not both; a Scalar gate goes with either",
-        node.loc,
+        "the state is scaled by a sum of factors of its rows and of its columns",
+        "what is left of a state between two tokens would be a number per entry, which no "
+        "product of matrices gives",
+        "multiply the factors instead: `exp(g) * S * exp(h)` scales rows and columns",
+        loc,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from . import algebra, errors
 from .affine import Moment, MomentRead, Walker
@@ -60,6 +61,27 @@ def _sees(step: Step) -> list[set[int]]:
             if through in seen:
                 seen |= sees[through]
     return sees
+
+
+def without_plain_reads(step: Step) -> Step:
+    """The step with products of vectors for reads of what holds no state: outer products alone."""
+
+    @functools.cache
+    def plain(node: Node) -> Node:
+        args = tuple(plain(a) for a in node.args)
+        if any(a is not b for a, b in zip(args, node.args, strict=True)):
+            node = Node(node.op, args, node.attrs, node.kind, node.loc)
+        if node.op not in READS or _states(node):
+            return node
+        found = Walker({}).read(node).const
+        assert found is not None, "it holds nothing but what is written"
+        return found
+
+    return replace(
+        step,
+        next_states=tuple(plain(n) for n in step.next_states),
+        outputs=tuple(plain(n) for n in step.outputs),
+    )
 
 
 def direct_states(node: Node) -> frozenset[str]:
@@ -138,7 +160,7 @@ class Results:
     def _result(self, read: MomentRead) -> Node:
         """The leaf that stands for a read."""
         name, at = read.moment.state, read.moment.index
-        own = self._decays.get(read.moment)
+        own = self._decays.get(read.moment)  # of rows and of columns: an outer product
         if read.coef == own and own != algebra.ONE:
             entry = Read(name, read.key, at, Phase.DECAYED, not read.left)
         elif at == 0:

@@ -82,6 +82,13 @@ def classify(form: NormalForm) -> Classes:
         updates = [u for m in form.micro_steps for u in m.updates if u.state == declared.name]
         decays = [decay_class(form, x) for x in turned.get(declared.name, [])]
         decays = decays or [decay_class(form, u.log_decay) for u in updates]
+        columns = [u.columns for u in updates if u.columns is not None]
+        if columns:
+            other = decay_class(form, columns[0])
+            if set(decays) == {DecayClass.NONE}:
+                decays = [other]
+            else:
+                turns[declared.name] = f"and {other.value.removeprefix('decay ')}"
         order = list(DecayClass)
         states.append(
             StateClass(

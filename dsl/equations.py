@@ -119,13 +119,15 @@ def _known(u: Update, reads: dict[int, Node]) -> Update:
         writes.append(Write(known(w.key), None if w.value is None else known(w.value), c))
     mixes = tuple(replace(m, factor=known(m.factor)) for m in u.mixes)
     log = None if u.log_decay is None else known(u.log_decay)
-    return Update(u.state, log, u.bound, mixes, tuple(writes))
+    columns = None if u.columns is None else known(u.columns)
+    return Update(u.state, log, u.bound, mixes, tuple(writes), columns)
 
 
 def _decayed(update: Update, state: Node) -> Node:
-    if update.log_decay is None:
-        return state
-    return Node(Op.SCALE, (state, algebra.unary(Op.EXP, update.log_decay)), (), state.kind)
+    for log in (update.log_decay, update.columns):
+        if log is not None:
+            state = Node(Op.SCALE, (state, algebra.unary(Op.EXP, log)), (), state.kind)
+    return state
 
 
 def _updated(update: Update, now: dict[str, Node], decayed: dict[str, Node]) -> Node:

@@ -109,6 +109,9 @@ def _update_lines(form: NormalForm, update: Update) -> list[str]:
         text = text or f"e^{infix(update.log_decay)}"
         per = " per token" if what is DecayClass.SCALAR else ""
         lines.append(_row("decay", text, f"{what.value}{of}{per}, {_bound(update)}"))
+    if update.columns is not None:
+        what = decay_class(form, update.columns)
+        lines.append(_row("decay", f"e^({infix(update.columns)})", f"{what.value}{of}, columns"))
     for mix in update.mixes:
         label = "factor" if mix in itself else "mix"
         lines.append(_row(label, f"{infix(mix.factor)} · {mix.state}", f"into {update.state}"))

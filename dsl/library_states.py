@@ -10,13 +10,36 @@ import operator
 
 from .declaration import Declaration, declaration
 from .functions import abs as abs_
-from .functions import clamp, dot, exp, log, maximum, outer, sigmoid, softplus
+from .functions import clamp, dot, exp, log, maximum, outer, rotate, sigmoid, softplus
 from .functions import sum as sum_
 from .kinds import HeadScalar, HeadValue, Key, KeyState, Scalar, State, Value
 from .traced import Traced
 
 _Two = tuple[tuple[State, State], Value]
+_Four = tuple[tuple[State, State, State, State], Value]
 _Three = tuple[tuple[State, State, State], Value]
+
+
+@declaration
+def gla_both(S: State, q: Key, k: Key, v: Value, g: Key, h: Value) -> tuple[State, Value]:
+    """Gated linear attention (Yang et al. 2024) with gates of rows and of columns: of rank one."""
+    S = exp(g) * S * exp(h) + outer(k, v)
+    return S, q @ S
+
+
+@declaration
+def kalman_linear_attention(
+    L: State, H: State, q: Key, k: Key, v: Value, f: Key, r: Scalar, e: HeadValue
+) -> _Two:
+    """Kalman linear attention (2026), information form: H = L * mean, with precisions L.
+
+    r is the precision of v, and e 1 for every channel or a number of its own. Precisions fade, by
+    a gate, in place of process noise, whose 1 / (1 / L + p) is not affine.
+    """
+    f, r = sigmoid(f), softplus(r)
+    L = f * L + outer(r * k * k, e)
+    H = f * H + outer(r * k, v)
+    return (L, H), (q / (1 + (L @ e) ** 2)) @ H
 
 
 @declaration
@@ -44,6 +67,21 @@ def mamba3_trapezoid(
     decay = exp(-exp(A_log) * step)
     S = decay * S + (1 - now) * step * decay * lag + now * step * outer(B, x)
     return (S, outer(B, x)), C @ S
+
+
+@declaration
+def mamba3(
+    R: State, J: State, R_lag: State, J_lag: State, C: Key, C2: Key, B: Key, B2: Key, x: Value,
+    dt: Scalar, lam: Scalar, A_log: HeadScalar, theta: Key,
+) -> _Four:  # fmt: skip
+    """Mamba-3 (Lahoti et al. 2026): the trapezoid, and turns by dt θ of halves B, B2 and C, C2."""
+    step, now = softplus(dt), sigmoid(lam)
+    decay, late = exp(-exp(A_log) * step), (1 - now) * step
+    R, J = decay * (R + late * R_lag), decay * (J + late * J_lag)
+    R, J = rotate(R, J, step * theta)
+    R_lag, J_lag = outer(B, x), outer(B2, x)
+    R, J = R + now * step * R_lag, J + now * step * J_lag
+    return (R, J, R_lag, J_lag), C @ R + C2 @ J
 
 
 @declaration

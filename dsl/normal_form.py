@@ -108,13 +108,17 @@ class Mix:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """The change of one state in one micro-step. `log_decay` is a natural log; None: no decay."""
+    """The change of one state in one micro-step. `log_decay` is a natural log; None: no decay.
+
+    `columns`: the log-decay of the axis that is not recalled along, a decay beside the other.
+    """
 
     state: str
     log_decay: Node | None
     bound: Interval
     mixes: tuple[Mix, ...]
     writes: tuple[Write, ...]
+    columns: Node | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +202,7 @@ def expressions(form: NormalForm) -> list[Node]:
 
 def of_update(u: Update) -> list[Node]:
     """Every expression of an update, in order."""
-    found: list[Node | None] = [u.log_decay, *(m.factor for m in u.mixes)]
+    found: list[Node | None] = [u.log_decay, u.columns, *(m.factor for m in u.mixes)]
     for w in u.writes:
         found += [w.key, w.value]
         if w.correction is not None:
@@ -310,5 +314,7 @@ def _text(x: object) -> str:
     if slots:
         # a class renamed since: digests name the artifacts that were shipped before
         name = "Feedback" if isinstance(x, Correction) else type(x).__name__
+        if isinstance(x, Update) and x.columns is None:  # a field that came later
+            slots = [s for s in slots if s != "columns"]
         return name + "(" + ",".join(_text(getattr(x, s)) for s in slots) + ")"
     return repr(x)

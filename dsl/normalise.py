@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from . import algebra, errors
-from .affine import Moment, MomentRead, StateForm, Term, Walker
-from .cascade import READS, Results, cycle, levels, state_nodes
+from .affine import Moment, MomentRead, StateForm, Term, Walker, sides
+from .cascade import READS, Results, cycle, levels, state_nodes, without_plain_reads
 from .decay import is_signed, log_decay, log_magnitude
 from .intervals import Interval
-from .ir import Kind, Node, Op, constant
+from .ir import Kind, Loc, Node, Op, constant
 from .normal_form import (
     Correction,
     MicroStep,
@@ -50,6 +50,7 @@ def normalise(step: Step) -> NormalForm:
 
 
 def _normalised(step: Step, *, cut: bool) -> NormalForm:
+    step = without_plain_reads(step)
     order = levels(step)
     results = Results(step, order)
     parts = []
@@ -59,7 +60,7 @@ def _normalised(step: Step, *, cut: bool) -> NormalForm:
         except (errors.NotAffine, errors.NoChunkForm) as mistake:
             mistake.why += cycle(step, level)
             raise
-    transposed = _is_transposed([f for part in parts for f in part.forms], step)
+    transposed = _is_transposed(parts, step)
     form = NormalForm(
         step.name,
         step.operands,
@@ -219,7 +220,7 @@ def _is_alone(step: Step, base: tuple[Node, ...], j: int) -> bool:
 # ---------------------------------------------------------------- one micro-step
 
 # the log-decay of a state of which nothing is left
-_FORGOTTEN = constant(-math.inf), Interval(-math.inf, -math.inf)
+_FORGOTTEN = (constant(-math.inf), Interval(-math.inf, -math.inf)), None
 
 
 def _own_coefs(
@@ -234,7 +235,7 @@ def _own_coefs(
     for s, form in zip(states, forms, strict=True):
         moment = Moment(s.name, index)
         multiplier = dict(form.coefs).get(moment)
-        if multiplier is not None and not is_signed(multiplier):
+        if multiplier is not None and not any(map(is_signed, sides(multiplier))):
             own[moment] = multiplier
     return own
 
@@ -245,35 +246,69 @@ def _mixed(names: Sequence[str], forms: Sequence[StateForm]) -> set[str]:
     return {name for pair in pairs if len(set(pair)) > 1 for name in pair}
 
 
-def _is_transposed(forms: Sequence[Sequence[StateForm]], step: Step) -> bool:
-    everything = [f for each in forms for f in each]
-    columns = any(c.kind is Kind.VALUE for f in everything for _, c in f.coefs)
-    rows = any(c.kind is Kind.KEY for f in everything for _, c in f.coefs)
-    right = any(t.read is not None and not t.read.left for f in everything for t in f.terms)
-    left = any(t.read is not None and t.read.left for f in everything for t in f.terms)
+@dataclass(frozen=True, slots=True)
+class _Axes:
+    """By which axes states are multiplied: names of those that decay along rows, and columns, and
+    of those that are recalled, or mix, along rows and along columns."""
+
+    rows: set[str]
+    columns: set[str]
+    left: set[str]
+    right: set[str]
+
+    @staticmethod
+    def of(parts: Sequence[_Part]) -> _Axes:
+        """Of all micro-steps."""
+        found = _Axes(set(), set(), set(), set())
+        pairs = [zip(p.step.states, forms, strict=True) for p in parts for forms in p.forms]
+        for name, form in ((s.name, f) for micro_step in pairs for s, f in micro_step):
+            for moment, coef in form.coefs:
+                both = (name, moment.state)
+                alone = moment.state == name and not any(map(is_signed, sides(coef)))
+                of_rows, of_columns = (x.kind is not Kind.SCALAR for x in sides(coef))
+                if of_rows:
+                    found.rows.update(both)
+                    found.left.update(() if alone else both)
+                if of_columns:
+                    found.columns.update(both)
+                    found.right.update(() if alone else both)
+            for read in (t.read for t in form.terms if t.read is not None):
+                side = found.left if read.left else found.right
+                side.update((name, read.moment.state))
+        return found
+
+
+def _is_transposed(parts: Sequence[_Part], step: Step) -> bool:
+    """Whether columns are the axis that is recalled along, or that alone decays."""
+    axes = _Axes.of(parts)
+    vectors = {s.name for s in step.states if s.kind is Kind.KEY_STATE}
     loc = next((n.loc for n in step.next_states if n.loc is not None), None)
-    if (columns or right) and (rows or left):
-        raise errors.NoChunkForm(
-            "the step acts on the rows of the state and on its columns",
-            "`k @ S` and a Key gate multiply the state on the left (K×K), `S @ v` and a Value gate "
-            "on the right (V×V): no chunk form of both together is derived yet",
-            "use one side: `k @ S` with a Key or Scalar gate, or `S @ v` with a Value or Scalar "
-            "gate",
-            loc,
-        )
-    transposed = columns or right
-    if not (transposed or rows or left):  # either will do: that with the reads of ordinary forms
-        ops = {n.op for n in _above(step.outputs, ())}
-        matrices = all(s.kind is Kind.STATE for s in step.states)
-        return matrices and Op.READ_VALUE in ops and Op.READ not in ops
-    if transposed and any(s.kind is Kind.KEY_STATE for s in step.states):
+    on_rows = not axes.right and not axes.left & axes.columns
+    on_columns = not axes.left and not axes.right & axes.rows and not vectors
+    if not (on_rows or on_columns) and vectors and (axes.right or axes.columns):
         raise errors.NoChunkForm(
             "a KeyState accompanies a State whose columns decay or are read",
             "the form is transposed, and a KeyState has no columns to go with it",
             "declare the two as two ops",
             loc,
         )
-    return transposed
+    if not (on_rows or on_columns):
+        raise errors.NoChunkForm(
+            "the step acts on the rows of the state and on its columns",
+            "a state may decay along both axes, but `k @ S` multiplies it on the left (K×K) and "
+            "`S @ v` on the right (V×V): what is recalled along one axis of a state that decays, "
+            "or is recalled, along the other is a system of equations for every channel",
+            "use one side: `k @ S` with a Key or Scalar gate, or `S @ v` with a Value or Scalar "
+            "gate",
+            loc,
+        )
+    if not (on_rows and on_columns):
+        return on_columns
+    if bool(axes.rows | axes.left) != bool(axes.columns | axes.right):
+        return bool(axes.columns | axes.right)
+    # either will do: that with the reads of ordinary forms
+    ops = {n.op for n in _above(step.outputs, ())}
+    return Op.READ_VALUE in ops and Op.READ not in ops
 
 
 def _micro_step(step: Step, parts: Sequence[_Part], index: int, transposed: bool) -> MicroStep:
@@ -304,12 +339,20 @@ def _updates(step: Step, index: int, forms: Sequence[StateForm], transposed: boo
         mixes = tuple(Mix(m.state, c) for m, c in form.coefs if m.state != name or name not in own)
         if multiplier is not None and name not in own and name not in mixed:
             log_magnitude(multiplier, algebra.ONE, node.loc)  # it is at most 1
-        log, bound = log_decay(own[name], node.loc) if name in own else _FORGOTTEN
+        held, other = _logs(own[name], transposed, node.loc) if name in own else _FORGOTTEN
         writes = _writes(form.terms, own, transposed)
-        updates.append(
-            Update(name, log, Interval(0.0, 0.0) if log is None else bound, mixes, writes)
-        )
+        updates.append(Update(name, held[0], held[1], mixes, writes, other))
     return updates
+
+
+def _logs(
+    multiplier: Node, transposed: bool, loc: Loc | None
+) -> tuple[tuple[Node | None, Interval], Node | None]:
+    """The log-decay of the axis that is held as rows, with its bounds, and that of the other."""
+    held, other = sides(multiplier)
+    if transposed and multiplier.kind is not Kind.SCALAR:
+        held, other = other, held
+    return log_decay(held, loc), log_decay(other, loc)[0]
 
 
 def _writes(terms: Sequence[Term], own: Mapping[str, Node], transposed: bool) -> tuple[Write, ...]:

@@ -203,11 +203,14 @@ class _Chunk:
         return x * self._rows if len(x) == 1 else x
 
     def _decay(self, name: str, time: int) -> Array:
-        log = self._update(name, time).log_decay
-        if log is None:
-            return (_ONE,) * self._rows
-        token = time // self._n
-        return self._per_row(self._symbols.multiplier(log, token, self._env[token]))
+        """Of the rows, and of the one column."""
+        update, token = self._update(name, time), time // self._n
+        found: Array = (_ONE,) * self._rows
+        for log in (update.log_decay, update.columns):
+            if log is not None:
+                decay = self._symbols.multiplier(log, token, self._env[token])
+                found = tuple(a * b for a, b in zip(found, self._per_row(decay), strict=True))
+        return found
 
     def _left(self, after: int, until: int, to: str) -> dict[str, Array]:
         """What `to` after the time `until` has, per row, of each state after the time `after`."""

@@ -74,8 +74,7 @@ def log_decays(form: NormalForm) -> list[tuple[str, Node]]:
             if u.state in alone:
                 factors = alone[u.state].left[m].values()
                 log = next((log_magnitude(f, algebra.ONE) for f in factors), None)
-            if log is not None:
-                found.append((u.state, log))
+            found += [(u.state, x) for x in (log, u.columns) if x is not None]
     return found
 
 
@@ -87,9 +86,11 @@ def mixing_factors(form: NormalForm, micro_steps: Sequence[int]) -> list[tuple[s
     updates = [u for m in micro_steps for u in form.micro_steps[m].updates]
     planes = planes_of(form)
     mixed = {n for u in updates for x in u.mixes for n in (u.state, x.state) if x.state != u.state}
-    mixed -= {s for p in planes for s in p.states}
+    turned = {s for p in planes for s in p.states}
+    mixed -= turned
     found = [(u.state, x.factor) for u in updates if u.state in mixed for x in u.mixes]
     logs = [(u.state, u.log_decay) for u in updates if u.state in mixed]
+    logs += [(u.state, u.columns) for u in updates if u.state in mixed | turned]
     found += [(state, log) for state, log in logs if log is not None]
     for plane in planes:
         left = [(pair, f) for m in micro_steps for pair, f in plane.left[m].items()]

@@ -62,6 +62,8 @@ def _verify_update(update: Update, kinds: dict[str, Kind], transposed: bool) -> 
 
     if update.log_decay is not None:
         expect("the log-decay", update.log_decay, Kind.SCALAR, row)
+    if update.columns is not None:
+        expect("the log-decay of columns", update.columns, col)
     for mix in update.mixes:
         if kinds.get(mix.state) is not kinds[update.state]:
             raise InvalidIR(f"{update.state} mixes with {mix.state}")

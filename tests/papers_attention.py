@@ -7,7 +7,6 @@ from typing import Any
 import chunkwise as cw
 import torch
 from chunkwise import (
-    HeadValue,
     Key,
     Scalar,
     State,
@@ -17,8 +16,6 @@ from chunkwise import (
     exp,
     expm1,
     outer,
-    sigmoid,
-    softplus,
 )
 from torch import Tensor
 
@@ -101,23 +98,18 @@ def _(x: Token, D: Tensor, S: Tensor) -> Any:
     return x.q @ S, (D, S)
 
 
-@cw.recurrence
-def kalman(L: State, H: State, q: Key, k: Key, v: Value, f: Key, r: Scalar, e: HeadValue):
-    """Kalman linear attention (2026), information form with fading memory: H = precision * mean.
-
-    Fading in place of process noise, whose precision 1 / (1 / l + p) is not affine.
-    """
-    L = sigmoid(f) * L + outer(softplus(r) * k * k, e)
-    H = sigmoid(f) * H + outer(softplus(r) * k, v)
-    return (L, H), (q / (1 + (L @ e) ** 2)) @ H
-
-
-@loop_of(kalman)
+@loop_of(cw.library.kalman_linear_attention)
 def _(x: Token, L: Tensor, H: Tensor) -> Any:
     f, r = x.f.sigmoid()[:, None], torch.nn.functional.softplus(x.r)
     L, H = f * L + r * (x.k**2)[:, None] * x.e, f * H + r * torch.outer(x.k, x.v)
     mean = H / (1 + (L @ x.e) ** 2)[:, None]
     return mean.mT @ x.q, (L, H)
+
+
+@loop_of(cw.library.gla_both)
+def _(x: Token, S: Tensor) -> Any:
+    S = x.g.exp()[:, None] * S * x.h.exp() + torch.outer(x.k, x.v)
+    return x.q @ S, (S,)
 
 
 @loop_of(cw.library.delta_rule_normalised)

@@ -8,44 +8,27 @@ import chunkwise as cw
 import torch
 from chunkwise import (
     HeadKey,
-    HeadScalar,
     Key,
-    Scalar,
     State,
     Value,
     exp,
     outer,
     rotate,
-    sigmoid,
-    softplus,
 )
 from torch import Tensor
 
 from tests.papers import Token, loop_of
 
 
-@cw.recurrence
-def mamba3_turning(
-    R: State, J: State, X: State, Y: State, c: Key, d: Key, b: Key, f: Key, x: Value,
-    dt: Scalar, lam: Scalar, A: HeadScalar, a: Key,
-):  # fmt: skip
-    """Mamba-3 (2026), SISO: the trapezoid, with a rotation per pair of channels."""
-    step, lam = softplus(dt), sigmoid(lam)
-    decay, late = exp(-step * exp(A)), (1 - lam) * step
-    R, J = rotate(decay * R + late * decay * X, decay * J + late * decay * Y, step * a)
-    R, J = R + lam * step * outer(b, x), J + lam * step * outer(f, x)
-    return (R, J, outer(b, x), outer(f, x)), c @ R + d @ J
-
-
-@loop_of(mamba3_turning)
+@loop_of(cw.library.mamba3)
 def _(x: Token, R: Tensor, J: Tensor, X: Tensor, Y: Tensor) -> Any:
     delta, lam = torch.nn.functional.softplus(x.dt), x.lam.sigmoid()
-    alpha = torch.exp(delta * -x.A.exp())
-    turn = torch.polar(torch.ones_like(x.a), delta * x.a)[:, None]
-    now = torch.outer(torch.complex(x.b, x.f), x.x.to(turn.dtype))
+    alpha = torch.exp(delta * -x.A_log.exp())
+    turn = torch.polar(torch.ones_like(x.theta), delta * x.theta)[:, None]
+    now = torch.outer(torch.complex(x.B, x.B2), x.x.to(turn.dtype))
     h = alpha * turn * torch.complex(R, J)
     h = h + (1 - lam) * delta * alpha * turn * torch.complex(X, Y) + lam * delta * now
-    y = (torch.complex(x.c, x.d).conj() @ h).real
+    y = (torch.complex(x.C, x.C2).conj() @ h).real
     return y, (h.real, h.imag, now.real, now.imag)
 
 

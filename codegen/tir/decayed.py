@@ -22,17 +22,19 @@ from .products import block_product, column_blocks, horizontal_sum, transpose
 from .schedule import ChunkSchedule, Region
 from .values import Values
 
-# rows of an earlier and of a later half, decayed: room in scratch that such statements share
-EARLY, LATE = tile.token("early half", (Axis.K,)), tile.token("late half", (Axis.K,))
+
+def _rooms(axis: Axis) -> tuple[Tile, Tile]:
+    """Of rows of an earlier and of a later half, decayed: scratch that such statements share."""
+    return tile.token("early half", (axis,)), tile.token("late half", (axis,))
 
 
 def rooms(schedule: ChunkSchedule, shapes: Shapes) -> dict[Region, int]:
     """The scratch that such statements need, in numbers: halves, and the decays of each gate."""
     decayed = _computed(schedule)
     found: dict[Region, int] = {}
-    if decayed:
-        halves = (Region(EARLY), Region(LATE), Region(EARLY, transposed=True))
-        found = {region: shapes.size(region.axes) for region in halves}
+    for early, late in (_rooms(axis) for axis in {tile.gated_axis(t): None for t in decayed}):
+        halves = (Region(early), Region(late), Region(early, transposed=True))
+        found |= {region: shapes.size(region.axes) for region in halves}
     least = _least(shapes)
     blocks, sizes = shapes.chunk // least, (shapes.chunk // least).bit_length() - 1
     for t in sorted(decayed, key=lambda t: t.key):
@@ -51,7 +53,8 @@ def _computed(schedule: ChunkSchedule) -> list[Tile]:
 def _tables(t: Tile) -> tuple[Region, Region]:
     """Decays of pairs within a block, and of rows to the last row of an earlier half."""
     gate = f"{t.args[-1].key} {t.attrs[-1]}"
-    pairs, anchored = (tile.token(f"{name} {gate}", (Axis.K,)) for name in ("pairs", "anchored"))
+    axes = (tile.gated_axis(t),)
+    pairs, anchored = (tile.token(f"{name} {gate}", axes) for name in ("pairs", "anchored"))
     return Region(pairs), Region(anchored)
 
 
@@ -74,7 +77,9 @@ class _Decayed:
         self.least = _least(frame.shapes)
         # of a block of a product: it divides every half
         self.height = min(self.least, 1 << frame.shapes.config.rows.bit_length() - 1)
-        self._values = Values(frame, Axis.K)
+        self.axis = tile.gated_axis(t)
+        self.early, self.late = _rooms(self.axis)
+        self._values = Values(frame, self.axis)
         self._pairs, self._anchored = _tables(t)
         gates = {_tables(other): other for other in reversed(_computed(frame.schedule))}
         if gates[_tables(t)] == t:
@@ -82,7 +87,7 @@ class _Decayed:
 
     def value(self, x: Use, row: Index, column: Index) -> Expr:
         """A vector of an operand: of row `row` on whichever time axis it has."""
-        return self._values.at(x, {Axis.I: row, Axis.J: row, Axis.K: column})
+        return self._values.at(x, {Axis.I: row, Axis.J: row, self.axis: column})
 
     def between(self, late: Index, early: Index, first: Expr, column: Index) -> Expr:
         """e^(P_late - Q_early), of rows of the block that begins with `first`."""
@@ -106,15 +111,15 @@ class _Decayed:
         row = late - first
         before = tirx.truncdiv(row * (row - 1), int32(2)) + (early - first)
         blocks = tirx.truncdiv(first, int32(self.least)) * (self.least * (self.least - 1) // 2)
-        return {Axis.I: blocks + before, Axis.K: column}
+        return {Axis.I: blocks + before, self.axis: column}
 
     def _anchored_at(self, size: Index, row: Index, column: Index) -> dict[Axis, Index]:
-        return {Axis.I: int32(size) * self.frame.shapes.chunk + row, Axis.K: column}
+        return {Axis.I: int32(size) * self.frame.shapes.chunk + row, self.axis: column}
 
     def _fill(self) -> None:
         """The decays of this gate."""
         frame, code = self.frame, self.frame.code
-        vectors, zero = frame.shapes.vectors(Axis.K), number(0.0, self._lanes)
+        vectors, zero = frame.shapes.vectors(self.axis), number(0.0, self._lanes)
         for row, first, _ in self.diagonal():
             with code.loop(0, vectors, "c") as c:
                 column = int32(c) * self._lanes
@@ -177,17 +182,17 @@ def decayed_dot(frame: Frame, made: Compute) -> None:
     for row, first, _ in d.diagonal():
         with code.loop(first, row, "j") as j:
             total = code.accumulator(number(0.0, lanes))
-            with code.loop(0, frame.shapes.vectors(Axis.K), "c") as c:
+            with code.loop(0, frame.shapes.vectors(d.axis), "c") as c:
                 column = int32(c) * lanes
                 pair = d.value(x, row, column) * d.value(y, j, column)
-                pair = _inside(frame, pair * d.between(row, j, first, column), column)
+                pair = _inside(d, pair * d.between(row, j, first, column), column)
                 code.set(total, total.get() + pair)
             total_sum = horizontal_sum(frame, total.get())
             frame.write(Region(t), {Axis.I: row, Axis.J: j}, total_sum, 1)
     for size, half, first in d.halves():
-        _half(d, EARLY, y, size, half, first)
-        _half(d, LATE, x, size, half, first + half)
-        transpose(frame, EARLY, half)
+        _half(d, d.early, y, size, half, first)
+        _half(d, d.late, x, size, half, first + half)
+        transpose(frame, d.early, half)
         singles, vectors = Values(frame, None), Values(frame, Axis.I)
         height = d.height
         with (
@@ -198,12 +203,12 @@ def decayed_dot(frame: Frame, made: Compute) -> None:
             column = int32(c) * lanes
 
             def single(row: Index, s: Index, values: Values = singles) -> Expr:
-                return values.region(Region(LATE), {Axis.I: row, Axis.K: s})
+                return values.region(Region(d.late), {Axis.I: row, d.axis: s})
 
             def vector(s: Index, column: Index, values: Values = vectors) -> Expr:
-                return values.region(Region(EARLY, True), {Axis.K: s, Axis.I: column})
+                return values.region(Region(d.early, True), {d.axis: s, Axis.I: column})
 
-            channels = (0, frame.shapes.extent(Axis.K))
+            channels = (0, frame.shapes.extent(d.axis))
             block = block_product(frame, rows, [column], channels, single, vector)
             for row, (total,) in zip(rows, block, strict=True):
                 point = {Axis.I: first + half + row, Axis.J: first + column}
@@ -223,7 +228,7 @@ def decayed_apply(frame: Frame, made: Compute) -> None:
         return singles.at(a, {Axis.I: late, Axis.J: early})
 
     for row, first, end in d.diagonal():
-        with code.loop(0, frame.shapes.vectors(Axis.K), "c") as c:
+        with code.loop(0, frame.shapes.vectors(d.axis), "c") as c:
             column = int32(c) * lanes
             total = code.accumulator(number(0.0, lanes))
             with code.loop(*((first, row) if to_rows else (row + 1, end)), "s") as s:
@@ -231,29 +236,29 @@ def decayed_apply(frame: Frame, made: Compute) -> None:
                 one = broadcast(score(late, early), lanes)
                 term = one * d.value(y, s, column) * d.between(late, early, first, column)
                 code.set(total, total.get() + term)
-            frame.write(Region(t), {side: row, Axis.K: column}, total.get(), lanes)
+            frame.write(Region(t), {side: row, d.axis: column}, total.get(), lanes)
     for size, half, first in d.halves():
-        room = EARLY if to_rows else LATE
+        room = d.early if to_rows else d.late
         _half(d, room, y, size, half, first if to_rows else first + half)
         source = Region(room)
         own = first + half if to_rows else first  # the half whose rows are summed into
         height = d.height
         with code.loop(0, tirx.truncdiv(half, int32(height)), "r") as r:
             rows: list[Index] = [int32(r) * height + n for n in range(height)]
-            for columns in column_blocks(frame, Axis.K):
+            for columns in column_blocks(frame, d.axis):
 
                 def single(row: Index, s: Index, first: Expr = first, half: Expr = half) -> Expr:
                     late, early = (row, s) if to_rows else (s, row)
                     return score(first + half + late, first + early)
 
                 def vector(s: Index, column: Index, source: Region = source) -> Expr:
-                    return frame.read(source, {Axis.I: s, Axis.K: column}, lanes)
+                    return frame.read(source, {Axis.I: s, d.axis: column}, lanes)
 
                 block = block_product(frame, rows, columns, (0, half), single, vector)
                 for row, sums in zip(rows, block, strict=True):
                     for column, total in zip(columns, sums, strict=True):
                         at = own + row
-                        point = {side: at, Axis.K: column}
+                        point = {side: at, d.axis: column}
                         decay = d.anchored(size, at, column)
                         before = frame.read(Region(t), point, lanes)
                         frame.write(Region(t), point, before + decay * total.get(), lanes)
@@ -268,11 +273,11 @@ def decayed_crossing(frame: Frame, made: Compute) -> None:
     code, lanes = frame.code, frame.lanes
     d = _Decayed(frame, made)
     strong = code.accumulator(number(0.0, lanes))
-    for point in frame.points((Axis.I, Axis.K)):
-        row, column = point[Axis.I], int32(point[Axis.K])
+    for point in frame.points((Axis.I, d.axis)):
+        row, column = point[Axis.I], int32(point[d.axis])
         g = d.value(made.args[-1], row, column)
         beyond = tirx.Select(g > number(limit, lanes), number(0.0, lanes), number(1.0, lanes))
-        code.set(strong, strong.get() + _inside(frame, beyond, column))
+        code.set(strong, strong.get() + _inside(d, beyond, column))
     strong_sum = code.bind("strong", horizontal_sum(frame, strong.get()))
     mild = tirx.EQ(strong_sum, number(0.0, 1))
     with code.when(mild):
@@ -286,14 +291,14 @@ def _difference(d: _Decayed, made: Compute) -> None:
     t, (_, x, y, dx, dy) = made.value, made.args[:5]
     exclusive = bool(t.attrs[-1])
     frame, code, lanes = d.frame, d.frame.code, d.frame.lanes
-    with code.loop(0, frame.shapes.vectors(Axis.K), "c") as c:
+    with code.loop(0, frame.shapes.vectors(d.axis), "c") as c:
         column = int32(c) * lanes
         total = code.accumulator(number(0.0, lanes))
         with code.loop(0, frame.shapes.chunk, "r") as r:
             row = code.bind("row", int32(frame.shapes.chunk - 1) - r)
             taken = code.bind("taken", d.value(x, row, column) * d.value(dx, row, column))
             given = d.value(y, row, column) * d.value(dy, row, column)
-            point = {Axis.I: row, Axis.K: column}
+            point = {Axis.I: row, d.axis: column}
             if exclusive:
                 frame.write(Region(t), point, total.get() - given, lanes)
             code.set(total, total.get() + (taken - given))
@@ -310,7 +315,7 @@ def _crossing(d: _Decayed, made: Compute) -> None:
     nothing = number(0.0, lanes)
 
     def add(row: Index, column: Index, value: Expr) -> None:
-        point = {Axis.I: row, Axis.K: column}
+        point = {Axis.I: row, d.axis: column}
         frame.write(Region(t), point, frame.read(Region(t), point, lanes) + value, lanes)
 
     def score(late: Index, early: Index) -> Expr:
@@ -318,7 +323,7 @@ def _crossing(d: _Decayed, made: Compute) -> None:
 
     frame.zero(t)
     for row, first, _ in d.diagonal():  # a score with an earlier row crosses the rows after it
-        with code.loop(0, frame.shapes.vectors(Axis.K), "c") as c:
+        with code.loop(0, frame.shapes.vectors(d.axis), "c") as c:
             column = int32(c) * lanes
             crossing = code.accumulator(nothing)
             to = code.bind("x", d.value(x, row, column))
@@ -330,10 +335,10 @@ def _crossing(d: _Decayed, made: Compute) -> None:
                 add(int32(j) + 1, column, crossing.get())
     for size, half, first in d.halves():
         middle = code.bind("middle", first + half)
-        _half(d, EARLY, y, size, half, first)
-        _half(d, LATE, x, size, half, middle)
+        _half(d, d.early, y, size, half, first)
+        _half(d, d.late, x, size, half, middle)
         for late in (True, False):
-            with code.loop(0, frame.shapes.vectors(Axis.K), "c") as c:
+            with code.loop(0, frame.shapes.vectors(d.axis), "c") as c:
                 column = int32(c) * lanes
                 crossing = code.accumulator(nothing)
                 with code.loop(0, half, "r") as r:
@@ -343,11 +348,13 @@ def _crossing(d: _Decayed, made: Compute) -> None:
                     with code.loop(0, half, "s") as s:
                         i, j = (row, s) if late else (s, row)
                         one = broadcast(score(middle + i, first + j), lanes)
-                        point = {Axis.I: s, Axis.K: column}
-                        seen = frame.read(Region(EARLY if late else LATE), point, lanes)
+                        point = {Axis.I: s, d.axis: column}
+                        seen = frame.read(Region(d.early if late else d.late), point, lanes)
                         code.set(total, multiply_add(one, seen, total.get()))
-                    own = {Axis.I: row, Axis.K: column}
-                    value = total.get() * frame.read(Region(LATE if late else EARLY), own, lanes)
+                    own = {Axis.I: row, d.axis: column}
+                    value = total.get() * frame.read(
+                        Region(d.late if late else d.early), own, lanes
+                    )
                     to = (middle if late else first) + row
                     if late and not exclusive:
                         code.set(crossing, crossing.get() + value)
@@ -359,15 +366,16 @@ def _crossing(d: _Decayed, made: Compute) -> None:
 
 def _half(d: _Decayed, room: Tile, x: Use, size: Index, half: Expr, first: Expr) -> None:
     """The rows of a half, decayed to or from the last row of the earlier half of the pair."""
-    for point in d.frame.points((Axis.I, Axis.K), (0, half)):
-        row, column = first + point[Axis.I], int32(point[Axis.K])
+    for point in d.frame.points((Axis.I, d.axis), (0, half)):
+        row, column = first + point[Axis.I], int32(point[d.axis])
         value = d.value(x, row, column) * d.anchored(size, row, column)
         d.frame.write(Region(room), point, value, d.frame.lanes)
 
 
-def _inside(frame: Frame, x: Expr, column: Expr) -> Expr:
+def _inside(d: _Decayed, x: Expr, column: Expr) -> Expr:
     """`x` with zeros beyond the last channel."""
-    extent = frame.shapes.extent(Axis.K)
+    frame = d.frame
+    extent = frame.shapes.extent(d.axis)
     if extent % frame.lanes == 0:
         return x
     inside = ramp(column, frame.lanes) < number(extent, frame.lanes, "int32")

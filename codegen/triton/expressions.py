@@ -8,7 +8,7 @@ from ..elementwise import FUNCTIONS
 from ..expressions import Expressions, Names, is_number
 from ..gates import DECAYED, LEAST_DECAY
 from ..interface import Dtype
-from ..tile import MASKS, Axis, Tile, TileOp, Which, summed_axes
+from ..tile import MASKS, Axis, Tile, TileOp, Which, axes_of, gated_axis, summed_axes
 from ..tiled import Compute, Load, Product, TiledKernel, Use
 from . import library as triton_library
 
@@ -151,7 +151,12 @@ class TritonExpressions(Expressions):
         args = list(zip(x.args, s.args, strict=True))
         # prefix sums are for products, that without a token's own found from the other
         del args[-3 : -1 if x.op is TileOp.DECAYED_CROSSING else -2]
+        axis = gated_axis(x)
+        exchanged = self.laid(axes_of(Axis.I, axis))[0] is not Axis.I  # the library has rows first
         texts = [self.cleaned(use, self.within(a, self.layout(a))) for a, use in args]
+        if exchanged:
+            pairs = zip(texts, x.args, strict=False)
+            texts = [f"tl.trans({text})" if axis in a.axes else text for text, a in pairs]
         name = x.op.name.lower()  # as the library calls it
         self.used_functions.add(name)
         levels, exclusive = self._levels, x.attrs[-1]
@@ -163,15 +168,19 @@ class TritonExpressions(Expressions):
             least, most = (LEAST_DECAY, 43.0) if x.attrs[-2] else (0.0, _SPLITTABLE)
             first = self.tiled.block.bit_length() - 1
             options = f"{first}, {levels}, {of}, {self._precision}, {least}, {most}"
-        return f"{name}({', '.join(texts)}, C, BK, {options}, {exclusive})"
+        made = f"{name}({', '.join(texts)}, C, B{axis.name}, {options}, {exclusive})"
+        return f"tl.trans({made})" if exchanged and axis in x.axes else made
 
     def _cumsum(self, x: Tile) -> str:
         reverse, exclusive = x.attrs
         inner = self.within(x.args[0], self.layout(x))
+        at = self.layout(x).index(Axis.I)
         if exclusive:
             self.used_functions.add("exclusive_sum")
+            if at:
+                return f"tl.trans(exclusive_sum(tl.trans({inner}), {bool(reverse)}))"
             return f"exclusive_sum({inner}, {bool(reverse)})"
-        return f"tl.cumsum({inner}, 0{', reverse=True' if reverse else ''})"
+        return f"tl.cumsum({inner}, {at}{', reverse=True' if reverse else ''})"
 
     def _sum(self, s: Compute) -> str:
         (inner,) = s.args

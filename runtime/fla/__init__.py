@@ -179,8 +179,10 @@ chunk_gla = adapter(
 fused_recurrent_gla = adapter(
     "fused_recurrent_gla",
     f"q, k, v, gk=None, gv=None, {_RUN}, reverse=False, state_v_first=False, {_CU}, **kwargs",
-    Steps("gla: q k v gk", "value_gla: q k v gv", "linear_attention: q k v"),
-    "As `chunk_gla`, gated per key channel (`gk`), per value channel (`gv`), or not at all.",
+    Steps(
+        "gla_both: q k v gk gv", "gla: q k v gk", "value_gla: q k v gv", "linear_attention: q k v"
+    ),
+    "As `chunk_gla`, gated per key channel (`gk`), per value channel (`gv`), or neither.",
     _TRANSPOSED,
 )
 

@@ -329,14 +329,8 @@ def _step_size(name: str, given: Given) -> Tensor:
 
 
 def _joined(name: str, given: Given) -> Given:
-    """Log-decays of a head, a token and its channels, added up; those of two axes are refused."""
+    """Log-decays of a head, a token and its channels, added up."""
     g, gamma, gk, gv = (given.get(n) for n in ("g", "g_gamma", "gk", "gv"))
-    if gk is not None and gv is not None:
-        raise errors.NotLowered(
-            f"{name} got both gk and gv",
-            "a chunk factorises decays along one axis of the state",
-            "one of the two gates",
-        )
     if gv is not None and "beta" in given:
         raise errors.NotLowered(
             f"{name} got gv",

@@ -250,14 +250,13 @@ def test_a_declaration_is_short(name: str) -> None:
 # ---- what is refused, and for want of what -------------------------------------------------------
 
 
-def test_gates_on_both_sides_are_refused() -> None:
-    """Gated linear attention with Diag(a) S Diag(b): decayed scores per column are missing."""
-    with pytest.raises(cw.errors.NoChunkForm, match="rows of the state and its columns"):
+def test_recalls_under_gates_on_both_sides_are_refused() -> None:
+    with pytest.raises(cw.errors.NoChunkForm, match="a system of equations for every channel"):
 
         @cw.recurrence
-        def gla(S: State, q: Key, k: Key, v: Value, a: Key, b: Value):
-            S = sigmoid(a) * S * sigmoid(b) + outer(k, v)
-            return S, q @ S
+        def delta(S: State, q: Key, k: Key, v: Value, a: Key, b: Value):
+            S = sigmoid(a) * S * sigmoid(b)
+            return S + outer(k, v - k @ S), q @ S
 
 
 def test_a_matrix_per_channel_is_refused() -> None:

@@ -359,13 +359,13 @@ def square_of_read(S: State, q: Key, k: Key, v: Value):
     return S + outer(k, v - r * r), q @ S
 
 
-@mistake(errors.NoChunkForm, "decays along one axis so far; along both at once none is derived yet")
-def both_gates(S: State, q: Key, k: Key, v: Value, g: Key, h: Value):
-    S = exp(g) * S * exp(h) + outer(k, v)
+@mistake(errors.NoChunkForm, "multiply the factors instead")
+def sum_of_gates(S: State, q: Key, k: Key, v: Value, g: Key, h: Value):
+    S = 0.5 * exp(g) * S + 0.5 * S * exp(h) + outer(k, v)
     return S, q @ S
 
 
-@mistake(errors.NoChunkForm, "no chunk form of both together is derived yet")
+@mistake(errors.NoChunkForm, "a system of equations for every channel")
 def key_gate_and_right_read(S: State, q: Key, k: Key, v: Value, g: Key):
     S = exp(g) * S
     S = S + outer(k - S @ v, v)
@@ -396,7 +396,7 @@ def summed_read(S: State, q: Key, k: Key, v: Value):
 
 @mistake(errors.NoChunkForm, "a KeyState accompanies a State whose columns")
 def transposed_with_key_state(S: State, z: KeyState, q: Key, k: Key, v: Value, g: Value):
-    S, z = S * exp(g) + outer(k, v), z + k
+    S, z = S * exp(g) + outer(k - S @ v, v), z + k
     return (S, z), q @ S / dot(q, z)
 
 

@@ -345,8 +345,7 @@ def test_packed(x: dict[str, Tensor]) -> None:
             {"allow_neg_eigval": True},
             "use_beta_sigmoid_in_kernel",
         ),
-        ("fused_recurrent_gla", ("q", "k", "v", "gk", "gv"), {}, "one of the two"),
-        ("fused_recurrent_gdn", ("q", "k", "v", "g", "gk", "gv"), {}, "one of the two"),
+        ("fused_recurrent_gdn", ("q", "k", "v", "g", "gk", "gv"), {}, "columns"),
         ("fused_recurrent_gdn", ("q", "k", "v", "g", "none", "gv"), {}, "columns"),
         (
             "fused_recurrent_precond_gated_delta_rule",
