@@ -47,10 +47,15 @@ def of_heads(heads: int) -> Tensor:
     return torch.log1p(-(2.0 ** (-5 - torch.arange(heads, dtype=torch.float64, device="cpu"))))
 
 
-def drawn(*shape: int) -> Tensor:
-    """Log-decays from -0.001 to -0.5, uniform in their logarithm."""
+def drawn(*shape: int, read: bool = True) -> Tensor:
+    """Log-decays from -0.001 to -0.5, uniform in their logarithm; of a state that is read.
+
+    One that only moves other states, as a momentum or a copy does, forgets at once: from -0.5 to
+    -3. It would otherwise go on moving them in directions that they have left.
+    """
+    low, high = (1e-3, 0.5) if read else (0.5, 3.0)
     size = torch.empty(shape, dtype=torch.float64, device="cpu")
-    return -size.uniform_(math.log(1e-3), math.log(0.5)).exp()
+    return -size.uniform_(math.log(low), math.log(high)).exp()
 
 
 def start(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ...dsl.ir import Kind, Per, operands_of
 from ...dsl.normal_form import NormalForm, Operand
+from ...dsl.turns import log_decays
 from ..inputs import usual_params
 from . import decays, fused
 from .explanation import explain
@@ -144,9 +145,9 @@ class RecurrentLayer(nn.Module, Mixer):
         self.convolve = (
             ShortConvolution(sum(self.feature_sizes), conv_size, spans) if conv_size > 1 else None
         )
-        log_decays = [x for x in self.others if self.roles[x.name] is OperandRole.LOG_DECAY]
+        logs = [x for x in self.others if self.roles[x.name] is OperandRole.LOG_DECAY]
         self.decays = nn.ModuleDict(
-            {x.name: decays.LogDecay(*self._head_shape(x), self._floor(x)) for x in log_decays}
+            {x.name: decays.LogDecay(*self._head_shape(x), self._floor(x)) for x in logs}
         )
         self.per_head = nn.ParameterDict(
             {x.name: self._per_head(x, form) for x in self.operands if x.per is Per.HEAD}
@@ -209,8 +210,10 @@ class RecurrentLayer(nn.Module, Mixer):
         if self.roles[x.name] is OperandRole.LOG_DECAY or heads & together.keys():
             return None
         heads_channels = self._head_shape(x)
-        wanted = decays.drawn(*(heads_channels[:1] if x.kind is Kind.SCALAR else heads_channels))
-        return self._start(x, form, wanted)
+        shape = heads_channels[:1] if x.kind is Kind.SCALAR else heads_channels
+        seen = {r.state for r in form.reads}
+        own = {state for state, node in log_decays(form) if x.name in operands_of(node)}
+        return self._start(x, form, decays.drawn(*shape, read=bool(own & seen)))
 
     def _per_head(self, x: Operand, form: NormalForm) -> nn.Parameter:
         """A parameter: of a decay RetNet's, 1 for what multiplies, 0 for what is activated.

@@ -33,17 +33,20 @@ class OperandRole(Enum):
     LOG_UNIT = "minus softplus of a projection: the logarithm of a step size"
     RATE = "softplus of a projection: a decay rate >= 0"
     UNIT = "sigmoid of a projection: a step size, a decay factor or a gate, in (0, 1)"
-    BOUNDED = "projection into the bounds that the declaration promises by `within`"
+    BOUNDED = "projection into the bounds that the declaration promises, or that keep states small"
     RAW = "projection only: the declaration applies its own activation"
 
 
 FEATURES = frozenset({OperandRole.FEATURE, OperandRole.POSITIVE, OperandRole.LINEAR})
+_DECLARED = frozenset({OperandRole.BOUNDED, OperandRole.LOG_DECAY})
 _RANGES = {
     OperandRole.LOG_DECAY: NEGATIVE,
     OperandRole.LOG_UNIT: NEGATIVE,
     OperandRole.RATE: POSITIVE,
     OperandRole.UNIT: UNIT,
 }
+# of a step along what another state recalls: momentum takes it again and again
+_SMALL_STEP = Range(0.0, 0.125)
 _ACTIVATIONS = frozenset(
     {Op.EXP, Op.LOG, Op.EXPM1, Op.LOG1P, Op.SIGMOID, Op.LOGSIGMOID, Op.SOFTPLUS, Op.TANH, Op.SQRT}
     | {Op.RSQRT, Op.ABS, Op.MAXIMUM, Op.MINIMUM, Op.AT_LEAST, Op.AT_MOST}
@@ -81,7 +84,9 @@ class Roles:
 
     def range_of(self, name: str) -> Range:
         """Where the entries of an operand that is no feature lie."""
-        return self.declared.get(name) or _RANGES.get(self.roles[name], ANY)
+        role = self.roles[name]
+        bounds = self.declared.get(name) if role in _DECLARED else None
+        return bounds or _RANGES.get(role, ANY)
 
 
 def default_roles(form: NormalForm) -> dict[str, OperandRole]:
@@ -131,12 +136,15 @@ def roles_of(form: NormalForm, params: Mapping[str, float] | None = None) -> Rol
     roles = {o.name: role(o) for o in form.operands}
     pairs = {} if positive else _pairs(form, corrections, roles)
     roles |= dict.fromkeys(pairs, OperandRole.PAIRED)
+    small = {n for n in _steps_elsewhere(form) if roles[n] is OperandRole.UNIT}
+    roles |= dict.fromkeys(small, OperandRole.BOUNDED)
     recalled = operands_of(*(k for w in corrections for k in _keys(w)))
     measured = operands_of(*(n for n in topological(*uses) if n.op is Op.SUM))
     kept = {OperandRole.FEATURE, OperandRole.POSITIVE}
     return Roles(
         roles,
-        {n: r for n, r in gates.items() if _is_declared(roles[n], r)},
+        {n: r for n, r in gates.items() if _is_declared(roles[n], r)}
+        | dict.fromkeys(small, _SMALL_STEP),
         pairs,
         tuple(n for n in recalled if roles[n] in kept and n not in measured),
         frozenset(
@@ -150,6 +158,22 @@ def roles_of(form: NormalForm, params: Mapping[str, float] | None = None) -> Rol
 def own_decays(form: NormalForm) -> list[Node]:
     """The log-decays of operands alone; others also depend on what was read of a state."""
     return [node for _, node in log_decays(form) if not results_of(node)]
+
+
+def _steps_elsewhere(form: NormalForm) -> set[str]:
+    """What scales a correction that moves one state by what it recalls of another, and no more.
+
+    Such a correction is momentum's, or that of a mini-batch: it does not see what it has moved.
+    """
+    updates = [u for m in form.micro_steps for u in m.updates]
+    scales = [
+        w.correction.scale
+        for u in updates
+        for w in u.writes
+        if w.correction is not None and w.correction.state != u.state
+    ]
+    mixed = operands_of(*(m.factor for u in updates for m in u.mixes))
+    return operands_of(*scales).keys() - mixed.keys()
 
 
 def _is_declared(role: OperandRole, found: Range) -> bool:

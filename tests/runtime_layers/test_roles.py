@@ -203,11 +203,7 @@ def test_a_pair_needs_a_correction() -> None:
         RecurrentLayer(cw.library.comba, HIDDEN, 2, 8, 8, roles={"q": OperandRole.PAIRED})
 
 
-# with steps up to 1, momentum overshoots: the rates of learning of these two have to be small
-SMALL_STEPS = {"titans", "titans_batches"}
-
-
-@pytest.mark.parametrize("name", costly(n for n in cw.library.names() if n not in SMALL_STEPS))
+@pytest.mark.parametrize("name", costly(cw.library.names()))
 def test_every_rule_trains_without_overflow(name: str) -> None:
     """50 steps at a large rate; then, and at the start, a text of 1024 tokens stays finite."""
     torch.manual_seed(0)
