@@ -100,7 +100,8 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parallel: _Parallel, *tensors: Tensor | None) -> Tensors:
-        results, kept = parallel.forward()
+        with _without_autocast(tensors):
+            results, kept = parallel.forward()
         ctx.parallel = parallel
         ctx.save_for_backward(*tensors, *kept)
         ctx.set_materialize_grads(False)
@@ -109,7 +110,15 @@ class _Function(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, *ctx.parallel.backward(ctx.saved_tensors, *cotangents))
+        saved = ctx.saved_tensors
+        with _without_autocast(saved):
+            return (None, *ctx.parallel.backward(saved, *cotangents))
+
+
+def _without_autocast(tensors: Sequence[Tensor | None]) -> torch.autocast:
+    """Autocast may change no dtype within a call, as in the ops themselves."""
+    (kind,) = {x.device.type for x in tensors if x is not None}
+    return torch.autocast(kind, enabled=False)
 
 
 class _Parallel:
@@ -149,7 +158,8 @@ class _Parallel:
 
         def meet(own: Map) -> None:
             nonlocal own_factors
-            own_factors = own.factors if self._spanned else ()
+            if self._spanned and not self._serving.joins:  # which find them again
+                own_factors = own.factors
             for start, x in zip(starts, self._scanned(own), strict=False):
                 start[: self._share.carried].copy_(x)
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from chunkwise.dsl.ir import Per
 from chunkwise.nn import LanguageModel, ModelConfig, RecurrentConfig
+from chunkwise.runtime import rank_scan
 from chunkwise.runtime.call import Call
 from chunkwise.runtime.triton import engine as triton_engine
 from torch import Tensor
@@ -309,6 +310,27 @@ def models(parts: list[int], lengths: tuple[int, ...] | None) -> dict[str, float
     return found
 
 
+def received(tokens: int) -> tuple[int, int]:
+    """Bytes that this rank receives of states, in a forward and in a backward."""
+    taken = []
+    swap = rank_scan.swap
+
+    def counting(group: Any, given: Tensor | None, to: int, x: Tensor | None) -> None:
+        taken.append(0 if x is None else x.numel() * x.element_size())
+        swap(group, given, to, x)
+
+    sizes = Sizes(B=1, T=tokens, H=2, HV=2, K=4, V=4, dtype=torch.float32)
+    op = cw.library.gated_delta_rule
+    rank_scan.swap = counting
+    try:
+        o, _ = op(**make_inputs(op, sizes).operands, group=dist.group.WORLD)
+        forward = sum(taken)
+        o.sum().backward()
+    finally:
+        rank_scan.swap = swap
+    return forward, sum(taken) - forward
+
+
 def of_two(parts: list[int], sizes: dict[str, Any]) -> dict[str, Any]:
     """All that two ranks do, in processes that start once."""
     os.environ["CHUNKWISE_ENGINE"] = "eager"
@@ -321,6 +343,7 @@ def of_two(parts: list[int], sizes: dict[str, Any]) -> dict[str, Any]:
             "tensor parallel": tensor_parallel(),
         },
         "mistakes": mistakes(),
+        "received": [received(6), received(60)],
     }
 
 

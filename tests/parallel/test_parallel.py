@@ -77,6 +77,12 @@ def test_models_over_ranks_are_those_of_one_process(two: list[dict[str, Any]]) -
     _assert_near([found["models"] for found in two])
 
 
+def test_what_ranks_receive_does_not_grow_with_tokens(two: list[dict[str, Any]]) -> None:
+    state = 4 * 2 * 4 * 4
+    assert two[0]["received"] == [(0, state)] * 2
+    assert two[1]["received"] == [(state, 0)] * 2
+
+
 @pytest.mark.long
 def test_models_over_four_ranks(tmp_path: Path) -> None:
     _assert_near(ranks.run(ranks.models_of_four, 4, tmp_path))
