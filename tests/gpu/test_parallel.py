@@ -20,7 +20,7 @@ CASES: dict[str, tuple[list[int], dict[str, Any]]] = {
     "whole": ([3000, 2600], {"B": 2, "T": 5600}),
     "packed": ([2500, 2300], {"B": 1, "T": 4800, "lengths": (700, 0, 3900, 200)}),
 }
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+LIMITS = {torch.float32: 5e-5, torch.bfloat16: 2e-2}
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
