@@ -158,17 +158,23 @@ def values_of(call: Call, cotangents: Sequence[Tensor | None] = ()) -> list[Any]
     return [*tensors, *call.params.values()]
 
 
-def places_of(call: Call, cotangents: int = 0) -> Places:
-    """Where the values of a call stand in that order, behind so many cotangents."""
-    names = [*call.operands, *(s.name for s in call.declaration.states)]
+def places_of(
+    call: Call, cotangents: int = 0, *, given: Sequence[str] | None = None, time: bool = True
+) -> Places:
+    """Where the values of a call stand in that order, behind so many cotangents.
+
+    `given`: names of operands and numbers as they come to a step, which has no boundaries.
+    """
+    names = [*(call.operands if given is None else given), *(s.name for s in call.step.states)]
     at = {name: cotangents + n for n, name in enumerate(names)}
     first = cotangents + len(names)
-    behind = first + (1 if call.pool is None else 2)
+    others = 2 if call.pool is not None else 1 if given is None else 0  # than these and floats
     return Places(
         operands={n: at[n] for n in call.operands},
-        states={s.name: at[s.name] for s in call.declaration.states},
-        params={n: behind + i for i, n in enumerate(call.params)},
-        cu_seqlens=first if call.pool is None else None,
+        states={s.name: at[s.name] for s in call.step.states},
+        params={n: first + others + i for i, n in enumerate(call.params)},
+        cu_seqlens=first if others == 1 else None,
+        time=time,
         slots=None if call.pool is None else first,
     )
 

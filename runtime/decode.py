@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from ..dsl import errors
 from ..dsl.ir import Per
-from .call import PLAIN, Call, Places, Pool, arrange, describe, initial_states
+from .call import PLAIN, Call, Pool, Static, arrange, describe, initial_states, places_of
 from .check import asked, check_accepted, check_slots
 from .engines import EngineName, engine_of_environment, load
 from .pool import MOST_TOKENS, check_integers, with_pool
@@ -105,8 +105,7 @@ class Stepper:
             return self._in_pool(args, named, state, indices, accepted, engine)
         if not torch.compiler.is_compiling():
             self._checked(args, named, None)
-        operands, params, static = arrange(self._declaration, args, named)
-        operands, has_time = self._with_time(operands)
+        operands, params, static, has_time = self._arranged(args, named)
         self._refuse_many(operands)
         states = initial_states(self._declaration, state)
         if accepted is not None:
@@ -161,8 +160,7 @@ class Stepper:
         self, args: Sequence[Any], named: Mapping[str, Any], pool: Pool, engine: str | None
     ) -> Tensor:
         """The output, by a node of graphs that changes the pool."""
-        operands, params, static = arrange(self._declaration, args, named)
-        operands, has_time = self._with_time(operands)
+        operands, params, static, has_time = self._arranged(args, named)
         self._refuse_many(operands)
         if torch.is_grad_enabled() and any(
             x.requires_grad for x in (*operands.values(), *pool.states)
@@ -188,7 +186,7 @@ class Stepper:
     ) -> _Kept | None:
         call, has_time = self._checked(args, named, state)
         call = call if pool is None else with_pool(call, pool)
-        places = self._places(call, self._names(args, named), has_time)
+        places = places_of(call, given=self._names(args, named), time=has_time)
         made = prepare_step(call, engine, usual, places)
         return None if made is None else _Kept(made.run, list(call.params.values()))
 
@@ -197,34 +195,25 @@ class Stepper:
         declared = self._declaration.operands
         return [*(x.name for x, _ in zip(declared, args, strict=False)), *named]
 
-    def _places(self, call: Call, names: list[str], has_time: bool) -> Places:
-        states = [s.name for s in call.step.states]
-        slots = len(names) + len(states)
-        after = slots + (0 if call.pool is None else 2)
-        return Places(
-            operands={n: names.index(n) for n in call.operands},
-            states={n: len(names) + i for i, n in enumerate(states)},
-            params={n: after + i for i, n in enumerate(call.params)},
-            time=has_time,
-            slots=None if call.pool is None else slots,
-        )
-
     def _checked(
         self, args: Sequence[Any], named: Mapping[str, Any], state: Given
     ) -> tuple[Call, bool]:
-        operands, params, static = arrange(self._declaration, args, named)
-        operands, has_time = self._with_time(operands)
+        operands, params, static, has_time = self._arranged(args, named)
         initial = initial_states(self._declaration, state)
         call = describe(self._declaration, operands, params, initial, None, static)
         self._refuse_many(operands)
         return call, has_time
 
-    def _with_time(self, operands: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-        """The operands with a time axis, and whether they came with one."""
+    def _arranged(
+        self, args: Sequence[Any], named: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, float], Static, bool]:
+        """Operands with a time axis, floats, static numbers; whether that axis was given."""
+        operands, params, static = arrange(self._declaration, args, named)
         axes = self._axes
         if all(operands[n].ndim == ndim for n, ndim in axes.items()):
-            return operands, True
-        return {n: x.unsqueeze(1) if n in axes else x for n, x in operands.items()}, False
+            return operands, params, static, True
+        with_time = {n: x.unsqueeze(1) if n in axes else x for n, x in operands.items()}
+        return with_time, params, static, False
 
     def _several(self, args: Sequence[Any], named: Mapping[str, Any]) -> bool:
         """Whether these are operands of more than one token."""
@@ -248,8 +237,7 @@ class Stepper:
         """The step as one node that torch differentiates, transforms and compiles."""
         if not torch.compiler.is_compiling():
             self._checked(args, named, state)
-        operands, params, static = arrange(self._declaration, args, named)
-        operands, has_time = self._with_time(operands)
+        operands, params, static, has_time = self._arranged(args, named)
         if has_time and self._several(args, named):
             return self.kept(args, named, state, None, None, engine)
         self._refuse_many(operands)
