@@ -87,7 +87,7 @@ class BadNumber(CallError, ValueError):
         super().__init__(f"parameter {parameter!r} is {got}, expected {expected}")
 
 
-class BadOption(CallError, TypeError):
+class BadOption(CallError, TypeError, ValueError):
     """An option of a call (`check`, say) with a value that it does not have."""
 
     def __init__(self, option: str, got: object, expected: str) -> None:

@@ -7,6 +7,7 @@ and the steps that it may stand for with the arguments that are their operands.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import itemgetter
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ...dsl import errors
 from ..recurrence import GivenStates, Recurrence, States
-from .arguments import docstring, is_per_token
+from .arguments import CHUNK_SIZES, docstring, is_per_token
 from .rules import rule
 
 Given = dict[str, Any]  # the arguments of a call by name
@@ -30,6 +31,7 @@ Layout = tuple[object, ...]
 _MOST = 4096  # layouts that are kept, of each function
 _CHUNK = 64  # tokens between the states that are returned, unless told otherwise
 _PLAIN = frozenset({Tensor, type(None), bool, int, float})
+_RENAMED = "transpose_state_layout is deprecated: its newer name is state_v_first"
 _SAFE_GATE = -5.0  # the lower bound that `safe_gate=True` alone promises
 # by argument: what was passed, why it is not offered, what to do instead
 _REFUSED = {
@@ -107,7 +109,14 @@ def adapter(
         for extra in kwargs:
             if extra not in known and extra != "head_first":
                 raise errors.UnknownOperand(extra, known, op=name)
+        if "transpose_state_layout" in kwargs:
+            warnings.warn(_RENAMED, DeprecationWarning, stacklevel=4)
         given |= kwargs
+        size = given.get("chunk_size", _CHUNK)
+        if size not in CHUNK_SIZES.get(name, (size,)):
+            allowed = " or ".join(map(str, CHUNK_SIZES[name]))
+            expected = f"what the peer takes: `chunk_size` must be either {allowed}"
+            raise errors.BadOption("chunk_size", size, expected)
         for argument, (what, why, instead) in _REFUSED.items():
             if given.get(argument):
                 raise errors.NotLowered(f"{name} got {what}", why, instead)
@@ -279,9 +288,8 @@ def _read(name: str, given: Given) -> Given:
     """The arguments with gates and step sizes as the steps take them, layouts by one name."""
     if "transpose_state_layout" in given:
         if given.get("state_v_first"):
-            raise errors.UnknownOperand(
-                "transpose_state_layout", ["state_v_first, its newer name"], op=name
-            )
+            expected = "none beside state_v_first, its newer name"
+            raise errors.BadOption("transpose_state_layout", True, expected)
         given["state_v_first"] = bool(given["transpose_state_layout"])
     if given.get("use_gate_in_kernel"):
         given["g"] = _log_decay(name, given)

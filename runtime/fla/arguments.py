@@ -61,6 +61,14 @@ _ARGUMENTS = {
     "chunks of each, one behind another.",
     "cp_context": "refused unless None: `group` of the library's recurrences splits sequences.",
 }
+# what the peer takes as `chunk_size`, where it refuses other sizes
+CHUNK_SIZES = {
+    "chunk_delta_rule": (16, 32, 64),
+    "chunk_gated_delta_rule": (16, 32, 64),
+    "chunk_gdn2": (64,),
+    "chunk_kda": (32, 64),
+    "chunk_momentum_delta_rule": (16, 32, 64),
+}
 _HINTS = (
     "checkpoint_level",
     "chunk_indices",

@@ -8,6 +8,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -306,10 +307,12 @@ def test_state_v_first(x: dict[str, Tensor]) -> None:
         q, k, v, g, beta, initial_state=S, output_final_state=True
     )
     swapped = S.transpose(-1, -2).contiguous()
-    for option in ("state_v_first", "transpose_state_layout"):
-        o_v, final_v = cw.fla.chunk_gated_delta_rule(
-            q, k, v, g, beta, initial_state=swapped, output_final_state=True, **{option: True}
-        )
+    run = partial(cw.fla.chunk_gated_delta_rule, q, k, v, g, beta)
+    run = partial(run, initial_state=swapped, output_final_state=True)
+    with pytest.warns(DeprecationWarning, match="newer name") as warned:
+        old = run(transpose_state_layout=True)
+    assert warned[0].filename == __file__
+    for o_v, final_v in (old, run(state_v_first=True)):
         torch.testing.assert_close(o_v, o)
         torch.testing.assert_close(final_v.transpose(-1, -2), final)
     _, nothing = cw.fla.chunk_gated_delta_rule(q, k, v, g, beta, state_v_first=True)
@@ -345,6 +348,7 @@ def test_packed(x: dict[str, Tensor]) -> None:
             {"allow_neg_eigval": True},
             "use_beta_sigmoid_in_kernel",
         ),
+        ("chunk_kda", ("q", "k", "v", "gk", "beta"), {"chunk_size": 16}, "either 32 or 64"),
         ("fused_recurrent_gdn", ("q", "k", "v", "g", "gk", "gv"), {}, "columns"),
         ("fused_recurrent_gdn", ("q", "k", "v", "g", "none", "gv"), {}, "columns"),
         (
@@ -425,7 +429,7 @@ def test_what_is_kept_of_one_token(options: dict[str, Any]) -> None:
     if "cu_seqlens" in options:
         x = {n: y[:1] if isinstance(y, Tensor) and y.ndim > 1 else y for n, y in x.items()}
     call = cw.fla.fused_recurrent_gated_delta_rule
-    call(**{**x, "output_final_state": True}), call(**{**x, "k": q})
+    call(**{**x, "output_final_state": True}), call(**{**x, "k": x["q"]})
     for _ in range(2):
         for got, want in zip(call(**x), call(**x, chunk_size=64), strict=True):
             assert torch.equal(got, want) if want is not None else got is None
@@ -434,17 +438,17 @@ def test_what_is_kept_of_one_token(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("v_first", [False, True])
-@pytest.mark.parametrize("cu", [None, torch.tensor([0, 3, 3, T])])
+@pytest.mark.parametrize("cu", [None, torch.tensor([0, 30, 30, 72])])
 def test_states_before_each_chunk(x: dict[str, Tensor], cu: Tensor | None, v_first: bool) -> None:
     """They are final states of what comes before them, of each sequence."""
     rows = B if cu is None else 1
-    q, k, v, g, beta = (x[n][:rows] for n in ("q", "k", "v", "gk", "beta"))
-    bounds = [0, T] if cu is None else cu.tolist()
+    q, k, v, g, beta = (torch.cat([x[n][:rows]] * 8, 1) for n in ("q", "k", "v", "gk", "beta"))
+    bounds = [0, 72] if cu is None else cu.tolist()
     shape = (V, K) if v_first else (K, V)
     first = torch.randn(B if cu is None else 3, HV, *shape, dtype=torch.float64)
     options = {"initial_state": first, "state_v_first": v_first}
     o, final, states = cw.fla.chunk_kda(
-        q, k, v, g, beta, chunk_size=4, cu_seqlens=cu, output_final_state=True,
+        q, k, v, g, beta, chunk_size=32, cu_seqlens=cu, output_final_state=True,
         return_intermediate_states=True, **options,
     )  # fmt: skip
     given = {"cu_seqlens": cu, "output_final_state": True}
@@ -453,7 +457,7 @@ def test_states_before_each_chunk(x: dict[str, Tensor], cu: Tensor | None, v_fir
     at = 0
     for n, (start, end) in enumerate(itertools.pairwise(bounds)):
         own = {**options, "initial_state": first if cu is None else first[n : n + 1]}
-        for stop in range(start, end, 4):
+        for stop in range(start, end, 32):
             part = (y[:, start:stop] for y in (q, k, v, g, beta))
             _, before = cw.fla.chunk_kda(*part, output_final_state=True, **own)
             torch.testing.assert_close(states[:, at], before)
