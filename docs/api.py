@@ -15,6 +15,7 @@ from typing import Any
 import chunkwise as cw
 import griffe
 from chunkwise.dsl import functions, kinds
+from chunkwise.integrations import causal_conv1d, mamba_ssm, transformers
 from chunkwise.runtime.documentation import Annotation, short
 
 PAGE = Path(__file__).resolve().parent / "reference" / "api.md"
@@ -58,8 +59,17 @@ def page() -> str:
         "## `chunkwise.fla`\n",
         _text(_doc(cw.fla)) + "\n",
         *_of_module("chunkwise.fla", cw.fla),
+        *_integrations(),
     ]
     return "\n".join(parts)
+
+
+def _integrations() -> Iterator[str]:
+    for module in (transformers, mamba_ssm, causal_conv1d):
+        name = module.__name__
+        yield f"## `{name}`\n"
+        yield _text(_doc(module)) + "\n"
+        yield from _of_module(name, module)
 
 
 def _of_module(path: str, module: Any) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import chunkwise as cw
 import griffe
 import pytest
+from chunkwise.integrations import causal_conv1d, mamba_ssm, transformers
 
 MODULES = {
     "chunkwise": cw,
@@ -21,6 +22,7 @@ MODULES = {
     "chunkwise.fla": cw.fla,
     "chunkwise.library": cw.library,
     "chunkwise.errors": cw.errors,
+    **{m.__name__: m for m in (transformers, mamba_ssm, causal_conv1d)},
 }
 SECTIONS = griffe.DocstringSectionKind
 _SHAPE = re.compile(r"`\[[^`]*\]`")

@@ -87,7 +87,7 @@ def causal_conv1d_update(
         conv_state_indices: int `[B]`, the slot of each sequence.
 
     Returns:
-        Of x's shape and dtype.
+        `[B,D]` or `[B,D,T]` as x, in x's dtype.
 
     Raises:
         BadOption: an activation that is not offered.

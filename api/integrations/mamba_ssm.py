@@ -54,7 +54,7 @@ def selective_scan_fn(
         delta: step sizes, `[B,D,T]`.
         A: rates of decay, `[D,N]`, below 0.
         B: keys with which values are written, `[B,N,T]`, or `[B,G,N,T]`, D a multiple of G.
-        C: keys with which they are read, as B.
+        C: keys with which they are read, `[B,N,T]` or `[B,G,N,T]`.
         D: weights of the skip connection, `[D]`.
         z: the output is multiplied by silu of it, `[B,D,T]`.
         delta_bias: added to delta, `[D]`.
