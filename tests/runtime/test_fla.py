@@ -131,6 +131,10 @@ def _calls(x: dict[str, Tensor]) -> dict[str, Callable[[], tuple[Any, Any]]]:
             f.fused_recurrent_gla(q, k, v, x["gk"], **state),
             lib("gla", q, k, v, x["gk"], state=S),
         ),
+        "recurrent gla with both gates": lambda: (
+            f.fused_recurrent_gla(q, k, v, x["gk"], x["gv"], **state),
+            lib("gla_both", q, k, v, x["gk"], x["gv"], state=S),
+        ),
         "rwkv6": lambda: (
             f.chunk_rwkv6(q, k, v, x["gk"], x["u"], **state),
             lib("rwkv6", q, k, v, x["gk"], x["u"], state=S),
@@ -241,6 +245,7 @@ CASES = (
     "simple_gla with a fixed decay",
     "gla",
     "recurrent gla",
+    "recurrent gla with both gates",
     "rwkv6",
     "delta",
     "delta without beta",
