@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from ..dsl import algebra
 from ..dsl.bounds import interval
-from ..dsl.decay import is_signed, log_decay, log_magnitude
+from ..dsl.decay import is_signed, log_decay, log_magnitude, signed_part
 from ..dsl.intervals import Interval
 from ..dsl.ir import Kind, Node, Op, constant
 from ..dsl.normal_form import (
@@ -227,9 +227,9 @@ def _has_signs(plane: Plane) -> bool:
 def _negative(tiles: RowTiles, plane: Plane) -> Tile:
     """1 in the rows whose factor is negative."""
     factors = [next(iter(left.values()), None) for left in plane.left]
-    signed = [f if f is not None and is_signed(f) else None for f in factors]
     if not _has_signs(plane):
         return tile.const(0.0)
+    signed = [signed_part(f) if f is not None and is_signed(f) else None for f in factors]
     known = (f if f is None or interval(f).hi > 0.0 else _NEGATIVE for f in signed)
     one, always = tile.const(1.0), tiles.of(_NEGATIVE)
     return tiles.in_rows(tuple(known), lambda x: one if x == always else tile.step(tile.neg(x)))

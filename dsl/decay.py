@@ -55,10 +55,19 @@ def is_signed(multiplier: Node) -> bool:
     return False
 
 
+def signed_part(multiplier: Node) -> Node:
+    """The factors of a multiplier that may be negative, with its sign: others are at least 0.
+
+    Where another factor is 0, the sign of this part is still that of its own.
+    """
+    outside, factors = algebra.factors(multiplier)
+    return functools.reduce(algebra.mul, filter(is_signed, factors), constant(float(outside)))
+
+
 def log_magnitude(multiplier: Node, sign: Node, loc: Loc | None = None) -> Node | None:
     """The log of |f|, for a multiplier f in [-1, 1]; None where |f| is 1.
 
-    `sign`: an expression of the sign of f, by which f is multiplied where |f| is not simpler.
+    `sign`: an expression of the sign of `signed_part(f)`, by which this is multiplied.
     Raises StateGrows, UnboundedDecay, DecayNotPositive.
     """
     loc = multiplier.loc or loc
@@ -70,18 +79,15 @@ def log_magnitude(multiplier: Node, sign: Node, loc: Loc | None = None) -> Node 
 def _log_magnitude(f: Node, sign: Node, loc: Loc | None) -> Node:
     if not is_signed(f) or algebra.number(f) == 0.0:
         return _log(f, loc)
-    outside, factors = algebra.factors(f)
-    signed = [x for x in factors if is_signed(x)]
-    logs = [_log(x, loc) for x in factors if x not in signed]
-    if signed:
-        rest = functools.reduce(algebra.mul, signed)
+    logs = [_log(x, loc) for x in algebra.factors(f)[1] if not is_signed(x)]
+    rest = signed_part(f)
+    if algebra.number(rest) is None:
         bound = interval(rest)
         if math.inf in (-bound.lo, bound.hi):
             raise errors.UnboundedDecay(infix(f), f.loc or loc)
         if not bound.inside(-1.0, 1.0):
             raise errors.StateGrows(infix(f), bound.lo, bound.hi, f.loc or loc)
-        size = algebra.mul(sign if outside > 0 else algebra.neg(sign), rest)
-        logs.append(algebra.unary(Op.LOG, _at_least(size, SMALLEST)))
+        logs.append(algebra.unary(Op.LOG, _at_least(algebra.mul(sign, rest), SMALLEST)))
     return functools.reduce(algebra.add, logs, constant(0.0))
 
 

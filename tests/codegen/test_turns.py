@@ -208,6 +208,23 @@ def still(R: State, J: State, q: Key, p: Key, k: Key, v: Value, g: Scalar):
     return (R, J), q @ R - p @ J
 
 
+def test_a_factor_of_0_beside_a_negative_one() -> None:
+    """The sign is that of the factor which has one."""
+
+    @cw.recurrence
+    def products(S: State, q: Key, k: Key, v: Value, f: Key, x: Key, g: Scalar):
+        S = -exp(g) * within(f, 0, 1) * within(x, -1, 1) * S
+        return S + outer(k, v), q @ S
+
+    inputs = make_inputs(products, SIZES)
+    f, x = inputs.operands["f"].detach(), inputs.operands["x"].detach()
+    f[:, 3::7], x[:, 3::5] = 0.0, -0.5
+    inputs.operands |= {"f": f.requires_grad_(), "x": x.requires_grad_()}
+    got, want = engine_results(products, inputs, "eager"), oracle_results(products, inputs)
+    assert want["df"][:, 3::35].abs().max() > 0.1
+    assert_agree(got, want, FLOAT64_RANDOM)
+
+
 @pytest.mark.parametrize("per", [Scalar, Key])
 def test_zero_is_a_reset_with_the_gradient_of_the_product(per: type) -> None:
     """Factors that are exactly 0, of either sign beside them."""
