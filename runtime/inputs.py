@@ -62,9 +62,9 @@ class Range:
         low, high = self.low, self.high
         if self._wide:
             value, ends = normal.clamp(low, high), (-4.0, 4.0)
-        elif math.isinf(low):
+        elif low == -math.inf:  # torch.compile may hold a bound as a symbol, which isinf refuses
             value, ends = high - softplus(normal), (high - 20.0, high - 1e-4)
-        elif math.isinf(high):
+        elif high == math.inf:
             value, ends = low + softplus(normal), (low + 20.0, low + 1e-4)
         else:
             width = high - low

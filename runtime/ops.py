@@ -163,6 +163,11 @@ class OpRegistry:
             self._known[tried] = declaration, ops
         return ops
 
+    def known(self) -> list[tuple[Declaration, Ops]]:
+        """Every declaration that has ops, with these."""
+        with self._lock:
+            return list(self._known.values())
+
 
 REGISTRY = OpRegistry()
 

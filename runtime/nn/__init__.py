@@ -18,6 +18,7 @@ from .evaluation import (
     relative_perplexities,
     token_losses,
 )
+from .flops import flop_formulas
 from .generation import sample
 from .layers import LayerState, RecurrentLayer
 from .losses import linear_cross_entropy, linear_token_losses
@@ -45,6 +46,7 @@ __all__ = [
     "SlidingWindowAttention",
     "SwiGLU",
     "default_roles",
+    "flop_formulas",
     "linear_cross_entropy",
     "linear_token_losses",
     "loss_by_position",

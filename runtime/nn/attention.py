@@ -1,7 +1,8 @@
 """Softmax attention, global and sliding-window: the other mixers of a hybrid model.
 
 They call torch's `scaled_dot_product_attention`. A windowed layer attends in blocks, each to itself
-and the block before, so that memory grows with `T * window` and not with `T * T`.
+and the block before, so that memory grows with `T * window` and not with `T * T`; but in a program
+that torch.export made for any number of tokens it masks a square.
 """
 
 from __future__ import annotations
@@ -97,12 +98,18 @@ class Attention(nn.Module, Mixer):
         if cu_seqlens is not None:
             sequence, position = positions(cu_seqlens, tokens)
         q, k, v = self._qkv(x, position)
-        if self.window is not None and self.window < tokens:
+        # tokens of an exported program, whose number is a symbol, are not cut into blocks
+        symbolic = isinstance(tokens, torch.SymInt)
+        if self.window is not None and not symbolic and self.window < tokens:
             return self._join(_windowed(q, k, v, self.window, sequence)), k, v
-        if sequence is None:
+        if sequence is None and (self.window is None or not symbolic):
             return self._join(F.scaled_dot_product_attention(q, k, v, is_causal=True)), k, v
-        t = torch.arange(tokens, dtype=torch.int64, device=x.device)
-        mask = (t[:, None] >= t) & (sequence[:, None] == sequence)
+        back = position[:, None] - position
+        mask = back >= 0
+        if self.window is not None:
+            mask = mask & (back < self.window)
+        if sequence is not None:
+            mask = mask & (sequence[:, None] == sequence)
         return self._join(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)), k, v
 
     def prefill(self, x: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, AttentionState]:

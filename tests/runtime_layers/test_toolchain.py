@@ -1,0 +1,91 @@
+"""Whole models in torch's toolchain: exported for any number of tokens, packaged, their FLOPs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import chunkwise as cw
+import pytest
+import torch
+from chunkwise.codegen.config import Dims
+from chunkwise.codegen.programs import chunk_program
+from chunkwise.codegen.triton.defaults import default_config
+from chunkwise.nn import AttentionConfig, LanguageModel, ModelConfig, RecurrentConfig, flop_formulas
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+LENGTHS = (2, 7, 8, 9, 33)  # around the window and past it
+_LOAD = """
+import sys, torch, chunkwise
+kind, program, cases = sys.argv[1:]
+load = torch._inductor.aoti_load_package if kind == "aoti" else torch.export.load
+run = load(program) if kind == "aoti" else load(program).module()
+for tokens, want in torch.load(cases):
+    torch.testing.assert_close(run(tokens), want, rtol=1e-4, atol=1e-5)
+"""
+
+
+def hybrid() -> LanguageModel:
+    """A recurrence, and a window of eight tokens."""
+    torch.manual_seed(0)
+    delta = RecurrentConfig("gated_delta_rule", 2, 8, 8, gated=True)
+    mixers = (delta, AttentionConfig(2, 8))
+    return LanguageModel.from_config(ModelConfig(50, 16, mixers, width=32)).eval()
+
+
+def exported(model: LanguageModel) -> torch.export.ExportedProgram:
+    length = torch.export.Dim("length", min=2, max=64)
+    tokens = torch.randint(50, (2, 24))
+    return torch.export.export(model, (tokens,), dynamic_shapes=({1: length},))
+
+
+@pytest.mark.parametrize("kind", ["export", pytest.param("aoti", marks=pytest.mark.long)])
+def test_hybrids_load_in_a_fresh_process(kind: str, tmp_path: Path) -> None:
+    """One program for every number of tokens; the compiled package of it too."""
+    model, file, cases = hybrid(), tmp_path / "model.pt2", tmp_path / "cases.pt"
+    with torch.no_grad():
+        program = exported(model)
+        drawn = [torch.randint(50, (2, length)) for length in LENGTHS]
+        torch.save([(x, model(x)) for x in drawn], cases)
+        if kind == "aoti":
+            torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+        else:
+            torch.export.save(program, file)
+    load = [sys.executable, "-W", "ignore", "-c", _LOAD, kind, str(file), str(cases)]
+    loaded = subprocess.run(load, capture_output=True, text=True, check=False)
+    assert loaded.returncode == 0, loaded.stderr
+
+
+def test_a_dynamic_graph_is_for_every_length() -> None:
+    """Past the window's length, a graph with a symbolic number of tokens is compiled once."""
+    torch._dynamo.reset()
+    model, graphs = hybrid(), 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
+    for length in (20, 33, 47, 64):
+        tokens = torch.randint(50, (2, length))
+        torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-4, atol=1e-5)
+    assert graphs == 1
+
+
+def test_flops_of_a_recurrence() -> None:
+    """Linear attention's, by hand: scores and their values within a chunk, a write and a read."""
+    op, K, V = cw.library.linear_attention, 16, 32
+    C = default_config(
+        chunk_program(op.declaration.normal_form()), Dims(K, V), wide_dtype=True
+    ).chunk
+    q, k = torch.randn(2, 2, 100, 3, K)
+    v = torch.randn(2, 100, 3, V, requires_grad=True)
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+        o, _ = op(q, k, v)
+        forward = counter.get_total_flops()
+        o.sum().backward()
+    assert forward == 2 * 100 * 3 * (2 * C * (K + V) + 4 * K * V)
+    assert counter.get_total_flops() > 2.5 * forward
