@@ -1,13 +1,14 @@
 """Times training steps of models of transformers, by their own torch road and on chunkwise.
 
 A step is the forward, the loss of the next token, and the backward. The sides take turns, in one
-process and on the same threads; a ratio compares least times, since others use the machine too.
-Losses of both sides are compared.
+process and on the same threads. Ratios compare least times, of the clock and of the processors,
+since others may use the machine too. Losses of both sides are compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,35 +23,42 @@ from .families import FAMILIES, VOCABULARY, model
 HIDDEN, HEADS, DIM = 256, 4, 64
 
 
-def step(net: torch.nn.Module, ids: Tensor) -> tuple[float, float]:
-    """The loss of one step, and how long it took in ms."""
+def step(net: torch.nn.Module, ids: Tensor) -> tuple[float, tuple[float, float]]:
+    """The loss of one step; its time in ms, and that of the processors."""
     net.zero_grad()
-    begun = time.perf_counter()
+    begun = time.perf_counter(), time.process_time()
     logits = net(ids, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
-    return loss.item(), 1e3 * (time.perf_counter() - begun)
+    took = time.perf_counter() - begun[0], time.process_time() - begun[1]
+    return loss.item(), (1e3 * took[0], 1e3 * took[1])
 
 
 def compare(family: str, ids: Tensor, repeats: int) -> dict[str, object]:
     """A row of least times."""
     net = model(family, HIDDEN, HEADS, DIM).train()
-    losses, times = {}, {"torch": list[float](), "chunkwise": list[float]()}
+    losses: dict[str, float] = {}
+    times: dict[str, list[tuple[float, float]]] = {"torch": [], "chunkwise": []}
     for n in range(repeats + 1):  # the first compiles
-        for side in times:
+        for side, found in times.items():
             if side == "chunkwise":
                 transformers.patch()
             losses[side], took = step(net, ids)
             transformers.unpatch()
             if n:
-                times[side].append(took)
+                found.append(took)
     torch.testing.assert_close(losses["chunkwise"], losses["torch"], rtol=0, atol=1e-4)
-    theirs, ours = (min(x) for x in times.values())
+    (theirs, of_theirs), (ours, of_ours) = (
+        [*map(min, zip(*x, strict=True))] for x in times.values()
+    )
     return {
         "family": family,
-        "torch ms": round(theirs, 1),
-        "chunkwise ms": round(ours, 1),
-        "times as fast": round(theirs / ours, 1),
+        "torch, ms": round(theirs),
+        "chunkwise, ms": round(ours),
+        "ratio": round(theirs / ours, 1),
+        "torch, ms of processors": round(of_theirs),
+        "chunkwise, ms of processors": round(of_ours),
+        "ratio of these": round(of_theirs / of_ours, 1),
     }
 
 
@@ -62,15 +70,18 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=1024, help="of each sequence")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--json", type=Path, help="a file for the rows")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     ids = torch.randint(2, VOCABULARY, (options.batch, options.tokens))
+    command = ("python", "-m", "benchmarks.models", *sys.argv[1:])
+    described = machine.describe(torch.device("cpu")) | {"load": os.getloadavg()[0]}
     rows = []
     for family in options.families.split(","):
         rows.append(compare(family, ids, options.repeats))
         print(*(f"{name} {value}" for name, value in rows[-1].items()), sep="   ", flush=True)
-    if options.json:
-        command = ("python", "-m", "benchmarks.models", *sys.argv[1:])
-        report.write(options.json, command, machine.describe(torch.device("cpu")), rows)
+        if options.json:
+            report.write(options.json, command, described, rows)
     return 0
 
 
