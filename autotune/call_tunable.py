@@ -59,8 +59,8 @@ class WholeCalls(Tunable):
         no_final_gradients = (None,) * len(call.form.states)
 
         def run() -> None:
-            engine.forward(call)
-            engine.backward(call, do, no_final_gradients)
+            *_, kept = engine.forward_saving(call)
+            engine.backward(call, do, no_final_gradients, kept)
 
         return run
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from ..codegen.config import Config, Dims
 from ..codegen.interface import Dtype, Signature
 from ..codegen.plan import Plan, Program, backward_plans, forward_plans
-from ..codegen.programs import backward_program, chunk_program, forward_program
+from ..codegen.programs import backward_program, chunk_program, forward_program, savings
+from ..codegen.saves import saving
 from ..codegen.text.table import table
 from ..codegen.triton.fit import untuned_config
 from ..codegen.triton.offline import signature_for
@@ -75,9 +76,13 @@ def _kernels(setting: _Setting, config: Config) -> list[str]:
 
 
 def _plans(setting: _Setting, config: Config) -> list[str]:
-    body = chunk_program(setting.form)
-    forward = [(p, _forward(setting, p)) for p in forward_plans(body)]
-    backward = [(p, _backward(setting, p)) for p in backward_plans(body)]
+    body, kinds = chunk_program(setting.form), savings(setting.form)[1:]
+    ahead, back = (
+        (*plans, *(p for k in kinds for p in saving(plans, k)))
+        for plans in (forward_plans(body), backward_plans(body))
+    )
+    forward = [(p, _forward(setting, p)) for p in ahead]
+    backward = [(p, _backward(setting, p)) for p in back]
     rows = [("direction", "plan", "us")]
     for direction, plans in (("forward", forward), ("backward", backward)):
         totals = [

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -19,15 +21,23 @@ from ..codegen.gluon.emit import module
 from ..codegen.gluon.kernel import print_gluon
 from ..codegen.interface import loaded
 from ..codegen.plan import Kernel, Plan, Program, backward_plans, forward_plans
-from ..codegen.programs import backward_program, chunk_program, forward_program
+from ..codegen.programs import (
+    backward_program,
+    chunk_program,
+    forward_program,
+    saved_by,
+    savings,
+)
+from ..codegen.saves import saving
 from ..codegen.triton import offline
 from ..codegen.triton.kernel import STORAGE
 from ..runtime.cache import import_source
 from ..runtime.call import Call, values_of
-from ..runtime.engine import task_of
+from ..runtime.engine import Task, task_of
 from ..runtime.engines import EngineName
 from ..runtime.prepared import Request, Way
 from ..runtime.printed import dtypes_of
+from ..runtime.saves import Saved
 from ..runtime.triton import engine as triton_engine
 from ..runtime.triton.launch import Launch
 from ..runtime.triton.launch_plan import LoadedKernel, New
@@ -100,19 +110,29 @@ class TritonTunable(WholeCalls):
         for chunk in dict.fromkeys((*chunks, default.chunk)):
             self._add(chunk)
         self.alternatives = tuple(self._plans) if plans is None else self._fewer(plans)
-        # a kernel by itself takes what a backward has, which is all that a forward has too
-        cotangents = (self._do, *(None for _ in call.initial))
-        self._values = values_of(call, cotangents)
-        self._task = task_of(Request(call, Way.BACKWARD, cotangents).bare())
+        self._given = cache(self._alone)
+
+    def _alone(self, chunk: int) -> tuple[Task, list[Any]]:
+        """What a kernel by itself is given: all that a backward has, and so a forward; noise of
+        what a forward keeps.
+        """
+        call, saved = self._call, Saved(savings(self._call.form)[-1], chunk)
+        cotangents, kept = (self._do, *(None for _ in call.initial)), saved.names(call)
+        request = Request(call, Way.BACKWARD, cotangents, saved=saved if kept else None)
+        noise = self._arena.noise(saved.shape(call), call.dtype).unbind(0) if kept else ()
+        return task_of(request.bare()), [*values_of(call, cotangents), *noise]
 
     def _add(self, chunk: int) -> None:
         form, segments = self._call.form, self._segment > 0
-        for forward in forward_plans(chunk_program(form)):
-            program = forward_program(form, forward, segments=segments)
-            self._plan(_FORWARD, chunk, forward, program)
-        for backward in backward_plans(chunk_program(form)):
-            program = backward_program(form, backward, segments=segments)
-            self._plan(_BACKWARD, chunk, backward, program)
+        body = chunk_program(form)
+        ahead, back = forward_plans(body), backward_plans(body)
+        for kinds in savings(form):
+            for forward in saving(ahead, kinds) if kinds else ahead:
+                program = forward_program(form, forward, segments=segments)
+                self._plan(_FORWARD, chunk, forward, program)
+            for backward in saving(back, kinds) if kinds else back:
+                program = backward_program(form, backward, segments=segments)
+                self._plan(_BACKWARD, chunk, backward, program)
 
     def _fewer(self, plans: int) -> tuple[Alternative, ...]:
         """`plans` alternatives of each role and group: known ones, then by their lower bound."""
@@ -134,7 +154,9 @@ class TritonTunable(WholeCalls):
             c.chunk == chunk and plan == (c.forward if role == _FORWARD else c.backward)
             for c in self._known
         )
-        alternative = Alternative(f"C={chunk}", role, plan.label, keys, names, least, known)
+        kept = ", ".join(str(name.of) for name, _ in saved_by(self._call.form, plan.saves))
+        group = f"C={chunk}, keeping {kept}" if kept else f"C={chunk}"
+        alternative = Alternative(group, role, plan.label, keys, names, least, known)
         self._plans[alternative] = plan
 
     def _key(self, kernel: Kernel, chunk: int) -> str:
@@ -176,9 +198,11 @@ class TritonTunable(WholeCalls):
         unit = import_source(offline.unit(kernel))
         gluon = self._in_gluon(choice)
         alone = LoadedKernel(kernel_of(kernel), vars(unit)[offline.UNIT], gluon=gluon)
-        given = tuple(map(buffer_of, loaded(choice.kernel, self._signature, STORAGE)))
-        launch = Launch(self._task, (alone,), choice.chunk, self._segment, given)
-        tensors = launch.tensors(self._values)
+        reads = loaded(choice.kernel, self._signature, STORAGE)
+        given = tuple(buffer_of(b) for b in reads if not b.is_saved)
+        task, values = self._given(choice.chunk)
+        launch = Launch(task, (alone,), choice.chunk, self._segment, given)
+        tensors = launch.tensors(values)
         (spec,) = launch.plan.launches
         tensors += self._arena.take(launch.plan.new)
         return lambda: spec.run(tensors, aligned=True)
@@ -237,6 +261,11 @@ class _Arena:
         self._device = device
         self._tensors: dict[tuple[tuple[int, ...], torch.dtype, int], Tensor] = {}
 
+    def noise(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A new tensor."""
+        drawn = torch.randn(shape, dtype=torch.float32, device=self._device)
+        return (0.01 * drawn).to(dtype)
+
     def take(self, new: tuple[New, ...]) -> list[Tensor]:
         """A tensor for each of `new`, no two the same."""
         taken: list[Tensor] = []
@@ -244,7 +273,6 @@ class _Arena:
             count = sum((t.shape, t.dtype) == (b.shape, b.dtype) for t in taken)
             key = (b.shape, b.dtype, count)
             if key not in self._tensors:
-                noise = torch.randn(b.shape, dtype=torch.float32, device=self._device)
-                self._tensors[key] = (0.01 * noise).to(b.dtype)
+                self._tensors[key] = self.noise(b.shape, b.dtype)
             taken.append(self._tensors[key])
         return taken

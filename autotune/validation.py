@@ -24,6 +24,7 @@ from ..dsl.declaration import Declaration
 from ..runtime.call import Call
 from ..runtime.engines import EngineName, load
 from ..runtime.inputs import ranges, usual_params
+from ..runtime.saves import saved_under
 from ..runtime.tuned.artifact import Certificate, Configuration, Error
 from .inputs import Family, draw
 from .tolerance import (
@@ -76,11 +77,21 @@ class ConfiguredEngine:
         """As the engine's."""
         return load(self.engine).forward(call, self.config, self.segment)
 
-    def backward(
-        self, call: Call, do: Tensor, dfinals: tuple[Tensor | None, ...]
-    ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+    def forward_saving(self, call: Call) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         """As the engine's."""
-        return load(self.engine).backward(call, do, dfinals, self.config, self.segment)
+        return load(self.engine).forward_saving(call, self.config, self.segment)
+
+    def backward(
+        self,
+        call: Call,
+        do: Tensor,
+        dfinals: tuple[Tensor | None, ...],
+        kept: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+        """As the engine's, after another forward where that keeps something which is not given."""
+        if kept is None and saved_under(self.config, call) is not None:
+            *_, kept = self.forward_saving(call)
+        return load(self.engine).backward(call, do, dfinals, self.config, self.segment, kept)
 
     def ways(self, call: Call) -> tuple[ConfiguredEngine, ...]:
         """This, and the variant that serves calls of few rows (in parts, or in segments)."""

@@ -12,6 +12,7 @@ class BufferKind(Enum):
     OUTPUT = "{}"  # an output of the recurrence, per token
     GRADIENT = "d_{}"  # the gradient of an operand: per token, or of one per head a part per chunk
     INTERMEDIATE = "{}_chunk"  # a tile for later kernels, per token or chunk
+    SAVED = "{}_saved"  # a tile that the forward stores for the backward, per token
     SEGMENT_END = "{}.end"  # a carry as each segment of a sequence ends
 
 
@@ -28,7 +29,8 @@ class BufferId:
     @property
     def label(self) -> str:
         """Its name where nothing else is called so: an intermediate's is that of its tile."""
-        return self.of if self.kind is BufferKind.INTERMEDIATE else str(self)
+        is_tile = self.kind in (BufferKind.INTERMEDIATE, BufferKind.SAVED)
+        return self.of if is_tile else str(self)
 
 
 def gradient(operand: str) -> BufferId:

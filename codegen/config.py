@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Annotated
 
+from ..dsl.errors import BadConfiguration
 from .limits import Limited, Within
-from .plan import ENDS, MATRICES, Kernel, Plan
+from .plan import ENDS, MATRICES, Hoist, Kernel, Plan
 from .segments import Start
 
 _HALVED = "a chunk is halved until single tokens are left"
@@ -89,6 +90,20 @@ class Config(Limited):
     backward: Plan
     default: KernelConfig
     kernels: tuple[tuple[str, KernelConfig], ...] = ()
+
+    def __post_init__(self) -> None:
+        Limited.__post_init__(self)
+        if self.backward.saves is not self.forward.saves:
+            why = "the backward reads what the forward has stored"
+            saves = self.forward.saves
+            raise BadConfiguration("Config.backward.saves", self.backward.saves, str(saves), why)
+
+    def saving(self, kinds: Hoist) -> Config:
+        """The same with a forward that stores tiles of these kinds for the backward."""
+        if self.forward.saves is kinds:
+            return self
+        forward, backward = (replace(p, saves=kinds) for p in (self.forward, self.backward))
+        return replace(self, forward=forward, backward=backward)
 
     def of(self, kernel: str) -> KernelConfig:
         """The tiles of the kernel called `kernel`; scans for ends may have those of their scan."""

@@ -94,6 +94,11 @@ def compulsory_bytes(chunk: ChunkProgram | Adjoint, dtype: Dtype) -> Expr:
     return sympy.expand((read + written) / C)
 
 
+def stored_bytes(tiles: Iterable[Tile], dtype: Dtype) -> Expr:
+    """The memory that `tiles` take between kernels."""
+    return sympy.expand(sum((_stored_bytes(t, dtype) for t in tiles), sympy.Integer(0)) / C)
+
+
 def evaluate(expression: Expr, chunk: int, dims: Dims) -> float:
     """The number that a polynomial stands for."""
     values = {C: chunk, K: dims.K, V: dims.V, LEVELS: chunk.bit_length() - 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from enum import Flag, auto
 from functools import lru_cache
 
@@ -34,6 +35,45 @@ def worth_hoisting(x: Tile, hoist: Hoist, reassociate: bool) -> bool:
     if any(t.op in _PRODUCTS for t in below):
         return Hoist.PRODUCTS in hoist
     return Hoist.PREFIXES in hoist and _scales_by_prefix(x)
+
+
+def hoisted(
+    roots: Iterable[Tile],
+    carries: frozenset[Tile],
+    hoist: Hoist,
+    *,
+    reassociate: bool = False,
+    outputs: Iterable[Tile] = (),
+    known: Container[Tile] = (),
+) -> dict[Tile, None]:
+    """The largest tiles below `roots` that are worth hoisting; none below `known` ones.
+
+    Of the tiles that only `outputs` need, scores under a vector gate, which are too dear to compute
+    twice.
+    """
+    wanted: dict[Tile, None] = {}
+    seen: set[Tile] = set()
+
+    def visit(x: Tile) -> None:
+        """Hoist `x`, or the tiles below it that are worth it."""
+        x = x.args[0] if x.op in (TileOp.RENAME, TileOp.EXPAND) else x
+        if x in seen or x in known:
+            return
+        seen.add(x)
+        if not depends(x, carries) and worth_hoisting(x, hoist, reassociate):
+            wanted[x] = None
+        else:
+            for argument in x.args:
+                visit(argument)
+
+    for root in roots:
+        visit(root)
+    if Hoist.PRODUCTS in hoist:
+        for t in tile.topological(*outputs):
+            for x in t.args if not scores_under_vector_gate(t) else ():
+                if scores_under_vector_gate(x) and not (x in known or depends(x, carries)):
+                    wanted[x] = None
+    return wanted
 
 
 def norms_along_keys(tiles: list[Tile]) -> tuple[Tile, ...]:

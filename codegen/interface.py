@@ -125,6 +125,11 @@ class Buffer(NamedTuple):
         """Whether it is for the caller, not for later kernels alone."""
         return self.name.kind in (BufferKind.OUTPUT, BufferKind.GRADIENT)
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether the caller gives it to the forward, which fills it, and to the backward."""
+        return self.name.kind is BufferKind.SAVED
+
 
 def buffer(
     name: BufferId, t: Tile, signature: Signature, storage: Storage, *, transposed: bool = False
@@ -139,7 +144,7 @@ def buffer(
         dtype = signature.dtype
     elif storage.wide:
         dtype = Dtype.FLOAT32
-    elif name.kind is BufferKind.INTERMEDIATE:
+    elif name.kind in (BufferKind.INTERMEDIATE, BufferKind.SAVED):
         dtype = intermediate_dtype(t, signature.dtype)
     else:
         has_rows = Axis.I in t.axes or Axis.J in t.axes

@@ -23,7 +23,7 @@ from .buffers import BufferId, BufferKind
 from .chunk import Carried, ChunkProgram, Named
 from .differentiate import Adjoint
 from .hoisting import Hoist as Hoist
-from .hoisting import depends, norms_along_keys, scores_under_vector_gate, worth_hoisting
+from .hoisting import depends, hoisted, norms_along_keys
 from .scans import exchanged, gradient_scans, has_gradient_scans
 from .segments import Segments, Start, Transitions, segment_transitions
 from .tile import Axis, Tile, TileOp, summed_axes
@@ -57,6 +57,8 @@ class Plan:
     `scans_apart`: backward only: each gradient in a scan of its own, which carries the one state
     that it reads (codegen/scans.py).
     `together`: scans that need nothing of one another in one launch, where a target has launches.
+    `saves`: the kinds of C x C tiles that the forward stores for the backward, which would compute
+    them again (codegen/saves.py); both directions of a configuration have the same.
     """
 
     hoist: Hoist
@@ -67,6 +69,7 @@ class Plan:
     norms_apart: bool = False
     scans_apart: bool = False
     together: bool = False
+    saves: Hoist = Hoist.NOTHING
 
     @property
     def label(self) -> str:
@@ -76,7 +79,9 @@ class Plan:
         prep = "+".join(["norms"] * self.norms_apart + hoisted + ["W"] * self.reassociate)
         post = "+".join(("sums",) * self.sums_apart + ("values",) * self.values_apart + ("post",))
         scan = ("scans" if self.scans_apart else "scan") + "+together" * self.together
-        return "|".join(p for p in (prep, scan, "" if self.outputs_in_scan else post) if p)
+        cut = "|".join(p for p in (prep, scan, "" if self.outputs_in_scan else post) if p)
+        saved = "+".join(str(k.name).lower() for k in kinds if k in self.saves)
+        return f"{cut}, saved {saved}" if saved else cut
 
 
 @dataclass(frozen=True)  # no slots: what follows from the fields is kept
@@ -192,15 +197,20 @@ def backward_plans(body: ChunkProgram) -> tuple[Plan, ...]:
     return (*plans, *(replace(p, together=True) for p in whole))
 
 
-def plan_forward(body: ChunkProgram, plan: Plan, *, segments: bool = False) -> Program:
-    """`body` cut into kernels by `plan`; `segments`: its scan too, if it can."""
+def plan_forward(
+    body: ChunkProgram, plan: Plan, *, segments: bool = False, saved: Named = ()
+) -> Program:
+    """`body` cut into kernels by `plan`; `segments`: its scan too, if it can.
+
+    `saved`: the tiles that it stores for a backward (`codegen.saves`).
+    """
     build = _Builder("forward", body, segments=segments)
     carries = frozenset(c.start for c in body.carried)
     in_scan = body.outputs if plan.outputs_in_scan else ()
     roots = [c.end for c in body.carried] + [t for _, t in in_scan]
     if plan.norms_apart:
         build.norms([*roots, *(t for _, t in body.outputs)])
-    build.prepare(plan, roots, carries)
+    build.prepare(plan, roots, carries, saved=saved)
     kept = () if plan.outputs_in_scan else _kept([t for _, t in body.outputs], carries)
     build.kernel("scan", Loop.FORWARD, (*in_scan, *build.fresh(kept)), body.carried)
     if not plan.outputs_in_scan:
@@ -211,21 +221,29 @@ def plan_forward(body: ChunkProgram, plan: Plan, *, segments: bool = False) -> P
 
 
 def plan_backward(
-    body: ChunkProgram, adjoint: Adjoint, plan: Plan, *, segments: bool = False
+    body: ChunkProgram,
+    adjoint: Adjoint,
+    plan: Plan,
+    *,
+    segments: bool = False,
+    saved: Named = (),
 ) -> Program:
-    """The adjoint cut into kernels: prep, the states again, the reversed scan, all gradients."""
-    build = _Builder("backward", body, segments=segments)
-    saved = frozenset(adjoint.saved)
+    """The adjoint cut into kernels: prep, the states again, the reversed scan, all gradients.
+
+    `saved`: the tiles that the forward has stored.
+    """
+    build = _Builder("backward", body, segments=segments, saved=saved)
+    states = frozenset(adjoint.saved)
     reverse = frozenset(c.start for c in adjoint.carried)
     ends = [c.end for c in (*body.carried, *adjoint.carried)]
     outputs = [t for _, t in adjoint.outputs]
     if plan.norms_apart:
         build.norms([*ends, *outputs])
-    build.prepare(plan, ends, saved | reverse, outputs)
+    build.prepare(plan, ends, states | reverse, outputs)
     if plan.scans_apart:
         build.gradient_scans(body, adjoint)
         return Program(tuple(build.kernels), tuple(name for name, _ in adjoint.outputs))
-    kept = _kept([*outputs, *(c.end for c in adjoint.carried)], saved | reverse)
+    kept = _kept([*outputs, *(c.end for c in adjoint.carried)], states | reverse)
     of_states = tuple(t for t in kept if not depends(t, reverse))
     build.kernel("states", Loop.FORWARD, build.fresh(of_states), body.carried)
     if plan.outputs_in_scan:
@@ -251,13 +269,16 @@ def plan_backward(
 class _Builder:
     """Kernels as they accumulate, with everything stored so far."""
 
-    def __init__(self, direction: str, body: ChunkProgram, *, segments: bool) -> None:
+    def __init__(
+        self, direction: str, body: ChunkProgram, *, segments: bool, saved: Named = ()
+    ) -> None:
+        """`saved`: what is stored before the first kernel."""
         self._direction = direction
         self._transitions = segment_transitions(body.carried) if segments else None
         self._transposed = body.transposed
         self.kernels: list[Kernel] = []
-        self._stored: dict[Tile, BufferId] = {}
-        self._names: set[BufferId] = set()
+        self._stored: dict[Tile, BufferId] = {t: name for name, t in saved}
+        self._names: set[BufferId] = set(self._stored.values())
 
     def kernel(
         self,
@@ -368,36 +389,21 @@ class _Builder:
         roots: list[Tile],
         carries: frozenset[Tile],
         outputs: Iterable[Tile] = (),
+        saved: Named = (),
     ) -> None:
-        """The kernel ahead of the scans: the largest tiles below `roots` worth hoisting.
-
-        Of the tiles that only `outputs` need, it takes scores under a vector gate, which are too
-        dear to compute twice.
-        """
-        wanted: dict[Tile, None] = {}
-        seen: set[Tile] = set()
-
-        def visit(x: Tile) -> None:
-            """Hoist `x`, or the tiles below it that are worth it."""
-            x = x.args[0] if x.op in (TileOp.RENAME, TileOp.EXPAND) else x
-            if x in seen:
-                return
-            seen.add(x)
-            if not depends(x, carries) and worth_hoisting(x, plan.hoist, plan.reassociate):
-                wanted[x] = None
-            else:
-                for argument in x.args:
-                    visit(argument)
-
-        for root in roots:
-            visit(root)
-        if Hoist.PRODUCTS in plan.hoist:
-            for t in tile.topological(*outputs):
-                for x in t.args if not scores_under_vector_gate(t) else ():
-                    if scores_under_vector_gate(x) and not depends(x, carries):
-                        wanted[x] = None
-        if wanted:
-            self.kernel("prep", Loop.PARALLEL, self.fresh(wanted))
+        """The kernel ahead of the scans: `saved`, and what is worth hoisting."""
+        wanted = hoisted(
+            roots,
+            carries,
+            plan.hoist,
+            reassociate=plan.reassociate,
+            outputs=outputs,
+            known=self._stored,
+        )
+        own = {t for _, t in saved}
+        stores = (*saved, *self.fresh(t for t in wanted if t not in own))
+        if stores:
+            self.kernel("prep", Loop.PARALLEL, stores)
 
 
 def _exchanged(kernel: Kernel) -> Kernel:

@@ -7,11 +7,12 @@ from functools import lru_cache
 from typing import TypeVar
 
 from ..dsl.normal_form import NormalForm
-from .chunk import ChunkProgram, derive
+from .chunk import ChunkProgram, Named, derive
 from .config import Dims, held
 from .differentiate import Adjoint, differentiate
 from .factor import factor_adjoint, factor_chunk
-from .plan import Plan, Program, plan_backward, plan_forward
+from .plan import Hoist, Plan, Program, plan_backward, plan_forward
+from .saves import saved_tiles
 from .segments import segment_transitions
 from .verify import verify_tiles
 
@@ -34,7 +35,8 @@ def chunk_adjoint(form: NormalForm, *, reassociate: bool = False) -> Adjoint:
 def forward_program(form: NormalForm, plan: Plan, *, segments: bool = False) -> Program:
     """The kernels of the forward under `plan`; `segments`: scans of segments (`transition_of`)."""
     body = factor_chunk(chunk_program(form, reassociate=plan.reassociate))
-    return _verified_kernels(plan_forward(body, plan, segments=segments))
+    saved = saved_by(form, plan.saves)
+    return _verified_kernels(plan_forward(body, plan, segments=segments, saved=saved))
 
 
 @lru_cache(maxsize=512)
@@ -42,7 +44,26 @@ def backward_program(form: NormalForm, plan: Plan, *, segments: bool = False) ->
     """The kernels of the backward under `plan`; `segments`: scans of segments (`transition_of`)."""
     body = factor_chunk(chunk_program(form, reassociate=plan.reassociate))
     adjoint = factor_adjoint(chunk_adjoint(form, reassociate=plan.reassociate))
-    return _verified_kernels(plan_backward(body, adjoint, plan, segments=segments))
+    saved = saved_by(form, plan.saves)
+    return _verified_kernels(plan_backward(body, adjoint, plan, segments=segments, saved=saved))
+
+
+@lru_cache(maxsize=512)
+def saved_by(form: NormalForm, kinds: Hoist) -> Named:
+    """The tiles of these kinds that a forward can store for the backward, by their buffers."""
+    if not kinds:
+        return ()
+    return saved_tiles(
+        factor_chunk(chunk_program(form)), factor_adjoint(chunk_adjoint(form)), kinds
+    )
+
+
+def savings(form: NormalForm) -> tuple[Hoist, ...]:
+    """The kinds of tiles that a forward can keep, from nothing to all, where they differ."""
+    found: dict[int, Hoist] = {}
+    for kinds in (Hoist.NOTHING, Hoist.SOLVES, Hoist.PRODUCTS, Hoist.SOLVES | Hoist.PRODUCTS):
+        found.setdefault(len(saved_by(form, kinds)), kinds)
+    return tuple(found.values())
 
 
 def _verified_kernels(program: Program) -> Program:

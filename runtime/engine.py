@@ -20,7 +20,7 @@ from torch import Tensor
 from ..codegen.config import Dims
 from ..codegen.differentiate import GRADIENT
 from ..codegen.programs import chunk_program
-from ..codegen.token import row_names, token_kernel
+from ..codegen.token import row_names
 from ..dsl.errors import EngineUnavailable, NotLowered
 from ..dsl.ir import Per
 from ..dsl.normal_form import NormalForm, Operand, has_entries_apart
@@ -30,8 +30,8 @@ from .engines import EngineName
 from .joining import Join
 from .micro_steps import by_entry, expanded, rows_of
 from .prepared import Records, Request, Run, States, Values, Way
-from .printed import dtypes_of, unsupported_dtype
 from .rows import as_kernels_read, in_last_rows, last_rows
+from .saves import Saved, saved_under
 from .tuned.artifact import Configuration, Key
 from .tuned.selection import call_size_of, key_here, token_loop_wins
 
@@ -80,6 +80,7 @@ class Task:
         results: the names that kernels give to the results: outputs and states, or gradients.
         time: whether values of tokens have a time axis.
         joined: as of a request.
+        saved: what the forward keeps for the backward; its tiles are operands, by their buffers.
     """
 
     way: Way
@@ -94,6 +95,7 @@ class Task:
     pools: dict[str, Feed] = field(default_factory=dict)
     slots: tuple[Feed, ...] = ()
     joined: bool = False
+    saved: Saved | None = None
 
     @property
     def per_head(self) -> frozenset[str]:
@@ -133,6 +135,10 @@ class Engine(ABC):
     @abstractmethod
     def forward_way(self, call: Call) -> Way:
         """How the forward of calls of this layout is computed."""
+
+    def saves(self, call: Call) -> Saved | None:
+        """What forwards of such calls keep for the backward; None: nothing."""
+        return None
 
     @abstractmethod
     def prepare(self, request: Request) -> Run:
@@ -182,6 +188,17 @@ class Engine(ABC):
         o, *finals = self._run(Request(call, Way.TOKENS))
         return o, tuple(finals)
 
+    def forward_saving(
+        self, call: Call, config: Configuration | None, segment: int | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """As `forward`, and what `config` has it keep for `backward`; None: nothing."""
+        if (saved := saved_under(config, call)) is None:
+            return (*self.forward(call, config, segment), None)
+        kept = torch.empty(saved.shape(call), dtype=call.dtype, device=call.device)
+        request = Request(call, Way.CHUNKS, (), config, segment, saved=saved)
+        o, *finals = self._run(request, *kept.unbind(0))
+        return o, tuple(finals), kept
+
     def backward(
         self,
         call: Call,
@@ -189,9 +206,12 @@ class Engine(ABC):
         dfinals: States,
         config: Configuration | None = None,
         segment: int | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], States]:
-        """Gradients of every operand, in its shape and dtype, and of the initial states."""
-        made = self._run(Request(call, Way.BACKWARD, (do, *dfinals), config, segment))
+        """Gradients of operands, as these, and initial states; `kept` by `forward_saving`."""
+        saved = None if kept is None else saved_under(config, call)
+        request = Request(call, Way.BACKWARD, (do, *dfinals), config, segment, saved=saved)
+        made = self._run(request, *(() if kept is None else kept.unbind(0)))
         rest = iter(made[len(call.operands) :])
         initials = tuple(None if x is None else next(rest) for x in call.initial)
         return dict(zip(call.operands, made, strict=False)), initials
@@ -207,14 +227,14 @@ class Engine(ABC):
         way = Way.CHUNKS if cotangents is None else Way.BACKWARD
         return tuple(self._run(Request(call, way, cotangents or (), joined=True), join))
 
-    def _run(self, request: Request, *joins: Join) -> Sequence[Tensor]:
+    def _run(self, request: Request, *more: Join | Tensor) -> Sequence[Tensor]:
         call, values = request.call, values_of(request.call, request.cotangents)
         tensors = values[: len(values) - len(call.params)]
         how = (self, call.declaration, call.static, request.way, request.config, request.segment)
-        layout = tensors, (*how, request.joined, torch.get_num_threads())
+        layout = tensors, (*how, request.joined, request.saved, torch.get_num_threads())
         run = _RECORDS.latest(*layout)
         run = run or _RECORDS.find(*layout, lambda: self.prepare(request.bare()))
-        return run([*values, *joins])
+        return run([*values, *more])
 
 
 _RECORDS: Records[Run] = Records()
@@ -300,11 +320,20 @@ def task_of(request: Request) -> Task:
     if call.cu_seqlens is not None:
         assert places.cu_seqlens is not None
         bounds = _boundaries(Feed(places.cu_seqlens, None, call.cu_seqlens), call.device, n)
+    if request.saved is not None:
+        operands |= _saved_feeds(call, request.saved)
     rows = by_entry(call) if tokens else expanded(call)
     return Task(
         way, call, rows, operands, starts, places.params, bounds, tuple(results), places.time,
-        pools, slots, request.joined,
+        pools, slots, request.joined, request.saved,
     )  # fmt: skip
+
+
+def _saved_feeds(call: Call, saved: Saved) -> dict[str, Feed]:
+    """The tiles that a forward fills and a backward reads: the last values of a call."""
+    count, *shape = saved.shape(call)
+    like = torch.empty(shape, dtype=call.dtype, device="meta")
+    return {name: Feed(n - count, None, like) for n, name in enumerate(saved.names(call))}
 
 
 def _like(feed: Feed) -> Tensor:
@@ -415,18 +444,6 @@ def chunk_refusal(form: NormalForm) -> str | None:
     """Why no chunk form of `form` is derived; None if one is."""
     try:
         chunk_program(form)
-    except NotLowered as refused:
-        return refused.reason
-    return None
-
-
-def printed_token_refusal(call: Call) -> str | None:
-    """Why no kernel is printed for tokens like these; None if one is."""
-    why = unsupported_dtype(dtypes_of(call))
-    if why is not None:
-        return why
-    try:
-        token_kernel(call.step, pooled=call.pool is not None)
     except NotLowered as refused:
         return refused.reason
     return None

@@ -3,9 +3,12 @@
 They are registered when the recurrence is declared, under `chunkwise::<name>_<digest of the step>`,
 `..._backward`, `..._step` and `..._pooled` (steps that change states of a pool in place): which
 engine serves a call is decided within it, by an argument, the environment or the device. So graphs
-and exported programs name no engine, and load wherever the declaration has been imported. Only the
-inputs are saved; the backward recomputes, so what is saved never depends on how an engine plans its
-kernels.
+and exported programs name no engine, and load wherever the declaration has been imported.
+
+Only the inputs are saved, and the backward recomputes, unless a configuration has the forward keep
+tiles (runtime/saves.py): `..._saving` returns these for `..._saved_backward`. What is kept is
+decided where gradients are recorded, and stands in compiled graphs; calls of unknown sizes keep
+nothing.
 """
 
 from __future__ import annotations
@@ -16,19 +19,29 @@ import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..codegen.plan import Hoist
 from ..dsl import errors
 from ..dsl.ir import Per
 from .call import Call, Pool, Static, describe
 from .check import CHECK_VARIABLE, asked, check_contents, check_results, check_slots
 from .engines import ENGINE_VARIABLE, EngineName
 from .pool import with_pool
-from .prepared import Prepared, Records, chosen, prepare_backward, prepare_forward, prepare_step
-from .transforms import Along, Derivative, register_batches, register_derivative
+from .prepared import (
+    Prepared,
+    Records,
+    chosen,
+    prepare_backward,
+    prepare_forward,
+    prepare_step,
+    saves,
+)
+from .saves import Saved
+from .transforms import Along, Derivative, Keeping, register_batches, register_derivative
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
@@ -45,6 +58,8 @@ class Ops:
     backward: Op
     step: Op
     pooled: Op
+    saving: Op
+    saved_backward: Op
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +105,10 @@ class Flat:
         return f"({self.inputs}, bool? check) -> ({self._returns})"
 
     @property
+    def saving(self) -> str:
+        return f"({self.inputs}, bool? check, int kinds, int chunk) -> ({self._returns}, Tensor)"
+
+    @property
     def step(self) -> str:
         return f"({self.inputs}) -> ({self._returns})"
 
@@ -116,8 +135,15 @@ class Flat:
 
     @property
     def backward(self) -> str:
-        given = ", ".join(["Tensor? do", *(f"Tensor? dfinal{i}" for i in range(self.states))])
-        return f"({given}, {self.inputs}) -> Tensor[]"
+        return f"({self._given}, {self.inputs}) -> Tensor[]"
+
+    @property
+    def saved_backward(self) -> str:
+        return f"({self._given}, {self.inputs}, int kinds, Tensor kept) -> Tensor[]"
+
+    @property
+    def _given(self) -> str:
+        return ", ".join(["Tensor? do", *(f"Tensor? dfinal{i}" for i in range(self.states))])
 
     def call(self, inputs: Sequence[Any], *, symbolic: bool = False) -> Call:
         """The checked call that the arguments of a forward stand for."""
@@ -170,6 +196,13 @@ class OpRegistry:
 
 
 REGISTRY = OpRegistry()
+_CONCRETE = (Tensor, torch.nn.Parameter, type(None))
+
+
+class _Choice(NamedTuple):
+    """What is kept of calls of one layout."""
+
+    keeping: Keeping | None
 
 
 def op_name(declaration: Declaration) -> str:
@@ -181,34 +214,52 @@ def op_name(declaration: Declaration) -> str:
 
 def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
     declaration, states = flat.declaration, flat.states
-    names = name, f"{name}_backward", f"{name}_step", f"{name}_pooled"
-    schemas = flat.forward, flat.backward, flat.step, flat.pooled
+    suffixes = "", "_backward", "_step", "_pooled", "_saving", "_saved_backward"
+    names = [name + suffix for suffix in suffixes]
+    schemas = (
+        *(flat.forward, flat.backward, flat.step, flat.pooled),
+        *(flat.saving, flat.saved_backward),
+    )
     for own, schema in zip(names, schemas, strict=True):
         library.define(own + schema)
     namespace = getattr(torch.ops, NAMESPACE)
     ops = Ops(*(getattr(namespace, own).default for own in names))
     forwards, backwards, steps = Records[Prepared](), Records[Prepared](), Records[Prepared]()
-    pools: Records[Prepared] = Records()
+    pools, keepings = Records[Prepared](), Records[_Choice]()
     tensors, numbers, given = flat.tensors, flat.numbers, 1 + states
 
-    def forward(*args: Any) -> tuple[Tensor, ...]:
+    def forward(*args: Any, saved: Saved | None = None) -> tuple[Tensor, ...]:
         *inputs, engine, check = args
         named = engine or os.environ.get(ENGINE_VARIABLE)
-        rest = (*inputs[numbers:], named, torch.get_num_threads())
+        rest = (*inputs[numbers:], named, saved, torch.get_num_threads())
         if numbers > tensors and not all(map(math.isfinite, inputs[tensors:numbers])):
             flat.call(inputs)  # says which
         layout = inputs[:tensors], rest
         found = forwards.latest(*layout) or forwards.find(
-            *layout, lambda: prepare_forward(flat.call(inputs), engine)
+            *layout, lambda: prepare_forward(flat.call(inputs), engine, saved)
         )
         if check is None:
             check = os.environ.get(CHECK_VARIABLE, "") not in ("", "0")
         if check or found.host_bounds:
             check_contents(flat.call(inputs), check)
-        results = found(inputs)
+        kept = None
+        if found.kept is not None:
+            shape, dtype, device = found.kept
+            kept = torch.empty(shape, dtype=dtype, device=device)
+        results = found(inputs if kept is None else [*inputs, *kept.unbind(0)])
         if check:
             check_results(flat.call(inputs), results)
-        return tuple(results)
+        return tuple(results) if kept is None else (*results, kept)
+
+    def saving(*args: Any) -> tuple[Tensor, ...]:
+        *inputs, kinds, chunk = args
+        return forward(*inputs, saved=Saved(Hoist(kinds), chunk))
+
+    def saving_shapes(*args: Any) -> tuple[Tensor, ...]:
+        *inputs, kinds, chunk = args
+        call = flat.call(inputs, symbolic=True)
+        shape = Saved(Hoist(kinds), chunk).shape(call)
+        return *shapes(inputs), torch.empty(shape, dtype=call.dtype, device=call.device)
 
     def step(*args: Any) -> tuple[Tensor, ...]:
         *inputs, engine = args
@@ -247,37 +298,69 @@ def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
         )
         return (o, *finals)
 
-    def backward(*args: Any) -> list[Tensor]:
+    def backward(
+        *args: Any, saved: Saved | None = None, kept: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
         *inputs, engine = args
         named = engine or os.environ.get(ENGINE_VARIABLE)
-        rest = (*inputs[given + numbers :], named, torch.get_num_threads())
+        rest = (*inputs[given + numbers :], named, saved, torch.get_num_threads())
 
         def prepare() -> Prepared:
-            return prepare_backward(flat.call(inputs[given:]), tuple(inputs[:given]), engine)
+            call, cotangents = flat.call(inputs[given:]), tuple(inputs[:given])
+            return prepare_backward(call, cotangents, engine, saved)
 
         layout = inputs[: given + tensors], rest
-        return list((backwards.latest(*layout) or backwards.find(*layout, prepare))(inputs))
+        found = backwards.latest(*layout) or backwards.find(*layout, prepare)
+        return list(found([*inputs, *kept] if kept else inputs))
+
+    def saved_backward(*args: Any) -> list[Tensor]:
+        *inputs, kinds, kept = args
+        saved = Saved(Hoist(kinds), kept.shape[-1])
+        return backward(*inputs, saved=saved, kept=kept.contiguous().unbind(0))
 
     def backward_shapes(*args: Any) -> list[Tensor]:
         present = [x for x in args[given : given + tensors - 1] if x is not None]
         return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in present]
 
-    def save(ctx: Any, inputs: Sequence[Any]) -> None:
-        ctx.save_for_backward(*inputs[:tensors])
+    def keeping(inputs: Sequence[Any]) -> Keeping | None:
+        *_, engine, _ = inputs
+        if any(type(x) not in _CONCRETE for x in inputs[:tensors]):  # a graph is traced
+            return _keep(inputs, engine, traced=True).keeping
+        named = engine or os.environ.get(ENGINE_VARIABLE)
+        layout = inputs[:tensors], (*inputs[numbers:-2], named)
+        found = keepings.latest(*layout) or keepings.find(*layout, lambda: _keep(inputs, engine))
+        return found.keeping
+
+    def _keep(inputs: Sequence[Any], engine: str | None, *, traced: bool = False) -> _Choice:
+        call = flat.call(inputs, symbolic=traced)
+        sizes = call.B, call.T, call.HV, call.K, call.V, call.N
+        saved = saves(call, engine) if all(type(n) is int for n in sizes) else None
+        if saved is None:
+            return _Choice(None)
+        return _Choice(Keeping(ops.saving, (saved.kinds.value, saved.chunk), differentiate_saved))
+
+    def save(ctx: Any, inputs: Sequence[Any], *kept: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:tensors], *kept)
         ctx.rest = inputs[tensors:]
         ctx.set_materialize_grads(False)
 
     def pull_back(
         ctx: Any, cotangents: Sequence[Tensor | None], rest: Sequence[Any]
     ) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        grads = iter(ops.backward(*cotangents, *saved, *rest))
+        everything = ctx.saved_tensors  # once: a checkpoint computes it again
+        saved, kept = everything[:tensors], everything[tensors:]
+        op = ops.saved_backward if kept else ops.backward
+        grads = iter(op(*cotangents, *saved, *rest, *kept))
         differentiable = [None if x is None else next(grads) for x in saved[: tensors - 1]]
         # cu_seqlens, and what is no tensor
         return (*differentiable, *(None,) * (1 + len(ctx.rest)))
 
     def differentiate(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         return pull_back(ctx, cotangents, ctx.rest[:-1])  # without `check`
+
+    def differentiate_saved(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        kinds, _ = ctx.keeping.more
+        return pull_back(ctx, cotangents, (*ctx.rest[:-1], kinds))
 
     def differentiate_step(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         return pull_back(ctx, cotangents, (*ctx.rest[:-1], EngineName.REFERENCE.value))
@@ -313,6 +396,8 @@ def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
         (ops.backward, backward, backward_shapes),
         (ops.step, step, lambda *args: shapes(args)),
         (ops.pooled, pooled, pooled_shape),
+        (ops.saving, saving, saving_shapes),
+        (ops.saved_backward, saved_backward, backward_shapes),
     )
     for op, run, fake in kernels:
         library.impl(op._schema.name, run, "CompositeExplicitAutograd")
@@ -326,7 +411,13 @@ def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
             differentiate,
             forward_in_torch,
             lambda args: is_reference(args, args[-2]),
+            keeping=keeping,
         ),
+    )
+    register_derivative(
+        library,
+        ops.saved_backward,
+        Derivative(title, save_nothing, refuse, backward_in_torch, lambda args: False),
     )
     register_derivative(
         library,

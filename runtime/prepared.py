@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..dsl import errors
 from .engines import EngineName, choose, load
+from .saves import Saved
 
 if TYPE_CHECKING:
     from .call import Call, Places
@@ -172,6 +173,7 @@ class Request:
             calls have.
         places: where values stand, if not in the order of the op.
         joined: whether ranks of a group have parts of its sequences: a `Join` is the last value.
+        saved: what the forward keeps for the backward; its tiles are the last values.
     """
 
     call: Call
@@ -181,6 +183,7 @@ class Request:
     segment: int | None = None
     places: Places | None = None
     joined: bool = False
+    saved: Saved | None = None
 
     def bare(self) -> Request:
         """The same for layouts alone: what is kept must not keep tensors."""
@@ -215,11 +218,13 @@ class Prepared:
         run: from the values of a call to the results of its op.
         device_type: where it runs; autocast there may not change dtypes inside an engine.
         host_bounds: whether boundaries of packed sequences come from the host, to be looked at.
+        kept: shape, dtype and device of what a forward keeps, whose parts are its last values.
     """
 
     run: Run
     device_type: str
     host_bounds: bool = False
+    kept: tuple[tuple[int, ...], torch.dtype, torch.device] | None = None
 
     def __call__(self, values: Values) -> Sequence[Tensor]:
         """The results of a call of that layout."""
@@ -236,24 +241,37 @@ def chosen(operands: Iterable[Tensor], engine: str | None) -> EngineName:
     return choose(given[0].device.type, engine, double=double)
 
 
-def prepare_forward(call: Call, engine: str | None) -> Prepared:
-    """What serves the forward of calls like `call`.
+def saves(call: Call, engine: str | None) -> Saved | None:
+    """What the forward of calls like `call` keeps for the backward; None: nothing."""
+    if 0 in (call.B, call.T, call.HV, call.K, call.V):
+        return None
+    serving = load(chosen(call.operands.values(), engine))
+    return None if serving.refusal(call) is not None else serving.saves(call)
+
+
+def prepare_forward(call: Call, engine: str | None, saved: Saved | None = None) -> Prepared:
+    """What serves the forward of calls like `call`, which fills what is `saved` if any is.
 
     Raises:
         NotLowered, EngineUnavailable: as their names say.
     """
     serving = serving_engine(call, engine)
-    run = serving.prepare(Request(call, serving.forward_way(call)).bare())
+    way = serving.forward_way(call) if saved is None else Way.CHUNKS
+    run = serving.prepare(Request(call, way, saved=saved).bare())
     bounds = call.cu_seqlens
-    return Prepared(run, call.device.type, bounds is not None and bounds.device.type == "cpu")
+    on_host = bounds is not None and bounds.device.type == "cpu"
+    kept = None if saved is None else (saved.shape(call), call.dtype, call.device)
+    return Prepared(run, call.device.type, on_host, kept)
 
 
-def prepare_backward(call: Call, cotangents: States, engine: str | None) -> Prepared:
+def prepare_backward(
+    call: Call, cotangents: States, engine: str | None, saved: Saved | None = None
+) -> Prepared:
     """What serves the backward of calls like `call`, for cotangents like these.
 
-    The values of such a call are the cotangents, then those of its forward.
+    The values of such a call are the cotangents, then those of its forward, then what it `saved`.
     """
-    request = Request(call, Way.BACKWARD, cotangents)
+    request = Request(call, Way.BACKWARD, cotangents, saved=saved)
     return Prepared(serving_engine(call, engine).prepare(request.bare()), call.device.type)
 
 

@@ -6,6 +6,8 @@ import torch
 
 from ..codegen.config import Dims, Precision
 from ..codegen.interface import Dtype, Signature
+from ..codegen.token import token_kernel
+from ..dsl.errors import NotLowered
 from .call import Call
 
 TORCH = {
@@ -37,3 +39,15 @@ def signature_of(
     """What kernels are printed for, from the dtypes of a call and of its operands."""
     named = tuple((name, PRINTED[d]) for name, d in dtypes)
     return Signature(dims, PRINTED[dtype], named, precision)
+
+
+def printed_token_refusal(call: Call) -> str | None:
+    """Why no kernel is printed for tokens like these; None if one is."""
+    why = unsupported_dtype(dtypes_of(call))
+    if why is not None:
+        return why
+    try:
+        token_kernel(call.step, pooled=call.pool is not None)
+    except NotLowered as refused:
+        return refused.reason
+    return None

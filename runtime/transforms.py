@@ -27,19 +27,35 @@ class Derivative:
 
     Attributes:
         title: the recurrence's name, for messages.
-        save: `(ctx, inputs)`, keeps what `pull_back` needs.
+        save: `(ctx, inputs, *kept)`, keeps what `pull_back` needs.
         pull_back: `(ctx, *cotangents)`, a gradient or None for every input.
         in_torch: the op as torch operations.
         by_torch: whether these operations serve a call with such inputs. Torch then
             differentiates them for tangents, and for gradients too if `records_itself`.
+        keeping: what is kept for the gradient of a call with such inputs; None: its inputs alone.
     """
 
     title: str
-    save: Callable[[Any, Sequence[Any]], None]
+    save: Callable[..., None]
     pull_back: Callable[..., tuple[Tensor | None, ...]]
     in_torch: Callable[..., Outputs]
     by_torch: Callable[[Sequence[Any]], bool]
     records_itself: bool = False
+    keeping: Callable[[Sequence[Any]], Keeping | None] = lambda inputs: None
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """An op that returns one tensor more than another, which is kept for the gradient.
+
+    Attributes:
+        op: it takes what the other takes, and `more` behind that.
+        pull_back: `(ctx, *cotangents)`, as that of a `Derivative`; the tensor is saved last.
+    """
+
+    op: torch._ops.OpOverload
+    more: tuple[object, ...]
+    pull_back: Callable[..., tuple[Tensor | None, ...]]
 
 
 def register_derivative(
@@ -69,6 +85,25 @@ def register_derivative(
         def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
             return (None, *derivative.pull_back(ctx, *cotangents))
 
+    class Kept(torch.autograd.Function):
+        """The same at the level of torch itself, by an op that keeps a tensor."""
+
+        @staticmethod
+        def forward(keyset: Any, keeping: Keeping, *inputs: Any) -> tuple[Tensor, ...]:
+            with torch._C._AutoDispatchBelowAutograd():
+                below = keyset & torch._C._after_autograd_keyset
+                return tuple(keeping.op.redispatch(below, *inputs, *keeping.more))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            _, ctx.keeping, *rest = inputs
+            derivative.save(ctx, rest, output[-1])
+            ctx.mark_non_differentiable(output[-1])
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+            return (None, None, *ctx.keeping.pull_back(ctx, *cotangents[:-1]))
+
     returns_list = len(op._schema.returns) == 1  # Tensor[]
 
     def kernel(keyset: Any, *inputs: Any) -> Outputs:
@@ -86,6 +121,10 @@ def register_derivative(
             return below
         if derivative.records_itself and derivative.by_torch(inputs):
             return derivative.in_torch(*inputs)
+        keeping = None if levels else derivative.keeping(inputs)
+        if keeping is not None:
+            *made, _ = Kept.apply(keyset, keeping, *inputs)  # type: ignore[no-untyped-call]
+            return tuple(made)
         if levels:  # one of which has been entered
             with enable_single_level_autograd_function():
                 outputs = Recorded.apply(keyset, *inputs)  # type: ignore[attr-defined]

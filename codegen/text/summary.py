@@ -6,7 +6,14 @@ from ...dsl.normal_form import NormalForm
 from ..config import Dims, held
 from ..interface import Dtype
 from ..plan import Plan, Program
-from ..programs import backward_program, chunk_adjoint, chunk_program, forward_program
+from ..programs import (
+    backward_program,
+    chunk_adjoint,
+    chunk_program,
+    forward_program,
+    saved_by,
+    savings,
+)
 from ..triton.defaults import default_config
 from .mathematics import print_chunk
 
@@ -66,6 +73,10 @@ def costs(form: NormalForm, dims: Dims = _DIMS, dtype: Dtype = Dtype.BFLOAT16) -
         f"kernels by default, per token and value head; numbers for K={dims.K}, V={dims.V}, "
         f"C={config.chunk}, ℓ=log2 C={config.chunk.bit_length() - 1}, {dtype.value}"
     )
+    for kinds in savings(form)[1:]:
+        tiles = dict(saved_by(form, kinds))
+        names = ", ".join(name.label for name in tiles)
+        row(f"  memory of {names}, if saved", None, cost.stored_bytes(tiles.values(), dtype))
     return "\n".join([title, *_table(rows)])
 
 

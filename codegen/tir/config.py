@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+from ...dsl.errors import BadConfiguration
 from ..config import Chunk, Space, Tiles
 from ..limits import Limited, Within
 from ..plan import Hoist, Plan
@@ -31,6 +32,13 @@ class TvmConfig(Limited):
     rows: Annotated[int, Within(1, 32, "accumulators of a product stay in registers")]
     vectors: Annotated[int, Within(1, 16, "accumulators of a product stay in registers")]
     v_tile: Annotated[int, Within(1, 4096, "an item has at least a channel")] = WIDEST
+
+    def __post_init__(self) -> None:
+        Limited.__post_init__(self)
+        for plan in (self.forward, self.backward):
+            if plan.saves:
+                why = "this engine hands nothing from a forward to its backward"
+                raise BadConfiguration("TvmConfig: saves", plan.saves, str(Hoist.NOTHING), why)
 
     @property
     def tiles(self) -> Tiles:

@@ -18,6 +18,7 @@ import torch
 
 from ...codegen.config import Config, Dims, Precision
 from ...codegen.interface import Dtype, Signature
+from ...codegen.plan import Hoist
 from ...codegen.triton.emit import emit
 from ...codegen.triton.fit import H100_SHARED, untuned_config
 from ...dsl.declaration import Declaration
@@ -139,6 +140,7 @@ def _served(
     if config is None:
         config, source, certificate = _configuration(form, dtype, dims)
     wide = tuple((o.name, Dtype.FLOAT32) for o in form.operands if o.name not in narrow)
+    config = config.saving(Hoist.NOTHING)  # a package's op saves its inputs alone
     emitted = emit(form, Signature(dims, dtype, wide, Precision.TF32X3), config)
     return Served(dtype, dims, config, source, emitted, certificate)
 

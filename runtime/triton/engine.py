@@ -5,7 +5,7 @@ Runs on a GPU; on a CPU only under Triton's interpreter (TRITON_INTERPRET=1), fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -15,16 +15,25 @@ from ...codegen.config import Config, Dims, Precision
 from ...codegen.gluon import emit as gluon_emit
 from ...codegen.gluon.defaults import preferred
 from ...codegen.interface import Signature
+from ...codegen.plan import Hoist
 from ...codegen.triton.emit import Emitted, emit, emit_token
-from ...codegen.triton.fit import H100_SHARED, untuned_config
+from ...codegen.triton.fit import H100_SHARED, fit, untuned_config
 from ...dsl.normal_form import NormalForm
 from ...dsl.step import Step
 from ..cache import import_source
 from ..call import Call
-from ..engine import Execute, KernelEngine, Task, chunk_refusal, printed_token_refusal
+from ..engine import Execute, KernelEngine, Task, chunk_refusal
 from ..engines import EngineName
 from ..prepared import Way
-from ..printed import PRINTED, Dtypes, dtypes_of, signature_of, unsupported_dtype
+from ..printed import (
+    PRINTED,
+    Dtypes,
+    dtypes_of,
+    printed_token_refusal,
+    signature_of,
+    unsupported_dtype,
+)
+from ..saves import Saved, saved_under
 from ..tuned.artifact import CallSize, Configuration
 from ..tuned.selection import call_size_of, find, folders, select_config
 from .descriptors import is_hopper
@@ -68,6 +77,11 @@ class _Triton(KernelEngine):
     def token_refusal(self, call: Call) -> str | None:
         return self.device_refusal(call) or printed_token_refusal(call)
 
+    def saves(self, call: Call) -> Saved | None:
+        if self.forward_way(call) is not Way.CHUNKS:
+            return None
+        return saved_under(_config_for(call), call)
+
     def compile(self, task: Task, config: Configuration | None, segment: int | None) -> Execute:
         call = task.call
         if task.way in (Way.TOKENS, Way.POOL):
@@ -76,11 +90,12 @@ class _Triton(KernelEngine):
             compiled = _compile_token(call.step, dims, call.dtype, dtypes, pooled=pooled)
         elif task.joined:
             compiled = _compiled_for(call, joined_segment(*_sizes(call)))
-        elif config is None:
+        elif config is None and task.saved is None:
             compiled = _compiled_for(call)
         else:
-            assert isinstance(config, Config)
-            compiled = _compiled_with(call, config, segment)
+            chosen = _config_for(call) if config is None else config
+            assert isinstance(chosen, Config)
+            compiled = _compiled_with(call, _keeping(call, chosen, task.saved), segment)
         kernels = compiled.backward if task.way is Way.BACKWARD else compiled.forward
         launch = JoinedLaunch if task.joined else Launch
         return launch(task, kernels, compiled.chunk, compiled.segment)
@@ -122,13 +137,33 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def _compiled_for(call: Call, segment: int | None = None) -> _Compiled:
+    return _compiled_with(call, _keeping(call, _config_for(call), None), segment)
+
+
+def _config_for(call: Call) -> Config:
+    """The configuration that serves calls like `call`."""
     form, dims = call.form, Dims(call.K, call.V)
 
     def default() -> Config:
         return configuration(form, dims, call.dtype, shared_memory(call.device))
 
     config = select_config(Config, ENGINE.key(call), call_size_of(call), default)
-    return _compiled_with(call, _with_gluon(call, config, default()), segment)
+    return _with_gluon(call, config, default())
+
+
+def _keeping(call: Call, config: Config, saved: Saved | None) -> Config:
+    """`config` with a forward that keeps what is `saved`, no more and no less.
+
+    Another chunk than that of `config` has been agreed on only if the configuration has changed
+    between the directions of a call, or since its graph was compiled: the default then serves.
+    """
+    if saved is None:
+        return config.saving(Hoist.NOTHING)
+    if saved.chunk != config.chunk:
+        dims, shared = Dims(call.K, call.V), shared_memory(call.device)
+        config = replace(configuration(call.form, dims, call.dtype, shared), chunk=saved.chunk)
+        config = fit(call.form, config, dims, call.dtype.itemsize, shared)
+    return config.saving(saved.kinds)
 
 
 def _with_gluon(call: Call, config: Config, usual: Config) -> Config:

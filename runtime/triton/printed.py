@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from ...codegen import interface
-from ...codegen.buffers import BufferKind
+from ...codegen.buffers import BufferId, BufferKind
 from ...codegen.gluon.kernel import GluonKernel
-from ...codegen.interface import Role
+from ...codegen.interface import Parameter, Role
 from ...codegen.plan import Loop
 from ...codegen.triton.kernel import TritonKernel
 from ..printed import TORCH
-from .kernels import Buffer, Kernel
+from .kernels import Buffer, Kernel, Source
 
 _AXES = {
     Role.STRIDE_BATCH: 0,
@@ -39,12 +39,18 @@ def kernel_of(printed: TritonKernel | GluonKernel) -> Kernel:
         printed.v_programs,
         dict(printed.constants),
         printed.options,
-        {p.name: (_SOURCES[p.role], str(p.of)) for p in parameters if p.role in _SOURCES},
+        {p.name: _source(p) for p in parameters if p.role in _SOURCES},
         {p.name: (str(p.of), _AXES[p.role]) for p in parameters if p.role in _AXES},
         {p.name: str(p.of) for p in parameters if p.role is Role.GROUP},
-        tuple(map(buffer_of, printed.stores)),
+        tuple(buffer_of(b) for b in printed.stores if not b.is_saved),
         dict(printed.blocks),
     )
+
+
+def _source(p: Parameter) -> Source:
+    """What a parameter is given; tiles that are saved come with the call, like operands."""
+    is_saved = isinstance(p.of, BufferId) and p.of.kind is BufferKind.SAVED
+    return "operand" if is_saved else _SOURCES[p.role], str(p.of)
 
 
 def buffer_of(b: interface.Buffer) -> Buffer:

@@ -24,10 +24,17 @@ from ...codegen.token import token_kernel
 from ...dsl.normal_form import NormalForm
 from ...dsl.step import Step
 from ..call import Call
-from ..engine import Execute, Feed, KernelEngine, Task, chunk_refusal, printed_token_refusal
+from ..engine import Execute, Feed, KernelEngine, Task, chunk_refusal
 from ..engines import EngineName
 from ..prepared import Values, Way
-from ..printed import TORCH, Dtypes, dtypes_of, signature_of, unsupported_dtype
+from ..printed import (
+    TORCH,
+    Dtypes,
+    dtypes_of,
+    printed_token_refusal,
+    signature_of,
+    unsupported_dtype,
+)
 from ..tuned.artifact import Configuration
 from ..tuned.selection import call_size_of, select_config
 from .allocator import LARGE_BLOCK, empty, in_large_pages, keep_freed_memory
