@@ -278,6 +278,7 @@ class _Builder:
         self._transposed = body.transposed
         self.kernels: list[Kernel] = []
         self._stored: dict[Tile, BufferId] = {t: name for name, t in saved}
+        self._saved = frozenset(self._stored)
         self._names: set[BufferId] = set(self._stored.values())
 
     def kernel(
@@ -398,7 +399,7 @@ class _Builder:
             plan.hoist,
             reassociate=plan.reassociate,
             outputs=outputs,
-            known=self._stored,
+            known=self._saved,
         )
         own = {t for _, t in saved}
         stores = (*saved, *self.fresh(t for t in wanted if t not in own))
