@@ -12,7 +12,10 @@ from ..config import Config, KernelConfig, Printer
 from ..interface import Signature
 from ..plan import Loop
 from ..programs import backward_program, forward_program
-from .kernel import GluonKernel, print_gluon
+from ..tile import Axis
+from .kernel import print_gluon
+from .library import sources
+from .memory import GluonKernel
 
 _IMPORTS = """
 from triton.experimental import gluon
@@ -39,15 +42,25 @@ class Emitted:
 
 
 def in_gluon(
-    form: NormalForm, config: Config, tiles: KernelConfig, but: frozenset[str] = frozenset()
+    form: NormalForm,
+    config: Config,
+    tiles: KernelConfig,
+    but: frozenset[str] = frozenset(),
+    chunks: KernelConfig | None = None,
 ) -> Config:
-    """`config` that names Gluon, with these tiles, for all scans over chunks but those in `but`."""
+    """`config` that names Gluon, with these tiles, for all scans over chunks but those in `but`.
+
+    `chunks`: as `tiles`, for kernels parallel over chunks that take Values; None: Triton's stay.
+    """
     programs = (forward_program(form, config.forward), backward_program(form, config.backward))
-    scans = [k.name for p in programs for k in p.kernels if k.loop is not Loop.PARALLEL]
-    scans = [name for name in scans if name not in but]
-    rest = tuple((n, k) for n, k in config.kernels if n not in scans)
-    own = replace(tiles, printer=Printer.GLUON)
-    return replace(config, kernels=(*rest, *((n, own) for n in scans)))
+    own: dict[str, KernelConfig] = {}
+    for kernel in (k for p in programs for k in p.kernels if k.name not in but):
+        if kernel.loop is not Loop.PARALLEL:
+            own[kernel.name] = replace(tiles, printer=Printer.GLUON)
+        elif chunks is not None and any(Axis.V in t.axes for t in kernel.order):
+            own[kernel.name] = replace(chunks, printer=Printer.GLUON)
+    rest = tuple((n, k) for n, k in config.kernels if n not in own)
+    return replace(config, kernels=(*rest, *own.items()))
 
 
 @lru_cache(maxsize=512)
@@ -75,8 +88,10 @@ def emit(
 
 
 def module(kernels: Iterable[GluonKernel], head: str = "") -> str:
-    """One file: `head`, imports and kernels."""
-    parts = (x.strip("\n") for x in (head, _IMPORTS, *(k.source for k in kernels)))
+    """One file: `head`, imports, what kernels call, and kernels."""
+    kernels = tuple(kernels)
+    called = sources(f for k in kernels for f in k.functions)
+    parts = (x.strip("\n") for x in (head, _IMPORTS, *called, *(k.source for k in kernels)))
     source = "\n\n".join(x for x in parts if x) + "\n"
     ast.parse(source)
     return source

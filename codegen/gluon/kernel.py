@@ -13,87 +13,46 @@ be dense, their chunks whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 
 from .. import tiled
 from ..buffers import BufferId
 from ..config import Config, KernelConfig
-from ..expressions import Names, identifier, unaliased
-from ..interface import Buffer, Parameter, Role, Signature, stored
+from ..expressions import identifier, unaliased
+from ..interface import Role, Signature, stored
 from ..plan import Kernel, Loop
-from ..tile import LEAVES, TIMES, Axes, Axis, Tile
+from ..tile import Axes, Axis, Tile
 from ..tiling import tile
 from ..triton.kernel import STORAGE
-from .expressions import GluonExpressions, laid_out, layout_of
-from .refusal import of_stores, refusal
+from .chunks import print_chunks
+from .expressions import laid_out, layout_of
+from .memory import SIZE, GluonKernel, GluonMemory
+from .refusal import of_stores, refusal, refusal_of_chunks, too_large
 from .schedule import Await, Issue, Schedule, subtracted
 
-_RESERVED = (
-    *("gl", "tma", "mbarrier", "gluon", "pid", "n", "h", "part", "step", "steps"),
-    *("chunk", "chunks"),
-    *("slot", "oi", "oj", "ok", "ov", "K", "V", "C", "BK", "BV", "HV", "NV", "TOKENS", "STAGES"),
-    *("STATE", "ROWS", "SCORES", "LANES", "VECTOR", "ready", "empty", "rows", "columns"),
-    *("STATE_FACTOR", "ROWS_FACTOR", "SCORES_FACTOR", "barrier", "async_load", "async_store"),
-)
-_SHARED = 228 * 1024  # of a multiprocessor of Hopper, of which each program takes 1 KB more
-_CONSTANTS = ("HV", "K", "V", "C", "BK", "BV", "NV", "STAGES")
-_SIZE = {Axis.I: "C", Axis.J: "C", Axis.K: "BK", Axis.V: "BV"}
-
-
-@dataclass(frozen=True, slots=True)
-class GluonKernel:
-    """A printed kernel.
-
-    Attributes:
-        blocks: rows and columns of the blocks that TMA moves, by the parameter that is a
-            descriptor: of an operand, its rows of tokens; of a buffer, all axes but its last.
-        shared: bytes of shared memory, but for barriers.
-        constants, stores, v_programs: as of a `TritonKernel`.
-    """
-
-    name: str
-    loop: Loop
-    source: str
-    parameters: tuple[Parameter, ...]
-    blocks: tuple[tuple[str, tuple[int, int]], ...]
-    shared: int
-    v_programs: int
-    constants: tuple[tuple[str, int], ...]
-    config: KernelConfig
-    stores: tuple[Buffer, ...]
-    segments: bool = False
-
-    @property
-    def options(self) -> dict[str, int | bool]:
-        """Triton's options; registers for two programs where shared memory has room for them."""
-        two = self.config.warps == 4 and 2 * (self.shared + 1024) <= _SHARED
-        capped = {"maxnreg": 128} if two else {}
-        return {**self.config.options(self.config.stages), **capped}
+_WHOLE = 4096  # values: all of them
 
 
 def print_gluon(kernel: Kernel, signature: Signature, config: Config) -> GluonKernel | str:
-    """`kernel` as Gluon, or why it cannot be."""
-    decided = tile(kernel, signature, config.tiles(kernel.name))
-    why = refusal(decided, signature, config.of(kernel.name))
-    why = why or of_stores(stored(kernel, signature, STORAGE))
-    return why or _Printer(decided, kernel, signature, config.of(kernel.name)).print()
+    """`kernel` as Gluon, or why it cannot be; one that is parallel over chunks takes all of V."""
+    own, tiles = config.of(kernel.name), config.tiles(kernel.name)
+    buffers = stored(kernel, signature, STORAGE)
+    if kernel.loop is Loop.PARALLEL:
+        decided = tile(kernel, signature, replace(tiles, v=_WHOLE, k=None))
+        why = refusal_of_chunks(decided, signature, own) or of_stores(buffers, matrices=True)
+        return why or too_large(print_chunks(decided, kernel, signature, own))
+    decided = tile(kernel, signature, tiles)
+    why = refusal(decided, signature, own) or of_stores(buffers)
+    return why or _Printer(decided, kernel, signature, own).print()
 
 
-class _Printer(GluonExpressions):
+class _Printer(GluonMemory):
     """Prints the two partitions and the kernel that starts them."""
 
     def __init__(
         self, own: tiled.TiledKernel, kernel: Kernel, signature: Signature, config: KernelConfig
     ) -> None:
-        super().__init__(own, Names(_RESERVED))
-        self._kernel, self._signature, self._config = kernel, signature, config
-        self._parameters: dict[tuple[Role, BufferId | str], Parameter] = {}
-        self._blocks: dict[str, tuple[int, int]] = {}
-        for t in kernel.order:  # operands get their names first
-            if t.op in LEAVES or t in kernel.buffers:
-                name = kernel.buffers[t].label if t in kernel.buffers else str(t.attrs[0])
-                self.known[t] = self.names.fresh(identifier(name))
+        super().__init__(own, kernel, signature, config)
         self._inside = subtracted(own.inside)
         self._made = {
             s.value: s for s in self._inside if isinstance(s, tiled.Compute | tiled.Product)
@@ -106,30 +65,7 @@ class _Printer(GluonExpressions):
         self._puts: list[str] = []
         self._bytes = 0  # that TMA brings a chunk
         self._staging = 0  # bytes of shared memory beside the rings
-        self._loading: dict[str, None] = {}  # arguments of the partitions
-        self._computing: dict[str, None] = {}
-        self._memory: list[str] = []  # allocations
         self._numbers: list[str] = []  # a chunk's numbers
-
-    # ---- parameters ----------------------------------------------------------------------------
-
-    def _parameter(
-        self, name: str, role: Role, of: BufferId | str, channels: Axis | None = None
-    ) -> str:
-        if (role, of) not in self._parameters:
-            free = name if role is Role.PARAM else self.names.fresh(name)
-            self._parameters[role, of] = Parameter(free, role, of, channels)
-        return self._parameters[role, of].name
-
-    def _strides(self, name: str, s: tiled.Load) -> tuple[str, str, str, str]:
-        channels = next((a for a in s.value.axes if a not in TIMES), None)
-        of = str(s.of)
-        return (
-            self._parameter(f"{name}_sb", Role.STRIDE_BATCH, of, channels),
-            self._parameter(f"{name}_st", Role.STRIDE_TOKEN, of, channels),
-            self._parameter(f"{name}_sh", Role.STRIDE_HEAD, of, channels),
-            self._parameter(f"{name}_group", Role.GROUP, of),
-        )
 
     # ---- what the loading partition does -------------------------------------------------------
 
@@ -163,7 +99,7 @@ class _Printer(GluonExpressions):
         self._before += [f"{first} = {row}", f"{start} = {column}"]
         self._memory.append(
             f"{name} = gl.allocate_shared_memory("
-            f"gl.bfloat16, [STAGES, C, {_SIZE[second]}], {desc}.layout)"
+            f"gl.bfloat16, [STAGES, C, {SIZE[second]}], {desc}.layout)"
         )
         at = f"[{first} + chunk * C, {start}]"
         self._copies.append(f"async_load({desc}, {at}, ready.index(slot), {name}.index(slot))")
@@ -201,10 +137,6 @@ class _Printer(GluonExpressions):
             pointer = self._parameter(f"{name}_ptr", Role.OPERAND, s.of)
             self.lines.append(f"{name} = gl.load({pointer} + h).to(gl.float32)")
         self._computing[pointer] = None
-
-    def _whole(self, axis: Axis) -> str:
-        """The entries of a head's row of a buffer along `axis`."""
-        return "C" if axis in TIMES else axis.value.upper()
 
     # ---- what the computing partition does -----------------------------------------------------
 
@@ -247,7 +179,7 @@ class _Printer(GluonExpressions):
         self.known[s.value] = name
 
     def _shape(self, axes: Axes) -> str:
-        return ", ".join(_SIZE[a] for a in self.laid(axes))
+        return ", ".join(SIZE[a] for a in self.laid(axes))
 
     def _stage(self, x: Tile) -> None:
         """Put scores, which a product takes, in shared memory."""
@@ -259,11 +191,6 @@ class _Printer(GluonExpressions):
         self._staging += 2 * self.tiled.chunk**2
         self.lines.append(f"{name}.store(({self.text(x)}).to(gl.bfloat16))")
         self.lines += ["fence_async_shared()", "barrier()"]
-
-    def _allocate(self, name: str, shape: str) -> None:
-        layout = f"gl.NVMMASharedLayout.get_default_for({shape}, gl.bfloat16)"
-        self._memory.append(f"{name} = gl.allocate_shared_memory(gl.bfloat16, {shape}, {layout})")
-        self._computing[name] = None
 
     def _await(self, event: Await) -> None:
         names = [self.known[x] for x in event.values]
@@ -348,12 +275,6 @@ class _Printer(GluonExpressions):
             stores=stored(kernel, self._signature, STORAGE),
         )
 
-    def _constants(self, names: Iterable[str]) -> list[str]:
-        """Arguments of a partition; those of a model or of the printer are constants of it."""
-        constant = {p.name for p in self._parameters.values() if p.role is Role.GROUP}
-        constant |= set(_CONSTANTS)
-        return [f"{n}: gl.constexpr" if n in constant else n for n in names]
-
     def _loop(self) -> list[str]:
         reverse = self._kernel.loop is Loop.REVERSE
         chunk = "steps - 1 - step" if reverse else "step"
@@ -408,7 +329,6 @@ class _Printer(GluonExpressions):
 
     def _entry(self) -> str:
         warps = 2 if self._vectors else 1
-        names = self._constants(p.name for p in self._parameters.values())
         stores = ", ".join(str(n) for n, _ in self._kernel.stores) or "nothing"
         computing, loading = ", ".join(self._computing), ", ".join(self._loading)
         lines = [
@@ -431,10 +351,4 @@ class _Printer(GluonExpressions):
             f"    ({self._kernel.name}_load, ({loading})),",
             f"], [1], [{40 if self._vectors else 24}])",
         ]
-        sizes = ", ".join(f"{n}: gl.constexpr" for n in _CONSTANTS)
-        head = (
-            '@gluon.jit(do_not_specialize=["TOKENS", "chunks"])\n'
-            f"def {self._kernel.name}(\n    {', '.join(names)},\n"
-            f"    TOKENS, chunks, {sizes},\n):\n"
-        )
-        return head + "\n".join(f"    {line}" for line in lines)
+        return self._entry_head() + "\n".join(f"    {line}" for line in lines)

@@ -13,7 +13,7 @@ from ..buffers import BufferId
 from ..config import Dims
 from ..interface import Dtype, Role, Signature
 from ..triton.resources import HEADS, Resources, Target, type_of, usage
-from .kernel import GluonKernel
+from .memory import GluonKernel
 
 
 def compile_kernel(
@@ -29,7 +29,7 @@ def compile_kernel(
     Raises whatever Triton raises for a kernel that does not compile.
     """
     function = getattr(module, kernel.name)
-    types: dict[str, str] = {"TOKENS": "i32", "chunks": "i32"}
+    types: dict[str, str] = {"TOKENS": "i32", "chunks": "i32", "items": "i32"}
     constants: dict[str, object] = {**dict(kernel.constants), "HV": HEADS}
     constants["STAGES"] = kernel.config.stages
     blocks = dict(kernel.blocks)

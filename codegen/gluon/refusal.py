@@ -10,10 +10,14 @@ from ..interface import Buffer, Dtype, Signature
 from ..plan import Loop
 from ..tile import SQUARE, TIMES, Axis, Tile, TileOp
 from .expressions import FUNCTIONS, OPERATORS
+from .memory import GluonKernel
 
 CHUNK = 64  # rows of a product of one warp group, and tokens whose scores its registers can hold
 _WIDTHS = (64, 128)  # channels that a tile of shared memory is swizzled for, and registers can hold
 ROWS_OF_WARP = 16  # of a product's sums
+_WARPS = (4, 8)  # that take one chunk's rows
+_SHARED = 227 * 1024  # bytes that a program may have
+_BESIDE = 20 * 1024  # that Triton takes where layouts are converted
 
 
 def refusal(kernel: tiled.TiledKernel, signature: Signature, config: KernelConfig) -> str | None:
@@ -25,18 +29,55 @@ def refusal(kernel: tiled.TiledKernel, signature: Signature, config: KernelConfi
     return why
 
 
-def of_stores(buffers: Iterable[Buffer]) -> str | None:
-    """Why TMA cannot write `buffers`: tiles of shared memory are bfloat16."""
-    wide = next((b for b in buffers if b.dtype is not Dtype.BFLOAT16), None)
+def refusal_of_chunks(
+    kernel: tiled.TiledKernel, signature: Signature, config: KernelConfig
+) -> str | None:
+    """Why the printer cannot have `kernel`, which is parallel over chunks; None if it can."""
+    why = _of_program(kernel, signature)
+    if config.warps not in _WARPS:
+        why = why or f"its {config.warps} warps are no one or two warp groups"
+    if not any(isinstance(s, tiled.Product) for s in kernel.statements):
+        why = why or "it has no products"
+    for s in kernel.statements:
+        why = why or _of_chunk_statement(s)
+    return why
+
+
+def too_large(printed: GluonKernel) -> GluonKernel | str:
+    """`printed`, or that a program has no such shared memory."""
+    if printed.shared + _BESIDE <= _SHARED:
+        return printed
+    return f"its tiles take {printed.shared // 1024} KB of shared memory"
+
+
+def of_stores(buffers: Iterable[Buffer], *, matrices: bool = False) -> str | None:
+    """Why TMA cannot write `buffers`: tiles of shared memory are bfloat16.
+
+    `matrices`: that it writes those alone.
+    """
+    sent = (b for b in buffers if not matrices or len(b.axes) == 2)
+    wide = next((b for b in sent if b.dtype is not Dtype.BFLOAT16), None)
     return wide and f"it stores {wide.name} in {wide.dtype.value}"
 
 
 def _of_shape(kernel: tiled.TiledKernel, signature: Signature, config: KernelConfig) -> str | None:
-    keys, values = kernel.extents[Axis.K], kernel.extents[Axis.V]
     if kernel.scan is Loop.PARALLEL or kernel.by_token:
         return "it is no scan over chunks"
     if kernel.segments is not None:
         return "it scans segments of sequences"
+    why = _of_program(kernel, signature)
+    if why is not None:
+        return why
+    values = kernel.extents[Axis.V]
+    if config.warps * ROWS_OF_WARP != values:
+        return f"its {config.warps} warps take {ROWS_OF_WARP * config.warps} rows of {values}"
+    if sum(isinstance(s, tiled.Begin) for s in kernel.statements) != 1:
+        return "it carries several states"
+    return None
+
+
+def _of_program(kernel: tiled.TiledKernel, signature: Signature) -> str | None:
+    keys, values = kernel.extents[Axis.K], kernel.extents[Axis.V]
     if signature.dtype is not Dtype.BFLOAT16:
         return f"its products are of {signature.dtype.value}, and the printer has those of bfloat16"
     if kernel.chunk != CHUNK:
@@ -45,10 +86,6 @@ def _of_shape(kernel: tiled.TiledKernel, signature: Signature, config: KernelCon
         return "K or V is padded to its tiles, and TMA would take a neighbour's channels for it"
     if keys not in _WIDTHS or values not in _WIDTHS:
         return f"its states' tiles are {keys} x {values}, and of 64 or 128 channels each they fit"
-    if config.warps * ROWS_OF_WARP != values:
-        return f"its {config.warps} warps take {ROWS_OF_WARP * config.warps} rows of {values}"
-    if sum(isinstance(s, tiled.Begin) for s in kernel.statements) != 1:
-        return "it carries several states"
     return None
 
 
@@ -117,3 +154,34 @@ def _of_product(s: tiled.Product, loaded: frozenset[Tile]) -> str | None:
     if Axis.V not in axes and not {s.left.value, right} <= loaded:
         return "it has scores of tiles that it computes"
     return None
+
+
+def _of_chunk_statement(s: tiled.Statement) -> str | None:
+    if isinstance(s, tiled.Load):
+        of_state = s.value.axes == (Axis.K, Axis.V) and s.dtype is Dtype.BFLOAT16
+        return None if of_state else _of_load(s)
+    if isinstance(s, tiled.Product):
+        clean = s.left.clean or s.right.clean
+        rows = len(s.value.axes) == 2 and s.value.axes[0] in TIMES
+        return "it has a product of padded tiles" if clean or not rows else None
+    if isinstance(s, tiled.Store):
+        own = {*s.use.axes} == {*s.axes} and s.use.value.op is not TileOp.CONST
+        rows = not s.axes or s.axes[0] in TIMES
+        return None if own and rows else f"it stores {s.buffer}, which is no tile of its rows"
+    if isinstance(s, tiled.Compute):
+        return _of_chunk_compute(s.value)
+    return f"it has a statement for which there is no row: {type(s).__name__.lower()}"
+
+
+def _of_chunk_compute(x: Tile) -> str | None:
+    if x.axes in ((Axis.K,), (Axis.V,)):
+        return "it computes vectors of channels"
+    sums = x.op is TileOp.CUMSUM and (len(x.axes) == 1 or x.axes == SQUARE)
+    if sums or x.op in (TileOp.SUM, TileOp.ROWS, TileOp.MASK, TileOp.DECAY):
+        return None
+    if x.op is TileOp.FLOOR and len(x.axes) == 1:
+        return None
+    if x.op is TileOp.MAP and x.attrs[0] in (*FUNCTIONS, *OPERATORS):
+        return None
+    name = x.attrs[0].name if x.op is TileOp.MAP else x.op.name  # type: ignore[union-attr]
+    return f"it computes {name.lower()}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...codegen import interface
 from ...codegen.buffers import BufferId, BufferKind
-from ...codegen.gluon.kernel import GluonKernel
+from ...codegen.gluon.memory import GluonKernel
 from ...codegen.interface import Parameter, Role
 from ...codegen.plan import Loop
 from ...codegen.triton.kernel import TritonKernel

@@ -25,6 +25,7 @@ class Pointer:
 
     def __init__(self, tensor: Tensor, at: Numbers = 0) -> None:
         self.tensor, self.at = tensor, at
+        self.dtype = SimpleNamespace(element_ty=torch.float32)
 
     def __add__(self, offset: Numbers) -> Pointer:
         return Pointer(self.tensor, self.at + offset)
@@ -118,6 +119,16 @@ def _wait(outstanding: int, deps: Sequence[Pending]) -> Numbers:
     return values[0] if len(values) == 1 else values
 
 
+def _scan(x: Any, axis: int, combine: Any, *, reverse: bool = False) -> Any:
+    """Sums in time, or those without a row's own."""
+    added = x[1] if isinstance(x, tuple) else x
+    ahead = added.flip(axis) if reverse else added
+    sums = ahead.cumsum(axis)
+    sums = sums - ahead if isinstance(x, tuple) else sums
+    sums = sums.flip(axis) if reverse else sums
+    return (sums, None) if isinstance(x, tuple) else sums
+
+
 def _load(at: Pointer) -> Tensor:
     return at.tensor[torch.as_tensor(at.at)]
 
@@ -189,6 +200,8 @@ _LANGUAGE = SimpleNamespace(
     maximum=torch.maximum, minimum=torch.minimum,
     load=_load, store=_store, convert_layout=lambda x, layout: x,
     program_id=lambda axis: torch.tensor(_OWN.program), static_range=range,
+    num_programs=lambda axis: torch.tensor(_OWN.programs), floor=torch.floor,
+    zeros_like=torch.zeros_like, sum=torch.sum, associative_scan=_scan,
     allocate_shared_memory=_allocate, warp_specialize=_specialise, barrier=lambda: None,
 )  # fmt: skip
 _BARRIERS = SimpleNamespace(
@@ -211,6 +224,7 @@ def run(source: str, name: str, programs: int, arguments: Mapping[str, Any]) -> 
     space = dict(NAMES)  # in place of what the lines before import
     exec("\n".join(lines[start:]), space)
     function = space[name]
+    _OWN.programs = programs
     for _OWN.program in range(programs):
         names = function.__code__.co_varnames[: function.__code__.co_argcount]
         function(*(arguments[n] for n in names))

@@ -16,7 +16,7 @@ from chunkwise.codegen.buffers import BufferId
 from chunkwise.codegen.config import Config, Dims, KernelConfig, Printer
 from chunkwise.codegen.gluon.defaults import preferred
 from chunkwise.codegen.gluon.emit import Emitted, emit, in_gluon
-from chunkwise.codegen.gluon.kernel import GluonKernel
+from chunkwise.codegen.gluon.memory import GluonKernel
 from chunkwise.codegen.gluon.offline import compile_kernel
 from chunkwise.codegen.interface import Dtype, Role, Signature
 from chunkwise.codegen.modules import import_file
@@ -117,6 +117,8 @@ class _Call(Call):
             else:
                 given[p.name] = tensor(p.of).stride(_STRIDES.index(p.role))
         programs = sizes["B"] * sizes["HV"] * kernel.v_programs
+        given["items"] = programs * given["chunks"]
+        programs = 5 if kernel.persistent else programs
         gluon_emulator.run(source, kernel.name, programs, given)
         for x, copy in copies.values():
             x.copy_(copy.mT)

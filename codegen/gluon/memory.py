@@ -1,0 +1,125 @@
+"""What printers of Gluon share: parameters, matrices that TMA moves blocks of, shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .. import tiled
+from ..buffers import BufferId
+from ..config import KernelConfig
+from ..expressions import Names, identifier
+from ..interface import Buffer, Parameter, Role, Signature
+from ..plan import Kernel, Loop
+from ..tile import LEAVES, TIMES, Axis
+from .expressions import GluonExpressions
+
+RESERVED = (
+    *("gl", "tma", "mbarrier", "gluon", "pid", "n", "h", "part", "step", "steps", "chunk"),
+    *("chunks", "item", "items", "turn", "index", "add", "shift"),
+    *("sums", "sums_beside", "decay_between"),
+    *("slot", "oi", "oj", "ok", "ov", "K", "V", "C", "BK", "BV", "HV", "NV", "TOKENS", "STAGES"),
+    *("STATE", "ROWS", "SCORES", "KEYS", "VALUES", "LANES", "LINE", "COLUMNS", "VECTOR"),
+    *("ready", "empty", "rows", "columns", "first", "stride"),
+    *("STATE_FACTOR", "ROWS_FACTOR", "SCORES_FACTOR", "barrier", "async_load", "async_store"),
+)
+CONSTANTS = ("HV", "K", "V", "C", "BK", "BV", "NV", "STAGES")
+SIZE = {Axis.I: "C", Axis.J: "C", Axis.K: "BK", Axis.V: "BV"}
+_SHARED = 228 * 1024  # of a multiprocessor of Hopper, of which each program takes 1 KB more
+
+
+@dataclass(frozen=True, slots=True)
+class GluonKernel:
+    """A printed kernel.
+
+    Attributes:
+        blocks: rows and columns of the blocks that TMA moves, by the parameter that is a
+            descriptor: of an operand, its rows of tokens; of a buffer, all axes but its last.
+        shared: bytes of shared memory, but for barriers and what is exchanged between threads.
+        constants, stores, v_programs: as of a `TritonKernel`.
+        functions: of the library, that it calls.
+        persistent: whether a program takes one chunk and head after the other, until none is left.
+    """
+
+    name: str
+    loop: Loop
+    source: str
+    parameters: tuple[Parameter, ...]
+    blocks: tuple[tuple[str, tuple[int, int]], ...]
+    shared: int
+    v_programs: int
+    constants: tuple[tuple[str, int], ...]
+    config: KernelConfig
+    stores: tuple[Buffer, ...]
+    segments: bool = False
+    functions: frozenset[str] = frozenset()
+    persistent: bool = False
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Triton's options; registers for two programs where shared memory has room for them."""
+        two = self.config.warps == 4 and 2 * (self.shared + 1024) <= _SHARED
+        capped = {"maxnreg": 128} if two else {}
+        return {**self.config.options(self.config.stages), **capped}
+
+
+class GluonMemory(GluonExpressions):
+    """Parameters and allocations, gathered while a kernel is printed."""
+
+    def __init__(
+        self, own: tiled.TiledKernel, kernel: Kernel, signature: Signature, config: KernelConfig
+    ) -> None:
+        super().__init__(own, Names(RESERVED))
+        self._kernel, self._signature, self._config = kernel, signature, config
+        self._parameters: dict[tuple[Role, BufferId | str], Parameter] = {}
+        self._blocks: dict[str, tuple[int, int]] = {}
+        for t in kernel.order:  # operands get their names first
+            if t.op in LEAVES or t in kernel.buffers:
+                name = kernel.buffers[t].label if t in kernel.buffers else str(t.attrs[0])
+                self.known[t] = self.names.fresh(identifier(name))
+        self._loading: dict[str, None] = {}  # arguments of the partitions
+        self._computing: dict[str, None] = {}
+        self._memory: list[str] = []  # allocations
+
+    def _parameter(
+        self, name: str, role: Role, of: BufferId | str, channels: Axis | None = None
+    ) -> str:
+        if (role, of) not in self._parameters:
+            free = name if role is Role.PARAM else self.names.fresh(name)
+            self._parameters[role, of] = Parameter(free, role, of, channels)
+        return self._parameters[role, of].name
+
+    def _strides(self, name: str, s: tiled.Load) -> tuple[str, str, str, str]:
+        channels = next((a for a in s.value.axes if a not in TIMES), None)
+        of = str(s.of)
+        return (
+            self._parameter(f"{name}_sb", Role.STRIDE_BATCH, of, channels),
+            self._parameter(f"{name}_st", Role.STRIDE_TOKEN, of, channels),
+            self._parameter(f"{name}_sh", Role.STRIDE_HEAD, of, channels),
+            self._parameter(f"{name}_group", Role.GROUP, of),
+        )
+
+    def _whole(self, axis: Axis) -> str:
+        """The entries of a head's row of a buffer along `axis`."""
+        return "C" if axis in TIMES else axis.value.upper()
+
+    def _allocate(self, name: str, shape: str) -> None:
+        layout = f"gl.NVMMASharedLayout.get_default_for({shape}, gl.bfloat16)"
+        self._memory.append(f"{name} = gl.allocate_shared_memory(gl.bfloat16, {shape}, {layout})")
+        self._computing[name] = None
+
+    def _constants(self, names: Iterable[str]) -> list[str]:
+        """Arguments of a partition; those of a model or of the printer are constants of it."""
+        constant = {p.name for p in self._parameters.values() if p.role is Role.GROUP}
+        constant |= set(CONSTANTS)
+        return [f"{n}: gl.constexpr" if n in constant else n for n in names]
+
+    def _entry_head(self, given: str = "TOKENS, chunks") -> str:
+        names = self._constants(p.name for p in self._parameters.values())
+        sizes = ", ".join(f"{n}: gl.constexpr" for n in CONSTANTS)
+        numbers = ", ".join(f'"{n}"' for n in given.split(", "))
+        return (
+            f"@gluon.jit(do_not_specialize=[{numbers}])\n"
+            f"def {self._kernel.name}(\n    {', '.join(names)},\n"
+            f"    {given}, {sizes},\n):\n"
+        )
