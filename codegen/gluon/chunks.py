@@ -12,7 +12,7 @@ All of V is one tile. Calls must be dense, their chunks whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from .. import tiled
@@ -24,12 +24,16 @@ from ..order import ordered
 from ..plan import Kernel
 from ..tile import POINTWISE, TIMES, Axes, Axis, Tile, TileOp, Which, summed_axes
 from ..triton.kernel import STORAGE
-from .memory import SIZE, GluonKernel, GluonMemory
+from .memory import MOST_SHARED, SIZE, GluonKernel, GluonMemory
 from .schedule import subtracted
 
+ORDERED = True
+TWICE = True
 IN_FLIGHT = 2  # products at most
 _LAYOUTS = {(Axis.I, Axis.J): "SCORES", (Axis.K, Axis.V): "STATES"}
 _BARRIER = "barrier()"
+_EXCHANGED = 18 * 1024  # bytes that Triton takes where tiles change their layouts
+_BESIDE = 2 * 1024  # where vectors do
 _GIVEN = ("ready", "empty", "first", "stride", "items", "chunks", "HV", "K", "V", "C")
 
 
@@ -37,8 +41,26 @@ def print_chunks(
     own: tiled.TiledKernel, kernel: Kernel, signature: Signature, config: KernelConfig
 ) -> GluonKernel:
     """A kernel that `refusal` has let pass."""
-    whole = replace(own, before=own.statements, inside=(), after=())
-    return _Printer(ordered(whole), kernel, signature, config).print()
+    whole = replace(own, before=tuple(_stored_early(own.statements)), inside=(), after=())
+    if ORDERED:
+        whole = ordered(whole)
+    first = _Printer(whole, kernel, signature, config, {}, frozenset())
+    first.print()  # says what is read from when to when
+    twice = first.twice() if TWICE else frozenset()
+    return _Printer(whole, kernel, signature, config, first.together(twice), twice).print()
+
+
+def _stored_early(statements: Iterable[tiled.Statement]) -> list[tiled.Statement]:
+    """`statements`, each store behind what makes its value: what was loaded for that is free."""
+    made = [s for s in statements if not isinstance(s, tiled.Store)]
+    for store in (s for s in statements if isinstance(s, tiled.Store)):
+        after = (
+            n
+            for n, s in enumerate(made)
+            if isinstance(s, tiled.Compute | tiled.Product) and s.value == store.use.value
+        )
+        made.insert(next(after, len(made)) + 1, store)
+    return made
 
 
 def _layout(axes: Axes) -> str:
@@ -55,21 +77,36 @@ class _Printer(GluonMemory):
     """Prints the step of one chunk and head, then the partitions around it."""
 
     def __init__(
-        self, own: tiled.TiledKernel, kernel: Kernel, signature: Signature, config: KernelConfig
+        self,
+        own: tiled.TiledKernel,
+        kernel: Kernel,
+        signature: Signature,
+        config: KernelConfig,
+        groups: Mapping[str, int],
+        twice: frozenset[str],
     ) -> None:
+        """`groups`: by name of what is loaded, what is waited for at once; else one by one.
+
+        `twice`: what has two places, in turns.
+        """
         super().__init__(own, kernel, signature, config)
+        self._groups, self._twice = dict(groups), twice
+        self._first: dict[str, int] = {}  # the line by which each was read first
+        self._release: dict[str, int] = {}  # the barrier after which it is not
+        self._sizes: dict[str, int] = {}  # bytes of what TMA loads
         self._statements = subtracted(own.statements)
         self.uses.update(u.value for s in self._statements for u in tiled.uses(s))
         self._places: dict[Tile, str] = {}  # of what is loaded: its name in shared memory
-        self._copies: dict[str, list[str]] = {}  # what the loading warp does for each
+        self._copies: dict[str, str] = {}  # what the loading warp does for each
         self._next: dict[str, str] = {}  # vectors, which it loads before it waits
         self._numbers: list[str] = []  # a chunk's numbers
-        self._arrived: set[str] = set()
+        self._arrived: set[int] = set()  # groups
         self._touched: set[str] = set()  # that the statement at hand reads
         self._last: dict[str, int] = {}  # the line by which each was read last
-        self._order: list[str] = []  # of what is read no more
+        self._order: list[int] = []  # of groups, in which they are read no more
         self._staging: dict[Tile, str] = {}
         self._outgoing: dict[int, str] = {}
+        self._made = {s.value for s in self._statements if isinstance(s, tiled.Compute)}
         self._todo = [s for s in self._statements if isinstance(s, tiled.Product)]
         self._running: list[tiled.Product] = []
         self._functions: set[str] = set()
@@ -85,6 +122,7 @@ class _Printer(GluonMemory):
             return
         del self.known[s.value]
         self._places[s.value] = name
+        self._groups.setdefault(name, len(self._groups))
         self._loading[name] = self._computing[name] = None
         if len(axes) == 2:
             self._load_tile(name, s)
@@ -107,14 +145,14 @@ class _Printer(GluonMemory):
         self._loading[desc] = None
         self._blocks[desc] = (first, second)
         shape = ", ".join(SIZE[a] for a in _lying(s.value.axes))
+        places = "2, " if name in self._twice else ""
         self._memory.append(
-            f"{name} = gl.allocate_shared_memory(gl.bfloat16, [{shape}], {desc}.layout)"
+            f"{name} = gl.allocate_shared_memory(gl.bfloat16, [{places}{shape}], {desc}.layout)"
         )
-        self._shared += 2 * first * second
-        self._copies[name] = [
-            f"mbarrier.expect({self._barrier('ready', name)}, {2 * first * second})",
-            f"async_load({desc}, {at}, {self._barrier('ready', name)}, {name})",
-        ]
+        self._sizes[name] = 2 * first * second
+        self._shared += self._sizes[name] * (2 if places else 1)
+        ready = self._barrier("ready", self._groups[name])
+        self._copies[name] = f"async_load({desc}, {at}, {ready}, {self._place(name)})"
 
     def _load_vector(self, name: str, s: tiled.Load) -> None:
         if isinstance(s.of, BufferId):
@@ -131,8 +169,7 @@ class _Printer(GluonMemory):
         self._memory.append(f"{name} = gl.allocate_shared_memory(gl.float32, [C], VECTOR)")
         self._shared += 4 * self.tiled.chunk
         self._next[name] = f"{ahead} = gl.load({at}).to(gl.float32)"
-        arrive = f"mbarrier.arrive({self._barrier('ready', name)}, count=1)"
-        self._copies[name] = [f"{name}.store({ahead})", _BARRIER, arrive]
+        self._copies[name] = f"{name}.store({ahead})"
 
     def _load_number(self, name: str, s: tiled.Load) -> None:
         if s.source is tiled.Source.NUMBER:
@@ -145,18 +182,33 @@ class _Printer(GluonMemory):
         self._numbers.append(f"{name} = gl.load({pointer} + {at}).to(gl.float32)")
         self._computing[pointer] = None
 
-    def _barrier(self, which: str, name: str) -> str:
-        number = list(self._places.values()).index(name)
-        return f"{which}.index({number})"
+    def _has_two(self, group: int) -> bool:
+        return any(self._groups[name] == group for name in self._twice)
+
+    def _place(self, name: str) -> str:
+        return f"{name}.index(turn & 1)" if name in self._twice else name
+
+    def _barrier(self, which: str, group: int) -> str:
+        """Barriers of groups with two places come last, in pairs."""
+        twos = sorted({self._groups[name] for name in self._twice})
+        if group not in twos:
+            return f"{which}.index({group})"
+        return f"{which}.index({twos[0] + 2 * twos.index(group)} + (turn & 1))"
+
+    def _parity(self, group: int) -> str:
+        return "turn >> 1 & 1" if self._has_two(group) else "turn & 1"
 
     def _touch(self, x: Tile) -> str:
         """The name of what was loaded, which is there from now on and read now."""
         name = self._places[x]
-        if name not in self._arrived:
-            self._arrived.add(name)
-            self.lines.append(f"mbarrier.wait({self._barrier('ready', name)}, turn & 1)")
+        group = self._groups[name]
+        if group not in self._arrived:
+            self._arrived.add(group)
+            wait = f"mbarrier.wait({self._barrier('ready', group)}, {self._parity(group)})"
+            self.lines.append(wait)
+        self._first.setdefault(name, len(self.lines))
         self._touched.add(name)
-        return name
+        return self._place(name)
 
     # ---- expressions ---------------------------------------------------------------------------
 
@@ -189,9 +241,12 @@ class _Printer(GluonMemory):
         return text
 
     def inlined(self, x: Tile) -> bool:
-        return x.op in POINTWISE and self.uses[x] <= 1 and x.op is not TileOp.FLOOR
+        whole = x.op in (TileOp.FLOOR, TileOp.ROWS)  # of which vectors are made in LANES
+        return x.op in POINTWISE and self.uses[x] <= 1 and not whole
 
     def structural(self, x: Tile) -> str:
+        if x.op is TileOp.ROWS and len(x.axes) == 1 and not unaliased(x.args[0]).axes:
+            return f"gl.full((C,), {self.text(x.args[0])}, gl.float32, LANES)"
         if x.op is TileOp.SUM:
             return self._sum(x)
         if x.op is TileOp.CUMSUM:
@@ -344,16 +399,38 @@ class _Printer(GluonMemory):
     def _released(self, lines: list[str]) -> list[str]:
         """`lines`, and at barriers the arrivals for what is not read after them."""
         made: list[str] = []
-        waiting = dict(self._last)
+        last = {
+            g: max(self._last[n] for n in self._last if self._groups[n] == g) for g in self._arrived
+        }
         for n, line in enumerate(lines):
             made.append(line)
-            if line == _BARRIER:
-                over = [name for name, last in waiting.items() if last <= n]
-                for name in over:
-                    del waiting[name]
-                    self._order.append(name)
-                    made.append(f"mbarrier.arrive({self._barrier('empty', name)}, count=1)")
+            if line != _BARRIER:
+                continue
+            over = [g for g, of in last.items() if of <= n]
+            for group in over:
+                del last[group]
+                made.append(f"mbarrier.arrive({self._barrier('empty', group)}, count=1)")
+            self._order += over
+            self._release |= {name: n for name, g in self._groups.items() if g in over}
         return made
+
+    def twice(self) -> frozenset[str]:
+        """What is to have two places: what is read from the start on is there a turn ahead."""
+        exchanged = any(x.op is TileOp.CUMSUM and len(x.axes) == 2 for x in self._made)
+        room = MOST_SHARED - self._shared - (_EXCHANGED if exchanged else _BESIDE)
+        found: list[str] = []
+        for name in sorted(self._sizes, key=lambda n: self._first[n] - self._last[n]):
+            if self._sizes[name] <= room:
+                room -= self._sizes[name]
+                found.append(name)
+        return frozenset(found)
+
+    def together(self, twice: frozenset[str]) -> dict[str, int]:
+        """Groups: what is released at one barrier, and each of `twice` alone."""
+        once = [name for name in self._groups if name not in twice]
+        times = sorted({self._release[name] for name in once})
+        found = {name: times.index(self._release[name]) for name in once}
+        return found | {name: len(times) + n for n, name in enumerate(sorted(twice))}
 
     # ---- the three functions -------------------------------------------------------------------
 
@@ -398,17 +475,23 @@ class _Printer(GluonMemory):
         return [head, *(f"    {line}" for line in lines)]
 
     def _load_partition(self) -> str:
-        names = self._constants(self._loading)
+        given = self._constants(self._loading)
         body = list(self._next.values())  # on their way while what was loaded is still read
-        for name in self._order:
-            body.append(f"mbarrier.wait({self._barrier('empty', name)}, turn & 1 ^ 1)")
-            body += self._copies[name]
+        for group in sorted(self._order, key=self._has_two, reverse=True):
+            names = [n for n, g in self._groups.items() if g == group]
+            ready, empty = (self._barrier(which, group) for which in ("ready", "empty"))
+            body.append(f"mbarrier.wait({empty}, {self._parity(group)} ^ 1)")
+            size = sum(self._sizes.get(n, 0) for n in names)
+            body += [f"mbarrier.expect({ready}, {size})"] * bool(size)
+            body += [self._copies[n] for n in names]
+            if any(n in self._next for n in names):
+                body += [_BARRIER, f"mbarrier.arrive({ready}, count=1)"]
         lines = ['"""Loads what the next chunk needs as soon as there is room."""']
         if self._next:
             lines.append("LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])")
             lines.append("oi = gl.arange(0, C, LANES)")
         lines += self._loop(body)
-        head = f"@gluon.jit\ndef {self._kernel.name}_load({', '.join(names)}):\n"
+        head = f"@gluon.jit\ndef {self._kernel.name}_load({', '.join(given)}):\n"
         return head + "\n".join(f"    {line}" for line in lines)
 
     def _compute(self, step: list[str]) -> str:
@@ -435,8 +518,12 @@ class _Printer(GluonMemory):
 
     def _entry(self) -> str:
         stores = ", ".join(str(n) for n, _ in self._kernel.stores) or "nothing"
-        vectors = [self._barrier("ready", name) for name in self._next]
-        count = len(self._places)
+        arrivals: list[int] = []
+        for group in sorted(self._order):
+            names = {name for name, g in self._groups.items() if g == group}
+            count = bool(names & self._sizes.keys()) + bool(names & self._next.keys())
+            arrivals += [count] * (2 if self._has_two(group) else 1)
+        count = len(arrivals)
         layout = f"gl.allocate_shared_memory(gl.int64, [{count}, 1], mbarrier.MBarrierLayout())"
         lines = [
             f'"""{self._kernel.loop.value}; stores {stores}."""',
@@ -446,12 +533,12 @@ class _Printer(GluonMemory):
             *self._memory,
             f"ready = {layout}",
             f"empty = {layout}",
+            *(f"mbarrier.init(ready.index({g}), count={n})" for g, n in enumerate(arrivals)),
             f"for slot in gl.static_range({count}):",
-            "    mbarrier.init(ready.index(slot), count=1)",
             "    mbarrier.init(empty.index(slot), count=1)",
             "gl.warp_specialize([",
             f"    ({self._kernel.name}_compute, ({', '.join(self._computing)})),",
             f"    ({self._kernel.name}_load, ({', '.join(self._loading)})),",
-            f"], [1], [{40 if vectors else 24}])",
+            f"], [1], [{40 if self._next else 24}])",
         ]
         return self._entry_head("chunks, items") + "\n".join(f"    {line}" for line in lines)

@@ -25,6 +25,7 @@ RESERVED = (
 )
 CONSTANTS = ("HV", "K", "V", "C", "BK", "BV", "NV", "STAGES")
 SIZE = {Axis.I: "C", Axis.J: "C", Axis.K: "BK", Axis.V: "BV"}
+MOST_SHARED = 227 * 1024  # bytes that a program may have
 _SHARED = 228 * 1024  # of a multiprocessor of Hopper, of which each program takes 1 KB more
 
 

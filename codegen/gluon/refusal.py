@@ -10,14 +10,13 @@ from ..interface import Buffer, Dtype, Signature
 from ..plan import Loop
 from ..tile import SQUARE, TIMES, Axis, Tile, TileOp
 from .expressions import FUNCTIONS, OPERATORS
-from .memory import GluonKernel
+from .memory import MOST_SHARED, GluonKernel
 
 CHUNK = 64  # rows of a product of one warp group, and tokens whose scores its registers can hold
 _WIDTHS = (64, 128)  # channels that a tile of shared memory is swizzled for, and registers can hold
 ROWS_OF_WARP = 16  # of a product's sums
 _WARPS = (4, 8)  # that take one chunk's rows
-_SHARED = 227 * 1024  # bytes that a program may have
-_BESIDE = 20 * 1024  # that Triton takes where layouts are converted
+_BESIDE = 2 * 1024  # bytes that Triton takes beside, or more where tiles change their layouts
 
 
 def refusal(kernel: tiled.TiledKernel, signature: Signature, config: KernelConfig) -> str | None:
@@ -45,7 +44,7 @@ def refusal_of_chunks(
 
 def too_large(printed: GluonKernel) -> GluonKernel | str:
     """`printed`, or that a program has no such shared memory."""
-    if printed.shared + _BESIDE <= _SHARED:
+    if printed.shared + _BESIDE <= MOST_SHARED:
         return printed
     return f"its tiles take {printed.shared // 1024} KB of shared memory"
 
@@ -179,7 +178,7 @@ def _of_chunk_compute(x: Tile) -> str | None:
     sums = x.op is TileOp.CUMSUM and (len(x.axes) == 1 or x.axes == SQUARE)
     if sums or x.op in (TileOp.SUM, TileOp.ROWS, TileOp.MASK, TileOp.DECAY):
         return None
-    if x.op is TileOp.FLOOR and len(x.axes) == 1:
+    if x.op is TileOp.FLOOR and len(x.axes) < 2:
         return None
     if x.op is TileOp.MAP and x.attrs[0] in (*FUNCTIONS, *OPERATORS):
         return None

@@ -399,6 +399,11 @@ def plan_launches(
     )
 
 
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def _spec(
     loaded: LoadedKernel,
     layout: Layout,
@@ -407,10 +412,14 @@ def _spec(
     letters: Mapping[str, tuple[str, ...]],
 ) -> LaunchSpec:
     kernel = loaded.kernel
+    items = programs = layout.sizes[kernel.programs] * layout.HV * kernel.parts
+    if kernel.persistent:
+        programs = min(items, _multiprocessors(layout.device))
     fixed: dict[str, object] = {
         **kernel.constants,
         "TOKENS": layout.T,
         "chunks": -(-layout.T // layout.chunk),
+        "items": items,
         "HV": layout.HV,
         "SEGMENT": layout.segment,
         "SLOTS": layout.pool[0],
@@ -429,7 +438,7 @@ def _spec(
     names = list(loaded.function.arg_names)
     return LaunchSpec(
         loaded,
-        grid=(layout.sizes[kernel.programs] * layout.HV * kernel.parts, 1, 1),
+        grid=(programs, 1, 1),
         values=tuple(fixed.get(name) for name in names),
         slots=tuple(
             (names.index(name), n)

@@ -44,6 +44,7 @@ def kernel_of(printed: TritonKernel | GluonKernel) -> Kernel:
         {p.name: str(p.of) for p in parameters if p.role is Role.GROUP},
         tuple(buffer_of(b) for b in printed.stores if not b.is_saved),
         dict(printed.blocks),
+        persistent=printed.persistent,
     )
 
 

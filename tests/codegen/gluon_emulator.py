@@ -201,6 +201,7 @@ _LANGUAGE = SimpleNamespace(
     load=_load, store=_store, convert_layout=lambda x, layout: x,
     program_id=lambda axis: torch.tensor(_OWN.program), static_range=range,
     num_programs=lambda axis: torch.tensor(_OWN.programs), floor=torch.floor,
+    full=lambda shape, value, dtype, layout: torch.zeros(shape) + value,
     zeros_like=torch.zeros_like, sum=torch.sum, associative_scan=_scan,
     allocate_shared_memory=_allocate, warp_specialize=_specialise, barrier=lambda: None,
 )  # fmt: skip
