@@ -2,10 +2,8 @@
 
 One warp loads by TMA, warp groups of four compute. Each tile that is loaded has its place in shared
 memory and two barriers: `ready`, where its bytes have arrived, and `empty`, where nothing of it is
-read any more, so that the next chunk's comes while this one's rest is computed. Products are
-asynchronous: while one runs, what needs none is computed, and the next is issued before anything
-waits. Factors that are computed are put in shared memory, from where products take them transposed
-or not. Vectors are per row of a tile (LANES), and are converted where they meet another layout.
+read any more, so that the next chunk's comes while this one's rest is computed; both are for all
+that is released at once. What is read all along has two places, for chunks in turns.
 
 All of V is one tile. Calls must be dense, their chunks whole.
 """
@@ -18,20 +16,16 @@ from dataclasses import replace
 from .. import tiled
 from ..buffers import BufferId
 from ..config import KernelConfig
-from ..expressions import identifier, unaliased
 from ..interface import Role, Signature, stored
 from ..order import ordered
 from ..plan import Kernel
-from ..tile import POINTWISE, TIMES, Axes, Axis, Tile, TileOp, Which, summed_axes
+from ..tile import TIMES, Axis, Tile, TileOp
 from ..triton.kernel import STORAGE
-from .memory import MOST_SHARED, SIZE, GluonKernel, GluonMemory
-from .schedule import subtracted
+from .chunk_steps import BARRIER, ChunkStep, lying
+from .memory import MOST_SHARED, SIZE, GluonKernel
 
 ORDERED = True
 TWICE = True
-IN_FLIGHT = 2  # products at most
-_LAYOUTS = {(Axis.I, Axis.J): "SCORES", (Axis.K, Axis.V): "STATES"}
-_BARRIER = "barrier()"
 _EXCHANGED = 18 * 1024  # bytes that Triton takes where tiles change their layouts
 _BESIDE = 2 * 1024  # where vectors do
 _GIVEN = ("ready", "empty", "first", "stride", "items", "chunks", "HV", "K", "V", "C")
@@ -52,7 +46,7 @@ def print_chunks(
 
 def _stored_early(statements: Iterable[tiled.Statement]) -> list[tiled.Statement]:
     """`statements`, each store behind what makes its value: what was loaded for that is free."""
-    made = [s for s in statements if not isinstance(s, tiled.Store)]
+    made: list[tiled.Statement] = [s for s in statements if not isinstance(s, tiled.Store)]
     for store in (s for s in statements if isinstance(s, tiled.Store)):
         after = (
             n
@@ -63,17 +57,7 @@ def _stored_early(statements: Iterable[tiled.Statement]) -> list[tiled.Statement
     return made
 
 
-def _layout(axes: Axes) -> str:
-    """The name of the layout in which a tile of two axes lies in registers."""
-    return _LAYOUTS.get(axes) or ("KEYS" if Axis.K in axes else "VALUES")
-
-
-def _lying(axes: Axes) -> Axes:
-    """The axes of a loaded tile in the order in which memory has them."""
-    return (Axis.V, Axis.K) if set(axes) == {Axis.K, Axis.V} else axes
-
-
-class _Printer(GluonMemory):
+class _Printer(ChunkStep):
     """Prints the step of one chunk and head, then the partitions around it."""
 
     def __init__(
@@ -94,24 +78,11 @@ class _Printer(GluonMemory):
         self._first: dict[str, int] = {}  # the line by which each was read first
         self._release: dict[str, int] = {}  # the barrier after which it is not
         self._sizes: dict[str, int] = {}  # bytes of what TMA loads
-        self._statements = subtracted(own.statements)
-        self.uses.update(u.value for s in self._statements for u in tiled.uses(s))
-        self._places: dict[Tile, str] = {}  # of what is loaded: its name in shared memory
         self._copies: dict[str, str] = {}  # what the loading warp does for each
         self._next: dict[str, str] = {}  # vectors, which it loads before it waits
         self._numbers: list[str] = []  # a chunk's numbers
         self._arrived: set[int] = set()  # groups
-        self._touched: set[str] = set()  # that the statement at hand reads
-        self._last: dict[str, int] = {}  # the line by which each was read last
         self._order: list[int] = []  # of groups, in which they are read no more
-        self._staging: dict[Tile, str] = {}
-        self._outgoing: dict[int, str] = {}
-        self._made = {s.value for s in self._statements if isinstance(s, tiled.Compute)}
-        self._todo = [s for s in self._statements if isinstance(s, tiled.Product)]
-        self._running: list[tiled.Product] = []
-        self._functions: set[str] = set()
-        self._slice = "LANES"
-        self._shared = 0
 
     # ---- what is loaded ------------------------------------------------------------------------
 
@@ -130,8 +101,8 @@ class _Printer(GluonMemory):
             self._load_vector(name, s)
 
     def _load_tile(self, name: str, s: tiled.Load) -> None:
-        first, second = (self.tiled.extents[a] for a in _lying(s.value.axes))
-        width = next(a for a in reversed(_lying(s.value.axes)))
+        first, second = (self.tiled.extents[a] for a in lying(s.value.axes))
+        width = next(a for a in reversed(lying(s.value.axes)))
         if isinstance(s.of, BufferId):
             desc = self._parameter(f"{name}_desc", Role.BUFFER, s.of)
             at = f"[index * C, h * {self._whole(width)}]"
@@ -140,17 +111,17 @@ class _Printer(GluonMemory):
         else:
             desc = self._parameter(f"{name}_desc", Role.OPERAND, s.of)
             batch, tokens, heads, group = self._strides(name, s)
-            at = f"[n * ({batch} // {tokens}) + chunk * C, h // {group} * {heads}]"
+            at = f"[(n * ({batch} // {tokens})).to(gl.int32) + chunk * C, h // {group} * {heads}]"
             self._loading |= dict.fromkeys((batch, tokens, heads, group))
         self._loading[desc] = None
         self._blocks[desc] = (first, second)
-        shape = ", ".join(SIZE[a] for a in _lying(s.value.axes))
+        shape = ", ".join(SIZE[a] for a in lying(s.value.axes))
         places = "2, " if name in self._twice else ""
         self._memory.append(
             f"{name} = gl.allocate_shared_memory(gl.bfloat16, [{places}{shape}], {desc}.layout)"
         )
         self._sizes[name] = 2 * first * second
-        self._shared += self._sizes[name] * (2 if places else 1)
+        self._taken += self._sizes[name] * (2 if places else 1)
         ready = self._barrier("ready", self._groups[name])
         self._copies[name] = f"async_load({desc}, {at}, {ready}, {self._place(name)})"
 
@@ -167,7 +138,7 @@ class _Printer(GluonMemory):
         self._loading[pointer] = None
         ahead = self.names.fresh(f"{name}_next")
         self._memory.append(f"{name} = gl.allocate_shared_memory(gl.float32, [C], VECTOR)")
-        self._shared += 4 * self.tiled.chunk
+        self._taken += 4 * self.tiled.chunk
         self._next[name] = f"{ahead} = gl.load({at}).to(gl.float32)"
         self._copies[name] = f"{name}.store({ahead})"
 
@@ -198,7 +169,7 @@ class _Printer(GluonMemory):
     def _parity(self, group: int) -> str:
         return "turn >> 1 & 1" if self._has_two(group) else "turn & 1"
 
-    def _touch(self, x: Tile) -> str:
+    def touch(self, x: Tile) -> str:
         """The name of what was loaded, which is there from now on and read now."""
         name = self._places[x]
         group = self._groups[name]
@@ -210,192 +181,6 @@ class _Printer(GluonMemory):
         self._touched.add(name)
         return self._place(name)
 
-    # ---- expressions ---------------------------------------------------------------------------
-
-    def text(self, x: Tile) -> str:
-        x = unaliased(x)
-        if x in self._places:
-            return self._read(x)
-        if any(s.value == x for s in self._running):
-            self._await(x)
-        if len(x.axes) == 1 and x in self.known and self._slice != "LANES":
-            return f"gl.convert_layout({self.known[x]}, {self._slice})"
-        return super().text(x)
-
-    def _read(self, x: Tile) -> str:
-        name = self._touch(x)
-        if len(x.axes) == 1:
-            return f"{name}.load({self._slice})"
-        return f"{name}.load({_layout(x.axes)}).to(gl.float32)"
-
-    def within(self, x: Tile, target: Axes) -> str:
-        while x.op is TileOp.EXPAND:
-            (x,) = x.args
-        if len(x.axes) != 1 or len(target) != 2:
-            return super().within(x, target)
-        before = self._slice
-        layout = _layout(tuple(sorted(target, key=list(Axis).index)))
-        self._slice = f"gl.SliceLayout({1 - target.index(x.axes[0])}, {layout})"
-        text = self.place(self.text(x), x.axes, target)
-        self._slice = before
-        return text
-
-    def inlined(self, x: Tile) -> bool:
-        whole = x.op in (TileOp.FLOOR, TileOp.ROWS)  # of which vectors are made in LANES
-        return x.op in POINTWISE and self.uses[x] <= 1 and not whole
-
-    def structural(self, x: Tile) -> str:
-        if x.op is TileOp.ROWS and len(x.axes) == 1 and not unaliased(x.args[0]).axes:
-            return f"gl.full((C,), {self.text(x.args[0])}, gl.float32, LANES)"
-        if x.op is TileOp.SUM:
-            return self._sum(x)
-        if x.op is TileOp.CUMSUM:
-            return self._sums(x)
-        if x.op is TileOp.FLOOR:
-            text, least = self.text(x.args[0]), x.attrs[0]
-            return f"gl.where({text} < {least}, {least}, {text})"  # NaN stays
-        if x.op is TileOp.DECAY:
-            which, exclusive = x.attrs
-            self._functions.add("decay_between")
-            options = f"C, LINE, SCORES, {which is Which.LOWER}, {exclusive}"
-            return f"decay_between({self.text(x.args[0])}, {options})"
-        return super().structural(x)
-
-    def _sum(self, x: Tile) -> str:
-        (inner,) = x.args
-        text, axes = self.text(inner), self.laid(inner.axes)
-        for position in sorted(map(axes.index, summed_axes(x)), reverse=True):
-            text = f"gl.sum({text}, {position})"
-        return f"gl.convert_layout({text}, LANES)" if x.axes else text
-
-    def _sums(self, x: Tile) -> str:
-        reverse, exclusive = x.attrs
-        name = "sums_beside" if exclusive else "sums"
-        self._functions.add(name)
-        layouts = "LINE, LANES" if len(x.axes) == 1 else "COLUMNS, SCORES"
-        return f"{name}({self.within(x.args[0], self.layout(x))}, {layouts}, {bool(reverse)})"
-
-    # ---- products ------------------------------------------------------------------------------
-
-    def _is_there(self, x: Tile) -> bool:
-        """Whether a factor or start of a product can be had without waiting for one."""
-        x = unaliased(x)
-        if any(s.value == x for s in self._running):
-            return False
-        if x in self._places or x in self.known or not x.args:
-            return True
-        return x.op in POINTWISE and self.inlined(x) and all(map(self._is_there, x.args))
-
-    def _issue(self, s: tiled.Product) -> None:
-        self._todo.remove(s)
-        rows = self.laid(s.value.axes)[0]
-        left, right = self._factor(s.left, rows), self._factor(s.right, s.over)
-        shape = ", ".join(SIZE[a] for a in self.laid(s.value.axes))
-        start = f"gl.zeros(({shape}), gl.float32, {_layout(s.value.axes)})"
-        known = ", use_acc=False"
-        if s.start is not None:
-            start, known = self.text(s.start.value), ""
-        name = self.names.fresh(s.value.hint or "x")
-        self.lines.append(f"{name} = warpgroup_mma({left}, {right}, {start}{known}, is_async=True)")
-        self.known[s.value] = name
-        self._running.append(s)
-
-    def _issue_next(self) -> None:
-        """Issue what comes next and needs nothing that is not there."""
-        while self._todo and len(self._running) < IN_FLIGHT:
-            s = self._todo[0]
-            used = [s.left, s.right, *([] if s.start is None else [s.start])]
-            if not all(self._is_there(u.value) for u in used):
-                return
-            self._issue(s)
-
-    def _await(self, x: Tile) -> None:
-        """Wait until the product `x` is over, and with it all that were issued before."""
-        self._issue_next()
-        last = next(n for n, s in enumerate(self._running) if s.value == x)
-        over, self._running = self._running[: last + 1], self._running[last + 1 :]
-        names = ", ".join(self.known[s.value] for s in over)
-        waited = f"warpgroup_mma_wait({len(self._running)}, deps=({names},))"
-        self.lines.append(f"{names} = {waited}")
-        for s in over:
-            read = (self._places.get(unaliased(use.value)) for use in (s.left, s.right))
-            self._touched.update(name for name in read if name is not None)
-
-    def _factor(self, use: tiled.Use, first: Axis) -> str:
-        """A factor in shared memory, the axis `first` before the other."""
-        x = unaliased(use.value)
-        name = self._touch(x) if x in self._places else self._staged(x)
-        axes = _lying(use.axes) if x in self._places else self.laid(use.axes)
-        return name if axes[0] is first else f"{name}.permute((1, 0))"
-
-    def _staged(self, x: Tile) -> str:
-        """What was computed, put in shared memory for products."""
-        if x not in self._staging:
-            text = self.text(x)
-            name = self._staging[x] = self.names.fresh(f"{x.hint or 'x'}_shared")
-            shape = [SIZE[a] for a in self.laid(x.axes)]
-            self._allocate(name, f"[{', '.join(shape)}]")
-            self._shared += 2 * self.tiled.chunk * self.tiled.extents[self.laid(x.axes)[1]]
-            self.lines.append(f"{name}.store(({text}).to(gl.bfloat16))")
-            self.lines += ["fence_async_shared()", _BARRIER]
-        return self._staging[x]
-
-    # ---- results -------------------------------------------------------------------------------
-
-    def _store(self, s: tiled.Store) -> None:
-        axes, text = s.axes, self.text(s.use.value)
-        if len(axes) < 2:
-            pointer = self._parameter(f"{s.buffer}_ptr", Role.BUFFER, s.buffer)
-            self._computing[pointer] = None
-            at = "(index * C + oi).to(gl.int64) * HV + h" if axes else "index * HV + h"
-            value = f"({text}).to({pointer}.dtype.element_ty)"
-            self.lines.append(f"gl.store({pointer} + {at}, {value})")
-            return
-        desc = self._parameter(f"{identifier(str(s.buffer))}_desc", Role.BUFFER, s.buffer)
-        width = self.laid(axes)[1]
-        size = self.tiled.extents[width]
-        self._blocks[desc] = (self.tiled.chunk, size)
-        if size not in self._outgoing:  # one place for all results of its shape
-            name = self._outgoing[size] = self.names.fresh("outgoing")
-            self._memory.append(
-                f"{name} = gl.allocate_shared_memory("
-                f"gl.bfloat16, [C, {SIZE[width]}], {desc}.layout)"
-            )
-            self._shared += 2 * self.tiled.chunk * size
-            self._computing[name] = None
-        name = self._outgoing[size]
-        self._computing[desc] = None
-        self.lines += [
-            "tma.store_wait(0)",
-            _BARRIER,
-            f"{name}.store(({text}).to(gl.bfloat16))",
-            "fence_async_shared()",
-            _BARRIER,
-            f"async_store({desc}, [index * C, h * {self._whole(width)}], {name})",
-        ]
-
-    # ---- the step ------------------------------------------------------------------------------
-
-    def _step(self) -> list[str]:
-        """One chunk of one head."""
-        for s in self._statements:
-            self._issue_next()
-            if isinstance(s, tiled.Product):
-                if s in self._todo:
-                    self._issue(s)
-            elif isinstance(s, tiled.Compute):
-                self.define(s.value)
-            elif isinstance(s, tiled.Store):
-                self._store(s)
-            self._last |= dict.fromkeys(self._touched, len(self.lines))
-            self._touched.clear()
-        self.lines.append(_BARRIER)
-        return self._released(self.flush())
-
-    def define(self, x: Tile) -> None:
-        if x not in self.known and not self.inlined(x):
-            self.assign(x)
-
     def _released(self, lines: list[str]) -> list[str]:
         """`lines`, and at barriers the arrivals for what is not read after them."""
         made: list[str] = []
@@ -404,7 +189,7 @@ class _Printer(GluonMemory):
         }
         for n, line in enumerate(lines):
             made.append(line)
-            if line != _BARRIER:
+            if line != BARRIER:
                 continue
             over = [g for g, of in last.items() if of <= n]
             for group in over:
@@ -414,10 +199,18 @@ class _Printer(GluonMemory):
             self._release |= {name: n for name, g in self._groups.items() if g in over}
         return made
 
+    @property
+    def _beside(self) -> int:
+        exchanged = any(
+            s.value.op is TileOp.CUMSUM and len(s.value.axes) == 2
+            for s in self._statements
+            if isinstance(s, tiled.Compute)
+        )
+        return _EXCHANGED if exchanged else _BESIDE
+
     def twice(self) -> frozenset[str]:
         """What is to have two places: what is read from the start on is there a turn ahead."""
-        exchanged = any(x.op is TileOp.CUMSUM and len(x.axes) == 2 for x in self._made)
-        room = MOST_SHARED - self._shared - (_EXCHANGED if exchanged else _BESIDE)
+        room = MOST_SHARED - self._taken - self._beside
         found: list[str] = []
         for name in sorted(self._sizes, key=lambda n: self._first[n] - self._last[n]):
             if self._sizes[name] <= room:
@@ -439,7 +232,7 @@ class _Printer(GluonMemory):
         for s in self._statements:
             if isinstance(s, tiled.Load):
                 self._load(s)
-        step = self._step()
+        step = self._released(self.step())
         self._loading |= dict.fromkeys(_GIVEN)
         self._computing |= dict.fromkeys((*_GIVEN, "BK", "BV"))
         computing = self._compute(step)
@@ -452,7 +245,7 @@ class _Printer(GluonMemory):
             source=source,
             parameters=tuple(self._parameters.values()),
             blocks=tuple(self._blocks.items()),
-            shared=self._shared,
+            shared=self._taken + self._beside,
             v_programs=own.v_parts,
             constants=(*sizes.items(), ("NV", own.v_parts)),
             config=self._config,
@@ -485,7 +278,7 @@ class _Printer(GluonMemory):
             body += [f"mbarrier.expect({ready}, {size})"] * bool(size)
             body += [self._copies[n] for n in names]
             if any(n in self._next for n in names):
-                body += [_BARRIER, f"mbarrier.arrive({ready}, count=1)"]
+                body += [BARRIER, f"mbarrier.arrive({ready}, count=1)"]
         lines = ['"""Loads what the next chunk needs as soon as there is room."""']
         if self._next:
             lines.append("LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])")

@@ -36,7 +36,7 @@ class GluonKernel:
     Attributes:
         blocks: rows and columns of the blocks that TMA moves, by the parameter that is a
             descriptor: of an operand, its rows of tokens; of a buffer, all axes but its last.
-        shared: bytes of shared memory, but for barriers and what is exchanged between threads.
+        shared: bytes of shared memory, of scans but for barriers; of others at most.
         constants, stores, v_programs: as of a `TritonKernel`.
         functions: of the library, that it calls.
         persistent: whether a program takes one chunk and head after the other, until none is left.

@@ -16,7 +16,6 @@ CHUNK = 64  # rows of a product of one warp group, and tokens whose scores its r
 _WIDTHS = (64, 128)  # channels that a tile of shared memory is swizzled for, and registers can hold
 ROWS_OF_WARP = 16  # of a product's sums
 _WARPS = (4, 8)  # that take one chunk's rows
-_BESIDE = 2 * 1024  # bytes that Triton takes beside, or more where tiles change their layouts
 
 
 def refusal(kernel: tiled.TiledKernel, signature: Signature, config: KernelConfig) -> str | None:
@@ -44,7 +43,7 @@ def refusal_of_chunks(
 
 def too_large(printed: GluonKernel) -> GluonKernel | str:
     """`printed`, or that a program has no such shared memory."""
-    if printed.shared + _BESIDE <= MOST_SHARED:
+    if printed.shared <= MOST_SHARED:
         return printed
     return f"its tiles take {printed.shared // 1024} KB of shared memory"
 

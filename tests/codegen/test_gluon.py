@@ -57,13 +57,18 @@ def _form(name: str) -> NormalForm:
 
 
 def _emitted(
-    name: str, dims: Dims, v_tile: int, stages: int = 2, backward: Plan | None = None
+    name: str,
+    dims: Dims,
+    v_tile: int,
+    stages: int = 2,
+    backward: Plan | None = None,
+    chunks: KernelConfig | None = None,
 ) -> tuple[Emitted, Config]:
     form = _form(name)
     signature = signature_for(form, dims, Dtype.BFLOAT16, Target.SM90)
     default = untuned_config(form, dims, Dtype.BFLOAT16, H100_SHARED)
     default = replace(default, backward=backward or default.backward)
-    config = in_gluon(form, default, KernelConfig(v_tile, v_tile // 16, stages))
+    config = in_gluon(form, default, KernelConfig(v_tile, v_tile // 16, stages), chunks=chunks)
     made = emit(form, signature, config)
     assert made is not None
     return made, config
@@ -125,24 +130,29 @@ class _Call(Call):
 
 
 @pytest.mark.parametrize(
-    ("name", "v_tile", "stages", "backward"),
+    ("name", "v_tile", "stages", "backward", "warps"),
     [
-        ("linear_attention", 64, 3, None),
-        ("linear_attention", 64, 2, GRADIENTS),
-        ("simple_gla", 64, 2, None),
-        ("retention", 128, 2, None),
-        ("delta_rule", 128, 1, None),
-        ("gated_delta_rule", 64, 2, None),
+        ("linear_attention", 64, 3, None, None),
+        ("linear_attention", 64, 2, GRADIENTS, None),
+        ("simple_gla", 64, 2, None, None),
+        ("retention", 128, 2, None, 8),
+        ("delta_rule", 128, 1, None, 4),
+        ("gated_delta_rule", 64, 2, None, 8),
     ],
 )
 def test_it_computes_what_eager_does(
-    name: str, v_tile: int, stages: int, backward: Plan | None
+    name: str, v_tile: int, stages: int, backward: Plan | None, warps: int | None
 ) -> None:
-    """States that are given, groups of heads, several chunks, fewer slots than chunks."""
+    """States that are given, groups of heads, several chunks, fewer slots than chunks.
+
+    `warps`: of the kernel of gradients, which is parallel over chunks and persistent.
+    """
     op, sizes, form = getattr(library, name), SIZES, _form(name)
     inputs = make_inputs(op, sizes)
-    emitted, config = _emitted(name, Dims(sizes.K, sizes.V), v_tile, stages, backward)
+    dims, chunks = Dims(sizes.K, sizes.V), warps and KernelConfig(64, warps, 3)
+    emitted, config = _emitted(name, dims, v_tile, stages, backward, chunks or None)
     assert not emitted.refused
+    assert [k.name for k in emitted.kernels if k.persistent] == ["backward_gradients"] * bool(warps)
     call = _Call(
         forward=forward_program(form, config.forward).kernels,
         backward=backward_program(form, config.backward).kernels,
@@ -190,6 +200,35 @@ def test_no_register_is_spilled_and_no_product_serialised(
         assert found.usage.instructions is not None
         assert found.usage.instructions.wgmma > 0
         assert not found.usage.is_serialised
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "spills"), [("delta_rule", 0), ("gated_delta_rule", 300)])
+def test_what_kernels_of_gradients_take(name: str, spills: int, tmp_path: Path) -> None:
+    """Addresses that are the same for every chunk are all that is spilled."""
+    dims, form, own = Dims(128, 128), _form(name), KernelConfig(64, 8, 3)
+    emitted, config = _emitted(name, dims, 64, chunks=own)
+    signature = signature_for(form, dims, Dtype.BFLOAT16, Target.SM90)
+    beside = emit_triton(form, signature, config)
+    file = tmp_path / "kernels.py"
+    file.write_text(emitted.source)
+    module = import_file(f"chunkwise_test_gradients_{name}", file)
+    (kernel,) = (k for k in emitted.kernels if k.persistent)
+    (printed,) = (k for k in beside.backward if k.name == kernel.name)
+    found = compile_kernel(module, kernel, beside.buffers(printed), signature)
+    assert found.fits
+    assert found.spills <= spills
+    assert not found.usage.is_serialised
+
+
+def test_what_kernels_of_gradients_it_refuses() -> None:
+    reasons = {
+        "comba": "its tiles take",
+        "mamba2": "it computes softplus",
+    }
+    for name, reason in reasons.items():
+        emitted, _ = _emitted(name, Dims(128, 128), 64, chunks=KernelConfig(64, 8, 3))
+        assert dict(emitted.refused)["backward_gradients"].startswith(reason)
 
 
 @pytest.mark.parametrize(
