@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ...dsl.classify import DecayClass, LowRank, classify
 from ...dsl.normal_form import NormalForm
 from ..config import Config, Dims, KernelConfig
 from ..interface import Dtype, Signature
+from ..plan import Hoist, Plan
 from .emit import emit, in_gluon
 
 _MEASURED = Dims(128, 128)
@@ -14,6 +17,11 @@ _FEW, _MANY = KernelConfig(64, 4, 3), KernelConfig(128, 8, 2)
 # the classes that were measured
 _RANKS = (LowRank.NONE, LowRank.SYMMETRIC)
 _DECAYS = (DecayClass.NONE, DecayClass.PER_HEAD, DecayClass.SCALAR)
+
+
+def _scored(plan: Plan) -> Plan:
+    """`plan`, but products of operands stay in the scan."""
+    return replace(plan, hoist=plan.hoist & ~Hoist.PRODUCTS)
 
 
 def preferred(
@@ -40,6 +48,8 @@ def preferred(
     if few and state.low_rank is LowRank.NONE:
         return None
     tiles = _FEW if few else _MANY
+    if state.decay is DecayClass.NONE:  # scores cost a scan less than a buffer of them
+        config = replace(config, forward=_scored(config.forward), backward=_scored(config.backward))
     made = emit(form, signature, in_gluon(form, config, tiles))
     if made is None or not made.kernels:
         return None
