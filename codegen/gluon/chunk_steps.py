@@ -1,9 +1,9 @@
 """One chunk of one head as Gluon: what a warp group does of a kernel that is parallel over chunks.
 
-Products are asynchronous: while one runs, what needs none is computed, and the next is issued
-before anything waits. Factors that are computed are put in shared memory, from where products take
-them transposed or not. Vectors lie by the rows of scores (LANES), and are converted where they meet
-another layout. What is loaded is read from its place in shared memory (`touch` says where).
+Products are asynchronous: while one runs, what needs none is computed. Factors that are computed
+are put in shared memory, from where products take them transposed or not. Vectors lie by the rows
+of scores (LANES), and are converted where they meet another layout. What is loaded is read from its
+place in shared memory (`touch` says where).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from ..tile import POINTWISE, Axes, Axis, Tile, TileOp, Which, summed_axes
 from .memory import SIZE, GluonMemory
 from .schedule import subtracted
 
-IN_FLIGHT = 2  # products at most
 BARRIER = "barrier()"
 _LAYOUTS: dict[Axes, str] = {(Axis.I, Axis.J): "SCORES", (Axis.K, Axis.V): "STATES"}
 
@@ -107,7 +106,22 @@ class ChunkStep(GluonMemory):
             self._functions.add("decay_between")
             options = f"C, LINE, SCORES, {which is Which.LOWER}, {exclusive}"
             return f"decay_between({self.text(x.args[0])}, {options})"
+        if x.op is TileOp.INVERSE:
+            return self._inverse(x)
         return super().structural(x)
+
+    def _inverse(self, x: Tile) -> str:
+        """Its own products are waited for, and what runs before with them."""
+        self._functions.add("unit_lower_inverse")
+        text = self.text(x.args[0])
+        while self._running:
+            self._await(self._running[-1].value)
+        factors = [self.names.fresh(name) for name in ("left", "right")]
+        for name in factors:
+            self._allocate(name, "[C, C]", "gl.float32")
+        self._taken += 2 * 4 * self.tiled.chunk**2
+        levels, groups = self.tiled.chunk.bit_length() - 1, self._config.warps // 4
+        return f"unit_lower_inverse({text}, {', '.join(factors)}, C, {levels}, SCORES, {groups})"
 
     def _sum(self, x: Tile) -> str:
         (inner,) = x.args
@@ -150,16 +164,15 @@ class ChunkStep(GluonMemory):
 
     def _issue_next(self) -> None:
         """Issue what comes next and needs nothing that is not there."""
-        while self._todo and len(self._running) < IN_FLIGHT:
-            s = self._todo[0]
-            used = [s.left, s.right, *([] if s.start is None else [s.start])]
-            if not all(self._is_there(u.value) for u in used):
-                return
+        if not self._todo or self._running:  # more at once take more registers than they hide
+            return
+        s = self._todo[0]
+        used = [s.left, s.right, *([] if s.start is None else [s.start])]
+        if all(self._is_there(u.value) for u in used):
             self._issue(s)
 
     def _await(self, x: Tile) -> None:
         """Wait until the product `x` is over, and with it all that were issued before."""
-        self._issue_next()
         last = next(n for n, s in enumerate(self._running) if s.value == x)
         over, self._running = self._running[: last + 1], self._running[last + 1 :]
         names = ", ".join(self.known[s.value] for s in over)

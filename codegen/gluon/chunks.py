@@ -22,10 +22,8 @@ from ..plan import Kernel
 from ..tile import TIMES, Axis, Tile, TileOp
 from ..triton.kernel import STORAGE
 from .chunk_steps import BARRIER, ChunkStep, lying
-from .memory import MOST_SHARED, SIZE, GluonKernel
+from .memory import MOST_SHARED, SHARED_OF_TWO, SIZE, GluonKernel
 
-ORDERED = True
-TWICE = True
 _EXCHANGED = 18 * 1024  # bytes that Triton takes where tiles change their layouts
 _BESIDE = 2 * 1024  # where vectors do
 _GIVEN = ("ready", "empty", "first", "stride", "items", "chunks", "HV", "K", "V", "C")
@@ -36,11 +34,10 @@ def print_chunks(
 ) -> GluonKernel:
     """A kernel that `refusal` has let pass."""
     whole = replace(own, before=tuple(_stored_early(own.statements)), inside=(), after=())
-    if ORDERED:
-        whole = ordered(whole)
+    whole = ordered(whole)
     first = _Printer(whole, kernel, signature, config, {}, frozenset())
     first.print()  # says what is read from when to when
-    twice = first.twice() if TWICE else frozenset()
+    twice = first.twice()
     return _Printer(whole, kernel, signature, config, first.together(twice), twice).print()
 
 
@@ -210,7 +207,9 @@ class _Printer(ChunkStep):
 
     def twice(self) -> frozenset[str]:
         """What is to have two places: what is read from the start on is there a turn ahead."""
-        room = MOST_SHARED - self._taken - self._beside
+        taken = self._taken + self._beside
+        two = self._config.warps == 4 and taken <= SHARED_OF_TWO
+        room = (SHARED_OF_TWO if two else MOST_SHARED) - taken
         found: list[str] = []
         for name in sorted(self._sizes, key=lambda n: self._first[n] - self._last[n]):
             if self._sizes[name] <= room:
@@ -251,7 +250,7 @@ class _Printer(ChunkStep):
             config=self._config,
             stores=stored(kernel, self._signature, STORAGE),
             functions=frozenset(self._functions),
-            persistent=True,
+            is_persistent=True,
         )
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Where scans are Gluon's if nobody chose: a rule from measurements on an H100 (decision 65)."""
+"""Which kernels are Gluon's if nobody chose: a rule from measurements on an H100 (65, 80)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .emit import emit, in_gluon
 _MEASURED = Dims(128, 128)
 _LONG = 4096  # tokens of the shortest sequences that were measured
 _FEW, _MANY = KernelConfig(64, 4, 3), KernelConfig(128, 8, 2)
+_CHUNKS = {"backward_gradients": KernelConfig(64, 8, 3)}
 # the classes that were measured
 _RANKS = (LowRank.NONE, LowRank.SYMMETRIC)
 _DECAYS = (DecayClass.NONE, DecayClass.PER_HEAD, DecayClass.SCALAR)
@@ -32,10 +33,10 @@ def preferred(
     tokens: int,
     multiprocessors: int,
 ) -> Config | None:
-    """`config` with scans in Gluon, for `rows` sequences and heads; None where Triton's are kept.
+    """`config` with kernels in Gluon, for `rows` sequences and heads; None where Triton's are kept.
 
-    Programs with 64 values each are few if all of them run at once. More, with 128 values each,
-    read Keys half as often. Few scans that solve no system gain nothing.
+    Programs of scans with 64 values each are few if all of them run at once. More, with 128 values
+    each, read Keys half as often. Few scans that solve no system gain nothing.
     """
     if signature.dims != _MEASURED or signature.dtype is not Dtype.BFLOAT16 or tokens < _LONG:
         return None
@@ -45,12 +46,13 @@ def preferred(
     if not plain or state.decay not in _DECAYS or state.low_rank not in _RANKS:
         return None
     few = rows * signature.dims.V // _FEW.v_tile <= multiprocessors
+    scans: KernelConfig | None = _FEW if few else _MANY
     if few and state.low_rank is LowRank.NONE:
-        return None
-    tiles = _FEW if few else _MANY
-    if state.decay is DecayClass.NONE:  # scores cost a scan less than a buffer of them
+        scans = None
+    elif state.decay is DecayClass.NONE:  # scores cost a scan less than a buffer of them
         config = replace(config, forward=_scored(config.forward), backward=_scored(config.backward))
-    made = emit(form, signature, in_gluon(form, config, tiles))
+    made = emit(form, signature, in_gluon(form, config, scans, chunks=_CHUNKS))
     if made is None or not made.kernels:
         return None
-    return in_gluon(form, config, tiles, frozenset(name for name, _ in made.refused))
+    refused = frozenset(name for name, _ in made.refused)
+    return in_gluon(form, config, scans, refused, _CHUNKS)

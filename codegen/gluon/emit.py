@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import MappingProxyType
 
 from ...dsl.normal_form import NormalForm
 from ..config import Config, KernelConfig, Printer
 from ..interface import Signature
 from ..plan import Loop
 from ..programs import backward_program, forward_program
-from ..tile import Axis
 from .kernel import print_gluon
 from .library import sources
 from .memory import GluonKernel
@@ -32,6 +32,9 @@ async_store = tma.async_store if is_new else tma.async_copy_shared_to_global
 """
 
 
+_NONE: Mapping[str, KernelConfig] = MappingProxyType({})
+
+
 @dataclass(frozen=True, slots=True)
 class Emitted:
     """The source of a module, the kernels in it, and why others that were asked for are not."""
@@ -44,21 +47,20 @@ class Emitted:
 def in_gluon(
     form: NormalForm,
     config: Config,
-    tiles: KernelConfig,
+    tiles: KernelConfig | None,
     but: frozenset[str] = frozenset(),
-    chunks: KernelConfig | None = None,
+    chunks: Mapping[str, KernelConfig] = _NONE,
 ) -> Config:
     """`config` that names Gluon, with these tiles, for all scans over chunks but those in `but`.
 
-    `chunks`: as `tiles`, for kernels parallel over chunks that take Values; None: Triton's stay.
+    `tiles`: None for scans in Triton. `chunks`: tiles by name of kernels parallel over chunks.
     """
     programs = (forward_program(form, config.forward), backward_program(form, config.backward))
     own: dict[str, KernelConfig] = {}
     for kernel in (k for p in programs for k in p.kernels if k.name not in but):
-        if kernel.loop is not Loop.PARALLEL:
-            own[kernel.name] = replace(tiles, printer=Printer.GLUON)
-        elif chunks is not None and any(Axis.V in t.axes for t in kernel.order):
-            own[kernel.name] = replace(chunks, printer=Printer.GLUON)
+        asked = chunks.get(kernel.name) if kernel.loop is Loop.PARALLEL else tiles
+        if asked is not None:
+            own[kernel.name] = replace(asked, printer=Printer.GLUON)
     rest = tuple((n, k) for n, k in config.kernels if n not in own)
     return replace(config, kernels=(*rest, *own.items()))
 

@@ -55,7 +55,43 @@ def decay_between(
     keep = i >= j if DIAGONAL else i > j
     return gl.exp(gl.where(keep, of_W + of_R, float("-inf")))
 '''
+_INVERSE = '''
+@gluon.jit
+def unit_lower_inverse(
+    L, left, right, C: gl.constexpr, LEVELS: gl.constexpr, OUT: gl.constexpr, GROUPS: gl.constexpr
+):
+    """(1 + L)^-1 of a strictly lower [C, C] tile, C = 2^LEVELS.
+
+    Doubling: exact inverses X of the diagonal blocks of one size, and B, what of L lies between two
+    of them, give those of twice the size, X - X B X. `left`, `right`: room for factors, the right
+    one transposed, as tensor cores take float32.
+    """
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, C // GROUPS, 8])
+    L = gl.convert_layout(L, SUMS)
+    i = gl.arange(0, C, gl.SliceLayout(1, SUMS))[:, None]
+    j = gl.arange(0, C, gl.SliceLayout(0, SUMS))[None, :]
+    zero = gl.zeros((C, C), gl.float32, SUMS)
+    X = gl.where(i == j, 1.0, 0.0) - gl.where(i >> 1 == j >> 1, L, 0.0)
+    for level in gl.static_range(1, LEVELS):
+        between = (i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level)
+        barrier()
+        left.store(X)
+        right.permute((1, 0)).store(gl.where(between, L, 0.0))
+        fence_async_shared()
+        barrier()
+        B = warpgroup_mma(left, right.permute((1, 0)), zero, use_acc=False, is_async=True)
+        B = warpgroup_mma_wait(0, deps=(B,))
+        barrier()
+        left.store(-B)
+        right.permute((1, 0)).store(X)
+        fence_async_shared()
+        barrier()
+        X = warpgroup_mma(left, right.permute((1, 0)), X, is_async=True)
+        X = warpgroup_mma_wait(0, deps=(X,))
+    return gl.convert_layout(X, OUT)
+'''
 _FUNCTIONS = {
+    "unit_lower_inverse": (_INVERSE, ()),
     "sums": (_SUMS, ()),
     "sums_beside": (_SUMS_BESIDE, ()),
     "decay_between": (_DECAY_BETWEEN, ("sums",)),

@@ -17,7 +17,7 @@ from .expressions import GluonExpressions
 RESERVED = (
     *("gl", "tma", "mbarrier", "gluon", "pid", "n", "h", "part", "step", "steps", "chunk"),
     *("chunks", "item", "items", "turn", "index", "add", "shift"),
-    *("sums", "sums_beside", "decay_between"),
+    *("sums", "sums_beside", "decay_between", "unit_lower_inverse"),
     *("slot", "oi", "oj", "ok", "ov", "K", "V", "C", "BK", "BV", "HV", "NV", "TOKENS", "STAGES"),
     *("STATE", "ROWS", "SCORES", "KEYS", "VALUES", "LANES", "LINE", "COLUMNS", "VECTOR"),
     *("ready", "empty", "rows", "columns", "first", "stride"),
@@ -26,7 +26,7 @@ RESERVED = (
 CONSTANTS = ("HV", "K", "V", "C", "BK", "BV", "NV", "STAGES")
 SIZE = {Axis.I: "C", Axis.J: "C", Axis.K: "BK", Axis.V: "BV"}
 MOST_SHARED = 227 * 1024  # bytes that a program may have
-_SHARED = 228 * 1024  # of a multiprocessor of Hopper, of which each program takes 1 KB more
+SHARED_OF_TWO = 113 * 1024  # if a multiprocessor has two, each of which takes 1 KB more
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class GluonKernel:
         shared: bytes of shared memory, of scans but for barriers; of others at most.
         constants, stores, v_programs: as of a `TritonKernel`.
         functions: of the library, that it calls.
-        persistent: whether a program takes one chunk and head after the other, until none is left.
+        is_persistent: whether programs take one chunk and head after the other, until none is left.
     """
 
     name: str
@@ -54,13 +54,22 @@ class GluonKernel:
     stores: tuple[Buffer, ...]
     segments: bool = False
     functions: frozenset[str] = frozenset()
-    persistent: bool = False
+    is_persistent: bool = False
+
+    @property
+    def _resident(self) -> int:
+        """Programs that a multiprocessor has registers and shared memory for."""
+        return 2 if self.config.warps == 4 and self.shared <= SHARED_OF_TWO else 1
+
+    @property
+    def persistent(self) -> int:
+        """Programs of a multiprocessor, if they are persistent; else 0."""
+        return self._resident if self.is_persistent else 0
 
     @property
     def options(self) -> dict[str, int | bool]:
         """Triton's options; registers for two programs where shared memory has room for them."""
-        two = self.config.warps == 4 and 2 * (self.shared + 1024) <= _SHARED
-        capped = {"maxnreg": 128} if two else {}
+        capped = {"maxnreg": 128} if self._resident == 2 else {}
         return {**self.config.options(self.config.stages), **capped}
 
 
@@ -104,9 +113,9 @@ class GluonMemory(GluonExpressions):
         """The entries of a head's row of a buffer along `axis`."""
         return "C" if axis in TIMES else axis.value.upper()
 
-    def _allocate(self, name: str, shape: str) -> None:
-        layout = f"gl.NVMMASharedLayout.get_default_for({shape}, gl.bfloat16)"
-        self._memory.append(f"{name} = gl.allocate_shared_memory(gl.bfloat16, {shape}, {layout})")
+    def _allocate(self, name: str, shape: str, dtype: str = "gl.bfloat16") -> None:
+        layout = f"gl.NVMMASharedLayout.get_default_for({shape}, {dtype})"
+        self._memory.append(f"{name} = gl.allocate_shared_memory({dtype}, {shape}, {layout})")
         self._computing[name] = None
 
     def _constants(self, names: Iterable[str]) -> list[str]:

@@ -15,6 +15,7 @@ from .memory import MOST_SHARED, GluonKernel
 CHUNK = 64  # rows of a product of one warp group, and tokens whose scores its registers can hold
 _WIDTHS = (64, 128)  # channels that a tile of shared memory is swizzled for, and registers can hold
 ROWS_OF_WARP = 16  # of a product's sums
+_IN_CHUNKS = (TileOp.SUM, TileOp.ROWS, TileOp.MASK, TileOp.DECAY, TileOp.INVERSE)
 _WARPS = (4, 8)  # that take one chunk's rows
 
 
@@ -175,7 +176,7 @@ def _of_chunk_compute(x: Tile) -> str | None:
     if x.axes in ((Axis.K,), (Axis.V,)):
         return "it computes vectors of channels"
     sums = x.op is TileOp.CUMSUM and (len(x.axes) == 1 or x.axes == SQUARE)
-    if sums or x.op in (TileOp.SUM, TileOp.ROWS, TileOp.MASK, TileOp.DECAY):
+    if sums or x.op in _IN_CHUNKS:
         return None
     if x.op is TileOp.FLOOR and len(x.axes) < 2:
         return None

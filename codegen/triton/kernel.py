@@ -54,7 +54,7 @@ class TritonKernel:
     segments: bool = False
     blocks: tuple[tuple[str, tuple[int, int]], ...] = ()  # loads and stores have pointers
     calls: tuple[str, ...] = ()
-    persistent: bool = False
+    persistent: int = 0
 
     @property
     def options(self) -> dict[str, int | bool]:

@@ -47,7 +47,7 @@ class Kernel(NamedTuple):
         strides: of which operand, along which axis, by parameter.
         groups: the operand whose heads the value heads share, by parameter.
         blocks: rows and columns of the blocks that TMA moves, by parameter: it is a descriptor.
-        persistent: whether programs, no more than there are multiprocessors, take all in turns.
+        persistent: programs of a multiprocessor that take all that there is in turns; 0: each one.
     """
 
     name: str
@@ -60,4 +60,4 @@ class Kernel(NamedTuple):
     groups: Mapping[str, str]
     stores: tuple[Buffer, ...]
     blocks: Mapping[str, tuple[int, int]] = MappingProxyType({})
-    persistent: bool = False
+    persistent: int = 0

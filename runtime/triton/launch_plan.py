@@ -414,7 +414,7 @@ def _spec(
     kernel = loaded.kernel
     items = programs = layout.sizes[kernel.programs] * layout.HV * kernel.parts
     if kernel.persistent:
-        programs = min(items, _multiprocessors(layout.device))
+        programs = min(items, kernel.persistent * _multiprocessors(layout.device))
     fixed: dict[str, object] = {
         **kernel.constants,
         "TOKENS": layout.T,

@@ -27,7 +27,10 @@ SCANS = {"forward_scan", "backward_states", "backward_reverse"}
 # gradients of shared heads are added up in float32, which TMA does not write here
 OF_LINEAR = {"forward_scan", "backward_reverse_columns"}
 TILES = [(64, 2), (128, 2), (64, 1), (64, 3)]  # values of a state, and stages
-GRADIENTS = KernelConfig(64, 8, 3)
+CHUNKS = {
+    "backward_gradients": KernelConfig(64, 8, 3),
+    **dict.fromkeys(("forward_prep", "backward_prep"), KernelConfig(64, 4, 1)),
+}
 SIZES = Sizes(B=2, T=256, H=1, HV=2, K=128, V=128, initial=True, device="cuda")
 SIZES = replace(SIZES, dtype=torch.bfloat16, gate_dtype=torch.float32)
 
@@ -50,7 +53,7 @@ def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         dims = Dims(call.K, call.V)
         default = triton_engine.configuration(call.form, dims, call.dtype)
         own = KernelConfig(v_tile, v_tile // 16, stages)
-        chunks = GRADIENTS if (v_tile, stages) == (64, 3) else None
+        chunks = CHUNKS if (v_tile, stages) == (64, 3) else {}
         config = in_gluon(call.form, default, own, chunks=chunks)
         dtypes = tuple((n, x.dtype) for n, x in call.operands.items())
         return triton_engine.compile_with(call.form, dims, call.dtype, dtypes, config)
@@ -87,18 +90,16 @@ def _check(name: str, sizes: Sizes) -> None:
 def test_agreement(name: str, K: int, served: list[str]) -> None:
     """Given and last states, groups of heads, output and all gradients; four times, bit for bit."""
     _check(name, replace(SIZES, K=K))
-    assert {*served} - {"backward_gradients"} == (
-        OF_LINEAR if name == "linear_attention" else SCANS
-    )
+    assert {*served} - {*CHUNKS} == (OF_LINEAR if name == "linear_attention" else SCANS)
 
 
 @pytest.mark.parametrize("served", [(64, 3)], indirect=True)
 @pytest.mark.parametrize("K", [64, 128], ids="K{}".format)
 @pytest.mark.parametrize("name", NAMES[1:])
-def test_gradients(name: str, K: int, served: list[str]) -> None:
+def test_kernels_parallel_over_chunks(name: str, K: int, served: list[str]) -> None:
     """More chunks than multiprocessors, so that programs take several."""
     _check(name, replace(SIZES, B=2, T=320, H=16, HV=16, K=K))
-    assert "backward_gradients" in served
+    assert {*served} >= {*CHUNKS} - ({"backward_prep"} if name == "retention" else set())
 
 
 @pytest.mark.parametrize("case", ["tail", "packed", "views", "copies"])
