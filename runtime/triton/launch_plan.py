@@ -401,6 +401,9 @@ def plan_launches(
 
 @lru_cache(maxsize=16)
 def _multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 elsewhere, where nothing is launched."""
+    if device.type != "cuda":
+        return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
