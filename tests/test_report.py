@@ -51,7 +51,7 @@ EVERY = [
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "folders", lambda: (selection.SHIPPED,))
-        return report("gated_delta_rule", tmp_path_factory.mktemp("report"))
+        return report("simple_gla", tmp_path_factory.mktemp("report"))
 
 
 def test_every_section_and_no_network(page: Path) -> None:
