@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass, replace
 
 from ..codegen.config import Config, Dims, KernelConfig, Printer, Tiles, dims_of, padded
-from ..codegen.gluon.refusal import ROWS_OF_WARP, refusal
+from ..codegen.gluon.kernel import refusal_of
+from ..codegen.gluon.refusal import ROWS_OF_WARP
 from ..codegen.interface import Signature
 from ..codegen.phases import in_registers
 from ..codegen.plan import Hoist, Kernel, Loop, Plan
@@ -74,6 +75,8 @@ def _idle_warps(c: Choice) -> float:
 def _other_warps(c: Choice) -> float:
     if c.tiles.printer is not Printer.GLUON:
         return 0.0
+    if c.kernel.loop is Loop.PARALLEL:
+        return max(0.0, abs(math.log2(c.tiles.warps / 4) - 0.5) - 0.5)
     return abs(math.log2(ROWS_OF_WARP * c.tiles.warps / c.tiles.v_tile))
 
 
@@ -96,7 +99,7 @@ RULES: tuple[Rule[Choice], ...] = (
     Rule(
         "warp groups",
         _other_warps,
-        "in Gluon, warps have 16 rows of the value axis each, and groups of four 64",
+        "in Gluon, a warp of a scan has 16 values, and a chunk takes one group of four warps or two",
     ),
 )
 
@@ -133,10 +136,15 @@ def traits(kernel: Kernel, chunk: int, signature: Signature) -> Traits:
         k=narrow != replace(wide_k, extents=narrow.extents),
         stages=narrow.scan is not Loop.PARALLEL or narrow.turns > 0,
         block=narrow != decided(block=16),
-        gluon=any(
-            refusal(decided(v_tile=v), signature, KernelConfig(v, v // ROWS_OF_WARP)) is None
-            for v in (64, 128)
-        ),
+        gluon=_in_gluon(kernel, chunk, signature),
+    )
+
+
+def _in_gluon(kernel: Kernel, chunk: int, signature: Signature) -> bool:
+    """Whether Gluon has the kernel with some tiles."""
+    tiles = [KernelConfig(v, v // ROWS_OF_WARP) for v in (64, 128)]
+    return any(
+        refusal_of(kernel, signature, Config(chunk, SOME_PLAN, SOME_PLAN, t)) is None for t in tiles
     )
 
 

@@ -34,16 +34,30 @@ _WHOLE = 4096  # values: all of them
 
 
 def print_gluon(kernel: Kernel, signature: Signature, config: Config) -> GluonKernel | str:
-    """`kernel` as Gluon, or why it cannot be; one that is parallel over chunks takes all of V."""
-    own, tiles = config.of(kernel.name), config.tiles(kernel.name)
-    buffers = stored(kernel, signature, STORAGE)
+    """`kernel` as Gluon, or why it cannot be."""
+    own, decided = config.of(kernel.name), _tiled(kernel, signature, config)
+    why = refusal_of(kernel, signature, config)
+    if why is not None:
+        return why
     if kernel.loop is Loop.PARALLEL:
-        decided = tile(kernel, signature, replace(tiles, v=_WHOLE, k=None))
-        why = refusal_of_chunks(decided, signature, own) or of_stores(buffers, matrices=True)
-        return why or too_large(print_chunks(decided, kernel, signature, own))
-    decided = tile(kernel, signature, tiles)
-    why = refusal(decided, signature, own) or of_stores(buffers)
-    return why or _Printer(decided, kernel, signature, own).print()
+        return too_large(print_chunks(decided, kernel, signature, own))
+    return _Printer(decided, kernel, signature, own).print()
+
+
+def refusal_of(kernel: Kernel, signature: Signature, config: Config) -> str | None:
+    """Why `kernel` cannot be Gluon, whatever shared memory it would take; None if it can."""
+    own, decided = config.of(kernel.name), _tiled(kernel, signature, config)
+    buffers, in_chunks = stored(kernel, signature, STORAGE), kernel.loop is Loop.PARALLEL
+    why = (refusal_of_chunks if in_chunks else refusal)(decided, signature, own)
+    return why or of_stores(buffers, matrices=in_chunks)
+
+
+def _tiled(kernel: Kernel, signature: Signature, config: Config) -> tiled.TiledKernel:
+    """One that is parallel over chunks takes all of V."""
+    tiles = config.tiles(kernel.name)
+    if kernel.loop is Loop.PARALLEL:
+        tiles = replace(tiles, v=_WHOLE, k=None)
+    return tile(kernel, signature, tiles)
 
 
 class _Printer(GluonMemory):
