@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from copy import copy
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -54,6 +55,14 @@ class Block(NamedTuple):
 def is_hopper(device: torch.device) -> bool:
     """Whether `device` is a GPU of compute capability 9.0."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == _HOPPER
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """The number of multiprocessors of `device`; that of an H100 where it is no GPU."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def takes(kernel: Kernel, layout: Layout, new: Mapping[Source, New]) -> bool:

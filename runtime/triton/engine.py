@@ -36,7 +36,7 @@ from ..printed import (
 from ..saves import Saved, saved_under
 from ..tuned.artifact import CallSize, Configuration
 from ..tuned.selection import call_size_of, find, folders, select_config
-from .descriptors import is_hopper
+from .descriptors import is_hopper, multiprocessors
 from .joined import JoinedLaunch
 from .launch import Launch
 from .launch_plan import LoadedKernel
@@ -126,14 +126,6 @@ def shared_memory(device: torch.device) -> int:
     # what Triton itself compares a kernel with before it launches it
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
     return int(properties["max_shared_mem"])
-
-
-@lru_cache(maxsize=16)
-def multiprocessors(device: torch.device) -> int:
-    """The number of multiprocessors of `device`; that of an H100 where it is no GPU."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _compiled_for(call: Call, segment: int | None = None) -> _Compiled:

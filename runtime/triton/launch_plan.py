@@ -28,7 +28,7 @@ from triton.runtime.errors import OutOfResources
 
 from ..cannot_run import CannotRun
 from ..packing import chunk_bound, chunk_table
-from .descriptors import Block, block_of, takes
+from .descriptors import Block, block_of, multiprocessors, takes
 from .kernels import Buffer, Kernel, Source
 
 TABLES = ("cu_seqlens", "chunk_offsets", "chunk_table", "segment_table")
@@ -399,14 +399,6 @@ def plan_launches(
     )
 
 
-@lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 elsewhere, where nothing is launched."""
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _spec(
     loaded: LoadedKernel,
     layout: Layout,
@@ -415,9 +407,7 @@ def _spec(
     letters: Mapping[str, tuple[str, ...]],
 ) -> LaunchSpec:
     kernel = loaded.kernel
-    items = programs = layout.sizes[kernel.programs] * layout.HV * kernel.parts
-    if kernel.persistent:
-        programs = min(items, kernel.persistent * _multiprocessors(layout.device))
+    items = layout.sizes[kernel.programs] * layout.HV * kernel.parts
     fixed: dict[str, object] = {
         **kernel.constants,
         "TOKENS": layout.T,
@@ -425,8 +415,7 @@ def _spec(
         "items": items,
         "HV": layout.HV,
         "SEGMENT": layout.segment,
-        "SLOTS": layout.pool[0],
-        "WIDTH": layout.pool[1],
+        **dict(zip(("SLOTS", "WIDTH"), layout.pool, strict=True)),
         "PACKED": layout.packed is not None,
         "EVEN": layout.packed is None and layout.T % layout.chunk == 0,
     }
@@ -434,14 +423,13 @@ def _spec(
         stride = operands[name].strides[axis]
         is_constant = operands[name].is_constant(axis, layout.B)
         fixed[parameter] = tl.constexpr(stride) if is_constant and not _INTERPRETED else stride
-    for parameter, name in kernel.groups.items():
-        fixed[parameter] = layout.HV // operands[name].heads
+    fixed |= {p: layout.HV // operands[name].heads for p, name in kernel.groups.items()}
     numbers = {name: number["table", name] for name in TABLES}
     numbers |= {parameter: number[source] for parameter, source in kernel.sources.items()}
     names = list(loaded.function.arg_names)
     return LaunchSpec(
         loaded,
-        grid=(programs, 1, 1),
+        grid=(min(items, kernel.persistent * multiprocessors(layout.device) or items), 1, 1),
         values=tuple(fixed.get(name) for name in names),
         slots=tuple(
             (names.index(name), n)
