@@ -99,7 +99,7 @@ RULES: tuple[Rule[Choice], ...] = (
     Rule(
         "warp groups",
         _other_warps,
-        "in Gluon, a warp of a scan has 16 values, and a chunk takes one group of four warps or two",
+        "in Gluon, a warp of a scan has 16 values, and a chunk takes four warps or eight",
     ),
 )
 
