@@ -49,7 +49,15 @@ class SwiGLU(nn.Module):
         return self.after(None, x)
 
     def after(self, norm: RMSNorm | None, x: Tensor) -> Tensor:
-        """`forward(norm(x))`, of which the backward keeps x and the product with W1 and W2."""
+        """`forward(norm(x))`, of which the backward keeps x and the product with W1 and W2.
+
+        Args:
+            norm: of the module's own size; None for none.
+            x: `[..., hidden]`.
+
+        Returns:
+            `[..., hidden]`.
+        """
 
         def inner(x: Tensor) -> Tensor:
             y: Tensor = self.up(x if norm is None else norm(x))
