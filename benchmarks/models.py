@@ -75,7 +75,11 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     ids = torch.randint(2, VOCABULARY, (options.batch, options.tokens))
     command = ("python", "-m", "benchmarks.models", *sys.argv[1:])
-    described = machine.describe(torch.device("cpu")) | {"load": os.getloadavg()[0]}
+    described = machine.describe(torch.device("cpu"))
+    described |= {
+        "device": f"{described['processor']}, {os.cpu_count()} cores",
+        "load": os.getloadavg()[0],
+    }
     rows = []
     for family in options.families.split(","):
         rows.append(compare(family, ids, options.repeats))
