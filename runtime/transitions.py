@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..codegen.config import Dims
 from ..codegen.padding import Padding, padding
@@ -11,7 +12,7 @@ from ..codegen.segments import segment_transitions
 from ..codegen.tile import Axis
 from ..dsl import errors
 from ..dsl.ir import Node
-from ..dsl.normal_form import results_of
+from ..dsl.normal_form import NormalForm, results_of
 from ..dsl.turns import log_decays
 from .call import Call
 
@@ -30,10 +31,14 @@ class Kinds:
 
 def kinds_of(call: Call) -> Kinds:
     """The transitions of the states of a call; NotLowered where they are not derived."""
-    form = call.form
+    names = tuple(s.name for s in call.declaration.states)
+    return _kinds(call.form, names, Dims(max(call.K, 1), max(call.V, 1)))
+
+
+@lru_cache(maxsize=512)
+def _kinds(form: NormalForm, states: tuple[str, ...], dims: Dims) -> Kinds:
     program = chunk_program(form)
     found = segment_transitions(program.carried)
-    dims = Dims(max(call.K, 1), max(call.V, 1))
     if found is None or transition_of(form, dims) is None:
         raise errors.NotLowered(
             f"{form.name} on several ranks",
@@ -44,17 +49,17 @@ def kinds_of(call: Call) -> Kinds:
     transitions = {c.name: p for c, p in zip(program.carried, found, strict=True)}
     ends = {c.name: c.end for c in program.carried}
     matrix, decays = [], []
-    for state in call.declaration.states:
-        p = transitions[state.name]
+    for state in states:
+        p = transitions[state]
         matrix.append(p is not None and p.matrix)
-        logs = [g for name, g in log_decays(form) if name == state.name]
+        logs = [g for name, g in log_decays(form) if name == state]
         scales = p is not None and not p.matrix
         decays.append(tuple(logs) if scales else ())
-        kept = padding(ends[state.name], Axis.V) is Padding.ZERO or not matrix[-1]
+        kept = padding(ends[state], Axis.V) is Padding.ZERO or not matrix[-1]
         if not kept or (scales and (not logs or any(map(results_of, logs)))):
             raise errors.NotLowered(
                 f"{form.name} on several ranks",
-                f"what is written to state {state.name} is not zero where its operands are",
+                f"what is written to state {state} is not zero where its operands are",
                 "keep sequences whole: batch and heads may be split over ranks",
             )
     return Kinds(tuple(matrix), tuple(decays), program.transposed)
