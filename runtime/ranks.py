@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -134,17 +133,19 @@ def agree(
 
 
 def told(own: list[int], group: dist.ProcessGroup) -> list[list[int]]:
-    """What every rank says, on the host; a GPU goes on meanwhile with what it has to do."""
-    on_gpu = dist.get_backend(group) == "nccl"
-    with torch.cuda.stream(_beside(torch.cuda.current_device())) if on_gpu else nullcontext():
-        mine = torch.tensor(own, dtype=torch.int64, device="cuda" if on_gpu else "cpu")
-        every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(every, mine, group=group)
-        rows: list[list[int]] = torch.stack(every).tolist()
-    return rows
+    """What every rank says, on the host; no GPU is waited for, and none waits."""
+    ranks = _on_the_host(group)
+    mine = torch.tensor(own, dtype=torch.int64, device="cpu")
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, mine, group=ranks)
+    return [x.tolist() for x in every]
 
 
-@cache
-def _beside(device: int) -> torch.cuda.Stream:
-    """A stream that waits for no kernel of a call."""
-    return torch.cuda.Stream(device)
+@lru_cache(maxsize=64)
+def _on_the_host(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks whose collectives take tensors of the host."""
+    if dist.get_backend(group) != "nccl":
+        return group
+    ranks = dist.get_process_group_ranks(group)
+    made: dist.ProcessGroup = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return made
