@@ -353,16 +353,11 @@ def _zero_beyond_end(x: Tile) -> bool:
     floor_below_zero = x.op is TileOp.FLOOR and x.attr(float) <= 0.0
     if x.is_map(Op.NEG) or x.op is TileOp.PHASE or floor_below_zero:
         return _zero_beyond_end(x.args[0])
-    return (
-        x.is_map(Op.MUL)
-        and any(_zero_beyond_end(a) for a in x.args)
-        and all(finite_at_zero(a) and not _of_heads(a) for a in x.args)
-    )
-
-
-def _of_heads(x: Tile) -> bool:
-    """Whether `x` takes a number per head, which may be so large that zero times it is NaN."""
-    return any(t.op is TileOp.HEAD for t in topological(x))
+    if not (x.is_map(Op.MUL) and any(_zero_beyond_end(a) for a in x.args)):
+        return False
+    # a number per head may be so large that zero times it is NaN
+    of_heads = any(t.op is TileOp.HEAD for t in topological(x))
+    return not of_heads and all(finite_at_zero(a) for a in x.args)
 
 
 def finite_at_zero(x: Tile, stop: frozenset[Tile] = frozenset()) -> bool:
