@@ -88,7 +88,7 @@ def adapter(
     known = sorted({"chunk_size", *extras.split()})
     direct: dict[Layout, _Direct | None] = {}  # by layouts of calls of one token
 
-    def call(**given: Any) -> R:
+    def call(given: Given) -> R:
         kwargs = given.pop("kwargs", None) or {}
         if kwargs or not _is_one_token(given):
             return read_and_run(given, kwargs)
@@ -128,9 +128,9 @@ def adapter(
         return means(name, given)
 
     names = [p.partition("=")[0] for p in parameters.split(", ")]
-    arguments = ", ".join("{0}={0}".format(n.lstrip("*")) for n in names)
+    arguments = ", ".join(f"{n!r}: {n}" for n in (n.lstrip("*") for n in names))
     # a signature that is text becomes a function whose calls Python itself checks
-    function: Callable[..., R] = eval(f"lambda {parameters}: call({arguments})", {"call": call})
+    function: Callable[..., R] = eval(f"lambda {parameters}: call({{{arguments}}})", {"call": call})
     function.__name__ = function.__qualname__ = name
     function.__module__, function.__doc__ = (
         __package__,
