@@ -317,7 +317,7 @@ def collect(folder: Path, file: Path) -> None:
     for name in MODELS:
         if whole(folder / f"{name}.json"):
             rows[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-            del rows[name]["speeds"]
+            del rows[name]["speeds"], rows[name]["machine"]["triton_cache"]
     machines = [row["machine"] for row in rows.values() if "machine" in row]
     machine = machines[-1] if machines else describe(torch.device("cpu"))
     result = {
