@@ -214,16 +214,12 @@ def op_name(declaration: Declaration) -> str:
 
 def _register(library: torch.library.Library, name: str, flat: Flat) -> Ops:
     declaration, states = flat.declaration, flat.states
-    suffixes = "", "_backward", "_step", "_pooled", "_saving", "_saved_backward"
-    names = [name + suffix for suffix in suffixes]
-    schemas = (
-        *(flat.forward, flat.backward, flat.step, flat.pooled),
-        *(flat.saving, flat.saved_backward),
-    )
-    for own, schema in zip(names, schemas, strict=True):
-        library.define(own + schema)
+    own = {"": flat.forward, "_backward": flat.backward, "_step": flat.step, "_pooled": flat.pooled}
+    own |= {"_saving": flat.saving, "_saved_backward": flat.saved_backward}
+    for suffix, schema in own.items():
+        library.define(name + suffix + schema)
     namespace = getattr(torch.ops, NAMESPACE)
-    ops = Ops(*(getattr(namespace, own).default for own in names))
+    ops = Ops(*(getattr(namespace, name + suffix).default for suffix in own))  # in that order
     forwards, backwards, steps = Records[Prepared](), Records[Prepared](), Records[Prepared]()
     pools, keepings = Records[Prepared](), Records[_Choice]()
     tensors, numbers, given = flat.tensors, flat.numbers, 1 + states
