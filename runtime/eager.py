@@ -159,6 +159,8 @@ class _Run:
         self._task, self._chunk, self._kernels = task, chunk, kernels
         call = self._call = task.rows
         self._dtype = call.state_dtype
+        dims = Dims(call.K, call.V)
+        self._dims = [held(dims, transposed=transposed) for transposed in (False, True)]
         feeds = [(name, f.at, f.make) for name, f in task.operands.items()]
         self._tokens = [x for x in feeds if x[0] not in task.per_head]
         self._heads = [x for x in feeds if x[0] in task.per_head]
@@ -243,17 +245,14 @@ class _Run:
             found[buffer] = torch.stack(ordered, 1) if ordered else nothing
         return {name: _turned(kernel, x) for name, x in carry.items()}
 
-    def _dims(self, kernel: _Compiled) -> Dims:
-        return held(Dims(self._call.K, self._call.V), transposed=kernel.transposed)
-
     def _context(self, kernel: _Compiled) -> tuple[int, int, torch.dtype]:
         """Its arguments behind tiles and rows."""
-        dims = self._dims(kernel)
+        dims = self._dims[kernel.transposed]
         return dims.K, dims.V, self._dtype
 
     def _filled(self, kernel: _Compiled, x: Tensor | float, axes: Axes, *chunks: int) -> Tensor:
         """A kernel's result in full, `[N*HV, *chunks, *axes]`; a view where it is constant."""
-        call, dims = self._call, self._dims(kernel)
+        call, dims = self._call, self._dims[kernel.transposed]
         size = {Axis.I: self._chunk, Axis.J: self._chunk, Axis.K: dims.K, Axis.V: dims.V}
         x = torch.as_tensor(x, dtype=self._dtype, device=call.device)
         return x.expand(call.N * call.HV, *chunks, *(size[a] for a in axes))
