@@ -198,7 +198,8 @@ class _Tiling:
             return
         clean = (gated_axis(t),) if t.op in DECAYED else summed_axes(t)
         dtype = Dtype.FLOAT32
-        if t.op is TileOp.DECAYED_DOT and self._signature.dtype is Dtype.BFLOAT16:
+        made = t.op in (TileOp.DECAYED_DOT, TileOp.CUMSUM)  # from products
+        if made and self._signature.dtype is Dtype.BFLOAT16:
             dtype = Dtype.BFLOAT16  # decayed factors underflow in float16 (mathematics, numerics 7)
         yield tiled.Compute(t, tuple(self._cleaned_use(a, clean) for a in t.args), dtype, adds)
 

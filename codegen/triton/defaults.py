@@ -109,14 +109,14 @@ def token_config(kernel: Kernel, dims: Dims) -> Config:
 
 
 def _vector_gated(forward: Plan, backward: Plan) -> Config:
-    """Decayed products may take log2(C) passes over tiles: short chunks, few keys at a time."""
+    """Decayed products take many registers: short chunks, few keys at a time."""
     products = KernelConfig(64, 2, 1, k_tile=32)
     kernels = (
         ("forward_prep", products),
         ("backward_prep", products),
         ("backward_values", KernelConfig(64, 4, 2)),
         ("backward_sums", KernelConfig(128, 8, 2)),
-        ("backward_gradients", KernelConfig(64, 4, 1, k_tile=32)),
+        ("backward_gradients", KernelConfig(64, 2, 1, k_tile=16)),
         *_after_sums(forward, KernelConfig(128, 8, 2), products),
     )
     return Config(32, forward, backward, KernelConfig(64, 4, 3), kernels)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ...dsl.ir import Op
 from .. import tile
+from ..config import Precision
 from ..elementwise import FUNCTIONS
-from ..expressions import Expressions, Names, is_number
+from ..expressions import Expressions, Names, is_number, unaliased
 from ..gates import DECAYED, LEAST_DECAY
 from ..interface import Dtype
 from ..tile import MASKS, Axis, Tile, TileOp, Which, axes_of, gated_axis, summed_axes
@@ -16,6 +17,10 @@ _PRODUCTS = (TileOp.DOT, TileOp.PRODUCT, *DECAYED)
 # the decay of a block, as a log, up to which it is split: half of it each way is far inside the
 # ranges of float32 and bfloat16, and 32 tokens take as much at -3.75 each
 _SPLITTABLE = 120.0
+# variables of kernels: how far blocks of each row have decayed, as a part of what can be split, and
+# whether decayed products are in halves where that is too far
+FARTHEST, HALVED = "farthest", "HALVED"
+_LEAST_ROWS = 16  # of a product
 _INDEX = {Axis.I: "oi[:, None]", Axis.J: "oj[None, :]"}
 _TAILS = {Axis.K: "ok < K", Axis.V: "ov < V"}  # that a channel exists
 
@@ -34,6 +39,8 @@ class TritonExpressions(Expressions):
         self._loaded = frozenset(s.value for s in tiled.statements if isinstance(s, Load))
         self.dtypes: dict[Tile, Dtype] = {}  # of values that are not in float32
         self.used_functions: set[str] = set()
+        self.halved = "True"  # whether decayed products may take halves
+        self._noted: set[tuple[Tile, ...]] = set()  # gates whose decay a loop keeps
 
     def tail(self, axis: Axis) -> str | None:
         """The condition that a channel exists, where the tile is wider than the operand."""
@@ -81,7 +88,15 @@ class TritonExpressions(Expressions):
         made = self._made[x]
         if isinstance(made, Product):
             return self._added(made)
+        if x.is_map(Op.EXP) and self._is_exponent(unaliased(x.args[0])):
+            self.used_functions.add("power")
+            return f"power({self.within(x.args[0], self.layout(x))})"
         return super()._map(x)
+
+    def _is_exponent(self, x: Tile) -> bool:
+        """Whether `x` sums a channel's log-decays over time."""
+        over_time = x.op is TileOp.CUMSUM or (x.op is TileOp.SUM and Axis.I in summed_axes(x))
+        return over_time and Axis.K in x.axes
 
     def function(self, fn: Op) -> str:
         name = FUNCTIONS[fn].triton
@@ -112,7 +127,7 @@ class TritonExpressions(Expressions):
             left, right = (f"tl.trans({a})" if transposed else a for a, transposed in pairs)
             return f"tl.dot({left}, {right}, input_precision={self._precision})"
         if x.op is TileOp.CUMSUM:
-            return self._cumsum(x)
+            return self._cumsum(made)
         if x.op is TileOp.FLOOR:
             inner = self.text(x.args[0])
             return f"tl.maximum({inner}, {x.attrs[0]}, propagate_nan=tl.PropagateNan.ALL)"
@@ -166,21 +181,44 @@ class TritonExpressions(Expressions):
             of = f"tl.{s.dtype.value}" if x.op is TileOp.DECAYED_DOT else x.attrs[0] is Axis.J
             # split decays are products of what is no longer known to be 0: none is so strong
             least, most = (LEAST_DECAY, 43.0) if x.attrs[-2] else (0.0, _SPLITTABLE)
-            first = self.tiled.block.bit_length() - 1
-            options = f"{first}, {levels}, {of}, {self._precision}, {least}, {most}"
+            blocks = f"{self.tiled.block.bit_length() - 1}, {levels}"
+            if self.halved == HALVED:
+                self._note_decay(x, texts[-2:], f"B{axis.name}, {blocks}, {most}")
+            options = f"{blocks}, {of}, {self._precision}, {least}, {most}"
+            exclusive = f"{exclusive}, {self.halved}"
         made = f"{name}({', '.join(texts)}, C, B{axis.name}, {options}, {exclusive})"
         return f"tl.trans({made})" if exchanged and axis in x.axes else made
 
-    def _cumsum(self, x: Tile) -> str:
+    def _note_decay(self, x: Tile, sums: list[str], options: str) -> None:
+        """A line that keeps how far the blocks of the gate of `x` decay, once for each gate."""
+        gate = x.args[-2:]
+        if gate not in self._noted:
+            self._noted.add(gate)
+            self.used_functions.add("block_decay")
+            found = f"block_decay({', '.join(sums)}, C, {options})"
+            self.lines.append(f"{FARTHEST} = tl.maximum({FARTHEST}, {found})")
+
+    def _cumsum(self, s: Compute) -> str:
+        x = s.value
         reverse, exclusive = x.attrs
         inner = self.within(x.args[0], self.layout(x))
         at = self.layout(x).index(Axis.I)
+        if self._sums_by_products(x):
+            self.used_functions.add("time_sum")
+            of = f"tl.{s.dtype.value}"
+            return f"time_sum({inner}, C, {bool(reverse)}, {bool(exclusive)}, {of})"
         if exclusive:
             self.used_functions.add("exclusive_sum")
             if at:
                 return f"tl.trans(exclusive_sum(tl.trans({inner}), {bool(reverse)}))"
             return f"exclusive_sum({inner}, {bool(reverse)})"
         return f"tl.cumsum({inner}, {at}{', reverse=True' if reverse else ''})"
+
+    def _sums_by_products(self, x: Tile) -> bool:
+        """Whether sums over time are products: of matrices, where tensor cores round to tf32."""
+        rounded = self.tiled.precision is Precision.TF32
+        rows = self.layout(x) == (Axis.I, Axis.K) and self.tiled.chunk >= _LEAST_ROWS
+        return rounded and rows
 
     def _sum(self, s: Compute) -> str:
         (inner,) = s.args

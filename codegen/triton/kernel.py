@@ -21,6 +21,7 @@ from ..plan import Kernel, Loop
 from ..tile import LEAVES, Axis, Tile, TileOp
 from ..tiling import tile
 from . import library as triton_library
+from .expressions import FARTHEST, HALVED
 from .memory import RANGE, TritonMemory
 
 STORAGE = Storage(wide=False, transposed=True)
@@ -30,6 +31,7 @@ _RESERVED = frozenset(triton_library.FUNCTIONS).union(
     ("tl", "triton", "pid", "n", "h", "index", "chunk", "chunks", "first", "length", "batch"),
     ("at", "row", "rows", "step", "i", "oi", "oj", "ok", "ov", "i_v", "K", "V", "C", "BK", "BV"),
     ("HV", "NV", "TOKENS", "PACKED", "EVEN", "cu_seqlens", "chunk_offsets", "chunk_table"),
+    ("turns", "again", FARTHEST, HALVED),
     ("part", "segment", "segments", "segment_table", "SEGMENT", "begin", "end", "before"),
 )  # fmt: skip
 
@@ -222,10 +224,34 @@ class _KernelPrinter(TritonMemory):
         lines += self._run(self.tiled.before)
         if self.tiled.channels is not None:
             size = self.tiled.channels.value.upper()
-            lines.append(f"for i in range(tl.cdiv({size}, B{size})):")
-            channels = f"{RANGE[self.tiled.channels]} = i * B{size} + tl.arange(0, B{size})"
-            lines += [f"    {line}" for line in [channels, *self._run(self.tiled.inside)]]
+            turns = f"tl.cdiv({size}, B{size})"
+            splits = self.tiled.block > 0 and self.tiled.channels is Axis.K
+            self.halved = HALVED if splits else "True"
+            body = [f"{RANGE[self.tiled.channels]} = i * B{size} + tl.arange(0, B{size})"]
+            body += self._run(self.tiled.inside)
+            self.halved = "True"
+            lines += self._twice(turns, body) if splits else _loop(f"i in range({turns})", body)
         return lines + self._run(self.tiled.after)
+
+    def _twice(self, turns: str, body: list[str]) -> list[str]:
+        """A loop that splits all decays, and runs again where a block has decayed by too much.
+
+        Twice in the text of the machine: code that is seldom needed would slow the other's.
+        """
+        sums = [self.known[s.value] for s in self.tiled.before if isinstance(s, tiled.Zero)]
+        after = [
+            f"again = tl.max({FARTHEST}, 0) >= 1.0",
+            "turns = tl.where(again, turns, 0)",
+            *(f"{x} = tl.where(again, 0.0, {x})" for x in sums),
+            "tl.debug_barrier()  # what is stored again is stored after this",
+        ]
+        inner = [*_loop("i in range(turns)", body), f"if not {HALVED}:"]
+        inner += [f"    {line}" for line in after]
+        return [
+            f"{FARTHEST} = tl.zeros((C,), dtype=tl.float32)",
+            f"turns = {turns}",
+            *_loop(f"{HALVED} in tl.static_range(2)", inner),
+        ]
 
     def _scan_body(self) -> list[str]:
         reverse = self._kernel.loop is Loop.REVERSE
@@ -251,6 +277,10 @@ class _KernelPrinter(TritonMemory):
         inner += [*self._run(self.tiled.inside), *(self.keep_states() if pooled else ())]
         lines += [f"    {line}" for line in inner]
         return lines + self._run(self.tiled.after)
+
+
+def _loop(head: str, body: list[str]) -> list[str]:
+    return [f"for {head}:", *(f"    {line}" for line in body)]
 
 
 _ROWS: Mapping[type, Callable[[_KernelPrinter, Any], None]] = {

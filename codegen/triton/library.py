@@ -87,6 +87,13 @@ def flush(x, LEAST: tl.constexpr):
     return tl.where(x < LEAST, 0.0, x)
 '''
 
+POWER = '''
+@triton.jit
+def power(x):
+    """e^x, or 0 where that is no normal number: `tl.exp` takes three more instructions."""
+    return tl.exp2(x * 1.4426950408889634)
+'''
+
 DOUBLED = '''
 @triton.jit
 def doubled(since, after, level, C: tl.constexpr, BK: tl.constexpr):
@@ -108,7 +115,7 @@ def halves(
     the earlier half, and the pairs of rows that are of one block."""
     i = tl.arange(0, C)
     late = ((i >> level) & 1 == 1)[:, None]
-    e = tl.exp(tl.where(late, since - g if EXCLUSIVE else since, after))
+    e = power(tl.where(late, since - g if EXCLUSIVE else since, after))
     if LEAST > 0.0:
         e = tl.where(e < LEAST, 0.0, e)
     return late, e, i[:, None] >> (level + 1) == i[None, :] >> (level + 1)
@@ -131,9 +138,20 @@ DECAYED = '''
 def decayed(x, G, ABOUT: tl.constexpr, PRECISION: tl.constexpr):
     """x e^(G + ABOUT). The sum rounds G to 2^-19, unseen by tf32's 10 bits; G / 2 is exact."""
     if PRECISION == "tf32":
-        return x * tl.exp(G + ABOUT)
-    e = tl.exp(G / 2)
-    return x * e * tl.exp(tl.full((), ABOUT, tl.float32)) * e
+        return x * power(G + ABOUT)
+    e = power(G / 2)
+    return x * e * power(tl.full((), ABOUT, tl.float32)) * e
+'''
+
+BLOCK_DECAY = '''
+@triton.jit
+def block_decay(
+    Q, g, C: tl.constexpr, BK: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr,
+    MOST: tl.constexpr,
+):
+    """How far a row's block has decayed, in the channel that has most, as a part of MOST."""
+    since, _ = block_sums(Q, g, C, BK, FIRST, LEVELS)
+    return tl.max(-since, 1) / MOST
 '''
 
 HALVED_DOT = '''
@@ -159,24 +177,26 @@ DECAYED_DOT = '''
 def decayed_dot(
     x, y, Q, g, C: tl.constexpr, BK: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
-    EXCLUSIVE: tl.constexpr,
+    EXCLUSIVE: tl.constexpr, HALVED: tl.constexpr,
 ):
     """A_ij = sum_k x_ik y_jk e^(P_ik - Q_jk) for i > j, else 0.
 
-    Q are prefix sums of g; P is Q, or Q - g if EXCLUSIVE.
+    Q are prefix sums of g; P is Q, or Q - g if EXCLUSIVE. Without HALVED, no block may have decayed
+    by more than e^-MOST.
     """
     i = tl.arange(0, C)
     since, after = block_sums(Q, g, C, BK, FIRST, LEVELS)
-    decay = tl.max(-since, 1)  # of the channel that has decayed most in its block, up to each row
     x_late = decayed(x, since - g if EXCLUSIVE else since, MOST / 2, PRECISION).to(DT)
     y_early = decayed(y, tl.minimum(-since, MOST), -MOST / 2, PRECISION).to(DT)
     A = tl.dot(x_late, tl.trans(y_early), input_precision=PRECISION)
     same = i[:, None] >> FIRST == i[None, :] >> FIRST
     A = tl.where(same & (i[:, None] > i[None, :]), A, 0.0)
-    if tl.max(decay, 0) >= MOST:
-        zero = tl.zeros_like(g)
-        B = halved_dot(x, y, g, g, zero, 0, FIRST, C, BK, DT, PRECISION, LEAST, EXCLUSIVE)
-        A = tl.where((decay < MOST)[:, None], A, B)
+    if HALVED:
+        decay = block_decay(Q, g, C, BK, FIRST, LEVELS, MOST)
+        if tl.max(decay, 0) >= 1.0:
+            zero = tl.zeros_like(g)
+            B = halved_dot(x, y, g, g, zero, 0, FIRST, C, BK, DT, PRECISION, LEAST, EXCLUSIVE)
+            A = tl.where((decay < 1.0)[:, None], A, B)
     if FIRST < LEVELS:
         A += halved_dot(
             x, y, g, since, after, FIRST, LEVELS, C, BK, DT, PRECISION, LEAST, EXCLUSIVE
@@ -210,24 +230,28 @@ DECAYED_APPLY = '''
 def decayed_apply(
     A, x, Q, g, C: tl.constexpr, BK: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
-    EXCLUSIVE: tl.constexpr,
+    EXCLUSIVE: tl.constexpr, HALVED: tl.constexpr,
 ):
-    """z_ik = sum_j A_ij x_jk e^(P_ik - Q_jk) over j < i; P, Q as of `decayed_dot`.
+    """z_ik = sum_j A_ij x_jk e^(P_ik - Q_jk) over j < i; P, Q, HALVED as of `decayed_dot`.
 
     TRANSPOSED: z_jk = sum_i A_ij x_ik e^(P_ik - Q_jk) over i > j.
     """
     i = tl.arange(0, C)
     since, after = block_sums(Q, g, C, BK, FIRST, LEVELS)
-    if tl.max(tl.max(-since, 1), 0) < MOST:
+    mild = True
+    if HALVED:
+        mild = tl.max(block_decay(Q, g, C, BK, FIRST, LEVELS, MOST), 0) < 1.0
+    if mild:
         same = i[:, None] >> FIRST == i[None, :] >> FIRST
         B = tl.where(same & (i[:, None] > i[None, :]), A, 0.0)
         before = since - g if EXCLUSIVE else since
+        back = tl.minimum(-since, MOST)
         if TRANSPOSED:
             x_late = decayed(x, before, MOST / 2, PRECISION)
             y = tl.dot(tl.trans(B), x_late, input_precision=PRECISION)
-            z = decayed(y, -since, -MOST / 2, PRECISION)
+            z = decayed(y, back, -MOST / 2, PRECISION)
         else:
-            x_early = decayed(x, -since, -MOST / 2, PRECISION)
+            x_early = decayed(x, back, -MOST / 2, PRECISION)
             z = decayed(tl.dot(B, x_early, input_precision=PRECISION), before, MOST / 2, PRECISION)
     else:
         zero = tl.zeros_like(g)
@@ -291,6 +315,29 @@ def exclusive_sum(x, REVERSE: tl.constexpr):
     return before
 '''
 
+TIME_SUM = '''
+@triton.jit
+def time_sum(x, C: tl.constexpr, REVERSE: tl.constexpr, EXCLUSIVE: tl.constexpr, DT: tl.constexpr):
+    """Sums over the rows up to each row, from each on if REVERSE, without its own if EXCLUSIVE.
+
+    Products with ones of three parts of 8 bits, which are all of x: scans of matrices would move
+    every number from thread to thread, log2(C) times.
+    """
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    if EXCLUSIVE:
+        summed = i < j if REVERSE else i > j
+    else:
+        summed = i <= j if REVERSE else i >= j
+    ones = tl.where(summed, 1.0, 0.0).to(DT)
+    high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    rest = x - high
+    middle = (rest.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    low = rest - middle
+    sums = tl.dot(ones, low.to(DT), input_precision="tf32")
+    sums = tl.dot(ones, middle.to(DT), sums, input_precision="tf32")
+    return tl.dot(ones, high.to(DT), sums, input_precision="tf32")
+'''
+
 EXPM1 = '''
 @triton.jit
 def expm1(x):
@@ -330,7 +377,7 @@ def tanh(x):
     return tl.where(x > 0, -u, u) / (u + 2.0)
 '''
 
-_BLOCKS = ("doubled", "halves", "block_sums", "decayed")
+_BLOCKS = ("power", "doubled", "halves", "block_sums", "block_decay", "decayed")
 # name -> (source, the functions it calls)
 FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "unit_lower_inverse": (INVERSE, ()),
@@ -341,15 +388,18 @@ FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "halves": (HALVES, ()),
     "block_sums": (BLOCK_SUMS, ()),
     "decayed": (DECAYED, ()),
+    "power": (POWER, ()),
+    "block_decay": (BLOCK_DECAY, ("block_sums",)),
     "halved_dot": (HALVED_DOT, ()),
     "halved_apply": (HALVED_APPLY, ()),
     "decayed_dot": (DECAYED_DOT, (*_BLOCKS, "halved_dot")),
     "decayed_apply": (
         DECAYED_APPLY,
-        ("doubled", "halves", "block_sums", "decayed", "halved_apply"),
+        (*_BLOCKS, "halved_apply"),
     ),
-    "decayed_crossing": (DECAYED_CROSSING, ("doubled", "halves")),
+    "decayed_crossing": (DECAYED_CROSSING, ("power", "doubled", "halves")),
     "exclusive_sum": (EXCLUSIVE, ()),
+    "time_sum": (TIME_SUM, ()),
     "expm1": (EXPM1, ()),
     "log1p": (LOG1P, ()),
     "softplus": (SOFTPLUS, ("log1p",)),

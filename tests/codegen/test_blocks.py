@@ -82,11 +82,17 @@ def _check(
     assert_agree(got, want, limit)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_blocks_in_packed_sequences(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.float32, "strong"), (torch.float16, "strong"), (torch.float16, "resets")],
+)
+def test_blocks_in_packed_sequences(
+    dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With factors of 16 bits, sums over time are products of three parts."""
     _serve(monkeypatch, 64, 16)
     sizes = replace(SIZES, H=1, HV=2, dtype=dtype, gate_dtype=torch.float32).packed(33, 0, 65, 2)
-    inputs = _inputs(cw.library.kda, "g", "strong", sizes)
+    inputs = _inputs(cw.library.kda, "g", kind, sizes)
     got = engine_results(cw.library.kda, inputs, "triton")
     assert_agree(got, oracle_results(cw.library.kda, inputs), BY_DTYPE[dtype])
 
