@@ -54,7 +54,7 @@ _NUMBER = re.compile(r"[-−+]?\d[\d.,]*(?:e[-+]?\d+)?")
 def _inside(folder: Path) -> Iterator[None]:
     before, path, modules = Path.cwd(), list(sys.path), set(sys.modules)
     os.chdir(folder)
-    sys.path.insert(0, str(folder))
+    sys.path.append(str(folder))  # a page may be called like a package
     try:
         yield
     finally:
