@@ -161,12 +161,16 @@ def _laid_out(value: Tensor, layout: Layout, x: Operand) -> Tensor:
 
 
 def wobbled(inputs: Inputs, seed: int = 2) -> Inputs:
-    """The operands in float64, each number off by up to half a unit in its last place."""
-    random = torch.Generator().manual_seed(seed)
+    """The operands in float64, each number off by up to half a unit in its last place.
+
+    Zeros, which may lie at a corner, too: by what float64 keeps of a sum with it.
+    """
+    random, signs = (torch.Generator().manual_seed(seed + n) for n in (0, 1000))
 
     def moved(x: Tensor) -> Tensor:
         y = tolerance.wobbled(x, random)
-        return torch.where(y == 0, 1e-30, y).requires_grad_()  # 0, too: it may lie at a corner
+        sides = torch.randint(2, y.shape, generator=signs).to(y.device) * 2.0 - 1.0
+        return torch.where(y == 0, 1e-12 * sides, y).requires_grad_()
 
     operands = {n: moved(x) for n, x in inputs.operands.items()}
     initial = inputs.initial
