@@ -120,7 +120,8 @@ def test_a_failure_shrinks() -> None:
     """What does not matter goes; what does stays."""
 
     def fails(d: Draw) -> bool:
-        return "l2norm" in d.rule.source and d.plan.T > 8
+        one = d.rule.source.count(": State") == 1  # what groups of states need is longer
+        return one and "l2norm" in d.rule.source and d.plan.T > 8
 
     index = next(n for n, d in enumerate(DRAWS) if fails(d))
     smallest = net.shrunk("eager", net.numbered("eager", 0, index)[1], fails, seconds=20.0)
