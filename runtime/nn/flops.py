@@ -9,6 +9,7 @@ import torch
 
 from ...codegen.config import Dims, held
 from ...codegen.interface import Dtype
+from ...codegen.plan import Hoist
 from ...codegen.programs import backward_program, chunk_program, forward_program
 from ...codegen.triton.defaults import default_config
 from ...dsl import errors
@@ -21,20 +22,26 @@ if TYPE_CHECKING:
 def flop_formulas() -> dict[Any, Callable[..., int]]:
     """What a call of each recurrence that is declared so far spends on matrix products.
 
-    They are those of the default plan and chunk of a GPU: what it computes again counts again. One
-    token at a time, and steps without a chunk form, count as nothing.
+    They are those of the default plan and chunk of a GPU: what it computes again counts again, and
+    what a forward keeps for its backward does not. One token at a time, and steps without a chunk
+    form, count as nothing.
 
     Returns:
         By op, for `torch.utils.flop_counter.FlopCounterMode(custom_mapping=flop_formulas())`.
     """
     found = {}
     for declaration, ops in REGISTRY.known():
-        found[ops.forward._overloadpacket] = _counter(declaration, backward=False)
-        found[ops.backward._overloadpacket] = _counter(declaration, backward=True)
+        for op, backward in ((ops.forward, False), (ops.backward, True)):
+            found[op._overloadpacket] = _counter(declaration, backward=backward)
+        for op, backward in ((ops.saving, False), (ops.saved_backward, True)):
+            found[op._overloadpacket] = _counter(declaration, backward=backward, keeps=True)
     return found
 
 
-def _counter(declaration: Declaration, *, backward: bool) -> Callable[..., int]:
+def _counter(
+    declaration: Declaration, *, backward: bool, keeps: bool = False
+) -> Callable[..., int]:
+    """`keeps`: of an op whose argument but one says what the forward keeps for the backward."""
     flat = Flat(declaration)
     first = 1 + flat.states if backward else 0  # the cotangents come before the inputs
 
@@ -48,6 +55,7 @@ def _counter(declaration: Declaration, *, backward: bool) -> Callable[..., int]:
             return 0
         dims = Dims(call.K, call.V)
         config = default_config(body, dims, wide_dtype=call.dtype == torch.float32)
+        config = config.saving(Hoist(args[-2])) if keeps else config
         plan = config.backward if backward else config.forward
         program = (backward_program if backward else forward_program)(call.form, plan)
         products = cost.program_cost(program, Dtype.BFLOAT16).products

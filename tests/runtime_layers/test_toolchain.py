@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import chunkwise as cw
 import pytest
 import torch
 from chunkwise.codegen.config import Dims
+from chunkwise.codegen.plan import Hoist
 from chunkwise.codegen.programs import chunk_program
 from chunkwise.codegen.triton.defaults import default_config
 from chunkwise.nn import AttentionConfig, LanguageModel, ModelConfig, RecurrentConfig, flop_formulas
+from chunkwise.runtime.ops import REGISTRY
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -89,3 +92,25 @@ def test_flops_of_a_recurrence() -> None:
         o.sum().backward()
     assert forward == 2 * 100 * 3 * (2 * C * (K + V) + 4 * K * V)
     assert counter.get_total_flops() > 2.5 * forward
+
+
+def test_flops_of_a_forward_that_keeps_tiles() -> None:
+    """They are those of the call, less the inverse and scores that its backward finds stored."""
+    ops = REGISTRY.of(cw.library.delta_rule.declaration)
+    C, H, K = 64, 2, 16
+    q, k, v, do = torch.randn(4, 1, C, H, K)
+    given, keeping = (q, k, v, torch.rand(1, C, H), None, None, "eager"), Hoist.ALL.value
+
+    def flops(op: Callable[..., object], *args: object) -> int:
+        with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+            op(*args)
+        return counter.get_total_flops()
+
+    forward = flops(ops.forward, *given, None)
+    assert flops(ops.saving, *given, None, keeping, C) == forward > 0
+    *_, kept = ops.saving(*given, None, keeping, C)
+    again = flops(ops.backward, do, None, *given)
+    again -= flops(ops.saved_backward, do, None, *given, keeping, kept)
+    # two products each time that blocks are doubled: of 16 x 16 up to 16 rows, of C x C above
+    inverse, scores = 3 * 2 * 2 * 16**2 * C + 2 * 2 * 2 * C**3, 2 * C * C * K
+    assert again == H * (inverse + 2 * scores)
