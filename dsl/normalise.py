@@ -257,14 +257,15 @@ class _Axes:
     right: set[str]
 
     @staticmethod
-    def of(parts: Sequence[_Part]) -> _Axes:
-        """Of all micro-steps."""
+    def of(parts: Sequence[_Part], *, mixes: bool = True) -> _Axes:
+        """Of all micro-steps; without `mixes`, none of those that mix or have signs."""
         found = _Axes(set(), set(), set(), set())
         pairs = [zip(p.step.states, forms, strict=True) for p in parts for forms in p.forms]
         for name, form in ((s.name, f) for micro_step in pairs for s, f in micro_step):
             for moment, coef in form.coefs:
                 both = (name, moment.state)
                 alone = moment.state == name and not any(map(is_signed, sides(coef)))
+                alone = alone or not mixes
                 of_rows, of_columns = (x.kind is not Kind.SCALAR for x in sides(coef))
                 if of_rows:
                     found.rows.update(both)
@@ -277,19 +278,38 @@ class _Axes:
                 side.update((name, read.moment.state))
         return found
 
+    @property
+    def held(self) -> tuple[bool, bool]:
+        """Whether the form may be held as it is, and transposed."""
+        return (
+            not self.right and not self.left & self.columns,
+            not self.left and not self.right & self.rows,
+        )
+
 
 def _is_transposed(parts: Sequence[_Part], step: Step) -> bool:
     """Whether columns are the axis that is recalled along, or that alone decays."""
     axes = _Axes.of(parts)
     vectors = {s.name for s in step.states if s.kind is Kind.KEY_STATE}
     loc = next((n.loc for n in step.next_states if n.loc is not None), None)
-    on_rows = not axes.right and not axes.left & axes.columns
-    on_columns = not axes.left and not axes.right & axes.rows and not vectors
+    on_rows, on_columns = axes.held
+    on_columns = on_columns and not vectors
     if not (on_rows or on_columns) and vectors and (axes.right or axes.columns):
         raise errors.NoChunkForm(
             "a KeyState accompanies a State whose columns decay or are read",
             "the form is transposed, and a KeyState has no columns to go with it",
             "declare the two as two ops",
+            loc,
+        )
+    if not (on_rows or on_columns) and any(_Axes.of(parts, mixes=False).held):
+        raise errors.NoChunkForm(
+            "states have signs, turn or mix along one axis, and decay or are recalled along the "
+            "other",
+            "signs and angles are taken out of states along the axis that is recalled along, and "
+            "of states that decay along no other; for both axes at once no chunk form is derived "
+            "yet",
+            "gate the rows, or the columns, not both; a Scalar gate, `exp(g)` or the like, goes "
+            "with either",
             loc,
         )
     if not (on_rows or on_columns):

@@ -308,6 +308,30 @@ def test_what_is_no_angle_is_refused() -> None:
             return (R + outer(k, v), J), q @ R
 
 
+def test_signs_beside_gates_of_the_other_axis_are_refused() -> None:
+    with pytest.raises(cw.errors.NoChunkForm, match="have signs, turn or mix along one axis"):
+
+        @cw.recurrence
+        def signs(S: State, q: Key, k: Key, v: Value, x: Key, h: Value):
+            S = tanh(x) * S * exp(h) + outer(k, v)
+            return S, q @ S
+
+    with pytest.raises(cw.errors.NoChunkForm, match="have signs, turn or mix along one axis"):
+
+        @cw.recurrence
+        def angles(R: State, J: State, q: Key, k: Key, v: Value, a: Key, h: Value):
+            R, J = rotate(R * exp(h), J * exp(h), a)
+            return (R + outer(k, v), J), q @ R + k @ J
+
+    with pytest.raises(cw.errors.NoChunkForm, match="on the rows of the state and on its columns"):
+
+        @cw.recurrence
+        def recalls(S: State, q: Key, k: Key, v: Value, x: Key, h: Value):
+            S = tanh(x) * S * exp(h)
+            S = S + 0.5 * outer(k, v - k @ S)
+            return S, q @ S
+
+
 def test_cosine_and_sine() -> None:
     @cw.recurrence
     def waves(S: State, q: Key, k: Key, v: Value, x: Value):
