@@ -62,6 +62,9 @@ CLASSES = {
     "delta_rule_normalised": (DecayClass.NONE, LowRank.SYMMETRIC),
     "mamba3_trapezoid": (DecayClass.SCALAR, LowRank.NONE),
     "mamba3_mimo": (DecayClass.SCALAR, LowRank.NONE),
+    "gla_both": (DecayClass.KEY, LowRank.NONE),
+    "kalman_linear_attention": (DecayClass.KEY, LowRank.NONE),
+    "mamba3": (DecayClass.SCALAR, LowRank.NONE),
     "titans": (DecayClass.SCALAR, LowRank.ONE_WRITE),
     "ttt": (DecayClass.NONE, LowRank.GENERAL),
     "titans_batches": (DecayClass.SCALAR, LowRank.GENERAL),
@@ -73,7 +76,7 @@ CLASSES = {
     "omega": (DecayClass.SCALAR, LowRank.GENERAL),
 }
 ONE_ROW = {"omega", "mamba3_mimo"}  # their tuples meet in one row
-COUPLED = {"momentum_delta", "titans", "titans_batches", "ttt", "mamba3_trapezoid"}
+COUPLED = {"momentum_delta", "titans", "titans_batches", "ttt", "mamba3_trapezoid", "mamba3"}
 
 
 @pytest.mark.parametrize("d", library.all_declarations(), ids=lambda d: d.name)
