@@ -96,7 +96,7 @@ def measure(
     sizes["H"] = _heads_of_keys(key_heads, *known["HV"], refuse)
     sizes["N"] = sizes["B"]
     if cu_seqlens is not None:
-        _check_packing(cu_seqlens, *known["B"], device, refuse)
+        check_packing(cu_seqlens, *known["B"], device, refuse)
         sizes["N"] = cu_seqlens.shape[0] - 1
     for (name, letters), start in zip(states.items(), starts, strict=True):
         if start is not None:
@@ -149,9 +149,10 @@ def _heads_of_keys(key_heads: Mapping[str, int], HV: int, witness: str, refuse: 
     return H
 
 
-def _check_packing(
+def check_packing(
     cu_seqlens: Form, B: int, witness: str, device: torch.device, refuse: Refuse
 ) -> None:
+    """That `cu_seqlens` may be boundaries within the B rows of the operand `witness`."""
     if cu_seqlens.device.type == "cpu":  # boundaries may come from the host
         device = cu_seqlens.device
     _check_place("cu_seqlens", cu_seqlens, device, refuse)

@@ -127,6 +127,16 @@ def refusal(fault: Fault, *, kind: str = "") -> Exception:
     return errors.BadCuSeqlens(str(got), expected)
 
 
+def check_packing(cu_seqlens: Tensor, x: Tensor, name: str) -> None:
+    """That `cu_seqlens` packs the operand `name`, `[B,T,...]`; waits for its device.
+
+    Raises:
+        BadCuSeqlens, BadBatch: as their names say.
+    """
+    shapes.check_packing(Form.of(cu_seqlens), x.shape[0], name, x.device, refusal)
+    check_boundaries(cu_seqlens, x.shape[1])
+
+
 def check_boundaries(cu_seqlens: Tensor, T: int) -> None:
     """That `cu_seqlens` rises from 0 to T; waits for its device, so only for CPU tensors or checks.
 

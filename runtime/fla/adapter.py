@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...dsl import errors
+from ..call import boundaries
 from ..recurrence import GivenStates, Recurrence, States
+from ..sizes import check_packing
 from .arguments import CHUNK_SIZES, docstring, is_per_token
 from .rules import rule
 
@@ -163,11 +165,17 @@ def _with_states(name: str, means: Callable[[str, Given], R], given: Given) -> R
 
     Each chunk is a call of its own, which begins with the state of the one before it.
     """
-    size, cu = given.get("chunk_size") or _CHUNK, given["cu_seqlens"]
+    size, cu = given.get("chunk_size") or _CHUNK, boundaries(given["cu_seqlens"])
     tokens = {n: x for n, x in given.items() if is_per_token(n) and x is not None}
-    T = tokens["q"].shape[1]
-    bounds = [0, T] if cu is None else cu.tolist()
     firsts = [n for n in ("initial_state", "initial_A_state") if n in given]
+    bounds = [0, tokens["q"].shape[1]]
+    if cu is not None:
+        check_packing(cu, tokens["q"], "q")
+        bounds = cu.tolist()
+        for n in firsts:
+            if given[n] is not None and len(given[n]) != len(bounds) - 1:
+                expected = f"{len(bounds) - 1}, as cu_seqlens has sequences"
+                raise errors.BadBatch(n, len(given[n]), expected)
     outputs, finals, before = [], [], []
     for n, (start, end) in enumerate(itertools.pairwise(bounds)):
         states = [given[x] for x in firsts]
@@ -183,7 +191,8 @@ def _with_states(name: str, means: Callable[[str, Given], R], given: Given) -> R
             )
             outputs.append(o)
             if at < end:
-                before.append(torch.zeros_like(states[0]) if first is None else first)
+                zero = torch.zeros_like(states[0])
+                before.append(zero if first is None else first.to(zero.dtype))
         finals.append(states)
     each = [torch.cat(x) for x in zip(*finals, strict=True)]
     kept = torch.stack(before, 1) if before else each[0].unsqueeze(1)[:, :0]

@@ -472,6 +472,32 @@ def test_states_before_each_chunk(x: dict[str, Tensor], cu: Tensor | None, v_fir
     assert nothing is None
 
 
+def test_states_before_each_chunk_of_what_is_not_packed_so() -> None:
+    q, k, v = torch.randn(3, 1, 8, HV, K)
+    g, beta, first = -torch.rand(q.shape), torch.rand(1, 8, HV), torch.randn(2, HV, K, K)
+    for bounds, said in (
+        ([0, 5], "expected T = 8"),
+        ([2, 5, 8], "expected 0"),
+        ([0, 5, 3, 8], "do not decrease"),
+        ([0, 1, 5, 8], "expected 3, as cu_seqlens has sequences"),
+    ):
+        for cu in (bounds, torch.tensor(bounds)):
+            what = said if isinstance(cu, Tensor) else "cu_seqlens is a list"
+            with pytest.raises(cw.errors.CallError, match=what):
+                cw.fla.chunk_kda(
+                    *(q, k, v, g, beta), cu_seqlens=cu, initial_state=first,
+                    return_intermediate_states=True,
+                )  # fmt: skip
+    rows = [torch.cat([y, y]) for y in (q, k, v, g, beta)]
+    cu = torch.tensor([0, 5, 8])
+    with pytest.raises(cw.errors.BadBatch, match="packs sequences"):
+        cw.fla.chunk_kda(*rows, cu_seqlens=cu, return_intermediate_states=True)
+    *_, states = cw.fla.chunk_kda(
+        *(q, k, v, g, beta), initial_state=first[:1].bfloat16(), return_intermediate_states=True
+    )
+    assert states.dtype == torch.float32
+
+
 def test_what_is_promised_of_gates_is_not_of_those_of_squares(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
