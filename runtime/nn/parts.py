@@ -25,9 +25,10 @@ def again(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
     """`function(*inputs)`; the backward keeps the inputs alone and computes the rest again.
 
     It is for what costs little beside reading it: norms and activations before a matrix product.
-    The product itself is not computed again, since nothing in its backward needs its result.
+    The product itself is not computed again, since nothing in its backward needs its result. Under
+    torch.func's gradients, where no hooks see what is kept, all of it is kept.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
         return function(*inputs)
     y: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return y

@@ -78,6 +78,22 @@ def test_a_dynamic_graph_is_for_every_length() -> None:
     assert graphs == 1
 
 
+def test_gradients_by_torch_func() -> None:
+    """Those of each sequence by itself, of a layer with an MLP behind it."""
+    block, x = hybrid().get_submodule("blocks.0"), torch.randn(3, 9, 16)
+    own = dict(block.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(block, parameters, (x[None],)).square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss), (None, 0))(own, x)
+    for n, row in enumerate(x):
+        for name, want in zip(
+            own, torch.autograd.grad(loss(own, row), [*own.values()]), strict=True
+        ):
+            torch.testing.assert_close(got[name][n], want, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_flops_of_a_recurrence() -> None:
     """Linear attention's, by hand: scores and their values within a chunk, a write and a read."""
     op, K, V = cw.library.linear_attention, 16, 32
