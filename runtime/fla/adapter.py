@@ -172,10 +172,10 @@ def _with_states(name: str, means: Callable[[str, Given], R], given: Given) -> R
     if cu is not None:
         check_packing(cu, tokens["q"], "q")
         bounds = cu.tolist()
-        for n in firsts:
-            if given[n] is not None and len(given[n]) != len(bounds) - 1:
-                expected = f"{len(bounds) - 1}, as cu_seqlens has sequences"
-                raise errors.BadBatch(n, len(given[n]), expected)
+        for which in firsts:
+            first, expected = given[which], f"{len(bounds) - 1}, as cu_seqlens has sequences"
+            if first is not None and len(first) != len(bounds) - 1:
+                raise errors.BadBatch(which, len(first), expected)
     outputs, finals, before = [], [], []
     for n, (start, end) in enumerate(itertools.pairwise(bounds)):
         states = [given[x] for x in firsts]
