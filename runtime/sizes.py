@@ -104,7 +104,7 @@ def _other_order(fault: Fault) -> str:
     got, sizes = list(fault.got), fault.sizes
     if "N" in sizes and got == [sizes[a] for a in ("N", "HV", "V", "K")]:
         return "states are K×V: a V×K state is passed as x.transpose(-1, -2)"
-    if "T" in sizes and "N" not in sizes and got[1] != sizes["T"] and got[2:3] == [sizes["T"]]:
+    if "T" in sizes and "N" not in sizes and got[1:2] != [sizes["T"]] and got[2:3] == [sizes["T"]]:
         return (
             "time comes before heads: a head-first tensor [B,H,T,…] is passed as x.transpose(1, 2)"
         )

@@ -425,3 +425,17 @@ def test_a_rate_may_be_infinite(kit: Any, engine: str) -> None:
     x = {n: t.detach() for n, t in kit.make_inputs(op, kit.Sizes()).operands.items()}
     x["slope"][0] = float("inf")
     op(**x, engine=engine, check=True)
+
+
+@cw.recurrence
+def skipped(
+    S: cw.State, q: cw.Key, k: cw.Key, v: cw.Value, D: cw.HeadScalar
+) -> tuple[cw.State, cw.Value]:
+    S = S + cw.outer(k, v)
+    return S, q @ S + D * v
+
+
+def test_another_number_of_heads_of_what_has_one_axis() -> None:
+    q, k, v = torch.randn(3, 2, 5, 4, 6)
+    with pytest.raises(E.BadShape, match=r"'D'.*\[3\].*HV = 4"):
+        skipped(q, k, v, torch.randn(3))
