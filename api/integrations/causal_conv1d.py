@@ -16,6 +16,7 @@ from torch import Tensor
 from ..dsl import errors
 from ..runtime.nn import fused
 from ..runtime.nn.parts import L2_EPS, causal_convolution, wide
+from .shapes import check, measure
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update"]
 
@@ -54,11 +55,15 @@ def causal_conv1d_fn(
         `[B,D,T]` in x's dtype; with `return_final_states` a pair of it and `[B,D,W-1]`.
 
     Raises:
+        BadShape: x, weight, bias or initial states do not fit together.
         BadOption: an activation that is none of these, or `seq_idx` with states.
     """
+    sizes = _sizes(x, weight, bias)
+    check(sizes, "BT", seq_idx=seq_idx)
+    check(sizes, "BDS", initial_states=initial_states, final_states_out=final_states_out)
     if seq_idx is not None and (initial_states is not None or return_final_states):
         raise errors.BadOption("seq_idx", "a tensor", "None where states are passed or returned")
-    before = weight.shape[1] - 1
+    before = sizes["S"]
     seen = x if initial_states is None else torch.cat([initial_states.to(x.dtype), x], -1)
     y = _convolved(seen.mT, weight, bias, seq_idx, activation).mT[..., seen.shape[2] - x.shape[2] :]
     if not return_final_states:
@@ -74,6 +79,7 @@ def causal_conv1d_update(
     weight: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
     conv_state_indices: Tensor | None = None,
 ) -> Tensor:
     """The convolution of the next tokens, whose state is changed in place.
@@ -84,16 +90,22 @@ def causal_conv1d_update(
         weight: `[D,W]`.
         bias: `[D]`.
         activation: as for `causal_conv1d_fn`.
+        cache_seqlens: refused unless None: states are not rings.
         conv_state_indices: int `[B]`, the slot of each sequence.
 
     Returns:
         `[B,D]` or `[B,D,T]` as x, in x's dtype.
 
     Raises:
-        BadOption: an activation that is not offered.
+        BadShape: x, weight, bias or states do not fit together.
+        BadOption: an activation that is not offered, or `cache_seqlens`.
     """
+    if cache_seqlens is not None:
+        raise errors.BadOption("cache_seqlens", "a tensor", "None: states end with the last token")
     tokens = x.unsqueeze(-1) if x.ndim == 2 else x
+    sizes = _sizes(tokens, weight, bias)
     state = conv_state if conv_state_indices is None else conv_state[conv_state_indices]
+    check(sizes | {"S": max(sizes["S"], state.shape[-1])}, "BDS", conv_state=state)
     seen = torch.cat([state.to(x.dtype), tokens], -1)
     last = seen[..., seen.shape[2] - state.shape[2] :].to(conv_state.dtype)
     if conv_state_indices is None:
@@ -104,6 +116,14 @@ def causal_conv1d_update(
     y = (wide(windows) * wide(weight).unsqueeze(1)).sum(-1)
     y = _activated(y if bias is None else y + wide(bias).unsqueeze(-1), activation).to(x.dtype)
     return y.squeeze(-1) if x.ndim == 2 else y
+
+
+def _sizes(x: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, int]:
+    """The sizes of a convolution, whose weights and bias fit to x."""
+    sizes = measure("DW", weight=weight) | measure("BDT", x=x)
+    check(sizes, "DW", weight=weight)
+    check(sizes, "D", bias=bias)
+    return sizes | {"S": sizes["W"] - 1}
 
 
 def _activated(x: Tensor, activation: str | None) -> Tensor:
@@ -121,21 +141,25 @@ def _convolved(
     taps = weight.flip(1).mT.contiguous()  # the tap n is of the token n before
     position = None if seq_idx is None else _positions(seq_idx)
     if not fused.serves(x):
-        y = causal_convolution(x, taps, position)
-        return _activated(y if bias is None else y + bias, activation).to(x.dtype)
+        y = causal_convolution(wide(x), wide(taps), position)
+        return _activated(y if bias is None else y + wide(bias), activation).to(x.dtype)
     silu = bias is None and activation in _SILU
     rows = x if position is None else x.reshape(1, -1, x.shape[2])  # a position for every token
     at = None if position is None else position.flatten()
     spans, widest = _spans(x.shape[2], x.device)
-    y = fused.short_convolution(rows, taps, spans, widest, at, silu, L2_EPS).view(x.shape)
-    return y if silu else _activated(y if bias is None else y + bias, activation)
+    made: Tensor = fused.short_convolution(rows, taps, spans, widest, at, silu, L2_EPS)
+    y = made.view(x.shape)
+    if silu:
+        return y
+    return _activated(y if bias is None else wide(y) + wide(bias), activation).to(x.dtype)
 
 
 @lru_cache
 def _spans(channels: int, device: torch.device) -> tuple[Tensor, int]:
     """The spans of a convolution's channels, none of them scaled, and the widest one's channels."""
     table = fused.span_table([(channels, False)])
-    spans = torch.tensor(table, dtype=torch.int32, device=device)
+    with torch.inference_mode(mode=False):  # what is kept may be part of a graph later
+        spans = torch.tensor(table, dtype=torch.int32, device=device)
     return spans, max(width for _, width, _ in table)
 
 

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dsl import errors
 from ..dsl.functions import exp, outer
 from ..dsl.kinds import HeadKey, HeadScalar, Key, Scalar, State, Value
 from ..runtime.nn.parts import wide
 from ..runtime.recurrence import recurrence
+from .shapes import check, measure
 
 __all__ = ["mamba_chunk_scan_combined", "selective_scan_fn", "selective_state_update"]
 
@@ -67,6 +69,12 @@ def selective_scan_fn(
     Raises:
         CallError: what every call of a recurrence raises of its operands.
     """
+    sizes = measure("BDT", u=u)
+    check(sizes, "BDT", delta=delta, z=z)
+    check(sizes, "D", D=D, delta_bias=delta_bias)
+    for name, keys in (("B", B), ("C", C)):
+        if keys.ndim not in (3, 4):
+            raise errors.BadShape(name, keys.shape, "[B,N,T] or [B,G,N,T]")
     dt = _step_sizes(delta.mT, delta_bias, delta_softplus)
     B, C = (x.mT.unsqueeze(2) if x.ndim == 3 else x.permute(0, 3, 1, 2) for x in (B, C))
     o, final = selective(*(C, B, u.mT.unsqueeze(-1), dt, A), output_final_state=return_last_state)
@@ -89,9 +97,11 @@ def mamba_chunk_scan_combined(
     dt_bias: Tensor | None = None,
     initial_states: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
+    return_varlen_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba-2 over whole sequences.
 
@@ -108,9 +118,11 @@ def mamba_chunk_scan_combined(
         initial_states: the states before the first token, `[B,H,P,N]`.
         seq_idx: int `[B,T]`, the number of each token's sequence, if several lie one behind
             another; each but the first begins with a state of zeros.
+        cu_seqlens: refused unless None: `seq_idx` tells sequences apart.
         dt_softplus: take softplus of dt.
         dt_limit: the least and the largest step size.
         return_final_states: return the states after the last token of each row too.
+        return_varlen_states: refused unless False, as `cu_seqlens`.
 
     Returns:
         `[B,T,H,P]` in x's dtype; with `return_final_states` a pair of it and `[B,H,P,N]` in
@@ -118,7 +130,17 @@ def mamba_chunk_scan_combined(
 
     Raises:
         CallError: what every call of a recurrence raises of its operands.
+        BadOption: `cu_seqlens`, or `return_varlen_states`.
     """
+    sizes = measure("BTHP", x=x)
+    check(sizes, "BTH", dt=dt)
+    check(sizes, "H", A=A, dt_bias=dt_bias)
+    check(sizes, "H" if D is None or D.ndim == 1 else "HP", D=D)
+    check(sizes, "BTHP", z=z)
+    check(sizes, "BT", seq_idx=seq_idx)
+    if cu_seqlens is not None or return_varlen_states:
+        name = "return_varlen_states" if cu_seqlens is None else "cu_seqlens"
+        raise errors.BadOption(name, "given", "not there: seq_idx tells sequences apart")
     dt = _step_sizes(dt, dt_bias, dt_softplus)
     if dt_limit != (0.0, math.inf):
         dt = dt.clamp(*dt_limit)
@@ -126,7 +148,7 @@ def mamba_chunk_scan_combined(
     if seq_idx is not None:  # a decay to nothing begins a sequence
         begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
         g = g.masked_fill(begins.unsqueeze(-1), -math.inf)
-    skip = torch.zeros_like(g[0, 0])
+    skip = torch.zeros_like(wide(A))
     if D is not None and D.ndim == 1:
         skip, D = wide(D), None
     o, final = ssd(
@@ -185,6 +207,10 @@ def selective_state_update(
         return selective_state_update(
             one, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices
         ).squeeze(1)
+    sizes = measure("BHP", x=x) | {"N": state.shape[-1]}
+    check(sizes, "BHP", dt=dt, z=z)
+    check(sizes, "HPN", A=A)
+    check(sizes, "HP", D=D, dt_bias=dt_bias)
     before = state if state_batch_indices is None else state[state_batch_indices]
     if _has_one_rate(A, dt, dt_bias):
         A, bias = wide(A[:, 0, 0]), None if dt_bias is None else dt_bias[:, 0]
@@ -207,8 +233,8 @@ def selective_state_update(
 
 def _has_one_rate(A: Tensor, dt: Tensor, dt_bias: Tensor | None) -> bool:
     """Whether the channels of a head decay alike: their entries lie in one place."""
-    of_a_head = [A[0, :, 0], A[0, 0], dt[0, 0], *([] if dt_bias is None else [dt_bias[0]])]
-    return all(len(x) == 1 or x.stride(0) == 0 for x in of_a_head)
+    of_a_head = [(A, 1), (A, 2), (dt, 2), *([] if dt_bias is None else [(dt_bias, 1)])]
+    return all(x.shape[axis] == 1 or x.stride(axis) == 0 for x, axis in of_a_head)
 
 
 def _step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:

@@ -75,6 +75,32 @@ def test_convolution_by_its_kernel(monkeypatch: pytest.MonkeyPatch, biased: bool
         check(got, want, x, weight)
 
 
+@pytest.mark.interpreter
+def test_convolution_by_its_kernel_of_two_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output has x's, and what a first call under inference mode keeps serves gradients."""
+    monkeypatch.setattr(fused, "serves", lambda x: True)
+    channels = 7  # of no other test, for what is kept
+    x = randn(B, channels, T).bfloat16()
+    weight, bias = randn(channels, W, dtype=torch.float32), randn(channels, dtype=torch.float32)
+    with torch.inference_mode():
+        first = causal_conv1d_fn(x, weight, bias, activation="silu")
+    y = causal_conv1d_fn(x, weight.requires_grad_(), bias, activation="silu")
+    assert y.dtype == first.dtype == torch.bfloat16
+    assert torch.equal(y, first)
+    y.sum().backward()
+    assert weight.grad is not None
+
+
+def test_convolution_of_16_bits_rounds_once() -> None:
+    x, weight, bias = randn(B, D, 64).bfloat16(), randn(D, W).bfloat16(), randn(D).bfloat16()
+    want = F.silu(convolved(x.double(), weight.double()) + bias.double()[:, None])
+    for got in (
+        causal_conv1d_fn(x, weight, bias, activation="silu"),
+        causal_conv1d_update(x, torch.zeros(B, D, W - 1), weight, bias, "silu"),
+    ):
+        torch.testing.assert_close(got, want.bfloat16(), rtol=2**-7, atol=1e-6)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, T])
 def test_states_of_convolutions(tokens: int) -> None:
     x, weight, before = randn(B, D, tokens), randn(D, W, seed=1), randn(B, D, W - 1, seed=2)
@@ -111,6 +137,20 @@ def test_convolutions_refuse() -> None:
         causal_conv1d_fn(x, weight, activation="tanhshrink")
     with pytest.raises(errors.BadOption, match="seq_idx"):
         causal_conv1d_fn(x, weight, seq_idx=SEQUENCES, return_final_states=True)
+    with pytest.raises(errors.BadOption, match="cache_seqlens"):
+        causal_conv1d_update(x, randn(B, D, W), weight, None, None, torch.tensor([3, 1]))
+    for wrong, options in (
+        ("weight", {"weight": weight[:, None]}),
+        ("weight", {"weight": weight[:1]}),
+        ("bias", {"bias": randn(1)}),
+        ("initial_states", {"initial_states": randn(B, D, W - 2)}),
+        ("x", {"x": x[0]}),
+    ):
+        with pytest.raises(errors.BadShape, match=f"operand '{wrong}'"):
+            causal_conv1d_fn(**{"x": x, "weight": weight, **options})
+    for state in (randn(B, D, W - 2), randn(1, D, W), randn(B, 1, W)):
+        with pytest.raises(errors.BadShape, match="operand 'conv_state'"):
+            causal_conv1d_update(x, state, weight)
 
 
 # ---- scans ---------------------------------------------------------------------------------------
@@ -201,3 +241,45 @@ def test_mamba1() -> None:
         got = selective_state_update(state, u[..., -1], delta[..., -1], A, Bs[..., -1], Cs[..., -1])
         assert math.prod(part.shape) == B * D * (T - 1)
         check(got, selective_scan_fn(u, delta, A, Bs, Cs)[..., -1])
+
+
+def test_scans_refuse() -> None:
+    """What torch would broadcast, and what the functions do not have."""
+    x, dt, A, bias = randn(B, T, H, P), randn(B, T, H), randn(H), randn(H)
+    keys, skip, z = randn(B, T, G, N), randn(H, P), randn(B, T, H, P)
+    given = {"x": x, "dt": dt, "A": A, "B": keys, "C": keys, "D": skip, "z": z, "dt_bias": bias}
+    for name, wrong in (
+        ("A", A[:1]), ("A", A[:, None]), ("D", skip[:1, :1]), ("D", A[:1]), ("z", z[:1]),
+        ("dt_bias", bias.expand(T, H)), ("seq_idx", SEQUENCES[:1]), ("dt", dt[..., :1]),
+        ("x", x[0]),
+    ):  # fmt: skip
+        with pytest.raises(errors.BadShape, match=f"operand '{name}'"):
+            mamba_chunk_scan_combined(**{**given, name: wrong}, chunk_size=64)
+    bounds = torch.tensor([0, T])
+    with pytest.raises(errors.BadOption, match="cu_seqlens"):  # where the package has it
+        mamba_chunk_scan_combined(x, dt, A, keys, keys, 64, skip, z, bias, None, None, bounds)
+    with pytest.raises(errors.BadOption, match="varlen"):
+        mamba_chunk_scan_combined(**given, chunk_size=64, return_varlen_states=True)
+    u, rates, of_all = randn(B, D, T), randn(D, N), randn(B, N, T)
+    for name, wrong in (("B", rates), ("C", rates), ("D", rates[:1, 0]), ("z", u[:1])):
+        scan = {"u": u, "delta": u, "A": rates, "B": of_all, "C": of_all, name: wrong}
+        with pytest.raises(errors.BadShape, match=f"operand '{name}'"):
+            selective_scan_fn(**scan)
+    token = {"state": randn(B, H, P, N), "x": x[:, 0], "dt": x[:, 0], "A": randn(H, P, N)}
+    token |= {"B": keys[:, 0], "C": keys[:, 0]}
+    for name, wrong in (("D", skip[:1]), ("dt_bias", bias[:, None]), ("A", randn(H, 1, 1))):
+        with pytest.raises(errors.BadShape, match=f"operand '{name}'"):
+            selective_state_update(**{**token, name: wrong})
+
+
+def test_no_tokens_and_no_sequences() -> None:
+    x, dt, keys = randn(B, 0, H, P), randn(B, 0, H), randn(B, 0, G, N)
+    o, final = mamba_chunk_scan_combined(
+        *(x, dt, randn(H), keys, keys, 64), seq_idx=SEQUENCES[:, :0], return_final_states=True
+    )
+    assert o.shape == x.shape
+    assert not final.any()
+    no, A = randn(0, H, P), randn(H, P, N)
+    for rates in (A, A[:, :1, :1].expand(A.shape)):
+        o = selective_state_update(randn(0, H, P, N), no, no, rates, *randn(2, 0, G, N))
+        assert o.shape == no.shape
