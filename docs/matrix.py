@@ -71,7 +71,7 @@ def gate_per_entry(S: State, q: Key, k: Key, v: Value, a: Key, d: Value) -> Any:
     return S, q @ S
 
 
-def angle_per_key_channel(
+def mixing_per_key_channel(
     R: State, J: State, q: Key, p: Key, k: Key, v: Value, c: Key, s: Key
 ) -> Any:
     R, J = c * R - s * J + outer(k, v), s * R + c * J
@@ -97,7 +97,7 @@ _REFUSED: tuple[Callable[..., Any], ...] = (
     recall_between_gates_on_both_axes,
     gate_on_rows_plus_gate_on_columns,
     gate_per_entry,
-    angle_per_key_channel,
+    mixing_per_key_channel,
     kalman_with_process_noise,
     nonlinear_memory,
     cycle_of_states,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from .diagnostic import ChunkwiseError, did_you_mean
@@ -378,7 +379,10 @@ class StateGrows(DeclarationError, ValueError):
             f"the state grows: its multiplier {what} lies in [{lo:.4g}, {hi:.4g}]",
             loc=loc,
             why="a decay must lie in [-1, 1]; products of larger ones overflow within a chunk",
-            help="is a sign forgotten? write `exp(-exp(A_log) * softplus(x)) * S`; or scale v",
+            help="is a sign forgotten? write `exp(-exp(A_log) * softplus(x)) * S`; or scale v"
+            if math.isinf(hi)
+            else "bound the factor: `within(f, -1, 1) * S` promises it, `clamp(f, -1, 1) * S` "
+            "applies it; or scale v",
         )
 
 

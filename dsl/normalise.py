@@ -90,9 +90,9 @@ def _check_mixing(step: Step, form: NormalForm) -> None:
                 raise errors.NoChunkForm(
                     "states that mix carry a gate per channel",
                     "what is left of one in another between two tokens would be a matrix of "
-                    "tokens per channel, unless they mix by an angle",
-                    "make the gates and factors of these states Scalars, turn two states by "
-                    "`rotate(x, y, angle)`, or uncouple the states",
+                    "tokens per channel, unless two states turn by an angle and decay alike",
+                    "make the gates and factors of these states Scalars, or turn two states by "
+                    "`rotate(x, y, angle)` under one gate for both, or uncouple the states",
                     factor.loc or line[name],
                 )
 

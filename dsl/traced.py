@@ -165,7 +165,13 @@ def lift(x: object) -> Traced:
         kind = type(x)
         raise errors.CapturedTensor(f"{kind.__module__.partition('.')[0]}.{kind.__name__}", here())
     raise errors.KindMismatch(
-        "an operator", f"a {type(x).__name__}", "a traced value or a Python number", "", here()
+        "an operator",
+        f"a {type(x).__name__}",
+        "a traced value or a Python number",
+        "a tuple is several values: take one, or name all of them, `x, y = rotate(x, y, angle)`"
+        if isinstance(x, tuple)
+        else "",
+        here(),
     )
 
 

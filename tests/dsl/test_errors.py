@@ -24,6 +24,7 @@ from chunkwise.dsl import (
     exp,
     maximum,
     outer,
+    rotate,
     sigmoid,
     softplus,
     tanh,
@@ -414,6 +415,23 @@ def growing_constant(S: State, q: Key, k: Key, v: Value):
 @mistake(errors.StateGrows, "the state grows")
 def loose_clamp(S: State, q: Key, k: Key, v: Value, g: Scalar):
     return exp(clamp(g, -5, 1)) * S + outer(k, v), q @ S
+
+
+@mistake(errors.StateGrows, "bound the factor: `within(f, -1, 1) * S` promises it")
+def promised_too_wide(S: State, q: Key, k: Key, v: Value, f: Scalar):
+    return within(f, -2, 2) * S + outer(k, v), q @ S
+
+
+@mistake(errors.KindMismatch, "`x, y = rotate(x, y, angle)`")
+def rotated_pair_as_one(R: State, J: State, q: Key, k: Key, v: Value, a: Scalar):
+    R = rotate(R, J, a) + outer(k, v)
+    return (R, J), q @ R
+
+
+@mistake(errors.NoChunkForm, "`rotate(x, y, angle)` under one gate for both")
+def rotated_under_one_gate(R: State, J: State, q: Key, k: Key, v: Value, a: Scalar, g: Key):
+    R, J = rotate(exp(g) * R, J, a)
+    return (R + outer(k, v), J), q @ R
 
 
 @mistake(errors.StateGrows, "its multiplier 1/sigmoid(f) lies in [1, inf]")
