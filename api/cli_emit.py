@@ -17,7 +17,7 @@ from .codegen.config import Config, Dims, KernelConfig, Precision
 from .codegen.eager.kernel import print_eager
 from .codegen.gluon import emit as gluon_emit
 from .codegen.interface import Dtype, Signature
-from .codegen.plan import Plan, Program
+from .codegen.plan import Loop, Plan, Program
 from .codegen.programs import (
     backward_program,
     chunk_adjoint,
@@ -110,15 +110,18 @@ def _triton(request: _Request) -> str:
 
 
 def _gluon(request: _Request) -> str:
-    """The scans in Gluon, and why others have to be in Triton."""
+    """The kernels that Gluon can have, and why others have to be in Triton."""
     signature = Signature(request.dims, request.dtype, (), Precision.TF32X3)
-    config = gluon_emit.in_gluon(request.form, request.config, KernelConfig(64, 4, 2))
+    kernels = [k for program in request.programs.values() for k in program.kernels]
+    chunks = {k.name: KernelConfig(64, 8, 3) for k in kernels if k.loop is Loop.PARALLEL}
+    scans = KernelConfig(64, 4, 2)
+    config = gluon_emit.in_gluon(request.form, request.config, scans, chunks=chunks)
     made = gluon_emit.emit(request.form, signature, config, segments=request.segments)
     if made is None:
         raise UsageError(f"{request.form.name} has no scan")
-    kernels = [k for k in made.kernels if request.kernel in (None, k.name)]
+    printed = [k for k in made.kernels if request.kernel in (None, k.name)]
     stay = [f"# {n} stays in Triton: {w}" for n, w in made.refused if request.kernel in (None, n)]
-    source = [k.source for k in kernels] if request.kernel else [made.source] * bool(kernels)
+    source = [k.source for k in printed] if request.kernel else [made.source] * bool(printed)
     return "\n\n".join([*source, *stay])
 
 

@@ -82,7 +82,7 @@ def emit(
     refused = tuple((name, p) for name, p in printed.items() if isinstance(p, str))
     dims = signature.dims
     head = (
-        f'"""{form.name}: scans in Gluon, generated. Normal form {form.digest}.\n\n'
+        f'"""{form.name}: kernels in Gluon, generated. Normal form {form.digest}.\n\n'
         f"dimensions  K={dims.K} V={dims.V}, products in {signature.dtype.value}\n"
         f'chunk       {config.chunk} tokens\n"""'
     )

@@ -80,7 +80,7 @@ def _of_program(kernel: tiled.TiledKernel, signature: Signature) -> str | None:
     if signature.dtype is not Dtype.BFLOAT16:
         return f"its products are of {signature.dtype.value}, and the printer has those of bfloat16"
     if kernel.chunk != CHUNK:
-        return f"its chunks have {kernel.chunk} tokens, and a warp group's tiles of scores {CHUNK}"
+        return f"its chunks have {kernel.chunk} tokens, and tiles of a warp group have {CHUNK}"
     if any(kernel.is_padded(a) for a in (Axis.K, Axis.V)):
         return "K or V is padded to its tiles, and TMA would take a neighbour's channels for it"
     if keys not in _WIDTHS or values not in _WIDTHS:

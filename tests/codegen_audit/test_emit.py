@@ -43,6 +43,7 @@ def rules(tmp_path: Path) -> str:
         ("plan", "forward_scan: a scan from the first chunk to the last"),
         ("eager", "def forward_scan("),
         ("triton", "def forward_scan("),
+        ("gluon", "def backward_gradients("),
         ("tir", "def forward_scan"),  # with its type parameters on Python 3.12
     ],
 )
@@ -50,7 +51,7 @@ def test_stages(rules: str, stage: str, expected: str, capsys: pytest.CaptureFix
     assert cli.main(["emit", rules, "--stage", stage]) == 0
     printed = capsys.readouterr().out
     assert expected in printed
-    if stage in ("eager", "triton", "tir"):
+    if stage in ("eager", "triton", "gluon", "tir"):
         ast.parse(printed)
 
 
