@@ -92,7 +92,7 @@ def _check_mixing(step: Step, form: NormalForm) -> None:
                     "what is left of one in another between two tokens would be a matrix of "
                     "tokens per channel, unless two states turn by an angle and decay alike",
                     "make the gates and factors of these states Scalars, or turn two states by "
-                    "`rotate(x, y, angle)` under one gate for both, or uncouple the states",
+                    "`rotate(x, y, angle)` under one gate for both, once a token, or uncouple them",
                     factor.loc or line[name],
                 )
 
