@@ -73,6 +73,8 @@ def segment_transitions(carried: tuple[Carried, ...]) -> Transitions | None:
         logs = _logarithms(linear, c.start)
         if logs:
             log = tile.total(logs)
+            if Axis.V in log.axes:  # scans fade rows of states, and one value of the others
+                return None
             if log not in fades:
                 start = tile.carry(c.name + FADE, log.axes)
                 fades[log] = SegmentTransition(Carried(start, tile.add(start, log)), matrix=False)

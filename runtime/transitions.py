@@ -43,7 +43,7 @@ def _kinds(form: NormalForm, states: tuple[str, ...], dims: Dims) -> Kinds:
         raise errors.NotLowered(
             f"{form.name} on several ranks",
             "the transition of its states over a stretch of tokens is not derived (states that "
-            "mix, or a matrix of more than 128 channels)",
+            "mix, gates of both axes, or a matrix of more than 128 channels)",
             "keep sequences whole: batch and heads may be split over ranks",
         )
     transitions = {c.name: p for c, p in zip(program.carried, found, strict=True)}

@@ -9,6 +9,8 @@ from chunkwise.codegen.config import Dims
 from chunkwise.codegen.programs import chunk_program, transition_of
 from chunkwise.codegen.prove import prove
 from chunkwise.dsl import prove as symbolic
+from chunkwise.runtime.triton.segments import segment_of
+from chunkwise.runtime.tuned.artifact import CallSize
 
 from tests.codegen.forms import CASES, COMPILED, check_engine, check_normal_form, check_one_token
 from tests.harness import Sizes
@@ -81,6 +83,18 @@ def test_one_token() -> None:
 def test_the_class_names_both() -> None:
     assert "decay per key channel and per value channel" in both.explain()
     assert transition_of(both.declaration.normal_form(), Dims(16, 16)) is None
+
+
+def test_segments_have_no_columns_that_fade() -> None:
+    @cw.recurrence
+    def row_and_column(S: State, M: State, q: Key, k: Key, v: Value, g: Key, h: Value):
+        S = exp(g) * S + outer(k, v)
+        M = exp(h) * M + outer(k, v)
+        return (S, M), q @ S + q @ M
+
+    form = row_and_column.declaration.normal_form()
+    assert transition_of(form, Dims(16, 16)) is None
+    assert segment_of(form, Dims(16, 16), CallSize(1, 1 << 16), 132) == 0
 
 
 def test_reads_over_both_axes_are_refused() -> None:
