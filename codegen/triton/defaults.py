@@ -143,9 +143,8 @@ def _wide(forward: Plan, backward: Plan, f: Features) -> Config:
         ("backward_gradients", gradients),
         *_after_sums(forward, sums, prep),
     ]
-    if (
-        f.gated
-    ):  # a kernel for all gradients spills, one without those along the value axis does not
+    # a kernel for all gradients spills, one without those along the value axis does not
+    if f.gated:
         backward = replace(backward, values_apart=True)
     elif not f.solves:  # with scores at hand more programs, of fewer columns, are faster
         forward = replace(forward, hoist=Hoist.PRODUCTS)
