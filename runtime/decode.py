@@ -166,7 +166,7 @@ class Stepper:
             x.requires_grad for x in (*operands.values(), *pool.states)
         ):
             raise errors.EngineUnavailable(
-                engine or "of pools",
+                chosen(operands.values(), engine or self._declared).value,
                 "states of a pool are overwritten: a step in place has no gradient",
                 help="call it under torch.no_grad(), or pass the states themselves",
             )
