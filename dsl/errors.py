@@ -65,6 +65,13 @@ class EngineUnavailable(ChunkwiseError, ValueError):
         )
 
 
+class PackageUnavailable(ChunkwiseError, ImportError):
+    """A package that chunkwise would work with and that is not there, or not as it must be."""
+
+    def __init__(self, package: str, why: str, *, help: str) -> None:
+        super().__init__(f"the package {package} cannot be used", why=why, help=help)
+
+
 class BadArtifact(ChunkwiseError, ValueError):
     """A file of tuned configurations that cannot be trusted."""
 

@@ -44,13 +44,13 @@ def patch() -> list[str]:
     `chunkwise.fla` or `chunkwise.integrations` has them, also where these packages are installed.
     Keyword arguments that a function does not have are left out, as transformers does. Kernels from
     Hugging Face's hub, where a model was loaded with `use_kernels=True`, go first as before. A
-    second call changes nothing.
+    second call adds what a file has decorated since that had transformers' decorator already.
 
     Returns:
         As `replaced`.
 
     Raises:
-        EngineUnavailable: transformers is not installed, or a version that works in another way.
+        PackageUnavailable: transformers is not installed, or a version that works in another way.
     """
     global _original
     if _original is None:
@@ -58,8 +58,8 @@ def patch() -> list[str]:
         for place in _PLACES:
             setattr(importlib.import_module(place), _DECORATOR, _serving(original))
         _original = original
-        for function in _decorated(original):
-            _replace(function)
+    for function in _decorated(_original):
+        _replace(function)
     return replaced()
 
 
@@ -97,13 +97,13 @@ def _installed() -> _Decorator:
     try:
         hub = importlib.import_module(_PLACES[0])
     except ImportError:
-        raise errors.EngineUnavailable(
+        raise errors.PackageUnavailable(
             "transformers", "it is not installed", help=how_to_install("hf")
         ) from None
     decorator: _Decorator | None = getattr(hub, _DECORATOR, None)
     if decorator is None or _made_code(decorator) is None:
         version = importlib.import_module("transformers").__version__
-        raise errors.EngineUnavailable(
+        raise errors.PackageUnavailable(
             "transformers",
             f"models of version {version} look for functions of other packages in another way",
             help=how_to_install("hf"),
@@ -120,6 +120,8 @@ def _serving(original: _Decorator) -> _Decorator:
 
         def made(torch_function: Any) -> Any:
             function = decorate(torch_function)
+            if _original is None:  # a file has kept this decorator, and models are unpatched
+                return function
             # `kernels`, where it is installed, makes a module of the function
             for found in [function] if type(function) is FunctionType else _decorated(original):
                 _replace(found)

@@ -53,7 +53,7 @@ def install(functions: Mapping[str, Callable[..., Any]]) -> list[str]:
     """See `chunkwise.fla.install`."""
     loaded = sys.modules.get(_PEER)
     if loaded is not None and not hasattr(loaded, "__chunkwise__"):
-        raise errors.EngineUnavailable(
+        raise errors.PackageUnavailable(
             "fla",
             "flash-linear-attention is imported, and who has its functions would keep them",
             help="call chunkwise.fla.install() before anything imports fla",

@@ -535,6 +535,10 @@ def test_errors_of_workers_survive_pickling() -> None:
             ("reaches 3.0", "promises with `within`", "use `clamp`"),
         ),
         (errors.EngineUnavailable("triton", "no GPU"), ("'triton'", "no GPU")),
+        (
+            errors.PackageUnavailable("fla", "it is imported", help="call it before"),
+            ("package fla", "it is imported", "call it before"),
+        ),
         (errors.NotLowered("coupled states", "not derived", "use eager"), ("use eager",)),
         (errors.UnknownRecurrence("gdr", ["gla"]), ("'gdr'", "gla")),
         (errors.ReservedName("engine", ["check", "engine"], None), ("'engine'", "check, engine")),
@@ -565,7 +569,13 @@ def test_every_class_of_the_catalogue_is_tested() -> None:
     tested = {error.__name__ for error, _, _ in CASES}
     call = {c.__name__ for c in errors.CallError.__subclasses__()}
     other = {"EngineUnavailable", "NotLowered", "UnknownRecurrence", "ReservedName"}
-    other |= {"BadArtifact", "BadCache", "BadConfiguration", "LinkerFailed"}  # and in tests/cache
+    other |= {
+        "BadArtifact",
+        "BadCache",
+        "BadConfiguration",
+        "LinkerFailed",
+        "PackageUnavailable",
+    }  # and in tests/cache
     other |= {"BadFile"}  # of the command line
     other |= {"InPlace", "UnknownName", "NotATensor"}  # in tests/test_newcomers.py
     catalogue = {

@@ -193,11 +193,31 @@ def test_files_imported_later(monkeypatch: pytest.MonkeyPatch, as_module: bool) 
 def test_other_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = sys.modules["transformers.integrations.hub_kernels"]
     monkeypatch.setattr(hub, "use_kernel_func_from_hub_with_fallback", lambda *names: None)
-    with pytest.raises(errors.EngineUnavailable, match="in another way"):
+    with pytest.raises(errors.PackageUnavailable, match="in another way"):
         integration.patch()
     monkeypatch.setitem(sys.modules, hub.__name__, None)
-    with pytest.raises(errors.EngineUnavailable, match="not installed"):
+    with pytest.raises(errors.PackageUnavailable, match="not installed") as refused:
         integration.patch()
+    assert "the package transformers cannot be used" in refused.value.render()
+    assert integration.replaced() == []
+
+
+def test_decorators_that_files_have_kept() -> None:
+    """That of transformers, used while models are patched, and chunkwise's, used afterwards."""
+    hub = sys.modules["transformers.integrations.hub_kernels"]
+
+    def theirs(*args: Any) -> str:
+        return "torch"
+
+    names, given = ("causal_conv1d_fn", "causal_conv1d"), (torch.randn(1, 3, 5), torch.randn(3, 2))
+    before = hub.use_kernel_func_from_hub_with_fallback
+    integration.patch()
+    during = hub.use_kernel_func_from_hub_with_fallback
+    late = before(*names)(theirs)
+    integration.patch()
+    assert late(*given) != "torch"
+    integration.unpatch()
+    assert during(*names)(theirs)(*given) == late(*given) == "torch"
     assert integration.replaced() == []
 
 
