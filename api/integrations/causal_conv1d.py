@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dsl import errors
+from ..runtime.axes import check, measure
 from ..runtime.nn import fused
 from ..runtime.nn.parts import L2_EPS, causal_convolution, wide
-from .shapes import check, measure
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update"]
 
@@ -90,7 +90,7 @@ def causal_conv1d_update(
         weight: `[D,W]`.
         bias: `[D]`.
         activation: as for `causal_conv1d_fn`.
-        cache_seqlens: refused unless None: states are not rings.
+        cache_seqlens: int `[B]` in the package; refused unless None: states are not rings.
         conv_state_indices: int `[B]`, the slot of each sequence.
 
     Returns:

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..dsl import errors
 from ..dsl.functions import exp, outer
 from ..dsl.kinds import HeadKey, HeadScalar, Key, Scalar, State, Value
+from ..runtime.axes import check, measure
 from ..runtime.nn.parts import wide
 from ..runtime.recurrence import recurrence
-from .shapes import check, measure
 
 __all__ = ["mamba_chunk_scan_combined", "selective_scan_fn", "selective_state_update"]
 
@@ -67,6 +67,7 @@ def selective_scan_fn(
         `[B,D,T]` in u's dtype; with `return_last_state` a pair of it and `[B,D,N]` in float32.
 
     Raises:
+        BadShape: B or C has other axes.
         CallError: what every call of a recurrence raises of its operands.
     """
     sizes = measure("BDT", u=u)
@@ -118,7 +119,8 @@ def mamba_chunk_scan_combined(
         initial_states: the states before the first token, `[B,H,P,N]`.
         seq_idx: int `[B,T]`, the number of each token's sequence, if several lie one behind
             another; each but the first begins with a state of zeros.
-        cu_seqlens: refused unless None: `seq_idx` tells sequences apart.
+        cu_seqlens: int `[N+1]` in the package; refused unless None, as `seq_idx` tells
+            sequences apart.
         dt_softplus: take softplus of dt.
         dt_limit: the least and the largest step size.
         return_final_states: return the states after the last token of each row too.
