@@ -71,14 +71,16 @@ def call(
     splits = _splits(mesh, operands, axes, packed=cu_seqlens is not None)
 
     def local(name: str, x: object) -> object:
-        return _local(operands[name], axes[name], splits) if name in axes else x
+        if name in axes:
+            return _local(operands[name], axes[name], splits)
+        return x.to_local() if isinstance(x, DTensor) else x  # for the op to refuse
 
     first = [None if x is None else _local(x, _Axes(0, 1, x.shape[1]), splits) for x in starts]
     if isinstance(cu_seqlens, DTensor):
         cu_seqlens = cu_seqlens.full_tensor()
     o, finals = op(
         *(local(n, x) for n, x in zip(known, args, strict=False)),
-        *args[len(known) :],
+        *(local("", x) for x in args[len(known) :]),
         initial_state=first[0] if isinstance(states, Tensor) else (first or None),
         cu_seqlens=cu_seqlens,
         **{n: local(n, x) for n, x in named.items()},

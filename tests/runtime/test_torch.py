@@ -390,6 +390,10 @@ def test_sharded_tensors(kit: Any, engine: str) -> None:
             op.step(**sharded, engine=engine)
         with pytest.raises(cw.errors.BadLayout, match=r"'k' is a plain tensor beside DTensors"):
             op(**{**sharded, "k": x["k"].cpu()}, engine=engine)
+        with pytest.raises(cw.errors.UnknownOperand, match="'gate'"):
+            op(**sharded, gate=sharded["g"], engine=engine)
+        with pytest.raises(cw.errors.UnknownOperand, match="number 6"):
+            op(*sharded.values(), sharded["g"], engine=engine)
         state = distribute_tensor(inputs.initial[0].detach().cpu(), mesh, [Replicate()])
         with pytest.raises(cw.errors.BadLayout, match=r"initial_state \(S\).*DTensor"):
             op(**x, initial_state=state, engine=engine)
