@@ -219,10 +219,11 @@ class DoubleBackward(CallError, RuntimeError):
 class NoTransform(CallError, RuntimeError):
     """A transform of torch that kernels have no rule for: forward mode, batches of old autograd."""
 
-    def __init__(self, op: str, transform: str) -> None:
+    def __init__(self, op: str, transform: str, *, why: str = "", help: str = "") -> None:
         super().__init__(
             f"{op} was called under {transform}",
-            why="kernels compute outputs and their gradients in reverse mode, nothing else",
-            help="use reverse mode (torch.func.grad, vjp, jacrev; vmap of those); "
+            why=why or "kernels compute outputs and their gradients in reverse mode, nothing else",
+            help=help
+            or "use reverse mode (torch.func.grad, vjp, jacrev; vmap of those); "
             'engine="reference" has forward mode too',
         )

@@ -33,7 +33,7 @@ from .check import asked, check_contents, check_results
 from .joining import Factors, Join, Map
 from .prepared import serving_engine
 from .rank_scan import scanned
-from .ranks import agree, group_of, share_of, tokens_of
+from .ranks import agree, group_of, refuse_transforms, share_of, tokens_of
 from .sizes import check_boundaries
 from .transitions import Kinds, kinds_of
 
@@ -61,6 +61,7 @@ def call(declaration: Declaration, ops: Ops, given: Given, group: object) -> Ten
     Raises:
         RankMismatch: on every rank, if calls of ranks do not fit together or one was refused.
         NotLowered: the transition of the recurrence over a stretch of tokens is not derived.
+        NoTransform: torch.func or forward mode looks on.
     """
     run = _call
     if "torch._dynamo" in sys.modules:  # whose import takes longer than most calls
@@ -75,6 +76,7 @@ def _call(declaration: Declaration, ops: Ops, given: Given, group: ProcessGroup)
     found: Call | None = None
     refused: Exception | None = None
     try:
+        refuse_transforms(declaration.name)
         initial, bounds = given.initial_state, given.cu_seqlens
         found = bind(declaration, given.args, given.named, initial_state=initial, cu_seqlens=bounds)
         if found.T == 0:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..dsl import errors
@@ -94,6 +95,22 @@ def group_of(given: object) -> dist.ProcessGroup:
     if not isinstance(given, dist.ProcessGroup):
         raise errors.BadOption("group", given, expected)
     return given
+
+
+def refuse_transforms(title: str) -> None:
+    """Refuse to exchange what torch.func or forward mode looks at.
+
+    Raises:
+        NoTransform: one of them does.
+    """
+    by_func = torch._C._functorch.peek_interpreter_stack() is not None
+    if by_func or forward_ad._current_level >= 0:
+        raise errors.NoTransform(
+            title,
+            "torch.func or forward mode, with a group",
+            why="what ranks exchange is seen by autograd's backward alone",
+            help="call backward(), or leave group out",
+        )
 
 
 def agree(

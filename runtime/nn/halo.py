@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..packing import token_sequences
 from ..rank_scan import swap
-from ..ranks import group_of, told
+from ..ranks import group_of, refuse_transforms, told
 
 
 def with_halo(x: Tensor, count: int, group: object) -> Tensor:
@@ -24,7 +24,11 @@ def with_halo(x: Tensor, count: int, group: object) -> Tensor:
         x: this rank's tokens, `[B, T, channels]`.
         count: how many before.
         group: the ranks, in the order of their tokens.
+
+    Raises:
+        NoTransform: torch.func or forward mode looks on.
     """
+    refuse_transforms("a short convolution")
     made: Tensor = _Halo.apply(x, count, group_of(group))  # type: ignore[no-untyped-call]
     return made
 

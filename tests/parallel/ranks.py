@@ -13,7 +13,7 @@ import chunkwise as cw
 import torch
 import torch.distributed as dist
 from chunkwise.dsl.ir import Per
-from chunkwise.nn import LanguageModel, ModelConfig, RecurrentConfig
+from chunkwise.nn import LanguageModel, ModelConfig, RecurrentConfig, ShortConvolution
 from chunkwise.runtime import rank_scan
 from chunkwise.runtime.call import Call
 from chunkwise.runtime.triton import engine as triton_engine
@@ -64,6 +64,7 @@ def mistakes() -> dict[str, str]:
         sizes = Sizes(B=1, T=T, K=4, V=V, dtype=torch.float32)
         return {**make_inputs(op, sizes).operands, **changes}
 
+    plain = given()
     momentum = make_inputs(cw.library.momentum_delta, Sizes(dtype=torch.float32)).operands
     alone = dist.new_group([0])
     bounds = torch.tensor([0, 4, 12])
@@ -82,6 +83,12 @@ def mistakes() -> dict[str, str]:
         "total": lambda: op(**given(5), cu_seqlens=bounds, group=dist.group.WORLD),
         "no tokens": lambda: op(**given(rank), group=dist.group.WORLD),
         "mixed states": lambda: cw.library.momentum_delta(**momentum, group=dist.group.WORLD),
+        "transform": lambda: torch.func.grad(
+            lambda v: op(**{**plain, "v": v}, group=dist.group.WORLD)[0].sum()
+        )(torch.randn(1, 6, 2, 4)),
+        "transform of a convolution": lambda: torch.func.grad(
+            lambda x: ShortConvolution(3, 2)(x, group=dist.group.WORLD).sum()
+        )(torch.randn(1, 6, 3)),
         "no group": lambda: op(**given(), group="gloo"),
         "mesh": lambda: op(
             **given(), group=dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))

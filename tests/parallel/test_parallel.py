@@ -115,6 +115,8 @@ MISTAKES = {
     "boundaries": "RankMismatch: on rank 1 cu_seqlens (a checksum) is",
     "total": "BadCuSeqlens: cu_seqlens is 12 at [2], expected T = 10",
     "mixed states": "NotLowered: momentum_delta on several ranks",
+    "transform": "NoTransform: delta_rule was called under torch.func or forward mode",
+    "transform of a convolution": "NoTransform: a short convolution was called under torch.func",
     "no group": "BadOption: option 'group' is 'gloo', expected a process group",
     "mesh": "BadOption: option 'group' is 'a mesh of shape (1, 2)', expected a process group, or a "
     "mesh of one axis: mesh['cp']",
