@@ -149,8 +149,8 @@ def sin(x: Traced | float) -> Traced:
 def rotate(x: Traced, y: Traced, angle: Traced | float) -> tuple[Traced, Traced]:
     """x and y turned by an angle: the parts of (x + i y) e^(i angle).
 
-    Of two states, it is a decay of modulus 1, lowered with any angle of a token: a Scalar turns all
-    channels by one angle, a Key every row of the states by its own (a Value every column).
+    Two states that are turned pass as the parts of a complex one: by one angle for all channels (a
+    Scalar), or by an angle for every row (a Key) or column (a Value). Both decay alike, if they do.
 
     Args:
         x: a state, Key, Value or Scalar: the real part.
@@ -162,7 +162,6 @@ def rotate(x: Traced, y: Traced, angle: Traced | float) -> tuple[Traced, Traced]
 
     Raises:
         KindMismatch: the kinds of x, y and the angle do not go together.
-        StateAsVector: the angle is a state.
     """
     c, s = cos(angle), sin(angle)
     return c * x - s * y, s * x + c * y

@@ -434,6 +434,11 @@ def rotated_under_one_gate(R: State, J: State, q: Key, k: Key, v: Value, a: Scal
     return (R + outer(k, v), J), q @ R
 
 
+@mistake(errors.NoChunkForm, "gate the rows, or the columns, not both")
+def sign_of_rows_and_gate_of_columns(S: State, q: Key, k: Key, v: Value, x: Key, h: Value):
+    return tanh(x) * S * exp(h) + outer(k, v), q @ S
+
+
 @mistake(errors.StateGrows, "its multiplier 1/sigmoid(f) lies in [1, inf]")
 def divided_by_less_than_one(S: State, q: Key, k: Key, v: Value, f: Scalar):
     return S / sigmoid(f) + outer(k, v), q @ S
