@@ -85,8 +85,8 @@ def prove(what: Declaration, chunk: int = 3) -> Proof:
         _prove_chunk(step, form, length)
     claims = (
         "every returned state is a polynomial of degree 1 in the incoming state",
-        "the outputs of the chunk form (mathematics, (3) to (5)) equal those of the step",
-        "the final state of the chunk form (6) equals that of the step",
+        "the outputs of the chunk form equal those of the step",
+        "the final state of the chunk form equals that of the step",
     )
     return Proof(what.name, chunks, *_sizes(form), claims)
 
