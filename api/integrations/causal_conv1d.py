@@ -165,6 +165,6 @@ def _spans(channels: int, device: torch.device) -> tuple[Tensor, int]:
 
 def _positions(seq_idx: Tensor) -> Tensor:
     """The position of each token in its own sequence, `[B,T]`, without waiting for a device."""
-    t = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+    t = torch.arange(seq_idx.shape[1], dtype=torch.int64, device=seq_idx.device)
     begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
     return t - torch.where(begins, t, 0).cummax(1).values
