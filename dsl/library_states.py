@@ -22,7 +22,7 @@ _Three = tuple[tuple[State, State, State], Value]
 
 @declaration
 def gla_both(S: State, q: Key, k: Key, v: Value, g: Key, h: Value) -> tuple[State, Value]:
-    """Gated linear attention (Yang et al. 2024) with gates of rows and of columns: of rank one."""
+    """Gated linear attention (Yang et al. 2024) with a gate for rows and one for columns."""
     S = exp(g) * S * exp(h) + outer(k, v)
     return S, q @ S
 
