@@ -211,6 +211,8 @@ USES: dict[Op, Declaration] = {
     Op.SQRT: of(lambda v, y: sqrt(1 + v * v) + y),
     Op.RSQRT: of(lambda v, y: rsqrt(1 + v * v) + y),
     Op.ABS: of(lambda v, y: dsl.abs(v) + y),
+    Op.COS: of(lambda v, y: dsl.cos(v) + y),
+    Op.SIN: of(lambda v, y: dsl.sin(v) + y),
 }
 
 
