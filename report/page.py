@@ -26,7 +26,7 @@ _STYLE = """
   --rule: #3d444d; --code: #151b23; --good: #3fb950; --bad: #f85149; } }
 body { margin: 0 auto; padding: 1.5rem; max-width: 60rem; background: var(--paper);
   color: var(--ink); font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; }
-h1 { margin: 0; font-size: 1.9rem; }
+h1 { margin: 0; font-size: 1.9rem; overflow-wrap: anywhere; }
 h2 { margin: 2.2rem 0 .6rem; font-size: 1.25rem; border-bottom: 1px solid var(--rule);
   padding-bottom: .2rem; }
 p { margin: .5rem 0; } .faint { color: var(--faint); } a { color: inherit; }
