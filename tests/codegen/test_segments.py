@@ -61,6 +61,7 @@ def test_states_fade_unless_something_is_corrected() -> None:
         vectors = {s.name for s in form.states if s.kind is Kind.KEY_STATE}
         found = [(u.state, w.correction) for u in updates for w in u.writes if w.correction]
         apart = any(c.scale.kind is Kind.VALUE for _, c in found)  # a matrix for each column
+        apart |= any(u.columns is not None for u in updates)  # rows and columns fade
         cascade = len(levels_of(form)) > 1
         if apart or cascade or vectors & {s for s, _ in found} or any(u.mixes for u in updates):
             assert transition_of(form, DIMS) is None, form.name
