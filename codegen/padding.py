@@ -7,6 +7,7 @@ keeps them zero or not: `softplus(k)` is log 2 there, and `log(k)` is not even f
 from __future__ import annotations
 
 from enum import Enum
+from functools import lru_cache
 
 from ..dsl.elementwise import at_zeros
 from ..dsl.ir import Op
@@ -21,6 +22,7 @@ class Padding(Enum):
     UNSAFE = 2
 
 
+@lru_cache(maxsize=65536)  # a tile that is used twice is asked about twice, and so its arguments
 def padding(x: Tile, axis: Axis) -> Padding:
     """The values of `x` beyond the last channel of `axis`; FINITE for a tile without that axis."""
     if axis not in x.axes:

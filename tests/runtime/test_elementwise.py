@@ -118,6 +118,14 @@ def test_padding_says_what_becomes_of_zeros(op: Op) -> None:
         assert found is (Padding.ZERO if value == 0 else Padding.FINITE)
 
 
+def test_padding_of_what_is_used_twice_is_asked_for_once() -> None:
+    """Otherwise a hundred squares of squares would take 2 ** 100 questions."""
+    x = tile.token("x", (Axis.I, Axis.K))
+    for _ in range(100):
+        x = tile.fmap(Op.MUL, x, x)
+    assert padding(x, Axis.K) is Padding.ZERO
+
+
 def declared(op: Op) -> cw.Recurrence:
     """The function of Values, which are written, and of Keys, whose padding must not be summed."""
 
