@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from ..dsl.ir import Op
 from ..dsl.notation import PYTHON, Level, read
@@ -190,6 +191,7 @@ class Expressions(ABC):
         return f"{index[Axis.I]} {sign} {index[Axis.J]}"
 
 
+@lru_cache(maxsize=65536)
 def is_number(x: Tile) -> bool:
     """Whether `x` prints as a plain number rather than as a tensor without axes."""
     x = unaliased(x)

@@ -92,6 +92,7 @@ def _is_norm(x: Tile) -> bool:
     return bool(sums) and all(t in sums or t.op in elementwise for t in below)
 
 
+@lru_cache(maxsize=65536)
 def scores_under_vector_gate(x: Tile) -> bool:
     """Whether `x` is a decayed product of operands, or such products and others added up."""
     if x.is_map(Op.ADD):
@@ -99,6 +100,7 @@ def scores_under_vector_gate(x: Tile) -> bool:
     return x.op is TileOp.DECAYED_DOT
 
 
+@lru_cache(maxsize=65536)
 def _scales_by_prefix(x: Tile) -> bool:
     """Whether `x` is a prefix sum or made from one of its own shape, not merely scaled by it."""
     if x.op is TileOp.CUMSUM or Axis.I in summed_axes(x):

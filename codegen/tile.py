@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from typing import TypeVar
 
 from ..dsl.elementwise import at_zeros
@@ -347,6 +348,7 @@ def phase(x: Tile, which: tuple[Attr, ...]) -> Tile:
     return Tile(TileOp.PHASE, (x,), which, axes_of(Axis.I, *x.axes), x.hint)
 
 
+@lru_cache(maxsize=65536)
 def _zero_beyond_end(x: Tile) -> bool:
     if x.op in (TileOp.ROWS, TileOp.TOKEN):
         return True
@@ -378,6 +380,7 @@ def mask(x: Tile, which: Which) -> Tile:
     return Tile(TileOp.MASK, (x,), (which,), axes_of(Axis.I, Axis.J, *x.axes), x.hint)
 
 
+@lru_cache(maxsize=65536)
 def _within(x: Tile, which: Which) -> bool:
     """Whether `x` is zero outside `which` already."""
     if x.op is TileOp.DECAYED_DOT:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 from ...dsl.ir import Op
@@ -137,6 +138,7 @@ def inputs(s: Made) -> tuple[Use, ...]:
     return (*found[:-3], found[-1]) if s.value.op in DECAYED else found
 
 
+@lru_cache(maxsize=65536)
 def zero_above(t: Tile) -> bool:
     """Whether a C x C tile is zero above the diagonal."""
     if t.op in (TileOp.MASK, TileOp.DECAY, TileOp.DECAYED_DOT, TileOp.INVERSE):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 
 import torch
 
@@ -230,6 +231,7 @@ def _below(node: Node, name: str, stop: frozenset[Node]) -> bool:
 _Term = frozenset[tuple[str, bool]]
 
 
+@lru_cache(maxsize=4096)
 def _terms(node: Node) -> set[_Term]:
     """An expression as a sum of products: the vectors in each product."""
     none: set[_Term] = {frozenset()}

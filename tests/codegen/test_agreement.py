@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import chunkwise as cw
 import pytest
 import torch
+from chunkwise import Key, Scalar, State, Value, outer, sigmoid
 from chunkwise.codegen.plan import Plan
 from chunkwise.codegen.programs import backward_program, forward_program
 from chunkwise.dsl.library import all_declarations
@@ -167,3 +169,21 @@ def _nan_outside(x: Tensor, own: slice) -> Tensor:
     poisoned = torch.full_like(x, torch.nan)
     poisoned[:, own] = x[:, own]
     return poisoned
+
+
+@cw.recurrence
+def deep(S: State, q: Key, k: Key, v: Value, g: Scalar):
+    x, y, a = k, v, g
+    for _ in range(40):
+        x, y, a = x * sigmoid(x) + x, y * y + y, a * a + a
+    S = sigmoid(a) * S + outer(x, y)
+    return S, q @ S
+
+
+def test_expressions_that_use_their_parts_twice() -> None:
+    """Each part is asked about once: along every path there would be 2 ** 40 of them."""
+    inputs = make_inputs(deep, Sizes(T=9))
+    small = {n: (1e-9 * x.detach()).requires_grad_() for n, x in inputs.operands.items()}
+    inputs = replace(inputs, operands=small)
+    got, want = engine_results(deep, inputs, "eager"), oracle_results(deep, inputs)
+    assert_agree(got, want, FLOAT64_RANDOM)
