@@ -19,10 +19,10 @@ from ..config import KernelConfig
 from ..interface import Role, Signature, stored
 from ..order import ordered
 from ..plan import Kernel
-from ..tile import TIMES, Axis, Tile, TileOp
+from ..tile import TIMES, Tile, TileOp
 from ..triton.kernel import STORAGE
 from .chunk_steps import BARRIER, ChunkStep, lying
-from .memory import MOST_SHARED, SHARED_OF_TWO, SIZE, GluonKernel
+from .memory import MOST_SHARED, SHARED_OF_TWO, SIZE, GluonKernel, constants_of
 
 _EXCHANGED = 18 * 1024  # bytes that Triton takes where tiles change their layouts
 _BESIDE = 2 * 1024  # where vectors do
@@ -236,8 +236,6 @@ class _Printer(ChunkStep):
         self._computing |= dict.fromkeys((*_GIVEN, "BK", "BV"))
         computing = self._compute(step)
         source = "\n\n".join((self._load_partition(), computing, self._entry()))
-        sizes = {"K": own.dims.K, "V": own.dims.V, "C": own.chunk}
-        sizes |= {"BK": own.extents[Axis.K], "BV": own.extents[Axis.V]}
         return GluonKernel(
             name=kernel.name,
             loop=kernel.loop,
@@ -246,7 +244,7 @@ class _Printer(ChunkStep):
             blocks=tuple(self._blocks.items()),
             shared=self._taken + self._beside,
             v_programs=own.v_parts,
-            constants=(*sizes.items(), ("NV", own.v_parts)),
+            constants=constants_of(own),
             config=self._config,
             stores=stored(kernel, self._signature, STORAGE),
             functions=frozenset(self._functions),

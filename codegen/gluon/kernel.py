@@ -26,7 +26,7 @@ from ..tiling import tile
 from ..triton.kernel import STORAGE
 from .chunks import print_chunks
 from .expressions import laid_out, layout_of
-from .memory import SIZE, GluonKernel, GluonMemory
+from .memory import SIZE, GluonKernel, GluonMemory, constants_of
 from .refusal import of_stores, refusal, refusal_of_chunks, too_large
 from .schedule import Await, Issue, Schedule, subtracted
 
@@ -273,8 +273,6 @@ class _Printer(GluonMemory):
         last = [line for s in finishes for line in self._finish(s)]
         computing = self._compute([*heads, *first], step, last)
         source = "\n\n".join((self._load_partition(), computing, self._entry()))
-        sizes = {"K": own.dims.K, "V": own.dims.V, "C": own.chunk}
-        sizes |= {"BK": own.extents[Axis.K], "BV": own.extents[Axis.V]}
         return GluonKernel(
             name=kernel.name,
             loop=kernel.loop,
@@ -284,7 +282,7 @@ class _Printer(GluonMemory):
             shared=self._config.stages * (self._bytes + 4 * own.chunk * len(self._puts))
             + self._staging,
             v_programs=own.v_parts,
-            constants=(*sizes.items(), ("NV", own.v_parts)),
+            constants=constants_of(own),
             config=self._config,
             stores=stored(kernel, self._signature, STORAGE),
         )

@@ -29,6 +29,13 @@ MOST_SHARED = 227 * 1024  # bytes that a program may have
 SHARED_OF_TWO = 113 * 1024  # if a multiprocessor has two, each of which takes 1 KB more
 
 
+def constants_of(own: tiled.TiledKernel) -> tuple[tuple[str, int], ...]:
+    """The sizes that a kernel is compiled for: channels, rows, and their tiles."""
+    sizes = {"K": own.dims.K, "V": own.dims.V, "C": own.chunk}
+    sizes |= {"BK": own.extents[Axis.K], "BV": own.extents[Axis.V], "NV": own.v_parts}
+    return tuple(sizes.items())
+
+
 @dataclass(frozen=True, slots=True)
 class GluonKernel:
     """A printed kernel.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..call import boundaries
 from ..packing import token_sequences
 from . import fused
 
@@ -123,7 +124,12 @@ def l2norm(x: Tensor, eps: float = L2_EPS) -> Tensor:
 
 
 def positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """The sequence of every packed token and its position there, both `[T]`, without a sync."""
+    """The sequence of every packed token and its position there, both `[T]`, without a sync.
+
+    Raises:
+        BadCuSeqlens: the boundaries are no tensor.
+    """
+    boundaries(cu_seqlens)
     t = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     sequence = token_sequences(cu_seqlens, tokens)
     return sequence, t - cu_seqlens[sequence]
@@ -271,6 +277,7 @@ class ShortConvolution(nn.Module):
             return None
         if group is None:
             return positions(cu_seqlens, x.shape[1])[1]
+        boundaries(cu_seqlens)
         bounds = cu_seqlens.to(x.device, non_blocking=True)
         position: Tensor = _halo().positions(bounds, x.shape[1], group)
         return position

@@ -1,10 +1,11 @@
 """Layers of every declaration give the same results in parallel, packed, and token by token."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
-from chunkwise.dsl import Key, State, Value, exp, library, outer
+from chunkwise.dsl import Key, State, Value, errors, exp, library, outer
 from chunkwise.dsl.declaration import Declaration
 from chunkwise.runtime.nn.attention import GlobalAttention, SlidingWindowAttention
 from chunkwise.runtime.nn.layers import RecurrentLayer
@@ -204,3 +205,10 @@ def test_a_hybrid_is_a_list() -> None:
     packed = model(text[:1], CU_SEQLENS)
     close(packed[:, 6:], model(text[:1, 6:]))
     assert model.initial_state(2)[1].position.tolist() == [0, 0]
+
+
+def test_boundaries_of_a_layer_are_a_tensor() -> None:
+    rule = Recurrence(library.delta_rule)
+    layer: Any = RecurrentLayer(rule, 16, key_dim=8, value_dim=8, heads=2)
+    with pytest.raises(errors.BadCuSeqlens, match="a list"):
+        layer(torch.randn(1, 8, 16), cu_seqlens=[0, 3, 8])
