@@ -91,6 +91,7 @@ def _log_magnitude(f: Node, sign: Node, loc: Loc | None) -> Node:
     return functools.reduce(algebra.add, logs, constant(0.0))
 
 
+@functools.lru_cache(maxsize=4096)  # a factor that is used twice is asked about once
 def _log(f: Node, loc: Loc | None) -> Node:
     """The log of a positive expression, each rule exact except the last."""
     value = algebra.number(f)

@@ -187,3 +187,14 @@ def test_expressions_that_use_their_parts_twice() -> None:
     inputs = replace(inputs, operands=small)
     got, want = engine_results(deep, inputs, "eager"), oracle_results(deep, inputs)
     assert_agree(got, want, FLOAT64_RANDOM)
+
+
+def test_decays_that_are_powers_of_powers() -> None:
+    @cw.recurrence
+    def powers(S: State, q: Key, k: Key, v: Value, g: Scalar):
+        a = sigmoid(g)
+        for _ in range(40):
+            a = a * a
+        return a * S + outer(k, v), q @ S
+
+    assert powers.declaration.normal_form().micro_steps[0].updates[0].log_decay is not None
