@@ -288,7 +288,7 @@ def _after(states: Tensor, accepted: Tensor) -> Tensor:
 def _watched() -> bool:
     """Whether somebody looks at what torch computes: a transform, a mode."""
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None
+        torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
     )

@@ -103,7 +103,7 @@ def refuse_transforms(title: str) -> None:
     Raises:
         NoTransform: one of them does.
     """
-    by_func = torch._C._functorch.peek_interpreter_stack() is not None
+    by_func = torch._C._are_functorch_transforms_active()
     if by_func or forward_ad._current_level >= 0:
         raise errors.NoTransform(
             title,

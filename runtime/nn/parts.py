@@ -29,7 +29,7 @@ def again(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
     The product itself is not computed again, since nothing in its backward needs its result. Under
     torch.func's gradients, where no hooks see what is kept, all of it is kept.
     """
-    if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return function(*inputs)
     y: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return y

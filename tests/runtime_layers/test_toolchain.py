@@ -78,6 +78,28 @@ def test_a_dynamic_graph_is_for_every_length() -> None:
     assert graphs == 1
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_block_keeps_for_its_backward(compiled: bool) -> None:
+    """Norms and SwiGLU's product are computed again, compiled too (11 units, not 16)."""
+    B, T, hidden, width = 2, 64, 64, 176
+    torch.manual_seed(0)
+    mixer = RecurrentConfig("linear_attention", 2, 16, 16, conv_size=0)
+    block = LanguageModel.from_config(ModelConfig(32, hidden, (mixer,), width=width)).blocks[0]
+    again = torch.compile(block, backend="aot_eager", fullgraph=True) if compiled else block
+    x = torch.randn(B, T, hidden, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def keep(y: Tensor) -> Tensor:
+        kept[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes() // 4
+        return y
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y):
+        again(x)
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    units = sum(n for at, n in kept.items() if at not in weights) / (B * T * hidden)
+    assert units <= 13.1, units
+
+
 def test_gradients_by_torch_func() -> None:
     """Those of each sequence by itself, of a layer with an MLP behind it."""
     block, x = hybrid().get_submodule("blocks.0"), torch.randn(3, 9, 16)
