@@ -432,7 +432,7 @@ chunk_precond_kda = adapter(
     "return_intermediate_states=False, **kwargs",
     several.preconditioned,
     "Preconditioned Kimi delta attention (Tumma, Loo, Rus 2026); q and k are normalised.",
-    _GATE,
+    f"{_GATE} use_qk_l2norm_in_kernel",
     g=_PER_KEY,
     **_PRECONDITIONED,
 )

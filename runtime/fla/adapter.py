@@ -116,8 +116,9 @@ def adapter(
         given |= kwargs
         size = given.get("chunk_size", _CHUNK)
         if size not in CHUNK_SIZES.get(name, (size,)):
-            allowed = " or ".join(map(str, CHUNK_SIZES[name]))
-            expected = f"what the peer takes: `chunk_size` must be either {allowed}"
+            sizes = CHUNK_SIZES[name]
+            allowed = "either " * (len(sizes) > 1) + " or ".join(map(str, sizes))
+            expected = f"what the peer takes: `chunk_size` must be {allowed}"
             raise errors.BadOption("chunk_size", size, expected)
         for argument, (what, why, instead) in _REFUSED.items():
             if given.get(argument):
@@ -197,7 +198,7 @@ def _with_states(name: str, means: Callable[[str, Given], R], given: Given) -> R
     each = [torch.cat(x) for x in zip(*finals, strict=True)]
     kept = torch.stack(before, 1) if before else each[0].unsqueeze(1)[:, :0]
     wanted = each if given["output_final_state"] else [None] * len(each)
-    result: Any = (torch.cat(outputs, 1), *wanted, kept)
+    result: Any = (torch.cat(outputs, 1), *wanted, kept.to(tokens["k"].dtype))
     return cast(R, result)
 
 

@@ -57,8 +57,8 @@ _ARGUMENTS = {
     "transpose_state_layout": _V_FIRST,
     "cu_seqlens": "int `[N+1]`, boundaries of N sequences packed along T; then B = 1.",
     "return_intermediate_states": "return as a last result the states before each chunk of "
-    "chunk_size tokens (64 where it is None), `[B,NT,HV,K,V]` in float32; of packed sequences the "
-    "chunks of each, one behind another.",
+    "chunk_size tokens (64 where it is None), `[B,NT,HV,K,V]` in the dtype of k; of packed "
+    "sequences the chunks of each, one behind another.",
     "cp_context": "refused unless None: `group` of the library's recurrences splits sequences.",
 }
 # what the peer takes as `chunk_size`, where it refuses other sizes

@@ -269,6 +269,10 @@ def test_preconditioned(name: str) -> None:
     o, S, A = function(**operands, **options)
     assert S is None
     assert A is None
+    if name == "chunk_precond_kda":  # an argument that comes by **kwargs
+        torch.testing.assert_close(
+            function(**operands, **options, use_qk_l2norm_in_kernel=True)[0], o, rtol=0, atol=0
+        )
     zero = {**x, "S": 0 * x["S"], "A": 0 * x["A"]}
     torch.testing.assert_close(o, preconditioned(zero, gates, norm, -0.2, options.get("x", 1.5))[0])
 
