@@ -277,12 +277,7 @@ class RecurrentLayer(nn.Module, Mixer):
 
     def _finish(self, o: Tensor, hidden: Tensor) -> Tensor:
         gate = None if self.gate is None else self.gate(hidden).view(o.shape)
-
-        def finish(o: Tensor, gate: Tensor | None) -> Tensor:
-            out: Tensor = self.output(self.norm(o, gate).flatten(-2))
-            return out
-
-        return again(finish, o, gate)
+        return again(self.output, lambda o, gate: self.norm(o, gate).flatten(-2), o, gate)
 
     def _run(
         self,

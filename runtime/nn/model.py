@@ -59,16 +59,12 @@ class SwiGLU(nn.Module):
             `[..., hidden]`.
         """
 
-        def inner(x: Tensor) -> Tensor:
-            y: Tensor = self.up(x if norm is None else norm(x))
-            return y
-
-        def outer(inner: Tensor) -> Tensor:
+        def swish(inner: Tensor) -> Tensor:
             a, b = inner.chunk(2, dim=-1)
-            y: Tensor = self.down(F.silu(a) * b)
-            return y
+            return F.silu(a) * b
 
-        return again(outer, again(inner, x))
+        inner = self.up(x) if norm is None else again(self.up, norm, x)
+        return again(self.down, swish, inner)
 
 
 class Block(nn.Module, Mixer):

@@ -22,17 +22,23 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def again(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """`function(*inputs)`; the backward keeps the inputs alone and computes the rest again.
+def again(product: Callable[[Tensor], Tensor], of: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """`product(of(*inputs))`; the backward keeps the inputs alone and computes `of` again.
 
     It is for what costs little beside reading it: norms and activations before a matrix product.
-    The product itself is not computed again, since nothing in its backward needs its result. Under
+    The product is not computed again, since nothing in its backward needs its result. Under
     torch.func's gradients, where no hooks see what is kept, all of it is kept.
     """
+
+    def both(*inputs: Any) -> Tensor:
+        return product(of(*inputs))
+
     if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        return function(*inputs)
-    y: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return y
+        return both(*inputs)
+    # a graph computes again whatever is in the marked part; eager autograd stops where it can
+    marked = of if torch.compiler.is_compiling() else both
+    y: Tensor = checkpoint(marked, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return product(y) if marked is of else y
 
 
 def wide(x: Tensor) -> Tensor:

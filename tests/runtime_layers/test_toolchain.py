@@ -80,7 +80,7 @@ def test_a_dynamic_graph_is_for_every_length() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_a_block_keeps_for_its_backward(compiled: bool) -> None:
-    """Norms and SwiGLU's product are computed again, compiled too (11 units, not 16)."""
+    """Norms and SwiGLU's product are computed again, compiled too (12 units, not 16)."""
     B, T, hidden, width = 2, 64, 64, 176
     torch.manual_seed(0)
     mixer = RecurrentConfig("linear_attention", 2, 16, 16, conv_size=0)
