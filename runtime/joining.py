@@ -7,8 +7,8 @@ which exchanges the maps of all ranks and writes the first states, and only then
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,21 @@ class Map(NamedTuple):
     factors: Factors
 
 
+@dataclass(slots=True)
+class SegmentEnds:
+    """What a forward's segments make of states, kept for the backward of the same call.
+
+    Segments are as many as fill a GPU, so that this does not grow with the tokens.
+
+    Attributes:
+        rows: of a segment.
+        tensors: by what the engine knows them by.
+    """
+
+    rows: int = 0
+    tensors: dict[Hashable, Tensor] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class Join:
     """What a run of one rank needs of the others.
@@ -38,11 +53,13 @@ class Join:
         bounds: boundaries of the rank's packed sequences.
         meet: takes the map of these sequences, and writes first states (of a backward, gradients of
             last ones) into the tensors that the run was given for them.
+        ends: of a forward empty, for its run to fill; of a backward what that has left.
     """
 
     sequences: slice
     bounds: tuple[int, ...] | None
     meet: Callable[[Map], None]
+    ends: SegmentEnds
 
 
 def composed(matrices: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ place of what is written.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +30,7 @@ from ..dsl.ir import Kind, Per
 from ..dsl.normal_form import StateDecl
 from .call import Call, bind, describe
 from .check import asked, check_contents, check_results
-from .joining import Factors, Join, Map
+from .joining import Factors, Join, Map, SegmentEnds
 from .prepared import serving_engine
 from .rank_scan import scanned
 from .ranks import agree, group_of, refuse_transforms, share_of, tokens_of
@@ -147,21 +147,22 @@ class _Parallel:
         self._count = len(self._states)
         self._leaves = any(x.leaves for x in self._shares)
         self._spanned = any(x.spans for x in self._shares)
+        self._ends: tuple[int, tuple[Hashable, ...]] = (0, ())  # of segments: rows, and names
 
     # ---- forward ---------------------------------------------------------------------------------
 
     def forward(self) -> tuple[Tensors, list[Tensor | None]]:
-        """Output and states; and what the backward needs: first states, this rank's factors."""
+        """Output and states; and what the backward needs: first states, what was made of states."""
         call, rows = self._call, self._share.rows
         starts = [
             self._own_rows(x, state) for x, state in zip(call.initial, self._states, strict=True)
         ]
-        own_factors: Factors = ()
+        kept: Factors = ()
 
         def meet(own: Map) -> None:
-            nonlocal own_factors
+            nonlocal kept
             if self._spanned and not self._serving.joins:  # which find them again
-                own_factors = own.factors
+                kept = own.factors
             for start, x in zip(starts, self._scanned(own), strict=False):
                 start[: self._share.carried].copy_(x)
 
@@ -169,9 +170,12 @@ class _Parallel:
             meet(own._replace(ends=self._moved(self._before_last(), own.factors, own.ends)))
 
         if self._leaves and self._serving.joins:
+            of_segments = SegmentEnds()
             o, *ends = self._serving.joined(
-                self._own_call(call.operands, starts), self._join(-1, meet_from_zero)
+                self._own_call(call.operands, starts), self._join(-1, meet_from_zero, of_segments)
             )
+            self._ends = of_segments.rows, tuple(of_segments.tensors)
+            kept = tuple(of_segments.tensors.values())
         else:
             if self._leaves:
                 meet(self._own_map())
@@ -179,7 +183,7 @@ class _Parallel:
         states = tuple(x if rows is None else _spread(x, rows, call.N) for x in ends)
         if self._checked:
             check_results(call, (o, *states))
-        return (o, *states), [*starts, *own_factors]
+        return (o, *states), [*starts, *kept]
 
     def _own_rows(self, x: Tensor | None, state: StateDecl) -> Tensor:
         """New states of this rank's sequences: `x` of them, or zero."""
@@ -203,13 +207,13 @@ class _Parallel:
             call.static,
         )
 
-    def _join(self, sequence: int, meet: Callable[[Map], None]) -> Join:
+    def _join(self, sequence: int, meet: Callable[[Map], None], ends: SegmentEnds) -> Join:
         """`sequence`: of a packed batch, the one that goes over a border: the first or the last."""
         boundaries = self._share.boundaries
         if boundaries is None:
-            return Join(slice(None), None, meet)
+            return Join(slice(None), None, meet, ends)
         at = sequence % (len(boundaries) - 1)
-        return Join(slice(at, at + 1), tuple(boundaries.tolist()), meet)
+        return Join(slice(at, at + 1), tuple(boundaries.tolist()), meet, ends)
 
     def _own_map(self) -> Map:
         """That of the stretch of this rank's tokens that goes on on the next; zero if none does."""
@@ -332,6 +336,7 @@ class _Parallel:
         operands: dict[str, Any] = dict(zip(call.operands, saved, strict=False))
         initial = saved[a:b]
         starts = [x for x in saved[b : b + states] if x is not None]
+        kept = saved[b + states :]
         dlast = [self._own_rows(d, state) for d, state in zip(dstates, self._states, strict=True)]
 
         def meet(mine: Tensors, factors: Factors) -> None:
@@ -345,12 +350,16 @@ class _Parallel:
 
         grads: Sequence[Tensor | None]
         if self._leaves and self._serving.joins:
+            segment, names = self._ends
+            there = {n: x for n, x in zip(names, kept, strict=True) if x is not None}
             grads = self._serving.joined(
-                self._own_call(operands, starts), self._join(0, meet_from_zero), (do, *dlast)
+                self._own_call(operands, starts),
+                self._join(0, meet_from_zero, SegmentEnds(segment, there)),
+                (do, *dlast),
             )
         else:
             if self._leaves:
-                meet(self._before_first(operands, starts, do, dlast), tuple(saved[b + states :]))
+                meet(self._before_first(operands, starts, do, dlast), tuple(kept))
             grads = self._differentiate(operands, starts, do, dlast, share.boundaries)
         own: list[Tensor | None] = [*grads[:a]]
         for n, x in enumerate(initial):

@@ -2,7 +2,8 @@
 
 Kernels that scan segments of sequences compute what each segment makes of a state before any scan
 starts from a state (codegen/segments.py). Composed, these maps are the map of the rank's part. So
-ranks meet between two kernels, and no kernel runs twice.
+ranks meet between two kernels, and no kernel runs twice. A backward computes the states again from
+the maps that its forward left, so that kernels for those are left out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..engine import Task
 from ..joining import Join, Map, composed, faded
 from ..prepared import Values, Way
 from .launch import Launch
-from .launch_plan import LoadedKernel
+from .launch_plan import LaunchPlan, LoadedKernel, plan_launches
 
 
 class JoinedLaunch(Launch):
@@ -29,7 +30,12 @@ class JoinedLaunch(Launch):
     def __init__(
         self, task: Task, kernels: tuple[LoadedKernel, ...], chunk: int, segment: int
     ) -> None:
-        super().__init__(task, tuple(map(_without_scratch, kernels)), chunk, segment)
+        kernels = tuple(map(_without_scratch, kernels))
+        of_maps = [k.kernel.stores for k in kernels if _stores_maps(k)]
+        # of states, not of gradients: what forward and backward both compute
+        self._kept = tuple(b for x in of_maps for b in x if not b.name.startswith(GRADIENT))
+        super().__init__(task, kernels, chunk, segment, self._kept)
+        self._letters = {b.name: b.shape[2:] for x in of_maps for b in x}
         self._reverse = task.way is Way.BACKWARD
         prefix = GRADIENT if self._reverse else ""
         form = task.call.form
@@ -38,28 +44,53 @@ class JoinedLaunch(Launch):
         assert transitions is not None
         found = {c.name: p for c, p in zip(carried, transitions, strict=True)}
         self._states = [(prefix + s.name, found[s.name]) for s in task.call.step.states]
+        self._rows = len(form.micro_steps)
+        self._halves = self._cut(self.plan, kernels, 0)
+        names = {b.name for b in self._kept}
+        rest = tuple(k for k in kernels if not (_stores_maps(k) and _stored(k) <= names))
+        short = plan_launches(rest, self._layout, self._kept)
+        self._halves_after_forward = self._cut(short, rest, len(self._kept))
+
+    def _cut(
+        self, plan: LaunchPlan, kernels: tuple[LoadedKernel, ...], there: int
+    ) -> tuple[LaunchPlan, LaunchPlan]:
+        """The launches before ranks meet and behind; `there`: how many buffers are given."""
         starts = {("initial", name) for name, _ in self._states}
         first = next(
             n for n, k in enumerate(kernels) if starts.intersection(k.kernel.sources.values())
         )
-        self._letters = {b.name: b.shape[2:] for k in kernels[:first] for b in k.kernel.stores}
-        self._rows = len(form.micro_steps)
-        plan, new = self.plan, range(min(self.plan.results.values()), 1 << 30)
-        self._before = replace(plan, launches=plan.launches[:first])
-        self._behind = replace(
+        new = range(min(plan.results.values()), 1 << 30)
+        before = replace(
+            plan,
+            launches=plan.launches[:first],
+            pointed=(*plan.pointed, *new[:there]),
+            new=plan.new[there:],
+            makers=plan.makers[there:],
+        )
+        behind = replace(
             plan,
             launches=plan.launches[first:],
             pointed=(*plan.pointed, *new[: len(plan.new)]),
             new=(),
             makers=(),
         )
+        return before, behind
 
     def run(self, tensors: list[Any], values: Values) -> None:
         """As `Launch.run`, with a meeting of the ranks."""
         join: Join = values[-1]
-        self._before.run(tensors)
+        ends, rows = join.ends, self._layout.chunk * self._layout.segment
+        halves = self._halves
+        if self._reverse and ends.rows == rows and ends.tensors.keys() == {*self._kept}:
+            tensors += (ends.tensors[b] for b in self._kept)
+            halves = self._halves_after_forward
+        before, behind = halves
+        before.run(tensors)
         join.meet(self._map(tensors, join))
-        self._behind.run(tensors)
+        behind.run(tensors)
+        if not self._reverse:
+            ends.rows = rows
+            ends.tensors = {b: tensors[self.plan.results[b.name]] for b in self._kept}
 
     def _map(self, tensors: list[Any], join: Join) -> Map:
         """What the rank's part makes of states, composed of what its segments do."""
@@ -102,6 +133,18 @@ class JoinedLaunch(Launch):
         at = range(len(counts))[join.sequences]
         assert len(at) == 1, "of packed sequences one goes over a border"
         return sum(counts[: at[0]]), counts[at[0]], 1
+
+
+def _stored(loaded: LoadedKernel) -> set[str]:
+    """The names of the buffers that a kernel stores."""
+    return {b.name for b in loaded.kernel.stores}
+
+
+def _stores_maps(loaded: LoadedKernel) -> bool:
+    """Whether a kernel stores what segments make of states, and nothing else."""
+    suffix = str(BufferId(BufferKind.SEGMENT_END, ""))
+    names = _stored(loaded)
+    return bool(names) and all(n.endswith(suffix) for n in names)
 
 
 def _without_scratch(loaded: LoadedKernel) -> LoadedKernel:
