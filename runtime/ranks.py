@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -21,7 +21,7 @@ from .call import Call
 
 _TEXT = 320  # bytes of what a rank says of its call
 _SIZES = ("B", "H", "HV", "K", "V", "micro", "N")
-_ALIKE = (*_SIZES, "cu_seqlens (a checksum)")
+_NUMBERS = 12  # of what a rank says: those of `_SIZES`, and a few
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,30 +123,49 @@ def agree(
     Raises:
         RankMismatch: another rank's call was refused, or is of another kind.
     """
-    bounds = None if call is None or call.cu_seqlens is None else call.cu_seqlens.tolist()
-    if call is None or refused is not None:
-        numbers, text = [0] * (2 + len(_ALIKE)), f"{type(refused).__name__}: {refused}"
-    else:
-        checksum = 0 if bounds is None else zlib.crc32(repr(bounds).encode())
-        numbers = [1, call.T, *(getattr(call, n) for n in _SIZES), checksum]
-        dtypes = ", ".join(f"{n} {str(x.dtype)[6:]}" for n, x in call.operands.items())
-        given = {**call.params, **dict(call.static)}
-        text = f"{call.declaration.name} of {dtypes}, {given}"
-    said = list(text.encode()[:_TEXT].ljust(_TEXT))
-    rows = told([*numbers, *said], group)
-    texts = [bytes(row[len(numbers) :]).decode(errors="ignore").rstrip() for row in rows]
+    if call is None:
+        return compared(group, "", 0, {}, None, refused), None
+    dtypes = ", ".join(f"{n} {str(x.dtype)[6:]}" for n, x in call.operands.items())
+    text = f"{call.declaration.name} of {dtypes}, { ({**call.params, **dict(call.static)}) }"
+    sizes = {n: getattr(call, n) for n in _SIZES}
+    tokens = compared(group, text, call.T, sizes, call.cu_seqlens, refused)
+    return tokens, None if call.cu_seqlens is None else call.cu_seqlens.tolist()
+
+
+def compared(
+    group: dist.ProcessGroup,
+    text: str,
+    tokens: int,
+    sizes: Mapping[str, int],
+    cu_seqlens: Tensor | None = None,
+    refused: Exception | None = None,
+) -> list[int]:
+    """How many `tokens` each rank has, of calls that are else alike: in text, sizes, boundaries.
+
+    Raises:
+        RankMismatch: another rank's call was refused, or is of another kind.
+    """
+    bounds = None if cu_seqlens is None or refused else cu_seqlens.tolist()
+    checksum = 0 if bounds is None else zlib.crc32(repr(bounds).encode())
+    alike = {**sizes, "cu_seqlens (a checksum)": checksum}
+    numbers = [refused is None, tokens, *alike.values()]
+    said = text if refused is None else f"{type(refused).__name__}: {refused}"
+    letters = list(said.encode()[:_TEXT].ljust(_TEXT))
+    rows = told([*letters, *numbers, *[0] * (_NUMBERS - len(numbers))], group)
+    texts = [bytes(row[:_TEXT]).decode(errors="ignore").rstrip() for row in rows]
+    found = [row[_TEXT:] for row in rows]
     if refused is not None:
         raise refused
-    for rank, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        if not row[0]:
+    for rank, ((served, *_), text) in enumerate(zip(found, texts, strict=True)):
+        if not served:
             raise errors.RankMismatch(rank, "its call", f"refused ({text})", "like this rank's")
-    for rank, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        for name, got, expected in zip(_ALIKE, row[2:], rows[0][2:], strict=False):  # then text
-            if got != expected:
-                raise errors.RankMismatch(rank, name, str(got), f"{expected} as on rank 0")
+    for rank, (row, text) in enumerate(zip(found, texts, strict=True)):
         if text != texts[0]:
             raise errors.RankMismatch(rank, "its call", text, f"{texts[0]} as on rank 0")
-    return [row[1] for row in rows], bounds
+        for name, got, expected in zip(alike, row[2:], found[0][2:], strict=False):
+            if got != expected:
+                raise errors.RankMismatch(rank, name, str(got), f"{expected} as on rank 0")
+    return [row[1] for row in found]
 
 
 def told(own: list[int], group: dist.ProcessGroup) -> list[list[int]]:

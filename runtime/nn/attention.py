@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import Mixer, last_tokens, positions, wide
+from .parts import Mixer, across_ranks, last_tokens, positions, wide
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,39 +83,67 @@ class Attention(nn.Module, Mixer):
         y: Tensor = self.output(o.transpose(1, 2).flatten(-2))
         return y
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        group: ProcessGroup | DeviceMesh | None = None,
+    ) -> Tensor:
         """The outputs of whole sequences.
 
         Args:
             x: `[B, T, hidden]`.
             cu_seqlens: int `[N + 1]`, boundaries of N packed sequences, which are independent; then
                 B = 1.
+            group: the ranks over which the tokens are split in order, as of a call of an op; then
+                x has this rank's tokens, and `cu_seqlens` counts those of all. Keys and values of
+                the tokens before them, as far as they are seen, are gathered on every rank.
 
         Returns:
             `[B, T, hidden]`.
         """
-        return self._attend(x, cu_seqlens)[0]
+        return self._attend(x, cu_seqlens, group)[0]
 
-    def _attend(self, x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _attend(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None,
+        group: ProcessGroup | DeviceMesh | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The outputs, and the keys and values of all tokens, `[B, H, T, D]`."""
-        tokens = x.shape[1]
-        sequence, position = None, torch.arange(tokens, dtype=torch.int64, device=x.device)
-        if cu_seqlens is not None:
+        tokens, before, counts = x.shape[1], 0, ()
+        if group is not None:
+            halo = across_ranks()
+            counts = halo.counted(x, "attention", cu_seqlens, group)
+            before = halo.before(counts, group)
+        sequence = None
+        position = torch.arange(before, before + tokens, dtype=torch.int64, device=x.device)
+        if cu_seqlens is not None and group is None:
             sequence, position = positions(cu_seqlens, tokens)
+        elif cu_seqlens is not None:
+            sequence, position = halo.sequences(cu_seqlens.to(x.device), counts, group)
+            position = position[before:]
         q, k, v = self._qkv(x, position)
-        # tokens of an exported program, whose number is a symbol, are not cut into blocks
-        symbolic = isinstance(tokens, torch.SymInt)
-        if self.window is not None and not symbolic and self.window < tokens:
-            return self._join(_windowed(q, k, v, self.window, sequence)), k, v
-        if sequence is None and (self.window is None or not symbolic):
-            return self._join(F.scaled_dot_product_attention(q, k, v, is_causal=True)), k, v
-        back = position[:, None] - position
-        mask = back >= 0
-        if self.window is not None:
-            mask = mask & (back < self.window)
-        if sequence is not None:
-            mask = mask & (sequence[:, None] == sequence)
-        return self._join(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)), k, v
+        if group is not None:
+            if self.window is not None:
+                before = min(before, self.window - 1)
+            k, v = self._with_before(k, v, before, counts, group)
+            sequence = None if sequence is None else sequence[-before - tokens :]
+        return self._join(_mixed(q, k, v, before, self.window, sequence)), k, v
+
+    def _with_before(
+        self, k: Tensor, v: Tensor, before: int, counts: tuple[int, ...], group: object
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values behind those of the tokens before this rank's that it sees."""
+        halo, tokens = across_ranks(), k.shape[2]
+        both = torch.cat((k, v), 1).transpose(1, 2)  # [B, T, 2 H, D]
+        flat = both.flatten(2)
+        if self.window is None:
+            flat = halo.with_all_before(flat, counts, group)
+        else:
+            flat = halo.with_halo(flat, self.window - 1, group)[:, -before - tokens :]
+        k, v = flat.unflatten(2, both.shape[2:]).transpose(1, 2).chunk(2, 1)
+        return k, v
 
     def prefill(self, x: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, AttentionState]:
         y, k, v = self._attend(x, cu_seqlens)
@@ -163,6 +196,33 @@ class SlidingWindowAttention(Attention):
 
     def __init__(self, hidden: int, heads: int, window: int) -> None:
         super().__init__(hidden, heads, window)
+
+
+def _mixed(
+    q: Tensor, k: Tensor, v: Tensor, before: int, window: int | None, sequence: Tensor | None
+) -> Tensor:
+    """Causal attention of `[B, H, T, D]` to `[B, H, before + T, D]`, the `sequence` of each key."""
+    tokens = q.shape[2]
+    # tokens of an exported program, whose number is a symbol, are not cut into blocks
+    symbolic = isinstance(tokens, torch.SymInt)
+    if window is not None and not symbolic and window < tokens:
+        return _windowed(F.pad(q, (0, 0, before, 0)), k, v, window, sequence)[:, :, before:]
+    if sequence is None and (window is None or (not symbolic and not before)):
+        if before:
+            # whose import takes seconds
+            from torch.nn.attention.bias import causal_lower_right
+
+            bias = causal_lower_right(tokens, before + tokens)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    column = torch.arange(before + tokens, dtype=torch.int64, device=q.device)
+    back = column[before:, None] - column
+    mask = back >= 0
+    if window is not None:
+        mask = mask & (back < window)
+    if sequence is not None:
+        mask = mask & (sequence[before:, None] == sequence)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, sequence: Tensor | None) -> Tensor:

@@ -1,4 +1,7 @@
-"""What a short convolution needs of other ranks, where tokens are split over them: a few before."""
+"""What layers need of other ranks, where tokens are split over them: tokens before their own.
+
+A short convolution and attention in a window need a few (their halo), other attention all.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,38 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..packing import token_sequences
 from ..rank_scan import swap
-from ..ranks import group_of, refuse_transforms, told
+from ..ranks import compared, group_of, refuse_transforms
+
+
+def counted(x: Tensor, title: str, cu_seqlens: Tensor | None, group: object) -> tuple[int, ...]:
+    """How many tokens each rank has.
+
+    Args:
+        x: this rank's tokens, `[B, T, channels]`; B and channels are those of every rank.
+        title: what calls.
+        cu_seqlens: boundaries of packed sequences in the tokens of all ranks.
+        group: the ranks, in the order of their tokens.
+
+    Raises:
+        NoTransform: torch.func or forward mode looks on.
+        RankMismatch: on every rank, if those of another rank are of another kind.
+    """
+    ranks = group_of(group)
+    refuse_transforms(title)
+    sizes = {"B": x.shape[0], "channels": x.shape[2]}
+    text = f"{title} of {str(x.dtype)[6:]}"
+    return tuple(compared(ranks, text, x.shape[1], sizes, cu_seqlens))
+
+
+def before(counts: tuple[int, ...], group: object) -> int:
+    """How many tokens lie on the ranks before this one."""
+    return sum(counts[: dist.get_rank(group_of(group))])
 
 
 def with_halo(x: Tensor, count: int, group: object) -> Tensor:
@@ -24,25 +53,58 @@ def with_halo(x: Tensor, count: int, group: object) -> Tensor:
         x: this rank's tokens, `[B, T, channels]`.
         count: how many before.
         group: the ranks, in the order of their tokens.
-
-    Raises:
-        NoTransform: torch.func or forward mode looks on.
     """
-    refuse_transforms("a short convolution")
+    if not count:
+        return x
     made: Tensor = _Halo.apply(x, count, group_of(group))  # type: ignore[no-untyped-call]
     return made
 
 
-def positions(cu_seqlens: Tensor, tokens: int, group: object) -> Tensor:
-    """The position in its packed sequence of each of this rank's tokens, `[T]`.
+def with_all_before(x: Tensor, counts: tuple[int, ...], group: object) -> Tensor:
+    """`[B, tokens, channels]`: all tokens of the ranks before this one, and this rank's.
 
-    `cu_seqlens` are boundaries in the tokens of all ranks.
+    Every rank has to reach the backward.
+
+    Args:
+        x: this rank's tokens, `[B, T, channels]`.
+        counts: how many each rank has.
+        group: the ranks, in the order of their tokens.
     """
+    made: Tensor = _Before.apply(x, counts, group_of(group))  # type: ignore[no-untyped-call]
+    return made
+
+
+def sequences(cu_seqlens: Tensor, counts: tuple[int, ...], group: object) -> tuple[Tensor, Tensor]:
+    """The packed sequence of all tokens up to this rank's last, and their positions there."""
     ranks = group_of(group)
-    counts = [count for (count,) in told([tokens], ranks)]
-    begin = sum(counts[: dist.get_rank(ranks)])
-    t = torch.arange(begin, begin + tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    return t - cu_seqlens[token_sequences(cu_seqlens, sum(counts))[begin : begin + tokens]]
+    end = sum(counts[: dist.get_rank(ranks) + 1])
+    t = torch.arange(end, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    sequence = token_sequences(cu_seqlens, sum(counts))[:end]
+    return sequence, t - cu_seqlens[sequence]
+
+
+class _Before(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
+        ctx.counts, ctx.group = counts, group
+        rank, (B, T, channels) = dist.get_rank(group), x.shape
+        mine = F.pad(x, (0, 0, 0, max(counts) - T)).contiguous()
+        every = x.new_empty(len(counts) * B, max(counts), channels)
+        dist.all_gather_into_tensor(every, mine, group)
+        parts = every.view(len(counts), *mine.shape)
+        return torch.cat([parts[n, :, : counts[n]] for n in range(rank + 1)], 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dmade: Tensor) -> tuple[Tensor, None, None]:
+        counts, group = ctx.counts, ctx.group
+        rank, (B, _, channels) = dist.get_rank(group), dmade.shape
+        every = dmade.new_zeros(len(counts), B, max(counts), channels)
+        for n, part in enumerate(dmade.split(counts[: rank + 1], 1)):
+            every[n, :, : counts[n]] = part
+        mine = torch.empty_like(every[0])
+        dist.reduce_scatter_tensor(mine, every.flatten(0, 1), group=group)
+        return mine[:, : counts[rank]], None, None
 
 
 class _Halo(torch.autograd.Function):

@@ -284,7 +284,7 @@ class LanguageModel(nn.Module):
             cu_seqlens: int `[N + 1]`, boundaries of N packed sequences; then B = 1.
             targets: the tokens that follow, int64 `[B, T]`, -100 where there is no loss.
             group: the ranks over which the tokens are split in order; then `tokens` and `targets`
-                are this rank's, and `cu_seqlens` counts those of all. For models without attention.
+                are this rank's, and `cu_seqlens` counts those of all.
 
         Returns:
             `[B, T, vocabulary]`; with `targets`, the mean cross entropy `[]` (of this rank's

@@ -268,25 +268,17 @@ class ShortConvolution(nn.Module):
         self, x: Tensor, cu_seqlens: Tensor | None, group: ProcessGroup | DeviceMesh | None
     ) -> tuple[Tensor, Tensor | None, int]:
         """`x` behind the tokens before it on other ranks, their positions, and how many."""
-        position = self._position(x, cu_seqlens, group)
+        if cu_seqlens is not None:
+            boundaries(cu_seqlens)
         if group is None:
-            return x, position, 0
-        before = self.size - 1
-        position = None if position is None else F.pad(position, (before, 0))
-        return _halo().with_halo(x, before, group), position, before
-
-    def _position(
-        self, x: Tensor, cu_seqlens: Tensor | None, group: ProcessGroup | DeviceMesh | None
-    ) -> Tensor | None:
-        """The position of each token in its packed sequence."""
-        if cu_seqlens is None:
-            return None
-        if group is None:
-            return positions(cu_seqlens, x.shape[1])[1]
-        boundaries(cu_seqlens)
-        bounds = cu_seqlens.to(x.device, non_blocking=True)
-        position: Tensor = _halo().positions(bounds, x.shape[1], group)
-        return position
+            return x, None if cu_seqlens is None else positions(cu_seqlens, x.shape[1])[1], 0
+        before, position, halo = self.size - 1, None, across_ranks()
+        counts = halo.counted(x, "a short convolution", cu_seqlens, group)
+        if cu_seqlens is not None:
+            bounds = cu_seqlens.to(x.device, non_blocking=True)
+            position = halo.sequences(bounds, counts, group)[1][-x.shape[1] :]
+            position = F.pad(position, (before, 0))
+        return halo.with_halo(x, before, group), position, before
 
     def last(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """The cache after some tokens, from which `step` continues.
@@ -315,7 +307,7 @@ class ShortConvolution(nn.Module):
         return (window * self.weight.to(x.dtype).flip(0)).sum(1), window[:, 1:]
 
 
-def _halo() -> Any:
+def across_ranks() -> Any:
     from . import halo  # imports torch.distributed
 
     return halo

@@ -13,7 +13,14 @@ import chunkwise as cw
 import torch
 import torch.distributed as dist
 from chunkwise.dsl.ir import Per
-from chunkwise.nn import LanguageModel, ModelConfig, RecurrentConfig, ShortConvolution
+from chunkwise.nn import (
+    Attention,
+    AttentionConfig,
+    LanguageModel,
+    ModelConfig,
+    RecurrentConfig,
+    ShortConvolution,
+)
 from chunkwise.runtime import rank_scan
 from chunkwise.runtime.call import Call
 from chunkwise.runtime.triton import engine as triton_engine
@@ -89,6 +96,7 @@ def mistakes() -> dict[str, str]:
         "transform of a convolution": lambda: torch.func.grad(
             lambda x: ShortConvolution(3, 2)(x, group=dist.group.WORLD).sum()
         )(torch.randn(1, 6, 3)),
+        "layers": lambda: Attention(4, 2)(torch.randn(1 + rank, 6, 4), group=dist.group.WORLD),
         "no group": lambda: op(**given(), group="gloo"),
         "mesh": lambda: op(
             **given(), group=dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
@@ -294,10 +302,15 @@ def _layouts(line: DeviceMesh) -> dict[str, float]:
 
 
 def models(parts: list[int], lengths: tuple[int, ...] | None) -> dict[str, float]:
-    """A model with short convolutions over tokens of several ranks, against one process."""
+    """A hybrid over tokens of several ranks, against one process."""
     torch.manual_seed(0)
-    mixer = RecurrentConfig("gated_delta_rule", 2, 4, 4)
-    model = LanguageModel.from_config(ModelConfig(11, 8, (mixer, mixer)))
+    mixers = (
+        RecurrentConfig("gated_delta_rule", 2, 4, 4),
+        AttentionConfig(2),
+        AttentionConfig(2, window=3),
+        AttentionConfig(2, window=40),
+    )
+    model = LanguageModel.from_config(ModelConfig(11, 8, mixers))
     tokens = torch.randint(11, (1 if lengths else 2, sum(parts)))
     bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
     want = model(tokens, bounds)

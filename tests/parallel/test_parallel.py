@@ -117,6 +117,7 @@ MISTAKES = {
     "mixed states": "NotLowered: momentum_delta on several ranks",
     "transform": "NoTransform: delta_rule was called under torch.func or forward mode",
     "transform of a convolution": "NoTransform: a short convolution was called under torch.func",
+    "layers": "RankMismatch: on rank 1 B is 2, expected 1 as on rank 0",
     "no group": "BadOption: option 'group' is 'gloo', expected a process group",
     "mesh": "BadOption: option 'group' is 'a mesh of shape (1, 2)', expected a process group, or a "
     "mesh of one axis: mesh['cp']",
