@@ -25,7 +25,7 @@ from .losses import linear_cross_entropy, linear_token_losses
 from .model import Block, LanguageModel, SwiGLU
 from .parts import Mixer, RMSNorm, ShortConvolution
 from .roles import OperandRole, default_roles
-from .training import parameter_groups
+from .training import parameter_groups, tensor_parallel
 
 __all__ = [
     "Attention",
@@ -57,5 +57,6 @@ __all__ = [
     "recall_split",
     "relative_perplexities",
     "sample",
+    "tensor_parallel",
     "token_losses",
 ]

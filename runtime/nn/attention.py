@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import Mixer, across_ranks, last_tokens, positions, wide
+from .parts import Mixer, Split, across_ranks, last_tokens, multiple, positions, wide
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -68,9 +68,20 @@ class Attention(nn.Module, Mixer):
             raise ValueError(f"hidden must be a multiple of 2 * heads: got {hidden} and {heads}")
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1: got {window}")
-        self.heads, self.window = heads, window
+        self.heads, self.window, self.channels = heads, window, hidden // heads
         self.project = nn.Linear(hidden, 3 * hidden, bias=False)
         self.output = nn.Linear(hidden, hidden, bias=False)
+
+    def split(self, ranks: int) -> dict[str, Split | None]:
+        """Keep the heads of one of `ranks` alone: how its parameters are split (tensor_parallel).
+
+        Raises:
+            ValueError: the heads are not a multiple of `ranks`.
+        """
+        multiple(ranks, heads=self.heads)
+        parts = (self.heads * self.channels,) * 3
+        self.heads //= ranks
+        return {"project.weight": Split(0, parts), "output.weight": Split(1)}
 
     def _qkv(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (
@@ -158,7 +169,8 @@ class Attention(nn.Module, Mixer):
 
     def initial_state(self, batch: int) -> AttentionState:
         weight = self.project.weight
-        empty = weight.new_zeros(batch, self.heads, 0, weight.shape[1] // self.heads)
+        shape = batch, self.heads, 0, self.channels
+        empty = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         start = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         return AttentionState(empty, empty, start)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...dsl import oracle
 from ...dsl.ir import Kind, Node, Op, topological
-from .parts import wide
+from .parts import own, wide
 
 _WIDEST, _POINTS, _ROUNDS = 20.0, 201, 5  # of the search for a start: where, and how closely
 
@@ -37,9 +37,10 @@ class LogDecay(nn.Module):
         self.bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
 
     def forward(self, x: Tensor) -> Tensor:
+        bias = own(self.bias, x)
         if self.floor is not None:
-            return self.floor * torch.sigmoid(wide(x) + self.bias)
-        return -self.log_rate.exp() * F.softplus(wide(x) + self.bias)
+            return self.floor * torch.sigmoid(wide(x) + bias)
+        return -own(self.log_rate, x).exp() * F.softplus(wide(x) + bias)
 
 
 def of_heads(heads: int) -> Tensor:

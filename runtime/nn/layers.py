@@ -25,7 +25,19 @@ from ...dsl.turns import log_decays
 from ..inputs import usual_params
 from . import decays, fused
 from .explanation import explain
-from .parts import Mixer, RMSNorm, ShortConvolution, again, l2norm, last_tokens, wide
+from .parts import (
+    Mixer,
+    RMSNorm,
+    ShortConvolution,
+    Split,
+    again,
+    l2norm,
+    last_tokens,
+    multiple,
+    own,
+    shared,
+    wide,
+)
 from .roles import FEATURES, OperandRole, own_decays, roles_of
 
 if TYPE_CHECKING:
@@ -131,19 +143,14 @@ class RecurrentLayer(nn.Module, Mixer):
         tokens = [x for x in self.operands if x.per is Per.TOKEN]
         self.features = [x for x in tokens if self.roles[x.name] in FEATURES]
         self.others = [x for x in tokens if self.roles[x.name] not in FEATURES]
-        self.feature_sizes = [math.prod(self._shape(x)) for x in self.features]
-        self.other_sizes = [math.prod(self._shape(x)) for x in self.others]
+        self._measure()
         self.project = nn.Linear(hidden, sum(self.feature_sizes), bias=False)
         self.control = nn.Linear(hidden, sum(self.other_sizes), bias=False) if self.others else None
         self.alike = all(self.roles[x.name] is OperandRole.FEATURE for x in self.features)
-        spans = [
-            (channels, x.name in self.normalise)
-            for x in self.features
-            for *heads, channels in [self._shape(x)]
-            for _ in range(math.prod(heads))
-        ]
         self.convolve = (
-            ShortConvolution(sum(self.feature_sizes), conv_size, spans) if conv_size > 1 else None
+            ShortConvolution(sum(self.feature_sizes), conv_size, self._spans())
+            if conv_size > 1
+            else None
         )
         logs = [x for x in self.others if self.roles[x.name] is OperandRole.LOG_DECAY]
         self.decays = nn.ModuleDict(
@@ -166,6 +173,50 @@ class RecurrentLayer(nn.Module, Mixer):
         width = self.value_heads * channels
         self.gate = nn.Linear(hidden, width, bias=False) if gated else None
         self.output = nn.Linear(width, hidden, bias=False)
+
+    def _measure(self) -> None:
+        self.feature_sizes = [math.prod(self._shape(x)) for x in self.features]
+        self.other_sizes = [math.prod(self._shape(x)) for x in self.others]
+
+    def _spans(self) -> list[tuple[int, bool]]:
+        """The channels of each head of each feature, and whether they are scaled to length 1."""
+        return [
+            (width, x.name in self.normalise)
+            for x in self.features
+            for *lead, width in [self._shape(x)]
+            for _ in range(math.prod(lead))
+        ]
+
+    def split(self, ranks: int) -> dict[str, Split | None]:
+        """Keep the heads of one of `ranks` alone: how its parameters are split (tensor_parallel).
+
+        Returns:
+            By the path of each parameter, how ranks split it; None: every rank has all.
+
+        Raises:
+            ValueError: the heads or value heads are not a multiple of `ranks`.
+        """
+        heads, value_heads = self.heads, self.value_heads
+        multiple(ranks, heads=heads, value_heads=value_heads)
+
+        def parts(operands: list[Operand]) -> tuple[int, ...]:
+            counts = [(x, self.micro_steps if x.micro else 1) for x in operands]
+            return tuple(
+                math.prod(self._shape(x)) // count for x, count in counts for _ in range(count)
+            )
+
+        found: dict[str, Split | None] = {n: Split(0) for n, _ in self.named_parameters()}
+        features = parts(self.features)
+        found |= {"project.weight": Split(0, features), "norm.weight": None}
+        found |= {"output.weight": Split(1)}
+        if self.control is not None:
+            found["control.weight"] = Split(0, parts(self.others))
+        self.heads, self.value_heads = heads // ranks, value_heads // ranks
+        self._measure()
+        if self.convolve is not None:
+            found["convolve.weight"] = Split(1, features)
+            self.convolve.set_spans(self._spans(), self.convolve.spans.device)
+        return found
 
     def explain(self) -> str:
         """A page on what the layer does to each operand.
@@ -257,7 +308,10 @@ class RecurrentLayer(nn.Module, Mixer):
                 for x, part in zip(self.others, parts, strict=True)
             }
             made |= {x.name: self._control(x, controls[x.name], made) for x in self.others}
-        made |= {name: self.found.range_of(name).of(p) for name, p in self.per_head.items()}
+        made |= {
+            name: self.found.range_of(name).of(own(p, projected))
+            for name, p in self.per_head.items()
+        }
         return [made[x.name] for x in self.operands]
 
     def _control(self, x: Operand, y: Tensor, features: Mapping[str, Tensor]) -> Tensor:
@@ -272,7 +326,7 @@ class RecurrentLayer(nn.Module, Mixer):
             decay: Tensor = self.decays[x.name](y)
             return decay[..., 0] if x.kind is Kind.SCALAR else decay
         if x.name in self.biases:
-            y = wide(y) + self.biases[x.name]
+            y = wide(y) + own(self.biases[x.name], y)
         return y if role is OperandRole.RAW else self.found.range_of(x.name).of(wide(y))
 
     def _finish(self, o: Tensor, hidden: Tensor) -> Tensor:
@@ -286,6 +340,7 @@ class RecurrentLayer(nn.Module, Mixer):
         final: bool,
         group: ProcessGroup | DeviceMesh | None = None,
     ) -> tuple[Tensor, Tensor, States | None]:
+        x = shared(x, self.project.weight)
         features = projected = self.project(x)
         fuses = self.convolve is not None and self.alike and fused.serves(projected)
         if self.convolve is not None:
@@ -332,9 +387,12 @@ class RecurrentLayer(nn.Module, Mixer):
 
     def initial_state(self, batch: int) -> LayerState:
         weight = self.project.weight
-        return LayerState(self._cache(weight.new_zeros(batch, 0, weight.shape[0])), None)
+        shape = batch, 0, sum(self.feature_sizes)
+        none = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        return LayerState(self._cache(none), None)
 
     def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        x = shared(x, self.project.weight)
         features, cache = self.project(x), state.convolution
         if self.convolve is not None:
             features, cache = self.convolve.step(features, cache)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from . import generation, training
 from .config import ModelConfig, mixer
 from .losses import linear_cross_entropy, linear_token_losses
-from .parts import Mixer, RMSNorm, again
+from .parts import Mixer, RMSNorm, Split, again, multiple
 from .weights import read_weights, write_weights
 
 if TYPE_CHECKING:
@@ -47,6 +47,16 @@ class SwiGLU(nn.Module):
             `[..., hidden]`.
         """
         return self.after(None, x)
+
+    def split(self, ranks: int) -> dict[str, Split | None]:
+        """How so many ranks split the parameters by inner channels.
+
+        Raises:
+            ValueError: these are not a multiple of `ranks`.
+        """
+        width = self.down.in_features
+        multiple(ranks, width=width)
+        return {"up.weight": Split(0, (width, width)), "down.weight": Split(1)}
 
     def after(self, norm: RMSNorm | None, x: Tensor) -> Tensor:
         """`forward(norm(x))`, of which the backward keeps x and the product with W1 and W2.

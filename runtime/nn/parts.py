@@ -6,7 +6,7 @@ On a GPU they are one kernel each (`fused`); what is written here in torch is th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,50 @@ def again(product: Callable[[Tensor], Tensor], of: Callable[..., Tensor], *input
 def wide(x: Tensor) -> Tensor:
     """`x` in float32, or unchanged in float64: norms and gates are not computed in less."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+class Split(NamedTuple):
+    """How ranks split a parameter along `axis`: each of its `parts`, or the axis as a whole.
+
+    `parts`: sizes of consecutive parts, which together are the axis.
+    """
+
+    axis: int
+    parts: tuple[int, ...] = ()
+
+
+def multiple(ranks: int, **sizes: int) -> None:
+    """Refuse sizes that so many ranks do not share alike.
+
+    Raises:
+        ValueError: one is not a multiple of `ranks`.
+    """
+    for name, size in sizes.items():
+        if size % ranks:
+            raise ValueError(f"{name} is {size}, expected a multiple of the {ranks} ranks")
+
+
+def own(parameter: Tensor, x: Tensor) -> Tensor:
+    """A parameter for `x`: of a DTensor this rank's part, if x is this rank's too."""
+    if not hasattr(parameter, "to_local") or hasattr(x, "to_local"):
+        return parameter
+    from torch.distributed.tensor import DTensor, Partial
+
+    assert isinstance(parameter, DTensor)
+    # what all ranks have has a part of its gradient on each
+    places = [Partial() if p.is_replicate() else p for p in parameter.placements]
+    part: Tensor = parameter.to_local(grad_placements=places)
+    return part
+
+
+def shared(x: Tensor, weight: Tensor) -> Tensor:
+    """`x`, which all ranks have, for several products with split weights: of one gradient."""
+    if not hasattr(weight, "to_local") or hasattr(x, "to_local"):
+        return x
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(weight, DTensor)
+    return DTensor.from_local(x, weight.device_mesh, [Replicate()], run_check=False)
 
 
 class Mixer(Protocol):
@@ -111,12 +155,13 @@ class RMSNorm(nn.Module):
         Returns:
             `[..., size]` in x's dtype.
         """
+        weight = own(self.weight, x)
         # a compiler joins a norm without a gate to what is beside it
         if fused.serves(x) and not (gate is None and torch.compiler.is_compiling()):
-            normed: Tensor = fused.rms_norm(x, self.weight, gate, self.eps)
+            normed: Tensor = fused.rms_norm(x, weight, gate, self.eps)
             return normed
         y = wide(x)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * wide(self.weight)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * wide(weight)
         return (y if gate is None else y * F.silu(wide(gate))).to(x.dtype)
 
 
@@ -203,12 +248,21 @@ class ShortConvolution(nn.Module):
     ) -> None:
         super().__init__()
         self.size = size
-        table = fused.span_table(spans or [(channels, False)])
-        self.widest = max(width for _, width, _ in table)
-        made = torch.tensor(table, dtype=torch.int32, device=None)
-        self.register_buffer("spans", made, persistent=False)
+        self.set_spans(spans or [(channels, False)], torch.get_default_device())
         self.weight = nn.Parameter(torch.empty(size, channels, dtype=None, device=None))
         nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
+
+    def set_spans(self, spans: Sequence[tuple[int, bool]], device: torch.device) -> None:
+        """Take the channels in such parts, of which this rank has all.
+
+        Args:
+            spans: as of the class.
+            device: where the module is.
+        """
+        table = fused.span_table(spans)
+        self.widest = max(width for _, width, _ in table)
+        made = torch.tensor(table, dtype=torch.int32, device=device)
+        self.register_buffer("spans", made, persistent=False)
 
     def forward(
         self,
@@ -231,7 +285,7 @@ class ShortConvolution(nn.Module):
         if fused.serves(x):
             return self._fused(x, cu_seqlens, group, False)
         x, position, before = self._with_halo(x, cu_seqlens, group)
-        return causal_convolution(x, self.weight.to(x.dtype), position)[:, before:]
+        return causal_convolution(x, own(self.weight, x).to(x.dtype), position)[:, before:]
 
     def activated(
         self,
@@ -260,7 +314,7 @@ class ShortConvolution(nn.Module):
     ) -> Tensor:
         x, position, before = self._with_halo(x, cu_seqlens, group)
         y: Tensor = fused.short_convolution(
-            x, self.weight, self.spans, self.widest, position, activate, L2_EPS
+            x, own(self.weight, x), self.spans, self.widest, position, activate, L2_EPS
         )
         return y[:, before:]
 
@@ -304,7 +358,7 @@ class ShortConvolution(nn.Module):
             The output `[B, channels]` and the new cache.
         """
         window = torch.cat([cache, x[:, None]], 1)
-        return (window * self.weight.to(x.dtype).flip(0)).sum(1), window[:, 1:]
+        return (window * own(self.weight, x).to(x.dtype).flip(0)).sum(1), window[:, 1:]
 
 
 def across_ranks() -> Any:

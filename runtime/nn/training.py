@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel import ParallelStyle
+
     from .model import LanguageModel
 
 
@@ -44,3 +46,20 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[s
         {"params": [p for p in parameters if id(p) in matrices], "weight_decay": weight_decay},
         {"params": [p for p in parameters if id(p) not in matrices], "weight_decay": 0.0},
     ]
+
+
+def tensor_parallel() -> ParallelStyle:
+    """A style that splits layers over the ranks of a mesh: mixers by heads, MLPs by channels.
+
+    It is for torch's `parallelize_module`, with `RecurrentLayer`, attention and `SwiGLU` (Megatron:
+    Shoeybi et al. 2019): `{"blocks.*.mixer": tensor_parallel(), "blocks.*.mlp":
+    tensor_parallel()}`. Inputs and outputs of a layer are on every rank. Heads, value heads and
+    inner channels must be multiples of the ranks. `state_dict` and `load_state_dict` have weights
+    in the order of the whole layer, and every rank has to call them.
+
+    Returns:
+        The style; one serves any number of modules.
+    """
+    from .tensor_parallel import HeadsParallel  # imports torch.distributed
+
+    return HeadsParallel()

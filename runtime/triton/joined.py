@@ -35,7 +35,6 @@ class JoinedLaunch(Launch):
         # of states, not of gradients: what forward and backward both compute
         self._kept = tuple(b for x in of_maps for b in x if not b.name.startswith(GRADIENT))
         super().__init__(task, kernels, chunk, segment, self._kept)
-        self._letters = {b.name: b.shape[2:] for x in of_maps for b in x}
         self._reverse = task.way is Way.BACKWARD
         prefix = GRADIENT if self._reverse else ""
         form = task.call.form
@@ -45,20 +44,27 @@ class JoinedLaunch(Launch):
         found = {c.name: p for c, p in zip(carried, transitions, strict=True)}
         self._states = [(prefix + s.name, found[s.name]) for s in task.call.step.states]
         self._rows = len(form.micro_steps)
+        # a scan behind the meeting may have a buffer of that name with other axes
+        before = kernels[: self._first(kernels)]
+        self._letters = {b.name: b.shape[2:] for k in before for b in k.kernel.stores}
         self._halves = self._cut(self.plan, kernels, 0)
         names = {b.name for b in self._kept}
         rest = tuple(k for k in kernels if not (_stores_maps(k) and _stored(k) <= names))
         short = plan_launches(rest, self._layout, self._kept)
         self._halves_after_forward = self._cut(short, rest, len(self._kept))
 
+    def _first(self, kernels: tuple[LoadedKernel, ...]) -> int:
+        """The first kernel that starts from what other ranks make."""
+        starts = {("initial", name) for name, _ in self._states}
+        return next(
+            n for n, k in enumerate(kernels) if starts.intersection(k.kernel.sources.values())
+        )
+
     def _cut(
         self, plan: LaunchPlan, kernels: tuple[LoadedKernel, ...], there: int
     ) -> tuple[LaunchPlan, LaunchPlan]:
         """The launches before ranks meet and behind; `there`: how many buffers are given."""
-        starts = {("initial", name) for name, _ in self._states}
-        first = next(
-            n for n, k in enumerate(kernels) if starts.intersection(k.kernel.sources.values())
-        )
+        first = self._first(kernels)
         new = range(min(plan.results.values()), 1 << 30)
         before = replace(
             plan,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,11 @@ from typing import Any
 import chunkwise as cw
 import torch
 import torch.distributed as dist
+from chunkwise.codegen.config import Config, Dims
+from chunkwise.codegen.programs import chunk_program
+from chunkwise.codegen.triton.defaults import default_config
 from chunkwise.dsl.ir import Per
+from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.nn import (
     Attention,
     AttentionConfig,
@@ -21,12 +27,13 @@ from chunkwise.nn import (
     RecurrentConfig,
     ShortConvolution,
 )
+from chunkwise.nn import tensor_parallel as tensor_parallel_style
 from chunkwise.runtime import rank_scan
 from chunkwise.runtime.call import Call
 from chunkwise.runtime.triton import engine as triton_engine
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -124,7 +131,14 @@ def errors_of(names: list[str], sizes: dict[str, Any], engine: str, parts: list[
 
 def _interpreted(call: Call, joined: int | None = None) -> Any:
     """What serves calls in the interpreter: of parts of sequences, segments of one chunk."""
-    return served_under(small, 0 if joined is None else CHUNK)(call)
+    return served_under(_as_of_16_bits, 0 if joined is None else CHUNK)(call)
+
+
+@cache
+def _as_of_16_bits(form: NormalForm) -> Config:
+    """`small`, under the plans of 16-bit operands: some have scans on either side of a meeting."""
+    plans = default_config(chunk_program(form), Dims(16, 16), wide_dtype=False)
+    return replace(small(form), forward=plans.forward, backward=plans.backward)
 
 
 def _compared(name: str, sizes: Sizes, engine: str, parts: list[int]) -> dict[str, float]:
@@ -261,6 +275,40 @@ def tensor_parallel() -> dict[str, float]:
     return found | _layouts(mesh)
 
 
+def layers_by_heads() -> dict[str, float]:
+    """A hybrid whose layers are split over all ranks: a training step, prefill and a token."""
+    mixers = (
+        RecurrentConfig("gated_delta_rule", 4, 4, 4, value_heads=8, gated=True),
+        RecurrentConfig("rwkv7", 4, 4, 4),
+        RecurrentConfig("delta_product", 4, 4, 4, micro_steps=2),
+        AttentionConfig(4),
+    )
+    config = ModelConfig(11, 16, mixers, width=12)
+    torch.manual_seed(0)
+    alone = LanguageModel.from_config(config)
+    model = LanguageModel.from_config(config)
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    style = tensor_parallel_style()
+    parallelize_module(model, mesh, {"blocks.*.mixer": style, "blocks.*.mlp": style})
+    model.load_state_dict(alone.state_dict())
+    tokens = torch.randint(11, (2, 9))
+    found = {}
+    with torch.no_grad():
+        made = []
+        for net in (alone, model):
+            logits, states = net.prefill(tokens)
+            made.append((logits, net.step(tokens[:, 0], states)[0]))
+    found["prefill"], found["step"] = (_far(y, x) for x, y in zip(*made, strict=True))
+    for net in (alone, model):
+        net(tokens[:, :-1], targets=tokens[:, 1:]).backward()
+        torch.optim.SGD(net.parameters(), lr=0.1).step()
+    state = model.state_dict()
+    for name, x in alone.state_dict().items():
+        y = state[name]
+        found[name] = _far(y.full_tensor() if isinstance(y, DTensor) else y, x)
+    return found
+
+
 def _layouts(line: DeviceMesh) -> dict[str, float]:
     """Calls whose operands are split over sequences, over heads, over time, and not at all."""
     op, sizes = cw.library.mamba2, Sizes(B=2, T=7, H=1, HV=4, initial=True, dtype=torch.float32)
@@ -361,6 +409,7 @@ def of_two(parts: list[int], sizes: dict[str, Any]) -> dict[str, Any]:
             "whole": models([7, 2], None),
             "packed": models([9, 8], (4, 0, 11, 2)),
             "tensor parallel": tensor_parallel(),
+            "layers by heads": layers_by_heads(),
         },
         "mistakes": mistakes(),
         "received": [received(6), received(60)],
@@ -374,4 +423,5 @@ def models_of_four() -> dict[str, dict[str, float]]:
         "whole": models([5, 1, 2, 4], None),
         "packed": models([5, 1, 2, 4], (3, 6, 0, 3)),
         "tensor parallel": tensor_parallel(),
+        "layers by heads": layers_by_heads(),
     }

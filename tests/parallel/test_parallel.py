@@ -91,7 +91,7 @@ def test_models_over_four_ranks(tmp_path: Path) -> None:
 @pytest.mark.interpreter
 def test_a_part_in_segments_is_joined_within_one_call(tmp_path: Path) -> None:
     """The engine whose scans of segments compute the map of a rank's part on their way."""
-    _compare("segments", ["gated_delta_rule"], "triton", tmp_path)
+    _compare("segments", ["gated_delta_rule", "linear_attention"], "triton", tmp_path)
 
 
 @pytest.mark.interpreter
