@@ -31,6 +31,13 @@ def ssd(
 
 
 @recurrence
+def ssd_in_place(S: State, C: Value, B: Value, x: Key, dt: Scalar, g: Scalar) -> tuple[State, Key]:
+    """The same with states as they lie there, `[P,N]`: a step of it writes into a pool of them."""
+    S = exp(g) * S + outer(dt * x, B)
+    return S, S @ C
+
+
+@recurrence
 def selective(S: State, C: Key, B: Key, x: Value, dt: Scalar, A: HeadKey) -> tuple[State, Value]:
     """Mamba-1 (Gu, Dao 2023), each of whose channels is a head with one value."""
     S = exp(dt * A) * S + outer(B, dt * x)
@@ -183,7 +190,8 @@ def selective_state_update(
     It is Mamba-2's where a head has one rate and one step size, which strides of 0 say.
 
     Args:
-        state: `[B,H,P,N]`, or `[slots,H,P,N]`; of Mamba-1 without H, as all that follows.
+        state: `[B,H,P,N]`, or with indices `[slots,H,P,N]`; of Mamba-1 without H, as all that
+            follows.
         x: `[B,H,P]`.
         dt: `[B,H,P]`.
         A: `[H,P,N]`.
@@ -193,13 +201,16 @@ def selective_state_update(
         z: the output is multiplied by silu of it, `[B,H,P]`.
         dt_bias: added to dt, `[H,P]`.
         dt_softplus: take softplus of dt.
-        state_batch_indices: int `[B]`, the slot of each sequence.
+        state_batch_indices: int32 or int64 `[B]`, the slot of each sequence; none where it is
+            negative: that sequence's output means nothing. On a GPU they are checked where
+            `CHUNKWISE_CHECK` asks for it.
 
     Returns:
         `[B,H,P]` in x's dtype.
 
     Raises:
         CallError: what every step of a recurrence raises of its operands.
+        BadSlots: two sequences have one slot, or there is none of that number.
     """
     if state.ndim == 3:
         heads = [None if y is None else y.unsqueeze(-2) for y in (x, dt, B, C, D, z, dt_bias)]
@@ -213,23 +224,25 @@ def selective_state_update(
     check(sizes, "BHP", dt=dt, z=z)
     check(sizes, "HPN", A=A)
     check(sizes, "HP", D=D, dt_bias=dt_bias)
-    before = state if state_batch_indices is None else state[state_batch_indices]
+    slots = state_batch_indices
+    if slots is None:
+        check(sizes, "BHPN", state=state)
+        slots = torch.arange(state.shape[0], device=state.device)
     if _has_one_rate(A, dt, dt_bias):
         A, bias = wide(A[:, 0, 0]), None if dt_bias is None else dt_bias[:, 0]
         dt = _step_sizes(dt[..., 0], bias, dt_softplus)
-        o, new = ssd.step(C, B, x, dt, dt * A, torch.zeros_like(A), state=before.mT)
-        assert isinstance(new, Tensor)
-        new = new.mT
+        C, B = (y.repeat_interleave(sizes["H"] // y.shape[1], 1) for y in (C, B))
+        o, _ = ssd_in_place.step(C, B, x, dt, dt * A, state=state, state_indices=slots)
     else:
         dt = _step_sizes(dt, dt_bias, dt_softplus).flatten(1)
-        channels, of_channels = x.flatten(1).unsqueeze(-1), before.flatten(1, 2).unsqueeze(-1)
-        o, new = selective.step(C, B, channels, dt, A.flatten(0, 1), state=of_channels)
-        assert isinstance(new, Tensor)
-        o, new = o.view(x.shape), new.view(before.shape)
-    if state_batch_indices is None:
-        state.copy_(new)
-    else:
-        state.index_copy_(0, state_batch_indices.long(), new.to(state.dtype))
+        channels, of_channels = x.flatten(1).unsqueeze(-1), state.flatten(1, 2).unsqueeze(-1)
+        if of_channels.data_ptr() != state.data_ptr():  # a copy, which nobody would see changed
+            how = f"strides {tuple(state.stride())}"
+            raise errors.BadLayout("state", how, help="H and P have to lie as one axis")
+        o, _ = selective.step(
+            *(C, B, channels, dt, A.flatten(0, 1)), state=of_channels, state_indices=slots
+        )
+        o = o.view(x.shape)
     return _finished(o, x, D, z)
 
 

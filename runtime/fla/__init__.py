@@ -8,6 +8,7 @@ from torch import Tensor
 from ...dsl import errors
 from . import several
 from .adapter import Given, Steps, adapter, called, run
+from .arguments import GDN2_GATES, MOMENTUM, PER_KEY, PRECONDITIONED, SLOTS
 from .rules import rule
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "fused_recurrent_dplr_delta_rule",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gdn",
+    "fused_recurrent_gdn2",
     "fused_recurrent_gla",
     "fused_recurrent_gsa",
     "fused_recurrent_hgrn",
@@ -63,7 +65,6 @@ _CU = "cu_seqlens=None"
 _CU_CPU = f"{_CU}, cu_seqlens_cpu=None"
 _TRANSPOSED = "transpose_state_layout"  # what state_v_first was called before
 _GATE = "A_log dt_bias"
-_PER_KEY = "natural-log decays per key channel, `[B,T,HV,K]`, at most 0."
 
 
 def _linear(name: str, given: Given) -> tuple[Tensor, Tensor | tuple[Tensor | None, Tensor] | None]:
@@ -174,7 +175,7 @@ chunk_gla = adapter(
     f"q, k, v, g, {_RUN}, state_v_first=False, {_CU_CPU}",
     Steps("gla: q k v g"),
     "Gated linear attention (Yang, Wang, Shen, Panda, Kim 2024): a gate per key channel.",
-    g=_PER_KEY,
+    g=PER_KEY,
 )
 fused_recurrent_gla = adapter(
     "fused_recurrent_gla",
@@ -241,7 +242,7 @@ chunk_kda = adapter(
     _KDA,
     "Kimi delta attention (Kimi Team 2025): the delta rule with a gate per key channel.",
     f"{_TRANSPOSED} {_GATE}",
-    g=_PER_KEY,
+    g=PER_KEY,
 )
 fused_recurrent_kda = adapter(
     "fused_recurrent_kda",
@@ -250,7 +251,7 @@ fused_recurrent_kda = adapter(
     _KDA,
     "As `chunk_kda`.",
     _TRANSPOSED,
-    g=_PER_KEY,
+    g=PER_KEY,
 )
 
 _COMBA = Steps("comba: q k v p g beta", "comba: q k v k g beta")
@@ -312,17 +313,25 @@ fused_recurrent_rwkv7 = adapter(
     "As `chunk_rwkv7`, but scaled by K^-0.5 and with the final state unless told otherwise.",
 )
 
+_GDN2 = Steps("gdn2: q k v g b w")
 chunk_gdn2 = adapter(
     "chunk_gdn2",
     f"q, k, v, g, b, w, {_RUN}, {_L2}, use_gate_in_kernel=False, {_CU_CPU}, safe_gate=False, "
     "lower_bound=None, disable_recompute=False, return_intermediate_states=False, "
     "state_v_first=False, cp_context=None, **kwargs",
-    Steps("gdn2: q k v g b w"),
+    _GDN2,
     "Gated DeltaNet-2 (Hatamizadeh, Choi, Kautz 2026): gates of what is erased and written.",
     f"{_TRANSPOSED} {_GATE}",
-    g=_PER_KEY,
-    b="gates of what is erased per key channel, `[B,T,HV,K]`.",
-    w="gates of what is written per value channel, `[B,T,HV,V]`.",
+    **GDN2_GATES,
+)
+fused_recurrent_gdn2 = adapter(
+    "fused_recurrent_gdn2",
+    f"q, k, v, g, b, w, A_log=None, dt_bias=None, {_RUN}, {_L2}, use_gate_in_kernel=False, "
+    f"lower_bound=None, state_v_first=False, {_CU}, **kwargs",
+    _GDN2,
+    "As `chunk_gdn2`.",
+    _TRANSPOSED,
+    **GDN2_GATES,
 )
 chunk_gated_delta_product = adapter(
     "chunk_gated_delta_product",
@@ -335,34 +344,26 @@ chunk_gated_delta_product = adapter(
     cu_seqlens="int `[N+1]`, boundaries of N sequences in tokens of q; then B = 1.",
 )
 
-_SLOTS = {
-    "q": "queries, `[B,T,HQ,K]`, HQ a multiple of H.",
-    "v": "values, `[B,T,H,V]`.",
-    "g": "natural-log decays of the slots, `[B,T,H,M]`, at most 0; None: the slots are averages.",
-    "initial_state": "the slots' keys `[N,H,K,M]` and values `[N,H,M,V]` before the first token.",
-    "returns": "`(o, (keys, values))`: o `[B,T,HQ,V]`; the slots' keys `[N,H,K,M]` and values "
-    "`[N,H,M,V]` after the last token, None where they were not asked for.",
-}
 chunk_gsa = adapter(
     "chunk_gsa",
     f"q, k, v, s, g=None, {_RUN}, checkpoint_level=2, {_CU_CPU}, **kwargs",
     several.gsa,
     "Gated slot attention (Zhang et al. 2024): softmax over M slots that keep keys and values.",
-    **_SLOTS,
+    **SLOTS,
 )
 fused_recurrent_gsa = adapter(
     "fused_recurrent_gsa",
     f"q, k, v, s, g=None, {_RUN}, reverse=False, {_CU}",
     several.gsa,
     "As `chunk_gsa`.",
-    **_SLOTS,
+    **SLOTS,
 )
 chunk_abc = adapter(
     "chunk_abc",
     "q, k, v, s, initial_state=None, output_final_state=False",
     several.abc,
     "Attention with bounded memory (Peng et al. 2022): `chunk_gsa` of slots that are averages.",
-    **_SLOTS,
+    **SLOTS,
 )
 fused_recurrent_hgrn = adapter(
     "fused_recurrent_hgrn",
@@ -375,13 +376,6 @@ fused_recurrent_hgrn = adapter(
     "float32, or None where it was not asked for.",
 )
 
-_MOMENTUM = {
-    "p": "keys that read what is corrected, `[B,T,H,K]`; k where it is None.",
-    "beta": "how far the momentum moves the state, `[B,T,HV]`.",
-    "initial_state": "the state and the momentum before the first token, `[2,N,HV,K,V]`.",
-    "returns": "`(o, final_state)`: o `[B,T,HV,V]` in the dtype of v; the final state and momentum "
-    "`[2,N,HV,K,V]` in float32, or None where they were not asked for.",
-}
 _MOMENTS = (
     f"q, k, v, log_alpha, log_mu, p=None, beta=None, eta=None, {_RUN}, {_CU}, "
     "use_qk_l2norm_in_kernel=True, use_p_times_alpha=True"
@@ -391,30 +385,25 @@ chunk_momentum_delta_rule = adapter(
     f"{_MOMENTS}, chunk_size=64",
     several.momentum,
     "The delta rule with momentum (MomentumDeltaNet, 2026): the momentum averages gradients.",
-    **_MOMENTUM,
+    **MOMENTUM,
 )
 fused_recurrent_momentum_delta_rule = adapter(
     "fused_recurrent_momentum_delta_rule",
     _MOMENTS,
     several.momentum,
     "As `chunk_momentum_delta_rule`.",
-    **_MOMENTUM,
+    **MOMENTUM,
 )
 
 _SUMS = "initial_state=None, initial_A_state=None, output_final_state=False"
 _SQUASH = "transpose_state_layout=False, x=1.5, eps=1e-06, log_atk_scale=None"
-_PRECONDITIONED = {
-    "x": "the most by which a key is multiplied, or divided.",
-    "returns": "`(o, final_state, A_state)`: o `[B,T,HV,V]` in the dtype of v; the final state "
-    "`[N,HV,K,V]` and sum of squared keys `[N,H,K]`, or None where they were not asked for.",
-}
 chunk_precond_gated_delta_rule = adapter(
     "chunk_precond_gated_delta_rule",
     f"q, k, v, g_atk, g, beta_atk, beta, scale=None, {_SUMS}, use_qk_l2norm_in_kernel=True, "
     f"{_CU_CPU}, cp_context=None, {_SQUASH}",
     several.preconditioned,
     "Preconditioned gated delta rule (Tumma, Loo, Rus 2026): steps shrink as keys add up.",
-    **_PRECONDITIONED,
+    **PRECONDITIONED,
 )
 fused_recurrent_precond_gated_delta_rule = adapter(
     "fused_recurrent_precond_gated_delta_rule",
@@ -422,7 +411,7 @@ fused_recurrent_precond_gated_delta_rule = adapter(
     f"{_SUMS}, use_qk_l2norm_in_kernel=True, {_CU}, {_SQUASH}",
     several.preconditioned,
     "As `chunk_precond_gated_delta_rule`, with a gate per key channel (`gk`) as well.",
-    **_PRECONDITIONED,
+    **PRECONDITIONED,
 )
 chunk_precond_kda = adapter(
     "chunk_precond_kda",
@@ -433,8 +422,8 @@ chunk_precond_kda = adapter(
     several.preconditioned,
     "Preconditioned Kimi delta attention (Tumma, Loo, Rus 2026); q and k are normalised.",
     f"{_GATE} use_qk_l2norm_in_kernel",
-    g=_PER_KEY,
-    **_PRECONDITIONED,
+    g=PER_KEY,
+    **PRECONDITIONED,
 )
 fused_recurrent_precond_kda = adapter(
     "fused_recurrent_precond_kda",
@@ -443,6 +432,6 @@ fused_recurrent_precond_kda = adapter(
     f"{_CU}, {_SQUASH}, **kwargs",
     several.preconditioned,
     "As `chunk_precond_kda`, whose norms may be left out.",
-    g=_PER_KEY,
-    **_PRECONDITIONED,
+    g=PER_KEY,
+    **PRECONDITIONED,
 )

@@ -61,6 +61,33 @@ _ARGUMENTS = {
     "sequences the chunks of each, one behind another.",
     "cp_context": "refused unless None: `group` of the library's recurrences splits sequences.",
 }
+# what arguments mean in some families
+PER_KEY = "natural-log decays per key channel, `[B,T,HV,K]`, at most 0."
+SLOTS = {
+    "q": "queries, `[B,T,HQ,K]`, HQ a multiple of H.",
+    "v": "values, `[B,T,H,V]`.",
+    "g": "natural-log decays of the slots, `[B,T,H,M]`, at most 0; None: the slots are averages.",
+    "initial_state": "the slots' keys `[N,H,K,M]` and values `[N,H,M,V]` before the first token.",
+    "returns": "`(o, (keys, values))`: o `[B,T,HQ,V]`; the slots' keys `[N,H,K,M]` and values "
+    "`[N,H,M,V]` after the last token, None where they were not asked for.",
+}
+MOMENTUM = {
+    "p": "keys that read what is corrected, `[B,T,H,K]`; k where it is None.",
+    "beta": "how far the momentum moves the state, `[B,T,HV]`.",
+    "initial_state": "the state and the momentum before the first token, `[2,N,HV,K,V]`.",
+    "returns": "`(o, final_state)`: o `[B,T,HV,V]` in the dtype of v; the final state and momentum "
+    "`[2,N,HV,K,V]` in float32, or None where they were not asked for.",
+}
+PRECONDITIONED = {
+    "x": "the most by which a key is multiplied, or divided.",
+    "returns": "`(o, final_state, A_state)`: o `[B,T,HV,V]` in the dtype of v; the final state "
+    "`[N,HV,K,V]` and sum of squared keys `[N,H,K]`, or None where they were not asked for.",
+}
+GDN2_GATES = {
+    "g": PER_KEY,
+    "b": "gates of what is erased per key channel, `[B,T,HV,K]`.",
+    "w": "gates of what is written per value channel, `[B,T,HV,V]`.",
+}
 # what the peer takes as `chunk_size`, where it refuses other sizes
 CHUNK_SIZES = {
     "chunk_delta_rule": (16, 32, 64),

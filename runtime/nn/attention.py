@@ -75,6 +75,12 @@ class Attention(nn.Module, Mixer):
     def split(self, ranks: int) -> dict[str, Split | None]:
         """Keep the heads of one of `ranks` alone: how its parameters are split (tensor_parallel).
 
+        Args:
+            ranks: how many.
+
+        Returns:
+            By the path of each parameter, how ranks split it.
+
         Raises:
             ValueError: the heads are not a multiple of `ranks`.
         """

@@ -190,6 +190,9 @@ class RecurrentLayer(nn.Module, Mixer):
     def split(self, ranks: int) -> dict[str, Split | None]:
         """Keep the heads of one of `ranks` alone: how its parameters are split (tensor_parallel).
 
+        Args:
+            ranks: how many.
+
         Returns:
             By the path of each parameter, how ranks split it; None: every rank has all.
 

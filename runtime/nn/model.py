@@ -51,6 +51,12 @@ class SwiGLU(nn.Module):
     def split(self, ranks: int) -> dict[str, Split | None]:
         """How so many ranks split the parameters by inner channels.
 
+        Args:
+            ranks: how many.
+
+        Returns:
+            By the path of each parameter, how ranks split it.
+
         Raises:
             ValueError: these are not a multiple of `ranks`.
         """

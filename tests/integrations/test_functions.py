@@ -216,6 +216,11 @@ def test_one_token(one_rate: bool) -> None:
     check(state, last)
     assert torch.equal(pool[slots], state)
     assert torch.equal(pool[1:4], others)
+    for wrong, message in (([4, 4], "holds 4 at \\[1\\]"), ([4, 5], "holds 5 at \\[1\\]")):
+        with pytest.raises(errors.BadSlots, match=message):
+            selective_state_update(pool, *given, torch.tensor(wrong))
+    selective_state_update(pool, *given, torch.tensor([-1, -1]))
+    assert torch.equal(pool[slots], state)  # no slot, no change
 
 
 def test_mamba1() -> None:

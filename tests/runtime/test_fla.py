@@ -232,6 +232,10 @@ def _calls(x: dict[str, Tensor]) -> dict[str, Callable[[], tuple[Any, Any]]]:
             f.chunk_gdn2(q, k, v, x["gk"], x["b"], x["w"], **state),
             lib("gdn2", q, k, v, x["gk"], x["b"], x["w"], state=S),
         ),
+        "recurrent gdn2": lambda: (
+            f.fused_recurrent_gdn2(q, k, v, x["gk"], x["b"], x["w"], **state),
+            lib("gdn2", q, k, v, x["gk"], x["b"], x["w"], state=S),
+        ),
     }
 
 
@@ -262,6 +266,7 @@ CASES = (
     "rwkv7",
     "recurrent rwkv7",
     "gdn2",
+    "recurrent gdn2",
 )
 
 
