@@ -1,16 +1,20 @@
-"""Measures one recurrence at one shape: checks the results of both sides, then times both."""
+"""Measures one recurrence at one shape: checks the results of all sides, then times them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import chunkwise
 import torch
 from torch import Tensor
 
-from . import measure, peers, verify
-from .registry import Case, Shape, compulsory_bytes, cu_seqlens, draw
+from . import measure, verify
+from .peers import PEERS, Peer
+from .registry import CASES, Case, Shape, compulsory_bytes, cotangent, cu_seqlens, draw
 
 FORWARD, BOTH = "fwd", "fwd+bwd"
 
@@ -21,6 +25,7 @@ class Contestant:
 
     Attributes:
         ms, device_ms: the median time of a call, with and without the device's waits for the host.
+        spread: the distance of the quartiles of device_ms, relative to it.
         peak_mb: MiB allocated during a call.
         first_s: seconds of the first call, which compiles.
         ok: whether its results were right.
@@ -28,6 +33,7 @@ class Contestant:
 
     ms: float | None = None
     device_ms: float | None = None
+    spread: float | None = None
     peak_mb: float | None = None
     first_s: float | None = None
     ok: bool | None = None
@@ -35,29 +41,39 @@ class Contestant:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of the table; `floor_ms` is the time of compulsory traffic at copy bandwidth."""
+    """A line of the table: ours and one other side, of the same rounds.
+
+    Attributes:
+        gates: how log-decays were drawn, of `registry.GATES`, or empty.
+        against: the peer, or another recurrence of the library; None if ours was timed alone.
+        floor_ms: the time of compulsory traffic at copy bandwidth.
+        bar: the least ratio that the project aims at, where it has an aim of its own.
+    """
 
     recurrence: str
+    gates: str
     shape: str
+    dtype: str
     mode: str
+    against: str | None
     ours: Contestant
     peer: Contestant
     floor_ms: float
+    bar: float | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float | None:
         """The peer's time over ours (above 1: ours is faster); None if our results were wrong."""
-        if self.ours.ms is None or self.peer.ms is None or not self.ours.ok:
-            return None
-        return self.peer.ms / self.ours.ms
+        return self._ratio(self.ours.ms, self.peer.ms)
 
     @property
     def device_ratio(self) -> float | None:
         """The ratio of the device's times."""
-        if self.ours.device_ms is None or self.peer.device_ms is None or not self.ours.ok:
-            return None
-        return self.peer.device_ms / self.ours.device_ms
+        return self._ratio(self.ours.device_ms, self.peer.device_ms)
+
+    def _ratio(self, ours: float | None, peer: float | None) -> float | None:
+        return None if ours is None or peer is None or not self.ours.ok else peer / ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +84,57 @@ class Settings:
     dtype: torch.dtype
     bandwidth: float
     repeats: int = 50
-    peer: bool = True
     engine: str | None = None
     seed: int = 0
 
 
-Calls = dict[str, Callable[[], Tensor]]
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One call that all sides of a contest make; operands and cotangent are drawn by the seed."""
+
+    case: Case
+    shape: Shape
+    gates: str
+    settings: Settings
+
+    def operands(self) -> dict[str, Tensor]:
+        s = self.settings
+        return draw(self.case, self.shape, s.dtype, s.device, s.seed, self.gates)
+
+    def do(self) -> Tensor:
+        s = self.settings
+        return cotangent(self.shape, s.dtype, s.device, s.seed + 1)
+
+    def ours(self) -> verify.Side:
+        """The library's op."""
+        op, operands = getattr(chunkwise.library, self.case.name), self.operands()
+        values = tuple(operands.values())
+        packed = cu_seqlens(self.shape, self.settings.device)
+
+        def call() -> Tensor:
+            o: Tensor = op(*values, cu_seqlens=packed, engine=self.settings.engine)[0]
+            return o
+
+        return verify.Side(call, operands, operands)
+
+    def theirs(self, peer: Peer) -> verify.Side:
+        """The peer's kernels, on leaves of their own where their operands are not ours."""
+        operands = self.operands()
+        packed = cu_seqlens(self.shape, self.settings.device)
+        if peer.own is None:
+            return verify.Side(lambda: peer.call(operands, packed), operands, operands)
+        made = peer.own(operands)
+        own = {name: _leaf(x) for name, x in made.items()}
+        return verify.Side(lambda: peer.call(own, packed), operands, own, made)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().contiguous().requires_grad_(x.requires_grad)
 
 
 def failures() -> tuple[type[BaseException], ...]:
     """The exceptions of a side that do not end the run."""
-    known: tuple[type[BaseException], ...] = (RuntimeError, ValueError, TypeError)
+    known = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, ImportError)
     try:
         from triton import TritonError
     except ImportError:
@@ -86,86 +142,118 @@ def failures() -> tuple[type[BaseException], ...]:
     return (*known, TritonError)
 
 
-def contest(case: Case, op: Callable[..., Any], shape: Shape, settings: Settings) -> list[Row]:
+def rivals(case: Case, device: torch.device, wanted: Sequence[str] | None = None) -> list[str]:
+    """The names of the peers that run here, of those wanted (None: all), and `Case.beside`."""
+    peers = [p.name for p in PEERS.get(case.name, ()) if p.runs_on(device)]
+    return [*(n for n in peers if wanted is None or n in wanted), *case.beside]
+
+
+OURS = "ours"
+
+
+def sides(problem: Problem, against: Sequence[str]) -> dict[str, Callable[[], verify.Side]]:
+    """How each side is made, by name: ours and those against it."""
+    made: dict[str, Callable[[], verify.Side]] = {OURS: problem.ours}
+    for peer in PEERS.get(problem.case.name, ()):
+        if peer.name in against:
+            made[peer.name] = partial(problem.theirs, peer)
+    for other in problem.case.beside:
+        if other in against:
+            made[other] = _beside(problem, other).ours
+    return made
+
+
+def _beside(problem: Problem, other: str) -> Problem:
+    case = CASES[other]
+    gates = problem.gates if problem.gates in case.gates else case.gates[0]
+    return replace(problem, case=case, gates=gates)
+
+
+def contest(problem: Problem, against: Sequence[str]) -> list[Row]:
     """The rows of one recurrence at one shape: its forward, and its forward and backward."""
-    device = settings.device
-    operands = draw(case, shape, settings.dtype, device, settings.seed)
-    packed = cu_seqlens(shape, device)
-    generator = torch.Generator(device=device).manual_seed(settings.seed + 1)
-    do = torch.randn(operands["v"].shape, generator=generator, device=device).to(settings.dtype)
-    values = tuple(operands.values())
-
-    def ours() -> Tensor:
-        o: Tensor = op(*values, cu_seqlens=packed, engine=settings.engine)[0]
-        return o
-
-    calls: Calls = {"ours": ours}
+    settings, case, do = problem.settings, problem.case, problem.do()
+    expected = _oracle(problem)
     notes = []
-    peer = case.peer if settings.peer else None
-    if peer is not None:
-        if case.peer_backward_refused and peers.lift_refusal():
-            notes.append("† the peer refuses this backward here; timed with the refusal lifted")
-        calls["peer"] = lambda: peer(*values, cu_seqlens=packed)
-
-    pairs = verify.sample(shape)
-    expected = verify.oracle(op, case, operands, do, packed, pairs)
+    played: dict[str, verify.Side] = {}
     seen: dict[str, dict[str, Contestant]] = {m: {} for m in (FORWARD, BOTH)}
-    for name, call in list(calls.items()):
+    for name, make in sides(problem, against).items():
+        judged = _beside(problem, name) if name in case.beside else problem
         try:
-            both, note = _check(call, case, operands, do, expected, pairs, settings)
+            peer = next((p for p in PEERS.get(case.name, ()) if p.name == name), None)
+            if peer is not None and (said := peer.ready()):
+                notes.append(said)
+            side = make()
+            first = measure.first_call(timed(side, do, BOTH), settings.device)
+            wanted = expected if judged is problem else _oracle(judged)
+            pairs = verify.sample(judged.case, judged.shape)
+            errors = verify.compare(side, judged.case, do, wanted, pairs)
         except failures() as error:
             notes.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
-            del calls[name]
             continue
-        seen[BOTH][name] = both
-        seen[FORWARD][name] = replace(both, first_s=None)
-        notes.append(f"{name}: {note}")
-    del expected
+        played[name] = side
+        ok = all(e.ok for e in errors)
+        seen[BOTH][name] = Contestant(first_s=first, ok=ok)
+        seen[FORWARD][name] = Contestant(ok=ok)
+        notes.append(f"{name}: {', '.join(map(str, errors))}")
 
-    leaves = [x for x in operands.values() if x.requires_grad]
+    forward, backward = compulsory_bytes(case, problem.shape, settings.dtype)
+    floors = {FORWARD: forward, BOTH: forward + backward}
     rows = []
-    floors = _floors(case, shape, settings)
     for mode in (FORWARD, BOTH):
-        sides = {
-            n: measure.forward(c) if mode == FORWARD else measure.forward_backward(c, leaves, do)
-            for n, c in calls.items()
-        }
-        if sides:
-            timed = list(sides.values())
-            times = measure.interleaved(timed, device, settings.repeats)
-            alone = times
-            if device.type == "cuda":
-                alone = measure.interleaved(timed, device, settings.repeats, ahead=True)
-            for (name, side), ms, device_ms in zip(sides.items(), times, alone, strict=True):
-                peak = measure.peak_bytes(side, device)
-                mb = None if peak is None else peak / 2**20
-                seen[mode][name] = replace(seen[mode][name], ms=ms, device_ms=device_ms, peak_mb=mb)
-        us, them = (seen[mode].get(n, Contestant()) for n in ("ours", "peer"))
-        rows.append(Row(case.name, shape.name, mode, us, them, floors[mode], tuple(notes)))
+        _time(played, do, mode, settings, seen[mode])
+        for rival in against or (None,):
+            row = Row(
+                recurrence=case.name,
+                gates=problem.gates,
+                shape=problem.shape.name,
+                dtype=str(settings.dtype).removeprefix("torch."),
+                mode=mode,
+                against=rival,
+                ours=seen[mode].get(OURS, Contestant()),
+                peer=seen[mode].get(rival or "", Contestant()),
+                floor_ms=floors[mode] / settings.bandwidth * 1e3,
+                bar=1 / case.beside[rival] if rival and rival in case.beside else None,
+                notes=tuple(n for n in notes if n[0] == "†" or n.split(":")[0] in (OURS, rival)),
+            )
+            rows.append(row)
     return rows
 
 
-def _check(
-    call: Callable[[], Tensor],
-    case: Case,
-    operands: dict[str, Tensor],
+def _oracle(problem: Problem) -> dict[str, Tensor]:
+    op: Any = getattr(chunkwise.library, problem.case.name)
+    packed = cu_seqlens(problem.shape, problem.settings.device)
+    pairs = verify.sample(problem.case, problem.shape)
+    return verify.oracle(op, problem.case, problem.operands(), problem.do(), packed, pairs)
+
+
+def timed(side: verify.Side, do: Tensor, mode: str) -> measure.Side:
+    """What is timed of a side."""
+    if mode == FORWARD:
+        return measure.forward(side.call)
+    return measure.forward_backward(side.call, side.leaves, do)
+
+
+def _time(
+    played: Mapping[str, verify.Side],
     do: Tensor,
-    expected: dict[str, Tensor],
-    pairs: list[tuple[int, int]],
+    mode: str,
     settings: Settings,
-) -> tuple[Contestant, str]:
-    """The time of the side's first call, and the errors of its second one as a note."""
-    leaves = [x for x in operands.values() if x.requires_grad]
-    side = measure.forward_backward(call, leaves, do)
-    first = measure.first_call(side, settings.device)
-    errors = verify.compare(call, case, operands, do, expected, pairs)
-    ok = all(e.ok for e in errors)
-    return Contestant(first_s=first, ok=ok), ", ".join(str(e) for e in errors)
-
-
-def _floors(case: Case, shape: Shape, settings: Settings) -> dict[str, float]:
-    forward, backward = compulsory_bytes(case, shape, settings.dtype)
-    return {
-        FORWARD: forward / settings.bandwidth * 1e3,
-        BOTH: (forward + backward) / settings.bandwidth * 1e3,
-    }
+    seen: dict[str, Contestant],
+) -> None:
+    """Add times and memory to what was seen of the sides."""
+    runs = {name: timed(side, do, mode) for name, side in played.items()}
+    if not runs:
+        return
+    taking_turns = [*runs.values()]
+    alone = called = measure.interleaved(taking_turns, settings.device, settings.repeats)
+    if settings.device.type == "cuda":
+        alone = measure.interleaved(taking_turns, settings.device, settings.repeats, ahead=True)
+    for (name, side), ms, device_ms in zip(runs.items(), called, alone, strict=True):
+        peak = measure.peak_bytes(side, settings.device)
+        seen[name] = replace(
+            seen[name],
+            ms=statistics.median(ms),
+            device_ms=statistics.median(device_ms),
+            spread=measure.spread(device_ms),
+            peak_mb=None if peak is None else peak / 2**20,
+        )

@@ -159,7 +159,7 @@ def _steps(name: str, repeats: int) -> None:
     with torch.no_grad():
         # decoding repeats a step: many in a row, sides in turn
         sides = [measure.Side(partial(_often, run), lambda: None) for run in runs]
-        times = measure.interleaved(sides, CPU, repeats)
+        times = measure.medians(sides, CPU, repeats)
     kernel, call, in_torch, *by_hand = (ms * 1e3 / _OFTEN for ms in times)
     print(
         f"{name:<18} one token, 8 heads, D64: kernel {kernel:.1f} µs, of which calling "
@@ -265,7 +265,7 @@ def _sgemm() -> float:
     n = 1024
     x = torch.randn(n, n)
     side = measure.Side(lambda: x @ x, lambda: None)
-    return 2 * n**3 / (measure.interleaved([side], CPU, 20)[0] * 1e-3) / 1e9
+    return 2 * n**3 / (measure.medians([side], CPU, 20)[0] * 1e-3) / 1e9
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 from chunkwise.runtime.tuned.machine import assembler, driver, output, processor, version
 
-PACKAGES = ("chunkwise", "torch", "triton", "fla-core", "flash-linear-attention", "flash-qla")
+PACKAGES = (
+    *("chunkwise", "torch", "triton", "fla-core", "flash-linear-attention", "flash-qla"),
+    *("tilelang", "nvidia-cudnn-frontend", "mamba-ssm"),
+)
 
 
 def describe(device: torch.device) -> dict[str, object]:

@@ -63,8 +63,8 @@ def interleaved(
     warmup: int = 5,
     *,
     ahead: bool = False,
-) -> list[float]:
-    """The median milliseconds of each side; the sides take turns, each on a flushed L2 cache.
+) -> list[list[float]]:
+    """Milliseconds of each side's runs; the sides take turns, each on a flushed L2 cache.
 
     With `ahead`, the device is busy until the host has queued the run, as in a training step whose
     host runs ahead, so that the time is the device's alone. Otherwise it includes the device's
@@ -73,8 +73,20 @@ def interleaved(
     clock = CudaDevice(device, AHEAD if ahead else 1) if device.type == "cuda" else CpuDevice()
     runs, resets = [side.run for side in sides], [side.reset for side in sides]
     clock.rounds(runs, warmup, resets)
-    samples = clock.rounds(runs, repeats, resets)
-    return [statistics.median(x) / 1e3 for x in samples]
+    return [[us / 1e3 for us in x] for x in clock.rounds(runs, repeats, resets)]
+
+
+def medians(sides: Sequence[Side], device: torch.device, repeats: int) -> list[float]:
+    """The median milliseconds of each side."""
+    return [statistics.median(x) for x in interleaved(sides, device, repeats)]
+
+
+def spread(samples: Sequence[float]) -> float:
+    """The distance of the quartiles, relative to the median: the noise of a comparison."""
+    if len(samples) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(samples, method="inclusive")
+    return (high - low) / middle
 
 
 def peak_bytes(side: Side, device: torch.device) -> int | None:
@@ -96,4 +108,4 @@ def bandwidth(device: torch.device) -> float:
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     side = Side(lambda: target.copy_(source), lambda: None)
-    return 2 * size / (interleaved([side], device, repeats=20)[0] * 1e-3)
+    return 2 * size / (medians([side], device, repeats=20)[0] * 1e-3)

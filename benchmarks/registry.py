@@ -1,4 +1,4 @@
-"""The recurrences and shapes of the benchmarks, how operands are drawn, and the peers' calls."""
+"""The recurrences and shapes of the benchmarks, and how operands are drawn."""
 
 from __future__ import annotations
 
@@ -7,37 +7,70 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from chunkwise.dsl.declaration import Declaration
 from chunkwise.dsl.ir import Kind, Op, Per
 from chunkwise.dsl.library import by_name
 from chunkwise.dsl.normal_form import NormalForm, Operand
-from chunkwise.runtime.inputs import ranges, usual_params
+from chunkwise.runtime.inputs import NEGATIVE, Range, Ranges, ranges, usual_params
 from torch import Tensor
 
-from . import peers
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Case:
-    """A recurrence of the library, and the peer's call of the same recurrence if there is one.
+    """A recurrence of the library.
 
-    `fixed` has the operands that the peer computes by itself and gives no gradient, as functions of
-    the number of the head.
+    Attributes:
+        fixed: the operands that peers compute by themselves and give no gradient, as functions of
+            the number of the head.
+        beside: recurrences of the library that are timed in the same rounds, each with how many
+            times its time is allowed.
+        split: keys have D / split channels, since as many states make one of D.
     """
 
     name: str
-    peer: Callable[..., Tensor] | None
     fixed: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    # fla refuses this backward on Triton 3.4.0 to 3.7.0 on Hopper: its results are wrong there
-    peer_backward_refused: bool = False
+    beside: Mapping[str, float] = field(default_factory=dict)
+    split: int = 1
+
+    @property
+    def declared(self) -> Declaration:
+        return by_name(self.name)
 
     @property
     def form(self) -> NormalForm:
-        return by_name(self.name).normal_form()
+        return self.declared.normal_form(self.declared.default_micro)
 
     @property
     def differentiated(self) -> tuple[Operand, ...]:
         """The operands that get a gradient."""
         return tuple(o for o in self.form.operands if o.name not in self.fixed)
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """How its log-decays can be drawn: `GATES`, or one way if the caller passes none."""
+        return GATES if self._log_decays.keys() - self.fixed.keys() else ("",)
+
+    @property
+    def _log_decays(self) -> dict[str, Range]:
+        return {name: r for name, r in self._ranges.gates if r == NEGATIVE}
+
+    @property
+    def _ranges(self) -> Ranges:
+        return ranges(self.form, usual_params(self.form))
+
+    def entries(self, x: Operand, normal: Tensor, gates: str) -> Tensor:
+        """The operand `x` of normal samples, with `gates` drawn as `GATES` says."""
+        found = self._ranges
+        y = found.entries(x, normal)
+        if x.name not in dict(found.gates):
+            return y
+        if gates == "strong" and x.name in self._log_decays:
+            return -5.0 * normal.sigmoid() if x.kind is Kind.KEY else 2.0 * y
+        return 0.5 * y
+
+
+# log-decays of a head have mean -0.4 or -1.6, those of a channel -0.4 or -2.5 with no one below -5
+GATES = ("mild", "strong")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +119,29 @@ def _retention(heads: Tensor) -> Tensor:
 CASES = {
     c.name: c
     for c in (
-        Case("linear_attention", peers.linear_attention),
-        Case("retention", peers.retention, {"g": _retention}),
-        Case("simple_gla", peers.simple_gla, peer_backward_refused=True),
-        Case("delta_rule", peers.delta_rule),
-        Case("gated_delta_rule", peers.gated_delta_rule, peer_backward_refused=True),
-        Case("gla", peers.gla),
-        Case("kda", peers.kda),
-        Case("dplr", None),
+        Case("linear_attention"),
+        Case("retention", {"g": _retention}),
+        Case("simple_gla"),
+        Case("delta_rule"),
+        Case("gated_delta_rule"),
+        Case("gla"),
+        Case("kda"),
+        Case("dplr"),
+        Case("rwkv7"),
+        Case("comba"),
+        Case("gated_delta_product"),
+        Case("mamba2"),
+        Case("momentum_delta", beside={"gated_delta_rule": 1.6}),
+        Case("mamba3", beside={"simple_gla": 1.3}, split=2),
+        Case("gsa", beside={"gla": 2.2}),
     )
 }
 
 
-def sizes(x: Operand, s: Shape) -> tuple[int, ...]:
-    """The shape of operand `x` at `s`."""
-    by_letter = {"B": s.B, "T": s.T, "H": s.H, "HV": s.H, "K": s.D, "V": s.D}
-    return tuple(by_letter[a] for a in x.axes)
+def sizes(case: Case, x: Operand, s: Shape) -> tuple[int, ...]:
+    """The shape of operand `x` of `case` at `s`."""
+    by_letter = {"B": s.B, "T": s.T, "H": s.H, "HV": s.H, "K": s.D // case.split, "V": s.D}
+    return tuple({**by_letter, "n": case.declared.default_micro}[a] for a in x.axes)
 
 
 def dtype_of(x: Operand, dtype: torch.dtype) -> torch.dtype:
@@ -111,27 +151,38 @@ def dtype_of(x: Operand, dtype: torch.dtype) -> torch.dtype:
 
 
 def draw(
-    case: Case, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0
+    case: Case,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    gates: str = "mild",
 ) -> dict[str, Tensor]:
     """The operands of a call, as leaves that require gradients, except those in `Case.fixed`.
 
-    They lie in ranges that models produce: log-decays are mild, and the operand that reads the
-    state is divided by the square root of its channels, the peers' scale.
+    They lie in ranges that models produce, and the operand that reads the state is divided by the
+    square root of its channels, the peers' scale.
     """
     form, generator = case.form, torch.Generator(device=device).manual_seed(seed)
-    found = ranges(form, usual_params(form))
-    gates, read = dict(found.gates), {r.key.attrs[0] for r in form.reads if r.key.op is Op.OPERAND}
+    read = {r.key.attrs[0] for r in form.reads if r.key.op is Op.OPERAND}
     made = {}
     for x in form.operands:
-        y = torch.randn(sizes(x, shape), generator=generator, device=device)
+        y = torch.randn(sizes(case, x, shape), generator=generator, device=device)
         if x.name in case.fixed:
             y = case.fixed[x.name](torch.arange(shape.H, device=device).float())
         elif x.name in read:
             y = y * shape.D**-0.5
         else:
-            y = found.entries(x, y) * (0.5 if x.name in gates else 1.0)
+            y = case.entries(x, y, gates)
         made[x.name] = y.to(dtype_of(x, dtype)).requires_grad_(x.name not in case.fixed)
     return made
+
+
+def cotangent(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
+    """A gradient of the output, `[B,T,H,D]`."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    sizes = (shape.B, shape.T, shape.H, shape.D)
+    return torch.randn(sizes, generator=generator, device=device).to(dtype)
 
 
 def cu_seqlens(shape: Shape, device: torch.device) -> Tensor | None:
@@ -148,7 +199,7 @@ def compulsory_bytes(case: Case, shape: Shape, dtype: torch.dtype) -> tuple[int,
     """
 
     def size(x: Operand) -> int:
-        return math.prod(sizes(x, shape)) * dtype_of(x, dtype).itemsize
+        return math.prod(sizes(case, x, shape)) * dtype_of(x, dtype).itemsize
 
     inputs = sum(map(size, case.form.operands))
     gradients = sum(map(size, case.differentiated))

@@ -8,13 +8,16 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from .contest import Contestant, Row
 
 _COLUMNS = (
     "recurrence",
+    "gates",
     "shape",
     "mode",
+    "against",
     "ours ms",
     "peer ms",
     "peer/ours",
@@ -44,8 +47,10 @@ def _cells(row: Row) -> tuple[str, ...]:
     over = None if row.ours.device_ms is None else row.ours.device_ms / row.floor_ms
     return (
         row.recurrence,
+        row.gates or "-",
         row.shape,
         row.mode,
+        row.against or "-",
         _number(row.ours.ms, 3),
         _number(row.peer.ms, 3) + (dagger if row.mode != "fwd" else ""),
         _number(row.ratio, 2),
@@ -67,8 +72,8 @@ def table(rows: Sequence[Row]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
 
     def aligned(line: Sequence[str]) -> str:
-        left = [c.ljust(w) for c, w in zip(line[:3], widths[:3], strict=True)]
-        right = [c.rjust(w) for c, w in zip(line[3:], widths[3:], strict=True)]
+        left = [c.ljust(w) for c, w in zip(line[:5], widths[:5], strict=True)]
+        right = [c.rjust(w) for c, w in zip(line[5:], widths[5:], strict=True)]
         return "  ".join((*left, *right)).rstrip()
 
     return "\n".join(aligned(line) for line in lines)
@@ -80,17 +85,48 @@ def geometric_mean(given: Iterable[float | None]) -> float | None:
     return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
 
 
+def means(rows: Sequence[Row]) -> str:
+    """A line for each mode and peer: the geometric means of ratios as called and on the device."""
+    lines = []
+    for mode, against in sorted({(r.mode, r.against) for r in rows if r.against and not r.bar}):
+        own = [r for r in rows if (r.mode, r.against) == (mode, against)]
+        called, alone = (
+            geometric_mean(getattr(r, name) for r in own) for name in ("ratio", "device_ratio")
+        )
+        if called is not None and alone is not None:
+            words = f"geometric mean of {against}/ours, {mode}"
+            lines.append(f"{words}: {called:.3f} as called, {alone:.3f} on the device")
+    return "\n".join(lines)
+
+
 def notes(rows: Sequence[Row]) -> str:
     """The notes of every recurrence and shape, each once."""
     lines: dict[str, None] = {}
     for row in rows:
-        lines |= {f"{row.recurrence} {row.shape}: {n}": None for n in row.notes}
+        name = f"{row.recurrence} {row.gates}".rstrip()
+        lines |= {f"{name} {row.shape}: {n}": None for n in row.notes}
     return "\n".join(lines)
 
 
 def entry(row: Row) -> dict[str, object]:
     """A row for JSON, with its ratios."""
     return {**asdict(row), "ratio": row.ratio, "device_ratio": row.device_ratio}
+
+
+def key(row: Row) -> tuple[str | None, ...]:
+    """What tells a row from the others of a result."""
+    return (row.recurrence, row.gates, row.shape, row.dtype, row.mode, row.against)
+
+
+def rows_of(result: Mapping[str, Any]) -> list[Row]:
+    """The rows of a result, as `entry` made them."""
+    fields = Row.__dataclass_fields__
+    found = []
+    for made in result["rows"]:
+        given = {name: made[name] for name in fields if name in made}
+        sides = {name: Contestant(**made[name]) for name in ("ours", "peer")}
+        found.append(Row(**{**given, **sides, "notes": tuple(made["notes"])}))
+    return found
 
 
 def write(

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from chunkwise.cli_arguments import add_dtype
 from chunkwise.codegen.interface import Dtype
 
-from . import machine, measure, report, warm
-from .contest import Row, Settings, contest
-from .registry import CASES, SHAPES
+from . import compare, machine, measure, peers, report, warm
+from .contest import Problem, Row, Settings, contest, rivals
+from .registry import CASES, GATES, SHAPES
 
 # measured with large copies, reads and writes counted; other devices are measured at the start
 BANDWIDTH = {"NVIDIA H100 80GB HBM3": 3.02e12}
+WARMING = 2 / 3  # of the time limit, at most, is for compiling ahead
 EXAMPLES = """
 examples:
-  python -m benchmarks.run --shapes F,C,D --json out/h100.json --warm-parallel 14
-  python -m benchmarks.run --shapes F --ops delta_rule,kda --no-peer
+  python -m benchmarks.run --shapes A,B,C,D,E,F,G --json out/h100.json --warm-parallel 16
+  python -m benchmarks.run --shapes F --ops delta_rule,kda --peers none
+  python -m benchmarks.run --shapes F --json out/now.json --compare out/before.json
   python -m benchmarks.run --device cpu --shapes S --dtype fp32
+
+With --json, what the file has already is not measured again, so that a run that was interrupted, or
+ended by --seconds, goes on where it was.
 """
+# a result is continued only where these are the same
+SAME = ("device", "processor", "versions", "commit", "peer_dispatch")
 
 
 def _names(known: Sequence[str], what: str) -> Callable[[str], list[str]]:
@@ -51,7 +63,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cuda" if gpu else "cpu")
     p.add_argument("--engine", default=None, help="our engine (default: the device's own)")
     p.add_argument("--repeats", type=int, default=50, help="timed runs of each side")
-    p.add_argument("--no-peer", action="store_true", help="only ours, against the floor")
+    p.add_argument("--gates", type=_names(GATES, "way of drawing gates"), default=list(GATES))
+    p.add_argument(
+        "--peers",
+        type=_names(["none", *peers.NAMES], "peer"),
+        default=peers.NAMES,
+        help="whom to time beside ours, where they are installed (all); none: nobody",
+    )
     p.add_argument("--peer-dispatch", action="store_true", help="let fla use other back ends")
     p.add_argument(
         "--warm-parallel",
@@ -62,56 +80,144 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="compile both sides first, in N processes",
     )
+    p.add_argument(
+        "--peer-tuning",
+        type=float,
+        metavar="MS",
+        help="how long peers' autotuners time a configuration (Triton's: 100)",
+    )
+    p.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after that")
     p.add_argument("--json", type=Path, default=None, help="write everything there")
+    p.add_argument(
+        "--compare",
+        type=Path,
+        metavar="JSON",
+        help="compare with an earlier result, as benchmarks.compare does",
+    )
     return p
 
 
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A contest, and whom it still lacks; None: ours is timed alone."""
+
+    problem: Problem
+    missing: tuple[str | None, ...]
+
+    @property
+    def against(self) -> list[str]:
+        return [name for name in self.missing if name is not None]
+
+    def __str__(self) -> str:
+        p = self.problem
+        return f"{p.case.name} {p.gates}".rstrip() + f" {p.shape.name}"
+
+
+def cells(args: argparse.Namespace, settings: Settings, rows: Sequence[Row]) -> list[Cell]:
+    """The contests that were asked for and are not among the rows."""
+    have = {(r.recurrence, r.gates, r.shape, r.dtype, r.against) for r in rows}
+    dtype = str(settings.dtype).removeprefix("torch.")
+    found = []
+    for shape in args.shapes:
+        for case in (CASES[name] for name in args.ops):
+            against: list[str | None] = [*rivals(case, settings.device, args.peers)] or [None]
+            for gates in (g for g in case.gates if g in (*args.gates, "")):
+                missing = tuple(
+                    n for n in against if (case.name, gates, shape, dtype, n) not in have
+                )
+                if missing:
+                    found.append(Cell(Problem(case, SHAPES[shape], gates, settings), missing))
+    return found
+
+
+def warmed(wanted: Sequence[Cell], jobs: int, until: float) -> list[Cell]:
+    """The cells all of whose kernels were compiled until then."""
+    needed = {cell: tuple(warm.tasks(cell.problem, cell.against)) for cell in wanted}
+    # gates are compiled alike
+    unique = {replace(t, problem=_any_gates(t.problem)): t for ts in needed.values() for t in ts}
+    ended = warm.warm_all(list(unique), jobs, until)
+    return [
+        cell
+        for cell, ts in needed.items()
+        if all(replace(t, problem=_any_gates(t.problem)) in ended for t in ts)
+    ]
+
+
+def _any_gates(problem: Problem) -> Problem:
+    return replace(problem, gates=problem.case.gates[0])
+
+
+def _earlier(path: Path | None, described: Mapping[str, object]) -> dict[str, Any]:
+    """What the file has already; no rows, if there is none.
+
+    Raises:
+        SystemExit: it is of another machine, or of other versions.
+    """
+    if path is None or not path.exists():
+        return {"machine": {}, "rows": []}
+    result: dict[str, Any] = json.loads(path.read_text())
+    for name in SAME:
+        before, now = result["machine"].get(name), described.get(name)
+        if before != now:
+            raise SystemExit(f"{path} is of {name} {before}, not {now}: name another file")
+    return result
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmarks; returns 0 if all our results were right, else 1."""
+    """Run the benchmarks.
+
+    Returns:
+        1 if a result of ours is wrong, or a cell lost more than noise in a comparison; else 0.
+    """
+    started = time.monotonic()
     args = parser().parse_args(argv)
+    until = started + args.seconds
     command = ("python", "-m", "benchmarks.run", *(sys.argv[1:] if argv is None else argv))
     if not args.peer_dispatch:
         # fla reads this variable when it is imported
         os.environ["FLA_DISABLE_BACKEND_DISPATCH"] = "1"
-    import chunkwise
+    if args.peer_tuning is not None:
+        peers.shorten_tuning(args.peer_tuning)
 
     device = torch.device(args.device)
-    peer = not args.no_peer and device.type == "cuda"
     dtype = args.dtype or (Dtype.BFLOAT16 if device.type == "cuda" else Dtype.FLOAT32)
     described = machine.describe(device)
-    for key, value in described.items():
-        print(f"{key}: {value}")
-    if args.warm_parallel and device.type == "cuda":
-        sides = warm.SIDES if peer else warm.SIDES[:1]
-        seconds = warm.warm_all(args.ops, args.shapes, sides, dtype.value, args.warm_parallel)
-        described["warm_parallel_s"] = round(seconds, 1)
-        print(f"compiled both sides in {seconds:.0f} s, {args.warm_parallel} processes")
-    bandwidth = BANDWIDTH.get(str(described.get("device"))) or measure.bandwidth(device)
+    for name, value in described.items():
+        print(f"{name}: {value}")
+    earlier = _earlier(args.json, described)
+    rows = report.rows_of(earlier)
+    known = earlier["machine"].get("bandwidth") or BANDWIDTH.get(str(described.get("device")))
+    bandwidth = known or measure.bandwidth(device)
     described["bandwidth"] = bandwidth
+    settings = Settings(device, getattr(torch, dtype.value), bandwidth, args.repeats, args.engine)
+    every = wanted = cells(args, settings, rows)
+    if args.warm_parallel:
+        begun = time.monotonic()
+        wanted = warmed(every, args.warm_parallel, begun + WARMING * (until - begun))
+        described["warm_parallel_s"] = round(time.monotonic() - begun, 1)
+        print(f"compiled {len(wanted)} cells in {described['warm_parallel_s']} s")
     print(f"floor: compulsory bytes at {bandwidth / 1e12:.3f} TB/s\n", flush=True)
 
-    settings = Settings(
-        device, getattr(torch, dtype.value), bandwidth, args.repeats, peer=peer, engine=args.engine
-    )
-    rows: list[Row] = []
-    for shape in args.shapes:
-        print(f"{shape}: {SHAPES[shape].text}, {dtype.value}")
-        for name in args.ops:
-            found = contest(CASES[name], getattr(chunkwise.library, name), SHAPES[shape], settings)
-            rows += found
-            print(report.table(found), report.notes(found), sep="\n", flush=True)
-            if args.json is not None:
-                # written after every recurrence, so that an interrupted run keeps its results
-                entries = [report.entry(r) for r in rows]
-                report.write(args.json, command, described, entries)
+    measured, longest = 0, 0.0
+    for cell in wanted:
+        begun = time.monotonic()
+        if begun + longest > until:
+            break
+        found = contest(cell.problem, cell.against)
+        rows += found
+        print(report.table(found), report.notes(found), sep="\n", flush=True)
+        if args.json is not None:
+            # written after every contest, so that an interrupted run keeps its results
+            report.write(args.json, command, described, [report.entry(r) for r in rows])
+        measured += 1
+        longest = max(longest, time.monotonic() - begun)
     print("\n" + report.table(rows))
-    for mode in sorted({r.mode for r in rows}):
-        of_mode = [r for r in rows if r.mode == mode]
-        mean = report.geometric_mean(r.ratio for r in of_mode)
-        alone = report.geometric_mean(r.device_ratio for r in of_mode)
-        if mean is not None and alone is not None:
-            print(f"geometric mean of peer/ours, {mode}: {mean:.3f}; of the device: {alone:.3f}")
-    return 0 if all(r.ours.ok for r in rows) else 1
+    print(report.means(rows))
+    if measured < len(every):
+        print(f"{len(every) - measured} of {len(every)} cells are left for another run")
+    now = {"machine": described, "rows": [report.entry(r) for r in rows]}
+    worse = 0 if args.compare is None else compare.report(json.loads(args.compare.read_text()), now)
+    return worse or (0 if all(r.ours.ok for r in rows) else 1)
 
 
 if __name__ == "__main__":

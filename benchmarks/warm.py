@@ -7,41 +7,84 @@ then tunes undisturbed and has nothing left to compile.
 
 from __future__ import annotations
 
-import argparse
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
-import torch
-from chunkwise.cli_arguments import add_dtype
-from chunkwise.codegen.interface import Dtype
-
-SIDES = ("ours", "peer")
+from . import measure
+from .contest import BOTH, FORWARD, OURS, Problem, failures, sides, timed
+from .peers import PEERS
 
 
-def warm_all(
-    recurrences: Sequence[str], shapes: Sequence[str], sides: Sequence[str], dtype: str, jobs: int
-) -> float:
-    """Compile in `jobs` processes, print failures to stderr, and return the seconds taken."""
-    started = time.perf_counter()
-    # nothing is measured here, so that the results of tuning must not be cached
-    environment = {**os.environ, "FLA_CACHE_RESULTS": "0", "TRITON_CACHE_AUTOTUNING": "0"}
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One side's first calls, with every `parts`-th configuration of its autotuners."""
 
-    def warm(task: tuple[str, str, str]) -> None:
-        name, shape, side = task
-        command = [sys.executable, "-m", "benchmarks.warm", name, shape, side, "--dtype", dtype]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            print(f"warm-up of {name} {shape} {side}: {last}", file=sys.stderr)
+    problem: Problem
+    side: str
+    part: int = 0
+    parts: int = 1
 
-    tasks = [(r, s, side) for s in shapes for r in recurrences for side in sides]
+    def run(self) -> None:
+        """Compile; what is not compiled says why on stderr."""
+        # nothing is measured here, so that the results of tuning must not be cached
+        os.environ |= {"FLA_CACHE_RESULTS": "0", "TRITON_CACHE_AUTOTUNING": "0"}
+        _compile_only(self.part, self.parts)
+        problem = self.problem
+        try:
+            for peer in PEERS.get(problem.case.name, ()):
+                if peer.name == self.side:
+                    peer.ready()
+            side = sides(problem, [self.side])[self.side]()
+            do = problem.do()
+            for mode in (BOTH, FORWARD):  # without gradients a side may choose other kernels
+                measure.first_call(timed(side, do, mode), problem.settings.device)
+        except failures() as error:
+            name = f"{problem.case.name} {problem.shape.name} {self.side}"
+            print(f"warm-up of {name}: {error}".splitlines()[0], file=sys.stderr)
+
+
+def tasks(problem: Problem, against: Sequence[str]) -> list[Task]:
+    """What a contest needs compiled."""
+    parts = {peer.name: peer.parts for peer in PEERS.get(problem.case.name, ())}
+    return [
+        Task(problem, name, part, parts.get(name, 1))
+        for name in (OURS, *against)
+        for part in range(parts.get(name, 1))
+    ]
+
+
+def warm_all(wanted: Sequence[Task], jobs: int, until: float) -> set[Task]:
+    """Compile in `jobs` processes, in this order; returns those that ended until then.
+
+    Args:
+        wanted: what to compile.
+        jobs: how many processes run at a time.
+        until: when processes are killed, of `time.monotonic`.
+    """
+    context: Any = multiprocessing.get_context("forkserver")
+    # not the peers, which ask for the GPU when they are imported, and then cannot be forked
+    context.set_forkserver_preload([__name__])
+
+    def warmed(task: Task) -> bool:
+        if time.monotonic() >= until:
+            return False
+        process = context.Process(target=task.run)
+        process.start()
+        process.join(max(0.0, until - time.monotonic()))
+        ended = process.exitcode is not None
+        if not ended:
+            process.kill()
+        return ended
+
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(warm, tasks))
-    return time.perf_counter() - started
+        ended = pool.map(warmed, wanted)
+        return {task for task, done in zip(wanted, ended, strict=True) if done}
 
 
 def _run_once(call: Callable[[], object], quantiles: Iterable[float] = (), **_: object) -> object:
@@ -49,50 +92,11 @@ def _run_once(call: Callable[[], object], quantiles: Iterable[float] = (), **_: 
     return [1.0 for _ in quantiles] or 1.0
 
 
-def _compile_only() -> None:
-    from triton.runtime.autotuner import Autotuner
-
+def _compile_only(part: int, parts: int) -> None:
+    try:
+        from triton.runtime.autotuner import Autotuner
+    except ImportError:  # a CPU without it has nothing to tune
+        return
     Autotuner.do_bench = property(lambda self: _run_once)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recurrence")
-    parser.add_argument("shape")
-    parser.add_argument("side", choices=SIDES)
-    add_dtype(parser, Dtype.BFLOAT16)
-    args = parser.parse_args(argv)
-    _compile_only()
-
-    import chunkwise
-
-    from . import measure, peers
-    from .registry import CASES, SHAPES, cu_seqlens, draw
-
-    device = torch.device("cuda")
-    case, shape = CASES[args.recurrence], SHAPES[args.shape]
-    operands = draw(case, shape, getattr(torch, args.dtype.value), device)
-    packed = cu_seqlens(shape, device)
-    values = tuple(operands.values())
-    leaves = [x for x in values if x.requires_grad]
-
-    def call() -> torch.Tensor:
-        if args.side == "peer":
-            if case.peer is None:
-                raise SystemExit(f"{case.name} has no peer")
-            return case.peer(*values, cu_seqlens=packed)
-        op = getattr(chunkwise.library, case.name)
-        o: torch.Tensor = op(*values, cu_seqlens=packed)[0]
-        return o
-
-    if args.side == "peer" and case.peer_backward_refused:
-        peers.lift_refusal()
-    do = torch.randn_like(operands["v"])
-    measure.first_call(measure.forward_backward(call, leaves, do), device)
-    # without gradients a side may choose other kernels
-    measure.first_call(measure.forward(call), device)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    every = Autotuner.prune_configs
+    Autotuner.prune_configs = lambda *args: every(*args)[part::parts] or every(*args)[:1]
