@@ -184,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     described = machine.describe(device)
     for name, value in described.items():
         print(f"{name}: {value}")
+    before = None if args.compare is None else json.loads(args.compare.read_text())
     earlier = _earlier(args.json, described)
     rows = [r for r in report.rows_of(earlier) if r.ours.ms is not None]  # failures are tried again
     known = earlier["machine"].get("bandwidth") or BANDWIDTH.get(str(described.get("device")))
@@ -216,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if measured < len(every):
         print(f"{len(every) - measured} of {len(every)} cells are left for another run")
     now = {"machine": described, "rows": [report.entry(r) for r in rows]}
-    worse = 0 if args.compare is None else compare.report(json.loads(args.compare.read_text()), now)
+    worse = 0 if before is None else compare.report(before, now)
     return worse or (0 if all(r.ours.ok for r in rows) else 1)
 
 

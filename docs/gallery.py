@@ -27,7 +27,7 @@ from chunkwise.runtime.tuned.artifact import Artifact
 from chunkwise.runtime.tuned.selection import SHIPPED, read
 
 from docs.tables import FOLDER as RESULTS
-from docs.tables import load, table
+from docs.tables import against, load, table
 
 PAGE = Path(__file__).resolve().parent / "gallery" / "index.md"
 _PAPERS = {
@@ -149,11 +149,14 @@ def _speed(name: str, form: NormalForm) -> Iterator[tuple[str, ...]]:
         cells: dict[tuple[str, str], list[str]] = {}
         for row in (r for r in result["rows"] if r.get("recurrence") == name):
             if "peer" in row:
-                key, ratio = (f"shape {row['shape']}", "fla"), row["device_ratio"]
+                if row["device_ratio"] is None or row.get("bar"):
+                    continue
+                call = f"shape {row['shape']} {row.get('gates', '')}".rstrip()
+                key, ratio = (call, against(row)), row["device_ratio"]
             else:
                 key, ratio = (f"K = V = {row['D']}, 8 × 2048", "torch"), row["ratio"]
             cells.setdefault(key, []).append(f"{round(ratio, 2):g} ×" if ratio else "-")
-        yield from ((device, call, against, *ratios) for (call, against), ratios in cells.items())
+        yield from ((device, call, other, *ratios) for (call, other), ratios in cells.items())
     for a in _shipped(form):
         for t in a.tuned:
             call = f"K = V = {a.key.dims.K}, {t.bucket.rows} × {t.bucket.tokens}, {a.key.dtype}"

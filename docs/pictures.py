@@ -15,7 +15,7 @@ from chunkwise.report.drawing import Bar, bars, curves
 from chunkwise.report.pictures import kernels_picture, plan_costs, road_picture
 from chunkwise.runtime.tuned.selection import SHIPPED, read
 
-from docs.tables import LANGUAGE, Row, load
+from docs.tables import LANGUAGE, Row, against, load
 
 FOLDER = Path(__file__).resolve().parent / "pictures"
 
@@ -32,8 +32,9 @@ def _kernels() -> str:
 def _against_fla(title: str, *names: str) -> str:
     """The peer's time over ours on the device, both directions; the tick is at 1."""
     found: dict[tuple[str, str], dict[str, float | None]] = {}
-    for row in (row for name in names for row in load(name)["rows"]):
-        cell = found.setdefault((row["shape"], row["recurrence"]), {})
+    for row in (row for name in names for row in load(name)["rows"] if against(row) == "fla"):
+        name = f"{row['recurrence']} {row.get('gates', '')}".rstrip()
+        cell = found.setdefault((row["shape"], name), {})
         cell[row["mode"]] = row["device_ratio"]
     rows = []
     for (shape, recurrence), ratios in sorted(found.items()):

@@ -46,53 +46,88 @@ def provenance(result: Row) -> str:
     return "; ".join(parts) + "."
 
 
+def _number(x: float | None, digits: int) -> str:
+    return "-" if x is None else f"{x:.{digits}f}"
+
+
 def _pair(row: Row, key: str, digits: int) -> str:
     ours, peer = (row[side].get(key) for side in ("ours", "peer"))
-    if ours is None or peer is None:
+    if ours is None:
         return "-"
-    return f"{ours:.{digits}f} / {peer:.{digits}f}"
+    return _number(ours, digits) if peer is None else f"{ours:.{digits}f} / {peer:.{digits}f}"
 
 
 def _timed(row: Row, key: str, ratio: float | None, *, strong: bool) -> str:
-    if ratio is None:
-        return _pair(row, key, 3)
     times = _pair(row, key, 3)
+    if ratio is None:
+        return times
     text = f"**{ratio:.2f}**" if strong else f"{ratio:.2f}"
     return text if times == "-" else f"{times}, {text}"
 
 
+def _wrong(row: Row) -> str:
+    """The sides whose results were wrong."""
+    wrong = [
+        name
+        for side, name in (("ours", "ours"), ("peer", against(row)))
+        if row[side].get("ok") is False
+    ]
+    return f" ({' and '.join(wrong)} wrong)" if wrong else ""
+
+
+def against(row: Row) -> str:
+    """Whom a row of `benchmarks.run` compares with; those before 2026-11-28 say it nowhere."""
+    return str(row.get("against", "fla") or "-")
+
+
+def _over(row: Row) -> str:
+    """Our time on the device over that of compulsory traffic."""
+    alone, floor = row["ours"].get("device_ms"), row.get("floor_ms")
+    return "-" if alone is None or floor is None else f"{alone / floor:.1f}"
+
+
 def _contest(rows: Sequence[Row]) -> str:
-    """Runs of `benchmarks.run`: a line for each recurrence and shape, and the geometric means."""
+    """Runs of `benchmarks.run`: a line for each contest, and the geometric means by peer."""
     heading = (
-        "recurrence, shape",
-        "forward, device: ours / fla ms, ratio",
-        "as called",
-        "forward+backward, device",
-        "as called",
-        "peak MB",
+        *("recurrence", "against", "forward, device: ours / theirs ms, ratio", "as called"),
+        *("forward+backward, device", "as called", "× floor", "peak MB"),
     )
     pages: list[str] = []
     notes: dict[str, None] = {}
     for shape in dict.fromkeys(r["shape"] for r in rows):
         lines: list[tuple[str, ...]] = [heading]
         own = [r for r in rows if r["shape"] == shape]
-        for name in dict.fromkeys(r["recurrence"] for r in own):
-            by_mode = {r["mode"]: r for r in own if r["recurrence"] == name}
+        for contest in dict.fromkeys(map(_contest_of, own)):
+            by_mode = {r["mode"]: r for r in own if _contest_of(r) == contest}
+            name, gates, other = contest
             cells = []
             for row in (by_mode["fwd"], by_mode["fwd+bwd"]):
-                marks = "".join(f" {n[0]}" for n in row.get("notes", ()) if n[0] in "†‡")
+                said = [n for n in row.get("notes", ()) if n[0] in "†‡"]
+                marks = "".join(f" {n[0]}" for n in said) + _wrong(row)
                 cells.append(_timed(row, "device_ms", row["device_ratio"], strong=True) + marks)
                 cells.append(_timed(row, "ms", row["ratio"], strong=False))
-                notes |= dict.fromkeys(row.get("notes", ()))
-            lines.append((f"{name} {shape}", *cells, _pair(by_mode["fwd+bwd"], "peak_mb", 0)))
-        means = []
-        for mode in ("fwd", "fwd+bwd"):
-            for key in ("device_ratio", "ratio"):
-                mean = geometric_mean(r[key] for r in own if r["mode"] == mode)
-                means.append("-" if mean is None else f"{mean:.2f}")
-        lines.append(("geometric mean", *means, ""))
+                notes |= dict.fromkeys(said)
+            bar = by_mode["fwd"].get("bar")
+            other += f", aim {bar:.2f}" if bar else ""
+            floors = " / ".join(_over(by_mode[mode]) for mode in ("fwd", "fwd+bwd")).replace(
+                "- / -", "-"
+            )
+            peak = _pair(by_mode["fwd+bwd"], "peak_mb", 0)
+            lines.append((f"{name} {gates}".rstrip(), other, *cells, floors, peak))
+        for peer in dict.fromkeys(against(r) for r in own if not r.get("bar")):
+            means = []
+            for mode in ("fwd", "fwd+bwd"):
+                some = [r for r in own if r["mode"] == mode and against(r) == peer]
+                for key in ("device_ratio", "ratio"):
+                    means.append(_number(geometric_mean(r[key] for r in some), 2))
+            if set(means) != {"-"}:
+                lines.append(("geometric mean", peer, *means, "", ""))
         pages.append(f"{shape}: {SHAPES[shape].text}.\n\n{table(lines)}")
     return "\n\n".join([*pages, *notes])
+
+
+def _contest_of(row: Row) -> tuple[str, str, str]:
+    return row["recurrence"], row.get("gates", ""), against(row)
 
 
 def _cpu(rows: Sequence[Row]) -> str:

@@ -2,50 +2,69 @@
 
 import json
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import chunkwise as cw
+import chunkwise.fla
 import pytest
 import torch
+from chunkwise.integrations import mamba_ssm
 from torch import Tensor
 
-from benchmarks import measure, registry, report, run, verify
-from benchmarks.contest import BOTH, FORWARD, Contestant, Row, Settings, contest
+from benchmarks import compare, measure, peers, registry, report, run, verify
+from benchmarks.contest import BOTH, FORWARD, Contestant, Problem, Row, Settings, contest, rivals
+from benchmarks.peers import Operands, Peer
 from benchmarks.registry import CASES, SHAPES
 
 CPU = torch.device("cpu")
-SETTINGS = Settings(CPU, torch.float32, bandwidth=1e10, repeats=2)
+SETTINGS = Settings(CPU, torch.float32, bandwidth=1e10, repeats=2, engine="eager")
 SMALL = replace(SHAPES["XS"], T=20, D=8)
+DELTA = Problem(CASES["delta_rule"], SMALL, "", SETTINGS)
 
 
-def peer(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    o: Tensor = cw.library.delta_rule(q, k, v, beta, cu_seqlens=cu_seqlens, engine="reference")[0]
+def token_loop(x: Operands, cu_seqlens: Tensor | None) -> Tensor:
+    o: Tensor = cw.library.delta_rule(**x, cu_seqlens=cu_seqlens, engine="reference")[0]
     return o
 
 
-def wrong_gradient(*operands: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    o = peer(*operands, cu_seqlens=cu_seqlens)
+def wrong_gradient(x: Operands, cu_seqlens: Tensor | None) -> Tensor:
+    o = token_loop(x, cu_seqlens)
     return o.detach() + 2 * (o - o.detach())
 
 
-def wrong_inference(*operands: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    o = peer(*operands, cu_seqlens=cu_seqlens)
+def wrong_inference(x: Operands, cu_seqlens: Tensor | None) -> Tensor:
+    o = token_loop(x, cu_seqlens)
     return o if torch.is_grad_enabled() else o + 1
 
 
-def refusing(*operands: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def refusing(x: Operands, cu_seqlens: Tensor | None) -> Tensor:
     raise RuntimeError("not on this machine\nand a second line")
 
 
-def rows_with(call: object) -> list[Row]:
-    case = replace(CASES["delta_rule"], peer=call)
-    return contest(case, cw.library.delta_rule, SMALL, SETTINGS)
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Row]]:
+    """The rows of the delta rule against a double, which is registered as peers are."""
+
+    def play(call: Any) -> list[Row]:
+        double = Peer("double", "torch", call, devices=("cpu",))
+        monkeypatch.setitem(peers.PEERS, "delta_rule", (double,))
+        assert rivals(DELTA.case, CPU) == ["double"]
+        return contest(DELTA, ["double"])
+
+    return play
 
 
-def test_a_right_peer_gets_a_ratio() -> None:
-    forward, both = rows_with(peer)
+Play = Callable[[Any], list[Row]]
+
+
+def test_a_right_peer_gets_a_ratio(played: Play) -> None:
+    forward, both = played(token_loop)
     assert (forward.mode, both.mode) == (FORWARD, BOTH)
     assert both.ours.ok
     assert both.peer.ok
@@ -53,28 +72,125 @@ def test_a_right_peer_gets_a_ratio() -> None:
     assert both.ratio == pytest.approx(both.peer.ms / both.ours.ms)
     assert both.ours.peak_mb is None  # a CPU has no such counter
     assert both.ours.first_s is not None
+    assert both.ours.spread is not None
 
 
 @pytest.mark.parametrize("call", [wrong_gradient, wrong_inference])
-def test_a_wrong_peer_is_called_wrong(call: object) -> None:
-    rows = rows_with(call)
+def test_a_wrong_peer_is_called_wrong(call: object, played: Play) -> None:
+    rows = played(call)
     assert all(r.ours.ok and r.peer.ok is False for r in rows)
     assert "FAILED" in report.notes(rows)
     assert "yes / WRONG" in report.table(rows)
 
 
-def test_a_peer_that_refuses_does_not_end_the_run() -> None:
-    rows = rows_with(refusing)
+def test_a_peer_that_refuses_does_not_end_the_run(played: Play) -> None:
+    rows = played(refusing)
     assert all(r.ours.ok and r.peer == Contestant() and r.ratio is None for r in rows)
-    assert "peer: RuntimeError: not on this machine" in report.notes(rows)
+    assert "double: RuntimeError: not on this machine" in report.notes(rows)
     assert "second line" not in report.notes(rows)
 
 
+DOUBLED = [(name, peer) for name, found in peers.PEERS.items() for peer in found]
+OWN = ("gated_delta_product", "mamba2", "kda")  # whose peers have operands of their own, and quick
+
+
+@pytest.mark.parametrize(
+    ("name", "peer"),
+    [
+        pytest.param(n, p, marks=[] if n in OWN else pytest.mark.long, id=f"{n}-{p.name}")
+        for n, p in DOUBLED
+    ],
+)
+def test_peers_are_called_with_what_they_take(
+    name: str, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By functions of the same names and signatures, which compute the same."""
+    install_doubles(monkeypatch)
+    monkeypatch.setenv("CHUNKWISE_ENGINE", "eager")
+    double = replace(peer, ready=lambda: None, devices=("cpu",))
+    monkeypatch.setitem(peers.PEERS, name, (double,))
+    case = CASES[name]
+    rows = contest(Problem(case, SMALL, case.gates[0], SETTINGS), [peer.name])
+    assert all(r.ours.ok and r.peer.ok for r in rows), report.notes(rows)
+
+
+def install_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(module: str, function: str, value: object) -> None:
+        made = ModuleType(module)
+        setattr(made, function, value)
+        monkeypatch.setitem(sys.modules, module, made)
+
+    def packed(*operands: Tensor) -> tuple[Tensor, None]:
+        """cuDNN's: tokens of all sequences in a row, with the default scale."""
+        *given, boundaries = operands
+        assert boundaries.dtype == torch.int32
+        o, _ = cw.fla.chunk_kda(*(x[None] for x in given), cu_seqlens=boundaries.long())
+        return o[0], None
+
+    for module in [n for n in sys.modules if n.split(".")[0] == "fla"]:
+        monkeypatch.delitem(sys.modules, module)
+    cw.fla.install()
+    for module in [n for n in sys.modules if n.split(".")[0] == "fla"]:
+        monkeypatch.setitem(sys.modules, module, sys.modules[module])
+    add("cudnn.linear_attention", "kimi_delta_attention", packed)
+    add("flash_qla", "chunk_gated_delta_rule", cw.fla.chunk_gated_delta_rule)
+    add(
+        "mamba_ssm.ops.triton.ssd_combined",
+        "mamba_chunk_scan_combined",
+        mamba_ssm.mamba_chunk_scan_combined,
+    )
+
+
+def test_another_recurrence_is_timed_beside() -> None:
+    case = CASES["momentum_delta"]
+    rows = contest(Problem(case, SMALL, "mild", SETTINGS), rivals(case, CPU))
+    assert [r.against for r in rows] == ["gated_delta_rule"] * 2
+    assert all(r.ours.ok and r.peer.ok for r in rows)
+    assert rows[0].bar == 1 / 1.6
+
+
+def row(ms: float, peer: float | None = None, *, ok: bool = True, spread: float = 0.02) -> Row:
+    ours = Contestant(ms=ms, device_ms=ms, spread=spread, ok=ok)
+    them = Contestant(ms=peer, device_ms=peer, spread=spread)
+    against = None if peer is None else "fla"
+    return Row("kda", "mild", "F", "bfloat16", FORWARD, against, ours, them, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "word"),
+    [
+        (row(1.0), row(1.02), "same"),
+        (row(1.0), row(1.05), "lost"),
+        (row(1.0), row(1.05, spread=0.2), "same"),
+        (row(1.0), row(0.9), "gained"),
+        (row(1.0), row(0.9, ok=False), "lost"),
+        (row(1.0, 2.0), row(1.1, 2.2), "same"),  # a slower machine
+        (row(1.0, 2.0), row(1.0, 1.8), "lost"),
+    ],
+)
+def test_what_lost_is_told_from_noise(
+    before: Row, now: Row, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for name, made in (("before", before), ("now", now)):
+        files.append(str(tmp_path / name))
+        report.write(Path(files[-1]), ["x"], {"device": "a"}, [report.entry(made)])
+    assert compare.main(files) == (1 if word == "lost" else 0)
+    printed = capsys.readouterr().out
+    assert f"lost: {int(word == 'lost')} of 1" in printed
+    assert f"gained: {int(word == 'gained')} of 1" in printed
+
+
+def test_results_of_other_devices_are_not_compared(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        report.write(tmp_path / name, ["x"], {"device": name}, [])
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+
+
 def test_no_ratio_for_a_wrong_result_of_ours() -> None:
-    ours = Contestant(ms=1.0, ok=False)
-    row = Row("x", "F", FORWARD, ours, Contestant(ms=2.0, ok=True), 1.0)
-    assert row.ratio is None
-    assert row.device_ratio is None
+    wrong = row(1.0, 2.0, ok=False)
+    assert wrong.ratio is None
+    assert wrong.device_ratio is None
 
 
 def test_geometric_mean() -> None:
@@ -100,10 +216,29 @@ def test_what_a_peer_knows_by_itself_is_drawn_so() -> None:
     assert not decay.requires_grad
 
 
+@pytest.mark.parametrize(
+    ("name", "gates", "mean"),
+    [
+        *(("simple_gla", "mild", -0.4), ("simple_gla", "strong", -1.6)),
+        *(("gla", "mild", -0.4), ("gla", "strong", -2.5)),
+    ],
+)
+def test_gates_are_drawn_mild_and_strong(name: str, gates: str, mean: float) -> None:
+    case = CASES[name]
+    assert case.gates == ("mild", "strong")
+    g = registry.draw(case, SHAPES["XS"], torch.float32, CPU, gates=gates)["g"].detach()
+    assert float(g.mean()) == pytest.approx(mean, rel=0.1)
+    assert name == "simple_gla" or float(g.min()) >= -5
+
+
+def test_what_peers_compute_by_themselves_has_no_gates_to_draw() -> None:
+    assert CASES["retention"].gates == ("",)
+    assert CASES["delta_rule"].gates == ("",)
+
+
 def test_packed_shapes_are_checked_too() -> None:
-    case = replace(CASES["delta_rule"], peer=None)
     shape = replace(SMALL, B=1, T=20, lengths=(3, 0, 16, 1))
-    assert all(r.ours.ok for r in contest(case, cw.library.delta_rule, shape, SETTINGS))
+    assert all(r.ours.ok for r in contest(replace(DELTA, shape=shape), []))
 
 
 @pytest.mark.parametrize(
@@ -126,8 +261,16 @@ def test_compulsory_bytes(name: str, forward: int, backward: int) -> None:
 
 
 def test_the_sample_is_fixed_and_within() -> None:
-    assert verify.sample(SHAPES["F"]) == [(0, 0), (2, 8), (3, 15)]
-    assert verify.sample(replace(SMALL, B=1, H=1)) == [(0, 0)]
+    assert verify.sample(CASES["gla"], SHAPES["F"]) == [(0, 0), (2, 8), (3, 15)]
+    assert verify.sample(CASES["gla"], replace(SMALL, B=1, H=1)) == [(0, 0)]
+    # gradients of heads are sums over the batch
+    assert verify.sample(CASES["mamba2"], SHAPES["F"]) == [(b, 15) for b in range(4)]
+
+
+def test_gradients_of_heads_are_checked() -> None:
+    rows = contest(replace(DELTA, case=CASES["mamba2"]), [])
+    assert all(r.ours.ok for r in rows)
+    assert "dA_log" in report.notes(rows)
 
 
 def test_nan_is_not_right() -> None:
@@ -147,16 +290,40 @@ def test_sides_are_interleaved_and_reset() -> None:
         assert order in (["reset a", "a", "reset b", "b"], ["reset b", "b", "reset a", "a"])
 
 
+COMMAND = ["--device", "cpu", "--shapes", "XS", "--repeats", "2", "--engine", "eager"]
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "deep" / "out.json"
-    command = ["--device", "cpu", "--shapes", "XS", "--ops", "delta_rule,gla", "--repeats", "2"]
-    assert run.main([*command, "--json", str(path)]) == 0
+    command = [*COMMAND, "--ops", "delta_rule,gla", "--gates", "mild", "--json", str(path)]
+    assert run.main(command) == 0
     printed = capsys.readouterr().out
     assert "x floor" in printed
     assert "processor:" in printed
     content = json.loads(path.read_text())
     assert [r["recurrence"] for r in content["rows"]] == ["delta_rule"] * 2 + ["gla"] * 2
     assert content["machine"]["versions"]["torch"] == metadata.version("torch")
+
+
+def test_the_command_goes_on_where_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.json"
+    command = [*COMMAND, "--ops", "delta_rule,retention", "--json", str(path)]
+    assert run.main([*command[:-4], "--ops", "retention", *command[-2:]]) == 0
+    before = json.loads(path.read_text())["rows"]
+    assert run.main([*command, "--seconds", "0"]) == 0  # no time is left
+    assert "1 of 1 cells are left" in capsys.readouterr().out
+    assert run.main([*command, "--compare", str(path)]) == 0
+    assert "lost: 0 of 2 cells" in capsys.readouterr().out  # compared with itself, of before
+    after = json.loads(path.read_text())["rows"]
+    assert after[:2] == before
+    assert [r["recurrence"] for r in after] == ["retention"] * 2 + ["delta_rule"] * 2
+    content = json.loads(path.read_text())
+    content["machine"]["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="name another file"):
+        run.main(command)
 
 
 def test_the_command_names_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
