@@ -132,19 +132,14 @@ def cells(args: argparse.Namespace, settings: Settings, rows: Sequence[Row]) -> 
 
 def warmed(wanted: Sequence[Cell], jobs: int, until: float) -> list[Cell]:
     """The cells all of whose kernels were compiled until then."""
-    needed = {cell: tuple(warm.tasks(cell.problem, cell.against)) for cell in wanted}
-    # gates are compiled alike
-    unique = {replace(t, problem=_any_gates(t.problem)): t for ts in needed.values() for t in ts}
-    ended = warm.warm_all(list(unique), jobs, until)
-    return [
-        cell
-        for cell, ts in needed.items()
-        if all(replace(t, problem=_any_gates(t.problem)) in ended for t in ts)
-    ]
 
+    def needed(cell: Cell) -> list[warm.Task]:
+        # gates are compiled alike
+        problem = replace(cell.problem, gates=cell.problem.case.gates[0])
+        return warm.tasks(problem, cell.against)
 
-def _any_gates(problem: Problem) -> Problem:
-    return replace(problem, gates=problem.case.gates[0])
+    ended = warm.warm_all(list(dict.fromkeys(t for c in wanted for t in needed(c))), jobs, until)
+    return [cell for cell in wanted if ended.issuperset(needed(cell))]
 
 
 def _earlier(path: Path | None, described: Mapping[str, object]) -> dict[str, Any]:

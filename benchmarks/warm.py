@@ -7,6 +7,7 @@ then tunes undisturbed and has nothing left to compile.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import sys
@@ -76,7 +77,7 @@ def warm_all(wanted: Sequence[Task], jobs: int, until: float) -> set[Task]:
             return False
         process = context.Process(target=task.run)
         process.start()
-        process.join(max(0.0, until - time.monotonic()))
+        process.join(None if math.isinf(until) else max(0.0, until - time.monotonic()))
         ended = process.exitcode is not None
         if not ended:
             process.kill()
