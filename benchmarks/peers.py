@@ -99,9 +99,9 @@ def _cudnn_kda(x: Operands, cu_seqlens: Tensor | None) -> Tensor:
     return torch.unflatten(o, 0, (B, T))
 
 
-def _scaled_by_peer(x: Operands) -> dict[str, Tensor]:
-    """The backward knows the scale K^-0.5 only, so that q is multiplied by what undoes it."""
-    return {**x, "q": x["q"] * x["q"].shape[-1] ** 0.5}
+def _cudnn_own(x: Operands) -> dict[str, Tensor]:
+    """Its backward knows the scale K^-0.5 only, which q undoes, and gates in float32 only."""
+    return {**x, "q": x["q"] * x["q"].shape[-1] ** 0.5, "g": x["g"].float()}
 
 
 def _mamba_ssm(x: Operands, cu_seqlens: Tensor | None) -> Tensor:
@@ -145,7 +145,7 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     "gla": (_fla("gla.chunk_gla", "q k v g"),),
     "kda": (
         _fla("kda.chunk_kda", "q k v g beta"),
-        Peer("cudnn", "cudnn", _cudnn_kda, _scaled_by_peer),
+        Peer("cudnn", "cudnn", _cudnn_kda, _cudnn_own),
     ),
     # fla's a reads and its b is written, ours the other way round
     "dplr": (_fla("rwkv7.chunk_rwkv7", "q g k v b a"),),

@@ -194,19 +194,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"compiled {len(wanted)} cells in {described['warm_parallel_s']} s")
     print(f"floor: compulsory bytes at {bandwidth / 1e12:.3f} TB/s\n", flush=True)
 
-    measured, longest = 0, 0.0
+    measured, took = 0, 0.0
     for cell in wanted:
         begun = time.monotonic()
-        if begun + longest > until:
+        if begun + took > until:  # the next takes about as long as the one before
             break
         found = contest(cell.problem, cell.against)
         rows += found
-        print(report.table(found), report.notes(found), sep="\n", flush=True)
+        print(report.table(found), report.notes(found), sep="\n")
+        print(f"measured in {time.monotonic() - begun:.1f} s\n", flush=True)
         if args.json is not None:
             # written after every contest, so that an interrupted run keeps its results
             report.write(args.json, command, described, [report.entry(r) for r in rows])
-        measured += 1
-        longest = max(longest, time.monotonic() - begun)
+        measured, took = measured + 1, time.monotonic() - begun
     print("\n" + report.table(rows))
     print(report.means(rows))
     if measured < len(every):
