@@ -120,12 +120,12 @@ class Problem:
     def theirs(self, peer: Peer) -> verify.Side:
         """The peer's kernels, on leaves of their own where their operands are not ours."""
         operands = self.operands()
-        packed = cu_seqlens(self.shape, self.settings.device)
+        packed, note = cu_seqlens(self.shape, self.settings.device), peer.ready()
         if peer.own is None:
-            return verify.Side(lambda: peer.call(operands, packed), operands, operands)
+            return verify.Side(lambda: peer.call(operands, packed), operands, operands, note=note)
         made = peer.own(operands)
         own = {name: _leaf(x) for name, x in made.items()}
-        return verify.Side(lambda: peer.call(own, packed), operands, own, made)
+        return verify.Side(lambda: peer.call(own, packed), operands, own, made, note)
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -163,28 +163,25 @@ def contest(problem: Problem, against: Sequence[str]) -> list[Row]:
     """The rows of one recurrence at one shape: its forward, and its forward and backward."""
     settings, case, do = problem.settings, problem.case, problem.do()
     expected = _oracle(problem)
-    notes = []
     played: dict[str, verify.Side] = {}
+    said: dict[str | None, str] = {}
     seen: dict[str, dict[str, Contestant]] = {m: {} for m in (FORWARD, BOTH)}
     for name, make in sides(problem, against).items():
         judged = _beside(problem, name) if name in case.beside else problem
         try:
-            peer = next((p for p in PEERS.get(case.name, ()) if p.name == name), None)
-            if peer is not None and (said := peer.ready()):
-                notes.append(said)
             side = make()
             first = measure.first_call(timed(side, do, BOTH), settings.device)
             wanted = expected if judged is problem else _oracle(judged)
             pairs = verify.sample(judged.case, judged.shape)
             errors = verify.compare(side, judged.case, do, wanted, pairs)
         except Exception as error:  # whatever a peer raises does not end the run
-            notes.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
+            said[name] = f"{name}: {type(error).__name__}: {error}".splitlines()[0]
             continue
         played[name] = side
         ok = all(e.ok for e in errors)
         seen[BOTH][name] = Contestant(first_s=first, ok=ok)
         seen[FORWARD][name] = Contestant(ok=ok)
-        notes.append(f"{name}: {', '.join(map(str, errors))}")
+        said[name] = f"{name}: {', '.join(map(str, errors))}"
 
     forward, backward = compulsory_bytes(case, problem.shape, settings.dtype)
     floors = {FORWARD: forward, BOTH: forward + backward}
@@ -203,8 +200,11 @@ def contest(problem: Problem, against: Sequence[str]) -> list[Row]:
                 peer=seen[mode].get(rival or "", Contestant()),
                 floor_ms=floors[mode] / settings.bandwidth * 1e3,
                 bar=1 / case.beside[rival] if rival and rival in case.beside else None,
-                notes=tuple(n for n in notes if n[0] == "†" or n.split(":")[0] in (OURS, rival)),
+                notes=tuple(said[n] for n in (OURS, rival) if n in said),
             )
+            note = None if rival not in played else played[rival].note
+            if mode == BOTH and note is not None:
+                row = replace(row, notes=(*row.notes, note))
             rows.append(row)
     return rows
 

@@ -24,7 +24,7 @@ class Peer:
         package: what is imported, at its first call.
         call: the output `[B,T,HV,V]`, of its operands by name and boundaries of packed sequences.
         own: its operands, made of ours outside the timed part; None if they are ours.
-        ready: called before anything else; returns a note for the results, or None.
+        ready: called before anything else; returns a note on its backward, or None.
         devices: the types of devices that it runs on.
         parts: how many processes compile it ahead, each its share of what Triton's autotuners try.
     """

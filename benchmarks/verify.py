@@ -55,12 +55,14 @@ class Side:
         operands: ours, by name.
         own: what the call reads, leaves; ours where they are the same.
         made: `own` as it was made of ours, by which gradients find their way back; None likewise.
+        note: what is to be said of its backward.
     """
 
     call: Callable[[], Tensor]
     operands: Mapping[str, Tensor]
     own: Mapping[str, Tensor]
     made: Mapping[str, Tensor] | None = None
+    note: str | None = None
 
     @property
     def leaves(self) -> list[Tensor]:

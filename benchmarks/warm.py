@@ -38,9 +38,6 @@ class Task:
         _compile_only(self.part, self.parts)
         problem = self.problem
         try:
-            for peer in PEERS.get(problem.case.name, ()):
-                if peer.name == self.side:
-                    peer.ready()
             side = sides(problem, [self.side])[self.side]()
             do = problem.do()
             for mode in (BOTH, FORWARD):  # without gradients a side may choose other kernels
