@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from chunkwise.dsl import library
-from chunkwise.report.drawing import Bar, bars, curves
-from chunkwise.report.pictures import kernels_picture, plan_costs, road_picture
+from chunkwise.report.drawing import Bar, bars
+from chunkwise.report.pictures import kernels_picture, plan_costs
 from chunkwise.runtime.tuned.selection import SHIPPED, read
 
+from docs.drawings import curves, road_picture
 from docs.tables import LANGUAGE, Row, against, load
 
 FOLDER = Path(__file__).resolve().parent / "pictures"

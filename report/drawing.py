@@ -1,4 +1,4 @@
-"""Draws SVG in the colours of its page, light or dark: text, boxes, arrows, bars, curves."""
+"""Draws SVG in the colours of its page, light or dark: text, boxes, lines, bars."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ SIZE = 13  # of text, in pixels
 LINE = 18  # from one line of text to the next
 # of a letter, in sizes of text; measured widths of common fonts lie below these
 _WIDE, _MONO = 0.6, 0.62
-_CURVES = ("#4c8dd6", "#d9822b", "#3fa45b", "#c2475c", "#8e6bd1", "#9a7b4f", "#2fa3a3", "#b0579e")
 _STYLE = """
 .picture { color: #1f2328; background: #fff; font: 13px system-ui, "DejaVu Sans", sans-serif; }
 @media (prefers-color-scheme: dark) { .picture { color: #e6edf3; background: #0d1117; } }
@@ -57,12 +56,6 @@ class Drawing:
         looks = ' stroke-dasharray="3 3"' if dashed else ""
         looks += f' style="stroke: {colour}; stroke-width: 1.5"' if colour else ""
         self.parts.append(f'<polyline points="{through}" class="line"{looks}/>')
-
-    def arrow(self, x: float, y: float, end: float) -> None:
-        """A vertical arrow from (x, y) down to (x, end)."""
-        self.line((x, y), (x, end - 6))
-        tip = f"{x - 4:.1f},{end - 7:.1f} {x + 4:.1f},{end - 7:.1f} {x:.1f},{end:.1f}"
-        self.parts.append(f'<polygon points="{tip}" class="tip"/>')
 
     def svg(self, height: float, title: str) -> str:
         """The picture as an element that stands in HTML and as a file."""
@@ -125,41 +118,3 @@ def bars(
             drawing.line((at, y - 2), (at, y + height))
         y += height + 8
     return drawing.svg(y + 2, title)
-
-
-Curve = tuple[str, Sequence[tuple[float, float]]]  # a name, and points from left to right
-
-
-def curves(title: str, across: str, found: Sequence[Curve]) -> str:
-    """Lines over a common axis, each named where it ends, the highest first."""
-    width, height, top = 520.0, 300.0, 34.0
-    points = [point for _, line in found for point in line] or [(0.0, 0.0), (1.0, 1.0)]
-    left, right = min(x for x, _ in points), max(x for x, _ in points)
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    names = text_width(max((name for name, _ in found), key=len, default="")) + 70
-    drawing = Drawing(max(50 + width + names, 1.1 * text_width(title)))
-    drawing.text(0, 16, title, "strong")
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            50 + width * (x - left) / ((right - left) or 1.0),
-            top + height * (high - y) / ((high - low) or 1.0),
-        )
-
-    for n in range(5):
-        x, y = left + (right - left) * n / 4, low + (high - low) * n / 4
-        drawing.text(44, place(left, y)[1] + 4, f"{y:.2f}", "faint", "end")
-        drawing.line(place(left, y), place(right, y), dashed=True)
-        drawing.text(place(x, low)[0], top + height + 18, f"{x:.4g}", "faint", "middle")
-    drawing.text(50 + width / 2, top + height + 36, across, "faint", "middle")
-    below = 0.0
-    order = sorted(range(len(found)), key=lambda n: -found[n][1][-1][1])
-    for n in order:
-        name, line = found[n]
-        colour = _CURVES[n % len(_CURVES)]
-        drawing.line(*(place(*point) for point in line), colour=colour)
-        end = place(*line[-1])
-        below = max(below + LINE, end[1])  # names do not overlap
-        drawing.line(end, (56 + width, below), colour=colour)
-        drawing.text(62 + width, below + 4, f"{name}  {line[-1][1]:.3f}")
-    return drawing.svg(max(top + height + 44, below + 12), title)

@@ -1,10 +1,9 @@
-"""Pictures of a recurrence: its road through the compiler, and the kernels of a plan."""
+"""Pictures of the kernels of a plan, and what they cost."""
 
 from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..codegen import cost
@@ -14,15 +13,13 @@ from ..codegen.differentiate import Adjoint
 from ..codegen.interface import Dtype
 from ..codegen.plan import Kernel, Loop, Program
 from ..codegen.programs import backward_program, chunk_adjoint, chunk_program, forward_program
-from ..codegen.text.mathematics import print_chunk
 from ..codegen.triton.defaults import default_config
 from ..dsl.declaration import Declaration
-from ..dsl.explain import print_form
 from ..dsl.normal_form import NormalForm
-from .drawing import LINE, Bar, Drawing, bars, text_width
+from .drawing import Bar, bars
 
 DIMS = Dims(128, 128)
-_LOOPS = {
+LOOPS = {
     Loop.PARALLEL: "all chunks at once",
     Loop.FORWARD: "scan, first to last",
     Loop.REVERSE: "scan, last to first",
@@ -92,7 +89,7 @@ def kernels_picture(name: str, costs: PlanCosts) -> str:
     most_flops = max((k.flops for k in costs.kernels), default=1.0) or 1.0
     rows = []
     for k in costs.kernels:
-        label = f"{k.direction} {k.name}: {_LOOPS[k.kernel.loop]}"
+        label = f"{k.direction} {k.name}: {LOOPS[k.kernel.loop]}"
         texts = (f"{k.bytes:,.0f} bytes", f"{k.flops:,.0f} FLOPs")
         rows.append(Bar(label, (k.bytes / most_bytes, k.flops / most_flops), texts))
     title = (
@@ -102,88 +99,8 @@ def kernels_picture(name: str, costs: PlanCosts) -> str:
     return bars(title, rows, ("bytes moved", "FLOPs of products"))
 
 
-def road_picture(declared: Declaration) -> str:
-    """From the step to the kernels, each stage as the compiler prints it."""
-    form = declared.normal_form(declared.default_micro)
-    chunk = print_chunk(chunk_program(form)).splitlines()
-    stages = [
-        ("the declared step", "", source(declared).splitlines()),
-        ("normal form", "traced and normalised", print_form(form).splitlines()),
-        ("one chunk", "derived", [_without_marks(line) for line in chunk]),
-    ]
-    width = 40 + max(text_width(line, code=True) for _, _, lines in stages for line in lines)
-    costs = plan_costs(form)
-    width = max(width, *(40 + _row_width(costs, d) for d in costs.compulsory))
-    drawing = Drawing(width)
-    y = 4.0
-    for title, verb, lines in stages:
-        y = _stage(drawing, y, title, verb, lines)
-    y = _planned(drawing, y, costs)
-    return drawing.svg(y, f"The road of {declared.name}")
-
-
 def source(declared: Declaration) -> str:
     """The declaration as it was written, without its decorators and a formatter's comment."""
     lines = textwrap.dedent(inspect.getsource(declared.function)).rstrip().splitlines()
     start = next(n for n, line in enumerate(lines) if line.lstrip().startswith("def "))
     return "\n".join(lines[start:]).replace("  # fmt: skip", "")
-
-
-def _without_marks(line: str) -> str:
-    return line.replace("[s]", "").replace("[n]", "").rstrip()
-
-
-def _stage(drawing: Drawing, y: float, title: str, verb: str, lines: Sequence[str]) -> float:
-    if verb:
-        y = _arrow(drawing, y, verb)
-    height = LINE * (len(lines) + 1) + 14
-    drawing.box(1, y, drawing.width - 2, height)
-    drawing.text(14, y + 20, title, "strong")
-    for n, line in enumerate(lines):
-        drawing.text(14, y + 20 + LINE * (n + 1), line, "code")
-    return y + height
-
-
-def _arrow(drawing: Drawing, y: float, verb: str) -> float:
-    middle = drawing.width / 2
-    drawing.arrow(middle, y + 4, y + 34)
-    drawing.text(middle + 12, y + 23, verb, "faint")
-    return y + 38
-
-
-def _lines_of(k: KernelCost) -> list[str]:
-    stored = ", ".join(name.label for name, _ in k.kernel.stores)
-    return [_LOOPS[k.kernel.loop], *textwrap.wrap(f"stores {stored}", 30)]
-
-
-def _box_width(k: KernelCost) -> float:
-    return max(text_width(line) for line in (k.name, *_lines_of(k))) + 24
-
-
-def _row_width(costs: PlanCosts, direction: str) -> float:
-    own = [k for k in costs.kernels if k.direction == direction]
-    return sum(_box_width(k) + 12 for k in own) + 70
-
-
-def _planned(drawing: Drawing, y: float, costs: PlanCosts) -> float:
-    y = _arrow(drawing, y, "differentiated, factored and planned")
-    top = y
-    boxes: list[tuple[float, float, KernelCost, float]] = []
-    y += 30
-    for direction in costs.compulsory:
-        own = [k for k in costs.kernels if k.direction == direction]
-        height = LINE * max(len(_lines_of(k)) + 1 for k in own) + 12.0
-        x = 84.0
-        drawing.text(14, y + 20, direction, "faint")
-        for k in own:
-            boxes.append((x, y, k, height))
-            x += _box_width(k) + 12
-        y += height + 12
-    drawing.box(1, top, drawing.width - 2, y - top)
-    drawing.text(14, top + 20, "kernels", "strong")
-    for x, at, k, height in boxes:
-        drawing.box(x, at, _box_width(k), height)
-        drawing.text(x + 12, at + 20, k.name, "strong")
-        for n, line in enumerate(_lines_of(k)):
-            drawing.text(x + 12, at + 20 + LINE * (n + 1), line, "faint" if n == 0 else "")
-    return y + 4
