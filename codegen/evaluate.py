@@ -14,12 +14,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..dsl.elementwise import ELEMENTWISE
+from ..dsl.elementwise import ELEMENTWISE, value_of
 from ..dsl.errors import InvalidIR
 from ..dsl.ir import Node, Op
 from ..dsl.ir import topological as step_order
 from . import tile
-from .lower import kind_axes
 from .tile import Axes, Axis, Tile, TileOp, Which
 
 Numbers: TypeAlias = Any  # an array of Decimals with four axes: numpy does not type its entries
@@ -226,15 +225,9 @@ def evaluate(roots: Sequence[Tile], leaf: Callable[[Tile], Numbers], sizes: Size
 
 # ---------------------------------------------------------------- StepIR
 
-_STEPS: dict[Op, Callable[[Node, Sequence[Numbers]], Numbers]] = {
-    Op.CONST: lambda n, xs: number(float(n.attrs[0] or 0.0)),
-    Op.SUM: lambda n, xs: total(xs[0], *kind_axes(n.args[0].kind)),
-    Op.SCALE: lambda n, xs: xs[0] * xs[1],
-    Op.OUTER: lambda n, xs: xs[0] * xs[1],
-    Op.READ: lambda n, xs: total(xs[0] * xs[1], Axis.K),
-    Op.READ_VALUE: lambda n, xs: total(xs[0] * xs[1], Axis.V),
-    **{op: lambda n, xs: _ELEMENTWISE[n.op](*xs) for op in _ELEMENTWISE},
-}
+
+def _entrywise(n: Node, xs: Sequence[Numbers]) -> Numbers:
+    return number(float(n.attrs[0] or 0.0)) if n.op is Op.CONST else _ELEMENTWISE[n.op](*xs)
 
 
 def evaluate_step(roots: Sequence[Node], leaves: Mapping[Node, Numbers]) -> dict[Node, Numbers]:
@@ -245,5 +238,5 @@ def evaluate_step(roots: Sequence[Node], leaves: Mapping[Node, Numbers]) -> dict
     known = dict(leaves)
     for n in step_order(*roots):
         if n not in known:
-            known[n] = _STEPS[n.op](n, [known[a] for a in n.args])
+            known[n] = value_of(n, [known[a] for a in n.args], _entrywise)
     return known

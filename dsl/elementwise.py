@@ -1,4 +1,4 @@
-"""The elementwise functions of the language, a row each: values in torch, in digits, in intervals.
+"""The functions of the language, a row for each elementwise one: in torch, digits, intervals.
 
 Another function is one op in `ir`, one row here, one definition in `functions` and one row in
 `codegen/elementwise.py`, with an implementation for each target that does not have the function.
@@ -10,14 +10,14 @@ import decimal
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from .intervals import Interval, increasing
-from .ir import Op
+from .ir import Kind, Node, Op
 
 DIGITS = 50
 
@@ -51,6 +51,25 @@ def at_zeros(op: Op) -> Decimal:
     """The value of a function where all arguments are 0, as they are in the padding of tiles."""
     with many_digits():
         return Decimal(ELEMENTWISE[op].value(*[Decimal(0)] * op.arity))
+
+
+_SUMMED = {Op.READ: -2, Op.READ_VALUE: -1}  # K and V, the last axes of values
+
+
+def value_of(
+    node: Node, args: Sequence[Any], entrywise: Callable[[Node, Sequence[Any]], Any]
+) -> Any:
+    """The value of an op on numpy's arrays, whose last axes are K and V, of length 1 where missing.
+
+    So kinds broadcast by themselves; `entrywise` has the values of elementwise ops and of leaves.
+    """
+    if node.op is Op.SUM:
+        return args[0].sum(-2 if node.args[0].kind is Kind.KEY else -1, keepdims=True)
+    if node.op in (Op.SCALE, Op.OUTER):
+        return args[0] * args[1]
+    if node.op in _SUMMED:
+        return (args[0] * args[1]).sum(_SUMMED[node.op], keepdims=True)
+    return entrywise(node, args)
 
 
 def _larger(x: Decimal, y: Decimal) -> Decimal:

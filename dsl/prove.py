@@ -11,17 +11,16 @@ are equal.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import sympy  # type: ignore[import-untyped]
 
 from . import errors
 from .declaration import Declaration
-from .ir import Kind, Node
+from .ir import Node
 from .normal_form import (
     Level,
     NormalForm,
@@ -33,11 +32,12 @@ from .normal_form import (
     result_leaf,
 )
 from .step import Step, state_leaf
-from .symbols import Array, Expr, Symbols, recalled, scaled, state_symbols, transposed
+from .symbols import Array, Symbols, scalar
 
-_ZERO: Expr = sympy.Integer(0)
-_ONE: Expr = sympy.Integer(1)
+_ZERO = sympy.Integer(0)
 _ROWS, _COLUMNS = 2, 1  # columns of the state do not mix, so one stands for all
+_ONES: Array = np.full((_ROWS, 1), sympy.Integer(1), dtype=object)
+_expanded = np.frompyfunc(sympy.expand, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +105,12 @@ def _prove_affine(step: Step, levels: Sequence[Level]) -> None:
     new = dict(zip((s.name for s in step.states), step.next_states, strict=True))
     for n, level in enumerate(levels):
         symbols = Symbols(step.operands, _ROWS, _COLUMNS)
-        incoming = {state_leaf(s): state_symbols(s, symbols) for s in step.states}
+        incoming = {state_leaf(s): symbols.named(f"{s.name}0", s.kind) for s in step.states}
         later = {name for other in levels[n:] for name in other.states}
-        flat = [x for leaf, xs in incoming.items() if leaf.attrs[0] in later for x in xs]
+        flat = [x for leaf, xs in incoming.items() if leaf.attrs[0] in later for x in xs.flat]
         env = dict(incoming)
         for name in level.states:
-            for entry in symbols.value(new[name], 0, env):
+            for entry in symbols.value(new[name], 0, env).flat:
                 poly = sympy.Poly(sympy.expand(entry), *flat)
                 hidden = any(c.free_symbols & set(flat) for c in poly.coeffs())
                 if poly.total_degree() > 1 or hidden:
@@ -126,17 +126,15 @@ def _prove_affine(step: Step, levels: Sequence[Level]) -> None:
 
 def _prove_chunk(step: Step, form: NormalForm, length: int) -> None:
     symbols = Symbols(form.operands, *_sizes(form))
-    start = {s.name: state_symbols(s, symbols) for s in form.states}
+    start = {s.name: symbols.named(f"{s.name}0", s.kind) for s in form.states}
     # token by token
     states = {state_leaf(s): start[s.name] for s in step.states}
     outputs: list[list[Array]] = []
     for t in range(length):
         env = dict(states)
         outputs.append([symbols.value(n, t, env) for n in step.outputs])
-        new = [symbols.value(n, t, env) for n in step.next_states]
-        states = {
-            leaf: tuple(sympy.expand(x) for x in xs) for leaf, xs in zip(states, new, strict=True)
-        }
+        new = [_expanded(symbols.value(n, t, env)) for n in step.next_states]
+        states = dict(zip(states, new, strict=True))
     # a chunk at once
     known: list[dict[Node, Array]] = [{} for _ in range(length)]  # of each token
     chunks: dict[str, _Chunk] = {}
@@ -150,18 +148,16 @@ def _prove_chunk(step: Step, form: NormalForm, length: int) -> None:
                 env[result_leaf(form, n)] = chunks[read.state].read(read, t)
     for name in (s.name for s in step.states):
         leaf = next(x for x in states if x.attrs[0] == name)
-        for ours, theirs in zip(chunks[name].final(name), states[leaf], strict=True):
-            _agree(form, f"the final {name} of {length} tokens", ours, theirs)
+        _agree(form, f"the final {name} of {length} tokens", chunks[name].final(name), states[leaf])
     for t, env in enumerate(known):
         for node, whole in zip(form.outputs, outputs[t], strict=True):
-            for ours, theirs in zip(symbols.value(node, t, env), whole, strict=True):
-                _agree(form, f"output {t} of {length} tokens", ours, theirs)
+            _agree(form, f"output {t} of {length} tokens", symbols.value(node, t, env), whole)
 
 
-def _agree(form: NormalForm, what: str, ours: Expr, theirs: Expr) -> None:
-    difference = sympy.expand(ours - theirs)
-    if difference != 0:
-        raise errors.ProofFailed(form.name, what, difference)
+def _agree(form: NormalForm, what: str, ours: Array, theirs: Array) -> None:
+    for difference in _expanded(ours - theirs).flat:
+        if difference != 0:
+            raise errors.ProofFailed(form.name, what, difference)
 
 
 class _Chunk:
@@ -181,51 +177,46 @@ class _Chunk:
         self._n = len(form.micro_steps)
         self._transposed = form.transposed
         self._updates = [{u.state: u for u in m.updates} for m in form.micro_steps]
-        self._rows = _ROWS
-        self._start = {
-            n: transposed(x, symbols.key) if form.transposed else x for n, x in start.items()
-        }
-        (self._width,) = {len(x) // _ROWS for x in start.values()}
+        self._start = {n: self._turned(x) for n, x in start.items()}
         self._env = known
         self._times = range(len(known) * self._n)
         self._decays = [{n: self._decay(n, time) for n in start} for time in self._times]
         self._passed: dict[tuple[int, int, str], dict[str, Array]] = {}
         self._written = self._solve()
 
+    def _turned(self, x: Array) -> Array:
+        """A value between declared axes and those of the chunk."""
+        return x.T if self._transposed else x
+
     def _update(self, name: str, time: int) -> Update:
         return self._updates[time % self._n][name]
 
     def _at(self, node: Node, time: int) -> Array:
         token = time // self._n
-        return self._symbols.value(node, token, self._env[token])
-
-    def _per_row(self, x: Array) -> Array:
-        return x * self._rows if len(x) == 1 else x
+        return self._turned(self._symbols.value(node, token, self._env[token]))
 
     def _decay(self, name: str, time: int) -> Array:
         """Of the rows, and of the one column."""
         update, token = self._update(name, time), time // self._n
-        found: Array = (_ONE,) * self._rows
+        found = _ONES
         for log in (update.log_decay, update.columns):
             if log is not None:
                 decay = self._symbols.multiplier(log, token, self._env[token])
-                found = tuple(a * b for a, b in zip(found, self._per_row(decay), strict=True))
+                found = found * self._turned(decay)
         return found
 
     def _left(self, after: int, until: int, to: str) -> dict[str, Array]:
         """What `to` after the time `until` has, per row, of each state after the time `after`."""
         if after == until:
-            return {to: (_ONE,) * self._rows}
+            return {to: _ONES}
         at = (after, until, to)
         if at not in self._passed:
             update = self._update(to, until)
             found = _times(self._decays[until][to], self._left(after, until - 1, to))
             for mix in update.mixes:
-                factor = self._per_row(self._at(mix.factor, until))
+                factor = self._at(mix.factor, until)
                 for of, x in _times(factor, self._left(after, until - 1, mix.state)).items():
-                    found[of] = (
-                        tuple(map(sum, zip(found[of], x, strict=True))) if of in found else x
-                    )
+                    found[of] = found.get(of, 0) + x
             self._passed[at] = found
         return self._passed[at]
 
@@ -236,17 +227,12 @@ class _Chunk:
         before = self._left(after, time - 1, to)
         return before if phase is Phase.BEFORE else _times(self._decays[time][to], before)
 
-    def _score(self, x: Array, y: Array, left: Array) -> Expr:
-        triples = zip(x, y, left, strict=True)
-        return sympy.Add(*(a * b * decay for a, b, decay in triples))
-
     def _recalled(self, key: Array, time: int, phase: Phase, to: str) -> Array:
         """(key e^G)ᵀ S_0, by what is left of the states at the start."""
-        parts = [
-            recalled(tuple(k * x for k, x in zip(key, left, strict=True)), self._start[of])
-            for of, left in self._seen(-1, time, phase, to).items()
-        ]
-        return tuple(map(sum, zip(*parts, strict=True)))
+        seen = self._seen(-1, time, phase, to)
+        return sum(
+            (key * left * self._start[of]).sum(0, keepdims=True) for of, left in seen.items()
+        )
 
     def _solve(self) -> list[tuple[int, str, Array, Array]]:
         """U = (I + L)^-1 X: for every write its time, state, key and written value."""
@@ -257,35 +243,25 @@ class _Chunk:
             for w in self._update(n, time).writes
         ]
         keys = [self._at(w.key, time) for time, _, w in writes]
-        scores = sympy.zeros(len(writes), len(writes))
-        scales: list[Array] = []  # of every column
+        lower = sympy.eye(len(writes))
         known: list[Array] = []
         for i, (time, _, w) in enumerate(writes):
-            own = (_ZERO,) * self._width if w.value is None else self._at(w.value, time)
-            scales.append((_ZERO,) * self._width)
+            own = scalar(_ZERO) if w.value is None else self._at(w.value, time)
             if w.correction is not None:
                 scale = self._at(w.correction.scale, time)
-                scales[i] = scale if len(scale) == self._width else scale * self._width
                 key, to = self._at(w.correction.key, time), w.correction.state
                 phase = Phase.DECAYED if w.correction.decayed else Phase.BEFORE
-                seen = self._recalled(key, time, phase, to)
-                own = tuple(v + a * s for v, a, s in zip(own, scales[i], seen, strict=True))
+                own = own + scale * self._recalled(key, time, phase, to)
                 for j, (earlier, of, _) in enumerate(writes):
                     left = self._seen(earlier, time, phase, to) if earlier < time else {}
                     if of in left:
-                        scores[i, j] = self._score(key, keys[j], left[of])
+                        lower[i, j] = -(scale * key * keys[j] * left[of]).sum()
             known.append(own)
         if not writes:
             return []
-        solved: list[Any] = []  # a column each
-        systems: dict[tuple[Expr, ...], Any] = {}  # the inverse, by the scales of a column
-        for j, column in enumerate(zip(*known, strict=True)):
-            scaled_by = tuple(s[j] for s in scales)
-            if scaled_by not in systems:
-                systems[scaled_by] = _unit_lower_inverse(-sympy.diag(*scaled_by) * scores)
-            solved.append(systems[scaled_by] * sympy.Matrix(column))
+        solved = lower.lower_triangular_solve(sympy.Matrix([x.item() for x in known]))
         return [
-            (time, n, keys[i], tuple(sympy.expand(x[i]) for x in solved))
+            (time, n, keys[i], scalar(sympy.expand(solved[i])))
             for i, (time, n, _) in enumerate(writes)
         ]
 
@@ -294,51 +270,31 @@ class _Chunk:
         time, phase = token * self._n + read.micro_step, read.phase
         key = self._at(read.key, time)
         if read.other_axis is not self._transposed:  # contracts the columns: the state itself
-            return recalled(key, transposed(self._state(time, phase, read.state), self._rows))
-        result = self._recalled(key, time, phase, read.state)
-        for written, values, left in self._visible(time, phase, read.state):
-            score = self._score(key, written, left)
-            result = tuple(r + score * v for r, v in zip(result, values, strict=True))
-        return result
+            result = (self._state(time, phase, read.state) * key).sum(1, keepdims=True)
+        else:
+            result = self._recalled(key, time, phase, read.state)
+            for written, value, left in self._visible(time, phase, read.state):
+                result = result + (key * written * left).sum() * value
+        return self._turned(result)
 
     def final(self, name: str) -> Array:
         """A state at the chunk's end, in declared axes."""
-        state = self._state(len(self._times) - 1, Phase.AFTER, name)
-        return transposed(state, self._rows) if self._transposed else state
+        return self._turned(self._state(len(self._times) - 1, Phase.AFTER, name))
 
     def _visible(self, time: int, phase: Phase, to: str) -> Iterator[tuple[Array, Array, Array]]:
         """Keys and values of the writes that `to` has seen, and what is left of them."""
         last = time if phase is Phase.AFTER else time - 1
-        for earlier, of, key, values in self._written:
+        for earlier, of, key, value in self._written:
             left = self._seen(earlier, time, phase, to) if earlier <= last else {}
             if of in left:
-                yield key, values, left[of]
+                yield key, value, left[of]
 
     def _state(self, time: int, phase: Phase, to: str) -> Array:
         """(6): the chunk's start and the writes before a time, by what is left of them."""
-        parts = [
-            scaled(self._start[of], left, Kind.KEY)
-            for of, left in self._seen(-1, time, phase, to).items()
-        ]
-        result = [sympy.Add(*xs) for xs in zip(*parts, strict=True)]
-        for key, values, left in self._visible(time, phase, to):
-            for i, j in itertools.product(range(self._rows), range(self._width)):
-                result[i * self._width + j] += key[i] * left[i] * values[j]
-        return tuple(result)
+        seen = self._seen(-1, time, phase, to)
+        start = sum(self._start[of] * left for of, left in seen.items())
+        return start + sum(k * left * value for k, value, left in self._visible(time, phase, to))
 
 
 def _times(factor: Array, left: dict[str, Array]) -> dict[str, Array]:
-    return {of: tuple(f * x for f, x in zip(factor, xs, strict=True)) for of, xs in left.items()}
-
-
-def _unit_lower_inverse(lower: sympy.Matrix) -> sympy.Matrix:
-    """(I + L)^-1 by the finite Neumann series: L is nilpotent."""
-    size = lower.rows
-    result = sympy.eye(size)
-    power = sympy.eye(size)
-    for _ in range(1, size):
-        power = -(power * lower)
-        if power.is_zero_matrix:
-            break
-        result += power
-    return result
+    return {of: factor * x for of, x in left.items()}

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any, TypeAlias
 
+import numpy as np
 import sympy  # type: ignore[import-untyped]
 
 from . import algebra, errors
 from .decay import SMALLEST
-from .elementwise import ELEMENTWISE
+from .elementwise import ELEMENTWISE, value_of
 from .ir import Kind, Node, Op, Per, topological
-from .normal_form import Operand, StateDecl
+from .normal_form import Operand
 
 Expr: TypeAlias = Any  # SymPy carries no types
-Array = tuple[Expr, ...]  # a Scalar has one entry, a vector its channels, a state K*V in rows
+Array: TypeAlias = Any  # numpy's, of symbols, with the axes K and V: of length 1 where it lacks one
 
 
 class Symbols:
@@ -32,8 +34,15 @@ class Symbols:
         name = "_".join(str(a) for a in node.attrs if a is not None)
         if node.op is Op.OPERAND and node.attrs[0] in self._per_token:
             name += f"_{token}"
-        size = {Kind.KEY: self.key, Kind.VALUE: self.width}.get(node.kind, 1)
-        return tuple(sympy.Symbol(f"{name}__{i}", real=True) for i in range(size))
+        return self.named(name, node.kind)
+
+    def named(self, name: str, kind: Kind) -> Array:
+        """A symbol for each entry of a value."""
+        rows, columns = (
+            n if a in kind.axes else 1 for a, n in (("K", self.key), ("V", self.width))
+        )
+        every = [sympy.Symbol(f"{name}__{i}", real=True) for i in range(rows * columns)]
+        return np.array(every, dtype=object).reshape(rows, columns)
 
     def opaque(self, name: str, *args: Expr) -> Expr:
         key = (name, *(sympy.expand(a) for a in args))
@@ -61,28 +70,19 @@ class Symbols:
         """The value of an expression at a token; `env` holds known values and receives new ones."""
         for n in topological(node):
             if n not in env:
-                env[n] = self._compute(n, token, [env[a] for a in n.args])
+                env[n] = value_of(n, [env[a] for a in n.args], partial(self._entrywise, token))
         return env[node]
 
-    def _compute(self, node: Node, token: int, args: list[Array]) -> Array:
-        op = node.op
-        if op in (Op.OPERAND, Op.PARAM):
+    def _entrywise(self, token: int, node: Node, args: Sequence[Array]) -> Array:
+        if node.op in (Op.OPERAND, Op.PARAM):
             return self.leaf(node, token)
-        if op is Op.CONST:
-            return (rational(algebra.number(node)),)
-        if op is Op.SUM:
-            return (sympy.Add(*args[0]),)
-        if op is Op.OUTER:
-            return tuple(k * v for k in args[0] for v in args[1])
-        if op is Op.READ:
-            return recalled(args[0], args[1])
-        if op is Op.READ_VALUE:
-            return recalled(args[1], transposed(args[0], self.key))
-        if op is Op.SCALE:
-            return scaled(args[0], args[1], node.args[1].kind)
-        size = max(len(a) for a in args)
-        wide = [a * size if len(a) == 1 else a for a in args]
-        return tuple(self._elementwise(op, xs) for xs in zip(*wide, strict=True))
+        if node.op is Op.CONST:
+            return scalar(rational(algebra.number(node)))
+        return self._each(lambda *xs: self._elementwise(node.op, xs), *args)
+
+    def _each(self, function: Callable[..., Expr], *args: Array) -> Array:
+        made: Array = np.frompyfunc(function, len(args), 1)(*args)
+        return made
 
     def _elementwise(self, op: Op, xs: Sequence[Expr]) -> Expr:
         if op in _POLYNOMIAL:
@@ -98,18 +98,16 @@ class Symbols:
         """e^log, undoing the rules of `decay` so that it is the polynomial that the user wrote."""
         value = algebra.number(log)
         if value is not None:
-            return (rational(math.exp(value)),)
+            return scalar(rational(math.exp(value)))
         if log.op is Op.ADD:
-            parts = [self.multiplier(a, token, env) for a in log.args]
-            size = max(len(p) for p in parts)
-            wide = [p * size if len(p) == 1 else p for p in parts]
-            return tuple(a * b for a, b in zip(*wide, strict=True))
+            a, b = (self.multiplier(a, token, env) for a in log.args)
+            return a * b
         if log.op is Op.LOGSIGMOID:
             inner = log.args[0]
-            if inner.op is Op.NEG:
-                xs = self.value(inner.args[0], token, env)
-                return tuple(1 - self.opaque("sigmoid", x) for x in xs)
-            return tuple(self.opaque("sigmoid", x) for x in self.value(inner, token, env))
+            negated = inner.op is Op.NEG
+            x = self.value(inner.args[0] if negated else inner, token, env)
+            factor = self._each(partial(self.opaque, "sigmoid"), x)
+            return 1 - factor if negated else factor
         if log.op is Op.LOG and log.args[0].op is Op.MAXIMUM:
             f, floor = log.args[0].args
             if algebra.number(floor) == SMALLEST:
@@ -117,8 +115,13 @@ class Symbols:
         if log.op is Op.MUL and algebra.number(log.args[0]) == 0.5:
             # sqrt(f) became half of log f: the square root of its multiplier
             halves = self.multiplier(log.args[1], token, env)
-            return tuple(self.opaque("sqrt", x) for x in halves)
-        return tuple(self.opaque("exp", x) for x in self.value(log, token, env))
+            return self._each(partial(self.opaque, "sqrt"), halves)
+        return self._each(partial(self.opaque, "exp"), self.value(log, token, env))
+
+
+def scalar(x: Expr) -> Array:
+    """A value without axes."""
+    return np.array([[x]], dtype=object)
 
 
 def rational(value: float | None) -> Expr:
@@ -130,30 +133,3 @@ def rational(value: float | None) -> Expr:
 
 
 _POLYNOMIAL = (Op.ADD, Op.SUB, Op.MUL, Op.NEG, Op.WITHIN)
-
-
-def recalled(key: Array, state: Array) -> Array:
-    """keyᵀ S, for S in rows of equal length, one per channel of the key."""
-    width = len(state) // len(key)
-    return tuple(
-        sympy.Add(*(k * state[i * width + j] for i, k in enumerate(key))) for j in range(width)
-    )
-
-
-def transposed(state: Array, rows: int) -> Array:
-    width = len(state) // rows
-    return tuple(state[i * width + j] for j in range(width) for i in range(rows))
-
-
-def scaled(state: Array, factor: Array, kind: Kind) -> Array:
-    """A state times a Scalar, its rows times a Key, or its columns times a Value."""
-    n = len(factor)
-    if kind is Kind.VALUE:
-        return tuple(factor[i % n] * x for i, x in enumerate(state))
-    width = len(state) // n
-    return tuple(factor[i // width] * x for i, x in enumerate(state))
-
-
-def state_symbols(state: StateDecl, symbols: Symbols) -> Array:
-    size = symbols.key * (symbols.width if state.kind is Kind.STATE else 1)
-    return tuple(sympy.Symbol(f"{state.name}0__{i}", real=True) for i in range(size))

@@ -226,9 +226,7 @@ def _run(name: str, option: str, path: Path) -> str:
 
 def instructions(sass: str, ptx: str) -> Instructions:
     """Count them in a disassembly; `ptx`: what it was assembled from."""
-    names = Counter(
-        re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.M)
-    )
+    names = Counter(re.findall(_INSTRUCTION, sass, re.M))
 
     def count(*stems: str) -> int:
         return sum(n for name, n in names.items() if name.startswith(stems))
