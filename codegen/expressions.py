@@ -1,4 +1,4 @@
-"""The base of printers of text: names, inlining of values, and the layout of axes.
+"""The base of printers of text: names, inlining of values, parameters, and the layout of axes.
 
 A printer gives an order of axes (a tile's physical layout is its axes sorted by that order), the
 names of functions and one method per structural op. Values used once are printed inside the
@@ -16,7 +16,11 @@ from functools import lru_cache
 
 from ..dsl.ir import Op
 from ..dsl.notation import PYTHON, Level, read
-from .tile import ALIASES, NUMBERS, POINTWISE, Axes, Axis, Tile, TileOp, Which
+from .buffers import BufferId
+from .interface import Parameter, Role
+from .plan import Kernel
+from .tile import ALIASES, LEAVES, NUMBERS, POINTWISE, Axes, Axis, Tile, TileOp, Which
+from .tiled import TiledKernel
 
 _LONGEST = 60  # an inlined expression longer than this is hard to read
 
@@ -189,6 +193,36 @@ class Expressions(ABC):
     def comparison(self, which: Which, index: Mapping[Axis, str]) -> str:
         sign = {Which.LOWER: ">=", Which.STRICT: ">", Which.DIAGONAL: "=="}[which]
         return f"{index[Axis.I]} {sign} {index[Axis.J]}"
+
+
+class KernelExpressions(Expressions):
+    """The values of a tiled kernel, whose parameters accumulate as its statements need them."""
+
+    scalar_tiles = False
+
+    def __init__(self, tiled: TiledKernel, names: Names) -> None:
+        super().__init__(tiled.order, names)
+        self.tiled = tiled
+        self.parameters: dict[tuple[Role, BufferId | str], Parameter] = {}
+
+    def _parameter(
+        self, name: str, role: Role, of: BufferId | str, channels: Axis | None = None
+    ) -> str:
+        """The name of a parameter: `name`, where nothing else is called so."""
+        if (role, of) not in self.parameters:
+            free = name if role is Role.PARAM else self.names.fresh(name)
+            self.parameters[role, of] = Parameter(free, role, of, channels)
+        return self.parameters[role, of].name
+
+    def _name_leaves(self, kernel: Kernel) -> None:
+        """Give operands, carries and buffers their names, before any other value."""
+        for t in kernel.order:
+            if t.op in LEAVES or t in kernel.buffers:
+                name = kernel.buffers[t].label if t in kernel.buffers else str(t.attrs[0])
+                self.known[t] = self.names.fresh(identifier(name))
+
+    def extent(self, axis: Axis) -> str:
+        return axis.value.upper()
 
 
 @lru_cache(maxsize=65536)

@@ -8,7 +8,6 @@ every product. A node is its own value, as in StepIR: equal expressions are one 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,7 +16,7 @@ from typing import TypeVar
 
 from ..dsl.elementwise import at_zeros
 from ..dsl.errors import InvalidIR
-from ..dsl.ir import Op
+from ..dsl.ir import Expression, Op
 from ..dsl.ir import topological as topological
 
 
@@ -95,8 +94,8 @@ _Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Tile:
-    """One value; equality is equality of the expression. `hint` is a name for readers only."""
+class Tile(Expression):
+    """One value; `hint` is a name for readers only."""
 
     op: TileOp
     args: tuple[Tile, ...]
@@ -106,14 +105,7 @@ class Tile:
     key: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
-        text = repr((self.op.name, self.attrs, self.axes, [a.key for a in self.args]))
-        object.__setattr__(self, "key", hashlib.blake2b(text.encode(), digest_size=10).hexdigest())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tile) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
+        self._identify(self.op.name, self.attrs, self.axes)
 
     def named(self, hint: str) -> Tile:
         """The same value with a name for readers of printed kernels; a leaf keeps its own."""

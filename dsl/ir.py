@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 
 class Kind(Enum):
@@ -109,9 +109,31 @@ class Loc:
     end_col: int | None = None
 
 
+class Expression:
+    """A value that is made of its arguments: a node here, a tile in `codegen.tile`.
+
+    Equality is equality of the whole expression, by `key`, its digest.
+    """
+
+    __slots__ = ()
+    args: tuple[Any, ...]
+    key: str
+
+    def _identify(self, *own: object) -> None:
+        """Set the key, from what an expression is beside its arguments, and from their keys."""
+        text = repr((*own, [a.key for a in self.args]))
+        object.__setattr__(self, "key", hashlib.blake2b(text.encode(), digest_size=10).hexdigest())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Node:
-    """One value of a step; equality is equality of the whole expression."""
+class Node(Expression):
+    """One value of a step."""
 
     op: Op
     args: tuple[Node, ...]
@@ -121,14 +143,7 @@ class Node:
     key: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
-        text = repr((self.op.name, self.attrs, self.kind.name, [a.key for a in self.args]))
-        object.__setattr__(self, "key", hashlib.blake2b(text.encode(), digest_size=10).hexdigest())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Node) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
+        self._identify(self.op.name, self.attrs, self.kind.name)
 
 
 def constant(value: float) -> Node:
@@ -154,13 +169,6 @@ def promises_of(*roots: Node) -> dict[str, tuple[float, float]]:
         for n in topological(*roots)
         if n.op is Op.WITHIN and n.args[0].op is Op.OPERAND
     }
-
-
-class Expression(Protocol):
-    """A value that is made of its arguments: a node here, a tile in `codegen.tile`."""
-
-    @property
-    def args(self) -> tuple[Any, ...]: ...
 
 
 _E = TypeVar("_E", bound=Expression)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from . import algebra, errors
@@ -19,7 +19,7 @@ from .affine import Moment, MomentRead, StateForm, Term, Walker, sides
 from .cascade import READS, Results, cycle, levels, state_nodes, without_plain_reads
 from .decay import is_signed, log_decay, log_magnitude
 from .intervals import Interval
-from .ir import Kind, Loc, Node, Op, constant
+from .ir import Kind, Loc, Node, Op, constant, topological
 from .normal_form import (
     Correction,
     MicroStep,
@@ -150,7 +150,7 @@ def _cut(step: Step) -> list[tuple[Node, ...]]:
 
 def _next_cut(step: Step, base: tuple[Node, ...]) -> tuple[Node, ...] | None:
     walker = Walker(_moments(step.states, base, 0))
-    above = _above(step.next_states, base)
+    above = topological(*step.next_states, stop=frozenset(base))
     for read in above:
         if read.op not in READS:
             continue
@@ -163,24 +163,6 @@ def _next_cut(step: Step, base: tuple[Node, ...]) -> tuple[Node, ...] | None:
         if cut is not None:
             return cut
     return None
-
-
-def _above(roots: Iterable[Node], stop: Iterable[Node]) -> list[Node]:
-    """Every node below `roots` and above `stop` (which is included where it is reached)."""
-    stops = set(stop)
-    order: dict[Node, None] = {}
-
-    def visit(node: Node) -> None:
-        if node in order:
-            return
-        if node not in stops:
-            for arg in node.args:
-                visit(arg)
-        order[node] = None
-
-    for root in roots:
-        visit(root)
-    return list(order)
 
 
 def _separator(
@@ -202,7 +184,7 @@ def _separator(
         for cut in itertools.product(*choices):
             if cut == base or len(set(cut)) < len(cut):
                 continue
-            reached = set(_above(step.next_states, cut)) - set(cut)
+            reached = set(topological(*step.next_states, stop=frozenset(cut))) - set(cut)
             if not reached & set(base):
                 return cut
     return None
@@ -211,8 +193,9 @@ def _separator(
 def _is_alone(step: Step, base: tuple[Node, ...], j: int) -> bool:
     """Whether state j and the others do not see each other."""
     others = [n for i, n in enumerate(step.next_states) if i != j]
-    own = set(_above([step.next_states[j]], base))
-    return base[j] not in _above(others, base) and not any(
+    stop = frozenset(base)
+    own = set(topological(step.next_states[j], stop=stop))
+    return base[j] not in topological(*others, stop=stop) and not any(
         b in own for i, b in enumerate(base) if i != j
     )
 
@@ -327,7 +310,7 @@ def _is_transposed(parts: Sequence[_Part], step: Step) -> bool:
     if bool(axes.rows | axes.left) != bool(axes.columns | axes.right):
         return bool(axes.columns | axes.right)
     # either will do: that with the reads of ordinary forms
-    ops = {n.op for n in _above(step.outputs, ())}
+    ops = {n.op for n in topological(*step.outputs)}
     return Op.READ_VALUE in ops and Op.READ not in ops
 
 

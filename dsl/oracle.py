@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -154,12 +156,35 @@ def leaves(
     return env
 
 
-def _state_dependent(roots: Sequence[Node]) -> dict[Node, None]:
-    found: dict[Node, None] = {}
-    for node in topological(*roots):
-        if node.op is Op.STATE or any(a in found for a in node.args):
-            found[node] = None
-    return found
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The expressions of a step by when they are computed, each list in order.
+
+    Attributes:
+        preamble: those without a state, once for all tokens.
+        token: those of a state, token by token.
+        moving, fixed: of the preamble, what a token needs: its own, and the same for all.
+    """
+
+    preamble: tuple[Node, ...]
+    token: tuple[Node, ...]
+    moving: tuple[Node, ...]
+    fixed: tuple[Node, ...]
+
+
+@lru_cache(maxsize=1024)
+def _parts(step: Step) -> _Parts:
+    order, token = topological(*step.roots), dict[Node, None]()
+    for node in order:
+        if node.op is Op.STATE or any(a in token for a in node.args):
+            token[node] = None
+    preamble = [n for n in order if n not in token]
+    needed = {a for n in token for a in n.args} | {*step.roots}
+    names = [n for n in preamble if n in needed]
+    per_token = {o.name for o in step.operands if o.per is Per.TOKEN}
+    moving = [n for n in names if not per_token.isdisjoint(operands_of(n))]
+    fixed = (n for n in names if n not in moving)
+    return _Parts(tuple(preamble), tuple(token), tuple(moving), tuple(fixed))
 
 
 # ---------------------------------------------------------------- one token
@@ -179,7 +204,7 @@ def joined(outputs: Sequence[Tensor], step: Step) -> Tensor:
 
 def _token(step: Step, shapes: Sequence[Sequence[int]]) -> _Token:
     leaves = [state_leaf(s) for s in step.states]
-    order = list(_state_dependent(step.roots))
+    order = _parts(step).token
 
     def token(env: _Env, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         local = dict(env) | dict(zip(leaves, states, strict=True))
@@ -209,21 +234,13 @@ def run(
     Gradients are checkpointed every √T tokens. Raises MissingOperand, BadShape, HeadMismatch.
     """
     step = form if isinstance(form, Step) else as_step(form)
-    roots = step.roots
+    parts = _parts(step)
     sizes = sizes_of(form.operands, operands, form.states, initial)
     shapes = [[sizes[a] for a in ("B", "HV", *n.kind.axes)] for n in step.outputs]
     env = leaves(form, operands, params or {}, dtype, sizes)
-    dependent = _state_dependent(roots)
-    # the preamble runs once for all tokens; expressions of the state run token by token
-    preamble = [n for n in topological(*roots) if n not in dependent]
-    _extend(preamble, env)
-    needed = {a for n in dependent for a in n.args if a not in dependent}
-    needed |= {r for r in roots if r not in dependent}
-    names = [n for n in preamble if n in needed]
-    # per token, [B,T,HV,…]; the rest (per head, numbers) is the same for all tokens
-    moving = [n for n in names if env[n].dim() >= 3 and _has_tokens(n, form)]
-    fixed = {n: env[n][:, 0] if env[n].dim() >= 3 else env[n] for n in names if n not in moving}
-    columns = [env[n] for n in moving]
+    _extend(parts.preamble, env)
+    columns = [env[n] for n in parts.moving]  # [B,T,HV,…]
+    fixed = {n: env[n][:, 0] if env[n].dim() >= 3 else env[n] for n in parts.fixed}
     like = next(iter(env.values()))
     sizes["N"] = sizes["B"] if cu_seqlens is None else len(cu_seqlens) - 1
     states = [
@@ -235,7 +252,7 @@ def run(
     def scan(columns: list[Tensor], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         outs = []
         for values in zip(*(c.unbind(1) for c in columns), strict=True):
-            out, states = token(fixed | dict(zip(moving, values, strict=True)), states)
+            out, states = token(fixed | dict(zip(parts.moving, values, strict=True)), states)
             outs.append(out)
         return outs, states
 
@@ -244,8 +261,8 @@ def run(
         if length <= _CHECKPOINT_ABOVE or not torch.is_grad_enabled():
             return scan(columns, states)
         outs: list[Tensor] = []
-        for parts in zip(*(torch.split(c, math.isqrt(length), 1) for c in columns), strict=True):
-            new, states = checkpoint(scan, list(parts), states, use_reentrant=False)
+        for pieces in zip(*(torch.split(c, math.isqrt(length), 1) for c in columns), strict=True):
+            new, states = checkpoint(scan, list(pieces), states, use_reentrant=False)
             outs += new
         return outs, states
 
@@ -265,8 +282,3 @@ def run(
         none = joined([like.new_zeros(shape) for shape in shapes], step)
         return none.new_zeros([none.shape[0], sizes["T"], *none.shape[1:]]), tuple(states)
     return torch.stack(outs, 1), tuple(states)
-
-
-def _has_tokens(node: Node, form: Step | NormalForm) -> bool:
-    per_token = {o.name for o in form.operands if o.per is Per.TOKEN}
-    return not per_token.isdisjoint(operands_of(node))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .ir import Kind, Node, Op
 from .normal_form import Operand, Param, StateDecl
@@ -38,16 +39,19 @@ def output_names(count: int) -> tuple[str, ...]:
     return ("o",) if count == 1 else tuple(f"o_{n + 1}" for n in range(count))
 
 
+@lru_cache(maxsize=4096)
 def state_leaf(state: StateDecl) -> Node:
     """The incoming value of a state."""
     return Node(Op.STATE, (), (state.name,), state.kind)
 
 
+@lru_cache(maxsize=4096)
 def operand_leaf(operand: Operand, index: int | None = None) -> Node:
     """An operand; of a micro operand, its entry for one micro-step."""
     return Node(Op.OPERAND, (), (operand.name, index), operand.kind)
 
 
+@lru_cache(maxsize=4096)
 def param_leaf(param: Param) -> Node:
     """A run-time float."""
     return Node(Op.PARAM, (), (param.name,), Kind.SCALAR)

@@ -240,7 +240,7 @@ class _Printer(ChunkStep):
             name=kernel.name,
             loop=kernel.loop,
             source=source,
-            parameters=tuple(self._parameters.values()),
+            parameters=tuple(self.parameters.values()),
             blocks=tuple(self._blocks.items()),
             shared=self._taken + self._beside,
             v_programs=own.v_parts,

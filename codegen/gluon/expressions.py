@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from ...dsl.ir import Op
 from .. import tiled
-from ..expressions import Expressions, Names, is_number, unaliased
+from ..expressions import KernelExpressions, Names, is_number, unaliased
 from ..tile import TIMES, Axes, Axis, Tile, TileOp
 
 # elementwise functions that are no operators, and their names
@@ -39,16 +39,14 @@ def laid_out(axes: Axes) -> Axes:
     return tuple(sorted(axes, key=lambda a: (a not in TIMES, a.value)))
 
 
-class GluonExpressions(Expressions):
+class GluonExpressions(KernelExpressions):
     """The dialect: tiles in registers or rings, products of warp groups."""
 
     where = "gl.where"
     row = "oi"
-    scalar_tiles = False
 
     def __init__(self, kernel: tiled.TiledKernel, names: Names) -> None:
-        super().__init__(kernel.order, names)
-        self.tiled = kernel
+        super().__init__(kernel, names)
         self.rings: dict[Tile, str] = {}  # what is loaded a chunk at a time, by tokens
         self.staged: dict[Tile, str] = {}  # scores, by the buffer through which products take them
         self._slice = ""  # the layout in which vectors are read
@@ -97,9 +95,6 @@ class GluonExpressions(Expressions):
         if x.op is TileOp.ROWS:  # chunks are whole
             return self.within(x.args[0], self.layout(x))
         return self.masked(x, "", _INDEX)
-
-    def extent(self, axis: Axis) -> str:
-        return axis.value.upper()
 
     # ---- factors of products -------------------------------------------------------------------
 

@@ -277,7 +277,7 @@ class _Printer(GluonMemory):
             name=kernel.name,
             loop=kernel.loop,
             source=source,
-            parameters=tuple(self._parameters.values()),
+            parameters=tuple(self.parameters.values()),
             blocks=tuple(self._blocks.items()),
             shared=self._config.stages * (self._bytes + 4 * own.chunk * len(self._puts))
             + self._staging,

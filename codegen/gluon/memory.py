@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .. import tiled
-from ..buffers import BufferId
 from ..config import KernelConfig
-from ..expressions import Names, identifier
+from ..expressions import Names
 from ..interface import Buffer, Parameter, Role, Signature
 from ..plan import Kernel, Loop
-from ..tile import LEAVES, TIMES, Axis
+from ..tile import TIMES, Axis
 from .expressions import GluonExpressions
 
 RESERVED = (
@@ -88,23 +87,11 @@ class GluonMemory(GluonExpressions):
     ) -> None:
         super().__init__(own, Names(RESERVED))
         self._kernel, self._signature, self._config = kernel, signature, config
-        self._parameters: dict[tuple[Role, BufferId | str], Parameter] = {}
         self._blocks: dict[str, tuple[int, int]] = {}
-        for t in kernel.order:  # operands get their names first
-            if t.op in LEAVES or t in kernel.buffers:
-                name = kernel.buffers[t].label if t in kernel.buffers else str(t.attrs[0])
-                self.known[t] = self.names.fresh(identifier(name))
+        self._name_leaves(kernel)
         self._loading: dict[str, None] = {}  # arguments of the partitions
         self._computing: dict[str, None] = {}
         self._memory: list[str] = []  # allocations
-
-    def _parameter(
-        self, name: str, role: Role, of: BufferId | str, channels: Axis | None = None
-    ) -> str:
-        if (role, of) not in self._parameters:
-            free = name if role is Role.PARAM else self.names.fresh(name)
-            self._parameters[role, of] = Parameter(free, role, of, channels)
-        return self._parameters[role, of].name
 
     def _strides(self, name: str, s: tiled.Load) -> tuple[str, str, str, str]:
         channels = next((a for a in s.value.axes if a not in TIMES), None)
@@ -127,12 +114,12 @@ class GluonMemory(GluonExpressions):
 
     def _constants(self, names: Iterable[str]) -> list[str]:
         """Arguments of a partition; those of a model or of the printer are constants of it."""
-        constant = {p.name for p in self._parameters.values() if p.role is Role.GROUP}
+        constant = {p.name for p in self.parameters.values() if p.role is Role.GROUP}
         constant |= set(CONSTANTS)
         return [f"{n}: gl.constexpr" if n in constant else n for n in names]
 
     def _entry_head(self, given: str = "TOKENS, chunks") -> str:
-        names = self._constants(p.name for p in self._parameters.values())
+        names = self._constants(p.name for p in self.parameters.values())
         sizes = ", ".join(f"{n}: gl.constexpr" for n in CONSTANTS)
         numbers = ", ".join(f'"{n}"' for n in given.split(", "))
         return (

@@ -6,7 +6,7 @@ from ...dsl.ir import Op
 from .. import tile
 from ..config import Precision
 from ..elementwise import FUNCTIONS
-from ..expressions import Expressions, Names, is_number, unaliased
+from ..expressions import KernelExpressions, Names, is_number, unaliased
 from ..gates import DECAYED, LEAST_DECAY
 from ..interface import Dtype
 from ..tile import MASKS, Axis, Tile, TileOp, Which, axes_of, gated_axis, summed_axes
@@ -25,16 +25,14 @@ _INDEX = {Axis.I: "oi[:, None]", Axis.J: "oj[None, :]"}
 _TAILS = {Axis.K: "ok < K", Axis.V: "ov < V"}  # that a channel exists
 
 
-class TritonExpressions(Expressions):
+class TritonExpressions(KernelExpressions):
     """The dialect: [I, K] tiles and their like in registers, products on tensor cores."""
 
     where = "tl.where"
     row = "(chunk * C + oi)"
-    scalar_tiles = False
 
     def __init__(self, tiled: TiledKernel, names: Names) -> None:
-        super().__init__(tiled.order, names)
-        self.tiled = tiled
+        super().__init__(tiled, names)
         self._made = {s.value: s for s in tiled.statements if isinstance(s, Compute | Product)}
         self._loaded = frozenset(s.value for s in tiled.statements if isinstance(s, Load))
         self.dtypes: dict[Tile, Dtype] = {}  # of values that are not in float32
@@ -237,6 +235,3 @@ class TritonExpressions(Expressions):
         """Whether this kernel computes `x` from a matrix product."""
         below = tile.topological(x, stop=self._loaded)
         return any(t.op in _PRODUCTS and t not in self._loaded for t in below)
-
-    def extent(self, axis: Axis) -> str:
-        return axis.value.upper()

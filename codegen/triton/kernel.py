@@ -15,10 +15,10 @@ from typing import Any
 
 from .. import tiled
 from ..config import Config, KernelConfig
-from ..expressions import Names, identifier
+from ..expressions import Names
 from ..interface import Buffer, Parameter, Role, Signature, Storage, stored
 from ..plan import Kernel, Loop
-from ..tile import LEAVES, Axis, Tile, TileOp
+from ..tile import Axis, Tile, TileOp
 from ..tiling import tile
 from . import library as triton_library
 from .expressions import FARTHEST, HALVED
@@ -82,11 +82,7 @@ class _KernelPrinter(TritonMemory):
 
     def print(self) -> TritonKernel:
         kernel, own = self._kernel, self.tiled
-        buffers = kernel.buffers
-        for t in kernel.order:  # operands get their names first
-            if t.op in LEAVES or t in buffers:
-                name = buffers[t].label if t in buffers else str(t.attrs[0])
-                self.known[t] = self.names.fresh(identifier(name))
+        self._name_leaves(kernel)
         self.uses.update(use.value for s in own.statements for use in tiled.uses(s))
         body = self._parallel_body() if kernel.loop is Loop.PARALLEL else self._scan_body()
         source = self._header(body)

@@ -8,11 +8,11 @@ hold a state; users see states as [K, V], or as [V, K] where they are held trans
 from __future__ import annotations
 
 from ..buffers import BufferId
-from ..expressions import Names, identifier
-from ..interface import Dtype, Parameter, Role
+from ..expressions import identifier
+from ..interface import Dtype, Role
 from ..plan import Loop
 from ..tile import TIMES, Axes, Axis, Tile
-from ..tiled import Arrive, Begin, Finish, Load, Source, Store, TiledKernel
+from ..tiled import Arrive, Begin, Finish, Load, Source, Store
 from .expressions import TritonExpressions
 
 RANGE = {Axis.I: "oi", Axis.J: "oj", Axis.V: "ov", Axis.K: "ok"}
@@ -22,19 +22,7 @@ _SIZE = {Axis.I: "C", Axis.J: "C", Axis.V: "BV", Axis.K: "BK"}
 class TritonMemory(TritonExpressions):
     """Loads and stores of one kernel; the parameters that they need accumulate."""
 
-    def __init__(self, tiled: TiledKernel, names: Names) -> None:
-        super().__init__(tiled, names)
-        self.parameters: dict[tuple[Role, BufferId | str], Parameter] = {}
-        self.slot = ""  # of a pool, the variable that says which one
-
-    def _parameter(
-        self, name: str, role: Role, of: BufferId | str, channels: Axis | None = None
-    ) -> str:
-        """The name of a parameter: `name`, where nothing else is called so."""
-        if (role, of) not in self.parameters:
-            free = name if role is Role.PARAM else self.names.fresh(name)
-            self.parameters[role, of] = Parameter(free, role, of, channels)
-        return self.parameters[role, of].name
+    slot = ""  # of a pool, the variable that says which one
 
     def _buffer(self, of: BufferId) -> str:
         return self._parameter(f"{identifier(str(of))}_ptr", Role.BUFFER, of)

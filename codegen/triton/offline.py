@@ -9,15 +9,12 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import signal
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 
 from triton.errors import TritonError
@@ -27,7 +24,7 @@ from ...dsl.normal_form import NormalForm
 from ..buffers import BufferId
 from ..config import Dims, Precision
 from ..interface import Dtype, Signature
-from ..modules import import_file
+from ..modules import import_text
 from ..triton.kernel import TritonKernel
 from . import library as triton_library
 from .resources import SERIALISED, Resources, Target, compile_kernel
@@ -131,19 +128,9 @@ def compile_job(job: Job) -> Outcome:
 
 
 @cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    """Where this process writes modules (Triton reads kernels from files); it goes at exit."""
-    return tempfile.TemporaryDirectory(prefix="chunkwise_audit_")
-
-
 def _import(source: str) -> ModuleType:
     digest = hashlib.blake2b(source.encode(), digest_size=10).hexdigest()
-    name = f"chunkwise_audited_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    path = Path(_folder().name) / f"{name}.py"
-    path.write_text(source, encoding="utf-8")
-    return import_file(name, path)
+    return import_text(f"chunkwise_audited_{digest}", source, f"{digest}.py")
 
 
 def run_jobs(jobs: Mapping[str, Job], workers: int) -> Iterator[tuple[str, Outcome]]:
