@@ -22,14 +22,14 @@ class Kind(Enum):
     STATE = "KV"
     KEY_STATE = "K'"
 
+    axes: tuple[str, ...]  # of channels, in order, by letter
+
+    def __init__(self, letters: str) -> None:
+        self.axes = tuple(letters.rstrip("'"))
+
     @property
     def is_state(self) -> bool:
         return self in (Kind.STATE, Kind.KEY_STATE)
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """The channel axes in order, by letter."""
-        return tuple(self.value.rstrip("'"))
 
     @property
     def spelled(self) -> str:

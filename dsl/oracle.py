@@ -225,17 +225,19 @@ def run(
     initial: Sequence[Tensor | None] | None = None,
     cu_seqlens: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
+    known: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The declared step, or a normal form, token by token; differentiable.
 
     `operands` by name in the layouts of `kinds` (a micro operand is `[B,T,n,…]`); `initial` one
     state per sequence, `[N,HV,K,V]` or `[N,HV,K]`, None for zeros; `cu_seqlens` packs N sequences
     into B = 1. Returns o `[B,T,HV,V]` in `dtype` (several outputs `joined`), and the final states.
-    Gradients are checkpointed every √T tokens. Raises MissingOperand, BadShape, HeadMismatch.
+    `known`: as of `sizes_of`, which is not called then. Gradients are checkpointed every √T tokens.
+    Raises MissingOperand, BadShape, HeadMismatch.
     """
     step = form if isinstance(form, Step) else as_step(form)
     parts = _parts(step)
-    sizes = sizes_of(form.operands, operands, form.states, initial)
+    sizes = dict(known or sizes_of(form.operands, operands, form.states, initial))
     shapes = [[sizes[a] for a in ("B", "HV", *n.kind.axes)] for n in step.outputs]
     env = leaves(form, operands, params or {}, dtype, sizes)
     _extend(parts.preamble, env)

@@ -17,11 +17,11 @@ from torch.autograd import forward_ad
 
 from ..dsl import errors
 from ..dsl.ir import Per
-from .call import PLAIN, Call, Pool, Static, arrange, describe, initial_states, places_of
+from .call import PLAIN, Call, Places, Pool, Static, arrange, describe, initial_states, places_of
 from .check import asked, check_accepted, check_slots
 from .engines import EngineName, engine_of_environment, load
 from .pool import MOST_TOKENS, check_integers, with_pool
-from .prepared import Records, Run, chosen, prepare_step
+from .prepared import Records, Run, Values, chosen, prepare_step
 
 if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
@@ -38,8 +38,8 @@ class Stepper:
         self._declaration, self._ops, self._usual = declaration, ops, usual
         # an op's engine must serve, which of the usual ones only the reference always does
         self._declared = usual if usual == EngineName.REFERENCE.value else None
-        self._records: Records[_Kept | None] = Records()
-        self._pools: Records[_Kept | None] = Records()
+        self._records: Records[_Kept] = Records()
+        self._pools: Records[_Kept] = Records()
         self._no_states = (None,) * len(declaration.states)
         # axes of operands of tokens, with that of time
         self._axes = {x.name: len(x.axes) for x in declaration.operands if x.per is Per.TOKEN}
@@ -73,7 +73,7 @@ class Stepper:
             usual = engine_of_environment()
         rest = (engine, usual, torch.is_grad_enabled(), len(args), *named)
         kept = self._records.latest(values, rest) if forward_ad._current_level < 0 else None
-        if kept is None:  # a new layout, or one that no kernel serves
+        if kept is None:  # a new layout
             if self._several(args, named):
                 return self.kept(args, named, state, None, None, engine)
             if _watched() or not all(map(_lies_open, values)):
@@ -82,8 +82,6 @@ class Stepper:
                 return self._by_op(args, named, state, engine)
             prepare = partial(self._prepare, args, named, state, engine, usual)
             kept = self._records.find(values, rest, prepare)
-            if kept is None:
-                return self._by_op(args, named, state, engine)
         values += kept.floats
         made = kept.run(values)
         return made[0], (made[1] if len(made) == 2 else tuple(made[1:]))
@@ -149,7 +147,6 @@ class Stepper:
                 return self._in_pool_by_op(args, named, pool, engine), same
             prepare = partial(self._prepare, args, named, None, engine, usual, pool)
             found = self._pools.find(values, rest, prepare)
-            assert found is not None
         if indices.device.type == "cpu" or asked():
             check_slots(pool)
         (o,) = found.run([*values, *found.floats])
@@ -183,12 +180,32 @@ class Stepper:
         engine: str | None,
         usual: str | None,
         pool: Pool | None = None,
-    ) -> _Kept | None:
+    ) -> _Kept:
         call, has_time = self._checked(args, named, state)
         call = call if pool is None else with_pool(call, pool)
         places = places_of(call, given=self._names(args, named), time=has_time)
         made = prepare_step(call, engine, usual, places)
-        return None if made is None else _Kept(made.run, list(call.params.values()))
+        run = self._past_kernels(call, places, engine) if made is None else made.run
+        return _Kept(run, list(call.params.values()))
+
+    def _past_kernels(self, call: Call, places: Places, engine: str | None) -> Run:
+        """What passes such values to the op, where no kernel serves them."""
+        lacking = () if places.time else self._axes  # operands without a time axis
+        operands = [(at, name in lacking) for name, at in places.operands.items()]
+        states, floats = [*places.states.values()], [*places.params.values()]
+        rest = (*(number for _, number in call.static), engine or self._declared)
+
+        def run(values: Values) -> list[Tensor]:
+            o, *new = self._ops.step(
+                *[values[at].unsqueeze(1) if short else values[at] for at, short in operands],
+                *[values[at] for at in states],
+                None,
+                *[values[at] for at in floats],
+                *rest,
+            )
+            return [o if places.time else o[:, 0], *new]
+
+        return run
 
     def _names(self, args: Sequence[Any], named: Mapping[str, Any]) -> list[str]:
         """The names of operands and numbers, as they are given."""
@@ -266,7 +283,7 @@ class Stepper:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """The kernel of a layout, and the floats that follow the values which it is given."""
+    """What serves a layout, and the floats that follow the values which it is given."""
 
     run: Run
     floats: list[float]

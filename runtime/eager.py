@@ -71,8 +71,7 @@ class _Eager(KernelEngine):
         if config is None:
             config = self._serving(task)
         assert isinstance(config, EagerConfig)
-        kernels = _backward_kernels if task.way is Way.BACKWARD else _forward_kernels
-        return _Run(task, config.chunk, kernels(task.call.form))
+        return _Run(task, config.chunk, _kernels(task.call.form, task.way))
 
     def _serving(self, task: Task) -> EagerConfig:
         """The chunk that was tuned, else 64; no longer than sequences of rows need."""
@@ -84,14 +83,10 @@ class _Eager(KernelEngine):
 ENGINE = _Eager()
 
 
-@lru_cache(maxsize=256)
-def _forward_kernels(form: NormalForm) -> tuple[_Compiled, ...]:
-    return _compile(forward_program(form, Plan(Hoist.ALL)))
-
-
-@lru_cache(maxsize=256)
-def _backward_kernels(form: NormalForm) -> tuple[_Compiled, ...]:
-    return _compile(backward_program(form, Plan(Hoist.ALL)))
+@lru_cache(maxsize=512)
+def _kernels(form: NormalForm, way: Way) -> tuple[_Compiled, ...]:
+    program = backward_program if way is Way.BACKWARD else forward_program
+    return _compile(program(form, Plan(Hoist.ALL)))
 
 
 def _compile(program: Program) -> tuple[_Compiled, ...]:
@@ -121,76 +116,96 @@ def _compile(program: Program) -> tuple[_Compiled, ...]:
 class _Slots(NamedTuple):
     """Where the tokens of sequences lie in padded chunks.
 
-    `flat`: of each slot the flat token (B*T: none), `[N, chunks*C]`; `valid`: whether it has one;
-    `rows`: the same as kernels take it, `[N*HV, chunks, C]`; `at`: `[chunks, C]`, slots numbered.
+    `at`: slots by number, `[chunks, C]`; `valid`: whether slots have a token, `[N, chunks*C]` of a
+    packed batch, `[chunks*C]` of others; `rows`: the same as kernels take it, `[N*HV, chunks, C]`;
+    `flat`: of a packed batch, the token of each slot (T: none), `[N, chunks*C]`.
     """
 
-    flat: Tensor
+    at: Tensor
     valid: Tensor
     rows: Tensor
-    at: Tensor
+    flat: Tensor | None = None
 
 
 def _slots(call: Call, chunk: int, cu_seqlens: Tensor | None) -> _Slots:
     """Those of calls; a packed batch is read on the host here."""
-    device = call.device
-    if cu_seqlens is None:
-        starts = torch.arange(call.N, dtype=torch.int64, device=device) * call.T
-        lengths = torch.full((call.N,), call.T, dtype=torch.int64, device=device)
-        longest = call.T
-    else:
+    lengths: Tensor | int = call.T
+    longest, flat = call.T, None
+    if cu_seqlens is not None:
         cu = cu_seqlens.to(torch.int64)
-        starts, lengths = cu[:-1], cu.diff()
+        lengths = cu.diff()[:, None]
         longest = int(lengths.max()) if call.N else 0
     slots = -(-longest // chunk) * chunk
-    offset = torch.arange(slots, dtype=torch.int64, device=device)
-    valid = offset[None, :] < lengths[:, None]
-    index = torch.where(valid, starts[:, None] + offset[None, :], call.B * call.T)
-    rows = valid.reshape(call.N, 1, -1, chunk).expand(-1, call.HV, -1, -1)
-    return _Slots(
-        index, valid, rows.reshape(call.N * call.HV, -1, chunk), offset.reshape(-1, chunk)
-    )
+    at = torch.arange(slots, dtype=torch.int64, device=call.device)
+    valid = at < lengths
+    rows = valid.reshape(-1, 1, slots // chunk, chunk).expand(call.N, call.HV, -1, -1)
+    rows = rows.reshape(call.N * call.HV, -1, chunk)
+    if cu_seqlens is not None:
+        flat = torch.where(valid, cu[:-1, None] + at, call.T)
+    return _Slots(at.reshape(-1, chunk), valid, rows, flat)
+
+
+class _Kernel(NamedTuple):
+    """A kernel of a task: as compiled, and with shapes for the axes of its results."""
+
+    compiled: _Compiled
+    stores: list[tuple[str, tuple[int, ...]]]
+    ends: list[tuple[str, tuple[int, ...]]]
+    context: tuple[int, int, torch.dtype]  # arguments behind tiles and rows
 
 
 class _Run:
     """The kernels of a task, ready to run: which of its tensors each of them takes."""
 
     def __init__(self, task: Task, chunk: int, kernels: tuple[_Compiled, ...]) -> None:
-        self._task, self._chunk, self._kernels = task, chunk, kernels
+        self._task, self._chunk = task, chunk
         call = self._call = task.rows
+        self._rows = call.N * call.HV
         self._dtype = call.state_dtype
-        dims = Dims(call.K, call.V)
-        self._dims = [held(dims, transposed=transposed) for transposed in (False, True)]
+        self._kernels = [self._kernel(k) for k in kernels]
         feeds = [(name, f.at, f.make) for name, f in task.operands.items()]
         self._tokens = [x for x in feeds if x[0] not in task.per_head]
         self._heads = [x for x in feeds if x[0] in task.per_head]
         self._starts = []
         for name, f in task.starts.items():
-            shape = (call.N * call.HV, *task.carry_shape(name)[2:])
+            shape = (self._rows, *task.carry_shape(name)[2:])
             self._starts.append((name, None if f.like is None else f.at, shape))
+
+    def _kernel(self, compiled: _Compiled) -> _Kernel:
+        dims = held(Dims(self._call.K, self._call.V), transposed=compiled.transposed)
+        size = {Axis.I: self._chunk, Axis.J: self._chunk, Axis.K: dims.K, Axis.V: dims.V}
+        stores, ends = (
+            [(name, tuple(size[a] for a in axes)) for name, axes in named]
+            for named in (compiled.stores, compiled.ends)
+        )
+        return _Kernel(compiled, stores, ends, (dims.K, dims.V, self._dtype))
 
     def __call__(self, values: Values) -> list[Tensor | None]:
         """The task's results."""
-        call, chunk, dtype, device = self._call, self._chunk, self._dtype, self._call.device
+        call, dtype, device = self._call, self._dtype, self._call.device
         bounds = self._task.cu_seqlens
         cu_seqlens = (
             None if bounds is None or bounds.make is None else bounds.make(values[bounds.at])
         )
-        slots = _slots(call, chunk, cu_seqlens)
-        chunks = slots.at.shape[0]
+        slots = _slots(call, self._chunk, cu_seqlens)
         found: dict[str, Tensor] = {}
         for name, at in self._task.params.items():
             found[name] = torch.full((), values[at], dtype=dtype, device=device)
         for name, at, make in self._heads:
             x = values[at] if make is None else make(values[at])
             found[name] = x.to(dtype).repeat((call.N, *[1] * (x.ndim - 1)))
+        chunks, length = len(slots.at), slots.at.numel()
         for name, at, make in self._tokens:
             # [B,T,heads,...] as [N*HV, chunks, C, ...]; each head repeated for its value heads
-            x = values[at] if make is None else make(values[at])
-            flat = x.to(dtype).reshape(call.B * call.T, *x.shape[2:])
-            flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
-            laid = flat[slots.flat].movedim(2, 1).repeat_interleave(call.HV // x.shape[2], 1)
-            found[name] = laid.reshape(call.N * call.HV, chunks, chunk, *x.shape[3:])
+            x = (values[at] if make is None else make(values[at])).to(dtype)
+            if slots.flat is not None:  # behind the last token one of zeros
+                x = F.pad(x[0], (0, 0) * (x.ndim - 2) + (0, 1))[slots.flat]
+            x = x.movedim(2, 1)
+            if x.shape[2] < length:
+                x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, length - x.shape[2]))
+            if x.shape[1] < call.HV:
+                x = x.repeat_interleave(call.HV // x.shape[1], 1)
+            found[name] = x.reshape(self._rows, chunks, self._chunk, *x.shape[3:])
         starts: dict[str, Tensor] = {}
         for name, place, shape in self._starts:
             if place is None:
@@ -199,63 +214,64 @@ class _Run:
                 starts[name] = values[place].to(dtype).reshape(shape)
         ends = dict(starts)
         for kernel in self._kernels:
-            if kernel.loop is Loop.PARALLEL:
+            compiled = kernel.compiled
+            if compiled.loop is Loop.PARALLEL:
                 given = [
                     found[key][:, None] if op is TileOp.HEAD else found[key]
-                    for key, op in kernel.arguments
+                    for key, op in compiled.arguments
                 ]
-                results = kernel.run(*given, slots.rows, slots.at, *self._context(kernel))
-                for (buffer, axes), y in zip(kernel.stores, results, strict=True):
-                    found[buffer] = self._filled(kernel, y, axes, chunks)
+                results = compiled.run(*given, slots.rows, slots.at, *kernel.context)
+                for (buffer, shape), y in zip(kernel.stores, results, strict=True):
+                    found[buffer] = self._filled(y, (self._rows, chunks, *shape))
             else:
                 ends |= self._scan(kernel, found, starts, slots)
         return [self._result(name, found, ends, slots) for name in self._task.results]
 
     def _scan(
         self,
-        kernel: _Compiled,
+        kernel: _Kernel,
         found: dict[str, Tensor],
         starts: dict[str, Tensor],
         slots: _Slots,
     ) -> dict[str, Tensor]:
         """Run a scan from `starts`, of all carries: `found` has what it stores then; its ends."""
-        stored, carried = kernel.stores, kernel.ends
-        layouts = [axes for _, axes in (*stored, *carried)]
-        carry = {name: _turned(kernel, starts[name]) for name, _ in carried}
+        compiled, stored, carried = kernel.compiled, kernel.stores, kernel.ends
+        shapes = [(self._rows, *shape) for _, shape in (*stored, *carried)]
+        carry = {name: _turned(compiled, starts[name]) for name, _ in carried}
         series: list[list[Tensor]] = [[] for _ in stored]
-        steps = range(slots.at.shape[0])
-        for n in steps if kernel.loop is Loop.FORWARD else reversed(steps):
-            given = []
-            for key, op in kernel.arguments:
-                if op is TileOp.CARRY:
-                    given.append(carry[key])
-                else:
-                    x = found[key]
-                    given.append(x if op in (TileOp.HEAD, TileOp.PARAM) else x[:, n])
-            results = kernel.run(*given, slots.rows[:, n], slots.at[n], *self._context(kernel))
-            pairs = zip(layouts, results, strict=True)
-            full = [self._filled(kernel, y, axes) for axes, y in pairs]
-            for own, y in zip(series, full[: len(stored)], strict=True):
+        rows, at = slots.rows.unbind(1), slots.at.unbind(0)
+        same = (TileOp.HEAD, TileOp.PARAM)  # for all chunks
+        columns = [
+            None
+            if op is TileOp.CARRY
+            else [found[key]] * len(at)
+            if op in same
+            else found[key].unbind(1)
+            for key, op in compiled.arguments
+        ]
+        steps = range(len(at))
+        for n in steps if compiled.loop is Loop.FORWARD else reversed(steps):
+            given = [
+                carry[key] if column is None else column[n]
+                for (key, _), column in zip(compiled.arguments, columns, strict=True)
+            ]
+            results = compiled.run(*given, rows[n], at[n], *kernel.context)
+            full = [self._filled(y, shape) for y, shape in zip(results, shapes, strict=True)]
+            for own, y in zip(series, full, strict=False):
                 own.append(y)
             carry = {name: y for (name, _), y in zip(carried, full[len(stored) :], strict=True)}
-        for (buffer, axes), own in zip(stored, series, strict=True):
-            ordered = own if kernel.loop is Loop.FORWARD else own[::-1]
+        for (buffer, shape), own in zip(stored, series, strict=True):
+            ordered = own if compiled.loop is Loop.FORWARD else own[::-1]
             # of no chunks there is nothing to stack
-            nothing = self._filled(kernel, 0.0, axes, 0)
-            found[buffer] = torch.stack(ordered, 1) if ordered else nothing
-        return {name: _turned(kernel, x) for name, x in carry.items()}
+            empty = (self._rows, 0, *shape)
+            found[buffer] = torch.stack(ordered, 1) if ordered else self._filled(0.0, empty)
+        return {name: _turned(compiled, x) for name, x in carry.items()}
 
-    def _context(self, kernel: _Compiled) -> tuple[int, int, torch.dtype]:
-        """Its arguments behind tiles and rows."""
-        dims = self._dims[kernel.transposed]
-        return dims.K, dims.V, self._dtype
-
-    def _filled(self, kernel: _Compiled, x: Tensor | float, axes: Axes, *chunks: int) -> Tensor:
-        """A kernel's result in full, `[N*HV, *chunks, *axes]`; a view where it is constant."""
-        call, dims = self._call, self._dims[kernel.transposed]
-        size = {Axis.I: self._chunk, Axis.J: self._chunk, Axis.K: dims.K, Axis.V: dims.V}
-        x = torch.as_tensor(x, dtype=self._dtype, device=call.device)
-        return x.expand(call.N * call.HV, *chunks, *(size[a] for a in axes))
+    def _filled(self, x: Tensor | float, shape: tuple[int, ...]) -> Tensor:
+        """A kernel's result in full; a view where it is constant."""
+        if not isinstance(x, Tensor):
+            x = torch.full((), x, dtype=self._dtype, device=self._call.device)
+        return x if x.shape == shape else x.expand(shape)
 
     def _result(
         self,
@@ -271,20 +287,23 @@ class _Run:
         x = found.get(name)
         if x is None:
             return None
-        if name in call.output_shapes:
-            return self._tokens_back(x, slots).to(call.dtype)
         if name.removeprefix(GRADIENT) in self._task.per_head:
             channels = call.operands[name.removeprefix(GRADIENT)].shape[1:]
             return x.reshape(call.N, call.HV, -1, *channels).sum((0, 2))[None]
-        return self._tokens_back(x, slots)
+        return self._tokens_back(
+            x, slots, call.dtype if name in call.output_shapes else self._dtype
+        )
 
-    def _tokens_back(self, x: Tensor, slots: _Slots) -> Tensor:
-        """[N*HV, chunks, C, ...] as [B,T,HV,...]."""
+    def _tokens_back(self, x: Tensor, slots: _Slots, dtype: torch.dtype) -> Tensor:
+        """[N*HV, chunks, C, ...] as [B,T,HV,...], a tensor of its own."""
         call = self._call
         x = x.reshape(call.N, call.HV, -1, *x.shape[3:]).movedim(1, 2)
-        flat = x.new_zeros(call.B * call.T, *x.shape[2:])
-        flat[slots.flat[slots.valid]] = x[slots.valid]
-        return flat.reshape(call.B, call.T, *x.shape[2:])
+        if slots.flat is None:
+            x = x[:, : call.T]
+            return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        flat = x.new_zeros(call.T, *x.shape[2:], dtype=dtype)
+        flat[slots.flat[slots.valid]] = x[slots.valid].to(dtype)
+        return flat[None]
 
 
 def _turned(kernel: _Compiled, state: Tensor) -> Tensor:

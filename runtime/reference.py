@@ -141,9 +141,9 @@ def _own_view(x: Tensor) -> Tensor:
 def _run(
     call: Call, operands: dict[str, Tensor], initial: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return oracle.run(
-        call.step, operands, call.params, initial, call.cu_seqlens, dtype=call.state_dtype
-    )
+    sizes = {"B": call.B, "T": call.T, "n": call.micro, "HV": call.HV, "K": call.K, "V": call.V}
+    packed, dtype = call.cu_seqlens, call.state_dtype
+    return oracle.run(call.step, operands, call.params, initial, packed, dtype, sizes)
 
 
 def _pulled_back(
