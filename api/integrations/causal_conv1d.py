@@ -16,7 +16,8 @@ from torch import Tensor
 from ..dsl import errors
 from ..runtime.axes import check, measure
 from ..runtime.nn import fused
-from ..runtime.nn.parts import L2_EPS, causal_convolution, wide
+from ..runtime.nn.parts import causal_convolution
+from ..runtime.wide import L2_EPS, wide
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update"]
 

@@ -15,8 +15,8 @@ from ..dsl import errors
 from ..dsl.functions import exp, outer
 from ..dsl.kinds import HeadKey, HeadScalar, Key, Scalar, State, Value
 from ..runtime.axes import check, measure
-from ..runtime.nn.parts import wide
 from ..runtime.recurrence import recurrence
+from ..runtime.wide import wide
 
 __all__ = ["mamba_chunk_scan_combined", "selective_scan_fn", "selective_state_update"]
 

@@ -254,7 +254,7 @@ def run(step: str, operands: list[Tensor], given: Given) -> Result:
 
 def _variant(step: str, given: Given) -> Recurrence:
     l2 = bool(given.get("use_qk_l2norm_in_kernel"))
-    return rule(step, l2, promised_bound(given), by_channel(given))
+    return rule(step, l2, promised_bound(given), wide_steps(given))
 
 
 def called(
@@ -279,10 +279,10 @@ def scale_of(given: Given, q: Tensor) -> float:
     return float(q.shape[-1] ** -0.5) if scale is None else scale
 
 
-def by_channel(given: Given) -> bool:
-    """Whether there is a step size for each value channel."""
+def wide_steps(given: Given) -> tuple[str, ...]:
+    """Step sizes by name, if there is one for each value channel."""
     beta = given.get("beta")
-    return beta is not None and beta.ndim == 4
+    return ("beta",) if beta is not None and beta.ndim == 4 else ()
 
 
 def promised_bound(given: Given) -> float | None:

@@ -69,16 +69,7 @@ def sums_of_squares(D: State, k: Key, one: Value, g: Scalar, b: Scalar) -> tuple
 def preconditioned_delta(
     S: State, q: Key, k: Key, p: Key, v: Value, g: Scalar, beta: Scalar
 ) -> tuple[State, Value]:
-    """Gated delta rule that writes with p."""
-    S = exp(g) * S
-    S = S + beta * outer(p, v - k @ S)
-    return S, q @ S
-
-
-def preconditioned_kda(
-    S: State, q: Key, k: Key, p: Key, v: Value, g: Key, beta: Scalar
-) -> tuple[State, Value]:
-    """The same with a gate per key channel."""
+    """Gated delta rule that writes with p; its gate may be one per key channel."""
     S = exp(g) * S
     S = S + beta * outer(p, v - k @ S)
     return S, q @ S
@@ -88,20 +79,23 @@ _OWN = {
     step.__name__: step
     for step in (
         *(normalised, value_gla, dplr, iplr, momentum, momentum_decayed, sums_of_squares),
-        *(preconditioned_delta, preconditioned_kda),
+        preconditioned_delta,
     )
 }
 
 
+_CHANNELS = {"beta": Value, "g": Key}  # of operands that may be Scalars or have channels
+
+
 def rule(
-    name: str, l2: bool = False, bound: float | None = None, by_channel: bool = False
+    name: str, l2: bool = False, bound: float | None = None, wide: tuple[str, ...] = ()
 ) -> Recurrence:
     """The step `name`, of this file or else of the library, as the peer calls it.
 
     Its output is multiplied by a run-time float `scale`; `l2`: q, k and p are normalised first;
-    `bound`: g is promised to lie between it and 0; `by_channel`: beta is a Value, not a Scalar.
+    `bound`: g is promised to lie between it and 0; `wide`: those of beta, g that have channels.
     """
-    found: Recurrence = getattr(_DECLARED, _declare(name, l2, bound, by_channel))
+    found: Recurrence = getattr(_DECLARED, _declare(name, l2, bound, wide))
     return found
 
 
@@ -112,11 +106,11 @@ class _Declared:
 _DECLARED = _Declared()
 
 
-def _declare(name: str, l2: bool, bound: float | None, by_channel: bool) -> str:
+def _declare(name: str, l2: bool, bound: float | None, wide: tuple[str, ...]) -> str:
     """Have a variant declared once; torch.compile does that as it traces, and traces no more."""
-    key = f"{name} {l2} {bound} {by_channel}"
+    key = f"{name} {l2} {bound} {wide}"
     if not hasattr(_DECLARED, key):
-        setattr(_DECLARED, key, recurrence(_variant(name, l2, bound, by_channel)))
+        setattr(_DECLARED, key, recurrence(_variant(name, l2, bound, wide)))
     return key
 
 
@@ -124,7 +118,7 @@ def _declare(name: str, l2: bool, bound: float | None, by_channel: bool) -> str:
 _declare._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _variant(name: str, l2: bool, bound: float | None, by_channel: bool) -> Callable[..., Any]:
+def _variant(name: str, l2: bool, bound: float | None, wide: tuple[str, ...]) -> Callable[..., Any]:
     """The step `name` as a function of the same arguments and `scale`, made to be traced."""
     step: Callable[..., Any] = _OWN.get(name) or library.by_name(name).function
     arguments = inspect.signature(step).parameters
@@ -147,8 +141,7 @@ def _variant(name: str, l2: bool, bound: float | None, by_channel: bool) -> Call
     scale = inspect.Parameter("scale", inspect.Parameter.KEYWORD_ONLY)
     variant.__name__, variant.__doc__ = f"fla_{name}", step.__doc__
     kinds = {**annotations_of(step), "scale": float}
-    if by_channel and kinds["beta"] == Scalar:
-        kinds["beta"] = Value
+    kinds |= {n: _CHANNELS[n] for n in wide if kinds[n] == Scalar}
     variant.__annotations__ = kinds
     own = [p.replace(annotation=kinds[n]) for n, p in arguments.items() if n != "scale"]
     variant.__signature__ = inspect.Signature([*own, scale])  # type: ignore[attr-defined]

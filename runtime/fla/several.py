@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...dsl import errors
 from ..recurrence import Recurrence
-from .adapter import Given, by_channel, called, promised_bound, scale_of
+from ..wide import l2norm, wide
+from .adapter import Given, called, promised_bound, scale_of, wide_steps
 from .rules import rule
 
 _CENTRE = -0.2  # the logarithm of a sum of squares at which a preconditioner is 1
@@ -59,7 +60,7 @@ def _averages(s: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> tuple
     The first token's log-decay is 0: it leaves an initial state as it is.
     """
     lengths = [s.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
-    s = s if s.dtype is torch.float64 else s.float()
+    s = wide(s)
     weights, decays = [], []
     for part in s.split(lengths, 1):
         z = part.logcumsumexp(1)
@@ -111,7 +112,7 @@ def preconditioned(name: str, given: Given) -> tuple[Tensor, Tensor | None, Tens
         raise errors.MissingOperand("g", "Scalar", "[B,T,HV]", op=name)
     q, k, g_sum = given["q"], given["k"], given["g_atk"]
     if given.get("use_qk_l2norm_in_kernel", True):  # where it is no argument, it is always done
-        q, k = _unit(q), _unit(k)
+        q, k = l2norm(q), l2norm(k)
     if g_sum.shape[2] > k.shape[2]:
         q, k = (x.repeat_interleave(g_sum.shape[2] // x.shape[2], 2) for x in (q, k))
     one = torch.ones((*k.shape[:3], 1), dtype=k.dtype, device=k.device)
@@ -121,20 +122,14 @@ def preconditioned(name: str, given: Given) -> tuple[Tensor, Tensor | None, Tens
     centre = given["log_atk_scale"]
     r = (sums + given["eps"]).log() - _per_head(_CENTRE if centre is None else centre)
     p = (k * torch.exp(-math.log(given["x"]) * r / (1 + r.abs()))).to(k.dtype)
-    step = "preconditioned_delta" if gates.ndim == 3 else "preconditioned_kda"
     turned = given["state_v_first"]
     S = S.mT if turned and S is not None else S
-    op = rule(step, False, promised_bound(given), by_channel(given))  # promised of its gates alone
+    channels = (*wide_steps(given), *["g"] * (gates.ndim == 4))
+    op = rule("preconditioned_delta", False, promised_bound(given), channels)
     o, final = _pass(op, (q, k, p, given["v"], gates, given["beta"]), S, scale_of(given, k), given)
     if final is None or A is None:
         return o, None, None
     return o, final.mT.contiguous() if turned else final, A.squeeze(-1)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """`x` scaled to length 1, as `use_qk_l2norm_in_kernel` has it."""
-    wide = x if x.dtype is torch.float64 else x.float()
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def _per_head(x: Any) -> Any:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import Mixer, Split, across_ranks, last_tokens, multiple, positions, wide
+from ..wide import wide
+from .parts import Mixer, Split, across_ranks, last_tokens, multiple, positions
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ...dsl import oracle
 from ...dsl.ir import Kind, Node, Op, topological
-from .parts import own, wide
+from ..wide import wide
+from .parts import own
 
 _WIDEST, _POINTS, _ROUNDS = 20.0, 201, 5  # of the search for a start: where, and how closely
 

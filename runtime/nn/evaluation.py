@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..wide import wide
 from .model import LanguageModel
-from .parts import wide
 
 
 def token_losses(model: nn.Module, tokens: Tensor, batch: int = 8) -> Tensor:

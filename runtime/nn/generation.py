@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .parts import wide
+from ..wide import wide
 
 if TYPE_CHECKING:
     from .model import LanguageModel

@@ -23,6 +23,7 @@ from ...dsl.ir import Kind, Per, operands_of
 from ...dsl.normal_form import NormalForm, Operand
 from ...dsl.turns import log_decays
 from ..inputs import usual_params
+from ..wide import l2norm, wide
 from . import decays, fused
 from .explanation import explain
 from .parts import (
@@ -31,12 +32,10 @@ from .parts import (
     ShortConvolution,
     Split,
     again,
-    l2norm,
     last_tokens,
     multiple,
     own,
     shared,
-    wide,
 )
 from .roles import FEATURES, OperandRole, own_decays, roles_of
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..call import boundaries
 from ..packing import token_sequences
+from ..wide import L2_EPS, wide
 from . import fused
 
 if TYPE_CHECKING:
@@ -39,11 +40,6 @@ def again(product: Callable[[Tensor], Tensor], of: Callable[..., Tensor], *input
     marked = of if torch.compiler.is_compiling() else both
     y: Tensor = checkpoint(marked, *inputs, use_reentrant=False, preserve_rng_state=False)
     return product(y) if marked is of else y
-
-
-def wide(x: Tensor) -> Tensor:
-    """`x` in float32, or unchanged in float64: norms and gates are not computed in less."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class Split(NamedTuple):
@@ -163,15 +159,6 @@ class RMSNorm(nn.Module):
         y = wide(x)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * wide(weight)
         return (y if gate is None else y * F.silu(wide(gate))).to(x.dtype)
-
-
-L2_EPS = 1e-6  # added to sums of squares
-
-
-def l2norm(x: Tensor, eps: float = L2_EPS) -> Tensor:
-    """`x * rsqrt(sum(x**2) + eps)` over the last axis, in float32; returns x's dtype."""
-    y = wide(x)
-    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

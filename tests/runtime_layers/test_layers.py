@@ -10,9 +10,10 @@ from chunkwise.dsl.declaration import Declaration
 from chunkwise.runtime.nn.attention import GlobalAttention, SlidingWindowAttention
 from chunkwise.runtime.nn.layers import RecurrentLayer
 from chunkwise.runtime.nn.model import LanguageModel
-from chunkwise.runtime.nn.parts import RMSNorm, ShortConvolution, l2norm
+from chunkwise.runtime.nn.parts import RMSNorm, ShortConvolution
 from chunkwise.runtime.nn.roles import OperandRole
 from chunkwise.runtime.recurrence import Recurrence
+from chunkwise.runtime.wide import l2norm
 from torch import Tensor, nn
 
 HIDDEN, TOKENS = 16, 9
