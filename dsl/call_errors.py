@@ -63,10 +63,10 @@ class NotATensor(BadDtype):
 class BadDevice(CallError, ValueError):
     """Operands on different devices, or on one that the engine does not serve."""
 
-    def __init__(self, operand: str, got: str, expected: str, *, help: str = "") -> None:
+    def __init__(self, operand: str, got: str, expected: str) -> None:
         super().__init__(
             f"operand {operand!r} is on {got}, expected {expected}",
-            help=help or f"move it: {operand}.to({expected!r})",
+            help=f"move it: {operand}.to({expected!r})",
         )
 
 
@@ -83,8 +83,8 @@ class BadLayout(CallError, TypeError):
 class BadNumber(CallError, ValueError):
     """A parameter that no kernel can compute with: infinite, or not a number."""
 
-    def __init__(self, parameter: str, got: float, expected: str = "a finite number") -> None:
-        super().__init__(f"parameter {parameter!r} is {got}, expected {expected}")
+    def __init__(self, parameter: str, got: float) -> None:
+        super().__init__(f"parameter {parameter!r} is {got}, expected a finite number")
 
 
 class BadOption(CallError, TypeError, ValueError):
@@ -97,22 +97,20 @@ class BadOption(CallError, TypeError, ValueError):
 class HeadMismatch(CallError, ValueError):
     """Head counts that do not divide."""
 
-    def __init__(self, operand: str, got: int, expected: str, *, help: str = "") -> None:
+    def __init__(self, operand: str, got: int, expected: str) -> None:
         super().__init__(
             f"operand {operand!r} has {got} heads, expected {expected}",
             why="value head j uses key head j // (HV/H), so HV must be a multiple of H",
-            help=help,
         )
 
 
 class BadCuSeqlens(CallError, ValueError):
     """Offsets of a packed batch that are not offsets."""
 
-    def __init__(self, got: str, expected: str, *, help: str = "") -> None:
+    def __init__(self, got: str, expected: str) -> None:
         super().__init__(
             f"cu_seqlens is {got}, expected {expected}",
-            help=help
-            or "it starts at 0, does not decrease, and ends at T: [0, 5, 5, 12] packs lengths "
+            help="it starts at 0, does not decrease, and ends at T: [0, 5, 5, 12] packs lengths "
             "5, 0 and 7",
         )
 
@@ -120,8 +118,8 @@ class BadCuSeqlens(CallError, ValueError):
 class BadSlots(CallError, IndexError):
     """Slots of a pool that do not exist, or that two sequences would write."""
 
-    def __init__(self, what: str, got: str, expected: str, *, help: str = "") -> None:
-        super().__init__(f"{what} holds {got}, expected {expected}", help=help)
+    def __init__(self, what: str, got: str, expected: str) -> None:
+        super().__init__(f"{what} holds {got}, expected {expected}")
 
 
 class RankMismatch(CallError, ValueError):

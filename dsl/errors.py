@@ -75,12 +75,11 @@ class PackageUnavailable(ChunkwiseError, ImportError):
 class BadArtifact(ChunkwiseError, ValueError):
     """A file of tuned configurations that cannot be trusted."""
 
-    def __init__(self, file: str, why: str, *, help: str = "") -> None:
+    def __init__(self, file: str, why: str) -> None:
         super().__init__(
             f"the artifact {file} is not used",
             why=why,
-            help=help
-            or "calls are served as if it were not there; `chunkwise tune` writes it anew",
+            help="calls are served as if it were not there; `chunkwise tune` writes it anew",
         )
 
 

@@ -54,16 +54,7 @@ KeyState = Annotated[Traced, KindAnnotation("KeyState", Kind.KEY_STATE, Per.TOKE
 The initial and the final state of a call are `[N,HV,K]`, in float32.
 """
 
-_ALIASES = {
-    "Key": Key,
-    "Value": Value,
-    "Scalar": Scalar,
-    "HeadScalar": HeadScalar,
-    "HeadKey": HeadKey,
-    "HeadValue": HeadValue,
-    "State": State,
-    "KeyState": KeyState,
-}
+_ALIASES = {n: x for n, x in list(globals().items()) if typing.get_origin(x) is Annotated}
 
 
 def _document() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...codegen.text.table import table
 from ...dsl.ir import Per
 from ...dsl.normal_form import Operand
 from ..inputs import Range
@@ -24,15 +25,9 @@ def explain(layer: RecurrentLayer) -> str:
     sizes = f"H {layer.heads}, HV {layer.value_heads}, K {layer.key_dim}, V {layer.value_dim}"
     hidden = layer.project.in_features
     rows = [(x.name, x.spelled, layer.roles[x.name].name, _made(layer, x)) for x in layer.operands]
-    widths = [max(len(r[i]) for r in rows) for i in range(3)]
-    lines = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]])
-        for row in rows
-    ]
     output = "rms norm of o" + (" · silu(W x)" if layer.gate is not None else "")
-    return "\n".join(
-        [f"{layer.op.__name__} in a layer: hidden {hidden}, {sizes}", *lines, f"output  W {output}"]
-    )
+    head = f"{layer.op.__name__} in a layer: hidden {hidden}, {sizes}"
+    return "\n".join([head, *table(rows), f"output  W {output}"])
 
 
 def _made(layer: RecurrentLayer, x: Operand) -> str:

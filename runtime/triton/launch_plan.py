@@ -202,11 +202,6 @@ class New(NamedTuple):
         """Its size, rounded up so that what lies behind it is aligned."""
         return -(-math.prod(self.shape) * self.dtype.itemsize // 256) * 256
 
-    def make(self, device: torch.device) -> Tensor:
-        """The tensor."""
-        made = torch.empty(self.shape, dtype=self.dtype, device=device)
-        return made.zero_() if self.zeroed else made
-
     def maker(self, device: torch.device) -> Callable[[], Tensor]:
         """What makes such a tensor; by strides takes torch less time than by `torch.empty`."""
         if self.zeroed:
@@ -305,7 +300,7 @@ class LaunchPlan:
 
     def _launch(self, tensors: list[Given], pointers: list[float | None], *, aligned: bool) -> None:
         if not (aligned and self.ready):
-            tensors += [b.make(self.device) for b in self.new]
+            tensors += [b.maker(self.device)() for b in self.new]
             specs = [x if aligned else x.unaligned or x for x in self.launches]
             _compile(specs, tensors, self.index)
             for spec in specs:
