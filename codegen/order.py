@@ -20,13 +20,18 @@ from .tile import POINTWISE, Tile
 _WIDTH = 16  # orders of a phase that are followed at a time
 
 
-def ordered(kernel: tiled.TiledKernel) -> tiled.TiledKernel:
-    """`kernel`, each phase in an order of a smaller peak, if one is found."""
+def ordered(
+    kernel: tiled.TiledKernel, again: frozenset[Tile] = frozenset()
+) -> tiled.TiledKernel:
+    """`kernel`, each phase in an order of a smaller peak, if one is found.
+
+    `again`: values that are computed at each use, and wait nowhere.
+    """
     uses = Counter(use.value for s in kernel.statements for use in tiled.uses(s))
     phases = []
     for phase in (kernel.before, kernel.inside, kernel.after):
         others = {u.value for s in kernel.statements if s not in phase for u in tiled.uses(s)}
-        phases.append(_Phase(kernel, phase, uses, others).ordered())
+        phases.append(_Phase(kernel, phase, uses, others, again).ordered())
     before, inside, after = phases
     return replace(kernel, before=before, inside=inside, after=after)
 
@@ -62,6 +67,7 @@ class _Phase:
         phase: tuple[tiled.Statement, ...],
         uses: Counter[Tile],
         others: set[Tile],
+        again: frozenset[Tile],
     ) -> None:
         self._kernel, self._phase, self._others = kernel, phase, others
         self._loads = {s.value: s for s in phase if isinstance(s, tiled.Load)}
@@ -72,7 +78,7 @@ class _Phase:
             for t in group.reads:
                 self._users[t] = self._users.get(t, 0) | 1 << n
         made = {t for g in self._groups for t in g.writes}
-        self._sizes = {t: self._size(t) for t in made if self._is_made_here(t)}
+        self._sizes = {t: self._size(t) for t in made - again if self._is_made_here(t)}
 
     def _grouped(self, uses: Counter[Tile]) -> list[_Group]:
         groups: list[_Group] = []

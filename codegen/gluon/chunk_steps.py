@@ -9,17 +9,27 @@ place in shared memory (`touch` says where).
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Container
 
 from .. import tiled
 from ..config import KernelConfig
-from ..expressions import identifier, unaliased
+from ...dsl.ir import Op
+from ..expressions import identifier, is_number, unaliased
+from ..gates import DECAYED
 from ..interface import Role, Signature
 from ..plan import Kernel
-from ..tile import POINTWISE, Axes, Axis, Tile, TileOp, Which, summed_axes
+from ..tile import POINTWISE, SQUARE, TIMES, Axes, Axis, Tile, TileOp, Which, summed_axes
 from .memory import SIZE, GluonMemory
+from .refusal import is_exact
 from .schedule import subtracted
 
 BARRIER = "barrier()"
+# factors of ones, of which a product with a tile is its sums over the rows before each row, of the
+# chunk or of the row's block
+_ONES = {
+    "before": "oi[:, None] > oj[None, :]",
+    "within": "(oi[:, None] > oj[None, :]) & (oi[:, None] // {0} == oj[None, :] // {0})",
+}
 _LAYOUTS: dict[Axes, str] = {(Axis.I, Axis.J): "SCORES", (Axis.K, Axis.V): "STATES"}
 
 
@@ -28,9 +38,29 @@ def _layout(axes: Axes) -> str:
     return _LAYOUTS.get(axes) or ("KEYS" if Axis.K in axes else "VALUES")
 
 
+def _home(axes: Axes) -> str:
+    """The layout in which vectors lie."""
+    return "LANES" if axes[0] in TIMES else "CHANNELS"
+
+
 def lying(axes: Axes) -> Axes:
     """The axes of a loaded tile in the order in which memory has them."""
     return (Axis.V, Axis.K) if set(axes) == {Axis.K, Axis.V} else axes
+
+
+def is_made_again(x: Tile, loaded: Container[Tile]) -> bool:
+    """Whether each use computes `x`, which costs less than the registers in which it would wait.
+
+    So do sums over time that are one product, their exponentials, and what one operation makes of
+    what is loaded.
+    """
+    if Axis.K not in x.axes or len(x.axes) != 2:
+        return False
+    if x.op is TileOp.MAP and all(len(a.axes) < 2 or unaliased(a) in loaded for a in x.args):
+        return all(unaliased(a) in loaded or is_number(a) for a in x.args)
+    if x.is_map(Op.EXP):
+        x = unaliased(x.args[0])
+    return x.op is TileOp.CUMSUM and is_exact(x.args[0], loaded)
 
 
 class ChunkStep(GluonMemory):
@@ -46,12 +76,15 @@ class ChunkStep(GluonMemory):
         self._touched: set[str] = set()  # that the statement at hand reads
         self._last: dict[str, int] = {}  # the line by which each was read last
         self._staging: dict[Tile, str] = {}
+        self._in_place: dict[Tile, Tile] = {}  # what lies where it was made of was loaded to
         self._outgoing: dict[int, str] = {}
         self._todo = [s for s in self._statements if isinstance(s, tiled.Product)]
         self._running: list[tiled.Product] = []
         self._functions: set[str] = set()
-        self._slice = "LANES"
+        self._slice = ""  # the layout in which vectors are read, if it is not their own
         self._taken = 0  # bytes of shared memory
+        self._ones: dict[str, str] = {}  # factors of sums over time, by where they are 1
+        self._rooms: dict[str, tuple[str, int]] = {}  # of functions: shapes and numbers of tiles
 
     @abstractmethod
     def touch(self, x: Tile) -> str:
@@ -63,16 +96,27 @@ class ChunkStep(GluonMemory):
         x = unaliased(x)
         if x in self._places:
             return self._read(x)
+        if x in self._in_place:
+            return f"{self.touch(self._in_place[x])}.load(KEYS).to(gl.float32)"
         if any(s.value == x for s in self._running):
             self._await(x)
-        if len(x.axes) == 1 and x in self.known and self._slice != "LANES":
+        if len(x.axes) == 1 and x in self.known and self._slice not in ("", _home(x.axes)):
             return f"gl.convert_layout({self.known[x]}, {self._slice})"
+        if x.is_map(Op.EXP) and self._is_exponent(unaliased(x.args[0])) and x not in self.known:
+            self._functions.add("power")
+            return f"power({self.within(x.args[0], self.layout(x))})"
         return super().text(x)
+
+    @staticmethod
+    def _is_exponent(x: Tile) -> bool:
+        """Whether `x` sums a channel's log-decays over time."""
+        over_time = x.op is TileOp.CUMSUM or (x.op is TileOp.SUM and Axis.I in summed_axes(x))
+        return over_time and Axis.K in x.axes
 
     def _read(self, x: Tile) -> str:
         name = self.touch(x)
         if len(x.axes) == 1:
-            return f"{name}.load({self._slice})"
+            return f"{name}.load({self._slice or _home(x.axes)})"
         return f"{name}.load({_layout(x.axes)}).to(gl.float32)"
 
     def within(self, x: Tile, target: Axes) -> str:
@@ -83,11 +127,15 @@ class ChunkStep(GluonMemory):
         before = self._slice
         layout = _layout(tuple(sorted(target, key=list(Axis).index)))
         self._slice = f"gl.SliceLayout({1 - target.index(x.axes[0])}, {layout})"
+        if self._slice == "gl.SliceLayout(0, KEYS)":
+            self._slice = "CHANNELS"
         text = self.place(self.text(x), x.axes, target)
         self._slice = before
         return text
 
     def inlined(self, x: Tile) -> bool:
+        if is_made_again(x, self._places):
+            return True
         whole = x.op in (TileOp.FLOOR, TileOp.ROWS)  # of which vectors are made in LANES
         return x.op in POINTWISE and self.uses[x] <= 1 and not whole
 
@@ -100,6 +148,10 @@ class ChunkStep(GluonMemory):
             return self._sums(x)
         if x.op is TileOp.FLOOR:
             text, least = self.text(x.args[0]), x.attrs[0]
+            if len(x.axes) == 2:
+                name = self.names.fresh("x")
+                self.lines.append(f"{name} = {text}")
+                text = name
             return f"gl.where({text} < {least}, {least}, {text})"  # NaN stays
         if x.op is TileOp.DECAY:
             which, exclusive = x.attrs
@@ -108,14 +160,52 @@ class ChunkStep(GluonMemory):
             return f"decay_between({self.text(x.args[0])}, {options})"
         if x.op is TileOp.INVERSE:
             return self._inverse(x)
+        if x.op in DECAYED:
+            return self._decayed(x)
         return super().structural(x)
+
+    def _reserve(self, name: str, shape: str, count: int) -> str:
+        """Room of a function for `count` tiles, which is free between its calls."""
+        _, known = self._rooms.get(name, (shape, 0))
+        self._rooms[name] = shape, max(known, count)
+        self._computing[name] = None
+        return name
+
+    def _sums_of_ones(self, name: str) -> str:
+        """A factor of ones and zeros, the first of a product that sums over time."""
+        self._ones[name] = _ONES[name].format(self.tiled.block)
+        self._computing[name] = None
+        return name
+
+    def _idle(self) -> None:
+        """What follows waits for its own products, and for those that run."""
+        while self._running:
+            self._await(self._running[-1].value)
+
+    def _decayed(self, x: Tile) -> str:
+        """Scores under a vector gate, or what is applied by them."""
+        gate, is_dot = x.args[-1], x.op is TileOp.DECAYED_DOT
+        factors = x.args[:2] if is_dot else x.args[1:2]
+        texts = [] if is_dot else [self.within(x.args[0], SQUARE)]
+        texts += [self.touch(unaliased(a)) for a in factors]
+        texts.append(self._staged(unaliased(gate)))
+        self._idle()
+        texts.append(self._sums_of_ones("within"))
+        scores = self._reserve("scores", "C, C", 1 if is_dot else 2)
+        texts += [f"{scores}.index(0)" if is_dot else scores]
+        texts += [self._reserve("room", "C, BK", 3 if is_dot else 2)]
+        texts += ["C", "BK", str(self.tiled.block.bit_length() - 1), "KEYS", "SCORES"]
+        if not is_dot:
+            texts.append(str(x.attrs[0] is Axis.J))
+        name = x.op.name.lower()  # as the library calls it
+        self._functions.add(name)
+        return f"{name}({', '.join(texts)})"
 
     def _inverse(self, x: Tile) -> str:
         """Its own products are waited for, and what runs before with them."""
         self._functions.add("unit_lower_inverse")
         text = self.text(x.args[0])
-        while self._running:
-            self._await(self._running[-1].value)
+        self._idle()
         factors = [self.names.fresh(name) for name in ("left", "right")]
         for name in factors:
             self._allocate(name, "[C, C]", "gl.float32")
@@ -128,14 +218,36 @@ class ChunkStep(GluonMemory):
         text, axes = self.text(inner), self.laid(inner.axes)
         for position in sorted(map(axes.index, summed_axes(x)), reverse=True):
             text = f"gl.sum({text}, {position})"
-        return f"gl.convert_layout({text}, LANES)" if x.axes else text
+        own = axes == (Axis.I, Axis.K) and x.axes == (Axis.K,)
+        return f"gl.convert_layout({text}, {_home(x.axes)})" if x.axes and not own else text
 
     def _sums(self, x: Tile) -> str:
         reverse, exclusive = x.attrs
+        if Axis.K in x.axes:
+            return self._sums_by_products(x, reverse=bool(reverse), exclusive=bool(exclusive))
         name = "sums_beside" if exclusive else "sums"
         self._functions.add(name)
         layouts = "LINE, LANES" if len(x.axes) == 1 else "COLUMNS, SCORES"
         return f"{name}({self.within(x.args[0], self.layout(x))}, {layouts}, {bool(reverse)})"
+
+    def _sums_by_products(self, x: Tile, *, reverse: bool, exclusive: bool) -> str:
+        """Of a tile of keys: scans would move every number from thread to thread."""
+        (of,) = x.args
+        ones = self._sums_of_ones("before") + ".permute((1, 0))" * reverse
+        zero, exact = "gl.zeros((C, BK), gl.float32, KEYS)", is_exact(of, self._places)
+        staged = self._staged(unaliased(of)) if exact else ""
+        text = self.within(of, self.layout(x))
+        self._idle()
+        if exact:
+            self._functions.add("time_sums")
+            return f"time_sums({zero if exclusive else text}, {ones}, {staged})"
+        if not text.isidentifier():
+            name = self.names.fresh("x")
+            self.lines.append(f"{name} = {text}")
+            text = name
+        self._functions.add("time_sums_of_parts")
+        room = self._reserve("room", "C, BK", 2)
+        return f"time_sums_of_parts({zero if exclusive else text}, {ones}, {text}, {room})"
 
     # ---- products ------------------------------------------------------------------------------
 
@@ -190,7 +302,17 @@ class ChunkStep(GluonMemory):
         return name if axes[0] is first else f"{name}.permute((1, 0))"
 
     def _staged(self, x: Tile) -> str:
-        """What was computed, put in shared memory for products."""
+        """What was computed, put in shared memory for products; back where it was loaded to if
+        nothing else reads what was there."""
+        if x.op is TileOp.FLOOR and is_exact(x, self._places):
+            loaded = unaliased(x.args[0])
+            if self.uses[loaded] == 1:
+                if x not in self._in_place:
+                    text, place = self.text(x), self.touch(loaded)
+                    self.lines.append(f"{place}.store(({text}).to(gl.bfloat16))")
+                    self.lines += ["fence_async_shared()", BARRIER]
+                    self._in_place[x] = loaded
+                return self.touch(loaded)
         if x not in self._staging:
             text = self.text(x)
             name = self._staging[x] = self.names.fresh(f"{x.hint or 'x'}_shared")
@@ -209,6 +331,8 @@ class ChunkStep(GluonMemory):
             pointer = self._parameter(f"{s.buffer}_ptr", Role.BUFFER, s.buffer)
             self._computing[pointer] = None
             at = "(index * C + oi).to(gl.int64) * HV + h" if axes else "index * HV + h"
+            if axes == (Axis.K,):
+                at = "(index * HV + h) * K + ok"
             value = f"({text}).to({pointer}.dtype.element_ty)"
             self.lines.append(f"gl.store({pointer} + {at}, {value})")
             return

@@ -16,12 +16,13 @@ from dataclasses import replace
 from .. import tiled
 from ..buffers import BufferId
 from ..config import KernelConfig
+from ..gates import DECAYED
 from ..interface import Role, Signature, stored
 from ..order import ordered
 from ..plan import Kernel
-from ..tile import TIMES, Tile, TileOp
+from ..tile import SQUARE, TIMES, Axis, Tile, TileOp
 from ..triton.kernel import STORAGE
-from .chunk_steps import BARRIER, ChunkStep, lying
+from .chunk_steps import BARRIER, ChunkStep, is_made_again, lying
 from .memory import MOST_SHARED, SHARED_OF_TWO, SIZE, GluonKernel, constants_of
 
 _EXCHANGED = 18 * 1024  # bytes that Triton takes where tiles change their layouts
@@ -33,8 +34,11 @@ def print_chunks(
     own: tiled.TiledKernel, kernel: Kernel, signature: Signature, config: KernelConfig
 ) -> GluonKernel:
     """A kernel that `refusal` has let pass."""
-    whole = replace(own, before=tuple(_stored_early(own.statements)), inside=(), after=())
-    whole = ordered(whole)
+    statements = _stored_early(_of_gates_alone(own.statements))
+    whole = replace(own, before=tuple(statements), inside=(), after=())
+    loaded = frozenset(s.value for s in statements if isinstance(s, tiled.Load))
+    again = {s.value for s in statements if not isinstance(s, tiled.Store | tiled.Load)}
+    whole = ordered(whole, frozenset(x for x in again if is_made_again(x, loaded)))
     first = _Printer(whole, kernel, signature, config, {}, frozenset())
     first.print()  # says what is read from when to when
     twice = first.twice()
@@ -52,6 +56,22 @@ def _stored_early(statements: Iterable[tiled.Statement]) -> list[tiled.Statement
         )
         made.insert(next(after, len(made)) + 1, store)
     return made
+
+
+def _of_gates_alone(statements: Iterable[tiled.Statement]) -> list[tiled.Statement]:
+    """`statements`, decayed products without sums of log-decays, which they compute themselves."""
+    made = [
+        replace(s, args=(*s.args[:-3], s.args[-1]))
+        if isinstance(s, tiled.Compute) and s.value.op in DECAYED
+        else s
+        for s in statements
+    ]
+    while True:
+        used = {u.value for s in made for u in tiled.uses(s)}
+        left = [s for s in made if not isinstance(s, tiled.Compute) or s.value in used]
+        if len(left) == len(made):
+            return made
+        made = left
 
 
 class _Printer(ChunkStep):
@@ -77,6 +97,7 @@ class _Printer(ChunkStep):
         self._sizes: dict[str, int] = {}  # bytes of what TMA loads
         self._copies: dict[str, str] = {}  # what the loading warp does for each
         self._next: dict[str, str] = {}  # vectors, which it loads before it waits
+        self._indices: dict[Axis, None] = {}  # along which they lie
         self._numbers: list[str] = []  # a chunk's numbers
         self._arrived: set[int] = set()  # groups
         self._order: list[int] = []  # of groups, in which they are read no more
@@ -123,9 +144,13 @@ class _Printer(ChunkStep):
         self._copies[name] = f"async_load({desc}, {at}, {ready}, {self._place(name)})"
 
     def _load_vector(self, name: str, s: tiled.Load) -> None:
+        (axis,) = s.value.axes
         if isinstance(s.of, BufferId):
             pointer = self._parameter(f"{name}_ptr", Role.BUFFER, s.of)
             at = f"{pointer} + (index * C + oi).to(gl.int64) * HV + h"
+            if axis not in TIMES:
+                at = f"{pointer} + (index * HV + h) * K + ok"
+                self._loading[SIZE[axis]] = None
         else:
             pointer = self._parameter(f"{name}_ptr", Role.OPERAND, s.of)
             batch, tokens, heads, group = self._strides(name, s)
@@ -134,8 +159,10 @@ class _Printer(ChunkStep):
             self._loading |= dict.fromkeys((batch, tokens, heads, group))
         self._loading[pointer] = None
         ahead = self.names.fresh(f"{name}_next")
-        self._memory.append(f"{name} = gl.allocate_shared_memory(gl.float32, [C], VECTOR)")
-        self._taken += 4 * self.tiled.chunk
+        size = SIZE[axis]
+        self._memory.append(f"{name} = gl.allocate_shared_memory(gl.float32, [{size}], VECTOR)")
+        self._taken += 4 * self.tiled.extents[axis]
+        self._indices[axis] = None
         self._next[name] = f"{ahead} = gl.load({at}).to(gl.float32)"
         self._copies[name] = f"{name}.store({ahead})"
 
@@ -199,7 +226,7 @@ class _Printer(ChunkStep):
     @property
     def _beside(self) -> int:
         exchanged = any(
-            s.value.op is TileOp.CUMSUM and len(s.value.axes) == 2
+            s.value.op is TileOp.CUMSUM and s.value.axes == SQUARE
             for s in self._statements
             if isinstance(s, tiled.Compute)
         )
@@ -232,6 +259,7 @@ class _Printer(ChunkStep):
             if isinstance(s, tiled.Load):
                 self._load(s)
         step = self._released(self.step())
+        self._allocate_rooms()
         self._loading |= dict.fromkeys(_GIVEN)
         self._computing |= dict.fromkeys((*_GIVEN, "BK", "BV"))
         computing = self._compute(step)
@@ -279,7 +307,9 @@ class _Printer(ChunkStep):
         lines = ['"""Loads what the next chunk needs as soon as there is room."""']
         if self._next:
             lines.append("LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])")
-            lines.append("oi = gl.arange(0, C, LANES)")
+            for axis in self._indices:
+                index = "oi" if axis in TIMES else "ok"
+                lines.append(f"{index} = gl.arange(0, {SIZE[axis]}, LANES)")
         lines += self._loop(body)
         head = f"@gluon.jit\ndef {self._kernel.name}_load({', '.join(given)}):\n"
         return head + "\n".join(f"    {line}" for line in lines)
@@ -300,11 +330,40 @@ class _Printer(ChunkStep):
             f"COLUMNS: gl.constexpr = gl.BlockedLayout([16, 1], [4, 8], [1, {warps}], [0, 1])",
             "oi = gl.arange(0, C, gl.SliceLayout(1, SCORES))",
             "oj = gl.arange(0, C, gl.SliceLayout(0, SCORES))",
+            *self._indices_of_channels(step),
+            *self._fill_ones(),
             *self._loop([*self._numbers, *step]),
             "tma.store_wait(0)",
         ]
         head = f"@gluon.jit\ndef {self._kernel.name}_compute({', '.join(names)}):\n"
         return head + "\n".join(f"    {line}" for line in lines)
+
+    @staticmethod
+    def _indices_of_channels(step: list[str]) -> list[str]:
+        text = "\n".join(step)
+        layout = "CHANNELS: gl.constexpr = gl.SliceLayout(0, KEYS)"
+        index = "ok = gl.arange(0, BK, CHANNELS)"
+        return [layout] * ("CHANNELS" in text or "+ ok" in text) + [index] * ("+ ok" in text)
+
+    def _fill_ones(self) -> list[str]:
+        """Lines before the loop: what no chunk changes."""
+        lines = [
+            f"{name}.store(gl.where({where}, 1.0, 0.0).to(gl.bfloat16))"
+            for name, where in self._ones.items()
+        ]
+        return [*lines, "fence_async_shared()", BARRIER] if lines else []
+
+    def _allocate_rooms(self) -> None:
+        C, K = self.tiled.chunk, self.tiled.extents[Axis.K]
+        for name in self._ones:
+            self._allocate(name, "[C, C]")
+            self._taken += 2 * C * C
+        for name, (shape, count) in self._rooms.items():
+            layout = f"gl.NVMMASharedLayout.get_default_for([{shape}], gl.bfloat16)"
+            self._memory.append(
+                f"{name} = gl.allocate_shared_memory(gl.bfloat16, [{count}, {shape}], {layout})"
+            )
+            self._taken += 2 * count * C * (C if shape == "C, C" else K)
 
     def _entry(self) -> str:
         stores = ", ".join(str(n) for n, _ in self._kernel.stores) or "nothing"

@@ -21,7 +21,7 @@ from ..config import Config, KernelConfig
 from ..expressions import identifier, unaliased
 from ..interface import Role, Signature, stored
 from ..plan import Kernel, Loop
-from ..tile import Axes, Axis, Tile
+from ..tile import TIMES, Axes, Axis, Tile
 from ..tiling import tile
 from ..triton.kernel import STORAGE
 from .chunks import print_chunks
@@ -77,6 +77,8 @@ class _Printer(GluonMemory):
         self._vectors: list[str] = []  # of the loading partition: before it waits for a slot
         self._copies: list[str] = []
         self._puts: list[str] = []
+        self._put_bytes = 0  # of vectors, a chunk
+        self._indices: dict[Axis, None] = {}  # along which they lie
         self._bytes = 0  # that TMA brings a chunk
         self._staging = 0  # bytes of shared memory beside the rings
         self._numbers: list[str] = []  # a chunk's numbers
@@ -122,20 +124,30 @@ class _Printer(GluonMemory):
         self._computing[name] = None
 
     def _load_vector(self, name: str, s: tiled.Load) -> None:
+        (axis,) = s.value.axes
+        at, length = "(chunk * C + oi).to(gl.int64) * ", self.tiled.chunk
         if isinstance(s.of, BufferId):
             pointer = self._parameter(f"{name}_ptr", Role.BUFFER, s.of)
             base, stride = f"{pointer} + (n.to(gl.int64) * TOKENS * HV + h)", "HV"
+            if axis not in TIMES:  # a chunk's vector of channels
+                base, stride = f"{pointer} + (n.to(gl.int64) * steps * HV + h) * K", "K"
+                at, length = "chunk * (HV * K) + ok", self.tiled.extents[axis]
         else:
             pointer = self._parameter(f"{name}_ptr", Role.OPERAND, s.of)
             batch, stride, heads, group = self._strides(name, s)
             base = f"{pointer} + n.to(gl.int64) * {batch} + h // {group} * {heads}"
         first, ahead = self.names.fresh(f"{name}_base"), self.names.fresh(f"{name}_next")
         self._before.append(f"{first} = {base}")
-        self._memory.append(f"{name} = gl.allocate_shared_memory(gl.float32, [STAGES, C], VECTOR)")
-        at = f"{first} + (chunk * C + oi).to(gl.int64) * {stride}"
-        self._vectors.append(f"{ahead} = gl.load({at}).to(gl.float32)")
+        shape = f"[STAGES, {SIZE[axis]}]"
+        self._memory.append(f"{name} = gl.allocate_shared_memory(gl.float32, {shape}, VECTOR)")
+        at += stride * (axis in TIMES)
+        self._vectors.append(f"{ahead} = gl.load({first} + {at}).to(gl.float32)")
         self._puts.append(f"{name}.index(slot).store({ahead})")
+        self._put_bytes += 4 * length
+        self._indices[axis] = None
         self._loading |= dict.fromkeys((first, stride, name))
+        if axis not in TIMES:
+            self._loading |= dict.fromkeys(("K", SIZE[axis]))
         self._computing[name] = None
 
     def _load_number(self, name: str, s: tiled.Load) -> None:
@@ -279,8 +291,7 @@ class _Printer(GluonMemory):
             source=source,
             parameters=tuple(self.parameters.values()),
             blocks=tuple(self._blocks.items()),
-            shared=self._config.stages * (self._bytes + 4 * own.chunk * len(self._puts))
-            + self._staging,
+            shared=self._config.stages * (self._bytes + self._put_bytes) + self._staging,
             v_programs=own.v_parts,
             constants=constants_of(own),
             config=self._config,
@@ -299,7 +310,9 @@ class _Printer(GluonMemory):
         body.append('    """Keeps the rings full."""')
         if self._vectors:
             body.append("    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])")
-            body.append("    oi = gl.arange(0, C, LANES)")
+            for axis in self._indices:
+                index = "oi" if axis in TIMES else "ok"
+                body.append(f"    {index} = gl.arange(0, {SIZE[axis]}, LANES)")
         put = [*self._puts, "barrier()", "mbarrier.arrive(ready.index(slot), count=1)"]
         step = [
             *self._loop(),

@@ -90,7 +90,158 @@ def unit_lower_inverse(
         X = warpgroup_mma_wait(0, deps=(X,))
     return gl.convert_layout(X, OUT)
 '''
+_POWER = '''
+@gluon.jit
+def power(x):
+    """e^x, or 0 where that is no normal number: `gl.exp` takes more instructions."""
+    return gl.exp2(x * 1.4426950408889634)
+'''
+_TIME_SUMS = '''
+@gluon.jit
+def time_sums(start, ones, x):
+    """`start` and sums over those rows of x, in shared memory, where a row of `ones` has 1."""
+    found = warpgroup_mma(ones, x, start, is_async=True)
+    return warpgroup_mma_wait(0, deps=(found,))
+'''
+_TIME_SUMS_OF_PARTS = '''
+@gluon.jit
+def time_sums_of_parts(start, ones, x, room):
+    """`time_sums` of float32 tiles: of two parts of 8 bits, more than their factors had."""
+    high = x.to(gl.bfloat16)
+    barrier()
+    room.index(0).store(high)
+    room.index(1).store((x - high.to(gl.float32)).to(gl.bfloat16))
+    fence_async_shared()
+    barrier()
+    found = warpgroup_mma(ones, room.index(1), start, is_async=True)
+    found = warpgroup_mma(ones, room.index(0), found, is_async=True)
+    return warpgroup_mma_wait(0, deps=(found,))
+'''
+_HALVES = '''
+@gluon.jit
+def halves(
+    g, ones, level, C: gl.constexpr, BK: gl.constexpr, KEYS: gl.constexpr, SCORES: gl.constexpr
+):
+    """Of blocks of 2^(level + 1) rows: decays between each row and the border of the halves, and
+    the pairs of a row of the later and one of the earlier half. `ones`: room for a factor."""
+    i = gl.arange(0, C, gl.SliceLayout(1, SCORES))[:, None]
+    j = gl.arange(0, C, gl.SliceLayout(0, SCORES))[None, :]
+    late = (i >> level) & 1 == 1
+    between = (i >> level == j >> level) & (late == (i >= j))
+    barrier()
+    ones.store(gl.where(between, 1.0, 0.0).to(gl.bfloat16))
+    fence_async_shared()
+    barrier()
+    e = power(time_sums(gl.zeros((C, BK), gl.float32, KEYS), ones, g))
+    return e, (i >> (level + 1) == j >> (level + 1)) & late & ((j >> level) & 1 == 0)
+'''
+_DECAYED_DOT = '''
+@gluon.jit
+def decayed_dot(
+    x, y, g, within, ones, room, C: gl.constexpr, BK: gl.constexpr, FIRST: gl.constexpr,
+    KEYS: gl.constexpr, SCORES: gl.constexpr,
+):
+    """A_ij = sum_k x_ik y_jk e^(g_j+1,k + ... + g_ik) for i > j, else 0; C = 2^(FIRST + 1).
+
+    Factors are in shared memory. A product of `within` and g sums g over the rows before each row
+    in its block of 2^FIRST. Between blocks the decay is that of each row to the border. Within a
+    block it is split, half of e^-120 = 2^-173 each way, as far as float32 and bfloat16 go; a row
+    whose block has decayed by more takes halves of the block, their halves, and so on.
+    """
+    i = gl.arange(0, C, gl.SliceLayout(1, SCORES))[:, None]
+    j = gl.arange(0, C, gl.SliceLayout(0, SCORES))[None, :]
+    zero = gl.zeros((C, C), gl.float32, SCORES)
+    sums = time_sums(g.load(KEYS).to(gl.float32), within, g) * 1.4426950408889634
+    far = gl.convert_layout(gl.max(-sums, 1), gl.SliceLayout(1, SCORES)) >= 174.0
+    barrier()
+    room.index(0).store((x.load(KEYS).to(gl.float32) * gl.exp2(sums + 87.0)).to(gl.bfloat16))
+    back = gl.exp2(gl.minimum(-sums, 174.0) - 87.0)
+    room.index(1).store((y.load(KEYS).to(gl.float32) * back).to(gl.bfloat16))
+    rest = time_sums(gl.zeros((C, BK), gl.float32, KEYS), within.permute((1, 0)), g)
+    room.index(2).store((y.load(KEYS).to(gl.float32) * power(rest)).to(gl.bfloat16))
+    fence_async_shared()
+    barrier()
+    early, across = room.index(1).permute((1, 0)), room.index(2).permute((1, 0))
+    A = warpgroup_mma(room.index(0), early, zero, use_acc=False, is_async=True)
+    B = warpgroup_mma(room.index(0), across, zero, use_acc=False, is_async=True)
+    A, B = warpgroup_mma_wait(0, deps=(A, B))
+    if gl.max(far.to(gl.int32), 0) > 0:
+        H = zero
+        for level in range(FIRST):
+            e, pairs = halves(g, ones, level, C, BK, KEYS, SCORES)
+            barrier()
+            room.index(0).store((x.load(KEYS).to(gl.float32) * e).to(gl.bfloat16))
+            room.index(1).store((y.load(KEYS).to(gl.float32) * e).to(gl.bfloat16))
+            fence_async_shared()
+            barrier()
+            D = warpgroup_mma(room.index(0), early, zero, use_acc=False, is_async=True)
+            D = warpgroup_mma_wait(0, deps=(D,))
+            H += gl.where(pairs, D, 0.0)
+        A = gl.where(far[:, None], H, A)
+    A = gl.where(i >> FIRST == j >> FIRST, A, B * 2.0**-87)
+    return gl.where(i > j, A, 0.0)
+'''
+_DECAYED_APPLY = '''
+@gluon.jit
+def decayed_apply(
+    A, x, g, within, ones, room, C: gl.constexpr, BK: gl.constexpr, FIRST: gl.constexpr,
+    KEYS: gl.constexpr, SCORES: gl.constexpr, TRANSPOSED: gl.constexpr,
+):
+    """z_ik = sum_j A_ij x_jk e^(g_j+1,k + ... + g_ik) over j < i, as `decayed_dot`.
+
+    TRANSPOSED: z_jk = sum_i A_ij x_ik e^(g_j+1,k + ... + g_ik) over i > j. `ones`: of two factors.
+    """
+    i = gl.arange(0, C, gl.SliceLayout(1, SCORES))[:, None]
+    j = gl.arange(0, C, gl.SliceLayout(0, SCORES))[None, :]
+    zero = gl.zeros((C, BK), gl.float32, KEYS)
+    sums = time_sums(g.load(KEYS).to(gl.float32), within, g) * 1.4426950408889634
+    far = gl.max(gl.max(-sums, 1), 0) >= 174.0
+    A = gl.where(i > j, A, 0.0)
+    same = i >> FIRST == j >> FIRST
+    barrier()
+    ones.index(0).store(gl.where(same & (far == 0), A, 0.0).to(gl.bfloat16))
+    ones.index(1).store(gl.where(same, 0.0, A).to(gl.bfloat16))
+    if TRANSPOSED:
+        room.index(0).store((x.load(KEYS).to(gl.float32) * gl.exp2(sums + 87.0)).to(gl.bfloat16))
+        fence_async_shared()
+        barrier()
+        own, across = ones.index(0).permute((1, 0)), ones.index(1).permute((1, 0))
+        z = warpgroup_mma(own, room.index(0), zero, use_acc=False, is_async=True)
+        z = warpgroup_mma_wait(0, deps=(z,)) * gl.exp2(gl.minimum(-sums, 174.0) - 87.0)
+        rest = time_sums(zero, within.permute((1, 0)), g) * 1.4426950408889634
+        w = warpgroup_mma(across, room.index(0), zero, use_acc=False, is_async=True)
+        z += warpgroup_mma_wait(0, deps=(w,)) * gl.exp2(rest - 87.0)
+    else:
+        back = gl.exp2(gl.minimum(-sums, 174.0) - 87.0)
+        room.index(0).store((x.load(KEYS).to(gl.float32) * back).to(gl.bfloat16))
+        rest = time_sums(zero, within.permute((1, 0)), g) * 1.4426950408889634
+        back = gl.exp2(rest - 87.0)
+        room.index(1).store((x.load(KEYS).to(gl.float32) * back).to(gl.bfloat16))
+        fence_async_shared()
+        barrier()
+        z = warpgroup_mma(ones.index(0), room.index(0), zero, use_acc=False, is_async=True)
+        z = warpgroup_mma(ones.index(1), room.index(1), z, is_async=True)
+        z = warpgroup_mma_wait(0, deps=(z,)) * gl.exp2(sums + 87.0)
+    if far:
+        for level in range(FIRST):
+            e, pairs = halves(g, ones.index(0), level, C, BK, KEYS, SCORES)
+            barrier()
+            ones.index(0).store(gl.where(pairs, A, 0.0).to(gl.bfloat16))
+            room.index(0).store((x.load(KEYS).to(gl.float32) * e).to(gl.bfloat16))
+            fence_async_shared()
+            barrier()
+            B = ones.index(0).permute((1, 0)) if TRANSPOSED else ones.index(0)
+            part = warpgroup_mma(B, room.index(0), zero, use_acc=False, is_async=True)
+            z += e * warpgroup_mma_wait(0, deps=(part,))
+    return z
+'''
 _FUNCTIONS = {
+    "power": (_POWER, ()),
+    "time_sums": (_TIME_SUMS, ()),
+    "time_sums_of_parts": (_TIME_SUMS_OF_PARTS, ()),
+    "halves": (_HALVES, ()),
+    "decayed_dot": (_DECAYED_DOT, ("power", "time_sums", "halves")),
+    "decayed_apply": (_DECAYED_APPLY, ("power", "time_sums", "halves")),
     "unit_lower_inverse": (_INVERSE, ()),
     "sums": (_SUMS, ()),
     "sums_beside": (_SUMS_BESIDE, ()),

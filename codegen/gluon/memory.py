@@ -16,7 +16,8 @@ from .expressions import GluonExpressions
 RESERVED = (
     *("gl", "tma", "mbarrier", "gluon", "pid", "n", "h", "part", "step", "steps", "chunk"),
     *("chunks", "item", "items", "turn", "index", "add", "shift"),
-    *("sums", "sums_beside", "decay_between", "unit_lower_inverse"),
+    *("power", "time_sums", "time_sums_of_parts", "halves", "decayed_dot", "decayed_apply"),
+    *("before", "within", "room", "scores", "CHANNELS", "sums", "sums_beside", "decay_between", "unit_lower_inverse"),
     *("slot", "oi", "oj", "ok", "ov", "K", "V", "C", "BK", "BV", "HV", "NV", "TOKENS", "STAGES"),
     *("STATE", "ROWS", "SCORES", "KEYS", "VALUES", "LANES", "LINE", "COLUMNS", "VECTOR"),
     *("ready", "empty", "rows", "columns", "first", "stride"),

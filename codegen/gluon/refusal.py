@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import struct
+from collections.abc import Container, Iterable
 
 from .. import tiled
 from ..config import KernelConfig
+from ..expressions import unaliased
+from ..gates import DECAYED, gate_of
 from ..interface import Buffer, Dtype, Signature
 from ..plan import Loop
 from ..tile import SQUARE, TIMES, Axis, Tile, TileOp
@@ -35,11 +38,52 @@ def refusal_of_chunks(
     why = _of_program(kernel, signature)
     if config.warps not in _WARPS:
         why = why or f"its {config.warps} warps are no one or two warp groups"
-    if not any(isinstance(s, tiled.Product) for s in kernel.statements):
+    if not any(map(_multiplies, kernel.statements)):
         why = why or "it has no products"
+    loaded = exact_loads(kernel)
     for s in kernel.statements:
         why = why or _of_chunk_statement(s)
+        if isinstance(s, tiled.Compute) and s.value.op in DECAYED:
+            why = why or _of_decayed(kernel, s.value, loaded)
     return why
+
+
+def exact_loads(kernel: tiled.TiledKernel) -> frozenset[Tile]:
+    """The tiles that are loaded in bfloat16."""
+    loads = (s for s in kernel.statements if isinstance(s, tiled.Load))
+    return frozenset(s.value for s in loads if s.dtype is Dtype.BFLOAT16)
+
+
+def is_exact(x: Tile, loaded: Container[Tile]) -> bool:
+    """Whether all numbers of `x` are those of bfloat16."""
+    x = unaliased(x)
+    if x.op is TileOp.FLOOR:
+        (word,) = struct.unpack("<I", struct.pack("<f", x.attrs[0]))
+        return word & 0xFFFF == 0 and is_exact(x.args[0], loaded)
+    return x in loaded
+
+
+def _multiplies(s: tiled.Statement) -> bool:
+    decayed = isinstance(s, tiled.Compute) and s.value.op in DECAYED
+    return decayed or isinstance(s, tiled.Product)
+
+
+def _of_decayed(
+    kernel: tiled.TiledKernel, x: Tile, loaded: Container[Tile]
+) -> str | None:
+    if x.op is TileOp.DECAYED_CROSSING:
+        return "it sums what crosses each token"
+    gate = gate_of(x)
+    if gate.exclusive or gate.factor or gate.axis is not Axis.K:
+        return "its vector gate is no plain one of keys"
+    if not is_exact(gate.log_decay, loaded):
+        return "its log-decays are no operand in bfloat16"
+    factors = x.args[:2] if x.op is TileOp.DECAYED_DOT else x.args[1:2]
+    if not all(unaliased(y) in loaded for y in factors):
+        return "it decays tiles that it computes"
+    if 2 * kernel.block != kernel.chunk:
+        return f"its decays are split within {kernel.block} of {kernel.chunk} tokens"
+    return None
 
 
 def too_large(printed: GluonKernel) -> GluonKernel | str:
@@ -122,8 +166,8 @@ def _of_load(s: tiled.Load) -> str | None:
         return None if not axes else f"it loads {s.of}, a vector of channels per head"
     if len(axes) == 2 and (axes[0] not in TIMES or s.dtype is not Dtype.BFLOAT16):
         return f"it loads {s.of}, which is no tile of bfloat16 by tokens"
-    if len(axes) == 1 and axes[0] not in TIMES:
-        return f"it loads {s.of}, a vector of channels per chunk"
+    if axes == (Axis.V,) or (axes == (Axis.K,) and s.source is not tiled.Source.BUFFER):
+        return f"it loads {s.of}, a vector of channels"
     return None
 
 
@@ -165,7 +209,7 @@ def _of_chunk_statement(s: tiled.Statement) -> str | None:
         return "it has a product of padded tiles" if clean or not rows else None
     if isinstance(s, tiled.Store):
         own = {*s.use.axes} == {*s.axes} and s.use.value.op is not TileOp.CONST
-        rows = not s.axes or s.axes[0] in TIMES
+        rows = not s.axes or s.axes[0] in TIMES or s.axes == (Axis.K,)
         return None if own and rows else f"it stores {s.buffer}, which is no tile of its rows"
     if isinstance(s, tiled.Compute):
         return _of_chunk_compute(s.value)
@@ -173,12 +217,11 @@ def _of_chunk_statement(s: tiled.Statement) -> str | None:
 
 
 def _of_chunk_compute(x: Tile) -> str | None:
-    if x.axes in ((Axis.K,), (Axis.V,)):
+    if x.axes == (Axis.V,):
         return "it computes vectors of channels"
-    sums = x.op is TileOp.CUMSUM and (len(x.axes) == 1 or x.axes == SQUARE)
-    if sums or x.op in _IN_CHUNKS:
+    if x.op in _IN_CHUNKS or x.op in DECAYED:
         return None
-    if x.op is TileOp.FLOOR and len(x.axes) < 2:
+    if x.op in (TileOp.CUMSUM, TileOp.FLOOR) and Axis.V not in x.axes:
         return None
     if x.op is TileOp.MAP and x.attrs[0] in (*FUNCTIONS, *OPERATORS):
         return None
