@@ -20,9 +20,7 @@ from .tile import POINTWISE, Tile
 _WIDTH = 16  # orders of a phase that are followed at a time
 
 
-def ordered(
-    kernel: tiled.TiledKernel, again: frozenset[Tile] = frozenset()
-) -> tiled.TiledKernel:
+def ordered(kernel: tiled.TiledKernel, again: frozenset[Tile] = frozenset()) -> tiled.TiledKernel:
     """`kernel`, each phase in an order of a smaller peak, if one is found.
 
     `again`: values that are computed at each use, and wait nowhere.

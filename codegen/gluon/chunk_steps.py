@@ -11,9 +11,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Container
 
+from ...dsl.ir import Op
 from .. import tiled
 from ..config import KernelConfig
-from ...dsl.ir import Op
 from ..expressions import identifier, is_number, unaliased
 from ..gates import DECAYED
 from ..interface import Role, Signature

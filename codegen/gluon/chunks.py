@@ -37,7 +37,7 @@ def print_chunks(
     statements = _stored_early(_of_gates_alone(own.statements))
     whole = replace(own, before=tuple(statements), inside=(), after=())
     loaded = frozenset(s.value for s in statements if isinstance(s, tiled.Load))
-    again = {s.value for s in statements if not isinstance(s, tiled.Store | tiled.Load)}
+    again = {s.value for s in statements if isinstance(s, tiled.Compute)}
     whole = ordered(whole, frozenset(x for x in again if is_made_again(x, loaded)))
     first = _Printer(whole, kernel, signature, config, {}, frozenset())
     first.print()  # says what is read from when to when

@@ -10,11 +10,19 @@ from ..config import Config, Dims, KernelConfig
 from ..interface import Dtype, Signature
 from ..plan import Hoist, Plan
 from .emit import emit, in_gluon
+from .refusal import NO_PRODUCTS
 
 _MEASURED = Dims(128, 128)
 _LONG = 4096  # tokens of the shortest sequences that were measured
 _FEW, _MANY = KernelConfig(64, 4, 3), KernelConfig(128, 8, 2)
 _CHUNKS = {"backward_gradients": KernelConfig(64, 8, 3)}
+# of vector gates, whose chunks all kernels have or none: tokens, and tiles
+_DECAYED_CHUNK = 64
+_DECAYED_SCANS = KernelConfig(64, 4, 2)
+_DECAYED = dict.fromkeys(
+    ("forward_prep", *(f"backward_{n}" for n in ("prep", "sums", "values", "gradients"))),
+    KernelConfig(64, 8, 3),
+)
 # the classes that were measured
 _RANKS = (LowRank.NONE, LowRank.SYMMETRIC)
 _DECAYS = (DecayClass.NONE, DecayClass.PER_HEAD, DecayClass.SCALAR)
@@ -23,6 +31,16 @@ _DECAYS = (DecayClass.NONE, DecayClass.PER_HEAD, DecayClass.SCALAR)
 def _scored(plan: Plan) -> Plan:
     """`plan`, but products of operands stay in the scan."""
     return replace(plan, hoist=plan.hoist & ~Hoist.PRODUCTS)
+
+
+def _of_vector_gates(form: NormalForm, config: Config, signature: Signature) -> Config | None:
+    """`config` in longer chunks than Triton's; None if a kernel with products cannot be Gluon's."""
+    longer = replace(config, chunk=_DECAYED_CHUNK)
+    wanted = in_gluon(form, longer, _DECAYED_SCANS, chunks=_DECAYED)
+    made = emit(form, signature, wanted)
+    if made is None or any(why != NO_PRODUCTS for _, why in made.refused):
+        return None
+    return in_gluon(form, longer, _DECAYED_SCANS, frozenset(n for n, _ in made.refused), _DECAYED)
 
 
 def preferred(
@@ -43,7 +61,11 @@ def preferred(
     found = classify(form)
     (state, *others) = found.states
     plain = not others and found.micro_steps == 1 and not found.transposed
-    if not plain or state.decay not in _DECAYS or state.low_rank not in _RANKS:
+    if not plain or state.low_rank not in _RANKS:
+        return None
+    if state.decay is DecayClass.KEY and state.low_rank is LowRank.NONE:
+        return _of_vector_gates(form, config, signature)
+    if state.decay not in _DECAYS:
         return None
     few = rows * signature.dims.V // _FEW.v_tile <= multiprocessors
     scans: KernelConfig | None = _FEW if few else _MANY

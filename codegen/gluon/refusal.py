@@ -19,6 +19,7 @@ CHUNK = 64  # rows of a product of one warp group, and tokens whose scores its r
 _WIDTHS = (64, 128)  # channels that a tile of shared memory is swizzled for, and registers can hold
 ROWS_OF_WARP = 16  # of a product's sums
 _IN_CHUNKS = (TileOp.SUM, TileOp.ROWS, TileOp.MASK, TileOp.DECAY, TileOp.INVERSE)
+NO_PRODUCTS = "it has no products"
 _WARPS = (4, 8)  # that take one chunk's rows
 
 
@@ -39,7 +40,7 @@ def refusal_of_chunks(
     if config.warps not in _WARPS:
         why = why or f"its {config.warps} warps are no one or two warp groups"
     if not any(map(_multiplies, kernel.statements)):
-        why = why or "it has no products"
+        why = why or NO_PRODUCTS
     loaded = exact_loads(kernel)
     for s in kernel.statements:
         why = why or _of_chunk_statement(s)
@@ -68,9 +69,7 @@ def _multiplies(s: tiled.Statement) -> bool:
     return decayed or isinstance(s, tiled.Product)
 
 
-def _of_decayed(
-    kernel: tiled.TiledKernel, x: Tile, loaded: Container[Tile]
-) -> str | None:
+def _of_decayed(kernel: tiled.TiledKernel, x: Tile, loaded: Container[Tile]) -> str | None:
     if x.op is TileOp.DECAYED_CROSSING:
         return "it sums what crosses each token"
     gate = gate_of(x)

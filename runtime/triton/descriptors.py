@@ -80,10 +80,11 @@ def takes(kernel: Kernel, layout: Layout, new: Mapping[Source, New]) -> bool:
     if any(new[x].dtype != torch.bfloat16 for x in named if x in new):
         return False
     loaded = [o for o in layout.operands if ("operand", o.name) in named]
-    return all(_is_matrix(o, layout.B) for o in loaded)
+    return all(is_matrix(o, layout.B) for o in loaded)
 
 
-def _is_matrix(o: OperandLayout, B: int) -> bool:
+def is_matrix(o: OperandLayout, B: int) -> bool:
+    """Whether TMA can take an operand of B sequences for a matrix of tokens' rows."""
     batch, token, head, channel = o.strides
     within = (o.heads - 1) * head < token
     return within and channel == 1 and token % _ALIGNED == 0 and (B == 1 or batch % token == 0)

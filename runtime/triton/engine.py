@@ -36,10 +36,10 @@ from ..printed import (
 from ..saves import Saved, saved_under
 from ..tuned.artifact import CallSize, Configuration
 from ..tuned.selection import call_size_of, find, folders, select_config
-from .descriptors import is_hopper, multiprocessors
+from .descriptors import is_hopper, is_matrix, multiprocessors
 from .joined import JoinedLaunch
 from .launch import Launch
-from .launch_plan import LoadedKernel
+from .launch_plan import LoadedKernel, OperandLayout
 from .printed import kernel_of
 from .segments import joined_segment, segment_of
 
@@ -174,9 +174,20 @@ def _with_gluon(call: Call, config: Config, usual: Config) -> Config:
         return config
     printed_for = signature(dims, call.dtype, dtypes_of(call))
     made = preferred(call.form, base, printed_for, size.rows, size.tokens, count)
+    if made is None or call.T % made.chunk:
+        return config
+    if made.chunk != base.chunk and not _has_matrices(call):  # Triton's are slower in its chunks
+        return config
     artifact = find(ENGINE.key(call), folders()).artifact
     wrong = () if artifact is None else artifact.quarantine
-    return config if made is None or any(r.config == made for r in wrong) else made
+    return config if any(r.config == made for r in wrong) else made
+
+
+def _has_matrices(call: Call) -> bool:
+    """Whether tokens of a call lie as TMA takes them, and all operands have as many heads."""
+    tokens = [x for x in call.operands.values() if x.dim() == 4]
+    layouts = [OperandLayout.of("", x, per_head=False) for x in tokens]
+    return all(o.heads == call.HV and is_matrix(o, call.B) for o in layouts)
 
 
 def _compiled_with(call: Call, config: Config, segment: int | None) -> _Compiled:

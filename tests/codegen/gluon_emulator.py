@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from chunkwise.codegen.gluon.library import sources
 from torch import Tensor
 
 Numbers = Any
@@ -230,3 +231,16 @@ def run(source: str, name: str, programs: int, arguments: Mapping[str, Any]) -> 
     for _OWN.program in range(programs):
         names = function.__code__.co_varnames[: function.__code__.co_argcount]
         function(*(arguments[n] for n in names))
+
+
+def called(*names: str) -> dict[str, Any]:
+    """The device functions of these names and all that they call, as functions of tensors."""
+    space = {**NAMES, "barrier": lambda: None}
+    _OWN.products, _OWN.sent = [], []
+    exec("\n".join(sources(names)), space)
+    return space
+
+
+def shared(*shape: int) -> Shared:
+    """Shared memory in which nothing was written."""
+    return _allocate(torch.float32, shape, _any())

@@ -20,11 +20,13 @@ from chunkwise.runtime.triton.launch_plan import LaunchPlan
 from torch import Tensor
 
 from benchmarks import verify
-from benchmarks.registry import CASES, SHAPES, draw
+from benchmarks.registry import CASES, SHAPES, Shape, draw
 from tests.harness import Layout, Sizes, engine_results, make_inputs, oracle_results, wobbled
 from tests.tolerances import BY_DTYPE, assert_agree
 
+VECTOR_GATED = ["gla", "kda"]
 NAMES = ["linear_attention", "simple_gla", "retention", "delta_rule", "gated_delta_rule"]
+NAMES += VECTOR_GATED
 SCANS = {"forward_scan", "backward_states", "backward_reverse"}
 # gradients of shared heads are added up in float32, which TMA does not write here
 OF_LINEAR = {"forward_scan", "backward_reverse_columns"}
@@ -33,6 +35,9 @@ CHUNKS = {
     "backward_gradients": KernelConfig(64, 8, 3),
     **dict.fromkeys(("forward_prep", "backward_prep"), KernelConfig(64, 4, 1)),
 }
+CHUNKS_OF_VECTOR_GATES = dict.fromkeys(
+    (*CHUNKS, "backward_sums", "backward_values"), KernelConfig(64, 8, 3)
+)
 SIZES = Sizes(B=2, T=256, H=1, HV=2, K=128, V=128, initial=True, device="cuda")
 SIZES = replace(SIZES, dtype=torch.bfloat16, gate_dtype=torch.float32)
 
@@ -55,7 +60,10 @@ def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         dims = Dims(call.K, call.V)
         default = triton_engine.configuration(call.form, dims, call.dtype)
         own = KernelConfig(v_tile, v_tile // 16, stages)
+        default = replace(default, chunk=64)
         chunks = CHUNKS if (v_tile, stages) == (64, 3) else {}
+        if call.form.name in VECTOR_GATED:
+            chunks = CHUNKS_OF_VECTOR_GATES  # Triton's decays are slow in chunks of 64
         config = in_gluon(call.form, default, own, chunks=chunks)
         dtypes = tuple((n, x.dtype) for n, x in call.operands.items())
         return triton_engine.compile_with(call.form, dims, call.dtype, dtypes, config)
@@ -92,7 +100,9 @@ def _check(name: str, sizes: Sizes) -> None:
 def test_agreement(name: str, K: int, served: list[str]) -> None:
     """Given and last states, groups of heads, output and all gradients; four times, bit for bit."""
     _check(name, replace(SIZES, K=K))
-    assert {*served} - {*CHUNKS} == (OF_LINEAR if name == "linear_attention" else SCANS)
+    assert {*served} - {*CHUNKS_OF_VECTOR_GATES} == (
+        OF_LINEAR if name == "linear_attention" else SCANS
+    )
 
 
 @pytest.mark.parametrize("served", [(64, 3)], indirect=True)
@@ -107,6 +117,26 @@ def test_kernels_parallel_over_chunks(name: str, K: int, served: list[str]) -> N
     kernels = [k for p in programs for k in p.kernels]
     with_products = {k.name for k in kernels if any(t.op is TileOp.DOT for t in k.order)}
     assert {*served} >= {*CHUNKS} & with_products
+
+
+@pytest.mark.parametrize("served", [(64, 2)], indirect=True)
+@pytest.mark.parametrize("gates", ["strong", "floor", "resets"])
+@pytest.mark.parametrize("name", VECTOR_GATED)
+def test_vector_gates_of_any_strength(name: str, gates: str, served: list[str]) -> None:
+    """Decays of a block beyond what can be split, everywhere or in some rows."""
+    case, at, device = CASES[name], Shape("", 2, 448, 20, 128), torch.device("cuda")
+    op = getattr(cw.library, name)
+    operands = draw(case, at, torch.bfloat16, device, seed=0)
+    x = torch.randn_like(operands["g"])
+    g = {"strong": -5 * torch.sigmoid(x), "floor": -5 + 0 * x}.get(gates)
+    g = torch.where(x > 2.2, -1e6, -0.01 * x.abs()) if g is None else g
+    operands["g"] = g.detach().requires_grad_()
+    do = torch.randn_like(operands["v"])
+    pairs = verify.sample(at)
+    expected = verify.oracle(op, case, operands, do, None, pairs)
+    errors = verify.compare(lambda: op(*operands.values())[0], case, operands, do, expected, pairs)
+    assert all(e.ok for e in errors), "; ".join(map(str, errors))
+    assert "backward_gradients" in served
 
 
 @pytest.mark.parametrize("case", ["tail", "packed", "views", "copies"])
