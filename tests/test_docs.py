@@ -32,8 +32,9 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 def test_blocks_run_and_print_what_the_page_shows(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:
-    if page.name == "transformers.md":
-        pytest.importorskip("transformers")  # which needs Python 3.11
+    needs = {"transformers.md": "transformers", "export.md": "kernels"}  # of the extra hf
+    if page.name in needs:
+        pytest.importorskip(needs[page.name])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     text = regenerate.regenerated(page, tmp_path)
     if pytestconfig.getoption("--update-golden"):

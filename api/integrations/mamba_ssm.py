@@ -211,6 +211,7 @@ def selective_state_update(
     Raises:
         CallError: what every step of a recurrence raises of its operands.
         BadSlots: two sequences have one slot, or there is none of that number.
+        BadLayout: H and P of a state do not lie as one axis.
     """
     if state.ndim == 3:
         heads = [None if y is None else y.unsqueeze(-2) for y in (x, dt, B, C, D, z, dt_bias)]

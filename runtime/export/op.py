@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 
+from ...dsl.ir import Kind, Node, Op, topological
 from ...dsl.normal_form import Operand, has_entries_apart
 from .contents import Package, axes
 from .text import module, wrapped
@@ -36,9 +37,37 @@ def class_name(package: Package) -> str:
     return "".join(part[:1].upper() + part[1:] for part in package.name.split("_"))
 
 
+def print_on_cpu(package: Package) -> str:
+    """The module `op.py` of a hub's variant for CPUs: the step, token by token."""
+    given = ["initial_state=initial_state", "cu_seqlens=cu_seqlens", "dtype=torch.float32"]
+    given = [*package.operands, *(f"{n}={n}" for n in package.params), *given]
+    return module(
+        [
+            *package.header(f"{package.name} as a torch op for CPUs, token by token: slow."),
+            "",
+            "import torch",
+            "",
+            *_axes(package),
+        ],
+        [
+            *wrapped(f"def {package.name}(", _signature(package), "):"),
+            f'    """{_summary(package)}"""',
+            "    from . import reference  # which has the axes from here",
+            "",
+            *wrapped(f"o, state = reference.{package.name}(", given, ")", "    "),
+            f"    o = o.to({package.lead}.dtype)",
+            "    return o, state if output_final_state else None",
+        ],
+    )
+
+
 def print_layer(package: Package) -> str:
-    """The module `layers.py`: the op as a module without parameters, buffers or a constructor."""
+    """The module `layers.py`: the op as a module without parameters, buffers or a constructor.
+
+    And as one that transformers calls, where the output is linear in queries.
+    """
     arguments = _signature(package)
+    as_called = _as_called(package)
     names = [*package.operands, *(f"{n}={n}" for n in (*package.params, *_OPTIONS))]
     return module(
         [
@@ -46,6 +75,7 @@ def print_layer(package: Package) -> str:
             "",
             "from torch import nn",
             "",
+            *(["from . import attention"] if as_called else []),
             f"from .op import {package.name}",
         ],
         [
@@ -58,14 +88,47 @@ def print_layer(package: Package) -> str:
             *wrapped("def forward(", ["self", *arguments], "):", "    "),
             *wrapped(f"return {package.name}(", names, ")", "        "),
         ],
+        *([as_called] if as_called else []),
     )
 
 
-def _tables(package: Package, sources: Mapping[str, str]) -> Iterator[str]:
-    digest = hashlib.blake2b(digest_size=6)
-    for name in sorted(sources):
-        digest.update(f"{name}\n{sources[name]}".encode())
-    version = f"{package.name}_{digest.hexdigest()}_"
+def _as_called(package: Package) -> list[str]:
+    """The layer that transformers finds by name; none if the output is not linear in an operand q.
+
+    It checks that the arguments are as many as those of its own function.
+    """
+    step = package.declaration.step(package.micro)
+    (output,) = step.outputs
+    uses = [n for n in topological(*step.roots) if any(_is_q(a) for a in n.args)]
+    keys = {"q", "k"} <= {o.name for o in package.form.operands if o.kind is Kind.KEY}
+    if not keys or uses != [output] or output.op is not Op.READ or package.params:
+        return []
+    options = ["chunk_size=64", "initial_state=None", "output_final_state=False"]
+    options += ["use_qk_l2norm_in_kernel=False", "**kwargs"]
+    operands = [f'"{n}": {n}' for n in package.operands]
+    given = [package.name, "operands", "initial_state", "output_final_state"]
+    given += ["use_qk_l2norm_in_kernel", "kwargs"]
+    return [
+        f"class chunk_{package.name}(nn.Module):",
+        f'    """`{package.name}` as transformers calls it: `scale`, of K^-0.5 where it is absent.',
+        "",
+        "    It takes `cu_seqlens` too, and passes over other arguments of a model.",
+        '    """',
+        "",
+        "    has_backward = True",
+        "    can_torch_compile = True",
+        "",
+        *wrapped("def forward(", ["self", *package.operands, *options], "):", "    "),
+        *wrapped("operands = {", operands, "}", "        "),
+        *wrapped("return attention.call(", given, ")", "        "),
+    ]
+
+
+def _is_q(node: Node) -> bool:
+    return node.op is Op.OPERAND and node.attrs[0] == "q"
+
+
+def _axes(package: Package) -> Iterator[str]:
     yield "# axes by operand; H, the heads of a Key, divides HV, those of the Values"
     yield "AXES = {"
     for o in package.form.operands:
@@ -73,6 +136,14 @@ def _tables(package: Package, sources: Mapping[str, str]) -> Iterator[str]:
     yield "}"
     states = [f'"{s.name}": "{" ".join(s.axes)}"' for s in package.form.states]
     yield from wrapped("STATES = {", states, "}")
+
+
+def _tables(package: Package, sources: Mapping[str, str]) -> Iterator[str]:
+    digest = hashlib.blake2b(digest_size=6)
+    for name in sorted(sources):
+        digest.update(f"{name}\n{sources[name]}".encode())
+    version = f"{package.name}_{digest.hexdigest()}_"
+    yield from _axes(package)
     narrow = tuple(o for o in package.operands if o in package.narrow)
     yield "# in the dtype of the products; the other operands are widened to float32"
     yield f"NARROW = {narrow!r}"

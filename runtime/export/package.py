@@ -33,7 +33,7 @@ from ..tuned.machine import Machine, machine_of
 from ..tuned.selection import find, folders, nearest, select_config
 from .contents import Package, Served
 from .launches import print_launches
-from .op import print_layer, print_op
+from .op import print_layer, print_on_cpu, print_op
 from .readme import (
     LICENSE,
     hub_name,
@@ -187,11 +187,14 @@ def _command(request: Request, *, has_micro: bool) -> str:
 _CARRIED = (
     *("cannot_run.py", "packing.py", "rows.py", "shapes.py"),
     *("triton/descriptors.py", "triton/kernels.py", "triton/launch_plan.py"),
-    *("export/support.py", "export/token_loop.py"),
+    *("export/attention.py", "export/support.py", "export/token_loop.py"),
 )
 _MODULES = ("layers", "op", "reference", *(Path(name).stem for name in _CARRIED))
 # what the printed functions that have operands as arguments use
-_USED = ("AXES", "OPS", "RECURRENCE", "STATES", "dtype", "operands", "self", "step", "torch")
+_USED = (
+    *("AXES", "OPS", "RECURRENCE", "STATES", "attention", "dtype", "kwargs", "operands"),
+    *("self", "step", "torch"),
+)
 
 
 def _sources(package: Package) -> dict[str, str]:
@@ -215,12 +218,18 @@ def _carried(name: str) -> str:
     return re.sub(r"^from \.\.(\w*) import", r"from .\1 import", text, flags=re.MULTILINE)
 
 
+# the modules of a hub's variant for CPUs, beside its op: without Triton
+_ON_CPU = ("__init__.py", "attention.py", "layers.py", "reference.py", "token_loop.py")
+
+
 def _hub(package: Package, files: Mapping[str, str]) -> dict[str, str]:
-    """A hub repository: sources for its builder, and the one variant of a kernel without C++."""
-    digest = hashlib.blake2b(files["op.py"].encode(), digest_size=6).hexdigest()
+    """A hub repository: sources for its builder, and variants of a kernel without C++."""
     folder = hub_name(package).replace("-", "_")
     placed = {f"torch-ext/{folder}/{name}": text for name, text in files.items()}
-    variant = {n: text for n, text in files.items() if not n.startswith("test_")}
-    variant["metadata.json"] = print_metadata(package, digest)
-    placed |= {f"build/torch-cuda/{name}": text for name, text in variant.items()}
+    cuda = {n: text for n, text in files.items() if not n.startswith("test_")}
+    cpu = {**{n: files[n] for n in _ON_CPU}, "op.py": print_on_cpu(package)}
+    for device, variant in (("cuda", cuda), ("cpu", cpu)):
+        digest = hashlib.blake2b(variant["op.py"].encode(), digest_size=6).hexdigest()
+        variant["metadata.json"] = print_metadata(package, device, digest)
+        placed |= {f"build/torch-{device}/{name}": text for name, text in variant.items()}
     return {"build.toml": print_build(package), **placed}

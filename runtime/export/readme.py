@@ -187,15 +187,15 @@ def print_build(package: Package) -> str:
     )
 
 
-def print_metadata(package: Package, digest: str) -> str:
+def print_metadata(package: Package, device: str, digest: str) -> str:
     """The file `metadata.json` of a build variant, which the hub's loader reads."""
     return render(
         {
             "name": hub_name(package),
-            "id": f"_{package.name}_cuda_{digest}",
+            "id": f"_{package.name}_{device}_{digest}",
             "version": 1,
             "license": "apache-2.0",
             "python-depends": [],
-            "backend": {"type": "cuda"},
+            "backend": {"type": device},
         }
     )
