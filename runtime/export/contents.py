@@ -15,7 +15,13 @@ from ..tuned.artifact import Certificate
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Kernels for one dtype and one pair of dimensions, and where their configuration is from."""
+    """Kernels for one dtype and one pair of dimensions, and where their configuration is from.
+
+    Attributes:
+        segmented: the same kernels, whose scans run on segments of sequences; None if they cannot.
+        least: segments that a sequence must have for those.
+        channels: of the value axis, as scans hold it, padded.
+    """
 
     dtype: Dtype
     dims: Dims
@@ -23,6 +29,9 @@ class Served:
     source: str
     emitted: Emitted
     certificate: Certificate | None
+    segmented: Emitted | None = None
+    least: int = 0
+    channels: int = 0
 
     @property
     def suffix(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...codegen.triton.emit import Emitted
 from ...codegen.triton.kernel import TritonKernel
 from ..triton.kernels import Buffer
 from ..triton.printed import kernel_of
@@ -15,18 +16,20 @@ def print_launches(package: Package, served: Served) -> str:
     """The module with the launches of `served`, forward and backward."""
     dims = served.dims
     what = f"How the kernels for K={dims.K}, V={dims.V}, {served.dtype.value} are launched."
-    directions = {"forward": served.emitted.forward, "backward": served.emitted.backward}
-    lines = [f"chunk={served.config.chunk},  # tokens"]
-    for name, kernels in directions.items():
-        printed = [line for kernel in kernels for line in _loaded(kernel)]
-        lines += [f"{name}=(", *indented(printed), "),"]
+    lines = _kernels(served, served.emitted, "printed")
+    imports = [f"from . import kernels_{served.suffix} as printed"]
+    if served.segmented is not None:
+        own = _kernels(served, served.segmented, "in_segments")
+        lines += ["segmented=Kernels(", *indented(own), "),"]
+        lines += [f"least={served.least},  # segments", f"channels={served.channels},"]
+        imports.append(f"from . import kernels_{served.suffix}_segments as in_segments")
     return module(
         [
             *package.header(what),
             "",
             "import torch",
             "",
-            f"from . import kernels_{served.suffix} as printed",
+            *imports,
             "from .kernels import Buffer, Kernel",
             "from .launch_plan import LoadedKernel",
             "from .support import Kernels",
@@ -38,7 +41,16 @@ def print_launches(package: Package, served: Served) -> str:
     )
 
 
-def _loaded(printed: TritonKernel) -> Iterator[str]:
+def _kernels(served: Served, emitted: Emitted, source: str) -> list[str]:
+    """The fields of a `Kernels`, whose functions are in the module `source`."""
+    lines = [f"chunk={served.config.chunk},  # tokens"]
+    for name, kernels in (("forward", emitted.forward), ("backward", emitted.backward)):
+        printed = [line for kernel in kernels for line in _loaded(kernel, source)]
+        lines += [f"{name}=(", *indented(printed), "),"]
+    return lines
+
+
+def _loaded(printed: TritonKernel, source: str) -> Iterator[str]:
     """A `LoadedKernel` as Python, a field of its `Kernel` to a line where it fits one."""
     kernel = kernel_of(printed)
     yield f"LoadedKernel(  # {printed.loop.value}"
@@ -52,7 +64,7 @@ def _loaded(printed: TritonKernel) -> Iterator[str]:
     yield from (f"            {_buffer(b)}," for b in kernel.stores)
     yield "        ),"
     yield "    ),"
-    yield f"    printed.{kernel.name},"
+    yield f"    {source}.{kernel.name},"
     yield "),"
 
 

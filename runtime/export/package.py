@@ -19,6 +19,7 @@ import torch
 from ...codegen.config import Config, Dims, Precision
 from ...codegen.interface import Dtype, Signature
 from ...codegen.plan import Hoist
+from ...codegen.programs import transition_of
 from ...codegen.triton.emit import emit
 from ...codegen.triton.fit import H100_SHARED, untuned_config
 from ...dsl.declaration import Declaration
@@ -28,6 +29,7 @@ from ...dsl.normal_form import NormalForm
 from ...dsl.turns import angles, log_decays
 from ..cache import write_atomically
 from ..engines import EngineName
+from ..triton.segments import LEAST, channels_of
 from ..tuned.artifact import CallSize, Certificate, Key
 from ..tuned.machine import Machine, machine_of
 from ..tuned.selection import find, folders, nearest, select_config
@@ -141,8 +143,14 @@ def _served(
         config, source, certificate = _configuration(form, dtype, dims)
     wide = tuple((o.name, Dtype.FLOAT32) for o in form.operands if o.name not in narrow)
     config = config.saving(Hoist.NOTHING)  # a package's op saves its inputs alone
-    emitted = emit(form, Signature(dims, dtype, wide, Precision.TF32X3), config)
-    return Served(dtype, dims, config, source, emitted, certificate)
+    signature = Signature(dims, dtype, wide, Precision.TF32X3)
+    emitted = emit(form, signature, config)
+    how = transition_of(form, dims)
+    if how is None:
+        return Served(dtype, dims, config, source, emitted, certificate)
+    segmented = emit(form, signature, config, segments=True)
+    least, channels = LEAST[how], channels_of(form, dims)
+    return Served(dtype, dims, config, source, emitted, certificate, segmented, least, channels)
 
 
 def _configuration(
@@ -187,6 +195,7 @@ def _command(request: Request, *, has_micro: bool) -> str:
 _CARRIED = (
     *("cannot_run.py", "packing.py", "rows.py", "shapes.py"),
     *("triton/descriptors.py", "triton/kernels.py", "triton/launch_plan.py"),
+    "triton/segment_size.py",
     *("export/attention.py", "export/support.py", "export/token_loop.py"),
 )
 _MODULES = ("layers", "op", "reference", *(Path(name).stem for name in _CARRIED))
@@ -200,6 +209,11 @@ _USED = (
 def _sources(package: Package) -> dict[str, str]:
     """The modules of the package, and its configurations."""
     files = {f"kernels_{s.suffix}.py": s.emitted.source for s in package.served}
+    files |= {
+        f"kernels_{s.suffix}_segments.py": s.segmented.source
+        for s in package.served
+        if s.segmented is not None
+    }
     files |= {f"launch_{s.suffix}.py": print_launches(package, s) for s in package.served}
     files |= {Path(name).name: _carried(name) for name in _CARRIED}
     files["op.py"] = print_op(package, files)

@@ -16,7 +16,9 @@ from torch.autograd import forward_ad
 
 from .. import shapes
 from ..rows import Rows, as_kernels_read, in_last_rows, last_rows
+from ..triton.descriptors import multiprocessors
 from ..triton.launch_plan import NO_TABLES, Layout, LoadedKernel, OperandLayout, plan_launches
+from ..triton.segment_size import most_segments, segment_tokens
 
 # how a fault that `shapes` found says what a tensor has
 _HAS = {
@@ -31,11 +33,20 @@ _HAS = {
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels for one dtype, K and V, in the order of their launches; the rows of a chunk."""
+    """The kernels for one dtype, K and V, in the order of their launches; the rows of a chunk.
+
+    Attributes:
+        segmented: the same whose scans run on segments of sequences; None if theirs cannot.
+        least: segments that a sequence must have for those.
+        channels: of the value axis, as scans hold it, padded.
+    """
 
     chunk: int
     forward: tuple[LoadedKernel, ...]
     backward: tuple[LoadedKernel, ...]
+    segmented: Kernels | None = None
+    least: int = 0
+    channels: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,17 +204,29 @@ class _Call:
             for n, y in named
         ]
 
+    def _chosen(self) -> tuple[Kernels, int]:
+        """The kernels that serve the call, and the chunks of a segment; 0: no segments."""
+        kernels, sizes = self.kernels, self.sizes
+        if kernels.segmented is None:
+            return kernels, 0
+        tokens = -(-sizes["B"] * sizes["T"] // sizes["N"]) * self.of.rows
+        rows, available = sizes["N"] * sizes["HV"], multiprocessors(self.lead.device)
+        segments = most_segments(kernels.channels, rows, tokens, available)
+        segment = segment_tokens(kernels.least, segments, tokens)
+        return (kernels.segmented if segment else kernels), -(-segment // kernels.chunk)
+
     def run(
         self,
-        kernels: tuple[LoadedKernel, ...],
+        way: str,
         operands: Mapping[str, Tensor],
         cotangents: Mapping[str, Tensor | None],
     ) -> dict[str, Tensor]:
-        """Launch `kernels`; what they leave to the caller, by name.
+        """Launch the kernels of a way, forward or backward; what they leave, by name.
 
         `operands`: in rows; `cotangents`: of the final states.
         """
         of, sizes, bounds = self.of, self.sizes, self.cu_seqlens
+        chosen, segment = self._chosen()
         if bounds is not None:
             bounds = bounds.to(self.lead.device, non_blocking=True).contiguous() * of.rows
         starts = {
@@ -212,8 +235,8 @@ class _Call:
         }
         layout = Layout(
             *(sizes["B"], sizes["T"] * of.rows, sizes["HV"], sizes["K"], sizes["V"], sizes["N"]),
-            chunk=self.kernels.chunk,
-            segment=0,
+            chunk=chosen.chunk,
+            segment=segment,
             packed=None if bounds is None else bounds.dtype,
             device=self.lead.device,
             operands=tuple(
@@ -228,7 +251,7 @@ class _Call:
         )
         tables = NO_TABLES if bounds is None else layout.tables(bounds)
         tensors: list[Any] = [*operands.values(), *starts.values(), *tables, *self.params]
-        plan = plan_launches(kernels, layout)
+        plan = plan_launches(getattr(chosen, way), layout)
         plan.run(tensors)
         return {name: tensors[n] for name, n in plan.results.items()}
 
@@ -263,7 +286,7 @@ def register(of: Recurrence, namespace: str) -> torch.library.Library:
             )
             return new(call.output_shape), *ends
         rows = dict(x for name in of.axes for x in call.in_rows(name))
-        made = call.run(call.kernels.forward, rows, {})
+        made = call.run("forward", rows, {})
         return last_rows(made["o"], of.rows), *(made[name] for name in of.states)
 
     def forward_shapes(*inputs: Any) -> tuple[Tensor, ...]:
@@ -283,7 +306,7 @@ def register(of: Recurrence, namespace: str) -> torch.library.Library:
             rows = {name: call.in_rows(name) for name in of.axes}
             operands = dict(x for named in rows.values() for x in named)
             operands["d_o"] = in_last_rows(do, of.rows)
-            ends = call.run(call.kernels.backward, operands, ends)
+            ends = call.run("backward", operands, ends)
             gradients = []
             for name, named in rows.items():
                 own = [

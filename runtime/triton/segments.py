@@ -10,11 +10,10 @@ from ...codegen.config import Dims, held, padded
 from ...codegen.programs import Transition, chunk_program, transition_of
 from ...dsl.normal_form import NormalForm
 from ..tuned.artifact import CallSize
+from .segment_size import most_segments, segment_tokens
 
-_V_TILE = 64  # channels of the value axis that a scan's program is taken to have
-_TOKENS = 1024  # of a segment, at least: its program has to bring its state from the others' ends
 # segments, at least: states that fade are scanned twice, others three times (docs/measured.md)
-_LEAST = {Transition.DIAGONAL: 2, Transition.MATRIX: 4}
+LEAST = {Transition.DIAGONAL: 2, Transition.MATRIX: 4}
 
 
 def segment_of(form: NormalForm, dims: Dims, size: CallSize, multiprocessors: int) -> int:
@@ -24,12 +23,10 @@ def segment_of(form: NormalForm, dims: Dims, size: CallSize, multiprocessors: in
     kind of GPU: all ranks of a job choose alike.
     """
     segments, tokens = _at_most(form, dims, size, multiprocessors)
-    if segments < min(_LEAST.values()):
+    if segments < min(LEAST.values()):
         return 0
     how = transition_of(form, dims)
-    if how is None or segments < _LEAST[how]:
-        return 0
-    return -(-tokens // segments)
+    return 0 if how is None else segment_tokens(LEAST[how], segments, tokens)
 
 
 def joined_segment(form: NormalForm, dims: Dims, size: CallSize, multiprocessors: int) -> int:
@@ -40,10 +37,13 @@ def joined_segment(form: NormalForm, dims: Dims, size: CallSize, multiprocessors
 
 def _at_most(form: NormalForm, dims: Dims, size: CallSize, multiprocessors: int) -> tuple[int, int]:
     """The segments of a sequence for which a GPU has room, and its tokens."""
-    values = held(dims, transposed=chunk_program(form).transposed).V
-    programs = size.rows * -(-padded(values) // _V_TILE)
     tokens = size.tokens * len(form.micro_steps)
-    return min(multiprocessors // max(programs, 1), tokens // _TOKENS), tokens
+    return most_segments(channels_of(form, dims), size.rows, tokens, multiprocessors), tokens
+
+
+def channels_of(form: NormalForm, dims: Dims) -> int:
+    """Channels of the value axis as scans hold it, padded."""
+    return padded(held(dims, transposed=chunk_program(form).transposed).V)
 
 
 def in_parts(

@@ -44,7 +44,7 @@ def test_the_loader_of_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     request = Request("gated_delta_rule", dims, dtypes, layout=Layout.HUB)
     write(tmp_path, export(rule.declaration, request))
     folder = tmp_path / "build" / "torch-cuda"
-    assert len(list(folder.glob("kernels_*.py"))) == 4
+    assert len(list(folder.glob("kernels_*_segments.py"))) == 4
     found = kernels.use_kernel_forward_from_hub(NAME)(Rule)
     where = kernels.LocalLayerRepository(repo_path=tmp_path, layer_name=NAME)
     with kernels.use_kernel_mapping({NAME: {"cpu": where}}):
