@@ -18,7 +18,8 @@ equations, the axis K of tiles.
 
 States that mix, or recall one another, are a group: what a write to one leaves in another takes
 the place of the decay (codegen/transitions), and the recalls of all are one system (codegen/solve).
-A recall that one write uses is solved for with that write, as u; one that several use, for itself.
+A recall that one payload uses is solved for with it, as u; one that several use, for itself. Writes
+that differ by a number per row alone, in what states they move and how far, have one payload.
 Recalls that all writes take with one scale are one unknown, their sum.
 
 Several micro-steps expand time: a row is one micro-step of a token, the state passes through all of
@@ -31,6 +32,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..dsl import algebra
 from ..dsl.decay import SMALLEST
 from ..dsl.errors import NotLowered
 from ..dsl.ir import Kind, Op
@@ -42,7 +44,7 @@ from .coordinates import Coordinates
 from .gates import LEAST_FACTOR
 from .lower import kind_axes
 from .refusals import refusals
-from .rows import Recall, RowTiles, row_writes, updates_of
+from .rows import Nodes, Recall, RowTiles, payloads, row_writes, updates_of
 from .solve import add_to, eliminate, gather
 from .tile import Axis, Tile, TileOp
 from .transitions import StateGate, Transitions, under
@@ -129,6 +131,9 @@ class _GroupChunk:
         self._transitions = Transitions(state_gates, dict(self._mixes(names)))
         self._writes, recalls = row_writes(self._form, names)
         self._keys = [tiles.in_rows(w.keys).named("w") for w in self._writes]
+        self._payloads, placed = payloads(self._writes)
+        factors = (None if f is None else tiles.in_rows(f) for _, f in placed)
+        self._placed = list(zip((p for p, _ in placed), factors, strict=True))
         self._written = self._solve(recalls)
         self.ends = {n: self._next(n) for n in names}
 
@@ -151,17 +156,15 @@ class _GroupChunk:
     # ---- what is written -------------------------------------------------------------------------
 
     def _solve(self, recalls: list[list[Recall]]) -> list[Tile]:
-        """The written values, [I, V]: each write's value and corrections, solved for the chunk."""
+        """The payloads, [I, V]: each one's value and corrections, solved for the chunk."""
         axes = tile.axes_of(Axis.I, *((Axis.V,) if self._kind is Kind.STATE else ()))
-        values = [self._tiles.values(w.values, axes) for w in self._writes]
+        values = [self._tiles.values(p.values, axes) for p in self._payloads]
         # a scale that divides by a norm is NaN beyond the end of a sequence
-        scales = [
-            {r: self._tiles.in_rows(tuple(s)) for r, s in w.recalls.items()} for w in self._writes
-        ]
+        scales = [{r: self._scale(s) for r, s in p.recalls.items()} for p in self._payloads]
         if any(Axis.V in s.axes for each in scales for s in each.values()):
             self._hoist = False  # T of one channel is not that of another
         users = [[n for n, s in enumerate(scales) if r in s] for r in range(len(recalls))]
-        # recalls that are solved for with the one write that uses them, and no other
+        # recalls that are solved for with the one payload that uses them, and no other
         own = {r: ns[0] for r, ns in enumerate(users) if len(ns) == 1 and len(scales[ns[0]]) == 1}
         alone = {n: r for r, n in own.items()}
         coupling: dict[tuple[int, int], Tile] = {}
@@ -208,6 +211,11 @@ class _GroupChunk:
             written.append(tile.total(parts).named("U") if len(parts) > 1 else parts[0])
         return written
 
+    def _scale(self, nodes: Nodes) -> Tile:
+        value = algebra.number(nodes[0]) if nodes[0] is not None else None
+        same = value is not None and len(set(nodes)) == 1
+        return tile.const(value) if same else self._tiles.in_rows(nodes)
+
     def _recalling(self, recall: Recall) -> Tile:
         b = self._tiles.in_rows(recall.keys).named("b")
         if not recall.late:
@@ -216,8 +224,18 @@ class _GroupChunk:
         return tile.mul(b, self._transitions.gates[recall.state].exp(late))
 
     def _scores(self, x: Tile, to: str, phase: Phase, n: int) -> Tile | None:
-        """What `x` of row i sees in a state of what row j writes in the n-th write; None: 0."""
-        return self._transitions.scores(x, to, self._keys[n], self._writes[n].state, phase)
+        """What `x` of row i sees in a state of the n-th payload of row j; None: 0."""
+        parts = []
+        for m, factor in self._places(n):
+            key, of = self._keys[m], self._writes[m].state
+            seen = self._transitions.scores(x, to, key, of, phase)
+            if seen is not None:
+                parts.append(seen if factor is None else tile.mul(seen, _of_column(factor)))
+        return tile.total(parts) if parts else None
+
+    def _places(self, n: int) -> Iterator[tuple[int, Tile | None]]:
+        """The writes that add the n-th payload, by number, and their factors."""
+        return ((m, factor) for m, (p, factor) in enumerate(self._placed) if p == n)
 
     def _given(
         self, known: list[Tile], recalling: list[tuple[Recall, Tile]], scale: Tile
@@ -259,18 +277,19 @@ class _GroupChunk:
         parts = [
             tile.mul(tile.mul(kept, x), self.starts[of]) for of, x in self._transitions.whole(to)
         ]
-        by_key: dict[Tile, list[tuple[Tile, Tile]]] = {}
-        for write, key, written in zip(self._writes, self._keys, self._written, strict=True):
+        by_key: dict[Tile, dict[int, Tile]] = {}
+        for write, key, (n, factor) in zip(self._writes, self._keys, self._placed, strict=True):
             left = self._transitions.to_end(to, write.state)
             if left is not None:
-                by_key.setdefault(key, []).append((left, written))
-        for key, pairs in by_key.items():
-            lefts = {left for left, _ in pairs}
-            if len(lefts) == 1:
-                (left,) = lefts
-                decayed, values = tile.mul(key, left), [u for _, u in pairs]
+                left = left if factor is None else tile.mul(left, factor)
+                add_to(by_key.setdefault(key, {}), n, left)
+        for key, lefts in by_key.items():
+            values = [self._written[n] for n in lefts]
+            if len(set(lefts.values())) == 1:
+                decayed = tile.mul(key, next(iter(lefts.values())))
             else:  # of states that mix, by numbers per row
-                decayed, values = key, [tile.mul(left, u) for left, u in pairs]
+                decayed = key
+                values = [tile.mul(x, u) for x, u in zip(lefts.values(), values, strict=True)]
             late = columns.factor(columns.following)
             parts.append(tile.contract(decayed, tile.mul(late, tile.total(values)), Axis.I))
         return tile.total(parts)
@@ -294,7 +313,7 @@ class _GroupChunk:
         return tile.total(parts)
 
     def _gathered(self, c: Tile, read: Read, n: int, written: Tile) -> Tile | None:
-        """What the n-th writes add to a read over rows; None: nothing."""
+        """What the n-th payload adds to a read over rows; None: nothing."""
         scores = self._scores(c, read.state, read.phase, n)
         if scores is None:
             return None
@@ -304,8 +323,18 @@ class _GroupChunk:
     def _combined(self, c: Tile, read: Read, n: int, written: Tile) -> Tile | None:
         """What they add to a read over columns."""
         products = tile.contract(c, tile.rename(written, Axis.J), Axis.V)
-        key, of = self._keys[n], self._writes[n].state
-        return self._transitions.combine(products, read.state, key, of, read.phase)
+        parts = []
+        for m, factor in self._places(n):
+            scaled = products if factor is None else tile.mul(products, _of_column(factor))
+            key, of = self._keys[m], self._writes[m].state
+            parts.append(self._transitions.combine(scaled, read.state, key, of, read.phase))
+        known = [x for x in parts if x is not None]
+        return tile.total(known) if known else None
+
+
+def _of_column(factor: Tile) -> Tile:
+    """A factor of rows as one of the columns of scores."""
+    return tile.rename(factor, Axis.J)
 
 
 _SHARED_PER_CHANNEL = (

@@ -103,7 +103,7 @@ def scores_under_vector_gate(x: Tile) -> bool:
 @lru_cache(maxsize=65536)
 def _scales_by_prefix(x: Tile) -> bool:
     """Whether `x` is a prefix sum or made from one of its own shape, not merely scaled by it."""
-    if x.op is TileOp.CUMSUM or Axis.I in summed_axes(x):
+    if x.op is TileOp.CUMSUM or not {*SQUARE}.isdisjoint(summed_axes(x)):
         return True
     same = [a for a in x.args if a.axes == x.axes or x.op in (TileOp.ROWS, TileOp.MASK)]
     return x.op in (TileOp.MAP, TileOp.FLUSH) and any(_scales_by_prefix(a) for a in same)

@@ -128,6 +128,39 @@ class RowWrite:
         return any(scales[m] == w.correction.scale for scales in self.recalls.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A value and what is recalled with it, by scales, which writes add by factors of theirs."""
+
+    values: Nodes
+    recalls: Mapping[int, Nodes]
+
+
+def payloads(writes: Sequence[RowWrite]) -> tuple[list[Payload], list[tuple[int, Nodes | None]]]:
+    """What is written, and of each write the number of its payload and its factor; None: 1.
+
+    One error that moves several states, by a step size each, is one payload, solved for once.
+    """
+    apart = [_apart(w) for w in writes]
+    keys = [(p.values, tuple(p.recalls.items())) for _, p in apart]
+    found: dict[object, Payload] = {}
+    placed: list[tuple[int, Nodes | None]] = []
+    for n, (w, (factor, payload), key) in enumerate(zip(writes, apart, keys, strict=True)):
+        alone = keys.count(key) == 1
+        own = Payload(w.values, {r: tuple(s) for r, s in w.recalls.items()}) if alone else payload
+        found.setdefault(n if alone else key, own)
+        placed.append((list(found).index(n if alone else key), None if alone else factor))
+    return list(found.values()), placed
+
+
+def _apart(w: RowWrite) -> tuple[Nodes, Payload]:
+    """The Scalar factors that value and scales have, and what is left of these without them."""
+    terms = [w.values, *(tuple(s) for s in w.recalls.values())]
+    by_step = [algebra.common_factor([t[m] for t in terms]) for m in range(len(w.writes))]
+    value, *scales = zip(*(left for _, left in by_step), strict=True)
+    return tuple(f for f, _ in by_step), Payload(value, dict(zip(w.recalls, scales, strict=True)))
+
+
 def row_writes(
     form: NormalForm, states: Sequence[str]
 ) -> tuple[list[RowWrite], list[list[Recall]]]:

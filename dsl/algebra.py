@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import operator
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from .ir import Kind, Node, Op, constant, topological
 
@@ -107,6 +110,34 @@ def factors(node: Node) -> tuple[int, list[Node]]:
     if value is not None and value < 0.0:
         return -1, [constant(-value)]
     return 1, [node]
+
+
+def common_factor(nodes: Sequence[Node | None]) -> tuple[Node | None, tuple[Node | None, ...]]:
+    """The Scalar factors that all have, with the sign of the first, and what is left of each.
+
+    None among `nodes` is 0, and stays; the factor of nothing else is None.
+    """
+    terms = [None if n is None else factors(n) for n in nodes]
+    known = [t for t in terms if t is not None]
+    if not known:
+        return None, tuple(nodes)
+    scalars = [Counter(x for x in found if x.kind is Kind.SCALAR) for _, found in known]
+    shared = functools.reduce(operator.and_, scalars)
+    first, _ = known[0]
+
+    def left(sign: int, found: list[Node]) -> Node:
+        out, kept = shared.copy(), []
+        for x in found:
+            if out[x] > 0:
+                out[x] -= 1
+            else:
+                kept.append(x)
+        product = functools.reduce(mul, kept, ONE)
+        return product if sign == first else neg(product)
+
+    factor = functools.reduce(mul, shared.elements(), ONE)
+    rest = tuple(None if t is None else left(*t) for t in terms)
+    return factor if first > 0 else neg(factor), rest
 
 
 def leaves(node: Node) -> frozenset[str]:
