@@ -212,9 +212,9 @@ class _GroupChunk:
         return written
 
     def _scale(self, nodes: Nodes) -> Tile:
-        value = algebra.number(nodes[0]) if nodes[0] is not None else None
-        same = value is not None and len(set(nodes)) == 1
-        return tile.const(value) if same else self._tiles.in_rows(nodes)
+        values = {None if n is None else algebra.number(n) for n in nodes}
+        value = values.pop()
+        return self._tiles.in_rows(nodes) if value is None or values else tile.const(value)
 
     def _recalling(self, recall: Recall) -> Tile:
         b = self._tiles.in_rows(recall.keys).named("b")

@@ -32,9 +32,17 @@ def worth_hoisting(x: Tile, hoist: Hoist, reassociate: bool) -> bool:
         return False  # a C x V tile costs more bytes than its arguments
     if any(t.op is TileOp.INVERSE for t in below):
         return Hoist.SOLVES in hoist
-    if any(t.op in _PRODUCTS for t in below):
+    if any(t.op in _PRODUCTS for t in below) or is_along_keys(x):
         return Hoist.PRODUCTS in hoist
     return Hoist.PREFIXES in hoist and _scales_by_prefix(x)
+
+
+def is_along_keys(x: Tile) -> bool:
+    """Whether `x` is a product of two Keys of operands for each token, summed."""
+    product = x.args[0] if x.op is TileOp.SUM and summed_axes(x) == (Axis.K,) else None
+    if product is None or x.axes != (Axis.I,) or not product.is_map(Op.MUL):
+        return False
+    return product.args[0] != product.args[1]
 
 
 def hoisted(

@@ -93,14 +93,14 @@ def as_step(form: NormalForm) -> Step:
         for n in level.reads:  # each after those that its key holds, whatever the states they see
             r = form.reads[n]
             state = seen[r.micro_step, r.phase, r.state]
-            reads[n] = _recall(_with_results(r.key, reads), state)
+            reads[n] = _recall(with_results(r.key, reads), state)
     return Step(
         form.name,
         form.operands,
         form.params,
         form.states,
         tuple(now[s.name] for s in form.states),
-        tuple(_with_results(n, reads) for n in form.outputs),
+        tuple(with_results(n, reads) for n in form.outputs),
         max(micro, len(form.micro_steps)) if micro else 1,
     )
 
@@ -109,7 +109,7 @@ def _known(u: Update, reads: dict[int, Node]) -> Update:
     """An update with the reads of earlier levels for their results."""
 
     def known(node: Node) -> Node:
-        return _with_results(node, reads)
+        return with_results(node, reads)
 
     writes = []
     for w in u.writes:
@@ -162,12 +162,13 @@ def _recall(key: Node, state: Node) -> Node:
     return Node(Op.READ, (key, state), (), kind)
 
 
-def _with_results(node: Node, reads: dict[int, Node]) -> Node:
+def with_results(node: Node, reads: dict[int, Node]) -> Node:
+    """`node`, with expressions for the results of reads, by number."""
     if node.op is Op.RESULT:
         index = node.attrs[0]
         assert isinstance(index, int)
         return reads[index]
     if not reads or not results_of(node):
         return node
-    args = tuple(_with_results(a, reads) for a in node.args)
+    args = tuple(with_results(a, reads) for a in node.args)
     return Node(node.op, args, node.attrs, node.kind, node.loc)

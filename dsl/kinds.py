@@ -77,6 +77,12 @@ def _document() -> None:
 _document()
 
 
+def annotation_of(kind: Kind, per: Per) -> object:
+    """The annotation of a kind, the inverse of `kind_annotation`."""
+    known = ((x, kind_annotation(x)) for x in _ALIASES.values())
+    return next(x for x, k in known if k is not None and (k.kind, k.per) == (kind, per))
+
+
 def kind_annotation(annotation: object) -> KindAnnotation | None:
     """The kind that a type hint states; `tuple[Key, ...]` is a Key per micro-step."""
     if typing.get_origin(annotation) is tuple:

@@ -48,10 +48,10 @@ class Plane:
 @functools.lru_cache(maxsize=512)
 def planes_of(form: NormalForm) -> tuple[Plane, ...]:
     """The planes of a form. States of none of them are multiplied by decays, or mix by Scalars."""
-    passages = [_passages(m.updates) for m in form.micro_steps]
+    moved = [passages(m.updates) for m in form.micro_steps]
     found = []
-    for names in _components(passages, [s.name for s in form.states]):
-        own = [{pair: f for pair, f in p.items() if pair[0] in names} for p in passages]
+    for names in _components(moved, [s.name for s in form.states]):
+        own = [{pair: f for pair, f in p.items() if pair[0] in names} for p in moved]
         if len(names) == 1:
             (pair,) = itertools.product(names, names)
             if any(pair in p and is_signed(p[pair]) for p in own):
@@ -104,7 +104,7 @@ def angles(form: NormalForm) -> list[Node]:
     return [a for p in planes_of(form) for a in p.angles if a is not None]
 
 
-def _passages(updates: Sequence[Update]) -> dict[tuple[str, str], Node]:
+def passages(updates: Sequence[Update]) -> dict[tuple[str, str], Node]:
     """What states are multiplied by as they go into themselves and others."""
     found = {}
     for u in updates:

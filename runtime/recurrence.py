@@ -16,11 +16,12 @@ from ..dsl.explain import explain
 from ..dsl.step import output_names
 from ..dsl.trace import where
 from . import documentation
-from .call import Static, any_sharded, arrange, boundaries, initial_states
+from .call import Static, any_sharded, arrange, boundaries, describe, initial_states
 from .decode import Stepper
 from .engines import EngineName, choose
 from .explanation import sections
 from .ops import REGISTRY
+from .stages import stages
 from .warmup import Sizes, warm_up
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class Recurrence:
         self._ops = REGISTRY.of(declaration)
         self._step = Stepper(declaration, self._ops, self._engine)
         self._no_states = (None,) * len(declaration.states)
+        self._stages = stages(declaration, Recurrence)
         self._has_one_output = len(declaration.step(declaration.default_micro).outputs) == 1
 
     def __call__(
@@ -188,6 +190,10 @@ class Recurrence:
         initial: Sequence[Tensor | None] = self._no_states
         if initial_state is not None:
             initial = initial_states(self.declaration, initial_state)
+        if self._stages is not None:
+            call = describe(self.declaration, operands, params, tuple(initial), cu_seqlens, static)
+            if self._stages.takes(call, name, finals=output_final_state):
+                return self._stages(call, finals=output_final_state, engine=name, check=check)
         o, *made = self._ops.forward(
             *operands.values(),
             *initial,

@@ -80,7 +80,6 @@ class ChunkStep(GluonMemory):
         self._outgoing: dict[int, str] = {}
         self._todo = [s for s in self._statements if isinstance(s, tiled.Product)]
         self._running: list[tiled.Product] = []
-        self._functions: set[str] = set()
         self._slice = ""  # the layout in which vectors are read, if it is not their own
         self._taken = 0  # bytes of shared memory
         self._ones: dict[str, str] = {}  # factors of sums over time, by where they are 1
@@ -103,7 +102,7 @@ class ChunkStep(GluonMemory):
         if len(x.axes) == 1 and x in self.known and self._slice not in ("", _home(x.axes)):
             return f"gl.convert_layout({self.known[x]}, {self._slice})"
         if x.is_map(Op.EXP) and self._is_exponent(unaliased(x.args[0])) and x not in self.known:
-            self._functions.add("power")
+            self.called.add("power")
             return f"power({self.within(x.args[0], self.layout(x))})"
         return super().text(x)
 
@@ -155,7 +154,7 @@ class ChunkStep(GluonMemory):
             return f"gl.where({text} < {least}, {least}, {text})"  # NaN stays
         if x.op is TileOp.DECAY:
             which, exclusive = x.attrs
-            self._functions.add("decay_between")
+            self.called.add("decay_between")
             options = f"C, LINE, SCORES, {which is Which.LOWER}, {exclusive}"
             return f"decay_between({self.text(x.args[0])}, {options})"
         if x.op is TileOp.INVERSE:
@@ -198,12 +197,12 @@ class ChunkStep(GluonMemory):
         if not is_dot:
             texts.append(str(x.attrs[0] is Axis.J))
         name = x.op.name.lower()  # as the library calls it
-        self._functions.add(name)
+        self.called.add(name)
         return f"{name}({', '.join(texts)})"
 
     def _inverse(self, x: Tile) -> str:
         """Its own products are waited for, and what runs before with them."""
-        self._functions.add("unit_lower_inverse")
+        self.called.add("unit_lower_inverse")
         text = self.text(x.args[0])
         self._idle()
         factors = [self.names.fresh(name) for name in ("left", "right")]
@@ -226,7 +225,7 @@ class ChunkStep(GluonMemory):
         if Axis.K in x.axes:
             return self._sums_by_products(x, reverse=bool(reverse), exclusive=bool(exclusive))
         name = "sums_beside" if exclusive else "sums"
-        self._functions.add(name)
+        self.called.add(name)
         layouts = "LINE, LANES" if len(x.axes) == 1 else "COLUMNS, SCORES"
         return f"{name}({self.within(x.args[0], self.layout(x))}, {layouts}, {bool(reverse)})"
 
@@ -239,13 +238,13 @@ class ChunkStep(GluonMemory):
         text = self.within(of, self.layout(x))
         self._idle()
         if exact:
-            self._functions.add("time_sums")
+            self.called.add("time_sums")
             return f"time_sums({zero if exclusive else text}, {ones}, {staged})"
         if not text.isidentifier():
             name = self.names.fresh("x")
             self.lines.append(f"{name} = {text}")
             text = name
-        self._functions.add("time_sums_of_parts")
+        self.called.add("time_sums_of_parts")
         room = self._reserve("room", "C, BK", 2)
         return f"time_sums_of_parts({zero if exclusive else text}, {ones}, {text}, {room})"
 

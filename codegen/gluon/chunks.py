@@ -275,7 +275,7 @@ class _Printer(ChunkStep):
             constants=constants_of(own),
             config=self._config,
             stores=stored(kernel, self._signature, STORAGE),
-            functions=frozenset(self._functions),
+            functions=frozenset(self.called),
             is_persistent=True,
         )
 

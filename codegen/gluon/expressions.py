@@ -22,6 +22,9 @@ FUNCTIONS: Mapping[Op, str] = {
     Op.MINIMUM: "gl.minimum",
     Op.AT_LEAST: "gl.maximum",
     Op.AT_MOST: "gl.minimum",
+    Op.SIGMOID: "sigmoid",
+    Op.SOFTPLUS: "softplus",
+    Op.LOGSIGMOID: "logsigmoid",
 }
 OPERATORS = (Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.NEG)
 _INDEX = {Axis.I: "oi[:, None]", Axis.J: "oj[None, :]"}
@@ -49,6 +52,7 @@ class GluonExpressions(KernelExpressions):
         super().__init__(kernel, names)
         self.rings: dict[Tile, str] = {}  # what is loaded a chunk at a time, by tokens
         self.staged: dict[Tile, str] = {}  # scores, by the buffer through which products take them
+        self.called: set[str] = set()  # functions of the library
         self._slice = ""  # the layout in which vectors are read
 
     def text(self, x: Tile) -> str:
@@ -89,7 +93,10 @@ class GluonExpressions(KernelExpressions):
                 self.define(x)
 
     def function(self, fn: Op) -> str:
-        return FUNCTIONS[fn]
+        name = FUNCTIONS[fn]
+        if not name.startswith("gl."):
+            self.called.add(name)
+        return name
 
     def structural(self, x: Tile) -> str:
         if x.op is TileOp.ROWS:  # chunks are whole

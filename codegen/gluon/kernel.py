@@ -296,6 +296,7 @@ class _Printer(GluonMemory):
             constants=constants_of(own),
             config=self._config,
             stores=stored(kernel, self._signature, STORAGE),
+            functions=frozenset(self.called),
         )
 
     def _loop(self) -> list[str]:

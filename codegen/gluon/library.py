@@ -235,7 +235,29 @@ def decayed_apply(
             z += e * warpgroup_mma_wait(0, deps=(part,))
     return z
 '''
+_SIGMOID = """
+@gluon.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + gl.exp(-x))
+"""
+_SOFTPLUS = '''
+@gluon.jit
+def softplus(x):
+    """log(1 + e^x), which overflows for no x, and without cancellation near 0 (Kahan)."""
+    y = gl.exp(-gl.abs(x))
+    u = 1.0 + y
+    rest = gl.where(u == 1.0, y, gl.log(u) * y / gl.where(u == 1.0, 1.0, u - 1.0))
+    return gl.maximum(x, 0.0) + rest
+'''
+_LOGSIGMOID = """
+@gluon.jit
+def logsigmoid(x):
+    return -softplus(-x)
+"""
 _FUNCTIONS = {
+    "sigmoid": (_SIGMOID, ()),
+    "softplus": (_SOFTPLUS, ()),
+    "logsigmoid": (_LOGSIGMOID, ("softplus",)),
     "power": (_POWER, ()),
     "time_sums": (_TIME_SUMS, ()),
     "time_sums_of_parts": (_TIME_SUMS_OF_PARTS, ()),

@@ -222,6 +222,8 @@ def _of_chunk_compute(x: Tile) -> str | None:
         return None
     if x.op in (TileOp.CUMSUM, TileOp.FLOOR) and Axis.V not in x.axes:
         return None
+    if x.op is TileOp.STEP and len(x.axes) < 2:
+        return None
     if x.op is TileOp.MAP and x.attrs[0] in (*FUNCTIONS, *OPERATORS):
         return None
     name = x.attrs[0].name if x.op is TileOp.MAP else x.op.name  # type: ignore[union-attr]

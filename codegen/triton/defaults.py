@@ -75,6 +75,8 @@ def _config(body: ChunkProgram, f: Features, dims: Dims, *, wide_dtype: bool) ->
         return _cautious(forward, backward, widest, 32 if short else 64)
     if f.vector_gated:
         return _vector_gated(forward, backward)
+    if len(body.carried) * padded(dims.K) * padded(dims.V) > _HELD:
+        return _several(forward, backward)
     narrow = widest <= 64
     # a delta step does more in sequence: where states are small, more programs hide more of it
     scan = KernelConfig(32 if f.solves and narrow else 64, 4, 3)
@@ -94,6 +96,19 @@ def _config(body: ChunkProgram, f: Features, dims: Dims, *, wide_dtype: bool) ->
     if f.solves and not narrow:
         kernels.append(("backward_reverse", KernelConfig(64, 8, 3)))
     return Config(64, forward, backward, scan, tuple(kernels))
+
+
+_HELD = 128 * 128  # numbers of states that the registers of a program of 64 columns have room for
+
+
+def _several(forward: Plan, backward: Plan) -> Config:
+    """For states of which one fills what registers there are: short chunks, more warps."""
+    kernels = (
+        ("forward_prep", KernelConfig(64, 4, 1)),
+        ("backward_prep", KernelConfig(64, 4, 1)),
+        ("backward_gradients", KernelConfig(32, 8, 1)),
+    )
+    return Config(32, forward, backward, KernelConfig(64, 8, 2), kernels)
 
 
 def token_config(kernel: Kernel, dims: Dims) -> Config:
