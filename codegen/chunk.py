@@ -29,14 +29,22 @@ decay, a write, a recall) is zero in the rows of the others (codegen/rows).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ..dsl import algebra
 from ..dsl.decay import SMALLEST
 from ..dsl.errors import NotLowered
-from ..dsl.ir import Kind, Op
-from ..dsl.normal_form import NormalForm, Phase, Read, groups_of, levels_of
+from ..dsl.ir import Kind, Node, Op
+from ..dsl.normal_form import (
+    NormalForm,
+    Phase,
+    Read,
+    expressions,
+    groups_of,
+    levels_of,
+    results_of,
+)
 from ..dsl.step import output_names
 from . import gates, tile
 from .buffers import BufferId, output
@@ -107,13 +115,68 @@ def derive(form: NormalForm, *, hoist_products: bool = False) -> ChunkProgram:
     outputs = []
     for name, node in zip(output_names(len(form.outputs)), form.outputs, strict=True):
         axes = tile.axes_of(Axis.I, *kind_axes(node.kind, transposed=form.transposed))
-        outputs.append((output(name), tile.expand(tiles.of(node), axes).named(name)))
+        summed = _summed(form, coordinates, node)
+        made = tiles.of(node) if summed is None else _total(tiles, chunks, *summed)
+        outputs.append((output(name), tile.expand(made, axes).named(name)))
     ends = coordinates.ends(tiles, {n: chunk.ends[n] for n, chunk in chunks.items()})
     carried = tuple(
         Carried(chunks[s.name].starts[s.name], ends[s.name].named(s.name + "_next"))
         for s in form.states
     )
     return ChunkProgram(tuple(outputs), carried, form.transposed)
+
+
+def _summed(
+    form: NormalForm, coordinates: Coordinates, node: Node
+) -> tuple[list[Read], Node | None] | None:
+    """Reads of which `node` is the sum, those of one state as one, and what else it is the sum of.
+
+    None where no two are of one state, so that there is nothing to join.
+    """
+    terms, others = _terms(node)
+    rest = algebra.total(x if sign > 0 else algebra.neg(x) for sign, x in others)
+    elsewhere = results_of(*expressions(form), *(x for x in form.outputs if x != node))
+    elsewhere += [] if rest is None else results_of(rest)
+    if {n for _, n in terms} & {*elsewhere} or len({n for _, n in terms}) < len(terms):
+        return None
+    joined: dict[Read, Node] = {}
+    count = 0
+    for sign, n in terms:
+        for read, factor in coordinates.reads(form.reads[n]):
+            if factor is not None:
+                return None
+            key = read.key if sign > 0 else algebra.neg(read.key)
+            at = replace(read, key=algebra.ONE)
+            joined[at] = algebra.add(joined[at], key) if at in joined else key
+            count += 1
+    if count == len(joined):
+        return None
+    return [replace(read, key=key) for read, key in joined.items()], rest
+
+
+def _terms(node: Node, sign: int = 1) -> tuple[list[tuple[int, int]], list[tuple[int, Node]]]:
+    """The results that are added up, by number, and the other summands, each with its sign."""
+    if node.op is Op.RESULT:
+        return [(sign, results_of(node)[0])], []
+    if node.op in (Op.ADD, Op.SUB, Op.NEG):
+        signs = (sign, sign if node.op is Op.ADD else -sign) if len(node.args) == 2 else (-sign,)
+        found = [_terms(x, s) for x, s in zip(node.args, signs, strict=True)]
+        return [x for own, _ in found for x in own], [x for _, other in found for x in other]
+    return [], [(sign, node)]
+
+
+def _total(
+    tiles: RowTiles, chunks: Mapping[str, _GroupChunk], reads: Sequence[Read], rest: Node | None
+) -> Tile:
+    """The sum of reads and of `rest`; written values that several of them see are taken once."""
+    parts = [] if rest is None else [tiles.of(rest)]
+    scores: dict[Tile, Tile] = {}
+    for read in reads:
+        own, gathered = chunks[read.state].parts(read)
+        parts += own
+        for values, seen in gathered:
+            add_to(scores, values, seen)
+    return tile.total([*parts, *(gather(x.named("A"), u) for u, x in scores.items())])
 
 
 class _GroupChunk:
@@ -296,9 +359,14 @@ class _GroupChunk:
 
     def read(self, read: Read) -> Tile:
         """key^T S at the read's moment: [I, V], or [I] of a KeyState; or S key: [I, K]."""
+        parts, gathered = self.parts(read)
+        return tile.total([*parts, *(gather(x.named("A"), u) for u, x in gathered)])
+
+    def parts(self, read: Read) -> tuple[list[Tile], list[tuple[Tile, Tile]]]:
+        """What a read is the sum of: tiles, and written values to be gathered by scores."""
         c = self._tiles.in_rows((read.key,)).named("c")
         columns = read.other_axis is not self._form.transposed
-        parts = []
+        parts, gathered = [], []
         for of, x in self._transitions.from_start(read.state, read.phase):
             start = self.starts[of]
             if columns:
@@ -306,19 +374,20 @@ class _GroupChunk:
             else:
                 early = self._columns[of].factor(self._columns[of].prefix(read.phase))
                 parts.append(tile.mul(early, tile.contract(tile.mul(c, x), start, Axis.K)))
+        gate = self._columns[read.state].of_channels(read.phase)
         for n, written in enumerate(self._written):
-            seen = (self._combined if columns else self._gathered)(c, read, n, written)
-            if seen is not None:
-                parts.append(seen)
-        return tile.total(parts)
-
-    def _gathered(self, c: Tile, read: Read, n: int, written: Tile) -> Tile | None:
-        """What the n-th payload adds to a read over rows; None: nothing."""
-        scores = self._scores(c, read.state, read.phase, n)
-        if scores is None:
-            return None
-        columns = self._columns[read.state].of_channels(read.phase)
-        return under(columns, scores.named("A"), written, read.phase)
+            if columns:
+                seen = self._combined(c, read, n, written)
+                parts += [] if seen is None else [seen]
+                continue
+            scores = self._scores(c, read.state, read.phase, n)
+            if scores is None:
+                continue
+            if gate is None:
+                gathered.append((written, scores))
+            else:
+                parts.append(under(gate, scores.named("A"), written, read.phase))
+        return parts, gathered
 
     def _combined(self, c: Tile, read: Read, n: int, written: Tile) -> Tile | None:
         """What they add to a read over columns."""

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from . import algebra
+from . import algebra, errors
 from .decay import is_forgotten
 from .declaration import Declaration
 from .equations import as_step, with_results
@@ -84,7 +84,10 @@ def stages_of(form: NormalForm) -> tuple[Stage, ...]:
     plain = len(form.micro_steps) == 1 and not any(o.micro for o in form.operands)
     if not plain or any(s.kind is not Kind.STATE for s in form.states):
         return ()
-    return _without_lags(form) or _by_reads(form)
+    try:
+        return _without_lags(form) or _by_reads(form)
+    except errors.DeclarationError:  # what is left has no form of its own
+        return ()
 
 
 # ---- lags ----------------------------------------------------------------------------------------
@@ -110,26 +113,34 @@ def _without_lags(form: NormalForm) -> tuple[Stage, ...]:
     if not lags or not _are_plain(form, kept) or not gone.isdisjoint(lag.into for lag in lags):
         return ()
     moved = _moved(form, kept)
-    written: dict[str, list[Write]] = {u.state: list(u.writes) for u in kept}
-    results = {}
-    for n, r in enumerate(form.reads):  # of what is there before the last token's lag is added
-        parts = [_read(r.key, moved[r.state])]
-        parts += [algebra.mul(algebra.dot(r.key, w.key), _value(w)) for w in written[r.state]]
-        results[n] = functools.reduce(algebra.add, parts)
+    free = {u.state: list(u.writes) for u in kept}
+    written = {name: list(writes) for name, writes in free.items()}
+    late: dict[str, list[Write]] = {name: [] for name in moved}  # what reads do not see yet
     for lag in lags:
         ahead = operand_leaf(lag.factor.operand)
         for w in lag.writes:
             _add(written[lag.into], w, ahead)
-    ends = []
+            late[lag.into].append(replace(w, value=algebra.mul(ahead, _value(w))))
+    ends = {}
     for name, state in moved.items():
         for w in written[name]:
             pair = (w.key, _value(w)) if w.key.kind is Kind.KEY else (_value(w), w.key)
             state = Node(Op.ADD, (state, Node(Op.OUTER, pair, (), Kind.STATE)), (), Kind.STATE)
-        ends.append(state)
+        ends[name] = state
+    results = {}
+    for n, r in enumerate(form.reads):
+        alone = len(moved) == 1
+        parts = [_read(r.key, moved[r.state] if alone else ends[r.state])]
+        for w in free[r.state] if alone else late[r.state]:
+            part = algebra.mul(algebra.dot(r.key, w.key), _value(w))
+            parts.append(part if alone else algebra.neg(part))
+        results[n] = functools.reduce(algebra.add, parts)
     states = tuple(s for s in form.states if s.name not in gone)
     factors = tuple(made.values())
     outputs = tuple(with_results(n, results) for n in form.outputs)
-    declared = _declared(f"{form.name}_without_lags", form, states, factors, tuple(ends), outputs)
+    declared = _declared(
+        f"{form.name}_without_lags", form, states, factors, tuple(ends.values()), outputs
+    )
     return (Stage(declared, tuple(s.name for s in states), factors, lags=tuple(lags)),)
 
 

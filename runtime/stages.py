@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..codegen.refusals import refusals
 from ..dsl import oracle
 from ..dsl.declaration import Declaration
 from ..dsl.ir import Kind, Node, Op, operands_of, topological
@@ -122,6 +123,8 @@ def stages(declaration: Declaration, made: Callable[[Declaration], Recurrence]) 
         return None
     form = declaration.normal_form()
     found = stages_of(form)
+    if any(True for s in found for _ in refusals(s.declaration.normal_form())):
+        return None
     return Stages(form, [(s, made(s.declaration)) for s in found]) if found else None
 
 
