@@ -5,6 +5,7 @@ Only shapes, dtypes and devices are read here: nothing waits for what a device c
 
 from __future__ import annotations
 
+import logging
 import math
 import numbers
 import sys
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from ..dsl.declaration import Declaration
     from ..dsl.step import Step
 
+_LOG = logging.getLogger("chunkwise")
+_SAID: list[str] = []  # whose graph was the first with symbols
 PLAIN = (Tensor, torch.nn.Parameter)  # other kinds of tensor have meanings of their own
 Static = tuple[tuple[str, int], ...]
 
@@ -340,6 +343,21 @@ def boundaries(given: Tensor | None) -> Tensor | None:
     return None if given is None else whole("cu_seqlens", given)
 
 
+def _say_what_is_dynamic(name: str, sizes: Sizes) -> None:
+    """Say, once a process, what a graph with symbols for sizes means for kernels."""
+    symbols = [n for n in ("B", "T", "N") if isinstance(getattr(sizes, n), torch.SymInt)]
+    if not symbols or _SAID or torch.compiler.is_exporting():
+        return
+    _SAID.append(name)
+    _LOG.warning(
+        "%s: a graph for any %s is compiled once. Its kernels are for any too: the first step "
+        "compiles them, and calls of other lengths compile nothing, but for one more set where T "
+        "is no multiple of a chunk. Recurrences traced after this one are not mentioned.",
+        name,
+        " and ".join(symbols),
+    )
+
+
 def describe(
     declaration: Declaration,
     operands: dict[str, Tensor],
@@ -368,6 +386,8 @@ def describe(
         tuple(None if x is None else Form.of(x) for x in initial),
         None if cu_seqlens is None else Form.of(cu_seqlens),
     )
+    if symbolic:
+        _say_what_is_dynamic(declaration.name, sizes)
     return Call(
         **{name: getattr(sizes, name) for name in Sizes.__slots__},
         declaration=declaration,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor
 from ..codegen.refusals import refusals
 from ..dsl import oracle
 from ..dsl.declaration import Declaration
-from ..dsl.ir import Kind, Node, Op, operands_of, topological
-from ..dsl.normal_form import NormalForm, Write, result_leaf, results_of
+from ..dsl.ir import Kind, Node, Op, Per, operands_of, topological
+from ..dsl.normal_form import NormalForm, Operand, Param, result_leaf, results_of
 from ..dsl.stages import Lag, Made, Stage, stages_of
-from ..dsl.step import param_leaf
+from ..dsl.step import operand_leaf, param_leaf
 from .call import Call
 from .engines import EngineName
 from .prepared import chosen
@@ -30,91 +29,54 @@ class Stages:
     """The calls that take the place of one of a recurrence, each a recurrence of its own."""
 
     def __init__(self, form: NormalForm, stages: Sequence[tuple[Stage, Recurrence]]) -> None:
-        self._form, self._stages = form, tuple(stages)
+        self._names = [s.name for s in form.states]
+        self._tokens = [o.name for o in form.operands if o.per is Per.TOKEN]
+        self._stages = tuple(_Run(form, stage, op) for stage, op in stages)
         self._has_lags = any(stage.lags for stage, _ in stages)
-        self._inputs = {m: _inputs(form, m.value) for stage, _ in stages for m in stage.made}
-        writes = [w for stage, _ in stages for lag in stage.lags for w in lag.writes]
-        self._written = {w: _inputs(form, w.key, *_values(w)) for w in writes}
 
     def takes(self, call: Call, engine: str | None, *, finals: bool) -> bool:
         """Whether it takes the place of a call: on a GPU; with states of lags, if it is dense."""
         if chosen(call.operands.values(), engine) is not EngineName.TRITON:
             return False
-        dense = call.cu_seqlens is None or not (finals or any(x is not None for x in call.initial))
+        stateless = not finals and all(x is None for x in call.initial)
+        dense = call.cu_seqlens is None or stateless
         return 0 not in (call.B, call.T, call.HV) and (dense or not self._has_lags)
 
     def __call__(
         self, call: Call, *, finals: bool, **options: Any
     ) -> tuple[Any, Tensor | tuple[Tensor, ...] | None]:
         """The outputs, and the final states if they are asked for."""
-        operands, params, cu_seqlens = call.operands, call.params, call.cu_seqlens
-        names = [s.name for s in self._form.states]
-        before = dict(zip(names, call.initial, strict=True))
+        before = dict(zip(self._names, call.initial, strict=True))
         after: dict[str, Tensor] = {}
         results: dict[int, Tensor] = {}
+        last = dict(call.operands)
+        if finals and self._has_lags:
+            last |= {n: last[n][:, -1:] for n in self._tokens}
         o: Any = None
-        for stage, op in self._stages:
-            given: dict[str, Any] = {
-                o.name: operands[o.name] for o in op.declaration.operands if o.name in operands
-            }
-            made = {m: self._value(m, call, results) for m in stage.made}
-            given |= {
-                m.operand.name: _ahead(x, cu_seqlens) if m.ahead else x for m, x in made.items()
-            }
+        for run in self._stages:
+            given: dict[str, Any] = {n: call.operands[n] for n in run.operands}
+            given |= {n: call.params[n] for n in run.params}
+            made = [m.value(call, results) for m in run.made]
+            for m, x in zip(run.made, made, strict=True):
+                given[m.name] = _ahead(x, call.cu_seqlens) if m.ahead else x
             first = dict(before)
-            for lag in stage.lags:
-                first[lag.into] = _with_lag(first[lag.into], first[lag.state], made[lag.factor])
-            given |= {p.name: params[p.name] for p in op.declaration.params}
-            states = tuple(first[name] for name in stage.states)
-            o, ends = op(
+            for lag in run.lags:
+                first[lag.into] = _with_lag(first[lag.into], first[lag.name], made[lag.factor])
+            states = tuple(first[name] for name in run.states)
+            o, ends = run.op(
                 **given,
                 initial_state=None if all(x is None for x in states) else states,
                 output_final_state=finals,
-                cu_seqlens=cu_seqlens,
+                cu_seqlens=call.cu_seqlens,
                 **options,
             )
             if finals:
-                last = ends if isinstance(ends, tuple) else (ends,)
-                after |= {n: x for n, x in zip(stage.states, last, strict=True) if x is not None}
-                after |= {lag.state: self._lag(lag, call) for lag in stage.lags}
+                found = ends if isinstance(ends, tuple) else (ends,)
+                after |= {n: x for n, x in zip(run.states, found, strict=True) if x is not None}
+                after |= {lag.name: lag.value(call, last) for lag in run.lags}
             outputs = o if isinstance(o, tuple) else (o,)
-            results |= dict(zip(stage.reads, outputs, strict=False))
-        return o, tuple(after[name] for name in names) if finals else None
-
-    def _value(self, made: Made, call: Call, results: Mapping[int, Tensor]) -> Tensor:
-        """What a stage is given, in the dtype of what it is made of, gates in float32."""
-        node, form = made.value, self._form
-        below = {n: results[n] for n in results_of(node)}
-        scores = _of_softmax(node)
-        if scores is not None and scores.op is Op.RESULT:
-            return torch.softmax(below[results_of(scores)[0]], -1)
-        env = self._inputs[made](call, call.operands)
-        wide = next(iter(env.values())).dtype if env else torch.float32
-        env |= {result_leaf(form, n): x.to(wide) for n, x in below.items()}
-        if scores is not None:
-            (x,) = oracle.evaluate([scores], env)
-            env[node] = torch.softmax(x, -1)
-        (x,) = oracle.evaluate([node], env)
-        if made.decays or node.kind is Kind.SCALAR or not below:
-            return x
-        return x.to(next(iter(below.values())).dtype)
-
-    def _lag(self, lag: Lag, call: Call) -> Tensor:
-        """What the last token wrote."""
-        last = dict(call.operands)
-        last |= {n: x[:, -1:] for n, x in last.items() if n in self._tokens}
-        parts = []
-        for w in lag.writes:
-            env = self._written[w](call, last)
-            key, value = oracle.evaluate([w.key, *_values(w)], env)
-            if w.key.kind is not Kind.KEY:
-                key, value = value, key
-            parts.append(key.unsqueeze(-1) * value.unsqueeze(-2))
-        return torch.stack(parts).sum(0).squeeze(1)
-
-    @property
-    def _tokens(self) -> set[str]:
-        return {o.name for o in self._form.operands if o.axes[0] == "B"}
+            results |= dict(zip(run.reads, outputs, strict=False))
+        return o, tuple(after[name] for name in self._names) if finals else None
 
 
 def stages(declaration: Declaration, made: Callable[[Declaration], Recurrence]) -> Stages | None:
@@ -128,30 +90,99 @@ def stages(declaration: Declaration, made: Callable[[Declaration], Recurrence]) 
     return Stages(form, [(s, made(s.declaration)) for s in found]) if found else None
 
 
-def _values(w: Write) -> list[Node]:
-    return [] if w.value is None else [w.value]
+class _Run:
+    """A stage with what it needs, by names."""
+
+    def __init__(self, form: NormalForm, stage: Stage, op: Recurrence) -> None:
+        self.op, self.states, self.reads = op, stage.states, stage.reads
+        self.made = [_Made(form, m) for m in stage.made]
+        own = {m.name for m in self.made}
+        self.operands = [o.name for o in op.declaration.operands if o.name not in own]
+        self.params = [p.name for p in op.declaration.params]
+        self.lags = [_Lag(form, lag, stage.made.index(lag.factor)) for lag in stage.lags]
 
 
-class _Inputs:
-    """The leaves of some expressions, as tensors."""
+class _Made:
+    """An operand that is made."""
+
+    def __init__(self, form: NormalForm, made: Made) -> None:
+        self.name, self.ahead = made.operand.name, made.ahead
+        self._narrow = not made.decays and made.value.kind is not Kind.SCALAR
+        self._below = results_of(made.value)
+        scores = _of_softmax(made.value)
+        self._is_softmax = scores is not None
+        self._alone = scores is not None and scores.op is Op.RESULT
+        self._expression = _Expressions(form, [made.value if scores is None else scores])
+
+    def value(self, call: Call, results: Mapping[int, Tensor]) -> Tensor:
+        """In the dtype of the results that it is made of; numbers and gates in float32."""
+        below = {n: results[n] for n in self._below}
+        if self._alone:
+            return torch.softmax(below[self._below[0]], -1)
+        (x,) = self._expression(call, call.operands, below)
+        x = torch.softmax(x, -1) if self._is_softmax else x
+        return x.to(below[self._below[0]].dtype) if self._narrow and below else x
+
+
+class _Lag:
+    """A state that was taken out; `factor`: the number of what it is added by."""
+
+    def __init__(self, form: NormalForm, lag: Lag, factor: int) -> None:
+        self.name, self.into, self.factor = lag.state, lag.into, factor
+        pairs = [(w.key, w.value) for w in lag.writes if w.value is not None]
+        self._pairs = [
+            _Expressions(form, pair if pair[0].kind is Kind.KEY else pair[::-1]) for pair in pairs
+        ]
+
+    def value(self, call: Call, last: Tensors) -> Tensor:
+        """`[B,HV,K,V]`: what the last token wrote."""
+        pairs = [pair(call, last, {}) for pair in self._pairs]
+        written = [key.unsqueeze(-1) * value.unsqueeze(-2) for key, value in pairs]
+        return torch.stack(written).sum(0).squeeze(1)
+
+
+class _Expressions:
+    """Some expressions, in order: what torch.compile traces has no expression to look up."""
 
     def __init__(self, form: NormalForm, nodes: Sequence[Node]) -> None:
+        order = topological(*nodes)
+        number = {node: n for n, node in enumerate(order)}
+        leaves: dict[Node, Operand | Param | int] = {operand_leaf(o): o for o in form.operands}
+        leaves |= {param_leaf(p): p for p in form.params}
+        leaves |= {result_leaf(form, n): n for n in results_of(*nodes)}
+        self._order = [
+            (leaves.get(node), node, tuple(number[a] for a in node.args)) for node in order
+        ]
+        self._ends = [number[node] for node in nodes]
         names = operands_of(*nodes)
-        below = set(topological(*nodes))
-        self._of = replace(
-            form,
-            operands=tuple(o for o in form.operands if o.name in names),
-            params=tuple(p for p in form.params if param_leaf(p) in below),
-        )
+        self._operands = [o.name for o in form.operands if o.name in names]
 
-    def __call__(self, call: Call, operands: Tensors) -> dict[Node, Tensor]:
-        own = [operands[o.name] for o in self._of.operands]
-        wide = torch.float64 if any(x.dtype is torch.float64 for x in own) else torch.float32
-        return oracle.leaves(self._of, operands, call.params, wide, {"HV": call.HV, "n": 1})
-
-
-def _inputs(form: NormalForm, *nodes: Node) -> _Inputs:
-    return _Inputs(form, nodes)
+    def __call__(
+        self, call: Call, operands: Tensors, results: Mapping[int, Tensor]
+    ) -> list[Tensor]:
+        """Their values, `[B,T,HV,...]`, in float32, or float64 where something below is."""
+        below = [operands[name] for name in self._operands] + [*results.values()]
+        double = any(x.dtype is torch.float64 for x in below)
+        wide = torch.float64 if double else torch.float32
+        device = next(iter(operands.values())).device
+        values: list[Tensor] = []
+        for leaf, node, arguments in self._order:
+            if isinstance(leaf, Operand):
+                x = operands[leaf.name].to(wide)
+                x = x[None, None] if leaf.per is Per.HEAD else x
+                axis = -1 - len(leaf.kind.axes)
+                repeats = call.HV // x.shape[axis]
+                values.append(x if repeats == 1 else x.repeat_interleave(repeats, axis))
+            elif isinstance(leaf, Param):
+                values.append(torch.full((), call.params[leaf.name], dtype=wide, device=device))
+            elif isinstance(leaf, int):
+                values.append(results[leaf].to(wide))
+            elif node.op is Op.CONST:
+                number: Any = node.attrs[0]
+                values.append(torch.full((), number, dtype=wide, device=device))
+            else:
+                values.append(oracle.apply(node, [values[n] for n in arguments]))
+        return [values[n] for n in self._ends]
 
 
 def _of_softmax(node: Node) -> Node | None:
@@ -159,11 +190,8 @@ def _of_softmax(node: Node) -> Node | None:
     if node.op is not Op.DIV:
         return None
     top, bottom = node.args
-    return (
-        top.args[0]
-        if top.op is Op.EXP and bottom == Node(Op.SUM, (top,), (), Kind.SCALAR)
-        else None
-    )
+    is_one = top.op is Op.EXP and bottom == Node(Op.SUM, (top,), (), Kind.SCALAR)
+    return top.args[0] if is_one else None
 
 
 def _ahead(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -75,7 +75,8 @@ def _config(body: ChunkProgram, f: Features, dims: Dims, *, wide_dtype: bool) ->
         return _cautious(forward, backward, widest, 32 if short else 64)
     if f.vector_gated:
         return _vector_gated(forward, backward)
-    if len(body.carried) * padded(dims.K) * padded(dims.V) > _HELD:
+    matrices = sum(len(c.start.axes) == 2 for c in body.carried)
+    if matrices * padded(dims.K) * padded(dims.V) > _HELD:
         return _several(forward, backward)
     narrow = widest <= 64
     # a delta step does more in sequence: where states are small, more programs hide more of it

@@ -61,9 +61,15 @@ def test_hybrids_load_in_a_fresh_process(kind: str, tmp_path: Path) -> None:
     assert loaded.returncode == 0, loaded.stderr
 
 
-def test_a_dynamic_graph_is_for_every_length() -> None:
-    """Past the window's length, a graph with a symbolic number of tokens is compiled once."""
+def test_a_dynamic_graph_is_for_every_length(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the window's length, a graph with a symbolic number of tokens is compiled once.
+
+    The first step says so, once.
+    """
     torch._dynamo.reset()
+    monkeypatch.setattr("chunkwise.runtime.call._SAID", [])
     model, graphs = hybrid(), 0
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
@@ -76,6 +82,8 @@ def test_a_dynamic_graph_is_for_every_length() -> None:
         tokens = torch.randint(50, (2, length))
         torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-4, atol=1e-5)
     assert graphs == 1
+    (said,) = [r.getMessage() for r in caplog.records if "compiled once" in r.getMessage()]
+    assert "a graph for any" in said
 
 
 @pytest.mark.parametrize("compiled", [False, True])
