@@ -195,7 +195,7 @@ class _GroupChunk:
         self._writes, recalls = row_writes(self._form, names)
         self._keys = [tiles.in_rows(w.keys).named("w") for w in self._writes]
         self._payloads, placed = payloads(self._writes)
-        factors = (None if f is None else tiles.in_rows(f) for _, f in placed)
+        factors = (None if f is None else self._scale(f) for _, f in placed)
         self._placed = list(zip((p for p, _ in placed), factors, strict=True))
         self._written = self._solve(recalls)
         self.ends = {n: self._next(n) for n in names}
@@ -275,6 +275,7 @@ class _GroupChunk:
         return written
 
     def _scale(self, nodes: Nodes) -> Tile:
+        """Factors of rows, 0 beyond a sequence's end, or a number: what it scales is 0 there."""
         values = {None if n is None else algebra.number(n) for n in nodes}
         value = values.pop()
         return self._tiles.in_rows(nodes) if value is None or values else tile.const(value)

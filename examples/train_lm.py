@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import itertools
 import math
 import os
 import sys
@@ -119,9 +120,15 @@ class Trainer:
         policy = MixedPrecisionPolicy()
         if self.args.bfloat16:
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        for block in self.model.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(self.model, mesh=mesh, mp_policy=policy)
+        # unless they are dropped, gathered weights serve the backward too: half of the messages
+        shared: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+        blocks = [
+            fully_shard(block, **shared, reshard_after_forward=bool(self.args.reshard))
+            for block in self.model.blocks
+        ]
+        fully_shard(self.model, **shared)
+        for block, following in itertools.pairwise(blocks):
+            block.set_modules_to_forward_prefetch([following])
         return self.model
 
     @property
@@ -387,6 +394,7 @@ def parser() -> argparse.ArgumentParser:
     for name, what in (
         ("bfloat16", "compute in bfloat16; weights stay in float32"),
         ("compile", "torch.compile of each block, which are compiled once"),
+        ("reshard", "fsdp: drop gathered weights after a block's forward, and gather them again"),
         ("checkpointing", "keep no activations within blocks"),
         ("tied", "embedding and output share a weight"),
     ):

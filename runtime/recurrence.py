@@ -337,8 +337,10 @@ class Recurrence:
             The step, its normal form and class, the operands with their shapes, the bounds of the
             gates, the chunk form, and per kernel FLOPs, and bytes read and written.
         """
-        made = sections(self.declaration)
-        return "\n\n".join([explain(self.declaration), *made.values()])
+        made = [explain(self.declaration), *sections(self.declaration).values()]
+        if self._stages is not None:
+            made.append(f"On a GPU a call is made of {self._stages}.")
+        return "\n\n".join(made)
 
     def prove(self, chunk: int = 3) -> str:
         """Prove, on chunks of 2 to `chunk` tokens, that forward and gradient equal the step's.

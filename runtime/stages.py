@@ -34,6 +34,9 @@ class Stages:
         self._stages = tuple(_Run(form, stage, op) for stage, op in stages)
         self._has_lags = any(stage.lags for stage, _ in stages)
 
+    def __str__(self) -> str:
+        return ", then of ".join(repr(run.op) for run in self._stages)
+
     def takes(self, call: Call, engine: str | None, *, finals: bool) -> bool:
         """Whether it takes the place of a call: on a GPU; with states of lags, if it is dense."""
         if chosen(call.operands.values(), engine) is not EngineName.TRITON:
