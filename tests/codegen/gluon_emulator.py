@@ -197,6 +197,7 @@ _LANGUAGE = SimpleNamespace(
     NVMMADistributedLayout=_any, DotOperandLayout=_any, SliceLayout=_any, BlockedLayout=_any,
     SwizzledSharedLayout=_any, NVMMASharedLayout=SimpleNamespace(get_default_for=_any),
     arange=lambda a, b, layout: torch.arange(a, b), where=torch.where, exp=torch.exp,
+    log=torch.log, abs=torch.abs,
     zeros=lambda shape, dtype, layout: torch.zeros([int(n) for n in shape]),
     maximum=lambda a, b: torch.maximum(a, torch.as_tensor(b)), exp2=torch.exp2,
     minimum=lambda a, b: torch.minimum(a, torch.as_tensor(b)), max=torch.amax,

@@ -146,6 +146,7 @@ class _Call(Call):
         ("gated_delta_rule", 64, 2, None, 8),
         ("kda", 64, 2, None, 8),
         ("gla", 64, 2, None, 8),
+        ("mamba2", 64, 2, None, 8),  # softplus
     ],
 )
 def test_it_computes_what_eager_does(
