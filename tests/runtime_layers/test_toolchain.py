@@ -108,6 +108,32 @@ def test_what_a_block_keeps_for_its_backward(compiled: bool) -> None:
     assert units <= 13.1, units
 
 
+@pytest.mark.long
+def test_a_compiled_backward_repeats_no_matrix_product() -> None:
+    """It has two for each of the forward, whatever it computes again."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    counts: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        names = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+        counts.append(sum(name.startswith("aten.mm") for name in names))
+        return make_boxed_func(graph.forward)
+
+    mixer = RecurrentConfig("linear_attention", 2, 16, 16)
+    block = LanguageModel.from_config(ModelConfig(32, 64, (mixer,), width=176)).blocks[0]
+    backend = aot_autograd(
+        fw_compiler=count,
+        bw_compiler=count,
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    made = torch.compile(block, backend=backend, fullgraph=True)
+    made(torch.randn(2, 64, 64, requires_grad=True)).sum().backward()
+    forward, backward = counts
+    assert backward == 2 * forward, counts
+
+
 def test_gradients_by_torch_func() -> None:
     """Those of each sequence by itself, of a layer with an MLP behind it."""
     block, x = hybrid().get_submodule("blocks.0"), torch.randn(3, 9, 16)
