@@ -53,11 +53,24 @@ Returns:
 
 Raises:
     CapturedTensor: x is a tensor from outside the step."""
+_SAID_OF_TWO = """
+
+Args:
+    x: a Key, Value or Scalar, or a Python number.
+    y: the same, of the kind of x, or one of the two a Scalar.
+
+Returns:
+    A value of the kind of x and y; a Scalar is compared with every channel.
+
+Raises:
+    StateAsVector: x or y is a state.
+    KindMismatch: one is a Key and the other a Value."""
 
 
 def _of_every_channel(function: _Function) -> _Function:
-    """Says in the docstring what functions of one value have in common."""
-    function.__doc__ = inspect.cleandoc(function.__doc__ or "") + _SAID
+    """Says in the docstring what functions of one value, or of two, have in common."""
+    said = _SAID if function.__code__.co_argcount == 1 else _SAID_OF_TWO
+    function.__doc__ = inspect.cleandoc(function.__doc__ or "") + said
     return function
 
 
@@ -203,37 +216,15 @@ def abs(x: Traced | float) -> Traced:
     return unary(Op.ABS, x)
 
 
+@_of_every_channel
 def maximum(x: Traced | float, y: Traced | float) -> Traced:
-    """The larger of x and y, of every channel; equal ones have half of the gradient each.
-
-    Args:
-        x: a Key, Value or Scalar, or a Python number.
-        y: the same, of the kind of x, or one of the two a Scalar.
-
-    Returns:
-        A value of the kind of x and y; a Scalar is compared with every channel.
-
-    Raises:
-        StateAsVector: x or y is a state.
-        KindMismatch: one is a Key and the other a Value.
-    """
+    """The larger of x and y, of every channel; equal ones have half of the gradient each."""
     return binary(Op.MAXIMUM, x, y, "maximum")
 
 
+@_of_every_channel
 def minimum(x: Traced | float, y: Traced | float) -> Traced:
-    """The smaller of x and y, of every channel; equal ones have half of the gradient each.
-
-    Args:
-        x: a Key, Value or Scalar, or a Python number.
-        y: the same, of the kind of x, or one of the two a Scalar.
-
-    Returns:
-        A value of the kind of x and y; a Scalar is compared with every channel.
-
-    Raises:
-        StateAsVector: x or y is a state.
-        KindMismatch: one is a Key and the other a Value.
-    """
+    """The smaller of x and y, of every channel; equal ones have half of the gradient each."""
     return binary(Op.MINIMUM, x, y, "minimum")
 
 
