@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from chunkwise.codegen.plan import Plan
+from chunkwise.codegen.programs import backward_program, forward_program
 from chunkwise.dsl import oracle
 from chunkwise.dsl.equations import as_step
+from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.dsl.verify import verify_form, verify_step
+from chunkwise.runtime import eager
+from chunkwise.runtime.prepared import Way
 from chunkwise.runtime.recurrence import Recurrence
 
 from tests.harness import Sizes, engine_results, make_inputs, oracle_results
@@ -56,3 +62,14 @@ def check_one_token(op: Recurrence) -> None:
     states = states if isinstance(states, tuple) else (states,)
     for x, y in zip((o, *states), (want[:, 0], *ends), strict=True):
         torch.testing.assert_close(x, y)
+
+
+def eager_under(monkeypatch: pytest.MonkeyPatch, forward: Plan, backward: Plan) -> None:
+    """Has the eager engine compute by these plans."""
+
+    def kernels(form: NormalForm, way: Way) -> object:
+        if way is Way.BACKWARD:
+            return eager._compile(backward_program(form, backward))
+        return eager._compile(forward_program(form, forward))
+
+    monkeypatch.setattr(eager, "_kernels", kernels)

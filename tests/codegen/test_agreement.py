@@ -10,13 +10,11 @@ import pytest
 import torch
 from chunkwise import Key, Scalar, State, Value, outer, sigmoid
 from chunkwise.codegen.plan import Plan
-from chunkwise.codegen.programs import backward_program, forward_program
 from chunkwise.dsl.library import all_declarations
-from chunkwise.dsl.normal_form import NormalForm
-from chunkwise.runtime import eager as eager_engine
 from torch import Tensor
 
 from tests.classes import CLASSES, costly, plan_pairs
+from tests.codegen.forms import eager_under
 from tests.harness import (
     Gates,
     Inputs,
@@ -141,14 +139,7 @@ PLANS = [
 def test_every_plan_computes_the_same(
     name: str, forward: Plan, backward: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forward_kernels(form: NormalForm) -> object:
-        return eager_engine._compile(forward_program(form, forward))
-
-    def backward_kernels(form: NormalForm) -> object:
-        return eager_engine._compile(backward_program(form, backward))
-
-    monkeypatch.setattr(eager_engine, "_forward_kernels", forward_kernels)
-    monkeypatch.setattr(eager_engine, "_backward_kernels", backward_kernels)
+    eager_under(monkeypatch, forward, backward)
     op = op_of(name)
     inputs = make_inputs(op, Sizes(HV=4, K=5, V=3, initial=True).packed(C + 1, 0, 7))
     assert_agree(engine_results(op, inputs, "eager"), oracle_results(op, inputs), FLOAT64_RANDOM)

@@ -29,17 +29,14 @@ from chunkwise import (
 )
 from chunkwise import sum as channels
 from chunkwise.codegen.config import Dims
-from chunkwise.codegen.plan import Plan, backward_plans, forward_plans
+from chunkwise.codegen.plan import backward_plans, forward_plans
 from chunkwise.codegen.programs import (
-    backward_program,
     chunk_program,
-    forward_program,
     transition_of,
 )
 from chunkwise.codegen.prove import prove
 from chunkwise.dsl.classify import classify
-from chunkwise.dsl.normal_form import NormalForm, levels_of
-from chunkwise.runtime import eager as eager_engine
+from chunkwise.dsl.normal_form import levels_of
 from chunkwise.runtime.prepared import Records
 from chunkwise.runtime.recurrence import Recurrence
 
@@ -49,6 +46,7 @@ from tests.codegen.forms import (
     check_engine,
     check_normal_form,
     check_one_token,
+    eager_under,
 )
 from tests.harness import Sizes, engine_results, make_inputs, oracle_results
 from tests.tolerances import FLOAT64_RANDOM, assert_agree
@@ -148,20 +146,9 @@ def test_every_plan_computes_the_same(name: str, monkeypatch: pytest.MonkeyPatch
     body = chunk_program(op.declaration.normal_form())
     forward, backward = forward_plans(body), backward_plans(body)
     for n in range(max(len(forward), len(backward))):
-        _under(forward[n % len(forward)], backward[n % len(backward)], monkeypatch)
+        eager_under(monkeypatch, forward[n % len(forward)], backward[n % len(backward)])
         Records.forget()
         assert_agree(engine_results(op, inputs, "eager"), want, FLOAT64_RANDOM)
-
-
-def _under(forward: Plan, backward: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward_kernels(form: NormalForm) -> object:
-        return eager_engine._compile(forward_program(form, forward))
-
-    def backward_kernels(form: NormalForm) -> object:
-        return eager_engine._compile(backward_program(form, backward))
-
-    monkeypatch.setattr(eager_engine, "_forward_kernels", forward_kernels)
-    monkeypatch.setattr(eager_engine, "_backward_kernels", backward_kernels)
 
 
 @pytest.mark.parametrize("name", RULES)

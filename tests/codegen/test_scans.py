@@ -18,10 +18,10 @@ from chunkwise.codegen.triton.offline import signature_for
 from chunkwise.codegen.triton.resources import Target
 from chunkwise.dsl.library import by_name
 from chunkwise.dsl.normal_form import NormalForm
-from chunkwise.runtime import eager
 from chunkwise.runtime.triton import engine as triton_engine
 from chunkwise.runtime.triton import launch_plan
 
+from tests.codegen.forms import eager_under
 from tests.harness import Layout, Sizes, engine_results, make_inputs, oracle_results
 from tests.interpreted import CHUNK, TILES, Poisoned, served_under
 from tests.tolerances import BY_DTYPE, assert_agree
@@ -82,11 +82,7 @@ def test_the_eager_engine_under_the_plan(
     name: str, hoist: Hoist, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = Plan(hoist, outputs_in_scan=True, scans_apart=True)
-
-    def kernels(form: NormalForm) -> object:
-        return eager._compile(backward_program(form, plan))
-
-    monkeypatch.setattr(eager, "_backward_kernels", kernels)
+    eager_under(monkeypatch, Plan(Hoist.ALL), plan)
     op = OPS[name]
     sizes = Sizes(H=1, HV=2, K=5, V=19, initial=True, dtype=torch.float64).packed(0, 63, 130)
     inputs = make_inputs(op, sizes)
