@@ -21,6 +21,17 @@ class DeclarationError(ChunkwiseError):
     """A recurrence that cannot be declared as written."""
 
 
+class _OfOneThing(DeclarationError):
+    """A mistake whose sentences stand in its class, with `{}` for what they speak of."""
+
+    headline: str
+    why = help = ""
+
+    def __init__(self, what: str, loc: Loc | None) -> None:
+        headline, why, help = (x.format(what) for x in (self.headline, self.why, self.help))
+        super().__init__(headline, loc=loc, why=why, help=help)
+
+
 # ---------------------------------------------------------------- operators used on wrong kinds
 
 
@@ -105,17 +116,15 @@ class OuterOrder(DeclarationError, TypeError):
         )
 
 
-class StatePlusNumber(DeclarationError, TypeError):
+class StatePlusNumber(_OfOneThing, TypeError):
     """`S + 1e-6`: a number added to a whole state."""
 
-    def __init__(self, what: str, loc: Loc | None) -> None:
-        super().__init__(
-            f"{what} is added to a state: only states add to states",
-            loc=loc,
-            why="a state changes by factors and by what is written to it, a Key and a Value",
-            help="add a small constant to what is read (`dot(q, z) + eps`), or write it as "
-            "`outer(k, v)`; compute a running maximum of gates before the op",
-        )
+    headline = "{} is added to a state: only states add to states"
+    why = "a state changes by factors and by what is written to it, a Key and a Value"
+    help = (
+        "add a small constant to what is read (`dot(q, z) + eps`), or write it as `outer(k, v)`; "
+        "compute a running maximum of gates before the op"
+    )
 
 
 class StateAsVector(DeclarationError, TypeError):
@@ -148,40 +157,30 @@ class ForeignFunction(DeclarationError, TypeError):
         )
 
 
-class TracedBranch(DeclarationError, TypeError):
+class TracedBranch(_OfOneThing, TypeError):
     """`if g > 0`, `max(a, b)`: a decision on a value that is not known yet."""
 
-    def __init__(self, what: str, loc: Loc | None) -> None:
-        super().__init__(
-            f"{what} on a traced value: it holds no number that Python could compare",
-            loc=loc,
-            why="the step is traced once, for all tokens; it cannot branch on data",
-            help="use `maximum`, `minimum` or `clamp`; branch on a keyword-only int or bool",
-        )
+    headline = "{} on a traced value: it holds no number that Python could compare"
+    why = "the step is traced once, for all tokens; it cannot branch on data"
+    help = "use `maximum`, `minimum` or `clamp`; branch on a keyword-only int or bool"
 
 
-class TracedIteration(DeclarationError, TypeError):
+class TracedIteration(_OfOneThing, TypeError):
     """`sum(k * k)`, `k[0]`, `len(k)`: taking a traced value apart."""
 
-    def __init__(self, what: str, loc: Loc | None) -> None:
-        super().__init__(
-            f"{what} on a traced value: its channels cannot be taken apart",
-            loc=loc,
-            help="use `chunkwise.sum` or `dot` to add up channels; declare `tuple[Key, ...]` for "
-            "several keys per token",
-        )
+    headline = "{} on a traced value: its channels cannot be taken apart"
+    help = (
+        "use `chunkwise.sum` or `dot` to add up channels; declare `tuple[Key, ...]` for several "
+        "keys per token"
+    )
 
 
-class InPlace(DeclarationError, TypeError):
+class InPlace(_OfOneThing, TypeError):
     """`S[:] = …`, `S.add_(…)`: a traced value is changed, as tensors can be."""
 
-    def __init__(self, what: str, loc: Loc | None) -> None:
-        super().__init__(
-            f"{what} changes a traced value in place",
-            loc=loc,
-            why="a step says what the new state is; nothing is stored while it is traced",
-            help="give the new value a name: `S = S + outer(k, v)` (`S += …` does that too)",
-        )
+    headline = "{} changes a traced value in place"
+    why = "a step says what the new state is; nothing is stored while it is traced"
+    help = "give the new value a name: `S = S + outer(k, v)` (`S += …` does that too)"
 
 
 class UnknownName(DeclarationError, NameError):
@@ -213,17 +212,15 @@ class NoAttribute(DeclarationError, AttributeError):
         super().__init__(f"a traced value has no attribute {name!r}", loc=loc, help=help)
 
 
-class CapturedTensor(DeclarationError, TypeError):
+class CapturedTensor(_OfOneThing, TypeError):
     """A tensor or array from outside, used inside the step."""
 
-    def __init__(self, what: str, loc: Loc | None) -> None:
-        super().__init__(
-            f"a {what} from outside the step meets a traced value",
-            loc=loc,
-            why="tensors are not captured by closure: they would get no gradient and no layout",
-            help="declare it as an operand: HeadScalar, HeadKey or HeadValue if it belongs to the "
-            "head, Scalar, Key or Value if it changes with the token; outside a step call torch",
-        )
+    headline = "a {} from outside the step meets a traced value"
+    why = "tensors are not captured by closure: they would get no gradient and no layout"
+    help = (
+        "declare it as an operand: HeadScalar, HeadKey or HeadValue if it belongs to the head, "
+        "Scalar, Key or Value if it changes with the token; outside a step call torch"
+    )
 
 
 class BadPower(DeclarationError, ValueError):
@@ -279,26 +276,18 @@ class BadAnnotation(DeclarationError, TypeError):
         )
 
 
-class NoState(DeclarationError, TypeError):
+class NoState(_OfOneThing, TypeError):
     """A step without a state."""
 
-    def __init__(self, name: str, loc: Loc | None) -> None:
-        super().__init__(
-            f"{name} declares no state",
-            loc=loc,
-            help="annotate one parameter `S: State` (K×V) or `z: KeyState` (K)",
-        )
+    headline = "{} declares no state"
+    help = "annotate one parameter `S: State` (K×V) or `z: KeyState` (K)"
 
 
-class NothingReturned(DeclarationError, ValueError):
+class NothingReturned(_OfOneThing, ValueError):
     """A step that returns None."""
 
-    def __init__(self, name: str, loc: Loc | None) -> None:
-        super().__init__(
-            f"{name} returns nothing, expected the new state and the output",
-            loc=loc,
-            help="end with `return S, o`; with several states `return (S, M), o`",
-        )
+    headline = "{} returns nothing, expected the new state and the output"
+    help = "end with `return S, o`; with several states `return (S, M), o`"
 
 
 class BadReturn(DeclarationError, TypeError):
@@ -324,27 +313,19 @@ class ReturnOrder(DeclarationError, TypeError):
         )
 
 
-class StateUnchanged(DeclarationError, ValueError):
+class StateUnchanged(_OfOneThing, ValueError):
     """A state that is returned as it came."""
 
-    def __init__(self, name: str, loc: Loc | None) -> None:
-        super().__init__(
-            f"the state {name!r} is returned unchanged",
-            loc=loc,
-            why="a state that no token writes to is a constant",
-            help=f"return the updated {name}; if it is constant, declare it as a Head… operand",
-        )
+    headline = "the state {!r} is returned unchanged"
+    why = "a state that no token writes to is a constant"
+    help = "return the updated {}; if it is constant, declare it as a Head… operand"
 
 
-class UnusedOperand(DeclarationError, ValueError):
+class UnusedOperand(_OfOneThing, ValueError):
     """An operand or parameter that reaches neither the state nor the output."""
 
-    def __init__(self, name: str, loc: Loc | None) -> None:
-        super().__init__(
-            f"{name!r} is declared but reaches neither a returned state nor the output",
-            loc=loc,
-            help="use it or remove it from the signature",
-        )
+    headline = "{!r} is declared but reaches neither a returned state nor the output"
+    help = "use it or remove it from the signature"
 
 
 # ---------------------------------------------------------------- steps without a chunkwise form
@@ -386,17 +367,15 @@ class StateGrows(DeclarationError, ValueError):
         )
 
 
-class UnboundedDecay(DeclarationError, ValueError):
+class UnboundedDecay(_OfOneThing, ValueError):
     """`f * S` where nothing says that f lies in [-1, 1]."""
 
-    def __init__(self, what: str, loc: Loc | None) -> None:
-        super().__init__(
-            f"the state is multiplied by {what}, and nothing bounds it to [-1, 1]",
-            loc=loc,
-            why="decays live in log space, where products of larger multipliers overflow",
-            help="write `within(f, 0, 1) * S` to promise it, `clamp(f, 0, 1)` to enforce it, "
-            "`sigmoid(f) * S`, or `exp(g) * S` with g ≤ 0; -1 in place of 0 for either sign",
-        )
+    headline = "the state is multiplied by {}, and nothing bounds it to [-1, 1]"
+    why = "decays live in log space, where products of larger multipliers overflow"
+    help = (
+        "write `within(f, 0, 1) * S` to promise it, `clamp(f, 0, 1)` to enforce it, `sigmoid(f) * "
+        "S`, or `exp(g) * S` with g ≤ 0; -1 in place of 0 for either sign"
+    )
 
 
 class DecayNotPositive(DeclarationError, ValueError):
