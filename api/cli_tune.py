@@ -52,48 +52,44 @@ def _tune(arguments: argparse.Namespace) -> int:
     usual = Dtype.BFLOAT16 if on_gpu else Dtype.FLOAT32
     dtype = getattr(torch, (arguments.dtype or usual).value)
     B, T, H = arguments.shape or (_ON_GPU if on_gpu else _ON_CPU)
-    size = Size(B, T, H)
-    about = subject(
-        op.declaration,
-        engine,
-        arguments.dims,
-        dtype,
-        size,
-        device,
-        arguments.chunk or (),
-        arguments.plans,
-    )
-    url = _storage(arguments, about.key.path)
-    try:
-        storage = open_storage(url)
-    except NoStorage as why:
-        raise UsageError(str(why)) from None
-    versions = versions_here(engine)
-    task = Task(
-        recurrence=op.__name__,
-        key=about.key,
-        call_size=about.call_size,
-        versions=versions,
-        storage=storage,
-        storage_url=_shown(without_secrets(url)),
-        rejected=rejected(about.key, versions),
-    )
-    left = arguments.budget - (time.monotonic() - started)
-    budget = Budget(max(left, 1.0), arguments.jobs, arguments.exhaustive, arguments.seed)
+    limits = arguments.chunk or (), arguments.plans
     what, quiet = f"tuning {op.__name__}", arguments.json
-    try:
-        with Progress(what, seconds=budget.seconds, quiet=quiet) as progress:
+    with Progress(what, seconds=arguments.budget, quiet=quiet) as progress:
 
-            def watch(part: object, us: float | None, best_us: float | None, trials: int) -> None:
-                best = "" if best_us is None else f", best {best_us:.0f} us"
-                progress.say(f"{trials} trials{best}")
+        def watch(part: object, us: float | None, best_us: float | None, trials: int) -> None:
+            best = "" if best_us is None else f", best {best_us:.0f} us"
+            progress.say(f"{trials} trials{best}")
 
+        progress.say("preparing the call")
+        about = subject(
+            op.declaration, engine, arguments.dims, dtype, Size(B, T, H), device, *limits
+        )
+        url = _storage(arguments, about.key.path)
+        try:
+            storage = open_storage(url)
+        except NoStorage as why:
+            raise UsageError(str(why)) from None
+        versions = versions_here(engine)
+        task = Task(
+            recurrence=op.__name__,
+            key=about.key,
+            call_size=about.call_size,
+            versions=versions,
+            storage=storage,
+            storage_url=_shown(without_secrets(url)),
+            rejected=rejected(about.key, versions),
+        )
+        progress.say("0 trials")
+        left = max(arguments.budget - (time.monotonic() - started), 0.0)
+        budget = Budget(left, arguments.jobs, arguments.exhaustive, arguments.seed)
+        try:
             tuning = tune(about.tunable, about.devices, task, budget, watch, progress.tell)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("the trials are kept: --resume goes on with them") from None
-    finally:
-        close_storage(storage)
-    path = save(tuning.artifact) if tuning.finalists else None
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the trials are kept: --resume goes on with them") from None
+        finally:
+            close_storage(storage)
+    kept = tuning.artifact.tuned or tuning.artifact.quarantine
+    path = save(tuning.artifact) if kept else None
     if arguments.plot:
         from .autotune.plot import plot
 
@@ -102,7 +98,8 @@ def _tune(arguments: argparse.Namespace) -> int:
         document = to_plain(tuning.artifact)
         seconds = round(time.monotonic() - started, 1)
         file = None if path is None else str(path)
-        print_json({"file": file, "seconds": seconds, "artifact": document})
+        cut = dict(tuning.cut)
+        print_json({"file": file, "seconds": seconds, "cut": cut, "artifact": document})
     else:
         print(report(tuning))
         seconds = time.monotonic() - started
@@ -178,7 +175,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=[e.value for e in EngineName], help="the engine to tune"
     )
     parser.add_argument(
-        "--budget", type=_seconds, default=100.0, metavar="SECONDS", help="default 100"
+        "--budget",
+        type=_seconds,
+        default=100.0,
+        metavar="SECONDS",
+        help="the time for all of it, compilations too; default 100",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the last study")
     parser.add_argument(

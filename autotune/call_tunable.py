@@ -14,6 +14,7 @@ import torch
 from ..runtime.call import Call
 from ..runtime.engines import EngineName
 from ..runtime.tuned.artifact import Certificate, Configuration
+from .deadline import Deadline
 from .space import Axis, Point, Rule, broken
 from .tunable import Alternative, Chosen, Job, Part, Run, Tunable
 from .validation import ConfiguredEngine, ValidationSuite, validate
@@ -42,17 +43,17 @@ class Space:
 class WholeCalls(Tunable):
     """What any `Tunable` does with whole configurations of `engine`, for calls like `call`.
 
-    `suite` makes the validation suite.
+    `suite` makes the validation suite by a deadline, when it is first asked for.
     """
 
     def __init__(
-        self, call: Call, engine: EngineName, suite: Callable[[], ValidationSuite]
+        self, call: Call, engine: EngineName, suite: Callable[[Deadline], ValidationSuite]
     ) -> None:
         self._call, self._engine, self._suite = call, engine, suite
         self._do = torch.randn(call.output_shape, dtype=call.dtype, device=call.device)
 
-    def prepare(self) -> None:
-        self._suite()
+    def prepare(self, deadline: Deadline) -> None:
+        self._suite(deadline)
 
     def whole(self, config: Configuration) -> Run:
         engine, call, do = ConfiguredEngine(self._engine, config), self._call, self._do
@@ -64,15 +65,20 @@ class WholeCalls(Tunable):
 
         return run
 
-    def validate(self, config: Configuration) -> Certificate:
-        return validate(self._suite(), ConfiguredEngine(self._engine, config))
+    def validate(self, config: Configuration, deadline: Deadline) -> Certificate:
+        engine = ConfiguredEngine(self._engine, config)
+        return validate(self._suite(deadline), engine, deadline)
 
 
 class CallTunable(WholeCalls):
     """The configurations in `space`; other arguments are those of `WholeCalls`."""
 
     def __init__(
-        self, call: Call, engine: EngineName, space: Space, suite: Callable[[], ValidationSuite]
+        self,
+        call: Call,
+        engine: EngineName,
+        space: Space,
+        suite: Callable[[Deadline], ValidationSuite],
     ) -> None:
         super().__init__(call, engine, suite)
         self._space = space
@@ -100,8 +106,11 @@ class CallTunable(WholeCalls):
     def whole_jobs(self, config: Configuration) -> tuple[Job, ...]:
         return self._space.jobs(config)
 
-    def validation_jobs(self, config: Configuration) -> tuple[Job, ...]:
-        return ()  # compiled kernels take calls of any size
+    def validation_jobs(self, config: Configuration, deadline: Deadline) -> tuple[Job, ...]:
+        # compiled kernels take calls of any size, but calls of few rows are cut into parts
+        engine = ConfiguredEngine(self._engine, config)
+        ways = [way.config for way in engine.ways(self._call) if way.config != config]
+        return tuple(job for other in ways if other for job in self._space.jobs(other))
 
     def _made(self, point: Point) -> Configuration:
         return self._space.make(**dict(point))

@@ -81,6 +81,12 @@ class Leaderboard:
         ]
         return sorted(kept, key=lambda a: times[a] + beside(a, least))
 
+    @property
+    def unfinished(self) -> int:
+        """The number of parts that may have points left to try."""
+        keys = {key for a in self._tunable.alternatives for key in a.parts}
+        return sum(key not in self.states or not self.states[key].exhausted for key in keys)
+
     def _hopeless(self, alternative: Alternative) -> bool:
         """Whether one of its parts has no points left, and none of them ran."""
         states = [self.states.get(key) for key in alternative.parts]

@@ -11,7 +11,7 @@ from ..codegen.text.table import table
 from ..runtime.tuned.artifact import Configuration
 from .space import text
 from .trials import Measured
-from .tune import Finalist, Tuning
+from .tune import DID_NOT_RACE, Finalist, Tuning
 
 _NOTES = ("registers", "spills", "wgmma", "barriers")  # of a trial, in the table
 
@@ -26,6 +26,8 @@ def report(tuning: Tuning) -> str:
     if findings.refused:
         refused = ", ".join(f"{why} ({n})" for why, n in findings.refused[:5])
         pages[0] += f"\nrefused: {refused}"
+    if tuning.cut:
+        pages[0] += f"\ncut by the budget: {', '.join(f'{n} {what}' for what, n in tuning.cut)}"
     pages.append(_tried(tuning))
     if tuning.finalists:
         pages.append(_race(tuning.finalists))
@@ -86,9 +88,13 @@ def _race(finalists: tuple[Finalist, ...]) -> str:
 def _verdict(tuning: Tuning) -> str:
     winner = tuning.winner
     if winner is None:
-        return "nothing passed validation: no configuration may serve on this machine"
+        if any(f.certificate is not None for f in tuning.finalists):
+            return "nothing passed validation: no configuration may serve on this machine"
+        return "nothing was validated within the budget, so that nothing is kept but the trials"
     default = next((f for f in reversed(tuning.finalists) if f.combination is None), None)
     if winner.combination is None:
+        if DID_NOT_RACE in dict(tuning.cut):
+            return "winner: the default; the budget ended before all others had raced it"
         return "winner: the default. Nothing was faster by more than the noise, and right"
     lines = [f"winner: {describe(winner.config)}"]
     if default is not None:

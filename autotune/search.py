@@ -1,5 +1,9 @@
 """The search chooses points, compiles and measures them, until the time or the points run out.
 
+The deadline is kept: no trial is begun that would end after it by the durations of earlier ones,
+compilations that still run are killed, and a compiled point is measured only where a call of it
+still has time. The findings say what was cut.
+
 The parts of the best alternatives get the most trials, in proportion to 1 / (1 + rank).
 Alternatives are ranked by measured times, and by the cost model where nothing is measured yet. So a
 complete configuration exists early and improves, and the search may be stopped at any moment.
@@ -9,17 +13,21 @@ Where few points are left, it tries them all.
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from optuna.storages import BaseStorage
 
 from .compilers import Compilers
+from .deadline import Deadline
 from .leaderboard import Combination, Leaderboard, PartState
-from .measure import Device, race
+from .measure import Device, Lineup, Timing, race
 from .space import Point, points
 from .trials import Claim, Measured, Trials
 from .tunable import Built, Part, Tunable
@@ -30,6 +38,12 @@ _SPREAD = 0.1  # trials that an untried part is credited with: lower tries new p
 _LEAST_LIMIT = 20.0  # seconds that a compilation may take, however small the budget
 _FOR_RACE = 0.03  # share of the budget that one race takes at most
 _TOGETHER = 6  # candidates of one part in a race
+_RECENT = 8  # trials by whose durations the next one's is predicted
+# what a deadline may cut
+_COMPILATIONS = "configurations whose compilation was stopped"
+_MEASUREMENTS = "configurations that were compiled but not measured"
+_PARTS = "parts with configurations left to try"
+_SUITE = "validation suite that was not made"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +71,7 @@ class Findings:
         combinations: whole configurations whose parts are all measured, the fastest first.
         parts: all measured points, by part.
         refused: the number of refused points, by reason.
+        cut: the number of things that the deadline left undone, by their names; empty if none.
         trials, mine: measurements by all processes that share the study, and by this process.
         interrupted: whether Ctrl-C ended the search.
     """
@@ -64,6 +79,7 @@ class Findings:
     combinations: tuple[Combination, ...]
     parts: tuple[tuple[Part, tuple[Measured, ...]], ...]
     refused: tuple[tuple[str, int], ...]
+    cut: tuple[tuple[str, int], ...]
     trials: int
     mine: int
     seconds: float
@@ -102,13 +118,18 @@ class _Search:
     _budget: Budget
     _progress: Progress
     _started: float = field(init=False)
+    _deadline: Deadline = field(init=False)
     _refused: Counter[str] = field(default_factory=Counter)
+    _cut: Counter[str] = field(default_factory=Counter)
     _claims: dict[tuple[str, Point], Claim] = field(default_factory=dict)
+    _ordered: dict[tuple[str, Point], float] = field(default_factory=dict)
+    _took: deque[float] = field(default_factory=partial(deque, maxlen=_RECENT))
     _mine: int = 0
     _leaderboard: Leaderboard = field(init=False)
 
     def __post_init__(self) -> None:
         self._started, self._leaderboard = time.monotonic(), Leaderboard(self._tunable)
+        self._deadline = Deadline.after(self._budget.seconds)
 
     def run(self) -> Findings:
         interrupted = False
@@ -127,6 +148,7 @@ class _Search:
             combinations=self._leaderboard.with_variants(),
             parts=tuple((s.part, tuple(s.measured.values())) for s in states),
             refused=tuple(self._refused.most_common()),
+            cut=tuple(self._cut.most_common()),
             trials=sum(len(s.measured) for s in states),
             mine=self._mine,
             seconds=time.monotonic() - self._started,
@@ -137,23 +159,34 @@ class _Search:
 
     def _loop(self, compilers: Compilers[tuple[str, Point]]) -> None:
         more, prepared = True, False
-        while not self._over:
-            while more and compilers.hungry and not self._over:
+        while self._deadline.allows():
+            while more and compilers.hungry and self._deadline.allows(self._expected_s):
                 more = self._order(compilers)
             if not prepared:  # early: the finals must not find that it takes more than is left
-                self._tunable.prepare()
+                self._prepare()
                 prepared = True
             if not compilers.orders:
-                return
+                break
             done: dict[str, list[tuple[Point, tuple[Built, ...]]]] = {}
             for (key, point), built in compilers.done(0.05):
                 done.setdefault(key, []).append((point, built))
             for key, finished in done.items():
                 self._learn(self._leaderboard.states[key], finished)
+        self._cut[_COMPILATIONS] += compilers.orders
+        if more:
+            self._cut[_PARTS] += self._leaderboard.unfinished
+        self._cut = +self._cut  # without zeros
 
     @property
-    def _over(self) -> bool:
-        return time.monotonic() - self._started >= self._budget.seconds
+    def _expected_s(self) -> float:
+        """Seconds from the order of a point until it is measured, by the last ones."""
+        return statistics.median(self._took) if self._took else 0.0
+
+    def _prepare(self) -> None:
+        try:
+            self._tunable.prepare(self._deadline)
+        except TimeoutError:
+            self._cut[_SUITE] += 1
 
     def _order(self, compilers: Compilers[tuple[str, Point]]) -> bool:
         """Order the compilation of the next point, if it can be claimed; False: none is left."""
@@ -164,6 +197,7 @@ class _Search:
         if claim is not None:
             key = (state.part.key, claim.point)
             self._claims[key] = claim
+            self._ordered[key] = time.monotonic()
             compilers.order(key, self._tunable.jobs(state.part, claim.point))
         return True
 
@@ -182,22 +216,30 @@ class _Search:
             self._race(state, candidates[n : n + _TOGETHER])
 
     def _race(self, state: PartState, candidates: list[tuple[Point, Built]]) -> None:
-        part, runs, racing = state.part, [], []
+        part, best = state.part, state.best
+        expected_s = 0.0 if best is None else best.us * 1e-6
+        beside = [state.runs[best.point]] if best is not None and best.point in state.runs else []
+        lineup = Lineup(self._deadline, round_s=expected_s * len(beside))
+        racing: list[tuple[Point, Built]] = []
         for point, built in candidates:
             try:
-                run = self._tunable.run(part, point)
-                run()
+                joined = lineup.joins(self._tunable.run(part, point), expected_s)
             except RuntimeError as why:  # a launch failed, for want of resources for example
                 self._refuse(state, point, {"launches": 1.0}, str(why).splitlines()[0])
                 continue
-            runs.append(run)
-            racing.append((point, built))
-        if not racing:
-            return
-        best = state.best
-        beside = [state.runs[best.point]] if best is not None and best.point in state.runs else []
-        timings = race(self._device, [*runs, *beside], seconds=_FOR_RACE * self._budget.seconds)
-        for run, (point, built), timed in zip(runs, racing, timings, strict=False):
+            if joined:
+                racing.append((point, built))
+            else:
+                self._cut[_MEASUREMENTS] += 1
+        seconds = _FOR_RACE * self._budget.seconds
+        timings: list[Timing] = []
+        if lineup.starts:
+            with suppress(TimeoutError):  # another process measured all the time
+                runs = [*lineup.runs, *beside]
+                timings = race(self._device, runs, seconds=seconds, deadline=self._deadline)
+        if not timings:
+            self._cut[_MEASUREMENTS] += len(racing)
+        for run, (point, built), timed in zip(lineup.runs, racing, timings, strict=False):
             if built.code is not None:
                 state.codes[built.code] = timed.median
             state.runs[point] = run
@@ -216,7 +258,9 @@ class _Search:
             "why": why,
             **built.notes,
         }
-        state.trials.finish(self._claims.pop((state.part.key, point)), us, notes)
+        key = (state.part.key, point)
+        state.trials.finish(self._claims.pop(key), us, notes)
+        self._took.append(time.monotonic() - self._ordered.pop(key))
         state.measured[point] = Measured(point, us, notes)
         self._mine += 1
         self._watch(state, us)
@@ -224,7 +268,9 @@ class _Search:
     def _refuse(
         self, state: PartState, point: Point, excess: Mapping[str, float], why: str
     ) -> None:
-        state.trials.refuse(self._claims.pop((state.part.key, point)), excess, {"why": why})
+        key = (state.part.key, point)
+        state.trials.refuse(self._claims.pop(key), excess, {"why": why})
+        self._ordered.pop(key)
         self._refused[why] += 1
         state.refused += 1
         self._watch(state, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from ..runtime.tuned.artifact import CallSize, Configuration, Key, Versions
 from ..runtime.tuned.selection import call_size_of, find, folders, key_here
 from .call_tunable import CallTunable
 from .cpu_spaces import eager_space, tvm_space
+from .deadline import Deadline
 from .inputs import Family, draw
 from .measure import CpuDevice, CudaDevice, Device
 from .tunable import Tunable
@@ -72,9 +72,12 @@ def subject(
         raise errors.EngineUnavailable(engine.value, refusal)
     key = key_here(call.form, engine, dtype, dims, device)
 
-    @lru_cache(maxsize=1)
-    def suite() -> ValidationSuite:
-        return validation_suite(declaration, dims, dtype, device)
+    made: list[ValidationSuite] = []
+
+    def suite(deadline: Deadline) -> ValidationSuite:
+        if not made:
+            made.append(validation_suite(declaration, dims, dtype, device, deadline=deadline))
+        return made[0]
 
     tunable = _tunable(engine, call, suite, _neighbours(key), chunks, plans)
     if device.type == "cuda":
@@ -118,7 +121,7 @@ def _repeated(x: Tensor, o: Operand, size: Size) -> Tensor:
 def _tunable(
     engine: EngineName,
     call: Call,
-    suite: Callable[[], ValidationSuite],
+    suite: Callable[[Deadline], ValidationSuite],
     neighbours: tuple[Configuration, ...],
     chunks: tuple[int, ...],
     plans: int | None,

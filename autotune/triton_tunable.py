@@ -47,6 +47,7 @@ from ..runtime.tuned.artifact import Configuration
 from ..runtime.tuned.selection import call_size_of
 from .call_tunable import WholeCalls
 from .capture import specialisations
+from .deadline import Deadline
 from .gpu import Gpu
 from .kernel_space import (
     RULES,
@@ -84,7 +85,7 @@ class TritonTunable(WholeCalls):
         self,
         call: Call,
         gpu: Gpu,
-        suite: Callable[[], ValidationSuite],
+        suite: Callable[[Deadline], ValidationSuite],
         *,
         chunks: tuple[int, ...] = CHUNKS,
         plans: int | None = None,
@@ -233,11 +234,11 @@ class TritonTunable(WholeCalls):
     def whole_jobs(self, config: Configuration) -> tuple[Job, ...]:
         return self._compilations(self.whole(config))
 
-    def validation_jobs(self, config: Configuration) -> tuple[Job, ...]:
+    def validation_jobs(self, config: Configuration, deadline: Deadline) -> tuple[Job, ...]:
         engine = ConfiguredEngine(self._engine, config)
 
         def everything() -> None:
-            for case, way in cases(self._suite(), engine):
+            for case, way in cases(self._suite(deadline), engine, deadline):
                 way.forward(case.call)
                 way.backward(case.call, case.do, case.dfinals)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..runtime.tuned.artifact import Certificate, Configuration, KernelReport
+from .deadline import Deadline
 from .space import Axis, Point
 
 Run = Callable[[], object]
@@ -90,8 +91,12 @@ class Tunable(Protocol):
     alternatives: tuple[Alternative, ...]
     default: Configuration
 
-    def prepare(self) -> None:
-        """Make what `validate` compares with; the search calls it while workers compile."""
+    def prepare(self, deadline: Deadline) -> None:
+        """Make what `validate` compares with; the search calls it while workers compile.
+
+        Raises:
+            TimeoutError: the deadline passed before it was made.
+        """
 
     def part(self, key: str) -> Part:
         """The part that alternatives name by `key`."""
@@ -117,8 +122,16 @@ class Tunable(Protocol):
     def whole(self, config: Configuration) -> Run:
         """A forward and a backward, ready to be timed."""
 
-    def validation_jobs(self, config: Configuration) -> tuple[Job, ...]:
-        """The compilations that `validate` needs."""
+    def validation_jobs(self, config: Configuration, deadline: Deadline) -> tuple[Job, ...]:
+        """The compilations that `validate` needs.
 
-    def validate(self, config: Configuration) -> Certificate:
-        """Compare outputs and gradients with the oracle's on this machine."""
+        Raises:
+            TimeoutError: the deadline passed before they were found.
+        """
+
+    def validate(self, config: Configuration, deadline: Deadline) -> Certificate:
+        """Compare outputs and gradients with the oracle's on this machine.
+
+        Raises:
+            TimeoutError: the deadline passed before the last comparison.
+        """

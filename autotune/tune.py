@@ -7,9 +7,10 @@ reason.
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 
@@ -28,8 +29,9 @@ from ..runtime.tuned.artifact import (
     Versions,
 )
 from .compilers import Compilers
+from .deadline import Deadline
 from .leaderboard import Combination
-from .measure import Device, Timing, race
+from .measure import FEWEST, Device, Lineup, Timing, race
 from .search import Budget, Findings, Progress, search, unwatched
 from .space import Point
 from .tunable import Job, Tunable
@@ -39,6 +41,10 @@ _HEATS = 3  # heats at most: another one follows if validation rejected a finali
 _FOR_RACE = 0.1  # share of the budget
 _LEAST_RACE = 1.0  # seconds
 _FOR_FINALS = 0.35  # share of the budget: compiling whole configurations, races and validation
+_FOR_VALIDATION = 1 / 3  # share of the finals' time that compilations and races leave to it
+# what a deadline may cut
+DID_NOT_RACE = "finalists that did not race"
+_VALIDATIONS = "finalists that were not validated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +83,16 @@ class Finalist:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """The results of a tuning; `winner` is None if no finalist passed validation."""
+    """The results of a tuning; `winner` is None if no finalist passed validation.
+
+    `cut`: the number of things that the budget left undone, by their names; empty if none.
+    """
 
     findings: Findings
     finalists: tuple[Finalist, ...]
     winner: Finalist | None
     artifact: Artifact
+    cut: tuple[tuple[str, int], ...] = ()
 
 
 def tune(
@@ -95,36 +105,166 @@ def tune(
 ) -> Tuning:
     """Search, race and validate within the budget; `devices` time parts and whole calls.
 
-    `announce` is told of each stage after the search. Where the time was over before anything was
-    measured, the default is not examined either, and nothing is kept.
+    `announce` is told of each stage after the search. The budget is kept: its end stops
+    compilations, and nothing begins that would end after it, by the durations seen before. Where
+    the time was over before anything was measured, the default is not examined either, and nothing
+    is kept.
     """
     parts, whole = devices
-    deadline = time.monotonic() + budget.seconds
+    deadline = Deadline.after(budget.seconds)
     within = replace(budget, seconds=budget.seconds * (1 - _FOR_FINALS))
     findings = search(tunable, parts, task.storage, task.study, within, progress)
-    finalists: list[Finalist] = []
-    winner: Finalist | None = None
     # without a measurement the default is examined only where the search had nothing left to try
-    worthwhile = bool(findings.combinations) or findings.seconds < within.seconds
-    heats = _heats(tunable, findings, task.rejected) if worthwhile else iter(())
-    with Compilers[int](budget.workers) as compilers:
-        for heat in heats:
+    if findings.combinations or not findings.cut:
+        with Compilers[int](budget.workers) as compilers:
+            finals = _Finals(tunable, whole, compilers, budget.seconds, deadline)
+            finals.hold(findings, task.rejected, announce)
+        finalists, winner, cut = tuple(finals.finalists), finals.winner, finals.cut
+    else:
+        finalists, winner, cut = (), None, Counter()
+    artifact = _artifact(task, findings, finalists, winner)
+    return Tuning(findings, finalists, winner, artifact, (*findings.cut, *cut.items()))
+
+
+Heat = Sequence[tuple[Configuration, Combination | None]]
+
+
+@dataclass(slots=True, eq=False)
+class _Finals:
+    """Races of whole configurations against the default, and their validation."""
+
+    _tunable: Tunable
+    _device: Device
+    _compilers: Compilers[int]
+    _budget_s: float
+    _deadline: Deadline
+    finalists: list[Finalist] = field(default_factory=list)
+    winner: Finalist | None = None
+    cut: Counter[str] = field(default_factory=Counter)
+
+    def hold(
+        self,
+        findings: Findings,
+        rejected: frozenset[Configuration],
+        announce: Callable[[str], None],
+    ) -> None:
+        """Heats, until one has no wrong finalist, or a right one that beats the default."""
+        for heat in _heats(self._tunable, findings, rejected):
             stage = f"racing the default and {len(heat) - 1} others"
             if findings.interrupted:
                 stage = f"interrupted: {stage} (Ctrl-C again leaves at once)"
             announce(stage)
-            left = deadline - time.monotonic()
-            seconds = min(_FOR_RACE * budget.seconds, max(left / 3, _LEAST_RACE))
-            ranked = _raced(tunable, whole, compilers, heat, seconds, deadline)
+            ranked = self._raced(heat)
             announce("validating the fastest")
-            validated, winner = _validated(tunable, compilers, ranked, deadline)
-            finalists += validated
-            rejected = any(f.certificate is not None and not f.certificate.ok for f in validated)
-            if not rejected or (winner is not None and winner.config != tunable.default):
+            validated = self._validated(ranked)
+            self.finalists += validated
+            wrong = any(f.certificate is not None and not f.certificate.ok for f in validated)
+            if not wrong or (self.winner is not None and self.winner.combination is not None):
                 break
-            if time.monotonic() > deadline:
+            if not self._deadline.allows():
                 break
-    return Tuning(findings, tuple(finalists), winner, _artifact(task, findings, finalists, winner))
+
+    def _raced(self, heat: Heat) -> list[Finalist]:
+        """The finalists with their times, the fastest first.
+
+        Left out are those that cannot run, and those for which no time is left; all of them where
+        no time is left for the default.
+        """
+        likely = heat[-1 if len(heat) == 1 else 1][0]
+        orders = [partial(self._tunable.whole_jobs, config) for config, _ in heat]
+        # the validation suite is made while whole configurations compile
+        orders.append(partial(self._tunable.validation_jobs, likely, self._deadline))
+        by = self._deadline.earlier(_FOR_VALIDATION)
+        late = self._late(orders, by)
+        lineup = Lineup(by, rounds=FEWEST + 1)
+        racing = []
+        slowest = max((c.us for _, c in heat if c is not None), default=0.0)
+        for n, (config, combination) in enumerate(heat):
+            expected_s = (slowest if combination is None else combination.us) * 1e-6
+            try:
+                joins = n not in late and lineup.joins(self._tunable.whole(config), expected_s)
+            except RuntimeError:  # a launch lacks resources, although the part ran by itself
+                continue
+            if joins:
+                racing.append((config, combination))
+                continue
+            self.cut[DID_NOT_RACE] += 1
+            if combination is None:
+                return []
+        seconds = min(_FOR_RACE * self._budget_s, max(self._deadline.left / 3, _LEAST_RACE))
+        timings: list[Timing] = []
+        if lineup.starts:
+            with suppress(TimeoutError):  # another process measured all the time
+                timings = race(
+                    self._device,
+                    lineup.runs,
+                    seconds=seconds,
+                    least=11,
+                    most=44,
+                    deadline=by,
+                )
+        if not timings:
+            self.cut[DID_NOT_RACE] += len(racing)
+        ranked = [
+            Finalist(config, combination, timed)
+            for (config, combination), timed in zip(racing, timings, strict=False)
+        ]
+        return sorted(ranked, key=lambda f: f.timing.median)
+
+    def _validated(self, ranked: list[Finalist]) -> list[Finalist]:
+        """The finalists with verdicts; the fastest that is surely faster and right wins."""
+        default = next((f.timing for f in ranked if f.combination is None), None)
+        validated: list[Finalist] = []
+        winner: Finalist | None = None
+        for f in ranked:
+            if winner is not None:
+                slower = f.timing.median / winner.timing.median - 1
+                validated.append(replace(f, why=f"slower than the winner by {slower:.1%}"))
+            elif f.combination is None or default is None or f.timing.surely_below(default):
+                validated.append(self._examined(f))
+                if (certificate := validated[-1].certificate) is not None and certificate.ok:
+                    winner = validated[-1]
+            else:
+                why = "not faster than the default by more than the noise"
+                if not (f.timing.enough and default.enough):
+                    why = "the budget ended before its race did"
+                validated.append(replace(f, why=why))
+        self.winner = winner or self.winner
+        return validated
+
+    def _examined(self, f: Finalist) -> Finalist:
+        """The finalist with its certificate, if the deadline leaves time for it."""
+        try:
+            jobs = partial(self._tunable.validation_jobs, f.config, self._deadline)
+            if self._late([jobs], self._deadline):
+                raise TimeoutError
+            certificate = self._tunable.validate(f.config, self._deadline)
+        except TimeoutError:
+            self.cut[_VALIDATIONS] += 1
+            return replace(f, why="the budget ended before its validation did")
+        if not certificate.ok:
+            return replace(f, certificate=certificate, why=f"rejected: {certificate.faults[0]}")
+        own = f.combination is None
+        why = "the default keeps its place" if own else "faster than the default, and right"
+        return replace(f, certificate=certificate, why=why)
+
+    def _late(self, orders: Sequence[Callable[[], tuple[Job, ...]]], by: Deadline) -> set[int]:
+        """Wait until all jobs are compiled; the orders that are not by that deadline.
+
+        A failure shows when the configuration runs.
+        """
+        late = set(range(len(orders)))
+        for n, jobs in enumerate(orders):
+            try:
+                by.check()
+                self._compilers.order(n, jobs())
+            except TimeoutError:
+                break
+        while self._compilers.orders:
+            late -= {n for n, _ in self._compilers.done(min(0.2, max(by.left, 0.0)))}
+            if late and not by.allows():
+                self._compilers.cancel()
+        return late
 
 
 def _heats(
@@ -143,92 +283,8 @@ def _heats(
             yield [(tunable.default, None), *some]
 
 
-def _raced(
-    tunable: Tunable,
-    device: Device,
-    compilers: Compilers[int],
-    heat: list[tuple[Configuration, Combination | None]],
-    seconds: float,
-    deadline: float,
-) -> list[Finalist]:
-    """The finalists with their times, the fastest first.
-
-    Those that cannot run are left out, and those that are not compiled by the deadline.
-    """
-    likely = heat[-1 if len(heat) == 1 else 1][0]
-    orders = [partial(tunable.whole_jobs, config) for config, _ in heat]
-    # the validation suite is made while whole configurations compile
-    orders.append(partial(tunable.validation_jobs, likely))
-    late = _late(compilers, orders, deadline)
-    running = []
-    for n, (config, combination) in enumerate(heat):
-        if n in late and config != tunable.default:
-            continue
-        run = tunable.whole(config)
-        try:
-            run()
-        except RuntimeError:  # a launch lacks resources, although the part ran with other operands
-            continue
-        running.append((config, combination, run))
-    if not running:
-        return []
-    timings = race(device, [run for _, _, run in running], seconds=seconds, least=11, most=44)
-    ranked = [
-        Finalist(config, combination, timed)
-        for (config, combination, _), timed in zip(running, timings, strict=True)
-    ]
-    return sorted(ranked, key=lambda f: f.timing.median)
-
-
-def _validated(
-    tunable: Tunable, compilers: Compilers[int], ranked: list[Finalist], deadline: float
-) -> tuple[list[Finalist], Finalist | None]:
-    """The finalists with verdicts, and the winner: the fastest that is surely faster and right."""
-    default = next((f.timing for f in ranked if f.config == tunable.default), None)
-    validated: list[Finalist] = []
-    winner: Finalist | None = None
-    for f in ranked:
-        own = f.config == tunable.default
-        if winner is not None:
-            slower = f.timing.median / winner.timing.median - 1
-            validated.append(replace(f, why=f"slower than the winner by {slower:.1%}"))
-            continue
-        if not own and default is not None and not f.timing.surely_below(default):
-            validated.append(replace(f, why="not faster than the default by more than the noise"))
-            continue
-        if _late(compilers, [partial(tunable.validation_jobs, f.config)], deadline) and not own:
-            validated.append(replace(f, why="the budget ended before its validation"))
-            continue
-        certificate = tunable.validate(f.config)
-        if certificate.ok:
-            why = "the default keeps its place" if own else "faster than the default, and right"
-            winner = replace(f, certificate=certificate, why=why)
-            validated.append(winner)
-        else:
-            why = f"rejected: {certificate.faults[0]}"
-            validated.append(replace(f, certificate=certificate, why=why))
-    return validated, winner
-
-
-def _late(
-    compilers: Compilers[int], orders: Sequence[Callable[[], tuple[Job, ...]]], deadline: float
-) -> set[int]:
-    """Wait until all jobs are compiled; the orders that are not by the deadline.
-
-    A failure shows when the configuration runs.
-    """
-    late = set(range(len(orders)))
-    for n, jobs in enumerate(orders):
-        compilers.order(n, jobs())
-    while compilers.orders:
-        late -= {n for n, _ in compilers.done(0.2)}
-        if late and time.monotonic() > deadline:
-            compilers.cancel()
-    return late
-
-
 def _artifact(
-    task: Task, findings: Findings, finalists: list[Finalist], winner: Finalist | None
+    task: Task, findings: Findings, finalists: Sequence[Finalist], winner: Finalist | None
 ) -> Artifact:
     rejected = tuple(
         Rejected(f.config, task.versions, "; ".join(f.certificate.faults))
@@ -239,7 +295,9 @@ def _artifact(
     return Artifact(task.recurrence, task.key, tuned, rejected)
 
 
-def _tuned(task: Task, findings: Findings, finalists: list[Finalist], winner: Finalist) -> Tuned:
+def _tuned(
+    task: Task, findings: Findings, finalists: Sequence[Finalist], winner: Finalist
+) -> Tuned:
     assert winner.certificate is not None
     timed = winner.timing
     # the default's time in the last heat, in which the winner ran

@@ -26,6 +26,7 @@ from ..runtime.engines import EngineName, load
 from ..runtime.inputs import ranges, usual_params
 from ..runtime.saves import saved_under
 from ..runtime.tuned.artifact import Certificate, Configuration, Error
+from .deadline import NEVER, Deadline
 from .inputs import Family, draw
 from .tolerance import (
     BY_DTYPE,
@@ -133,11 +134,13 @@ def validation_suite(
     *,
     tokens: int = TOKENS,
     families: Sequence[Family] = tuple(Family),
+    deadline: Deadline = NEVER,
 ) -> ValidationSuite:
     """The cases for calls of these dimensions (no token axis is shorter than 4).
 
     Raises:
         NotLowered: no inputs are known to be legal.
+        TimeoutError: the deadline passed before all cases were made.
     """
     micro = declaration.default_micro
     form = declaration.normal_form(micro)
@@ -145,6 +148,7 @@ def validation_suite(
     made = []
     with one_thread():
         for family in families:
+            deadline.check()
             call = draw(declaration, form, family, dims, dtype, device, tokens=tokens, micro=micro)
             made.append(_case(family, call, small))
     return ValidationSuite(tuple(made))
@@ -173,19 +177,30 @@ def _case(family: Family, call: Call, small: frozenset[str]) -> ValidationCase:
     return ValidationCase(family, call, do, dfinals, expected, allowed)
 
 
-def cases(suite: ValidationSuite, runs: Runs) -> Iterator[tuple[ValidationCase, Runs]]:
-    """Every case, with every variant of the engine that has to pass it."""
+def cases(
+    suite: ValidationSuite, runs: Runs, deadline: Deadline = NEVER
+) -> Iterator[tuple[ValidationCase, Runs]]:
+    """Every case, with every variant of the engine that has to pass it.
+
+    Raises:
+        TimeoutError: the deadline passed before the last case.
+    """
     for case in suite.cases:
         ways = runs.ways(case.call) if isinstance(runs, ConfiguredEngine) else (runs,)
         for way in ways:
+            deadline.check()
             yield case, way
 
 
-def validate(suite: ValidationSuite, runs: Runs) -> Certificate:
-    """The certificate of `runs` on the suite; exceptions of `runs` itself are not caught."""
+def validate(suite: ValidationSuite, runs: Runs, deadline: Deadline = NEVER) -> Certificate:
+    """The certificate of `runs` on the suite; exceptions of `runs` itself are not caught.
+
+    Raises:
+        TimeoutError: the deadline passed before the last case.
+    """
     worst: dict[str, Error] = {}
     faults = []
-    for case, way in cases(suite, runs):
+    for case, way in cases(suite, runs, deadline):
         with _Filled(_NAN):
             first = answers(way, case.call, case.do, case.dfinals)
         with _Filled(_NUMBER):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from chunkwise.autotune.deadline import Deadline
 from chunkwise.autotune.search import Budget, Findings, search
 from chunkwise.autotune.space import Axis, Point, points
 from chunkwise.autotune.storage import open_storage
@@ -98,13 +99,13 @@ class Fake:
         point = (("chunk", config.chunk), ("warps", config.default.warps))
         return Timed(3 * microseconds("fast/a", point))
 
-    def prepare(self) -> None:
-        pass
+    def prepare(self, deadline: Deadline) -> None:
+        deadline.check()
 
-    def validation_jobs(self, config: Configuration) -> tuple[Job, ...]:
+    def validation_jobs(self, config: Configuration, deadline: Deadline) -> tuple[Job, ...]:
         return self.jobs_of
 
-    def validate(self, config: Configuration) -> Certificate:
+    def validate(self, config: Configuration, deadline: Deadline) -> Certificate:
         return Certificate((), ("fake",), ("d k: wrong",) if self.wrong(config) else ())
 
 
@@ -121,7 +122,8 @@ class Timed:
 class Clock:
     """A device that reports the durations of runs with 2 % of noise, equal in every test."""
 
-    alone = nullcontext()
+    def alone(self, deadline: Deadline) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def rounds(self, runs: Sequence[Run], count: int) -> list[list[float]]:
         noise = [1 + 0.02 * ((7 * n) % 5 - 2) / 2 for n in range(count)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import pytest
+from chunkwise.autotune.deadline import Deadline
 from chunkwise.autotune.measure import CpuDevice, race, timing
 from chunkwise.autotune.tunable import Run
 
@@ -31,7 +32,8 @@ def test_few_samples_leave_nothing_out() -> None:
 class Noisy:
     """The n-th run takes n + 1 microseconds, and 1 % more or less."""
 
-    alone = nullcontext()
+    def alone(self, deadline: Deadline) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def __init__(self) -> None:
         self.counts: dict[Run, int] = {}

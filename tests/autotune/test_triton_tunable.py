@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 from chunkwise.autotune.capture import TritonJob
+from chunkwise.autotune.deadline import NEVER
 from chunkwise.autotune.gpu import GPUS
 from chunkwise.autotune.space import points
 from chunkwise.autotune.subject import Size, example
@@ -190,4 +191,4 @@ def test_every_part_runs_alone_and_any_choice_is_right() -> None:
     assert isinstance(config, Config)
     assert config != subject.default
     subject.whole(config)()
-    assert subject.validate(config).ok
+    assert subject.validate(config, NEVER).ok

@@ -7,6 +7,7 @@ from pathlib import Path
 import chunkwise.runtime.eager as eager_engine
 import pytest
 import torch
+from chunkwise.autotune.deadline import Deadline
 from chunkwise.autotune.plot import plot
 from chunkwise.autotune.report import report
 from chunkwise.autotune.search import Budget
@@ -31,9 +32,10 @@ KEY = Key("f" * 12, EngineName.EAGER, "float32", Dims(8, 8), Machine("cpu", "x",
 VERSIONS = Versions("0", "2")
 
 
-def tuned(tunable: Fake, seconds: float = GENEROUS) -> Tuning:
+def tuned(tunable: Fake, seconds: float = GENEROUS, device: Clock | None = None) -> Tuning:
     task = Task("fake", KEY, CallSize(2, 64), VERSIONS, InMemoryStorage(), "memory")
-    return tune(tunable, (Clock(), Clock()), task, Budget(seconds, seed=1))
+    device = device or Clock()
+    return tune(tunable, (device, device), task, Budget(seconds, seed=1))
 
 
 def test_the_fastest_wins_and_is_written_down_with_its_evidence() -> None:
@@ -155,11 +157,11 @@ def test_a_planted_fault_is_rejected(kind: type[Miscompiled], reason: str) -> No
     suite = validation_suite(declaration, dims, torch.float32, torch.device("cpu"), tokens=80)
 
     class Planted(Fake):
-        def validate(self, config: Configuration) -> Certificate:
+        def validate(self, config: Configuration, deadline: Deadline) -> Certificate:
             runs = kind(EagerConfig(32))
             if config == FASTEST:
                 return validate(suite, runs)
-            return super().validate(config)
+            return super().validate(config, deadline)
 
     tuning = tuned(Planted())
     (rejected,) = tuning.artifact.quarantine
