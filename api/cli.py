@@ -86,7 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         interrupts.raise_again()
-        arguments = parser().parse_args(argv)
+        top = parser()
+        words = sys.argv[1:] if argv is None else argv
+        if not words:
+            top.print_help(sys.stderr)
+            return 2
+        arguments = top.parse_args(words)
         return int(arguments.run(arguments))
     except UsageError as error:
         print(f"chunkwise: {error}", file=sys.stderr)

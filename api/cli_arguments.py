@@ -6,7 +6,6 @@ import argparse
 
 from .codegen.config import Dims
 from .codegen.interface import Dtype
-from .dsl.diagnostic import did_you_mean
 
 # Every command reads each of these spellings, and prints torch's name.
 _SPELLINGS = {
@@ -22,8 +21,7 @@ def dtype(text: str) -> Dtype:
     """`bfloat16`, `bf16` or `torch.bfloat16` as a dtype."""
     word = text.lower().removeprefix("torch.")
     if word not in _SPELLINGS:
-        near = did_you_mean(word, _SPELLINGS) or f"there are {_DTYPES}"
-        raise argparse.ArgumentTypeError(f"no dtype {text!r}; {near}")
+        raise argparse.ArgumentTypeError(f"no dtype {text!r} of kernels; there are {_DTYPES}")
     return _SPELLINGS[word]
 
 
@@ -52,7 +50,7 @@ def dims(text: str) -> Dims:
     except (ValueError, KeyError):
         raise argparse.ArgumentTypeError(f"{text!r} is not like K=128,V=128") from None
     if sizes or found.K < 1 or found.V < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like K=128,V=128")
+        raise argparse.ArgumentTypeError(f"{text!r}: K and V, and no others, are 1 or more")
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import library
 from .cli_arguments import add_dims_list, dtype
-from .cli_command import TARGET, Command, UsageError, unknown_name
+from .cli_command import TARGET, Command, UsageError, unknown_name, write
 from .cli_emit import add_targets, targets, triton_compiler
 from .codegen.config import Dims
 from .codegen.interface import Dtype
@@ -43,7 +43,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     print(f"in {time.perf_counter() - started:.0f} s", flush=True)
     if arguments.json:
         text = json.dumps([as_json(s, o) for s, o in found.items()], indent=1)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        write(arguments.json, text + "\n")
     if interrupted:
         raise KeyboardInterrupt
     return 0 if all(map(fits, found.values())) else 1

@@ -87,6 +87,18 @@ def find(target: str) -> Recurrence:
     return declared[name]
 
 
+def write(path: Path, text: str) -> None:
+    """Write a result where the command line says.
+
+    Raises:
+        UsageError: nothing can be written there.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as why:  # no such folder, a folder of that name, no room, no permission
+        raise UsageError(f"{path} cannot be written: {why.strerror or why}") from None
+
+
 def no_such(what: str, word: str, known: Iterable[str]) -> str:
     """The message for a word that is none of the known ones."""
     near = did_you_mean(word, known) or f"there are {', '.join(known)}"
@@ -98,6 +110,9 @@ def unknown_name(name: str) -> str:
     if name.endswith(".json"):
         return f"{name} is no recurrence: `chunkwise verify {name}` takes an artifact"
     near = did_you_mean(name, library.names()) or "`chunkwise list` shows what there is"
+    first, dot, rest = name.partition(".")
+    if Path(f"{first}.py").is_file():
+        return f"no recurrence {name!r}; did you mean {first}.py{dot and ':'}{rest}?"
     return f"no recurrence {name!r} in the library; {near} (one of your own is FILE.py:NAME)"
 
 

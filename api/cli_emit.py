@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cli_arguments import add_dims, add_dtype, count
-from .cli_command import Command, UsageError, add_target, find, no_such
+from .cli_command import Command, UsageError, add_target, find, no_such, write
 from .codegen.config import Config, Dims, KernelConfig, Precision
 from .codegen.eager.kernel import print_eager
 from .codegen.gluon import emit as gluon_emit
@@ -161,12 +161,20 @@ _STAGES: dict[str, Callable[[_Request], str]] = {
     "tir": _tir,
 }
 
+_OF_KERNELS = ("plan", "eager", "triton", "gluon", "tir")
+
 
 def _emit(arguments: argparse.Namespace) -> int:
     if arguments.stage is None and not arguments.resources:
         arguments.stage = "triton"
+    if arguments.for_target and not arguments.resources:
+        raise UsageError("--target applies to --resources; printed kernels are for every target")
+    if arguments.kernel and arguments.stage not in _OF_KERNELS:
+        raise UsageError(f"--kernel applies to the stages {', '.join(_OF_KERNELS)}")
     declared = find(arguments.target).declaration
     micro = arguments.micro or declared.default_micro
+    if arguments.micro and not declared.has_micro:
+        raise UsageError(f"--micro applies to tuple operands, and {declared.name} has none")
     request = _Request(
         declared.step(micro),
         declared.normal_form(micro),
@@ -188,7 +196,7 @@ def _emit(arguments: argparse.Namespace) -> int:
         if arguments.output is None:
             print(text)
         else:
-            arguments.output.write_text(text + "\n", encoding="utf-8")
+            write(arguments.output, text + "\n")
     return _resources(request, arguments) if arguments.resources else 0
 
 

@@ -28,6 +28,8 @@ class Parser(argparse.ArgumentParser):
 
     def _meant(self, message: str) -> str:
         choice = re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.*)\)", message)
+        if choice is not None and choice[1].partition(":")[0].endswith(".py"):
+            return f"a command comes first: chunkwise explain {choice[1]}"
         if choice is not None:
             return did_you_mean(choice[1], re.findall(r"[^\s',]+", choice[2]))
         unknown = re.match(r"unrecognized arguments: (--?[\w-]+)", message)

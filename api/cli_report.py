@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from .cli_arguments import add_dims, add_dtype, count
-from .cli_command import Command, UsageError, add_target, find
+from .cli_command import Command, UsageError, add_target, find, write
 from .codegen.config import Dims
 from .codegen.interface import Dtype
 
@@ -24,7 +24,7 @@ def _report(arguments: argparse.Namespace) -> int:
         raise UsageError(f"no folder {output.parent}")
     options = reporting.Options(arguments.dims, arguments.dtype, arguments.quick, arguments.jobs)
     sections = list(reporting.sections(declared, options))
-    output.write_text(page(declared, sections, reporting.made()), encoding="utf-8")
+    write(output, page(declared, sections, reporting.made()))
     print(f"{output}: {len(sections)} sections, {output.stat().st_size / 1024:.0f} KiB")
     return 0
 

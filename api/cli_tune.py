@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import interrupts
 from .cli_arguments import add_dims, add_dtype, count, counts
 from .cli_command import Command, UsageError, add_json, add_target, find, print_json
 from .cli_progress import Progress
@@ -29,7 +30,7 @@ _ON_GPU, _ON_CPU = (4, 4096, 16), (1, 1024, 4)
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    started = time.monotonic()
+    started = interrupts.started()
     # importing Optuna is slow, and no other command needs it
     from .autotune.compilers import start_early
     from .autotune.report import report
@@ -54,7 +55,8 @@ def _tune(arguments: argparse.Namespace) -> int:
     B, T, H = arguments.shape or (_ON_GPU if on_gpu else _ON_CPU)
     limits = arguments.chunk or (), arguments.plans
     what, quiet = f"tuning {op.__name__}", arguments.json
-    with Progress(what, seconds=arguments.budget, quiet=quiet) as progress:
+    left = max(arguments.budget - (time.monotonic() - started), 0.0)
+    with Progress(what, seconds=left, quiet=quiet) as progress:
 
         def watch(part: object, us: float | None, best_us: float | None, trials: int) -> None:
             best = "" if best_us is None else f", best {best_us:.0f} us"
@@ -148,7 +150,7 @@ def _seconds(text: str) -> float:
     try:
         seconds = float(text.removesuffix("s"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds, as in 300") from None
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError("a budget is a number of seconds above 0")
     return seconds

@@ -1,15 +1,17 @@
-"""Ctrl-C while a command imports torch, its first second or two: one line, and no traceback."""
+"""A command's first seconds, while it imports torch: Ctrl-C is one line, and their time counts."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import time
 from itertools import dropwhile
 from pathlib import Path
 from types import FrameType
 
 LINE = "chunkwise: interrupted"
+_STARTED = time.monotonic()
 
 
 def _end(_signal: int, _frame: FrameType | None) -> None:
@@ -22,6 +24,11 @@ def _is_command() -> bool:
     """Whether this process is `chunkwise …` or `python -m chunkwise …`."""
     words = [*dropwhile(lambda w: w.startswith("-") and w != "-m", sys.orig_argv[1:])]
     return words[:2] == ["-m", "chunkwise"] or Path(*words[:1]).stem == "chunkwise"
+
+
+def started() -> float:
+    """When the command began, by `time.monotonic`: before the imports of its own process."""
+    return _STARTED if _is_command() else time.monotonic()
 
 
 def raise_again() -> None:

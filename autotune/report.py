@@ -27,7 +27,7 @@ def report(tuning: Tuning) -> str:
         refused = ", ".join(f"{why} ({n})" for why, n in findings.refused[:5])
         pages[0] += f"\nrefused: {refused}"
     if tuning.cut:
-        pages[0] += f"\ncut by the budget: {', '.join(f'{n} {what}' for what, n in tuning.cut)}"
+        pages[0] += f"\ncut by the budget: {'; '.join(f'{what}: {n}' for what, n in tuning.cut)}"
     pages.append(_tried(tuning))
     if tuning.finalists:
         pages.append(_race(tuning.finalists))

@@ -43,7 +43,7 @@ _RECENT = 8  # trials by whose durations the next one's is predicted
 _COMPILATIONS = "configurations whose compilation was stopped"
 _MEASUREMENTS = "configurations that were compiled but not measured"
 _PARTS = "parts with configurations left to try"
-_SUITE = "validation suite that was not made"
+_SUITE = "validation suites that were not made"
 
 
 @dataclass(frozen=True, slots=True)

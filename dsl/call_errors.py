@@ -53,6 +53,9 @@ class NotATensor(BadDtype):
         helps = {"ndarray": f"pass torch.from_numpy({operand})", "str": "pass a tensor"}
         number = f"for one number everywhere pass torch.full(size, {operand}) of that size"
         helps |= dict.fromkeys(("int", "float"), number)
+        helps["Traced"] = (
+            "a step cannot call a recurrence: write its lines here, or a plain function of both"
+        )
         CallError.__init__(
             self,
             f"operand {operand!r} is of type {got}, expected {expected}",
@@ -152,11 +155,16 @@ class UnknownOperand(CallError, TypeError):
     """A call with an operand that was not declared."""
 
     def __init__(self, operand: str, expected: Sequence[str], *, op: str = "") -> None:
+        helps = dict.fromkeys(OPTION_NAMES, "that is an option of other calls of the recurrence")
+        helps["state"] = "the state before all tokens is `initial_state=`; a step takes `state=`"
+        helps["initial_state"] = "a step takes `state=`, the state before its token"
+        if operand.startswith("number "):
+            help = "states and options are passed by name: initial_state=…, or state=… of a step"
+        else:
+            help = helps.get(operand) or did_you_mean(operand, [*expected, *OPTION_NAMES])
         super().__init__(
             f"{op or 'the op'} got the operand {operand!r}, expected only {', '.join(expected)}",
-            help="that is an option of other calls of the recurrence"
-            if operand in OPTION_NAMES
-            else did_you_mean(operand, [*expected, *OPTION_NAMES]),
+            help=help,
         )
 
 

@@ -48,11 +48,14 @@ class WrongSide(DeclarationError, TypeError):
         vector = texts[1] if at_state else texts[0]
         state = (texts[0] if at_state else texts[1]) or "S"
         swapped = f"{vector or 'q'} @ {state}" if at_state else f"{state} @ {vector or 'v'}"
+        help = f"write `{swapped}`"
+        if left == right == "State":
+            help = "a state meets vectors only, and the step must be affine in it: `k @ S`, `S @ v`"
         super().__init__(
             f"{left} @ {right} does not contract: a Key stands left of the state, a Value right",
             loc=loc,
             why="the state is K×V: k @ S sums over K and gives a Value, S @ v sums over V",
-            help=f"write `{swapped}`",
+            help=help,
         )
 
 
@@ -249,16 +252,17 @@ class BadBounds(DeclarationError, ValueError):
 
 
 class MissingAnnotation(DeclarationError, TypeError):
-    """A parameter without a kind."""
+    """A parameter without a kind; `op` is the function's name."""
 
-    def __init__(self, name: str, loc: Loc | None) -> None:
+    def __init__(self, name: str, loc: Loc | None, op: str = "") -> None:
         super().__init__(
             f"the parameter {name!r} has no annotation",
             loc=loc,
             why="a step is a plain function of states and operands, no method"
             if name == "self"
             else "",
-            help="say what it is: State, KeyState, Key, Value, Scalar, HeadScalar, HeadKey or "
+            help=("a lambda has no annotations, so write a `def`; " if op == "<lambda>" else "")
+            + "say what it is: State, KeyState, Key, Value, Scalar, HeadScalar, HeadKey or "
             "HeadValue; a keyword-only number is a float, int or bool",
         )
 

@@ -52,7 +52,7 @@ def read_signature(function: Callable[..., object]) -> StepSignature:
                 name, "a variable argument", "a step names its operands", loc
             )
         if name not in hints:
-            raise errors.MissingAnnotation(name, loc)
+            raise errors.MissingAnnotation(name, loc, function.__name__)
         hint, default = hints[name], parameter.default
         if parameter.kind is parameter.KEYWORD_ONLY:
             keyword_only.add(name)

@@ -37,6 +37,7 @@ pre, code { font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
 .equations math[display=block] { font-size: 1.15rem; width: fit-content; margin: 0; }
 .equations mtd { padding: .25em .2em; }
 .scroll { overflow-x: auto; } svg { max-width: 100%; height: auto; }
+.scroll svg { min-width: 34rem; }
 table { border-collapse: collapse; font-size: .88rem; }
 th, td { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--rule); }

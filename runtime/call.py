@@ -22,6 +22,7 @@ from ..dsl import errors
 from ..dsl.ir import Kind
 from ..dsl.normal_form import NormalForm, StateDecl
 from ..dsl.step import output_names
+from ..dsl.traced import Traced
 from .shapes import Form
 from .sizes import Sizes, measure, measured, shape_of
 
@@ -198,6 +199,8 @@ def arrange(
     """
     title = declaration.name
     if len(args) > len(declaration.operands):
+        if any(isinstance(x, Traced) for x in args):
+            raise errors.NotATensor("number 1", "Traced", "a tensor")
         surplus = f"number {len(declaration.operands) + 1}"
         raise errors.UnknownOperand(surplus, _declared(declaration), op=title)
     given = {x.name: value for x, value in zip(declaration.operands, args, strict=False)}

@@ -165,6 +165,8 @@ class Engine(ABC):
         reason = self.refusal(call)
         if reason is not None:
             help = 'engine="reference" runs any legal step, token by token'
+            if call.dtype is torch.float64:
+                help = f'engine="eager" takes float64; {help}'
             if self.has_steps and self.token_refusal(call) is None:
                 help = f"{call.declaration.name}.step runs it by a kernel, one token a call; {help}"
             raise NotLowered(

@@ -173,6 +173,9 @@ class Recurrence:
         if check is not None and not isinstance(check, bool):
             raise errors.BadOption("check", check, "True, False or None")
         name = (engine.value if isinstance(engine, EngineName) else engine) or self._engine
+        if name is not None and not isinstance(name, str):
+            known = 'a name: "reference", "eager", "tvm" or "triton"'
+            raise errors.BadOption("engine", name, known)
         if group is not None:
             from . import parallel  # imports torch.distributed
 

@@ -301,6 +301,29 @@ def state_without_output() -> object:
     return cw.recurrence(rule)
 
 
+@mistake(errors.WrongSide, "a state meets vectors only")
+def square_of_a_state() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value):
+        S = S - S @ S + outer(k, v)
+        return S, q @ S
+
+    return cw.recurrence(rule)
+
+
+@mistake(errors.MissingAnnotation, "a lambda has no annotations, so write a `def`")
+def lambda_for_a_step() -> object:
+    return cw.recurrence(lambda S, q, k, v: (S + outer(k, v), q @ S))
+
+
+@mistake(errors.NotATensor, "a step cannot call a recurrence: write its lines here")
+def recurrence_within_a_step() -> object:
+    def rule(S: State, q: Key, k: Key, v: Value):
+        S, o = cw.library.linear_attention(S, q, k, v)
+        return S, o
+
+    return cw.recurrence(rule)
+
+
 @mistake(errors.CapturedTensor, "outside a step call torch")
 def function_on_a_tensor() -> object:
     return exp(normal(3))
@@ -365,6 +388,23 @@ def typo_of_an_operand() -> object:
     return call(bta=normal(B, T, H))
 
 
+@mistake(errors.UnknownOperand, "passed by name: initial_state=…")
+def state_by_position() -> object:
+    k, g = normal(B, T, H, K), -normal(B, T, H).abs()
+    state = normal(B, H, K, V)
+    return cw.library.gated_delta_rule(k, k, normal(B, T, H, V), g, g.exp(), state)
+
+
+@mistake(errors.UnknownOperand, "is `initial_state=`; a step takes `state=`")
+def option_of_a_step() -> object:
+    return call(state=normal(B, H, K, V))
+
+
+@mistake(errors.BadOption, 'expected a name: "reference", "eager", "tvm" or "triton"')
+def device_for_an_engine() -> object:
+    return call(engine=torch.device("cpu"))
+
+
 @mistake(errors.UnknownOperand, "did you mean output_final_state?")
 def typo_of_an_option() -> object:
     return call(output_final_stat=True)
@@ -395,6 +435,13 @@ def boundaries_in_floats() -> object:
 @mistake(errors.BadCuSeqlens, "an int32 or int64 tensor")
 def boundaries_in_a_list() -> object:
     return call(cu_seqlens=[0, 8])
+
+
+@mistake(errors.BadCuSeqlens, "[0, 5, 5, 12] packs lengths 5, 0 and 7")
+def lengths_for_boundaries() -> object:
+    lengths = torch.tensor([3, 5], dtype=torch.int32)
+    q, v, g = normal(1, 8, H, K), normal(1, 8, H, V), -normal(1, 8, H).abs()
+    return call(q=q, k=q, v=v, g=g, beta=g.exp(), cu_seqlens=lengths)
 
 
 @mistake(errors.BadBatch, "reshape the operands to [1, B*T, ...]")
@@ -429,6 +476,13 @@ def test_a_gpus_engine_on_a_cpu() -> None:
         call(engine="triton")
 
 
+def test_float64_is_told_of_its_engine() -> None:
+    pytest.importorskip("tvm")
+    q, v, g = normal(1, 8, H, K).double(), normal(1, 8, H, V).double(), -normal(1, 8, H).abs()
+    with pytest.raises(errors.NotLowered, match='engine="eager" takes float64'):
+        call(q=q, k=q, v=v, g=g.double(), beta=g.exp().double(), engine="tvm")
+
+
 def test_a_step_without_chunks_is_told_of_its_kernel() -> None:
     """It has no chunk form, and one kernel that takes a token a call."""
     pytest.importorskip("tvm")
@@ -451,6 +505,12 @@ def test_modules_of_the_wrong_kind() -> None:
     layer = cw.nn.RecurrentLayer(cw.library.linear_attention, 64, 2, 16, 32)
     with pytest.raises(TypeError, match=r"mixers=\[layer\]"):
         cw.nn.LanguageModel(10, 64, layer)
+    with pytest.raises(TypeError, match=r"mixers\[0\] is .*linear_attention.*RecurrentLayer\("):
+        cw.nn.LanguageModel(10, 64, [cw.library.linear_attention])
+    with pytest.raises(ValueError, match=r"mixers\[1\] takes vectors of 64, and the model has 32"):
+        cw.nn.LanguageModel(10, 32, [cw.nn.GlobalAttention(32, 2), layer])
+    with pytest.raises(ValueError, match="value_heads must be a multiple of heads"):
+        cw.nn.RecurrentLayer(cw.library.linear_attention, 64, 2, 16, 32, value_heads=3)
 
 
 def test_a_formatted_symbol_is_its_repr() -> None:

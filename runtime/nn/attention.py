@@ -70,6 +70,7 @@ class Attention(nn.Module, Mixer):
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1: got {window}")
         self.heads, self.window, self.channels = heads, window, hidden // heads
+        self.hidden = hidden
         self.project = nn.Linear(hidden, 3 * hidden, bias=False)
         self.output = nn.Linear(hidden, hidden, bias=False)
 

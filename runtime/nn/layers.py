@@ -92,8 +92,9 @@ class RecurrentLayer(nn.Module, Mixer):
         roles (dict[str, OperandRole]): the role of every operand; `explain` shows what it means.
 
     Raises:
-        ValueError: `normalise` or `roles` names something that is not an operand, or PAIRED is the
-            role of an operand that no correction reads with.
+        ValueError: `normalise` or `roles` names something that is not an operand, PAIRED is the
+            role of an operand that no correction reads with, or `value_heads` is no multiple of
+            `heads`.
         TypeError: `op` is no recurrence.
     """
 
@@ -122,7 +123,9 @@ class RecurrentLayer(nn.Module, Mixer):
                 f"op is {op!r}, expected a recurrence: chunkwise.library.NAME, or one of your own"
             )
         self.op, self.engine = op, engine
-        self.heads, self.value_heads = heads, value_heads or heads
+        self.hidden, self.heads, self.value_heads = hidden, heads, value_heads or heads
+        if self.value_heads % heads:
+            raise ValueError(f"value_heads must be a multiple of heads: got {value_heads}, {heads}")
         self.params: dict[str, Any] = dict(params or {})
         self.key_dim, self.value_dim, self.micro_steps = key_dim, value_dim, micro_steps
         form = op.declaration.normal_form(micro_steps)

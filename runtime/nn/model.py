@@ -164,7 +164,8 @@ class LanguageModel(nn.Module):
             within them (Chen et al. 2016); False at first.
 
     Raises:
-        TypeError: `mixers` is one module.
+        TypeError: `mixers` is one module, or has something that is no module.
+        ValueError: a layer of `mixers` is of another `hidden`.
     """
 
     __call__: Callable[..., Tensor]  # of forward; torch's own type says Any
@@ -181,6 +182,11 @@ class LanguageModel(nn.Module):
         super().__init__()
         if isinstance(mixers, nn.Module) and not isinstance(mixers, nn.ModuleList):
             raise TypeError("mixers is one module, expected a list: mixers=[layer]")
+        for n, m in enumerate(mixers):
+            if not isinstance(m, nn.Module):
+                raise TypeError(f"mixers[{n}] is {m!r}, expected a layer: RecurrentLayer({m!r}, …)")
+            if (own := getattr(m, "hidden", hidden)) != hidden:
+                raise ValueError(f"mixers[{n}] takes vectors of {own}, and the model has {hidden}")
         self.config: ModelConfig | None = None
         self.checkpointing = False
         self.embed = nn.Embedding(vocabulary, hidden)

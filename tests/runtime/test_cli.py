@@ -172,7 +172,13 @@ def test_interrupted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert capsys.readouterr().err == "chunkwise: interrupted\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["tune"], ["explain"], ["prove", "kda", "--chunk", "9"]])
+def test_no_command_prints_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    said = capsys.readouterr().err
+    assert all(f"\n    {c.name}" in said for c in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [["tune"], ["explain"], ["prove", "kda", "--chunk", "9"]])
 def test_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
@@ -194,7 +200,9 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: list[str
         (["explian", "kda"], "did you mean explain?"),
         (["emit", "kda", "--stage", "chunks"], "did you mean chunk?"),
         (["emit", "kda", "--stgae", "chunk"], "did you mean --stage?"),
-        (["emit", "kda", "--dtype", "bflota16"], "did you mean bfloat16 or float16?"),
+        (["emit", "kda", "--dtype", "bflota16"], "there are bfloat16 (bf16), float16 (fp16)"),
+        (["emit", "kda", "--dims", "K=0,V=8"], "K and V, and no others, are 1 or more"),
+        (["my_rules.py:rule"], "a command comes first: chunkwise explain my_rules.py:rule"),
         (["tune", "kda", "--dtype", "int8"], "there are bfloat16 (bf16), float16 (fp16)"),
         (["audit", "--dtype", "f64"], "no dtype 'f64'"),
         (["tune", "kda", "--shape", "1,2"], "is not B,T,H, as in 4,4096,16"),
@@ -206,6 +214,35 @@ def test_what_was_meant(capsys: pytest.CaptureFixture[str], command: list[str], 
         cli.main(command)
     assert stopped.value.code == 2
     assert meant in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("-o", "no_folder/x.py"), "no_folder/x.py cannot be written: No such file"),
+        (("-o", "."), ". cannot be written: Is a directory"),
+        (("--target", "sm90"), "--target applies to --resources"),
+        (("--stage", "chunk", "--kernel", "forward_scan"), "--kernel applies to the stages plan"),
+        (("--micro", "2"), "--micro applies to tuple operands, and kda has none"),
+    ],
+)
+def test_options_that_would_be_ignored(
+    capsys: pytest.CaptureFixture[str], options: tuple[str, ...], said: str
+) -> None:
+    assert cli.main(["emit", "kda", *options]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.out == ""
+
+
+def test_a_module_is_told_of_its_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rules.py").write_text(RULES)
+    for target, meant in (("rules", "rules.py"), ("rules.mine", "rules.py:mine")):
+        assert cli.main(["explain", target]) == 2
+        assert f"did you mean {meant}?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["bf16", "bfloat16", "BF16", "torch.bfloat16"])
