@@ -105,6 +105,8 @@ def _verdict(engine: EngineName, why_not: str | None) -> _Verdict:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.target is not None:
+        find(arguments.target)  # refused before the engines are called
     with Progress("calling each engine", quiet=arguments.json):
         verdicts = {name: _verdict(name, why) for name, why in available().items()}
     bad = known_bad()

@@ -26,8 +26,14 @@ def _library(arguments: argparse.Namespace) -> int:
         raise UsageError("--name and --layout are for packages; a library has neither")
     if importlib.util.find_spec("tvm") is None:
         raise UsageError(f"--target llvm needs TVM: {how_to_install('tvm')}")
+    from .runtime.tvm.build import knows_cpu
     from .runtime.tvm.export import export_library
 
+    if arguments.cpu and not knows_cpu(arguments.cpu):
+        raise UsageError(
+            f"--cpu {arguments.cpu}: LLVM knows no such CPU of 64 bits here; x86-64-v3 and "
+            "skylake-avx512 are names of some, and `llc -mcpu=help` lists all"
+        )
     micro = arguments.micro or declaration.default_micro
     form = declaration.normal_form(micro)
     with Progress("compiling the library"):

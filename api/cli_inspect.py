@@ -71,11 +71,12 @@ def _cost(declared: Declaration, arguments: argparse.Namespace) -> str:
     from .autotune.gpu import GPUS
     from .runtime.tuned.artifact import CallSize
 
-    if arguments.cost not in GPUS:
-        raise UsageError(no_such("GPU", arguments.cost, GPUS))
+    gpu = arguments.cost.lower()
+    if gpu not in GPUS:
+        raise UsageError(no_such("GPU", gpu, GPUS))
     form = declared.normal_form(declared.default_micro)
     dtype, size = arguments.dtype, CallSize(*arguments.size)
-    return explain_cost(form, arguments.dims, dtype, size, GPUS[arguments.cost])
+    return explain_cost(form, arguments.dims, dtype, size, GPUS[gpu])
 
 
 def _size(text: str) -> tuple[int, int]:

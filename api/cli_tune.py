@@ -26,6 +26,7 @@ from .runtime.extras import how_to_install
 if TYPE_CHECKING:
     from .autotune.tunable import Tunable
 
+_PICTURES = (".png", ".svg", ".pdf")
 _ON_GPU, _ON_CPU = (4, 4096, 16), (1, 1024, 4)
 
 
@@ -43,6 +44,10 @@ def _tune(arguments: argparse.Namespace) -> int:
 
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         raise UsageError(f"--plot needs matplotlib: {how_to_install('plot')}")
+    if arguments.plot and arguments.plot.suffix not in _PICTURES:
+        raise UsageError(f"--plot {arguments.plot}: a picture ends in {', '.join(_PICTURES)}")
+    if arguments.plot and not arguments.plot.parent.is_dir():
+        raise UsageError(f"--plot {arguments.plot}: no folder {arguments.plot.parent}")
     start_early()
     op = find(arguments.target)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

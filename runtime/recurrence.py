@@ -160,7 +160,7 @@ class Recurrence:
             BadDevice: operands on two devices.
             BadLayout: an operand is sparse or nested, or only some of them are DTensors.
             BadNumber: a number that is infinite or NaN.
-            BadOption: `check` is no bool.
+            BadOption: `check` is no bool, or `engine` no name.
             NanOperand: `check` found NaN or infinities in an operand.
             PositiveGate: `check` found a log-decay above 0, or a broken promise of `within`.
             Overflow: `check` found results that are not finite.

@@ -54,6 +54,16 @@ def host_cpu() -> str:
     return str(tvm.get_global_func("tvm.codegen.llvm.GetHostCPUName")())
 
 
+def knows_cpu(cpu: str) -> bool:
+    """Whether LLVM knows a CPU of that name, of 64 bits and of this machine's architecture."""
+    triple = str(tvm.get_global_func("tvm.codegen.llvm.GetDefaultTargetTriple")())
+    if not tvm.get_global_func("target.llvm_is_valid_cpu")(cpu, triple):
+        return False
+    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu})
+    has = tvm.get_global_func("target.llvm_cpu_has_feature")
+    return not triple.startswith("x86") or bool(has("64bit", target))
+
+
 @lru_cache(maxsize=16)
 def lanes_of(cpu: str) -> int:
     """How many float32 numbers a vector register of that CPU holds."""

@@ -69,6 +69,13 @@ def test_what_is_not_understood(arguments: list[str]) -> None:
     assert ended.value.code == 2
 
 
+def test_pictures_are_refused_before_the_search(capsys: pytest.CaptureFixture[str]) -> None:
+    refusals = {"study.txt": "a picture ends in .png, .svg, .pdf", "no/x.svg": "no folder no"}
+    for file, said in refusals.items():
+        assert main(["tune", "delta_rule", *SMALL, "--plot", file]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_what_cannot_be_tuned_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "delta_rule", *SMALL[:4], "--engine", "reference"]) == 1
     assert "it has no configurations to choose from" in capsys.readouterr().err

@@ -40,6 +40,14 @@ def test_it_says_what_it_takes(library: tuple[Path, str]) -> None:
     assert any(x.split()[:3] == ["k", f"[*,*,*,{K}]", "float32"] for x in lines)
 
 
+@pytest.mark.parametrize("cpu", ["x86_64_v3", "pentium"])
+def test_unknown_cpus(cpu: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LLVM would take the first for a generic CPU, and end the process at the second."""
+    command = ["export", "gated_delta_rule", "-o", str(tmp_path / "x.so"), "--target", "llvm"]
+    assert main([*command, "--cpu", cpu]) == 2
+    assert f"--cpu {cpu}: LLVM knows no such CPU" in capsys.readouterr().err
+
+
 ALONE = """
 import sys
 import numpy, tvm_ffi
