@@ -32,6 +32,8 @@ def report(tuning: Tuning) -> str:
     if tuning.finalists:
         pages.append(_race(tuning.finalists))
         pages.append(_verdict(tuning))
+    elif tuning.cut:
+        pages.append("the budget ended before a race; a larger one goes on with --resume")
     return "\n\n".join(p for p in pages if p)
 
 
