@@ -105,6 +105,12 @@ def mistakes() -> dict[str, str]:
         )(torch.randn(1, 6, 3)),
         "layers": lambda: Attention(4, 2)(torch.randn(1 + rank, 6, 4), group=dist.group.WORLD),
         "no group": lambda: op(**given(), group="gloo"),
+        "heads": lambda: parallelize_module(
+            Attention(6, 3), dist.init_device_mesh("cpu", (2,)), tensor_parallel_style()
+        ),
+        "no layer": lambda: parallelize_module(
+            torch.nn.GELU(), dist.init_device_mesh("cpu", (2,)), tensor_parallel_style()
+        ),
         "mesh": lambda: op(
             **given(), group=dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
         ),
@@ -116,7 +122,7 @@ def mistakes() -> dict[str, str]:
         try:
             make()
             found[name] = "nothing"
-        except cw.errors.ChunkwiseError as why:
+        except (cw.errors.ChunkwiseError, ValueError, TypeError) as why:
             found[name] = f"{type(why).__name__}: {why}"
     return found
 

@@ -119,6 +119,8 @@ MISTAKES = {
     "transform of a convolution": "NoTransform: a short convolution was called under torch.func",
     "layers": "RankMismatch: on rank 1 B is 2, expected 1 as on rank 0",
     "no group": "BadOption: option 'group' is 'gloo', expected a process group",
+    "heads": "ValueError: heads is 3, expected a multiple of the 2 ranks",
+    "no layer": "TypeError: GELU is not split by heads",
     "mesh": "BadOption: option 'group' is 'a mesh of shape (1, 2)', expected a process group, or a "
     "mesh of one axis: mesh['cp']",
 }
