@@ -87,12 +87,11 @@ class _Before(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
         ctx.counts, ctx.group = counts, group
-        rank, (B, T, channels) = dist.get_rank(group), x.shape
+        rank, T = dist.get_rank(group), x.shape[1]
         mine = F.pad(x, (0, 0, 0, max(counts) - T)).contiguous()
-        every = x.new_empty(len(counts) * B, max(counts), channels)
-        dist.all_gather_into_tensor(every, mine, group)
-        parts = every.view(len(counts), *mine.shape)
-        return torch.cat([parts[n, :, : counts[n]] for n in range(rank + 1)], 1)
+        every = [torch.empty_like(mine) for _ in counts]
+        dist.all_gather(every, mine, group)
+        return torch.cat([every[n][:, : counts[n]] for n in range(rank + 1)], 1)
 
     @staticmethod
     @once_differentiable
@@ -103,7 +102,7 @@ class _Before(torch.autograd.Function):
         for n, part in enumerate(dmade.split(counts[: rank + 1], 1)):
             every[n, :, : counts[n]] = part
         mine = torch.empty_like(every[0])
-        dist.reduce_scatter_tensor(mine, every.flatten(0, 1), group=group)
+        dist.reduce_scatter(mine, [*every], group=group)
         return mine[:, : counts[rank]], None, None
 
 
