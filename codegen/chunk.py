@@ -29,6 +29,7 @@ decay, a write, a recall) is zero in the rows of the others (codegen/rows).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -39,7 +40,6 @@ from ..dsl.ir import Kind, Node, Op
 from ..dsl.normal_form import (
     NormalForm,
     Phase,
-    Read,
     expressions,
     groups_of,
     levels_of,
@@ -48,13 +48,13 @@ from ..dsl.normal_form import (
 from ..dsl.step import output_names
 from . import gates, tile
 from .buffers import BufferId, output
-from .coordinates import Coordinates
+from .coordinates import Coordinates, Seen
 from .gates import LEAST_FACTOR
 from .lower import kind_axes
 from .refusals import refusals
 from .rows import Nodes, Recall, RowTiles, payloads, row_writes, updates_of
 from .solve import add_to, eliminate, gather
-from .tile import Axis, Tile, TileOp
+from .tile import Axis, Tile, TileOp, Which
 from .transitions import StateGate, Transitions, under
 
 # e^-110 is 0 in float32. A log-decay below is as good as this one, and sums of it stay finite.
@@ -103,32 +103,27 @@ def derive(form: NormalForm, *, hoist_products: bool = False) -> ChunkProgram:
     for level in levels_of(form):
         results |= coordinates.leaves(tiles, level.states)
         for names in groups_of(coordinates.form, level.states):
-            chunks |= dict.fromkeys(
-                names, _GroupChunk(coordinates.form, tiles, names, hoist_products)
-            )
+            chunk = _GroupChunk(coordinates, tiles, names, hoist_products)
+            chunks |= dict.fromkeys(names, chunk)
         for n in level.reads:
-            parts = []
-            for read, factor in coordinates.reads(form.reads[n]):
-                part = chunks[read.state].read(read)
-                parts.append(part if factor is None else tile.mul(tiles.of(factor), part))
-            results[n] = tile.total(parts)
+            parts = coordinates.reads(form.reads[n])
+            results[n] = tile.total([x for p in parts for x in chunks[p.read.state].read(p)])
     outputs = []
     for name, node in zip(output_names(len(form.outputs)), form.outputs, strict=True):
         axes = tile.axes_of(Axis.I, *kind_axes(node.kind, transposed=form.transposed))
         summed = _summed(form, coordinates, node)
         made = tiles.of(node) if summed is None else _total(tiles, chunks, *summed)
         outputs.append((output(name), tile.expand(made, axes).named(name)))
-    ends = coordinates.ends(tiles, {n: chunk.ends[n] for n, chunk in chunks.items()})
     carried = tuple(
-        Carried(chunks[s.name].starts[s.name], ends[s.name].named(s.name + "_next"))
-        for s in form.states
+        Carried(chunk.starts[s.name], chunk.ends[s.name].named(s.name + "_next"))
+        for s, chunk in ((s, chunks[s.name]) for s in form.states)
     )
     return ChunkProgram(tuple(outputs), carried, form.transposed)
 
 
 def _summed(
     form: NormalForm, coordinates: Coordinates, node: Node
-) -> tuple[list[Read], Node | None] | None:
+) -> tuple[list[Seen], Node | None] | None:
     """Reads of which `node` is the sum, those of one state as one, and what else it is the sum of.
 
     None where no two are of one state, so that there is nothing to join.
@@ -139,19 +134,17 @@ def _summed(
     elsewhere += [] if rest is None else results_of(rest)
     if {n for _, n in terms} & {*elsewhere} or len({n for _, n in terms}) < len(terms):
         return None
-    joined: dict[Read, Node] = {}
-    count = 0
+    joined: dict[Seen, list[Seen]] = {}
     for sign, n in terms:
-        for read, factor in coordinates.reads(form.reads[n]):
-            if factor is not None:
+        for seen in coordinates.reads(form.reads[n]):
+            if seen.factor is not None:
                 return None
-            key = read.key if sign > 0 else algebra.neg(read.key)
-            at = replace(read, key=algebra.ONE)
-            joined[at] = algebra.add(joined[at], key) if at in joined else key
-            count += 1
-    if count == len(joined):
+            signed = seen if sign > 0 else seen.with_keys(algebra.neg)
+            of = replace(seen, read=replace(seen.read, key=algebra.ONE), own=None)
+            joined.setdefault(of, []).append(signed)
+    if all(len(parts) == 1 for parts in joined.values()):
         return None
-    return [replace(read, key=key) for read, key in joined.items()], rest
+    return [functools.reduce(Seen.joined, parts) for parts in joined.values()], rest
 
 
 def _terms(node: Node, sign: int = 1) -> tuple[list[tuple[int, int]], list[tuple[int, Node]]]:
@@ -166,13 +159,13 @@ def _terms(node: Node, sign: int = 1) -> tuple[list[tuple[int, int]], list[tuple
 
 
 def _total(
-    tiles: RowTiles, chunks: Mapping[str, _GroupChunk], reads: Sequence[Read], rest: Node | None
+    tiles: RowTiles, chunks: Mapping[str, _GroupChunk], reads: Sequence[Seen], rest: Node | None
 ) -> Tile:
     """The sum of reads and of `rest`; written values that several of them see are taken once."""
     parts = [] if rest is None else [tiles.of(rest)]
     scores: dict[Tile, Tile] = {}
-    for read in reads:
-        own, gathered = chunks[read.state].parts(read)
+    for seen_read in reads:
+        own, gathered = chunks[seen_read.read.state].parts(seen_read)
         parts += own
         for values, seen in gathered:
             add_to(scores, values, seen)
@@ -183,9 +176,13 @@ class _GroupChunk:
     """The chunk form of a group of states of one kind, shared by their updates and reads."""
 
     def __init__(
-        self, form: NormalForm, tiles: RowTiles, names: tuple[str, ...], hoist_products: bool
+        self,
+        coordinates: Coordinates,
+        tiles: RowTiles,
+        names: tuple[str, ...],
+        hoist_products: bool,
     ) -> None:
-        self._form, self._tiles = form, tiles
+        self._form, self._tiles, self._coordinates = coordinates.form, tiles, coordinates
         (self._kind,) = {s.kind for s in self._form.states if s.name in names}
         self.starts = {n: tile.carry(n, kind_axes(self._kind)) for n in names}
         self._hoist = hoist_products
@@ -198,6 +195,11 @@ class _GroupChunk:
         factors = (None if f is None else self._scale(f) for _, f in placed)
         self._placed = list(zip((p for p, _ in placed), factors, strict=True))
         self._written = self._solve(recalls)
+        at_end = coordinates.leaves_at_end(tiles, names)
+        late = replace(tiles, results={**tiles.results, **at_end})
+        self._late_keys = [late.in_rows(w.keys).named("w") for w in self._writes]
+        starts = {s.name: tile.carry(s.name, kind_axes(s.kind)) for s in self._form.states}
+        self._turned = coordinates.at_end(tiles, names, starts)
         self.ends = {n: self._next(n) for n in names}
 
     def _log_decay(self, state: str, *, columns: bool = False) -> Tile | None:
@@ -287,12 +289,14 @@ class _GroupChunk:
         late = self._tiles.in_rows(recall.late, _bounded).named("g_late")
         return tile.mul(b, self._transitions.gates[recall.state].exp(late))
 
-    def _scores(self, x: Tile, to: str, phase: Phase, n: int) -> Tile | None:
+    def _scores(
+        self, x: Tile, to: str, phase: Phase, n: int, *, strict: bool = False
+    ) -> Tile | None:
         """What `x` of row i sees in a state of the n-th payload of row j; None: 0."""
         parts = []
         for m, factor in self._places(n):
             key, of = self._keys[m], self._writes[m].state
-            seen = self._transitions.scores(x, to, key, of, phase)
+            seen = self._transitions.scores(x, to, key, of, phase, strict=strict)
             if seen is not None:
                 parts.append(seen if factor is None else tile.mul(seen, _of_column(factor)))
         return tile.total(parts) if parts else None
@@ -339,10 +343,11 @@ class _GroupChunk:
         columns = self._columns[to]
         kept = columns.factor(columns.whole)
         parts = [
-            tile.mul(tile.mul(kept, x), self.starts[of]) for of, x in self._transitions.whole(to)
+            tile.mul(tile.mul(kept, x), self._turned[of]) for of, x in self._transitions.whole(to)
         ]
         by_key: dict[Tile, dict[int, Tile]] = {}
-        for write, key, (n, factor) in zip(self._writes, self._keys, self._placed, strict=True):
+        writes = zip(self._writes, self._late_keys, self._placed, strict=True)
+        for write, key, (n, factor) in writes:
             left = self._transitions.to_end(to, write.state)
             if left is not None:
                 left = left if factor is None else tile.mul(left, factor)
@@ -358,13 +363,26 @@ class _GroupChunk:
             parts.append(tile.contract(decayed, tile.mul(late, tile.total(values)), Axis.I))
         return tile.total(parts)
 
-    def read(self, read: Read) -> Tile:
-        """key^T S at the read's moment: [I, V], or [I] of a KeyState; or S key: [I, K]."""
-        parts, gathered = self.parts(read)
-        return tile.total([*parts, *(gather(x.named("A"), u) for u, x in gathered)])
+    def read(self, seen: Seen) -> list[Tile]:
+        """key^T S at the read's moment: [I, V], or [I] of a KeyState; or S key: [I, K]. A sum."""
+        parts, gathered = self.parts(seen)
+        found = tile.total([*parts, *(gather(x.named("A"), u) for u, x in gathered)])
+        if seen.factor is None:
+            return [found]
+        c = self._tiles.in_rows((seen.read.key,)).named("c")
+        apart = [
+            tile.mul(own, tile.contract(c, u, Axis.V))
+            for n, u in enumerate(self._written)
+            for own in self._own(seen, n)
+        ]
+        return [tile.mul(self._tiles.of(seen.factor), found), *apart]
 
-    def parts(self, read: Read) -> tuple[list[Tile], list[tuple[Tile, Tile]]]:
-        """What a read is the sum of: tiles, and written values to be gathered by scores."""
+    def parts(self, seen: Seen) -> tuple[list[Tile], list[tuple[Tile, Tile]]]:
+        """What a read is the sum of: tiles, and written values to be gathered by scores.
+
+        Over columns the row's own writes are no part of it where the read has them apart.
+        """
+        read = seen.read
         c = self._tiles.in_rows((read.key,)).named("c")
         columns = read.other_axis is not self._form.transposed
         parts, gathered = [], []
@@ -378,28 +396,49 @@ class _GroupChunk:
         gate = self._columns[read.state].of_channels(read.phase)
         for n, written in enumerate(self._written):
             if columns:
-                seen = self._combined(c, read, n, written)
-                parts += [] if seen is None else [seen]
+                part = self._combined(c, seen, n, written)
+                parts += [] if part is None else [part]
                 continue
-            scores = self._scores(c, read.state, read.phase, n)
-            if scores is None:
+            earlier = self._scores(c, read.state, read.phase, n, strict=seen.turned)
+            found = [] if earlier is None else [earlier]
+            found += [tile.mask(own, Which.DIAGONAL) for own in self._own(seen, n)]
+            if not found:
                 continue
+            scores = tile.total(found)
             if gate is None:
                 gathered.append((written, scores))
             else:
                 parts.append(under(gate, scores.named("A"), written, read.phase))
         return parts, gathered
 
-    def _combined(self, c: Tile, read: Read, n: int, written: Tile) -> Tile | None:
+    def _own(self, seen: Seen, n: int) -> Iterator[Tile]:
+        """Of a read that has the row's own writes apart, those of the n-th payload: products of
+        keys, or over columns the keys that are written."""
+        if not seen.turned or seen.own is None:
+            return
+        for m, factor in self._places(n):
+            write = self._writes[m]
+            nodes = tuple(self._coordinates.own_key(write.state, k) for k in write.keys)
+            if write.state != seen.read.state or all(k is None for k in nodes):
+                continue
+            own = self._tiles.in_rows(nodes).named("w")
+            if seen.factor is None:
+                own = tile.contract(self._tiles.in_rows((seen.own,)).named("c"), own, Axis.K)
+            yield own if factor is None else tile.mul(own, factor)
+
+    def _combined(self, c: Tile, seen: Seen, n: int, written: Tile) -> Tile | None:
         """What they add to a read over columns."""
+        read = seen.read
         products = tile.contract(c, tile.rename(written, Axis.J), Axis.V)
         parts = []
         for m, factor in self._places(n):
             scaled = products if factor is None else tile.mul(products, _of_column(factor))
             key, of = self._keys[m], self._writes[m].state
-            parts.append(self._transitions.combine(scaled, read.state, key, of, read.phase))
-        known = [x for x in parts if x is not None]
-        return tile.total(known) if known else None
+            part = self._transitions.combine(
+                scaled, read.state, key, of, read.phase, strict=seen.turned
+            )
+            parts += [] if part is None else [part]
+        return tile.total(parts) if parts else None
 
 
 def _of_column(factor: Tile) -> Tile:

@@ -5,18 +5,23 @@ each negative factor, the turned states z~ = e^(-iA) z pass by the sizes of thei
 
     z_i = r_i e^(ia_i) z_(i-1) + w_i u_i^T  becomes  z~_i = r_i z~_(i-1) + (e^(-iA_i) w_i) u_i^T
 
-and what is read of z is read of z~ with a turned key. As the chunk begins A is 0, and as it ends
-the states are turned back: what is carried, saved and handed over are the states themselves.
+and what is read of z is read of z~ with a turned key. What is carried, saved and handed over are
+the states themselves: A is 0 as the chunk begins, and its end is computed in the coordinates of the
+end, where a row's keys are turned by the angles that follow it.
 
 The form in other coordinates is a normal form as any other. Its leaves for signs, cosines and sines
 are RESULTs beyond the reads: tiles that the chunk derivation gives (`leaves`).
+
+What a row reads of its own write is turned there and back. The gradient of the angle would have it
+with either sign, and where strong decays leave little beside it, the rounding of both is all that
+is left: so rows read their own writes by keys that were not turned (`own_key`, `Seen.own`).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..dsl import algebra
@@ -36,6 +41,7 @@ from ..dsl.normal_form import (
 )
 from ..dsl.turns import Plane, planes_of
 from . import gates, tile
+from .angles import Angle
 from .rows import RowTiles
 from .tile import Axis, Tile
 
@@ -77,11 +83,36 @@ class _Turned:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A part of a read: a read in turned coordinates, and the factor of what it reads.
+
+    `turned`: the row's own write is read apart, with the key `own` and no factor; None: not at all.
+    """
+
+    read: Read
+    factor: Node | None = None
+    turned: bool = False
+    own: Node | None = None
+
+    def with_keys(self, rule: Callable[[Node], Node]) -> Seen:
+        """The same with other keys."""
+        own = None if self.own is None else rule(self.own)
+        return replace(self, read=replace(self.read, key=rule(self.read.key)), own=own)
+
+    def joined(self, other: Seen) -> Seen:
+        """The sum of two that differ in their keys alone."""
+        own = algebra.total(k for k in (self.own, other.own) if k is not None)
+        key = algebra.add(self.read.key, other.read.key)
+        return replace(self, read=replace(self.read, key=key), own=own)
+
+
 class Coordinates:
     """A form with its signs and angles taken out of the states; `form` itself if it has none."""
 
     def __init__(self, form: NormalForm) -> None:
         self._turned: dict[str, _Turned] = {}
+        self._own_keys: dict[tuple[str, Node], Node | None] = {}
         self._planes = planes_of(form)
         for n, plane in enumerate(self._planes):
             first, kind = len(form.reads) + 5 * n, _kind(plane)
@@ -103,25 +134,31 @@ class Coordinates:
     def _update(self, state: str, updates: dict[str, Update], m: int) -> Update:
         update, turned = updates[state], self._turned.get(state)
         if turned is None:
-            return replace(update, writes=tuple(self._writes([(state, None)], updates)))
-        writes = tuple(self._writes(turned.sources(), updates))
+            writes = tuple(w for w, _ in self._writes([(state, None)], updates))
+            return replace(update, writes=writes)
+        written = list(self._writes(turned.sources(), updates))
+        self._own_keys |= {(state, w.key): own for w, own in written}
+        writes = tuple(w for w, _ in written)
         plane = next(p for p in self._planes if state in p.states)
         log, mixes = _left(plane, turned, m)
         return Update(state, log, Interval(), mixes, writes)
 
     def _writes(
         self, sources: Sequence[tuple[str, Node | None]], updates: dict[str, Update]
-    ) -> Iterator[Write]:
-        """The writes of states by keys times factors; those of equal values as one."""
-        keys: dict[_Payload, list[Node]] = {}
-        for state, factor in sources:
+    ) -> Iterator[tuple[Write, Node | None]]:
+        """The writes of states by keys times factors, those of equal values as one; with the sum
+        of the keys of the first state."""
+        keys: dict[_Payload, list[tuple[Node, Node | None]]] = {}
+        for n, (state, factor) in enumerate(sources):
             for key, payload in self._payloads(updates[state]):
                 turned = key if factor is None else algebra.mul(factor, key)
-                keys.setdefault(payload, []).append(turned)
-        for (value, corrections), parts in keys.items():
+                keys.setdefault(payload, []).append((turned, None if n else key))
+        for (value, corrections), pairs in keys.items():
             first, *rest = corrections or (None,)
-            yield Write(_sum(parts), value, first)
-            yield from (Write(_sum(parts), None, f) for f in rest)
+            key = _sum([turned for turned, _ in pairs])
+            own = algebra.total(k for _, k in pairs if k is not None)
+            yield Write(key, value, first), own
+            yield from ((Write(key, None, f), own) for f in rest)
 
     def _payloads(self, update: Update) -> Iterator[tuple[Node, _Payload]]:
         """The keys that are written, with all that each is written with, read of turned states."""
@@ -148,48 +185,70 @@ class Coordinates:
         for (state, scale, decayed), summed in keys.items():
             yield Correction(state, _sum(summed), scale, decayed)
 
+    # ---- reads and the row's own writes ----------------------------------------------------------
+
+    def reads(self, read: Read) -> list[Seen]:
+        """A read as a sum of reads of turned states: of rows by turned keys, of columns themselves,
+        the factor of what is read beside each."""
+        turned = self._turned.get(read.state)
+        if turned is None:
+            return [Seen(read)]
+        found = []
+        columns = read.other_axis is not self.form.transposed
+        for state, factor in turned.parts(before=read.phase is Phase.BEFORE):
+            own = read.key if state == read.state else None
+            key = read.key if columns else algebra.mul(factor, read.key)
+            part = replace(read, state=state, key=key)
+            has_angle = turned.partner is not None and read.phase is Phase.AFTER
+            found.append(Seen(part, factor if columns else None, has_angle, own))
+        return found
+
+    def own_key(self, state: str, key: Node | None) -> Node | None:
+        """The key of a write to a turned state as it is in the state itself; None: it has none."""
+        return None if key is None else self._own_keys[state, key]
+
     # ---- tiles -----------------------------------------------------------------------------------
 
     def leaves(self, tiles: RowTiles, states: Sequence[str]) -> dict[int, Tile]:
         """The leaves of the planes of some states: signs, cosines and sines of running angles."""
         found: dict[int, Tile] = {}
-        for plane in self._planes:
-            turned = self._turned[plane.pairs[0][0]]
-            if turned.state not in states:
-                continue
+        for turned, plane in self._own(states):
             angle = _angle(tiles, plane)
-            after, before = gates.cumsum(angle), gates.cumsum(angle, exclusive=True)
             sign = tile.sub(tile.const(1.0), tile.mul(tile.const(2.0), _negative(tiles, plane)))
-            parts = (sign, *_circle(after, "A"), *_circle(before, "A_before"))
-            found |= {turned.first_leaf + n: x for n, x in enumerate(parts)}
+            after = _circle(angle, gates.cumsum, "A")
+            before = _circle(angle, functools.partial(gates.cumsum, exclusive=True), "A_before")
+            found |= {turned.first_leaf + n: x for n, x in enumerate((sign, *after, *before))}
         return found
 
-    def reads(self, read: Read) -> list[tuple[Read, Node | None]]:
-        """A read as a sum of reads of turned states: of rows by turned keys, of columns themselves,
-        the factor of what is read beside each."""
-        turned = self._turned.get(read.state)
-        if turned is None:
-            return [(read, None)]
-        parts = turned.parts(before=read.phase is Phase.BEFORE)
-        if read.other_axis is not self.form.transposed:
-            return [(replace(read, state=state), factor) for state, factor in parts]
-        return [
-            (replace(read, state=state, key=algebra.mul(factor, read.key)), None)
-            for state, factor in parts
-        ]
+    def leaves_at_end(self, tiles: RowTiles, states: Sequence[str]) -> Mapping[int, Tile]:
+        """The same for keys of writes in the coordinates of the chunk's end."""
+        found: dict[int, Tile] = {}
+        following = functools.partial(gates.cumsum, reverse=True, exclusive=True)
+        for turned, plane in self._own(states):
+            cosine, sine = _circle(_angle(tiles, plane), following, "A_after")
+            found |= {turned.first_leaf + 1: cosine, turned.first_leaf + 2: tile.neg(sine)}
+        return found
 
-    def ends(self, tiles: RowTiles, ends: dict[str, Tile]) -> dict[str, Tile]:
-        """The states as the chunk ends, of the turned ones."""
-        found = dict(ends)
-        for plane in self._planes:
-            whole = tile.reduce(_angle(tiles, plane), (Axis.I,))
-            cosine, sine = _circle(whole, "A_C")
+    def at_end(
+        self, tiles: RowTiles, states: Sequence[str], starts: dict[str, Tile]
+    ) -> dict[str, Tile]:
+        """All states at the chunk's start, some planes in the coordinates of its end."""
+        found = dict(starts)
+        for _, plane in self._own(states):
+            angle = _angle(tiles, plane)
+            cosine, sine = _circle(angle, lambda x: tile.reduce(x, (Axis.I,)), "A_C")
             for x, y in plane.pairs:
-                found[x] = tile.mul(cosine, ends[x])
+                found[x] = tile.mul(cosine, starts[x])
                 if y is not None:
-                    found[x] = tile.sub(found[x], tile.mul(sine, ends[y]))
-                    found[y] = tile.add(tile.mul(sine, ends[x]), tile.mul(cosine, ends[y]))
+                    found[x] = tile.sub(found[x], tile.mul(sine, starts[y]))
+                    found[y] = tile.add(tile.mul(sine, starts[x]), tile.mul(cosine, starts[y]))
         return found
+
+    def _own(self, states: Sequence[str]) -> Iterator[tuple[_Turned, Plane]]:
+        """The planes of some states, each with its first state."""
+        for plane in self._planes:
+            if not set(states).isdisjoint(plane.states):
+                yield self._turned[plane.pairs[0][0]], plane
 
 
 def _left(plane: Plane, turned: _Turned, m: int) -> tuple[Node | None, tuple[Mix, ...]]:
@@ -235,16 +294,14 @@ def _negative(tiles: RowTiles, plane: Plane) -> Tile:
     return tiles.in_rows(tuple(known), lambda x: one if x == always else tile.step(tile.neg(x)))
 
 
-def _angle(tiles: RowTiles, plane: Plane) -> Tile:
-    """The angle of each row, [I] or [I, K]."""
-    parts = []
-    if any(a is not None for a in plane.angles):
-        parts.append(tiles.in_rows(plane.angles))
-    if _has_signs(plane):
-        parts.append(tile.mul(tile.const(math.pi), _negative(tiles, plane)))
-    return tile.total(parts).named("a")
+def _angle(tiles: RowTiles, plane: Plane) -> Angle:
+    """The angle of each row, [I] or [I, K]; a negative factor is half a turn."""
+    turns = any(a is not None for a in plane.angles)
+    angle = tiles.in_rows(plane.angles).named("a") if turns else None
+    return Angle.of(angle, _negative(tiles, plane) if _has_signs(plane) else None)
 
 
-def _circle(angle: Tile, name: str) -> tuple[Tile, Tile]:
-    cosine, sine = tile.fmap(Op.COS, angle), tile.fmap(Op.SIN, angle)
+def _circle(angle: Angle, summed: Callable[[Tile], Tile], name: str) -> tuple[Tile, Tile]:
+    total = angle.total(summed).named(name)
+    cosine, sine = tile.fmap(Op.COS, total), tile.fmap(Op.SIN, total)
     return cosine.named("cos_" + name), sine.named("sin_" + name)

@@ -247,6 +247,7 @@ _RULES: dict[TileOp, Rule] = {
     TileOp.EXTENT: lambda z, g: [],
     TileOp.CARRY: lambda z, g: [],
     TileOp.STEP: lambda z, g: [],
+    TileOp.ROUND: lambda z, g: [],
     TileOp.EXPAND: lambda z, g: [(z.args[0], g)],
     TileOp.RENAME: lambda z, g: [
         (z.args[0], tile.rename(g, Axis.I if z.attrs == (Axis.J,) else Axis.J))

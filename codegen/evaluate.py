@@ -80,6 +80,7 @@ def _step(x: Decimal) -> Decimal:
 _ELEMENTWISE = {op: np.frompyfunc(f.value, op.arity, 1) for op, f in ELEMENTWISE.items()}
 _EXP = _ELEMENTWISE[Op.EXP]
 _STEP = np.frompyfunc(_step, 1, 1)
+_ROUND = np.frompyfunc(Decimal.to_integral_value, 1, 1)
 
 
 # ---------------------------------------------------------------- TileIR
@@ -185,6 +186,7 @@ _TILES: dict[TileOp, Callable[[Tile, Sequence[Numbers], Sizes], Numbers]] = {
     TileOp.EXTENT: lambda t, xs, c: number(c.along(_attr(t))),
     TileOp.MAP: lambda t, xs, c: _ELEMENTWISE[_attr(t)](*xs),
     TileOp.STEP: lambda t, xs, c: _STEP(*xs),
+    TileOp.ROUND: lambda t, xs, c: _ROUND(*xs),
     TileOp.EXPAND: lambda t, xs, c: np.broadcast_to(xs[0], c.shape(t.axes)),
     TileOp.RENAME: lambda t, xs, c: xs[0].swapaxes(_AT[Axis.I], _AT[Axis.J]),
     TileOp.ROWS: lambda t, xs, c: _where(c.numbers(Axis.I) < c.end, xs[0]),

@@ -61,6 +61,7 @@ class TileOp(Enum):
     # compute
     MAP = "elementwise function of tiles, broadcast by axis name; attrs (StepIR op,)"
     STEP = "1 where x > 0, else 0"
+    ROUND = "the nearest whole number; no gradient passes"
     EXPAND = "the same values along further axes"
     RENAME = "the same tile with I called J, or J called I; attrs (to,)"
     ROWS = "zero in the rows beyond the end of the sequence"
@@ -87,7 +88,7 @@ LEAVES = (TileOp.TOKEN, TileOp.HEAD, TileOp.PARAM, TileOp.CARRY)  # given to the
 NUMBERS = (TileOp.CONST, TileOp.EXTENT)
 ALIASES = (TileOp.RENAME, TileOp.EXPAND)  # the same numbers, seen over other axes
 MASKS = (TileOp.ROWS, TileOp.PHASE, TileOp.MASK)
-POINTWISE = (TileOp.MAP, TileOp.STEP, TileOp.FLOOR, TileOp.FLUSH, *MASKS)
+POINTWISE = (TileOp.MAP, TileOp.STEP, TileOp.ROUND, TileOp.FLOOR, TileOp.FLUSH, *MASKS)
 
 Attr = str | int | float | bool | None | Op | Which | Axis | Axes
 _Kind = TypeVar("_Kind")
@@ -283,6 +284,10 @@ def step(x: Tile) -> Tile:
     if x.op is TileOp.EXPAND:
         return expand(step(x.args[0]), x.axes)
     return Tile(TileOp.STEP, (x,), (), x.axes)
+
+
+def round(x: Tile) -> Tile:
+    return Tile(TileOp.ROUND, (x,), (), x.axes)
 
 
 def total(parts: list[Tile]) -> Tile:

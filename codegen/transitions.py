@@ -81,9 +81,10 @@ class StateGate:
             return None
         return Gate(g, to, inclusive, phase is Phase.BEFORE, self.is_factor)
 
-    def between(self, scores: Tile, phase: Phase) -> Tile:
-        """`scores` decayed from j to i by a scalar gate, for j < i, and j = i AFTER the writes."""
-        g, which = self.log_decay, _seen(phase)
+    def between(self, scores: Tile, phase: Phase, *, strict: bool = False) -> Tile:
+        """`scores` decayed from j to i by a scalar gate, for j < i, and j = i AFTER the writes
+        unless `strict`."""
+        g, which = self.log_decay, Which.STRICT if strict else _seen(phase)
         if g is None:
             return tile.mask(scores, which)
         if phase is not Phase.BEFORE:  # one D, with its diagonal, for all scores of the chunk
@@ -100,15 +101,18 @@ class StateGate:
         return self.decay(decays.named("D_before"))
 
 
-def under(gate: Gate | None, scores: Tile, x: Tile, phase: Phase) -> Tile:
-    """sum_j scores_ij x_j, channel by channel decayed from j to i by a vector gate, if any."""
+def under(gate: Gate | None, scores: Tile, x: Tile, phase: Phase, *, strict: bool = False) -> Tile:
+    """sum_j scores_ij x_j, channel by channel decayed from j to i by a vector gate, if any.
+
+    `strict`: without the row's own, of which scores under no gate have none.
+    """
     if gate is None:
         return gather(scores, x)
-    strict = decayed_apply(scores, tile.rename(x, Axis.J), gate, Axis.I)
-    if phase is not Phase.AFTER:
-        return strict
+    earlier = decayed_apply(scores, tile.rename(x, Axis.J), gate, Axis.I)
+    if phase is not Phase.AFTER or strict:
+        return earlier
     own = tile.reduce(tile.mask(scores, Which.DIAGONAL), (Axis.J,))
-    return tile.add(strict, tile.mul(own, x))
+    return tile.add(earlier, tile.mul(own, x))
 
 
 def _seen(phase: Phase) -> Which:
@@ -129,23 +133,30 @@ class Transitions:
         self._mixes = dict(mixes)
         self._mixed = {name for pair in mixes for name in pair}
 
-    def scores(self, x: Tile, to: str, key: Tile, of: str, phase: Phase) -> Tile | None:
-        """<x_i, key_j> by what is left in `to` at row i of what row j wrote to `of`; None: 0."""
+    def scores(
+        self, x: Tile, to: str, key: Tile, of: str, phase: Phase, *, strict: bool = False
+    ) -> Tile | None:
+        """<x_i, key_j> by what is left in `to` at row i of what row j wrote to `of`; None: 0.
+
+        `strict`: without what row i wrote itself.
+        """
         gate = self._of_channels(to, of, phase)
         if gate is None:
             products = tile.contract(x, tile.rename(key, Axis.J), Axis.K)
-            return self._between(products, to, of, phase)
-        strict = decayed_dot(x, key, gate)
-        if phase is not Phase.AFTER:
-            return strict
+            return self._between(products, to, of, phase, strict)
+        earlier = decayed_dot(x, key, gate)
+        if phase is not Phase.AFTER or strict:
+            return earlier
         diagonal = tile.contract(x, key, Axis.K)  # e^0 for every gate: never formed
-        return tile.add(strict, tile.mask(diagonal, Which.DIAGONAL))
+        return tile.add(earlier, tile.mask(diagonal, Which.DIAGONAL))
 
-    def combine(self, products: Tile, to: str, key: Tile, of: str, phase: Phase) -> Tile | None:
+    def combine(
+        self, products: Tile, to: str, key: Tile, of: str, phase: Phase, *, strict: bool = False
+    ) -> Tile | None:
         """sum_j products_ij key_j, by what is left of what row j wrote: [I, K]; None: 0."""
         gate = self._of_channels(to, of, phase)
-        scores = self._between(products, to, of, phase) if gate is None else products
-        return None if scores is None else under(gate, scores, key, phase)
+        scores = self._between(products, to, of, phase, strict) if gate is None else products
+        return None if scores is None else under(gate, scores, key, phase, strict=strict)
 
     def from_start(self, to: str, phase: Phase) -> list[tuple[str, Tile]]:
         """The factors of states at the chunk's start that a read of `to` sees, [I] or [I, K]."""
@@ -184,16 +195,17 @@ class Transitions:
     def _of_channels(self, to: str, of: str, phase: Phase) -> Gate | None:
         return self.gates[to].of_channels(phase) if to == of else None
 
-    def _between(self, products: Tile, to: str, of: str, phase: Phase) -> Tile | None:
+    def _between(self, products: Tile, to: str, of: str, phase: Phase, strict: bool) -> Tile | None:
         """Scores by what is left in `to` at row i of what row j wrote to `of`; None: 0."""
         if to not in self._mixed:
-            return self.gates[to].between(products, phase) if to == of else None
+            own = self.gates[to]
+            return own.between(products, phase, strict=strict) if to == of else None
         before = {s: self._before[s, of] for s in self.gates if (s, of) in self._before}
         left = self._moved(before, to, phase)
-        strict = [] if left is None else [tile.mul(products, left)]
-        if phase is Phase.AFTER and to == of:
-            strict.append(tile.mask(products, Which.DIAGONAL))
-        return tile.total(strict) if strict else None
+        parts = [] if left is None else [tile.mul(products, left)]
+        if phase is Phase.AFTER and to == of and not strict:
+            parts.append(tile.mask(products, Which.DIAGONAL))
+        return tile.total(parts) if parts else None
 
     # ---- of states that mix ----------------------------------------------------------------------
 

@@ -98,6 +98,7 @@ _TILES: Mapping[TileOp, Callable[..., bool]] = {
     TileOp.EXTENT: lambda t: not t.axes,
     TileOp.MAP: lambda t, *args: t.axes == axes_of(*(a for x in args for a in x.axes)),
     TileOp.STEP: lambda t, x: t.axes == x.axes,
+    TileOp.ROUND: lambda t, x: t.axes == x.axes,
     TileOp.FLOOR: lambda t, x: t.axes == x.axes,
     TileOp.FLUSH: lambda t, x: t.axes == x.axes,
     TileOp.EXPAND: lambda t, x: set(t.axes) > set(x.axes),

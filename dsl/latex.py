@@ -138,6 +138,9 @@ class Latex(Notation):
     def positive(self, x: Text) -> Text:
         return Text(rf"[{x.text} > 0]")
 
+    def nearest(self, x: Text) -> Text:
+        return Text(rf"\operatorname{{round}}({x.text})")
+
     def unit_inverse(self, lower: str, indices: Sequence[str]) -> Text:
         return Text(rf"(1 + {lower})^{{-1}}_{{{''.join(indices)}}}")
 

@@ -114,6 +114,10 @@ class Notation:
         """1 where x > 0, and 0 elsewhere."""
         return Text(f"step({x.text})")
 
+    def nearest(self, x: Text) -> Text:
+        """The nearest whole number."""
+        return Text(f"round({x.text})")
+
     def unit_inverse(self, lower: str, indices: Sequence[str]) -> Text:
         """An entry of the inverse of 1 + `lower`."""
         return Text(f"(1 + {lower})⁻¹[{','.join(indices)}]")

@@ -95,6 +95,8 @@ class _Torch(Expressions):
             name = "prefix_sum" if not reverse else "suffix_sum"
             dim = -len(x.axes)
             return f"{name}({self.within(x.args[0], x.axes)}, {dim}, exclusive={exclusive})"
+        if x.op is TileOp.ROUND:
+            return f"torch.round({self.text(x.args[0])})"
         if x.op is TileOp.FLOOR:
             return f"torch.clamp({self.text(x.args[0])}, min={x.attrs[0]})"
         args = ", ".join(self.within(a, self.layout(a)) for a in x.args)

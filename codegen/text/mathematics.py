@@ -175,6 +175,8 @@ class _Printer:
             return self._map(x, view)
         if x.op is TileOp.STEP:
             return notation.positive(self._text(x.args[0], view))
+        if x.op is TileOp.ROUND:
+            return notation.nearest(self._text(x.args[0], view))
         if x.op is TileOp.ROWS:
             return notation.where(self._factor(x.args[0], view), f"{row} < n")
         if x.op is TileOp.PHASE:

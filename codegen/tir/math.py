@@ -175,9 +175,7 @@ class Math:
 
     def _wave(self, x: Expr, ahead: int) -> Expr:
         """The sine, so many quarter turns ahead."""
-        nearest = x * self._c(2.0 / math.pi) + self._c(0.5)
-        name = vector_type("float32", self._lanes)
-        n = self._bind("n", tirx.call_llvm_pure_intrin(name, "llvm.floor", nearest))
+        n = self._bind("n", self.nearest(x * self._c(2.0 / math.pi)))
         r = x
         for part in _QUARTER:  # with x = n pi/2 + r, |r| <= pi/4
             r = self._bind("r", r - n * self._c(part))
@@ -192,6 +190,11 @@ class Math:
         return tirx.Select(
             tirx.EQ(tirx.bitwise_and(quarter, self._int(2)), self._int(2)), -wave, wave
         )
+
+    def nearest(self, x: Expr) -> Expr:
+        """The nearest whole number."""
+        name = vector_type("float32", self._lanes)
+        return tirx.call_llvm_pure_intrin(name, "llvm.floor", x + self._c(0.5))
 
     def abs(self, x: Expr) -> Expr:
         name = vector_type("float32", self._lanes)

@@ -98,6 +98,8 @@ class Values:
             return self._math.most(self._frame.code.bind("x", x), t.attr(float))
         if t.op is TileOp.FLUSH:
             return self.flushed(x, t.attr(float))
+        if t.op is TileOp.ROUND:
+            return self._math.nearest(x)
         if t.op is TileOp.STEP:
             return tirx.Select(x > zero, number(1.0, self._lanes), zero)
         if t.op is TileOp.MASK:

@@ -114,6 +114,8 @@ class TritonExpressions(KernelExpressions):
     def structural(self, x: Tile) -> str:
         if x.op in (*MASKS, TileOp.STEP):
             return self.masked(x, "rows", _INDEX)
+        if x.op is TileOp.ROUND:
+            return f"tl.floor({self.within(x.args[0], self.layout(x))} + 0.5)"
         made = self._made[x]
         if isinstance(made, Product):
             return self._added(made)

@@ -221,6 +221,7 @@ class _Program:
         simple: dict[str, Callable[[], Numbers]] = {
             "MAP": lambda: _FUNCTIONS[attrs[0].name](*args),
             "STEP": lambda: x > 0,
+            "ROUND": lambda: np.rint(x),
             "ROWS": lambda: np.where(rows < self.length, x, 0),
             "PHASE": lambda: np.where(rows % attrs[1] == attrs[0], x, 0),
             "MASK": lambda: np.where(_KEPT[attrs[0].name](i, j), x, 0),

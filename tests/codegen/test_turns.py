@@ -284,6 +284,20 @@ def test_large_angles_are_right() -> None:
     assert_agree(got, want, FLOAT64_RANDOM)
 
 
+@pytest.mark.parametrize("name", ["turning", "channels", "columns"])
+@pytest.mark.parametrize("strong", [False, True], ids=["lasting", "forgotten"])
+def test_float32_keeps_angles_and_their_gradients(name: str, strong: bool) -> None:
+    """Angles of 10,000 radians, summed over a chunk; gradients beside which a row's own write is
+    8000 times as large."""
+    inputs = make_inputs(RULES[name], replace(SIZES, dtype=torch.float32))
+    inputs.operands["a"] = (1e4 * inputs.operands["a"].detach()).requires_grad_()
+    if strong:
+        inputs.operands["g"] = torch.full_like(inputs.operands["g"], -9.0).requires_grad_()
+    got, want = engine_results(RULES[name], inputs, "eager"), oracle_results(RULES[name], inputs)
+    assert_agree(got, want, torch.float32)
+    assert not strong or want["da"].abs().max() < 1e-2
+
+
 def test_states_that_turn_are_explained() -> None:
     text = channels.explain()
     assert "R: decay per key channel with an angle per key channel" in text
