@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from .ir import Kind, Node, Op, constant, topological
 
@@ -98,18 +98,43 @@ def total(nodes: Iterable[Node]) -> Node | None:
     return result
 
 
-def factors(node: Node) -> tuple[int, list[Node]]:
-    """A product as a sign, 1 or -1, and its factors, of which numbers are positive."""
-    if node.op is Op.NEG:
-        sign, found = factors(node.args[0])
-        return -sign, found
-    if node.op is Op.MUL:
-        (s, x), (t, y) = (factors(a) for a in node.args)
-        return s * t, x + y
-    value = number(node)
-    if value is not None and value < 0.0:
-        return -1, [constant(-value)]
-    return 1, [node]
+def factors(node: Node) -> tuple[int, Counter[Node]]:
+    """A product as a sign, 1 or -1, and its factors with their powers; numbers are positive.
+
+    Each part of the expression is looked at once, however often it is a factor.
+    """
+    order = topological(node)
+    powers = Counter({node: 1})
+    negative = 0
+    for n in reversed(order):
+        if n.op in (Op.NEG, Op.MUL) and n in powers:
+            count = powers.pop(n)
+            negative += count if n.op is Op.NEG else 0
+            for a in n.args:
+                powers[a] += count
+    found: Counter[Node] = Counter()
+    for n in (n for n in order if n in powers):
+        value = number(n)
+        if value is not None and value < 0.0:
+            negative += powers[n]
+            found[constant(-value)] += powers[n]
+        else:
+            found[n] += powers[n]
+    return -1 if negative % 2 else 1, found
+
+
+def product(sign: int, powers: Mapping[Node, int]) -> Node:
+    """The product of such factors."""
+    return functools.reduce(mul, (_power(x, n) for x, n in powers.items()), constant(float(sign)))
+
+
+def _power(x: Node, n: int) -> Node:
+    """x to the n-th: squares of squares, so that a large power is a short expression."""
+    if n == 1:
+        return x
+    half = _power(x, n // 2)
+    square = mul(half, half)
+    return mul(square, x) if n % 2 else square
 
 
 def common_factor(nodes: Sequence[Node | None]) -> tuple[Node | None, tuple[Node | None, ...]]:
@@ -121,23 +146,13 @@ def common_factor(nodes: Sequence[Node | None]) -> tuple[Node | None, tuple[Node
     known = [t for t in terms if t is not None]
     if not known:
         return None, tuple(nodes)
-    scalars = [Counter(x for x in found if x.kind is Kind.SCALAR) for _, found in known]
+    scalars = [
+        Counter({x: n for x, n in found.items() if x.kind is Kind.SCALAR}) for _, found in known
+    ]
     shared = functools.reduce(operator.and_, scalars)
     first, _ = known[0]
-
-    def left(sign: int, found: list[Node]) -> Node:
-        out, kept = shared.copy(), []
-        for x in found:
-            if out[x] > 0:
-                out[x] -= 1
-            else:
-                kept.append(x)
-        product = functools.reduce(mul, kept, ONE)
-        return product if sign == first else neg(product)
-
-    factor = functools.reduce(mul, shared.elements(), ONE)
-    rest = tuple(None if t is None else left(*t) for t in terms)
-    return factor if first > 0 else neg(factor), rest
+    rest = tuple(None if t is None else product(t[0] * first, t[1] - shared) for t in terms)
+    return product(first, shared), rest
 
 
 def leaves(node: Node) -> frozenset[str]:

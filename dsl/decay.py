@@ -60,8 +60,8 @@ def signed_part(multiplier: Node) -> Node:
 
     Where another factor is 0, the sign of this part is still that of its own.
     """
-    outside, factors = algebra.factors(multiplier)
-    return functools.reduce(algebra.mul, filter(is_signed, factors), constant(float(outside)))
+    outside, powers = algebra.factors(multiplier)
+    return algebra.product(outside, {x: n for x, n in powers.items() if is_signed(x)})
 
 
 def log_magnitude(multiplier: Node, sign: Node, loc: Loc | None = None) -> Node | None:
@@ -79,7 +79,8 @@ def log_magnitude(multiplier: Node, sign: Node, loc: Loc | None = None) -> Node 
 def _log_magnitude(f: Node, sign: Node, loc: Loc | None) -> Node:
     if not is_signed(f) or algebra.number(f) == 0.0:
         return _log(f, loc)
-    logs = [_log(x, loc) for x in algebra.factors(f)[1] if not is_signed(x)]
+    powers = algebra.factors(f)[1].items()
+    logs = [algebra.mul(constant(n), _log(x, loc)) for x, n in powers if not is_signed(x)]
     rest = signed_part(f)
     if algebra.number(rest) is None:
         bound = interval(rest)

@@ -9,15 +9,16 @@ from functools import lru_cache
 from . import algebra
 from .ir import Kind, Node, Op, Per, topological
 from .latex import LATEX, Equation
-from .normal_form import NormalForm, Phase, Update, Write, expressions, levels_of, results_of
-from .printing import printed
+from .normal_form import NormalForm, Phase, Update, Write, expressions, levels_of
+from .printing import naming, printed
 from .step import Step, operand_leaf, output_names, state_leaf
 
 
 def equations(step: Step) -> tuple[Equation, ...]:
     """The declared step, and last its output o, or outputs o_1, o_2, ...
 
-    A state that is used more than once between the old and the new one has a row of its own.
+    A state that is used more than once between the old and the new one has a row of its own, and so
+    have parts that come again where a row would be too long.
     Operands of tokens have an index t; above it stands the number of their micro-step.
     """
     names = _leaves(step)
@@ -28,6 +29,7 @@ def equations(step: Step) -> tuple[Equation, ...]:
     totals = Counter(_state_of(n) for n in between)
     passed: Counter[str] = Counter()
     rows = []
+    parts = naming(*step.roots, known=[*ends, *between])
     for node in order:
         if node in ends:
             label = LATEX.symbol(ends[node].name, ["t"])
@@ -36,6 +38,8 @@ def equations(step: Step) -> tuple[Equation, ...]:
             passed[state] += 1
             name = f"{state}_bar" if totals[state] == 1 else f"{state}_{passed[state]}"
             label = LATEX.symbol(name, ["t"])
+        elif node in parts:
+            label = LATEX.symbol(f"x_{parts[node][1:]}", ["t"])
         else:
             continue
         rows.append(Equation(label, printed(node, names, LATEX).text))
@@ -164,11 +168,13 @@ def _recall(key: Node, state: Node) -> Node:
 
 def with_results(node: Node, reads: dict[int, Node]) -> Node:
     """`node`, with expressions for the results of reads, by number."""
-    if node.op is Op.RESULT:
-        index = node.attrs[0]
-        assert isinstance(index, int)
-        return reads[index]
-    if not reads or not results_of(node):
-        return node
-    args = tuple(with_results(a, reads) for a in node.args)
-    return Node(node.op, args, node.attrs, node.kind, node.loc)
+    done: dict[Node, Node] = {}
+    for n in topological(node):
+        if n.op is Op.RESULT:
+            (index,) = n.attrs
+            assert isinstance(index, int)
+            done[n] = reads[index]
+        else:
+            args = tuple(done[a] for a in n.args)
+            done[n] = n if args == n.args else Node(n.op, args, n.attrs, n.kind, n.loc)
+    return done[node]

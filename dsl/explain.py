@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from . import algebra
@@ -11,13 +12,14 @@ from .decay import SMALLEST
 from .ir import Kind, Node, Op, topological
 from .normal_form import Correction, NormalForm, Phase, Update, Write, expressions, results_of
 from .notation import Level
-from .printing import infix, printed
+from .printing import definition, infix, naming, printed
 from .step import Step, output_names
 from .turns import planes_of
 
 if TYPE_CHECKING:
     from .declaration import Declaration
 
+Names = Mapping[Node, str]
 _WHEN = {
     Phase.BEFORE: "before the decay",
     Phase.DECAYED: "after the decay, before the writes",
@@ -68,28 +70,34 @@ def equations(step: Step) -> list[str]:
 
     On the right of a state's equation are the states of the token before.
     """
-    lines = [f"{s.name} = {infix(n)}" for s, n in zip(step.states, step.next_states, strict=True)]
-    names = {n: s.name for s, n in zip(step.states, step.next_states, strict=True)}
+    states = [(n, s.name) for s, n in zip(step.states, step.next_states, strict=True)]
+    parts = naming(*step.roots)
+    lines = [f"{name} = {definition(n, parts)}" for n, name in parts.items()]
+    lines += [f"{name} = {definition(n, parts)}" for n, name in states]
     outputs = zip(output_names(len(step.outputs)), step.outputs, strict=True)
-    return [*lines, *(f"{name} = {infix(n, names)}" for name, n in outputs)]
+    return [*lines, *(f"{name} = {infix(n, parts | dict(states))}" for name, n in outputs)]
 
 
 def print_form(form: NormalForm) -> str:
     """The normal form, one decay, write or read a line, and the class it falls in."""
-    lines: list[str] = []
+    roots = [*expressions(form), *form.outputs]
+    names = naming(*roots, taken=[s.name for s in form.states])
+    lines = [_row("part", f"{name} = {definition(n, names)}") for n, name in names.items()]
     for index, micro in enumerate(form.micro_steps):
         if len(form.micro_steps) > 1:
             lines.append(f"micro-step {index}")
         for update in micro.updates:
-            lines += _update_lines(form, update)
+            lines += _update_lines(form, update, names)
     for n, read in enumerate(form.reads):
-        text = f"{read.state} {infix(read.key)}" if read.other_axis else infix(read.key)
+        text = (
+            f"{read.state} {infix(read.key, names)}" if read.other_axis else infix(read.key, names)
+        )
         of = f" of {read.state}" if len(form.states) > 1 else ""
         at = f" {read.micro_step}" if len(form.micro_steps) > 1 else ""
         lines.append(_row(f"read{at}", text, f"r{n}{of}, {_WHEN[read.phase]}"))
     for output in form.outputs:
         if len(form.outputs) > 1 or output.op is not Op.RESULT:
-            lines.append(_row("output", infix(output)))
+            lines.append(_row("output", infix(output, names)))
     lines.append(_row("class", str(classify(form))))
     return "\n".join(lines)
 
@@ -98,69 +106,77 @@ def _row(label: str, text: str, note: str = "") -> str:
     return f"{label:<8}{text:<32}  {note}".rstrip()
 
 
-def _update_lines(form: NormalForm, update: Update) -> list[str]:
+def _update_lines(form: NormalForm, update: Update, names: Names) -> list[str]:
     many = len(form.states) > 1
     of = f" of {update.state}" if many else ""
     lines = []
     itself = [m for m in update.mixes if m.state == update.state]  # in place of a decay
     if update.log_decay is not None and not itself:
         what = decay_class(form, update.log_decay)
-        text = f"e^({infix(update.log_decay)})" if update.log_decay.args else ""
-        text = text or f"e^{infix(update.log_decay)}"
+        text = f"e^({infix(update.log_decay, names)})" if update.log_decay.args else ""
+        text = text or f"e^{infix(update.log_decay, names)}"
         per = " per token" if what is DecayClass.SCALAR else ""
         lines.append(_row("decay", text, f"{what.value}{of}{per}, {_bound(update)}"))
     if update.columns is not None:
         what = decay_class(form, update.columns)
-        lines.append(_row("decay", f"e^({infix(update.columns)})", f"{what.value}{of}, columns"))
+        lines.append(
+            _row("decay", f"e^({infix(update.columns, names)})", f"{what.value}{of}, columns")
+        )
     for mix in update.mixes:
         label = "factor" if mix in itself else "mix"
-        lines.append(_row(label, f"{infix(mix.factor)} · {mix.state}", f"into {update.state}"))
+        lines.append(
+            _row(label, f"{infix(mix.factor, names)} · {mix.state}", f"into {update.state}")
+        )
     for write in update.writes:
         lines.append(
-            _row("write", _write(update, write, form.transposed), _write_note(update, write, many))
+            _row(
+                "write",
+                _write(update, write, names, form.transposed),
+                _write_note(update, write, many),
+            )
         )
     if not lines:
         lines.append(_row("keep", update.state))
     return lines
 
 
-def _write(update: Update, write: Write, transposed: bool) -> str:
-    key = printed(write.key, {}).after(Level.QUOTIENT)
-    value = _written(update, write)
+def _write(update: Update, write: Write, names: Names, transposed: bool) -> str:
+    key = printed(write.key, names).after(Level.QUOTIENT)
+    value = _written(update, write, names)
     return f"{value} ⊗ {key}" if transposed else f"{key} ⊗ {value}"
 
 
-def _written(update: Update, write: Write) -> str:
+def _written(update: Update, write: Write, names: Names) -> str:
     if write.correction is None:
-        return infix(write.value) if write.value is not None else "0"
-    recall = _recall(update, write.correction, write.key.kind)
+        return infix(write.value, names) if write.value is not None else "0"
+    recall = _recall(update, write.correction, write.key.kind, names)
     scale = write.correction.scale
     if write.value is None:
-        factor = _factor(scale)
+        factor = _factor(scale, names)
         return f"{factor}({recall})"
     positive = scale.args[0] if scale.op is Op.NEG else None
     if positive is not None and write.value.op is Op.MUL and write.value.args[0] == positive:
-        return f"{infix(positive)}·({infix(write.value.args[1])} − {recall})"
+        return f"{infix(positive, names)}·({infix(write.value.args[1], names)} − {recall})"
     if algebra.number(scale) == -1.0:
-        return f"({infix(write.value)} − {recall})"
+        return f"({infix(write.value, names)} − {recall})"
     if positive is not None:
-        return f"({infix(write.value)} − {_factor(positive)}({recall}))"
-    return f"({infix(write.value)} + {_factor(scale)}({recall}))"
+        return f"({infix(write.value, names)} − {_factor(positive, names)}({recall}))"
+    return f"({infix(write.value, names)} + {_factor(scale, names)}({recall}))"
 
 
-def _factor(scale: Node) -> str:
+def _factor(scale: Node, names: Names) -> str:
     value = algebra.number(scale)
     if value == 1.0:
         return ""
     if value == -1.0:
         return "−"
-    return f"{printed(scale, {}).at(Level.QUOTIENT)}·"
+    return f"{printed(scale, names).at(Level.QUOTIENT)}·"
 
 
-def _recall(update: Update, correction: Correction, kind: Kind) -> str:
+def _recall(update: Update, correction: Correction, kind: Kind, names: Names) -> str:
     decayed = correction.decayed and update.log_decay is not None
     state = correction.state + ("'" if decayed else "")
-    key = infix(correction.key)
+    key = infix(correction.key, names)
     key = f"({key})" if correction.key.args else key
     return f"{state}{key}" if kind is Kind.VALUE else f"{key}ᵀ{state}"
 

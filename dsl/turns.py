@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from . import algebra
 from .decay import is_forgotten, is_signed, log_magnitude
-from .ir import Node, Op, constant
+from .ir import Node, Op
 from .normal_form import NormalForm, Update
 
 Factors = Mapping[tuple[str, str], Node]  # by the state that it goes to, and the one from which
@@ -187,14 +187,13 @@ def _polar(
         return None
     for cosine in (n for n in real if n.op is Op.COS):
         (angle,) = cosine.args
-        rest = [n for n in real if n != cosine]
-        if Counter([*rest, algebra.unary(Op.SIN, angle)]) == Counter(imaginary):
-            factor = functools.reduce(algebra.mul, rest, constant(sign))
+        rest = real - Counter([cosine])
+        if rest + Counter([algebra.unary(Op.SIN, angle)]) == imaginary:
+            factor = algebra.product(sign, rest)
             return factor, angle if sign == turn else algebra.neg(angle)
     return None
 
 
 def _same(a: Node, b: Node) -> bool:
     """Whether two products have the same factors."""
-    (sign, x), (other, y) = algebra.factors(a), algebra.factors(b)
-    return sign == other and Counter(x) == Counter(y)
+    return algebra.factors(a) == algebra.factors(b)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import chunkwise as cw
 import pytest
 from chunkwise.dsl import Declaration, Key, Scalar, State, Value, explain, library, outer, tanh
-from chunkwise.dsl.explain import print_form, print_step
+from chunkwise.dsl.equations import equations as typeset
+from chunkwise.dsl.explain import equations, print_form, print_step
 
 STEP = """\
 step gated_delta_rule(S[K,V]; q[K], k[K], v[V], g[], beta[])
@@ -67,3 +69,44 @@ def test_reference_only() -> None:
         return S + outer(k, tanh(k @ S) + g * v), q @ S
 
     assert "token by token" in explain.explain(Declaration(rule, any_step=True))
+
+
+@cw.recurrence
+def squared(S: State, q: Key, k: Key, v: Value, f: Scalar):
+    f = cw.within(f, -1, 1)
+    for _ in range(40):
+        f = f * f
+    return f * S + cw.outer(k, v), q @ S
+
+
+@cw.recurrence
+def deep(S: State, k: Key, v: Value, g: Scalar, b: Scalar):
+    for _ in range(40):
+        k = cw.sigmoid(k) * k + b * k
+        g = g * cw.sigmoid(g)
+    S = cw.exp(g) * S
+    return S + b * cw.outer(k, v - k @ S), k @ S
+
+
+@pytest.mark.parametrize("op", [squared, deep], ids=["squared", "deep"])
+def test_parts_that_come_again_are_printed_once(op: cw.Recurrence) -> None:
+    """Forty levels: there are 2^40 ways through these expressions."""
+    declaration = op.declaration
+    page = print_form(declaration.normal_form())
+    assert "part    x1 = " in page
+    assert len(page) < 8_000
+    assert max(map(len, page.splitlines())) < 500
+    texts = [*equations(declaration.step()), *(e.right for e in typeset(declaration.step()))]
+    assert sum(map(len, texts)) < 30_000
+
+
+def test_an_error_names_parts_of_long_expressions() -> None:
+    def grows(S, q, k, v, f):  # type: ignore[no-untyped-def]
+        for _ in range(40):
+            f = f * f + 1.5
+        return f * S + cw.outer(k, v), q @ S
+
+    grows.__annotations__ = {"S": State, "q": Key, "k": Key, "v": Value, "f": Scalar}
+    with pytest.raises(cw.errors.DeclarationError, match=r"where x1 = .*f\*f \+ 1.5") as error:
+        cw.recurrence(grows)
+    assert len(str(error.value)) < 4_000
