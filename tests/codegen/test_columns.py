@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import chunkwise as cw
@@ -10,6 +11,7 @@ import torch
 from chunkwise import Key, Scalar, State, Value, exp, outer, sigmoid
 from chunkwise.codegen.programs import chunk_program
 from chunkwise.codegen.prove import prove
+from torch import Tensor
 
 from tests.codegen.forms import (
     CASES,
@@ -134,3 +136,38 @@ def test_what_several_writes_share_is_refused() -> None:
 
     with pytest.raises(cw.errors.NotLowered, match="scaled per channel, and several writes"):
         chunk_program(shared.declaration.normal_form())
+
+
+@cw.recurrence
+def exchanged_oja(S: State, q: Value, k: Value, v: Key, g: Key, beta: Scalar):
+    """Gated Oja's rule with K and V exchanged: a delta rule that is read over its columns."""
+    S = exp(g) * S
+    S = S + beta * outer(v, k - v @ S)
+    return S, S @ q
+
+
+@pytest.mark.parametrize("case", ["not packed", "packed"])
+def test_oja_and_the_delta_rule_exchange_under_keys_and_values(case: str) -> None:
+    """Values, final states and every gradient, the states transposed."""
+    sizes = replace(CASES[case], H=2, HV=2, K=5, V=3, initial=True)
+    inputs = make_inputs(cw.library.oja, sizes)
+    (initial,) = inputs.initial or ()
+    leaves = [*inputs.operands.values(), initial]
+
+    def results(op: cw.Recurrence, turned: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        o, state = op(
+            **inputs.operands,
+            initial_state=turned(initial),
+            cu_seqlens=inputs.cu_seqlens,
+            output_final_state=True,
+            engine="eager",
+        )
+        state = turned(state)
+        random = torch.Generator().manual_seed(4)
+        weights = [torch.randn(x.shape, generator=random, dtype=x.dtype) for x in (o, state)]
+        return [o, state, *torch.autograd.grad([o, state], leaves, weights)]
+
+    oja = results(cw.library.oja, lambda x: x)
+    delta = results(exchanged_oja, lambda x: x.mT)
+    torch.testing.assert_close(delta, oja, rtol=1e-10, atol=1e-10)
+    assert all(x.abs().max() > 1e-3 for x in oja)
