@@ -10,6 +10,7 @@ from ...codegen.triton.emit import Emitted
 from ...dsl.declaration import Declaration
 from ...dsl.ir import Kind, Per
 from ...dsl.normal_form import NormalForm, Operand
+from ...dsl.step import output_names
 from ..tuned.artifact import Certificate
 
 
@@ -62,10 +63,11 @@ class Package:
         return self.declaration.normal_form(self.micro)
 
     @property
-    def output_axes(self) -> tuple[str, ...]:
-        """The axes of the one output by letter."""
-        (output,) = self.form.outputs
-        return ("B", "T", "HV", *output.kind.axes)
+    def outputs(self) -> dict[str, tuple[str, ...]]:
+        """The axes of every output by letter."""
+        outputs = self.form.outputs
+        axes = (("B", "T", "HV", *o.kind.axes) for o in outputs)
+        return dict(zip(output_names(len(outputs)), axes, strict=True))
 
     @property
     def operands(self) -> tuple[str, ...]:

@@ -155,7 +155,8 @@ def _tables(package: Package, sources: Mapping[str, str]) -> Iterator[str]:
     yield f"    params={package.params!r},"
     yield "    narrow=NARROW,"
     yield f"    lead={package.lead!r},"
-    yield f"    output={' '.join(package.output_axes)!r},"
+    outputs = [f'"{name}": "{" ".join(a)}"' for name, a in package.outputs.items()]
+    yield from wrapped("outputs={", outputs, "},", "    ")
     yield f"    rows={len(package.form.micro_steps)},"
     if has_entries_apart(package.form):
         yield "    apart=True,"
@@ -199,8 +200,9 @@ def _public(package: Package) -> Iterator[str]:
     yield "        cu_seqlens: int32 or int64 `[N+1]`, N sequences packed along T, with B = 1."
     yield ""
     yield "    Returns:"
-    output = ",".join(package.output_axes)
-    yield f"        The output `[{output}]`, and the final state in float32 or None."
+    outputs = [f"`[{','.join(a)}]`" for a in package.outputs.values()]
+    each = f"output {outputs[0]}" if len(outputs) == 1 else f"outputs ({', '.join(outputs)})"
+    yield f"        The {each}, and the final state in float32 or None."
     yield ""
     yield "    Raises:"
     yield "        ValueError, TypeError: they name the operand, what it is and what was expected."

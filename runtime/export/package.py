@@ -23,7 +23,6 @@ from ...codegen.programs import transition_of
 from ...codegen.triton.emit import emit
 from ...codegen.triton.fit import H100_SHARED, untuned_config
 from ...dsl.declaration import Declaration
-from ...dsl.errors import NotLowered
 from ...dsl.ir import Kind, Per, operands_of
 from ...dsl.normal_form import NormalForm
 from ...dsl.turns import angles, log_decays
@@ -108,12 +107,6 @@ def write(folder: Path, files: Mapping[str, str]) -> None:
 
 def _package(declaration: Declaration, request: Request) -> Package:
     form = declaration.normal_form(request.micro)
-    if len(form.outputs) > 1:
-        raise NotLowered(
-            f"{form.name} returns {len(form.outputs)} outputs",
-            "the op of an exported package returns one",
-            "export a recurrence for each output: a step that returns that one",
-        )
     narrow = _narrow(form)
     served = [
         _served(form, narrow, dtype, dims, request.config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ...codegen.expressions import Names
 from ...dsl.elementwise import ELEMENTWISE
@@ -53,7 +53,8 @@ class _StepPrinter:
     def lines(self) -> Iterator[str]:
         step = self._step
         yield from wrapped("def step(", [*self._known.values()], "):")
-        yield f'    """One token of every head: the new state{_plural(step)}, and the output.'
+        state, output = (_named("state", step.states), _named("output", step.outputs))
+        yield f'    """One token of every head: the new {state}, and the {output}.'
         yield ""
         for s in step.states:
             yield f"    {self._known[s.name]}: `[{','.join(('…', *s.kind.axes))}]`."
@@ -145,8 +146,8 @@ def _is_number(node: Node) -> bool:
     return not any(n.op in (Op.OPERAND, Op.STATE) for n in topological(node))
 
 
-def _plural(step: Step) -> str:
-    return "" if len(step.states) == 1 else "s"
+def _named(what: str, several: Sequence[object]) -> str:
+    return what if len(several) == 1 else f"{what}s"
 
 
 def _over_sequences(package: Package) -> Iterator[str]:
@@ -154,14 +155,17 @@ def _over_sequences(package: Package) -> Iterator[str]:
     options = ["initial_state=None", "cu_seqlens=None", "dtype=torch.float64"]
     arguments = [*package.operands, "*", *package.keywords, *options]
     yield from wrapped(f"def {package.name}(", arguments, "):")
-    output = ",".join(package.output_axes)
-    yield f'    """The output `[{output}]` and the final state of the recurrence, in `dtype`.'
+    outputs = [f"`[{','.join(a)}]`" for a in package.outputs.values()]
+    yield f'    """The {_named("output", outputs)} and the final state, in `dtype`.'
+    yield ""
+    yield from wrapped(f"    {_named('Output', outputs)}: ", outputs, ".")
     yield ""
     yield f"    Arguments as those of `op.{package.name}`; differentiable as often as you like."
     yield '    """'
     operands = [f'"{name}": {name}' for name in package.operands]
     yield from wrapped("operands = {", operands, "}", "    ")
     given = f"({', '.join([*package.params, ''])})" if package.params else "()"
-    call = ["step", "AXES", "STATES", f'"{" ".join(package.output_axes)}"', "operands"]
+    axes = tuple(" ".join(a) for a in package.outputs.values())
+    call = ["step", "AXES", "STATES", repr(axes), "operands"]
     call += [given, "initial_state", "cu_seqlens", "dtype"]
     yield from wrapped("return token_loop.run(", call, ")", "    ")

@@ -61,7 +61,7 @@ class Recurrence:
         params: the names of its floats.
         narrow: operands in the dtype of products; the others are widened to float32.
         lead: the operand whose dtype the output has.
-        output: the axes of the output.
+        outputs: the axes of every output.
         rows: rows of a kernel's tiles that a token takes: one for each micro-step.
         kernels: by dtype, K and V.
         apart: whether kernels take each entry of a tuple as a tensor of its own.
@@ -74,7 +74,7 @@ class Recurrence:
     params: tuple[str, ...]
     narrow: tuple[str, ...]
     lead: str
-    output: str
+    outputs: Mapping[str, str]
     rows: int
     kernels: Mapping[tuple[torch.dtype, int, int], Kernels]
     apart: bool = False
@@ -149,10 +149,9 @@ class _Call:
                 continue
             raise TypeError(f"{self.of.name}: {name} is {x.dtype}, expected {expected}")
 
-    @property
-    def output_shape(self) -> list[int]:
+    def output_shape(self, output: str) -> list[int]:
         """`[B,T,HV,V]` for an output that is a Value."""
-        return [self.sizes[a] for a in self.of.output.split()]
+        return [self.sizes[a] for a in self.of.outputs[output].split()]
 
     def state_shape(self, state: str) -> tuple[int, ...]:
         """`[N,HV,K,V]`, or `[N,HV,K]`."""
@@ -161,7 +160,7 @@ class _Call:
     @property
     def is_empty(self) -> bool:
         """Whether the call has no token: the final states are the initial ones."""
-        return 0 in self.output_shape[:3]
+        return 0 in (self.sizes[a] for a in ("B", "T", "HV"))
 
     def check_device(self) -> None:
         """That kernels run here: on an NVIDIA GPU, or in Triton's interpreter.
@@ -260,9 +259,9 @@ def register(of: Recurrence, namespace: str) -> torch.library.Library:
     """Register the ops `forward` and `backward` of a recurrence; they live as long as the library.
 
     Their inputs are operands, initial states, cu_seqlens and floats; those of a backward begin
-    with the cotangents of the output and of the final states.
+    with the cotangents of the outputs and of the final states.
     """
-    count, given = len(of.axes) + len(of.states), 1 + len(of.states)
+    count, given = len(of.axes) + len(of.states), len(of.outputs) + len(of.states)
     parts = [f"Tensor x{n}" for n in range(len(of.axes))]
     parts += [f"Tensor? initial{n}" for n in range(len(of.states))]
     parts += ["Tensor? cu_seqlens", *(f"float p{n}" for n in range(len(of.params)))]
@@ -284,28 +283,31 @@ def register(of: Recurrence, namespace: str) -> torch.library.Library:
                 else x.to(torch.float32, copy=True)
                 for name, x in call.starts.items()
             )
-            return new(call.output_shape), *ends
+            return *(new(call.output_shape(name)) for name in of.outputs), *ends
         rows = dict(x for name in of.axes for x in call.in_rows(name))
         made = call.run("forward", rows, {})
-        return last_rows(made["o"], of.rows), *(made[name] for name in of.states)
+        outputs = (last_rows(made[name], of.rows) for name in of.outputs)
+        return *outputs, *(made[name] for name in of.states)
 
     def forward_shapes(*inputs: Any) -> tuple[Tensor, ...]:
         call = _Call(of, inputs)
         new = call.lead.new_empty
         ends = (new(call.state_shape(name), dtype=torch.float32) for name in of.states)
-        return new(call.output_shape), *ends
+        return *(new(call.output_shape(name)) for name in of.outputs), *ends
 
     def backward(*args: Any) -> list[Tensor]:
-        (do, *dfinals), inputs = args[:given], args[given:]
+        cotangents, inputs = args[:given], args[given:]
+        douts, dfinals = cotangents[: len(of.outputs)], cotangents[len(of.outputs) :]
         call = _Call(of, inputs)
         ends = {f"d_{name}": d for name, d in zip(of.states, dfinals, strict=True)}
         if call.is_empty:
             gradients = [torch.zeros_like(x) for x in call.operands.values()]
         else:
-            do = call.lead.new_zeros(call.output_shape) if do is None else do.contiguous()
             rows = {name: call.in_rows(name) for name in of.axes}
             operands = dict(x for named in rows.values() for x in named)
-            operands["d_o"] = in_last_rows(do, of.rows)
+            for name, d in zip(of.outputs, douts, strict=True):
+                whole = call.lead.new_zeros(call.output_shape(name)) if d is None else d
+                operands[f"d_{name}"] = in_last_rows(whole.contiguous(), of.rows)
             ends = call.run("backward", operands, ends)
             gradients = []
             for name, named in rows.items():
@@ -366,8 +368,8 @@ def call(
     output_final_state: bool,
     cu_seqlens: Tensor | None,
     *params: float,
-) -> tuple[Tensor, Any]:
-    """The output, and the final state (a tuple of several) or None, by the op `forward`.
+) -> tuple[Any, Any]:
+    """The output, and the final state or None (a tuple each of several), by the op `forward`.
 
     Raises:
         ValueError: the number of initial states is wrong.
@@ -381,7 +383,9 @@ def call(
         expected = f"{len(of.states)}: {', '.join(of.states)}"
         raise ValueError(f"{of.name}: initial_state has {len(starts)} entries, expected {expected}")
     _check_transforms(of.name, (*operands, *starts))
-    o, *ends = forward(*operands, *starts, cu_seqlens, *map(float, params))
+    made = forward(*operands, *starts, cu_seqlens, *map(float, params))
+    outputs, ends = made[: len(of.outputs)], made[len(of.outputs) :]
+    o = outputs[0] if len(outputs) == 1 else tuple(outputs)
     if not output_final_state:
         return o, None
     return o, tuple(ends) if several else ends[0]

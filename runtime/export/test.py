@@ -92,13 +92,13 @@ def _state(state: StateDecl) -> str:
 
 _COMPARE = '''
 def results(leaves, o, final):
-    """Output, final states, and the gradients of a random weighting of them."""
-    finals = final if isinstance(final, tuple) else (final,)
+    """Outputs, final states, and the gradients of a random weighting of them."""
+    made = [x for y in (o, final) for x in (y if isinstance(y, tuple) else (y,))]
     random = torch.Generator().manual_seed(2)
-    weights = [normal(random, *y.shape).to(y.device) for y in (o, *finals)]
-    loss = sum((y * w).sum() for y, w in zip((o, *finals), weights))
+    weights = [normal(random, *y.shape).to(y.device) for y in made]
+    loss = sum((y * w).sum() for y, w in zip(made, weights))
     gradients = torch.autograd.grad(loss, leaves)
-    return [x.detach().double() for x in (o, *finals, *gradients)]
+    return [x.detach().double() for x in (*made, *gradients)]
 
 
 def compare(dtype, K, V, T, tolerance, cu_seqlens=None, H=1, HV=2):

@@ -17,17 +17,17 @@ def run(
     step: Callable[..., Sequence[Tensor]],
     axes: Mapping[str, str],
     states: Mapping[str, str],
-    output: str,
+    outputs: Sequence[str],
     operands: Mapping[str, Tensor],
     params: Sequence[float],
     initial_state: Any,
     cu_seqlens: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Any]:
-    """The output and the final state (a tuple of several), in `dtype`.
+) -> tuple[Any, Any]:
+    """The output and the final state (a tuple each of several), in `dtype`.
 
-    `step` takes states, operands of a token and floats, and returns states and output. `axes`,
-    `states`, `output`: the axes of operands, states and output in letters, with blanks between.
+    `step` takes states, operands of a token and floats, and returns states and outputs. `axes`,
+    `states`, `outputs`: the axes of operands, states and outputs in letters, blanks between them.
     """
     sizes = dict.fromkeys(("K", "V", "H", "HV"), 1)
     for name, letters in axes.items():
@@ -42,18 +42,20 @@ def run(
             x = x.repeat_interleave(sizes["HV"] // x.shape[heads], dim=heads)
         values[name] = x
     like = next(iter(values.values()))
-    heads_and_channels = [sizes[a] for a in output.split()[2:]]
+    shapes = [[sizes[a] for a in letters.split()[2:]] for letters in outputs]  # of a token
 
-    def scan(first: int, last: int, now: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        outputs = []
+    def scan(first: int, last: int, now: list[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
+        found = []
         for t in range(first, last):
             token: list[Any] = []
             for name, letters in axes.items():
                 at = values[name][:, t] if letters.startswith("B T") else values[name]
                 token.append(at.unbind(1) if letters[4:5].isdigit() else at)
-            *now, o = step(*now, *token, *params)
-            outputs.append(o.expand(*o.shape[: -len(heads_and_channels)], *heads_and_channels))
-        return outputs, now
+            made = step(*now, *token, *params)
+            now, given = list(made[: len(states)]), made[len(states) :]
+            pairs = zip(given, shapes, strict=True)
+            found.append([o.expand(sizes["B"], *shape) for o, shape in pairs])
+        return found, now
 
     bounds = None if cu_seqlens is None else cu_seqlens.tolist()
     sizes["N"] = sizes["B"] if bounds is None else len(bounds) - 1
@@ -63,14 +65,14 @@ def run(
         shape = [sizes[a] for a in letters.split()]
         ends.append(like.new_zeros(shape) if start is None else start.to(dtype))
     if bounds is None:
-        outputs, ends = scan(0, sizes["T"], ends)
+        tokens, ends = scan(0, sizes["T"], ends)
     else:
-        outputs, parts = [], []
+        tokens, parts = [], []
         for n, (first, last) in enumerate(pairwise(bounds)):
             new, part = scan(first, last, [x[n : n + 1] for x in ends])
-            outputs += new
+            tokens += new
             parts.append(part)
         ends = [torch.cat(x) for x in zip(*parts, strict=True)]
-    empty = like.new_zeros([sizes["B"], 0, *heads_and_channels])
-    o = torch.stack(outputs, 1) if outputs else empty
-    return o, tuple(ends) if len(states) > 1 else ends[0]
+    o = tuple(torch.stack(each, 1) for each in zip(*tokens, strict=True))
+    o = o or tuple(like.new_zeros([sizes["B"], 0, *shape]) for shape in shapes)
+    return o if len(o) > 1 else o[0], tuple(ends) if len(states) > 1 else ends[0]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ...codegen.text.table import table
 from ...dsl.ir import Per
 from ...dsl.normal_form import Operand
+from ...dsl.step import output_names
 from ..inputs import Range
 from .roles import FEATURES, OperandRole
 
@@ -25,7 +26,9 @@ def explain(layer: RecurrentLayer) -> str:
     sizes = f"H {layer.heads}, HV {layer.value_heads}, K {layer.key_dim}, V {layer.value_dim}"
     hidden = layer.project.in_features
     rows = [(x.name, x.spelled, layer.roles[x.name].name, _made(layer, x)) for x in layer.operands]
-    output = "rms norm of o" + (" · silu(W x)" if layer.gate is not None else "")
+    gate = " · silu(W x)" if layer.gate is not None else ""
+    norms = [f"rms norm of {name}{gate}" for name in output_names(len(layer.widths))]
+    output = norms[0] if len(norms) == 1 else f"[{', '.join(norms)}]"
     head = f"{layer.op.__name__} in a layer: hidden {hidden}, {sizes}"
     return "\n".join([head, *table(rows), f"output  W {output}"])
 

@@ -70,7 +70,8 @@ class RecurrentLayer(nn.Module, Mixer):
 
     `[B, T, hidden] -> [B, T, hidden]`: projections for every operand by its kind, short
     convolutions and silu on features, decays and step sizes by their roles, the recurrence, an
-    RMS norm per value head, optionally gated, and the output projection.
+    RMS norm per value head, optionally gated, and the output projection. Several outputs have a
+    norm each and are projected side by side, which sums a projection of each.
 
     Args:
         op: the recurrence (`@cw.recurrence`, or one of `cw.library`).
@@ -93,8 +94,8 @@ class RecurrentLayer(nn.Module, Mixer):
 
     Raises:
         ValueError: `normalise` or `roles` names something that is not an operand, PAIRED is the
-            role of an operand that no correction reads with, or `value_heads` is no multiple of
-            `heads`.
+            role of an operand that no correction reads with, `value_heads` is no multiple of
+            `heads`, or an output is a Scalar.
         TypeError: `op` is no recurrence.
     """
 
@@ -163,18 +164,14 @@ class RecurrentLayer(nn.Module, Mixer):
         )
         starts = {x.name: self._bias(x, form) for x in self.others}
         self.biases = nn.ParameterDict({n: b for n, b in starts.items() if b is not None})
-        if len(form.outputs) > 1:
-            raise ValueError(
-                f"{form.name} returns {len(form.outputs)} outputs, and a layer projects one: "
-                "return one of them, or their sum, or call the op in a module of your own"
-            )
-        channels = {Kind.KEY: key_dim, Kind.VALUE: value_dim}.get(form.outputs[0].kind)
-        if channels is None:
+        sizes = {Kind.KEY: key_dim, Kind.VALUE: value_dim}
+        if any(o.kind not in sizes for o in form.outputs):
             raise ValueError(f"{form.name} returns a Scalar, and a layer norms Keys or Values")
-        self.norm = RMSNorm(channels)
-        width = self.value_heads * channels
-        self.gate = nn.Linear(hidden, width, bias=False) if gated else None
-        self.output = nn.Linear(width, hidden, bias=False)
+        self.widths = [self.value_heads * sizes[o.kind] for o in form.outputs]
+        norms = [RMSNorm(sizes[o.kind]) for o in form.outputs]
+        self.norm = norms[0] if len(norms) == 1 else nn.ModuleList(norms)
+        self.gate = nn.Linear(hidden, sum(self.widths), bias=False) if gated else None
+        self.output = nn.Linear(sum(self.widths), hidden, bias=False)
 
     def _measure(self) -> None:
         self.feature_sizes = [math.prod(self._shape(x)) for x in self.features]
@@ -212,8 +209,11 @@ class RecurrentLayer(nn.Module, Mixer):
 
         found: dict[str, Split | None] = {n: Split(0) for n, _ in self.named_parameters()}
         features = parts(self.features)
-        found |= {"project.weight": Split(0, features), "norm.weight": None}
-        found |= {"output.weight": Split(1)}
+        found |= {"project.weight": Split(0, features)}
+        found |= {n: None for n in found if n.startswith("norm.")}
+        found |= {"output.weight": Split(1, tuple(self.widths))}
+        if self.gate is not None:
+            found["gate.weight"] = Split(0, tuple(self.widths))
         if self.control is not None:
             found["control.weight"] = Split(0, parts(self.others))
         self.heads, self.value_heads = heads // ranks, value_heads // ranks
@@ -334,9 +334,20 @@ class RecurrentLayer(nn.Module, Mixer):
             y = wide(y) + own(self.biases[x.name], y)
         return y if role is OperandRole.RAW else self.found.range_of(x.name).of(wide(y))
 
-    def _finish(self, o: Tensor, hidden: Tensor) -> Tensor:
-        gate = None if self.gate is None else self.gate(hidden).view(o.shape)
-        return again(self.output, lambda o, gate: self.norm(o, gate).flatten(-2), o, gate)
+    def _finish(self, o: Tensor | tuple[Tensor, ...], hidden: Tensor) -> Tensor:
+        outputs = o if isinstance(o, tuple) else (o,)
+        gates = [None] * len(outputs)
+        if self.gate is not None:
+            parts = self.gate(hidden).split([math.prod(x.shape[-2:]) for x in outputs], -1)
+            gates = [g.view(x.shape) for g, x in zip(parts, outputs, strict=True)]
+        return again(self.output, self._normed, *outputs, *gates)
+
+    def _normed(self, *outputs_and_gates: Any) -> Tensor:
+        """The outputs, each with its norm and gate, side by side."""
+        norms = self.norm if isinstance(self.norm, nn.ModuleList) else [self.norm]
+        outputs, gates = outputs_and_gates[: len(norms)], outputs_and_gates[len(norms) :]
+        normed = [f(x, g).flatten(-2) for f, x, g in zip(norms, outputs, gates, strict=True)]
+        return normed[0] if len(normed) == 1 else torch.cat(normed, -1)
 
     def _run(
         self,

@@ -11,7 +11,6 @@ from chunkwise import Key, KeyState, Scalar, State, Value, dot, errors, exp, out
 from chunkwise.codegen.prove import prove
 from chunkwise.dsl import oracle
 from chunkwise.nn import RecurrentLayer
-from chunkwise.runtime.export.package import Request, export
 
 from tests.codegen.forms import CASES, COMPILED, check_engine, check_normal_form
 from tests.harness import Sizes, make_inputs
@@ -149,11 +148,36 @@ def test_one_graph() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_what_takes_one_output_says_so() -> None:
-    with pytest.raises(ValueError, match="returns 2 outputs, and a layer projects one"):
-        RecurrentLayer(two_values, 16, 2, 4, 4)
-    with pytest.raises(errors.NotLowered, match="returns 2 outputs"):
-        export(two_values.declaration, Request("two_values"))
+@cw.recurrence
+def value_and_key(S: State, q: Key, k: Key, v: Value, x: Value, g: Scalar):
+    S = exp(g) * S + outer(k, v)
+    return S, (q @ S, S @ x)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("op", "micro"), [(value_and_key, 1), (reads, 3)])
+def test_a_layer_projects_all_of_them(op: cw.Recurrence, micro: int, gated: bool) -> None:
+    """Token by token as at once, and the sum of a projection of each."""
+    torch.manual_seed(0)
+    options = {"value_heads": 2, "gated": gated, "micro_steps": micro, "engine": "eager"}
+    layer = RecurrentLayer(op, 16, 1, 5, 3, **options)
+    x = torch.randn(2, 7, 16, requires_grad=True)
+    y, _ = layer.prefill(x)
+    y.square().sum().backward()
+    assert x.grad is not None
+    assert all(p.grad.abs().sum() > 0 for p in layer.norm.parameters())
+    assert layer.output.in_features == sum(layer.widths)
+    assert "[rms norm of o_1" in layer.explain()
+    state, tokens = layer.initial_state(2), []
+    for t in range(7):
+        token, state = layer.step(x[:, t].detach(), state)
+        tokens.append(token)
+    torch.testing.assert_close(torch.stack(tokens, 1), y, atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_refuses_a_scalar() -> None:
+    with pytest.raises(ValueError, match="returns a Scalar, and a layer norms Keys or Values"):
+        RecurrentLayer(all_kinds, 16, 2, 4, 4)
 
 
 def test_as_many_outputs_for_every_number() -> None:
