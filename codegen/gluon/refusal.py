@@ -107,7 +107,8 @@ def _of_shape(kernel: tiled.TiledKernel, signature: Signature, config: KernelCon
         return "it is no scan over chunks"
     if kernel.segments is not None:
         return "it scans segments of sequences"
-    why = _of_program(kernel, signature)
+    scores = any(isinstance(s, tiled.Product) and s.value.axes == SQUARE for s in kernel.statements)
+    why = _of_program(kernel, signature, (CHUNK,) if scores else (CHUNK // 2, CHUNK))
     if why is not None:
         return why
     values = kernel.extents[Axis.V]
@@ -118,11 +119,13 @@ def _of_shape(kernel: tiled.TiledKernel, signature: Signature, config: KernelCon
     return None
 
 
-def _of_program(kernel: tiled.TiledKernel, signature: Signature) -> str | None:
+def _of_program(
+    kernel: tiled.TiledKernel, signature: Signature, chunks: tuple[int, ...] = (CHUNK,)
+) -> str | None:
     keys, values = kernel.extents[Axis.K], kernel.extents[Axis.V]
     if signature.dtype is not Dtype.BFLOAT16:
         return f"its products are of {signature.dtype.value}, and the printer has those of bfloat16"
-    if kernel.chunk != CHUNK:
+    if kernel.chunk not in chunks:
         return f"its chunks have {kernel.chunk} tokens, and tiles of a warp group have {CHUNK}"
     if any(kernel.is_padded(a) for a in (Axis.K, Axis.V)):
         return "K or V is padded to its tiles, and TMA would take a neighbour's channels for it"

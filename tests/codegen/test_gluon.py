@@ -71,7 +71,9 @@ def _emitted(
     form = _form(name)
     signature = signature_for(form, dims, Dtype.BFLOAT16, Target.SM90)
     default = untuned_config(form, dims, Dtype.BFLOAT16, H100_SHARED)
-    default = replace(default, chunk=64, backward=backward or default.backward)
+    default = replace(default, backward=backward or default.backward)
+    if chunks:
+        default = replace(default, chunk=64)
     config = in_gluon(
         form, default, KernelConfig(v_tile, v_tile // 16, stages), chunks=chunks or {}
     )
@@ -145,6 +147,7 @@ class _Call(Call):
         ("delta_rule", 128, 1, None, 4),
         ("gated_delta_rule", 64, 2, None, 8),
         ("kda", 64, 2, None, 8),
+        ("kda", 128, 3, None, None),
         ("gla", 64, 2, None, 8),
         ("mamba2", 64, 2, None, 8),  # softplus
     ],
@@ -171,7 +174,7 @@ def test_it_computes_what_eager_does(
         given=True,
         numbers={},
         heads=frozenset(o.name for o in form.operands if o.per is Per.HEAD),
-        sizes={"B": sizes.B, "T": sizes.T, "HV": sizes.HV, "C": 64, "K": sizes.K, "V": sizes.V},
+        sizes={"B": sizes.B, "T": sizes.T, "HV": sizes.HV, "C": config.chunk, "K": sizes.K, "V": sizes.V},
         sequences=tuple((b, 0, sizes.T) for b in range(sizes.B)),
         segment=0,
         emitted=emitted,
@@ -273,7 +276,7 @@ def test_what_kernels_of_gradients_it_refuses() -> None:
 @pytest.mark.parametrize(
     ("name", "tiles", "dims", "reason"),
     [
-        ("kda", KernelConfig(64, 4), Dims(128, 128), "its chunks have 32 tokens"),
+        ("mesa_net", KernelConfig(64, 4), Dims(128, 128), "its chunks have 32 tokens"),
         ("mlstm", KernelConfig(64, 4), Dims(128, 128), "it carries several states"),
         ("longhorn", KernelConfig(64, 4), Dims(128, 128), "it computes a tile of keys"),
         ("delta_rule", KernelConfig(64, 8), Dims(128, 128), "its 8 warps take 128 rows of 64"),
