@@ -174,7 +174,14 @@ def test_it_computes_what_eager_does(
         given=True,
         numbers={},
         heads=frozenset(o.name for o in form.operands if o.per is Per.HEAD),
-        sizes={"B": sizes.B, "T": sizes.T, "HV": sizes.HV, "C": config.chunk, "K": sizes.K, "V": sizes.V},
+        sizes={
+            "B": sizes.B,
+            "T": sizes.T,
+            "HV": sizes.HV,
+            "C": config.chunk,
+            "K": sizes.K,
+            "V": sizes.V,
+        },
         sequences=tuple((b, 0, sizes.T) for b in range(sizes.B)),
         segment=0,
         emitted=emitted,
@@ -276,7 +283,6 @@ def test_what_kernels_of_gradients_it_refuses() -> None:
 @pytest.mark.parametrize(
     ("name", "tiles", "dims", "reason"),
     [
-        ("mesa_net", KernelConfig(64, 4), Dims(128, 128), "its chunks have 32 tokens"),
         ("mlstm", KernelConfig(64, 4), Dims(128, 128), "it carries several states"),
         ("longhorn", KernelConfig(64, 4), Dims(128, 128), "it computes a tile of keys"),
         ("delta_rule", KernelConfig(64, 8), Dims(128, 128), "its 8 warps take 128 rows of 64"),
@@ -285,12 +291,24 @@ def test_what_kernels_of_gradients_it_refuses() -> None:
     ],
 )
 def test_what_it_refuses(name: str, tiles: KernelConfig, dims: Dims, reason: str) -> None:
+    assert _refused(name, tiles, dims).startswith(reason)
+
+
+def test_it_refuses_chunks_of_16() -> None:
+    tiles, dims = KernelConfig(64, 4), Dims(128, 128)
+    assert _refused("kda", tiles, dims, chunk=16).startswith("its chunks have 16 tokens")
+
+
+def _refused(name: str, tiles: KernelConfig, dims: Dims, chunk: int | None = None) -> str:
+    """Why the forward scan is not printed."""
     form = _form(name)
     signature = signature_for(form, dims, Dtype.BFLOAT16, Target.SM90)
-    config = in_gluon(form, untuned_config(form, dims, Dtype.BFLOAT16, H100_SHARED), tiles)
-    made = emit(form, signature, config)
+    default = untuned_config(form, dims, Dtype.BFLOAT16, H100_SHARED)
+    made = emit(
+        form, signature, in_gluon(form, replace(default, chunk=chunk or default.chunk), tiles)
+    )
     assert made is not None
-    assert dict(made.refused)["forward_scan"].startswith(reason)
+    return dict(made.refused)["forward_scan"]
 
 
 @pytest.mark.parametrize(
