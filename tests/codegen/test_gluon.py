@@ -453,6 +453,25 @@ def test_a_call_gets_what_is_preferred(launched: list[str]) -> None:
     assert launched[2:] == ["forward_prep", "forward_scan"]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "heads", "gates", "served"),
+    [
+        (4096, 16, torch.bfloat16, True),
+        (4128, 16, torch.bfloat16, False),  # whole chunks of 32, but not of 64
+        (4096, 8, torch.bfloat16, False),  # gradients of shared heads are in float32
+        (4096, 16, torch.float32, False),
+    ],
+)
+@torch.no_grad()
+def test_vector_gates_get_longer_chunks(
+    tokens: int, heads: int, gates: torch.dtype, served: bool, launched: list[str]
+) -> None:
+    q, k = (torch.empty(4, tokens, heads, 128, dtype=torch.bfloat16) for _ in range(2))
+    v, g = (torch.empty(4, tokens, 16, 128, dtype=d) for d in (torch.bfloat16, gates))
+    library.gla(q, k, v, g, engine="triton")
+    assert launched == [n + " in Gluon" * served for n in ("forward_prep", "forward_scan")]
+
+
 def test_a_configuration_says_so_in_json() -> None:
     own = KernelConfig(64, 4, 3, printer=Printer.GLUON)
     assert from_plain(KernelConfig, to_plain(own)) == own
