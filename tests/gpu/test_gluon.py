@@ -53,16 +53,17 @@ pytestmark = [
 @pytest.fixture
 def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Has calls take scans in Gluon with these tiles and stages; what was launched so."""
-    v_tile, stages = getattr(request, "param", (64, 2))
+    v_tile, stages, *rest = getattr(request, "param", (64, 2))
+    chunk = rest[0] if rest else 64
     found: list[str] = []
 
     def compiled_for(call: Call) -> Any:
         dims = Dims(call.K, call.V)
         default = triton_engine.configuration(call.form, dims, call.dtype)
         own = KernelConfig(v_tile, v_tile // 16, stages)
-        default = replace(default, chunk=64)
+        default = replace(default, chunk=chunk)
         chunks = CHUNKS if (v_tile, stages) == (64, 3) else {}
-        if call.form.name in VECTOR_GATED:
+        if call.form.name in VECTOR_GATED and chunk == 64:
             chunks = CHUNKS_OF_VECTOR_GATES  # Triton's decays are slow in chunks of 64
         config = in_gluon(call.form, default, own, chunks=chunks)
         dtypes = tuple((n, x.dtype) for n, x in call.operands.items())
@@ -117,6 +118,13 @@ def test_kernels_parallel_over_chunks(name: str, K: int, served: list[str]) -> N
     kernels = [k for p in programs for k in p.kernels]
     with_products = {k.name for k in kernels if any(t.op is TileOp.DOT for t in k.order)}
     assert {*served} >= {*CHUNKS} & with_products
+
+
+@pytest.mark.parametrize("served", [(64, 3, 32), (128, 2, 32)], indirect=True)
+@pytest.mark.parametrize("name", VECTOR_GATED)
+def test_scans_of_chunks_of_32(name: str, served: list[str]) -> None:
+    _check(name, replace(SIZES, T=224))
+    assert {*served} == SCANS
 
 
 @pytest.mark.parametrize("served", [(64, 2)], indirect=True)
