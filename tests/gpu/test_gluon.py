@@ -62,7 +62,7 @@ def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         default = triton_engine.configuration(call.form, dims, call.dtype)
         own = KernelConfig(v_tile, v_tile // 16, stages)
         default = replace(default, chunk=chunk)
-        chunks = CHUNKS if (v_tile, stages) == (64, 3) else {}
+        chunks = CHUNKS if (v_tile, stages, chunk) == (64, 3, 64) else {}
         if call.form.name in VECTOR_GATED and chunk == 64:
             chunks = CHUNKS_OF_VECTOR_GATES  # Triton's decays are slow in chunks of 64
         config = in_gluon(call.form, default, own, chunks=chunks)
