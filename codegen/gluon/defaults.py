@@ -1,4 +1,4 @@
-"""Which kernels are Gluon's if nobody chose: a rule from measurements on an H100 (65, 80)."""
+"""Which kernels are Gluon's if nobody chose: a rule from measurements (65, 80, 94)."""
 
 from __future__ import annotations
 
@@ -43,6 +43,13 @@ def _of_vector_gates(form: NormalForm, config: Config, signature: Signature) -> 
     return in_gluon(form, longer, _DECAYED_SCANS, frozenset(n for n, _ in made.refused), _DECAYED)
 
 
+def _of_scans(form: NormalForm, config: Config, signature: Signature) -> Config | None:
+    """`config` with all scans in Gluon, in the chunks that it has; None if one cannot be."""
+    wanted = in_gluon(form, config, _FEW)
+    made = emit(form, signature, wanted)
+    return None if made is None or made.refused else wanted
+
+
 def preferred(
     form: NormalForm,
     config: Config,
@@ -65,6 +72,8 @@ def preferred(
         return None
     if state.decay is DecayClass.KEY and state.low_rank is LowRank.NONE:
         return _of_vector_gates(form, config, signature)
+    if state.decay is DecayClass.KEY:
+        return _of_scans(form, config, signature)
     if state.decay not in _DECAYS:
         return None
     few = rows * signature.dims.V // _FEW.v_tile <= multiprocessors

@@ -320,7 +320,6 @@ def _refused(name: str, tiles: KernelConfig, dims: Dims, chunk: int | None = Non
         ("simple_gla", 64, 4096, 0),  # nothing to gain but for gradients
         ("simple_gla", 96, 8192, 128),
         ("comba", 96, 8192, None),  # of a class that was not measured
-        ("kda", 64, 4096, None),  # slower
     ],
 )
 def test_what_is_preferred(name: str, rows: int, tokens: int, v_tile: int | None) -> None:
@@ -337,6 +336,18 @@ def test_what_is_preferred(name: str, rows: int, tokens: int, v_tile: int | None
     assert (scan.printer is Printer.GLUON) is bool(v_tile)
     assert v_tile in (0, scan.v_tile)
     assert made.of("forward_prep") == default.of("forward_prep")
+
+
+@pytest.mark.parametrize("gates", [Dtype.BFLOAT16, Dtype.FLOAT32])
+def test_where_a_system_is_solved_under_a_vector_gate_scans_alone_are(gates: Dtype) -> None:
+    form, dims = _form("kda"), Dims(128, 128)
+    signature = signature_for(form, dims, Dtype.BFLOAT16, Target.SM90)
+    signature = replace(signature, dtypes=(("g", gates),))
+    default = untuned_config(form, dims, Dtype.BFLOAT16, H100_SHARED)
+    made = preferred(form, default, signature, 64, 4096, 132)
+    assert made is not None
+    names = {n for n, k in made.kernels if k.printer is Printer.GLUON}
+    assert (made.chunk, names) == (default.chunk, {*SCANS})
 
 
 @pytest.mark.parametrize("gates", [Dtype.BFLOAT16, Dtype.FLOAT32])
