@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -32,6 +33,19 @@ def ordered(kernel: tiled.TiledKernel, again: frozenset[Tile] = frozenset()) -> 
         phases.append(_Phase(kernel, phase, uses, others, again).ordered())
     before, inside, after = phases
     return replace(kernel, before=before, inside=inside, after=after)
+
+
+def stored_early(statements: Iterable[tiled.Statement]) -> tuple[tiled.Statement, ...]:
+    """`statements`, each store behind what makes its value."""
+    made: list[tiled.Statement] = [s for s in statements if not isinstance(s, tiled.Store)]
+    for store in (s for s in statements if isinstance(s, tiled.Store)):
+        after = (
+            n
+            for n, s in enumerate(made)
+            if isinstance(s, tiled.Compute | tiled.Product) and s.value == store.use.value
+        )
+        made.insert(next(after, len(made)) + 1, store)
+    return tuple(made)
 
 
 @dataclass(slots=True)

@@ -11,12 +11,23 @@ from .config import Precision, Space, Tiles, dims_of
 from .expressions import unaliased
 from .gates import DECAYED
 from .interface import Dtype, Signature, intermediate_dtype, segment_end
-from .order import ordered
+from .order import ordered, stored_early
 from .padding import Padding, padding
 from .phases import added_products, extents, phases
 from .plan import Kernel, Loop
 from .segments import Segments, Start
-from .tile import ALIASES, NUMBERS, TIMES, Axes, Axis, Tile, TileOp, gated_axis, summed_axes
+from .tile import (
+    ALIASES,
+    NUMBERS,
+    TIMES,
+    Axes,
+    Axis,
+    Tile,
+    TileOp,
+    gated_axis,
+    summed_axes,
+    topological,
+)
 from .verify import verify_tiled
 
 # how the axes of a tile lie in registers, rows first: a scan keeps its state [V, K], split along V
@@ -97,6 +108,10 @@ class _Tiling:
         before, during, after = phases(self._kernel, self._channels)
         if self._channels is None:
             everything = (*before, *during, *after)
+            if any(_inverts(t) for t in everything):
+                everything = self._inverses_last()
+                whole = (*self._run(everything), *self._stores(everything))
+                return list(stored_early(whole)), [], []
             return [*self._run(everything), *self._stores(self._order)], [], []
         summed = [t for t in during if t not in self._buffers and self._channels in summed_axes(t)]
         first = [*self._run(before), *map(tiled.Zero, summed)]
@@ -104,6 +119,13 @@ class _Tiling:
         inside += self._stores([t for t in during if t not in summed])
         last = [*self._run(after), *self._stores([*before, *summed, *after])]
         return first, inside, last
+
+    def _inverses_last(self) -> tuple[Tile, ...]:
+        """All tiles, what needs no inverse first: one takes the registers of several tiles."""
+        stored = frozenset(self._buffers)
+        roots = [unaliased(t) for _, t in self._kernel.stores]
+        roots.sort(key=lambda root: any(map(_inverts, topological(root, stop=stored))))
+        return tuple(topological(*roots, stop=stored))
 
     def _scan(self) -> _Phases:
         carried, segments = self._kernel.carried, self._kernel.segments
@@ -240,6 +262,10 @@ class _Tiling:
         if axis in y.axes and (y in self._buffers or y in self._cleaned):
             return Padding.ZERO
         return padding(x, axis)
+
+
+def _inverts(x: Tile) -> bool:
+    return x.op is TileOp.INVERSE
 
 
 def _use(x: Tile) -> tiled.Use:

@@ -18,27 +18,46 @@ INVERSE = '''
 def unit_lower_inverse(L, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """(1 + L)^-1 of a strictly lower [C, C] tile, C = 2^LEVELS >= 16.
 
-    Doubling: exact inverses X of the diagonal blocks of one size, and B, what of L lies between two
-    of them, give those of twice the size, X - X B X. First within all diagonal blocks of 16.
+    Doubling: exact inverses of the diagonal blocks of one size give those of twice the size. First
+    within all blocks of 16: X, and B, what of L lies between two of them, give X - X B X.
     """
     N: tl.constexpr = C // 16
     i = tl.arange(0, 16)[None, :, None]
     j = tl.arange(0, 16)[None, None, :]
     same = tl.arange(0, N)[:, None, None, None] == tl.arange(0, N)[None, None, :, None]
     D = tl.sum(tl.where(same, tl.reshape(L, (N, 16, N, 16)), 0.0), 2)
-    Y = tl.where(i == j, 1.0, 0.0) - tl.where(i >> 1 == j >> 1, D, 0.0)
+    X = tl.where(i == j, 1.0, 0.0) - tl.where(i >> 1 == j >> 1, D, 0.0)
     for level in tl.static_range(1, 4):
         between = (i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level)
-        B = tl.dot(Y, tl.where(between, D, 0.0), input_precision=PRECISION)
-        Y -= tl.dot(B, Y, input_precision=PRECISION)
-    X = tl.reshape(tl.where(same, Y[:, :, None, :], 0.0), (C, C))
-    row = tl.arange(0, C)[:, None]
-    column = tl.arange(0, C)[None, :]
-    for level in tl.static_range(4, LEVELS):
-        between = (row >> (level + 1) == column >> (level + 1)) & (row >> level != column >> level)
-        B = tl.dot(X, tl.where(between, L, 0.0), input_precision=PRECISION)
+        B = tl.dot(X, tl.where(between, D, 0.0), input_precision=PRECISION)
         X -= tl.dot(B, X, input_precision=PRECISION)
-    return X
+    for level in tl.static_range(4, LEVELS):
+        X = merged_inverses(X, L, C, 1 << level, PRECISION)
+    return tl.reshape(X, (C, C))
+'''
+
+MERGED_INVERSES = '''
+@triton.jit
+def merged_inverses(Z, L, C: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr):
+    """The inverses of blocks of 2 S rows from those of S rows, Z [C / S, S, S].
+
+    Of two, X before Y, and B, what of L lies between, it is [[X, 0], [-Y B X, Y]]: products of S
+    rows, where those of all C rows would be zero in most places.
+    """
+    N: tl.constexpr = C // (2 * S)
+    X, Y = tl.split(tl.permute(tl.reshape(Z, (N, 2, S, S)), (0, 2, 3, 1)))
+    B, _ = tl.split(tl.permute(tl.reshape(L, (C, N, 2, S)), (0, 1, 3, 2)))
+    _, B = tl.split(tl.permute(tl.reshape(B, (N, 2, S, N, S)), (0, 2, 3, 4, 1)))
+    same = tl.arange(0, N)[:, None, None, None] == tl.arange(0, N)[None, None, :, None]
+    B = tl.sum(tl.where(same, B, 0.0), 2)
+    if N == 1:
+        X, Y, B = tl.reshape(X, (S, S)), tl.reshape(Y, (S, S)), tl.reshape(B, (S, S))
+    W = tl.dot(tl.dot(Y, B, input_precision=PRECISION), X, input_precision=PRECISION)
+    if N == 1:
+        X, Y, W = tl.reshape(X, (1, S, S)), tl.reshape(Y, (1, S, S)), tl.reshape(W, (1, S, S))
+    above = tl.reshape(tl.permute(tl.join(X, tl.zeros_like(X)), (0, 1, 3, 2)), (N, S, 2 * S))
+    below = tl.reshape(tl.permute(tl.join(-W, Y), (0, 1, 3, 2)), (N, S, 2 * S))
+    return tl.reshape(tl.permute(tl.join(above, below), (0, 3, 1, 2)), (N, 2 * S, 2 * S))
 '''
 
 SUBSTITUTE = '''
@@ -380,7 +399,8 @@ def tanh(x):
 _BLOCKS = ("power", "doubled", "halves", "block_sums", "block_decay", "decayed")
 # name -> (source, the functions it calls)
 FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "unit_lower_inverse": (INVERSE, ()),
+    "merged_inverses": (MERGED_INVERSES, ()),
+    "unit_lower_inverse": (INVERSE, ("merged_inverses",)),
     "substitute": (SUBSTITUTE, ()),
     "decay_between": (DECAY, ()),
     "flush": (FLUSH, ()),
