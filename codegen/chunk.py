@@ -29,7 +29,6 @@ decay, a write, a recall) is zero in the rows of the others (codegen/rows).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -40,10 +39,8 @@ from ..dsl.ir import Kind, Node, Op
 from ..dsl.normal_form import (
     NormalForm,
     Phase,
-    expressions,
     groups_of,
     levels_of,
-    results_of,
 )
 from ..dsl.step import output_names
 from . import gates, tile
@@ -51,6 +48,7 @@ from .buffers import BufferId, output
 from .coordinates import Coordinates, Seen
 from .gates import LEAST_FACTOR
 from .lower import kind_axes
+from .reads import added_up
 from .refusals import refusals
 from .rows import Nodes, Recall, RowTiles, payloads, row_writes, updates_of
 from .solve import add_to, eliminate, gather
@@ -111,51 +109,14 @@ def derive(form: NormalForm, *, hoist_products: bool = False) -> ChunkProgram:
     outputs = []
     for name, node in zip(output_names(len(form.outputs)), form.outputs, strict=True):
         axes = tile.axes_of(Axis.I, *kind_axes(node.kind, transposed=form.transposed))
-        summed = _summed(form, coordinates, node)
-        made = tiles.of(node) if summed is None else _total(tiles, chunks, *summed)
+        joined = added_up(form, coordinates, node)
+        made = tiles.of(node) if joined is None else _total(tiles, chunks, *joined)
         outputs.append((output(name), tile.expand(made, axes).named(name)))
     carried = tuple(
         Carried(chunk.starts[s.name], chunk.ends[s.name].named(s.name + "_next"))
         for s, chunk in ((s, chunks[s.name]) for s in form.states)
     )
     return ChunkProgram(tuple(outputs), carried, form.transposed)
-
-
-def _summed(
-    form: NormalForm, coordinates: Coordinates, node: Node
-) -> tuple[list[Seen], Node | None] | None:
-    """Reads of which `node` is the sum, those of one state as one, and what else it is the sum of.
-
-    None where no two are of one state, so that there is nothing to join.
-    """
-    terms, others = _terms(node)
-    rest = algebra.total(x if sign > 0 else algebra.neg(x) for sign, x in others)
-    elsewhere = results_of(*expressions(form), *(x for x in form.outputs if x != node))
-    elsewhere += [] if rest is None else results_of(rest)
-    if {n for _, n in terms} & {*elsewhere} or len({n for _, n in terms}) < len(terms):
-        return None
-    joined: dict[Seen, list[Seen]] = {}
-    for sign, n in terms:
-        for seen in coordinates.reads(form.reads[n]):
-            if seen.factor is not None:
-                return None
-            signed = seen if sign > 0 else seen.with_keys(algebra.neg)
-            of = replace(seen, read=replace(seen.read, key=algebra.ONE), own=None)
-            joined.setdefault(of, []).append(signed)
-    if all(len(parts) == 1 for parts in joined.values()):
-        return None
-    return [functools.reduce(Seen.joined, parts) for parts in joined.values()], rest
-
-
-def _terms(node: Node, sign: int = 1) -> tuple[list[tuple[int, int]], list[tuple[int, Node]]]:
-    """The results that are added up, by number, and the other summands, each with its sign."""
-    if node.op is Op.RESULT:
-        return [(sign, results_of(node)[0])], []
-    if node.op in (Op.ADD, Op.SUB, Op.NEG):
-        signs = (sign, sign if node.op is Op.ADD else -sign) if len(node.args) == 2 else (-sign,)
-        found = [_terms(x, s) for x, s in zip(node.args, signs, strict=True)]
-        return [x for own, _ in found for x in own], [x for _, other in found for x in other]
-    return [], [(sign, node)]
 
 
 def _total(

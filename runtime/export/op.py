@@ -98,10 +98,10 @@ def _as_called(package: Package) -> list[str]:
     It checks that the arguments are as many as those of its own function.
     """
     step = package.declaration.step(package.micro)
-    (output,) = step.outputs
+    output, *others = step.outputs
     uses = [n for n in topological(*step.roots) if any(_is_q(a) for a in n.args)]
     keys = {"q", "k"} <= {o.name for o in package.form.operands if o.kind is Kind.KEY}
-    if not keys or uses != [output] or output.op is not Op.READ or package.params:
+    if not keys or others or uses != [output] or output.op is not Op.READ or package.params:
         return []
     options = ["chunk_size=64", "initial_state=None", "output_final_state=False"]
     options += ["use_qk_l2norm_in_kernel=False", "**kwargs"]

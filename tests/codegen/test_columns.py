@@ -129,9 +129,9 @@ def test_one_scale_for_all_channels_is_the_delta_rule() -> None:
 
 def test_what_several_writes_share_is_refused() -> None:
     @cw.recurrence
-    def shared(A: State, B: State, q: Key, k: Key, v: Value, b: Value, s: Scalar):
+    def shared(A: State, B: State, q: Key, k: Key, v: Value, b: Value, c: Value, s: Scalar):
         error = v - k @ A
-        A, B = 0.9 * A + 0.1 * B + outer(k, b * error), 0.9 * B + outer(q, b * error) - s * A
+        A, B = 0.9 * A + 0.1 * B + outer(k, b * error), 0.9 * B + outer(q, c * error) - s * A
         return (A, B), q @ A
 
     with pytest.raises(cw.errors.NotLowered, match="scaled per channel, and several writes"):
