@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ...dsl.ir import Op
 from .. import tile
 from ..chunk import ChunkProgram
 from ..config import Config, Dims, KernelConfig, padded
@@ -24,6 +25,7 @@ class Features:
     vector_gated: bool
     solves: bool
     scores: int  # C x C products of operands
+    turns: bool  # states turn by angles
 
 
 def features(body: ChunkProgram) -> Features:
@@ -35,6 +37,7 @@ def features(body: ChunkProgram) -> Features:
         vector_gated=not ops.isdisjoint(DECAYED),
         solves=TileOp.INVERSE in ops,
         scores=sum(t.op is TileOp.DOT and t.axes == SQUARE for t in tiles),
+        turns=any(t.is_map(Op.COS) for t in tiles),
     )
 
 
@@ -76,8 +79,11 @@ def _config(body: ChunkProgram, f: Features, dims: Dims, *, wide_dtype: bool) ->
     if f.vector_gated:
         return _vector_gated(forward, backward)
     matrices = sum(len(c.start.axes) == 2 for c in body.carried)
-    if matrices * padded(dims.K) * padded(dims.V) > _HELD:
+    held = matrices * padded(dims.K) * padded(dims.V)
+    if held > _HELD:
         return _several(forward, backward)
+    if f.turns and held == _HELD:
+        return _turning(forward, backward)
     narrow = widest <= 64
     # a delta step does more in sequence: where states are small, more programs hide more of it
     scan = KernelConfig(32 if f.solves and narrow else 64, 4, 3)
@@ -110,6 +116,20 @@ def _several(forward: Plan, backward: Plan) -> Config:
         ("backward_gradients", KernelConfig(32, 8, 1)),
     )
     return Config(32, forward, backward, KernelConfig(64, 8, 2), kernels)
+
+
+def _turning(forward: Plan, backward: Plan) -> Config:
+    """For pairs of states that turn: their gradients hold cosines, sines and both states."""
+    prep = KernelConfig(64, 4, 1)
+    kernels = (
+        ("forward_prep", prep),
+        ("backward_prep", prep),
+        ("backward_values", prep),
+        ("backward_sums", KernelConfig(64, 8, 1)),
+        ("backward_gradients", KernelConfig(64, 4, 1, k_tile=16)),
+    )
+    apart = replace(backward, values_apart=True, sums_apart=True)
+    return Config(32, forward, apart, KernelConfig(64, 4, 3), kernels)
 
 
 def token_config(kernel: Kernel, dims: Dims) -> Config:
