@@ -19,11 +19,10 @@ from ..gates import DECAYED
 from ..interface import Role, Signature
 from ..plan import Kernel
 from ..tile import POINTWISE, SQUARE, TIMES, Axes, Axis, Tile, TileOp, Which, summed_axes
-from .memory import SIZE, GluonMemory
+from .memory import BARRIER, SIZE, GluonMemory
 from .refusal import is_exact
 from .schedule import subtracted
 
-BARRIER = "barrier()"
 # factors of ones, of which a product with a tile is its sums over the rows before each row, of the
 # chunk or of the row's block
 _ONES = {
@@ -132,6 +131,9 @@ class ChunkStep(GluonMemory):
         self._slice = before
         return text
 
+    def lying(self, axes: Axes) -> str:
+        return _layout(axes)
+
     def inlined(self, x: Tile) -> bool:
         if is_made_again(x, self._places):
             return True
@@ -140,7 +142,8 @@ class ChunkStep(GluonMemory):
 
     def structural(self, x: Tile) -> str:
         if x.op is TileOp.ROWS and len(x.axes) == 1 and not unaliased(x.args[0]).axes:
-            return f"gl.full((C,), {self.text(x.args[0])}, gl.float32, LANES)"
+            number = f"gl.full((C,), {self.text(x.args[0])}, gl.float32, LANES)"
+            return self.present(number, "oi")
         if x.op is TileOp.SUM:
             return self._sum(x)
         if x.op is TileOp.CUMSUM:
@@ -329,11 +332,13 @@ class ChunkStep(GluonMemory):
         if len(axes) < 2:
             pointer = self._parameter(f"{s.buffer}_ptr", Role.BUFFER, s.buffer)
             self._computing[pointer] = None
-            at = "(index * C + oi).to(gl.int64) * HV + h" if axes else "index * HV + h"
+            value = f"({text}).to({pointer}.dtype.element_ty)"
+            at, mask = "index * HV + h", ""
             if axes == (Axis.K,):
                 at = "(index * HV + h) * K + ok"
-            value = f"({text}).to({pointer}.dtype.element_ty)"
-            self.lines.append(f"gl.store({pointer} + {at}, {value})")
+            elif axes:
+                at, mask = "(row + oi).to(gl.int64) * HV + h", ", mask=there"
+            self.lines.append(f"gl.store({pointer} + {at}, {value}{mask})")
             return
         desc = self._parameter(f"{identifier(str(s.buffer))}_desc", Role.BUFFER, s.buffer)
         width = self.laid(axes)[1]
@@ -341,22 +346,12 @@ class ChunkStep(GluonMemory):
         self._blocks[desc] = (self.tiled.chunk, size)
         if size not in self._outgoing:  # one place for all results of its shape
             name = self._outgoing[size] = self.names.fresh("outgoing")
-            self._memory.append(
-                f"{name} = gl.allocate_shared_memory("
-                f"gl.bfloat16, [C, {SIZE[width]}], {desc}.layout)"
-            )
+            self._allocate(name, f"[C, {SIZE[width]}]")
             self._taken += 2 * self.tiled.chunk * size
-            self._computing[name] = None
-        name = self._outgoing[size]
-        self._computing[desc] = None
-        self.lines += [
-            "tma.store_wait(0)",
-            BARRIER,
-            f"{name}.store(({text}).to(gl.bfloat16))",
-            "fence_async_shared()",
-            BARRIER,
-            f"async_store({desc}, [index * C, h * {self._whole(width)}], {name})",
-        ]
+        name, whole = self._outgoing[size], self._whole(width)
+        lies = ("0", _layout(self.laid(axes)), "C", SIZE[width])
+        place = ("row", f"h * {whole}", f"HV * {whole}", "STATES", SIZE[width], *lies)
+        self.lines += ["tma.store_wait(0)", BARRIER, *self._sent(s.buffer, name, name, text, place)]
 
     # ---- the step ------------------------------------------------------------------------------
 

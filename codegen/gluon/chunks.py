@@ -5,7 +5,8 @@ memory and two barriers: `ready`, where its bytes have arrived, and `empty`, whe
 read any more, so that the next chunk's comes while this one's rest is computed; both are for all
 that is released at once. What is read all along has two places, for chunks in turns.
 
-All of V is one tile. Calls must be dense, their chunks whole.
+All of V is one tile. Where chunks are not whole, zeros replace what was loaded beyond the end of a
+sequence, and only its rows are stored.
 """
 
 from __future__ import annotations
@@ -18,23 +19,26 @@ from ..buffers import BufferId
 from ..config import KernelConfig
 from ..gates import DECAYED
 from ..interface import Role, Signature, stored
-from ..order import ordered
+from ..order import ordered, stored_early
 from ..plan import Kernel
 from ..tile import SQUARE, TIMES, Axis, Tile, TileOp
 from ..triton.kernel import STORAGE
-from .chunk_steps import BARRIER, ChunkStep, is_made_again, lying
-from .memory import MOST_SHARED, SHARED_OF_TWO, SIZE, GluonKernel, constants_of
+from .chunk_steps import ChunkStep, is_made_again, lying
+from .memory import BARRIER, MOST_SHARED, SHARED_OF_TWO, SIZE, GluonKernel, constants_of
 
 _EXCHANGED = 18 * 1024  # bytes that Triton takes where tiles change their layouts
 _BESIDE = 2 * 1024  # where vectors do
-_GIVEN = ("ready", "empty", "first", "stride", "items", "chunks", "HV", "K", "V", "C")
+_GIVEN = (
+    *("ready", "empty", "first", "stride", "items", "chunks", "TOKENS", "cu_seqlens"),
+    *("chunk_table", "HV", "K", "V", "C", "PACKED", "EVEN"),
+)
 
 
 def print_chunks(
     own: tiled.TiledKernel, kernel: Kernel, signature: Signature, config: KernelConfig
 ) -> GluonKernel:
     """A kernel that `refusal` has let pass."""
-    statements = _stored_early(_of_gates_alone(own.statements))
+    statements = stored_early(_of_gates_alone(own.statements))
     whole = replace(own, before=tuple(statements), inside=(), after=())
     loaded = frozenset(s.value for s in statements if isinstance(s, tiled.Load))
     again = {s.value for s in statements if isinstance(s, tiled.Compute)}
@@ -43,19 +47,6 @@ def print_chunks(
     first.print()  # says what is read from when to when
     twice = first.twice()
     return _Printer(whole, kernel, signature, config, first.together(twice), twice).print()
-
-
-def _stored_early(statements: Iterable[tiled.Statement]) -> list[tiled.Statement]:
-    """`statements`, each store behind what makes its value: what was loaded for that is free."""
-    made: list[tiled.Statement] = [s for s in statements if not isinstance(s, tiled.Store)]
-    for store in (s for s in statements if isinstance(s, tiled.Store)):
-        after = (
-            n
-            for n, s in enumerate(made)
-            if isinstance(s, tiled.Compute | tiled.Product) and s.value == store.use.value
-        )
-        made.insert(next(after, len(made)) + 1, store)
-    return made
 
 
 def _of_gates_alone(statements: Iterable[tiled.Statement]) -> list[tiled.Statement]:
@@ -95,6 +86,7 @@ class _Printer(ChunkStep):
         self._first: dict[str, int] = {}  # the line by which each was read first
         self._release: dict[str, int] = {}  # the barrier after which it is not
         self._sizes: dict[str, int] = {}  # bytes of what TMA loads
+        self._rows: set[str] = set()  # what has a row per token, of that
         self._copies: dict[str, str] = {}  # what the loading warp does for each
         self._next: dict[str, str] = {}  # vectors, which it loads before it waits
         self._indices: dict[Axis, None] = {}  # along which they lie
@@ -123,13 +115,13 @@ class _Printer(ChunkStep):
         width = next(a for a in reversed(lying(s.value.axes)))
         if isinstance(s.of, BufferId):
             desc = self._parameter(f"{name}_desc", Role.BUFFER, s.of)
-            at = f"[index * C, h * {self._whole(width)}]"
+            at = f"[row, h * {self._whole(width)}]"
             if s.value.axes[0] not in TIMES:
                 at = "[(index * HV + h) * V, 0]"
         else:
             desc = self._parameter(f"{name}_desc", Role.OPERAND, s.of)
             batch, tokens, heads, group = self._strides(name, s)
-            at = f"[(n * ({batch} // {tokens})).to(gl.int32) + chunk * C, h // {group} * {heads}]"
+            at = f"[(batch * ({batch} // {tokens})).to(gl.int32) + at, h // {group} * {heads}]"
             self._loading |= dict.fromkeys((batch, tokens, heads, group))
         self._loading[desc] = None
         self._blocks[desc] = (first, second)
@@ -139,6 +131,8 @@ class _Printer(ChunkStep):
             f"{name} = gl.allocate_shared_memory(gl.bfloat16, [{places}{shape}], {desc}.layout)"
         )
         self._sizes[name] = 2 * first * second
+        if s.value.axes[0] in TIMES:
+            self._rows.add(name)
         self._taken += self._sizes[name] * (2 if places else 1)
         ready = self._barrier("ready", self._groups[name])
         self._copies[name] = f"async_load({desc}, {at}, {ready}, {self._place(name)})"
@@ -147,14 +141,14 @@ class _Printer(ChunkStep):
         (axis,) = s.value.axes
         if isinstance(s.of, BufferId):
             pointer = self._parameter(f"{name}_ptr", Role.BUFFER, s.of)
-            at = f"{pointer} + (index * C + oi).to(gl.int64) * HV + h"
+            at = f"{pointer} + (row + oi).to(gl.int64) * HV + h"
             if axis not in TIMES:
                 at = f"{pointer} + (index * HV + h) * K + ok"
                 self._loading[SIZE[axis]] = None
         else:
             pointer = self._parameter(f"{name}_ptr", Role.OPERAND, s.of)
             batch, tokens, heads, group = self._strides(name, s)
-            row = f"n.to(gl.int64) * {batch} + (chunk * C + oi).to(gl.int64) * {tokens}"
+            row = f"batch.to(gl.int64) * {batch} + (at + oi).to(gl.int64) * {tokens}"
             at = f"{pointer} + {row} + h // {group} * {heads}"
             self._loading |= dict.fromkeys((batch, tokens, heads, group))
         self._loading[pointer] = None
@@ -163,7 +157,8 @@ class _Printer(ChunkStep):
         self._memory.append(f"{name} = gl.allocate_shared_memory(gl.float32, [{size}], VECTOR)")
         self._taken += 4 * self.tiled.extents[axis]
         self._indices[axis] = None
-        self._next[name] = f"{ahead} = gl.load({at}).to(gl.float32)"
+        mask = ", mask=there, other=0.0" * (axis in TIMES)
+        self._next[name] = f"{ahead} = gl.load({at}{mask}).to(gl.float32)"
         self._copies[name] = f"{name}.store({ahead})"
 
     def _load_number(self, name: str, s: tiled.Load) -> None:
@@ -201,6 +196,11 @@ class _Printer(ChunkStep):
             self._arrived.add(group)
             wait = f"mbarrier.wait({self._barrier('ready', group)}, {self._parity(group)})"
             self.lines.append(wait)
+            rows = sorted(n for n, g in self._groups.items() if g == group and n in self._rows)
+            if rows:
+                self.called.add("cut")
+                cuts = (f"    cut({self._place(n)}, rows, STATES, C)" for n in rows)
+                self.lines += ["if not EVEN:", *cuts]
         self._first.setdefault(name, len(self.lines))
         self._touched.add(name)
         return self._place(name)
@@ -285,8 +285,18 @@ class _Printer(ChunkStep):
             "item = first + turn * stride",
             "index = item // HV  # of the chunk, over all sequences",
             "h = item % HV",
-            "n = index // chunks  # the sequence",
-            "chunk = index % chunks",
+            "if PACKED:",
+            "    n = gl.load(chunk_table + 2 * index).to(gl.int32)  # the sequence",
+            "    at = gl.load(chunk_table + 2 * index + 1).to(gl.int32) * C",
+            "    at += gl.load(cu_seqlens + n).to(gl.int32)",
+            "    rows = gl.minimum(gl.load(cu_seqlens + n + 1).to(gl.int32) - at, C)",
+            "    batch = n * 0",
+            "else:",
+            "    batch = index // chunks",
+            "    at = index % chunks * C",
+            "    rows = gl.minimum(TOKENS - at, C)",
+            "row = batch * TOKENS + at",
+            "there = oi >= 0 if EVEN else oi < rows",
             *body,
         ]
         head = "for turn in range((items - first + stride - 1) // stride):"
@@ -305,11 +315,11 @@ class _Printer(ChunkStep):
             if any(n in self._next for n in names):
                 body += [BARRIER, f"mbarrier.arrive({ready}, count=1)"]
         lines = ['"""Loads what the next chunk needs as soon as there is room."""']
-        if self._next:
-            lines.append("LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])")
-            for axis in self._indices:
-                index = "oi" if axis in TIMES else "ok"
-                lines.append(f"{index} = gl.arange(0, {SIZE[axis]}, LANES)")
+        self._indices[Axis.I] = None  # rows, which all have
+        lines.append("LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])")
+        for axis in self._indices:
+            index = "oi" if axis in TIMES else "ok"
+            lines.append(f"{index} = gl.arange(0, {SIZE[axis]}, LANES)")
         lines += self._loop(body)
         head = f"@gluon.jit\ndef {self._kernel.name}_load({', '.join(given)}):\n"
         return head + "\n".join(f"    {line}" for line in lines)
@@ -377,6 +387,8 @@ class _Printer(ChunkStep):
         lines = [
             f'"""{self._kernel.loop.value}; stores {stores}."""',
             "VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])",
+            "if PACKED:  # the table has more",
+            "    items = gl.load(chunk_offsets + SEQUENCES).to(gl.int32) * HV",
             "first = gl.program_id(0)",
             "stride = gl.num_programs(0)",
             *self._memory,
@@ -390,4 +402,6 @@ class _Printer(ChunkStep):
             f"    ({self._kernel.name}_load, ({', '.join(self._loading)})),",
             f"], [1], [{40 if self._next else 24}])",
         ]
-        return self._entry_head("chunks, items") + "\n".join(f"    {line}" for line in lines)
+        return self._entry_head("TOKENS, chunks, items, SEQUENCES") + "\n".join(
+            f"    {line}" for line in lines
+        )

@@ -99,9 +99,26 @@ class GluonExpressions(KernelExpressions):
         return name
 
     def structural(self, x: Tile) -> str:
-        if x.op is TileOp.ROWS:  # chunks are whole
-            return self.within(x.args[0], self.layout(x))
+        if x.op is TileOp.ROWS:
+            axes = self.layout(x)
+            return self.present(self.within(x.args[0], axes), self._row_of(axes))
         return self.masked(x, "", _INDEX)
+
+    def present(self, text: str, row: str) -> str:
+        """`text` with zeros beyond the end of the sequence; `row`: of each entry."""
+        self.called.add("present")
+        return f"present({text}, {row}, rows, EVEN)"
+
+    def _row_of(self, axes: Axes) -> str:
+        if len(axes) == 1:
+            return f"gl.arange(0, C, {self._slice or 'LANES'})"
+        at = axes.index(Axis.I)
+        lies = f"gl.SliceLayout({1 - at}, {self.lying(axes)})"
+        return f"gl.arange(0, C, {lies})[{'None, :' if at else ':, None'}]"
+
+    def lying(self, axes: Axes) -> str:
+        """The name of the layout in which a tile of two axes lies in registers."""
+        return layout_of(axes)
 
     # ---- factors of products -------------------------------------------------------------------
 

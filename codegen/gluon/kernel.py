@@ -6,8 +6,9 @@ again. The state lies [V, K] in registers, split along V over programs; products
 and in the order of `schedule`. Results leave through shared memory by TMA too.
 
 A program is one sequence, head and part of V, like the Triton printer's; parameters have the same
-roles, but those that are loaded or stored by TMA are descriptors (`GluonKernel.blocks`). Calls must
-be dense, their chunks whole.
+roles, but those that are loaded or stored by TMA are descriptors (`GluonKernel.blocks`). Where
+chunks are not whole, zeros replace what was loaded beyond the end of a sequence, and only its rows
+are stored.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..tiling import tile
 from ..triton.kernel import STORAGE
 from .chunks import print_chunks
 from .expressions import laid_out, layout_of
-from .memory import SIZE, GluonKernel, GluonMemory, constants_of
+from .memory import SIZE, GluonKernel, GluonMemory, constants_of, sent
 from .refusal import of_stores, refusal, refusal_of_chunks, too_large
 from .schedule import Await, Issue, Schedule, subtracted
 
@@ -82,6 +83,7 @@ class _Printer(GluonMemory):
         self._bytes = 0  # that TMA brings a chunk
         self._staging = 0  # bytes of shared memory beside the rings
         self._numbers: list[str] = []  # a chunk's numbers
+        self._tiles: list[str] = []  # rings of what TMA brings
 
     # ---- what the loading partition does -------------------------------------------------------
 
@@ -103,11 +105,12 @@ class _Printer(GluonMemory):
         size = self.tiled.extents[second]
         if isinstance(s.of, BufferId):
             desc = self._parameter(f"{name}_desc", Role.BUFFER, s.of)
-            row, column = "n * TOKENS", f"h * {self._whole(second)}"
+            row, column = "row", f"h * {self._whole(second)}"
         else:
             desc = self._parameter(f"{name}_desc", Role.OPERAND, s.of)
             batch, tokens, heads, group = self._strides(name, s)
-            row, column = f"(n * ({batch} // {tokens})).to(gl.int32)", f"h // {group} * {heads}"
+            row = f"(batch * ({batch} // {tokens})).to(gl.int32) + at"
+            column = f"h // {group} * {heads}"
         if second is Axis.V:
             column += " + part * BV"
         self._blocks[desc] = (self.tiled.chunk, size)
@@ -119,6 +122,7 @@ class _Printer(GluonMemory):
         )
         at = f"[{first} + chunk * C, {start}]"
         self._copies.append(f"async_load({desc}, {at}, ready.index(slot), {name}.index(slot))")
+        self._tiles.append(name)
         self._bytes += 2 * self.tiled.chunk * size
         self._loading |= dict.fromkeys((desc, first, start, name))
         self._computing[name] = None
@@ -128,20 +132,22 @@ class _Printer(GluonMemory):
         at, length = "(chunk * C + oi).to(gl.int64) * ", self.tiled.chunk
         if isinstance(s.of, BufferId):
             pointer = self._parameter(f"{name}_ptr", Role.BUFFER, s.of)
-            base, stride = f"{pointer} + (n.to(gl.int64) * TOKENS * HV + h)", "HV"
+            base, stride = f"{pointer} + (row.to(gl.int64) * HV + h)", "HV"
             if axis not in TIMES:  # a chunk's vector of channels
-                base, stride = f"{pointer} + (n.to(gl.int64) * steps * HV + h) * K", "K"
+                base, stride = f"{pointer} + (before.to(gl.int64) * HV + h) * K", "K"
                 at, length = "chunk * (HV * K) + ok", self.tiled.extents[axis]
         else:
             pointer = self._parameter(f"{name}_ptr", Role.OPERAND, s.of)
             batch, stride, heads, group = self._strides(name, s)
-            base = f"{pointer} + n.to(gl.int64) * {batch} + h // {group} * {heads}"
+            base = f"{pointer} + batch.to(gl.int64) * {batch} + at.to(gl.int64) * {stride}"
+            base += f" + h // {group} * {heads}"
         first, ahead = self.names.fresh(f"{name}_base"), self.names.fresh(f"{name}_next")
         self._before.append(f"{first} = {base}")
         shape = f"[STAGES, {SIZE[axis]}]"
         self._memory.append(f"{name} = gl.allocate_shared_memory(gl.float32, {shape}, VECTOR)")
         at += stride * (axis in TIMES)
-        self._vectors.append(f"{ahead} = gl.load({first} + {at}).to(gl.float32)")
+        mask = ", mask=there, other=0.0" * (axis in TIMES)
+        self._vectors.append(f"{ahead} = gl.load({first} + {at}{mask}).to(gl.float32)")
         self._puts.append(f"{name}.index(slot).store({ahead})")
         self._put_bytes += 4 * length
         self._indices[axis] = None
@@ -157,7 +163,7 @@ class _Printer(GluonMemory):
             return
         if isinstance(s.of, BufferId):
             pointer = self._parameter(f"{name}_ptr", Role.BUFFER, s.of)
-            at = f"{pointer} + ((n.to(gl.int64) * steps + chunk) * HV + h)"
+            at = f"{pointer} + ((before + chunk).to(gl.int64) * HV + h)"
             self._numbers.append(f"{name} = gl.load({at})")
         else:
             pointer = self._parameter(f"{name}_ptr", Role.OPERAND, s.of)
@@ -225,29 +231,22 @@ class _Printer(GluonMemory):
 
     def _store(self, s: tiled.Store) -> list[str]:
         """Lines that send a tile to its buffer: in shared memory first, as memory has it."""
-        desc = self._parameter(f"{s.buffer}_desc", Role.BUFFER, s.buffer)
+        desc = self._parameter(f"{identifier(str(s.buffer))}_desc", Role.BUFFER, s.buffer)
         name = self.names.fresh(f"{identifier(str(s.buffer))}_shared")
-        text = self.text(s.use.value)
-        if Axis.K in s.axes:
-            first, second, view = "BV", "BK", name
-            row = "((n * steps + chunk) * HV + h) * V + part * BV"
-            at = f"[{row}, 0]"
-            self._blocks[desc] = (self.tiled.extents[Axis.V], self.tiled.extents[Axis.K])
-        else:
-            first, second, view = "C", "BV", f"{name}.permute((1, 0))"
-            at = "[n * TOKENS + chunk * C, h * V + part * BV]"
-            self._blocks[desc] = (self.tiled.chunk, self.tiled.extents[Axis.V])
-        self._memory.append(
-            f"{name} = gl.allocate_shared_memory(gl.bfloat16, [{first}, {second}], {desc}.layout)"
-        )
+        text, of_state = self.text(s.use.value), Axis.K in s.axes
+        keys, values = self.tiled.extents[Axis.K], self.tiled.extents[Axis.V]
+        self._blocks[desc] = (values, keys) if of_state else (self.tiled.chunk, values)
+        self._allocate(name, "[BV, BK]" if of_state else "[C, BV]")
         self._staging += 2 * math.prod(self._blocks[desc])
-        self._computing |= dict.fromkeys((name, desc))
-        return [
-            f"{view}.store(({text}).to(gl.bfloat16))",
-            "fence_async_shared()",
-            "barrier()",
-            f"async_store({desc}, {at}, {name})",
-        ]
+        self._computing[desc] = None
+        if of_state:
+            at = "[((before + chunk) * HV + h) * V + part * BV, 0]"
+            stage = f"{name}.store(({text}).to(gl.bfloat16))"
+            return sent(stage, f"async_store({desc}, {at}, {name})")
+        place = ("row + chunk * C", "h * V + part * BV", "HV * V", "TILES", "BV")
+        lies = ("1", "ROWS", "BV", "C")
+        staged = f"{name}.permute((1, 0))"
+        return self._sent(s.buffer, name, staged, text, (*place, *lies))
 
     def _step(self) -> list[str]:
         """One chunk."""
@@ -255,6 +254,10 @@ class _Printer(GluonMemory):
         of_states = [s for s in stores if Axis.K in s.axes]
         lines = [line for s in of_states for line in self._store(s)]
         lines.append("mbarrier.wait(ready.index(slot), (step // STAGES) & 1)")
+        if self._tiles:
+            self.called.add("cut")
+            cuts = (f"    cut({name}.index(slot), rows, TILES, C)" for name in self._tiles)
+            lines += ["if not EVEN:", *cuts]
         for event in self._schedule.events:
             if isinstance(event, Issue):
                 self._issue(event)
@@ -302,10 +305,12 @@ class _Printer(GluonMemory):
     def _loop(self) -> list[str]:
         reverse = self._kernel.loop is Loop.REVERSE
         chunk = "steps - 1 - step" if reverse else "step"
-        return [f"chunk = {chunk}", "slot = step % STAGES"]
+        rows = "rows = gl.minimum(length - chunk * C, C)"
+        return [f"chunk = {chunk}", "slot = step % STAGES", rows]
 
     def _load_partition(self) -> str:
-        self._loading |= dict.fromkeys(("ready", "empty", "steps", "C", "HV", "STAGES"))
+        given = ("ready", "empty", "steps", "length", "C", "HV", "STAGES", "EVEN")
+        self._loading |= dict.fromkeys(given)
         names = self._constants(self._loading)
         body = [f"def {self._kernel.name}_load({', '.join(names)}):"]
         body.append('    """Keeps the rings full."""')
@@ -317,6 +322,7 @@ class _Printer(GluonMemory):
         put = [*self._puts, "barrier()", "mbarrier.arrive(ready.index(slot), count=1)"]
         step = [
             *self._loop(),
+            *["there = oi >= 0 if EVEN else oi < rows"] * any(a in TIMES for a in self._indices),
             *self._vectors,  # on their way while the slot is still read
             "mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)",
             f"mbarrier.expect(ready.index(slot), {self._bytes})",
@@ -329,7 +335,8 @@ class _Printer(GluonMemory):
     def _compute(self, before: list[str], step: list[str], after: list[str]) -> str:
         warps = self._config.warps
         groups = warps // 4
-        self._computing |= dict.fromkeys(("ready", "empty", "n", "h", "part", "steps", "TOKENS"))
+        self._computing |= dict.fromkeys(("ready", "empty", "n", "h", "part", "steps", "row"))
+        self._computing |= dict.fromkeys(("before", "length", "EVEN"))
         self._computing |= dict.fromkeys(("HV", "K", "V", "C", "BK", "BV", "STAGES"))
         names = self._constants(self._computing)
         mma = "gl.NVMMADistributedLayout([3, 0], {}, [16, {}, 16])"
@@ -338,6 +345,7 @@ class _Printer(GluonMemory):
             f"ROWS: gl.constexpr = {mma.format([warps, 1], 'C')}",
             f"SCORES: gl.constexpr = {mma.format([4, groups], f'C // {groups}')}",
             "STATE_FACTOR: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)",
+            f"TILES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [{warps}, 1], [1, 0])",
             "ROWS_FACTOR: gl.constexpr = gl.DotOperandLayout(0, ROWS, 2)",
             "oi = gl.arange(0, C, gl.SliceLayout(1, SCORES))",
             "oj = gl.arange(0, C, gl.SliceLayout(0, SCORES))",
@@ -364,7 +372,19 @@ class _Printer(GluonMemory):
             "part = pid % NV",
             "h = pid // NV % HV",
             "n = pid // NV // HV  # the sequence",
-            "steps = chunks",
+            "if PACKED:",
+            "    batch = n * 0",
+            "    at = gl.load(cu_seqlens + n).to(gl.int32)",
+            "    length = gl.load(cu_seqlens + n + 1).to(gl.int32) - at",
+            "    before = gl.load(chunk_offsets + n).to(gl.int32)  # chunks of other sequences",
+            "    steps = (length + C - 1) // C",
+            "else:",
+            "    batch = n",
+            "    at = n * 0",
+            "    length = TOKENS",
+            "    before = n * chunks",
+            "    steps = chunks",
+            "row = batch * TOKENS + at",
             *self._before,
             *self._memory,
             "ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())",

@@ -254,6 +254,55 @@ _LOGSIGMOID = """
 def logsigmoid(x):
     return -softplus(-x)
 """
+_PUT = '''
+@gluon.jit
+def put(
+    pointer, x, stride, rows, TOKENS: gl.constexpr, LAYOUT: gl.constexpr, M: gl.constexpr,
+    N: gl.constexpr,
+):
+    """Stores a tile [M, N], along the axis TOKENS the first `rows`, which lie `stride` apart."""
+    i = gl.arange(0, M, gl.SliceLayout(1, LAYOUT))[:, None]
+    j = gl.arange(0, N, gl.SliceLayout(0, LAYOUT))[None, :]
+    if TOKENS == 0:
+        gl.store(pointer + i.to(gl.int64) * stride + j, x, mask=(i < rows) & (j < N))
+    else:
+        gl.store(pointer + j.to(gl.int64) * stride + i, x, mask=(j < rows) & (i < M))
+'''
+_LEAVE = '''
+@gluon.jit
+def leave(
+    desc, pointer, row, column, columns, place, rows, EVEN: gl.constexpr, LAYOUT: gl.constexpr,
+    C: gl.constexpr, N: gl.constexpr,
+):
+    """Sends a tile [C, N] by TMA, or the rows of it that its sequence has."""
+    if EVEN:
+        async_store(desc, [row, column], place)
+    else:
+        if rows == C:
+            async_store(desc, [row, column], place)
+        else:
+            first = pointer + row.to(gl.int64) * columns + column
+            put(first, place.load(LAYOUT), columns, rows, 0, LAYOUT, C, N)
+'''
+_CUT = '''
+@gluon.jit
+def cut(place, rows, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """Has zeros in the rows of a tile that was loaded beyond the end of its sequence."""
+    if rows < C:
+        i = gl.arange(0, C, gl.SliceLayout(1, LAYOUT))[:, None]
+        place.store(gl.where(i < rows, place.load(LAYOUT), 0.0).to(gl.bfloat16))
+        fence_async_shared()
+        barrier()
+'''
+_PRESENT = '''
+@gluon.jit
+def present(x, i, rows, EVEN: gl.constexpr):
+    """x with zeros where i, the row of its entries, is beyond the end of the sequence."""
+    if EVEN:
+        return x
+    else:
+        return gl.where(i < rows, x, 0.0)
+'''
 _FUNCTIONS = {
     "sigmoid": (_SIGMOID, ()),
     "softplus": (_SOFTPLUS, ()),
@@ -264,6 +313,10 @@ _FUNCTIONS = {
     "halves": (_HALVES, ()),
     "decayed_dot": (_DECAYED_DOT, ("power", "time_sums", "halves")),
     "decayed_apply": (_DECAYED_APPLY, ("power", "time_sums", "halves")),
+    "put": (_PUT, ()),
+    "leave": (_LEAVE, ("put",)),
+    "cut": (_CUT, ()),
+    "present": (_PRESENT, ()),
     "unit_lower_inverse": (_INVERSE, ()),
     "sums": (_SUMS, ()),
     "sums_beside": (_SUMS_BESIDE, ()),

@@ -21,6 +21,8 @@ def compile_kernel(
     kernel: GluonKernel,
     buffers: Mapping[BufferId, Dtype],
     signature: Signature,
+    *,
+    packed: bool = False,
 ) -> Resources:
     """Compile `kernel` of the imported `module` for sm_90 and read what it takes.
 
@@ -29,8 +31,14 @@ def compile_kernel(
     Raises whatever Triton raises for a kernel that does not compile.
     """
     function = getattr(module, kernel.name)
-    types: dict[str, str] = {"TOKENS": "i32", "chunks": "i32", "items": "i32"}
+    types = dict.fromkeys(("TOKENS", "chunks", "items", "SEQUENCES"), "i32")
     constants: dict[str, object] = {**dict(kernel.constants), "HV": HEADS}
+    constants |= {"PACKED": packed, "EVEN": not packed}
+    tables = ("cu_seqlens", "chunk_offsets", "chunk_table")
+    if packed:
+        types |= dict.fromkeys(tables, "*i32")
+    else:
+        constants |= dict.fromkeys(tables)
     constants["STAGES"] = kernel.config.stages
     blocks = dict(kernel.blocks)
     sizes = Dims(*(dict(kernel.constants)[n] for n in ("K", "V")))

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .kernels import Kernel, Source
+from .kernels import Kernel
 
 if TYPE_CHECKING:
-    from .launch_plan import Layout, New, OperandLayout
+    from .launch_plan import Layout, OperandLayout
 
 _HOPPER = (9, 0)
 _ALIGNED = 8  # elements of 16 bits in 16 bytes
@@ -65,20 +65,17 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def takes(kernel: Kernel, layout: Layout, new: Mapping[Source, New]) -> bool:
+def takes(kernel: Kernel, layout: Layout) -> bool:
     """Whether a kernel in Gluon can serve calls of `layout`.
 
-    It can for whole chunks of dense sequences, on a GPU of compute capability 9.0, if the heads of
-    each operand lie within the rows of tokens that TMA takes it for, and if the buffers are in
-    bfloat16 (gradients of heads that several value heads share are not). `new`: what a call makes.
+    It can on a GPU of compute capability 9.0, if the heads of each operand lie within the rows of
+    tokens that TMA takes it for, and scans do not run on segments.
     """
     if not is_hopper(layout.device):
         return False
-    if layout.packed is not None or layout.segment or not layout.T or layout.T % layout.chunk:
+    if layout.segment or not layout.T:
         return False
     named = {kernel.sources[p] for p in kernel.blocks}
-    if any(new[x].dtype != torch.bfloat16 for x in named if x in new):
-        return False
     loaded = [o for o in layout.operands if ("operand", o.name) in named]
     return all(is_matrix(o, layout.B) for o in loaded)
 

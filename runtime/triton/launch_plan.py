@@ -376,7 +376,7 @@ def plan_launches(
     launches: list[LaunchSpec] = []
     for loaded in kernels:
         spec = _spec(loaded, layout, operands, number, letters)
-        if loaded.gluon is not None and takes(loaded.gluon.kernel, layout, new):
+        if loaded.gluon is not None and takes(loaded.gluon.kernel, layout):
             by_tma = _spec(loaded.gluon, layout, operands, number, letters)
             by_tma.unaligned, spec = spec, by_tma
         launches.append(spec)
@@ -410,6 +410,7 @@ def _spec(
         "items": items,
         "HV": layout.HV,
         "SEGMENT": layout.segment,
+        "SEQUENCES": layout.N,
         **dict(zip(("SLOTS", "WIDTH"), layout.pool, strict=True)),
         "PACKED": layout.packed is not None,
         "EVEN": layout.packed is None and layout.T % layout.chunk == 0,

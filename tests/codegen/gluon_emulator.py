@@ -41,9 +41,9 @@ class Descriptor:
         self.matrix, self.block = matrix, tuple(block)
 
     def part(self, at: Sequence[Numbers]) -> Tensor:
-        """A block; it has to lie within the matrix."""
+        """A block, or its rows that the matrix has; it has to lie within its columns."""
         (row, column), (rows, columns) = map(int, at), self.block
-        assert 0 <= row <= self.matrix.shape[0] - rows, (row, self.matrix.shape)
+        assert 0 <= row < self.matrix.shape[0], (row, self.matrix.shape)
         assert 0 <= column <= self.matrix.shape[1] - columns, (column, self.matrix.shape)
         return self.matrix[row : row + rows, column : column + columns]
 
@@ -130,12 +130,18 @@ def _scan(x: Any, axis: int, combine: Any, *, reverse: bool = False) -> Any:
     return (sums, None) if isinstance(x, tuple) else sums
 
 
-def _load(at: Pointer) -> Tensor:
-    return at.tensor[torch.as_tensor(at.at)]
+def _load(at: Pointer, mask: Numbers = True, other: float = 0.0) -> Tensor:
+    place = torch.as_tensor(at.at)
+    there = torch.as_tensor(mask).expand(place.shape)
+    assert ((place >= 0) & (place < at.tensor.numel()))[there].all()
+    found = at.tensor[torch.where(there, place, 0)]
+    return torch.where(there, found, other).to(found.dtype)
 
 
-def _store(at: Pointer, x: Tensor) -> None:
-    at.tensor[torch.as_tensor(at.at)] = x
+def _store(at: Pointer, x: Tensor, mask: Numbers = True) -> None:
+    place = torch.as_tensor(at.at)
+    there = torch.as_tensor(mask).expand(place.shape)
+    at.tensor[place[there]] = torch.as_tensor(x).expand(place.shape)[there]
 
 
 def _arrive(barrier: Shared, *, count: int) -> None:
@@ -143,12 +149,15 @@ def _arrive(barrier: Shared, *, count: int) -> None:
 
 
 def _fetch(desc: Descriptor, at: Sequence[Numbers], barrier: Shared, to: Shared) -> None:
-    to.store(desc.part(at))
+    part = desc.part(at)
+    to.store(torch.nn.functional.pad(part, (0, 0, 0, desc.block[0] - len(part))))
     barrier.data._change(0, -2 * to.data.numel())  # bytes of bfloat16
 
 
 def _send(desc: Descriptor, at: Sequence[Numbers], source: Shared) -> None:
-    _OWN.sent.append((desc.part(at), source))
+    part = desc.part(at)
+    assert part.shape == source.data.shape
+    _OWN.sent.append((part, source))
 
 
 def _sent(outstanding: int) -> None:
@@ -200,7 +209,7 @@ _LANGUAGE = SimpleNamespace(
     log=torch.log, abs=torch.abs,
     zeros=lambda shape, dtype, layout: torch.zeros([int(n) for n in shape]),
     maximum=lambda a, b: torch.maximum(a, torch.as_tensor(b)), exp2=torch.exp2,
-    minimum=lambda a, b: torch.minimum(a, torch.as_tensor(b)), max=torch.amax,
+    minimum=lambda x, y: torch.minimum(*map(torch.as_tensor, (x, y))), max=torch.amax,
     load=_load, store=_store, convert_layout=lambda x, layout: x,
     program_id=lambda axis: torch.tensor(_OWN.program), static_range=range,
     num_programs=lambda axis: torch.tensor(_OWN.programs), floor=torch.floor,
