@@ -34,8 +34,11 @@ def _scored(plan: Plan) -> Plan:
 
 
 def _of_vector_gates(form: NormalForm, config: Config, signature: Signature) -> Config | None:
-    """`config` in longer chunks than Triton's; None if a kernel with products cannot be Gluon's."""
-    longer = replace(config, chunk=_DECAYED_CHUNK)
+    """`config` in longer chunks than Triton's; None if a kernel with products cannot be Gluon's.
+
+    What a forward might keep for its backward was not measured in these.
+    """
+    longer = replace(config.saving(Hoist.NOTHING), chunk=_DECAYED_CHUNK)
     wanted = in_gluon(form, longer, _DECAYED_SCANS, chunks=_DECAYED)
     made = emit(form, signature, wanted)
     if made is None or any(why != NO_PRODUCTS for _, why in made.refused):

@@ -53,6 +53,20 @@ def default_config(body: ChunkProgram, dims: Dims, *, wide_dtype: bool) -> Confi
     return replace(config, chunk=min(config.chunk, shortest))
 
 
+def kept(body: ChunkProgram, dims: Dims) -> Hoist:
+    """What a forward keeps for the backward on a Hopper GPU, in products of 16 bits (decision 95).
+
+    What both would prepare: T where a system is solved, scores with it under a gate, scores under
+    a vector gate. A tile of C x C takes 2 C bytes per token and value head.
+    """
+    f = features(body)
+    if len(body.carried) > 1 or max(padded(dims.K), padded(dims.V)) > 128:  # not measured
+        return Hoist.NOTHING
+    if f.vector_gated or (f.gated and f.solves):
+        return Hoist.SOLVES | Hoist.PRODUCTS
+    return Hoist.SOLVES if f.solves else Hoist.NOTHING
+
+
 _SCORES = ((9, 16), (4, 32))  # with more such tiles, chunks of so many rows at most
 
 

@@ -16,6 +16,8 @@ from ...codegen.gluon import emit as gluon_emit
 from ...codegen.gluon.defaults import preferred
 from ...codegen.interface import Signature
 from ...codegen.plan import Hoist
+from ...codegen.programs import chunk_program
+from ...codegen.triton.defaults import kept
 from ...codegen.triton.emit import Emitted, emit, emit_token
 from ...codegen.triton.fit import H100_SHARED, fit, untuned_config
 from ...dsl.normal_form import NormalForm
@@ -140,7 +142,7 @@ def _config_for(call: Call) -> Config:
         return configuration(form, dims, call.dtype, shared_memory(call.device))
 
     config = select_config(Config, ENGINE.key(call), call_size_of(call), default)
-    return _with_gluon(call, config, default())
+    return _as_on_hopper(call, config, default())
 
 
 def _keeping(call: Call, config: Config, saved: Saved | None) -> Config:
@@ -158,19 +160,25 @@ def _keeping(call: Call, config: Config, saved: Saved | None) -> Config:
     return config.saving(saved.kinds)
 
 
-def _with_gluon(call: Call, config: Config, usual: Config) -> Config:
-    """`config` with scans in Gluon where those are measured to be faster and nothing was chosen.
+def _as_on_hopper(call: Call, config: Config, usual: Config) -> Config:
+    """`config` as is measured to be faster on a Hopper GPU, where nothing else was chosen.
 
-    `usual`: the default, under whose plans they were measured.
+    Its forward keeps tiles for the backward, and kernels are in Gluon. `usual`: the default, under
+    whose plans they were measured.
     """
     device, size = call.device, call_size_of(call)
     chosen = any(k.printer is not None for k in (config.default, *dict(config.kernels).values()))
-    if chosen or call.cu_seqlens is not None or not is_hopper(device):
+    if chosen or not is_hopper(device):
         return config
-    same = (config.chunk, config.forward, config.backward)
-    base = config if same == (usual.chunk, usual.forward, usual.backward) else usual
-    count, dims = multiprocessors(device), Dims(call.K, call.V)
-    if call.T % base.chunk or segment_of(call.form, dims, size, count):
+    dims = Dims(call.K, call.V)
+    keeps = kept(chunk_program(call.form), dims) if call.dtype.itemsize == 2 else Hoist.NOTHING
+    saving = config.saving(keeps)
+    same = (saving.chunk, saving.forward, saving.backward)
+    tuned, usual = config != usual, usual.saving(keeps)
+    config = config if tuned else saving
+    base = saving if same == (usual.chunk, usual.forward, usual.backward) else usual
+    count = multiprocessors(device)
+    if call.cu_seqlens is not None or segment_of(call.form, dims, size, count):
         return config
     printed_for = signature(dims, call.dtype, dtypes_of(call))
     made = preferred(call.form, base, printed_for, size.rows, size.tokens, count)
