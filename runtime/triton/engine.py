@@ -45,6 +45,8 @@ from .launch_plan import LoadedKernel, OperandLayout
 from .printed import kernel_of
 from .segments import joined_segment, segment_of
 
+_GRADIENTS = "backward_gradients"
+
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
@@ -186,6 +188,9 @@ def _as_on_hopper(call: Call, config: Config, usual: Config) -> Config:
         return config
     if made.chunk != base.chunk and not _has_matrices(call):  # Triton's are slower in its chunks
         return config
+    if not _has_own_heads(call):  # their gradients in Gluon have not been timed
+        rest = tuple(k for k in made.kernels if k[0] != _GRADIENTS)
+        made = replace(made, kernels=(*rest, (_GRADIENTS, base.of(_GRADIENTS))))
     artifact = find(ENGINE.key(call), folders()).artifact
     wrong = () if artifact is None else artifact.quarantine
     return config if any(r.config == made for r in wrong) else made
@@ -195,7 +200,12 @@ def _has_matrices(call: Call) -> bool:
     """Whether tokens of a call lie as TMA takes them, and all operands have as many heads."""
     tokens = [x for x in call.operands.values() if x.dim() == 4]
     layouts = [OperandLayout.of("", x, per_head=False) for x in tokens]
-    return all(o.heads == call.HV and is_matrix(o, call.B) for o in layouts)
+    return _has_own_heads(call) and all(is_matrix(o, call.B) for o in layouts)
+
+
+def _has_own_heads(call: Call) -> bool:
+    """Whether no two value heads share a head of Keys or Values."""
+    return all(x.shape[2] == call.HV for x in call.operands.values() if x.dim() == 4)
 
 
 def _compiled_with(call: Call, config: Config, segment: int | None) -> _Compiled:

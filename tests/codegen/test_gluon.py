@@ -504,6 +504,18 @@ def test_vector_gates_get_longer_chunks(
     assert launched == [n + " in Gluon" * served for n in ("forward_prep", "forward_scan")]
 
 
+@pytest.mark.parametrize("heads", [16, 4])
+def test_what_a_forward_keeps(heads: int, launched: list[str]) -> None:
+    """T: its backward has no prep. Gradients of shared heads are Triton's where nobody chose."""
+    q, k = torch.empty(2, 4, 4096, heads, 128, dtype=torch.bfloat16, requires_grad=True)
+    v = torch.empty(4, 4096, 16, 128, dtype=torch.bfloat16)
+    o, _ = library.delta_rule(q, k, v, torch.empty(4, 4096, 16), engine="triton")
+    launched.clear()
+    torch.autograd.grad(o, (q, k), torch.empty_like(o))
+    scans = [f"backward_{n} in Gluon" for n in ("states", "reverse")]
+    assert launched == [*scans, "backward_gradients" + " in Gluon" * (heads == 16)]
+
+
 def test_a_configuration_says_so_in_json() -> None:
     own = KernelConfig(64, 4, 3, printer=Printer.GLUON)
     assert from_plain(KernelConfig, to_plain(own)) == own
