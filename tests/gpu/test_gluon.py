@@ -9,7 +9,7 @@ from typing import Any
 import chunkwise as cw
 import pytest
 import torch
-from chunkwise.codegen.config import Dims, KernelConfig
+from chunkwise.codegen.config import Config, Dims, KernelConfig
 from chunkwise.codegen.gluon.emit import in_gluon
 from chunkwise.codegen.programs import backward_program, forward_program
 from chunkwise.codegen.tile import TileOp
@@ -57,7 +57,7 @@ def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     chunk = rest[0] if rest else 64
     found: list[str] = []
 
-    def compiled_for(call: Call) -> Any:
+    def config_for(call: Call) -> Config:
         dims = Dims(call.K, call.V)
         default = triton_engine.configuration(call.form, dims, call.dtype)
         own = KernelConfig(v_tile, v_tile // 16, stages)
@@ -65,9 +65,7 @@ def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         chunks = CHUNKS if (v_tile, stages, chunk) == (64, 3, 64) else {}
         if call.form.name in VECTOR_GATED and chunk == 64:
             chunks = CHUNKS_OF_VECTOR_GATES  # Triton's decays are slow in chunks of 64
-        config = in_gluon(call.form, default, own, chunks=chunks)
-        dtypes = tuple((n, x.dtype) for n, x in call.operands.items())
-        return triton_engine.compile_with(call.form, dims, call.dtype, dtypes, config)
+        return in_gluon(call.form, default, own, chunks=chunks)
 
     run = LaunchPlan.run
 
@@ -77,7 +75,7 @@ def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
             found.extend(x.loaded.kernel.name for x in plan.launches if x.blocks)
         run(plan, tensors)
 
-    monkeypatch.setattr(triton_engine, "_compiled_for", compiled_for)
+    monkeypatch.setattr(triton_engine, "_config_for", config_for)
     monkeypatch.setattr(LaunchPlan, "run", noted)
     Records.forget()
     yield found
