@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,14 @@ import pytest
 import torch
 import triton
 from chunkwise import Key, State, Value, library, outer
-from chunkwise.codegen.buffers import BufferId
 from chunkwise.codegen.config import Config, Dims, KernelConfig, Printer
 from chunkwise.codegen.gluon.defaults import preferred
 from chunkwise.codegen.gluon.emit import Emitted, emit, in_gluon
-from chunkwise.codegen.gluon.memory import GluonKernel
 from chunkwise.codegen.gluon.offline import compile_kernel
-from chunkwise.codegen.interface import Dtype, Role, Signature
+from chunkwise.codegen.interface import Dtype
 from chunkwise.codegen.modules import import_file
-from chunkwise.codegen.plan import Hoist, Kernel, Plan
+from chunkwise.codegen.plan import Hoist, Plan
 from chunkwise.codegen.programs import backward_program, forward_program
-from chunkwise.codegen.tile import Axis
 from chunkwise.codegen.triton.emit import emit as emit_triton
 from chunkwise.codegen.triton.fit import H100_SHARED, untuned_config
 from chunkwise.codegen.triton.offline import signature_for
@@ -30,7 +27,6 @@ from chunkwise.codegen.triton.resources import Target
 from chunkwise.dsl.ir import Per
 from chunkwise.dsl.normal_form import NormalForm
 from chunkwise.runtime.call import Call as RuntimeCall
-from chunkwise.runtime.packing import chunk_table
 from chunkwise.runtime.prepared import Records
 from chunkwise.runtime.triton import descriptors, launch_plan
 from chunkwise.runtime.triton import engine as triton_engine
@@ -38,8 +34,9 @@ from chunkwise.runtime.triton.launch_plan import LaunchSpec
 from chunkwise.runtime.tuned.json import from_plain, to_plain
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from tests.codegen import gluon_emulator, numpy_printer
-from tests.codegen.test_numpy_printer import Call, Numpy
+from tests.codegen import gluon_emulator
+from tests.codegen.gluon_calls import GluonCall
+from tests.codegen.test_numpy_printer import Numpy
 from tests.harness import Sizes, engine_results, make_inputs, results
 from tests.offline_driver import Driver
 from tests.tolerances import assert_agree
@@ -52,7 +49,6 @@ CHUNKS = [
     *(f"backward_{n}" for n in ("prep", "sums", "values", "gradients")),
 ]
 SIZES = Sizes(B=2, T=192, H=1, HV=2, K=64, V=128, initial=True, dtype=torch.float32)
-_STRIDES = (Role.STRIDE_BATCH, Role.STRIDE_TOKEN, Role.STRIDE_HEAD)
 
 
 def _form(name: str) -> NormalForm:
@@ -81,72 +77,6 @@ def _emitted(
     made = emit(form, signature, config)
     assert made is not None
     return made, config
-
-
-@dataclass(frozen=True)
-class _Call(Call):
-    """A call whose scans are emulated; NumPy computes the other kernels."""
-
-    emitted: Emitted | None = None
-    packed: bool = False
-
-    def launch(self, kernel: Kernel, signature: Signature, memory: numpy_printer.Memory) -> None:
-        assert self.emitted is not None
-        for printed in self.emitted.kernels:
-            if printed.name == kernel.name:
-                self._emulate(self.emitted.source, printed, memory)
-                return
-        super().launch(kernel, signature, memory)
-
-    def _emulate(self, source: str, kernel: GluonKernel, memory: numpy_printer.Memory) -> None:
-        sizes, blocks = self.sizes, dict(kernel.blocks)
-        given: dict[str, Any] = {**dict(kernel.constants), "STAGES": kernel.config.stages}
-        given |= {"TOKENS": sizes["T"], "HV": sizes["HV"], "chunks": -(-sizes["T"] // sizes["C"])}
-        given |= {"cu_seqlens": None, "chunk_offsets": None, "chunk_table": None}
-        given |= {"PACKED": self.packed, "EVEN": not self.packed and sizes["T"] % sizes["C"] == 0}
-        programs, chunks = len(self.sequences), sizes["B"] * given["chunks"]
-        if self.packed:
-            lengths = torch.tensor([0, *(length for _, _, length in self.sequences)])
-            bounds = lengths.cumsum(0)
-            offsets, table = chunk_table(bounds, sizes["T"], sizes["C"])
-            tables = {"cu_seqlens": bounds, "chunk_offsets": offsets, "chunk_table": table}
-            given |= {n: gluon_emulator.Pointer(x.reshape(-1)) for n, x in tables.items()}
-            given["SEQUENCES"], chunks = programs, len(table)
-        given.setdefault("SEQUENCES", programs)
-        copies: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of states, as [V, K]
-
-        def tensor(of: BufferId | str) -> torch.Tensor:
-            if isinstance(of, str):
-                return torch.from_numpy(memory.operands[of])
-            buffer, array = memory.buffers[of]
-            x = torch.from_numpy(array)
-            if buffer.axes != (Axis.K, Axis.V):
-                return x
-            copies[str(of)] = copies.get(str(of), (x, x.mT.contiguous()))
-            return copies[str(of)][1]
-
-        for p in kernel.parameters:
-            of = str(p.of)
-            if p.name in blocks:
-                x = tensor(p.of)
-                columns = x.stride(1) if x.shape[1] == sizes["T"] else x.shape[-1]
-                given[p.name] = gluon_emulator.Descriptor(x.view(-1, columns), blocks[p.name])
-            elif p.role in (Role.OPERAND, Role.BUFFER):
-                given[p.name] = gluon_emulator.Pointer(tensor(p.of).reshape(-1))
-            elif p.role is Role.GROUP:
-                given[p.name] = sizes["HV"] // memory.operands[of].shape[2]
-            elif p.role in (Role.INITIAL, Role.FINAL):
-                states = memory.initial if p.role is Role.INITIAL else memory.final
-                x = states[of]
-                flat = None if x is None else torch.from_numpy(x).view(-1)
-                given[p.name] = None if flat is None else gluon_emulator.Pointer(flat)
-            else:
-                given[p.name] = tensor(p.of).stride(_STRIDES.index(p.role))
-        given["items"] = chunks * sizes["HV"]
-        programs = 5 if kernel.persistent else programs * sizes["HV"] * kernel.v_programs
-        gluon_emulator.run(source, kernel.name, programs, given)
-        for x, copy in copies.values():
-            x.copy_(copy.mT)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +118,7 @@ def test_it_computes_what_eager_does(
     emitted, config = _emitted(name, dims, v_tile, stages, backward, chunks)
     assert set(dict(emitted.refused).values()) <= {"it has no products"}
     assert ("backward_gradients" in {k.name for k in emitted.kernels}) is bool(warps)
-    call = _Call(
+    call = GluonCall(
         forward=forward_program(form, config.forward).kernels,
         backward=backward_program(form, config.backward).kernels,
         operands=tuple(o.name for o in form.operands),
