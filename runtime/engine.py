@@ -36,8 +36,7 @@ from .tuned.artifact import Configuration, Key
 from .tuned.selection import call_size_of, key_here, token_loop_wins
 
 Make = Callable[[Any], Tensor]
-# from the values of a call to a task's results, in its order: each a tensor, or (of a gradient)
-# None where no output depends on the operand
+# from a call's values to a task's results; of a gradient None where no output depends on it
 Execute = Callable[[Values], Sequence[Any]]
 
 

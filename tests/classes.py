@@ -49,7 +49,16 @@ def costly(names: Iterable[str]) -> list[Any]:
     are right, and test_groups.py and test_cascades.py ask every engine about forms like theirs.
     """
     several = {d.name for d in DECLARATIONS}
-    return [pytest.param(n, marks=pytest.mark.long) if n in several else n for n in names]
+    return [_long(n) if n in several else n for n in names]
+
+
+def by_class(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test that `make test` asks of one recurrence per class alone."""
+    return [n if n in CLASSES else _long(n) for n in names]
+
+
+def _long(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.long)
 
 
 def lowered(declaration: Declaration) -> bool:

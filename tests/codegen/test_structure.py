@@ -219,7 +219,7 @@ def test_a_scan_stores_no_more_than_its_state() -> None:
 
 _EMIT = """
 from benchmarks.digests import of
-for name in ("linear_attention_normalised", "gated_delta_rule", "momentum_delta"):
+for name in ("linear_attention_normalised", "momentum_delta"):
     print(sorted(of(name).items()))
 """
 

@@ -99,9 +99,9 @@ def _check(name: str, sizes: Sizes) -> None:
 def test_agreement(name: str, K: int, served: list[str]) -> None:
     """Given and last states, groups of heads, output and all gradients; four times, bit for bit."""
     _check(name, replace(SIZES, K=K))
-    assert {*served} - {*CHUNKS_OF_VECTOR_GATES} == (
-        OF_LINEAR if name == "linear_attention" else SCANS
-    )
+    wanted = OF_LINEAR if name == "linear_attention" else SCANS
+    narrow = {n for n in wanted if n.endswith("_rows")} if K == 64 else set()  # of 128: Triton's
+    assert wanted - narrow <= {*served} - {*CHUNKS_OF_VECTOR_GATES} <= wanted
 
 
 @pytest.mark.parametrize("served", [(64, 3)], indirect=True)
@@ -109,7 +109,9 @@ def test_agreement(name: str, K: int, served: list[str]) -> None:
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_kernels_parallel_over_chunks(name: str, K: int, served: list[str]) -> None:
     """More chunks than multiprocessors, so that programs take several; heads that are shared."""
-    _check(name, replace(SIZES, B=2, T=320, H=16 if K == 64 else 8, HV=16, K=K))
+    low = name in VECTOR_GATED  # other kernels than scans load no float32 tiles of gates
+    sizes = replace(SIZES, gate_dtype=torch.bfloat16) if low else SIZES
+    _check(name, replace(sizes, B=2, T=320, H=16 if K == 64 else 8, HV=16, K=K))
     form = getattr(cw.library, name).declaration.normal_form()
     config = triton_engine.configuration(form, Dims(K, 128), torch.bfloat16)
     programs = forward_program(form, config.forward), backward_program(form, config.backward)
@@ -131,17 +133,12 @@ def test_scans_of_chunks_of_32(name: str, served: list[str]) -> None:
 def test_vector_gates_of_any_strength(name: str, gates: str, served: list[str]) -> None:
     """Decays of a block beyond what can be split, everywhere or in some rows."""
     case, at, device = CASES[name], Shape("", 2, 448, 20, 128), torch.device("cuda")
-    op = getattr(cw.library, name)
     operands = draw(case, at, torch.bfloat16, device, seed=0)
     x = torch.randn_like(operands["g"])
     g = {"strong": -5 * torch.sigmoid(x), "floor": -5 + 0 * x}.get(gates)
     g = torch.where(x > 2.2, -1e6, -0.01 * x.abs()) if g is None else g
     operands["g"] = g.detach().requires_grad_()
-    do = torch.randn_like(operands["v"])
-    pairs = verify.sample(at)
-    expected = verify.oracle(op, case, operands, do, None, pairs)
-    errors = verify.compare(lambda: op(*operands.values())[0], case, operands, do, expected, pairs)
-    assert all(e.ok for e in errors), "; ".join(map(str, errors))
+    _compare(name, at, operands)
     assert "backward_gradients" in served
 
 
@@ -163,8 +160,12 @@ def test_tails_and_other_layouts(case: str, served: list[str]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_preferred(name: str, shape: str) -> None:
     case, at, device = CASES[name], SHAPES[shape], torch.device("cuda")
-    op = getattr(cw.library, name)
-    operands = draw(case, at, torch.bfloat16, device, seed=0)
+    _compare(name, at, draw(case, at, torch.bfloat16, device, seed=0))
+
+
+def _compare(name: str, at: Shape, operands: dict[str, Tensor]) -> None:
+    """Against the token loop in float64, and in a second run bit for bit."""
+    case, op = CASES[name], getattr(cw.library, name)
     do = torch.randn_like(operands["v"])
     pairs = verify.sample(case, at)
     expected = verify.oracle(op, case, operands, do, None, pairs)

@@ -128,7 +128,7 @@ def _runs(folder: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_a_starter_runs_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_starter_tests_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "somewhere" / "tiny"
     assert cli.main(["new", "tiny_rule", "-o", str(folder)]) == 0
     assert f"cd {folder} && python -m pytest" in capsys.readouterr().out
@@ -136,6 +136,12 @@ def test_a_starter_runs_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cli.main(["explain", str(folder / "tiny_rule.py")]) == 0
     assert "scalar decay, rank 1" in capsys.readouterr().out
     assert "4 passed" in _runs(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+
+
+@pytest.mark.long
+def test_a_starter_trains_and_is_timed(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    assert cli.main(["new", "tiny_rule", "-o", str(folder)]) == 0
     losses = [float(line.split()[-1]) for line in _runs(folder, "layer.py").splitlines()]
     assert losses[-1] < 0.6 * losses[0]
     assert _runs(folder, "benchmark.py").startswith("tiny_rule  B=4 T=1024 ")

@@ -14,7 +14,7 @@ from chunkwise.codegen.tir.config import spread
 from chunkwise.dsl.library import all_declarations
 from chunkwise.runtime.tvm import engine as tvm_engine
 
-from tests.classes import costly, lowered
+from tests.classes import by_class, costly, lowered
 from tests.harness import Gates, Layout, Sizes, engine_results, make_inputs, oracle_results
 from tests.tolerances import FLOAT32_HARD, Tolerance, assert_agree
 
@@ -75,7 +75,7 @@ def test_channels(channels: tuple[int, int]) -> None:
 FEW = Sizes(B=1, T=2 * C + 5, H=1, HV=1, K=8, V=32, initial=True, dtype=FLOAT32)
 
 
-@pytest.mark.parametrize("name", costly(LOWERED))
+@pytest.mark.parametrize("name", by_class(LOWERED))
 def test_calls_of_few_rows(name: str, set_threads: Callable[[int], None]) -> None:
     """Parts of the value axis on threads of their own, gradients in parallel over chunks."""
     set_threads(8)
