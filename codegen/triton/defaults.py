@@ -95,9 +95,9 @@ def _config(body: ChunkProgram, f: Features, dims: Dims, *, wide_dtype: bool) ->
     matrices = sum(len(c.start.axes) == 2 for c in body.carried)
     held = matrices * padded(dims.K) * padded(dims.V)
     if held > _HELD:
-        return _several(forward, backward)
+        return _several(forward, backward, KernelConfig(64, 8, 2))
     if f.turns and held == _HELD:
-        return _turning(forward, backward)
+        return _several(forward, backward, KernelConfig(64, 4, 3))
     narrow = widest <= 64
     # a delta step does more in sequence: where states are small, more programs hide more of it
     scan = KernelConfig(32 if f.solves and narrow else 64, 4, 3)
@@ -122,28 +122,12 @@ def _config(body: ChunkProgram, f: Features, dims: Dims, *, wide_dtype: bool) ->
 _HELD = 128 * 128  # numbers of states that the registers of a program of 64 columns have room for
 
 
-def _several(forward: Plan, backward: Plan) -> Config:
-    """For states of which one fills what registers there are: short chunks, more warps."""
-    kernels = (
-        ("forward_prep", KernelConfig(64, 4, 1)),
-        ("backward_prep", KernelConfig(64, 4, 1)),
-        ("backward_gradients", KernelConfig(32, 8, 1)),
-    )
-    return Config(32, forward, backward, KernelConfig(64, 8, 2), kernels)
-
-
-def _turning(forward: Plan, backward: Plan) -> Config:
-    """For pairs of states that turn: their gradients hold cosines, sines and both states."""
+def _several(forward: Plan, backward: Plan, scan: KernelConfig) -> Config:
+    """For states that fill what registers there are: short chunks, and gradients by eight warps."""
     prep = KernelConfig(64, 4, 1)
-    kernels = (
-        ("forward_prep", prep),
-        ("backward_prep", prep),
-        ("backward_values", prep),
-        ("backward_sums", KernelConfig(64, 8, 1)),
-        ("backward_gradients", KernelConfig(64, 4, 1, k_tile=16)),
-    )
-    apart = replace(backward, values_apart=True, sums_apart=True)
-    return Config(32, forward, apart, KernelConfig(64, 4, 3), kernels)
+    gradients = KernelConfig(64, 8, 1)
+    kernels = (("forward_prep", prep), ("backward_prep", prep), ("backward_gradients", gradients))
+    return Config(32, forward, backward, scan, kernels)
 
 
 def token_config(kernel: Kernel, dims: Dims) -> Config:
