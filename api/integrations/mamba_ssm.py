@@ -228,7 +228,7 @@ def selective_state_update(
     slots = state_batch_indices
     if slots is None:
         check(sizes, "BHPN", state=state)
-        slots = torch.arange(state.shape[0], device=state.device)
+        slots = torch.arange(state.shape[0], dtype=torch.int64, device=state.device)
     if _has_one_rate(A, dt, dt_bias):
         A, bias = wide(A[:, 0, 0]), None if dt_bias is None else dt_bias[:, 0]
         dt = _step_sizes(dt[..., 0], bias, dt_softplus)

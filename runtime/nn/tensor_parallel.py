@@ -68,13 +68,13 @@ def _place(split: Split | None) -> Placement:
 def _order(parts: Sequence[int], ranks: int) -> Tensor:
     """Which entries of an axis each rank has, one rank after the other."""
     starts = [0, *accumulate(parts)]
-    return torch.cat(
-        [
-            torch.arange(a + n * size // ranks, a + (n + 1) * size // ranks, device="cpu")
-            for n in range(ranks)
-            for a, size in zip(starts, parts, strict=False)
-        ]
-    )
+    order = [
+        i
+        for n in range(ranks)
+        for a, size in zip(starts, parts, strict=False)
+        for i in range(a + n * size // ranks, a + (n + 1) * size // ranks)
+    ]
+    return torch.tensor(order, dtype=torch.int64, device="cpu")
 
 
 def _as_one(
