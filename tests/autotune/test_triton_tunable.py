@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import threading
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import triton
 from chunkwise.autotune.capture import TritonJob
-from chunkwise.autotune.deadline import NEVER
+from chunkwise.autotune.deadline import NEVER, Deadline
 from chunkwise.autotune.gpu import GPUS
 from chunkwise.autotune.space import points
 from chunkwise.autotune.subject import Size, example
 from chunkwise.autotune.triton_tunable import TritonTunable
 from chunkwise.autotune.tunable import Alternative
-from chunkwise.autotune.validation import validation_suite
+from chunkwise.autotune.validation import ValidationSuite, validation_suite
 from chunkwise.codegen.config import Config, Dims
 from chunkwise.codegen.plan import Hoist
 from chunkwise.dsl.library import by_name
@@ -31,7 +30,10 @@ H100 = GPUS["h100"]
 def tunable(name: str, dtype: torch.dtype, size: Size, *chunks: int) -> TritonTunable:
     declaration, dims = by_name(name), Dims(16, 16)
     call = example(declaration, dims, dtype, size, CPU)
-    suite = partial(validation_suite, declaration, dims, dtype, CPU, tokens=48)
+
+    def suite(deadline: Deadline) -> ValidationSuite:
+        return validation_suite(declaration, dims, dtype, CPU, tokens=48, deadline=deadline)
+
     return TritonTunable(call, H100, suite, chunks=chunks)
 
 
