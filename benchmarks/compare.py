@@ -1,9 +1,10 @@
 """Compares two results of `benchmarks.run`: which cells lost or gained more than noise.
 
-A cell is a recurrence with its gates, at a shape, in a mode. Where both results timed it against
-the same peer, the ratios to that are compared, since the drift of a machine cancels in them;
-otherwise our times. Noise is what the repeats of both results spread by. Exits with 1 if a cell
-lost, or is wrong that was right, and with 2 if the results are not of the same kind of device.
+A cell is a recurrence with its gates, at a shape, in a dtype and a mode. Where both results timed
+it against the same version of a peer, the ratios to that are compared, since the drift of a machine
+cancels in them; otherwise our times. Noise is 3 %, which medians of equal runs may differ by, or
+how far the medians are uncertain, if that is more. Exits with 1 if a cell lost, or is wrong that
+was right, and with 2 if the results have no cell in common or are not of the same kind of device.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 from .contest import Row
 from .report import key, rows_of
 
-_LEAST = 0.01  # of noise: about what clocks resolve
+# of noise: clocks, temperature and another card of the same name, however certain the medians are
+_LEAST = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +49,32 @@ class Change:
         )
 
 
-def changes(before: Sequence[Row], now: Sequence[Row]) -> list[Change]:
-    """The cells that both results have; first those that lost most."""
-    earlier = {key(r): r for r in before if r.ours.ok and r.ours.device_ms}
-    found = [_change(earlier[key(r)], r) for r in now if key(r) in earlier]
+def changes(before: Sequence[Row], now: Sequence[Row], *, ratios: bool = True) -> list[Change]:
+    """The cells that both results have, against each peer of both; first those that lost most.
+
+    `ratios` says whether peers are the same in both. A cell without a peer of both is one change.
+    """
+    found: list[Change] = []
+    for cell in dict.fromkeys(map(_cell, now)):
+        old = [r for r in before if _cell(r) == cell and r.ours.ok and r.ours.device_ms]
+        new = [r for r in now if _cell(r) == cell]
+        pairs = [(b, n) for b in old for n in new if b.against == n.against]
+        found += [_change(b, n, ratios) for b, n in pairs or [*zip(old, new, strict=False)][:1]]
     return sorted(found, key=lambda c: c.gain)
 
 
-def _change(before: Row, now: Row) -> Change:
+def _cell(row: Row) -> tuple[str | None, ...]:
+    return key(row)[:-1]
+
+
+def _change(before: Row, now: Row, ratios: bool) -> Change:
     if not now.ours.ok or now.ours.device_ms is None or before.ours.device_ms is None:
         return Change(before, now, 0.0, _LEAST)
     sides = [before.ours, now.ours]
     gain = before.ours.device_ms / now.ours.device_ms
-    if before.device_ratio is not None and now.device_ratio is not None:
+    # not to another recurrence of ours: one that gained would make the other lose
+    same_peer = ratios and before.against == now.against and now.bar is None
+    if same_peer and before.device_ratio is not None and now.device_ratio is not None:
         gain = now.device_ratio / before.device_ratio
         sides += [before.peer, now.peer]
     noise = sum((side.spread or 0.0) ** 2 for side in sides) ** 0.5
@@ -68,15 +83,34 @@ def _change(before: Row, now: Row) -> Change:
 
 def report(before: Mapping[str, Any], now: Mapping[str, Any]) -> int:
     """Print what changed between two results, as they are in JSON; the command's exit code."""
-    devices = [r["machine"].get("device", r["machine"].get("processor")) for r in (before, now)]
-    if devices[0] != devices[1]:
-        print(f"not comparable: {devices[0]} before, {devices[1]} now")
+    why = obstacle(before, now["machine"])
+    found: list[Change] = []
+    if why is None:
+        peers = [_versions(r["machine"]) for r in (before, now)]
+        found = changes(rows_of(before), rows_of(now), ratios=peers[0] == peers[1])
+        why = None if found else "no cell is in both"
+    if why is not None:
+        print(f"not comparable: {why}")
         return 2
-    found = changes(rows_of(before), rows_of(now))
     lost = [c for c in found if c.lost]
     for title, some in (("lost", lost), ("gained", [c for c in found if c.gained])):
         print(f"{title}: {len(some)} of {len(found)} cells", *some, sep="\n  ")
     return 1 if lost else 0
+
+
+def obstacle(before: Mapping[str, Any], machine: Mapping[str, Any]) -> str | None:
+    """Why results of this machine cannot be compared with an earlier result; None: they can."""
+    devices = [m.get("device", m.get("processor")) for m in (before["machine"], machine)]
+    if devices[0] != devices[1]:
+        return f"{devices[0]} before, {devices[1]} now"
+    if not all("against" in r for r in before["rows"]):
+        return "rows of before 2026-11-28 do not say against whom they are"
+    return None
+
+
+def _versions(machine: Mapping[str, Any]) -> dict[str, str]:
+    """Those on which the times of peers depend."""
+    return {p: v for p, v in machine.get("versions", {}).items() if p != "chunkwise"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

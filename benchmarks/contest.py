@@ -25,7 +25,7 @@ class Contestant:
 
     Attributes:
         ms, device_ms: the median time of a call, with and without the device's waits for the host.
-        spread: the distance of the quartiles of device_ms, relative to it.
+        spread: the width of the 95 % interval of device_ms, relative to it.
         peak_mb: MiB allocated during a call.
         first_s: seconds of the first call, which compiles.
         ok: whether its results were right.

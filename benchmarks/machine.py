@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import platform
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -17,10 +19,11 @@ PACKAGES = (
 
 
 def describe(device: torch.device) -> dict[str, object]:
-    """Hardware, versions, assembler, commit and date, in a form that JSON takes."""
+    """Hardware, versions, assembler, commit, sources and date, in a form that JSON takes."""
     seen: dict[str, object] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": output("git", "rev-parse", "--short", "HEAD", folder=Path(__file__).parent),
+        "sources": sources(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -36,3 +39,24 @@ def describe(device: torch.device) -> dict[str, object]:
         seen["driver"] = driver()
         seen["assembler"] = assembler()
     return seen
+
+
+_MEASURED = ("", ".autotune", ".codegen", ".dsl", ".runtime")
+
+
+def sources() -> str:
+    """A digest of the code and artifacts that are measured and of the benchmarks, committed or not.
+
+    A machine without git, or with files that are not committed, knows its version by no other.
+    """
+    modules = [__package__ or "benchmarks", *(f"chunkwise{name}" for name in _MEASURED)]
+    folders = {Path(p).resolve() for m in modules for p in import_module(m).__path__}
+    files = {
+        Path(folder, name).resolve()
+        for top in folders
+        for folder, _, names in os.walk(top, followlinks=True)
+        for name in names
+        if name.endswith((".py", ".json"))
+    }
+    each = sorted(hashlib.blake2b(path.read_bytes()).digest() for path in files)
+    return hashlib.blake2b(b"".join(each), digest_size=6).hexdigest()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from chunkwise.autotune.measure import CpuDevice, CudaDevice
+from chunkwise.autotune.measure import CpuDevice, CudaDevice, timing
 from torch import Tensor
 
 
@@ -82,11 +82,9 @@ def medians(sides: Sequence[Side], device: torch.device, repeats: int) -> list[f
 
 
 def spread(samples: Sequence[float]) -> float:
-    """The distance of the quartiles, relative to the median: the noise of a comparison."""
-    if len(samples) < 2:
-        return 0.0
-    low, middle, high = statistics.quantiles(samples, method="inclusive")
-    return (high - low) / middle
+    """How far the median is uncertain: the width of its 95 % interval, relative to it."""
+    found = timing(samples)
+    return (found.high - found.low) / found.median
 
 
 def peak_bytes(side: Side, device: torch.device) -> int | None:

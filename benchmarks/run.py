@@ -32,10 +32,10 @@ examples:
   python -m benchmarks.run --device cpu --shapes S --dtype fp32
 
 With --json, what the file has already is not measured again, so that a run that was interrupted, or
-ended by --seconds, goes on where it was.
+ended by --seconds, goes on where it was. A file of other code, versions or settings is refused.
 """
 # a result is continued only where these are the same
-SAME = ("device", "processor", "versions", "commit", "peer_dispatch")
+SAME = ("device", "processor", "versions", "sources", "peer_dispatch", "settings")
 
 
 def _names(known: Sequence[str], what: str) -> Callable[[str], list[str]]:
@@ -146,7 +146,7 @@ def _earlier(path: Path | None, described: Mapping[str, object]) -> dict[str, An
     """What the file has already; no rows, if there is none.
 
     Raises:
-        SystemExit: it is of another machine, or of other versions.
+        SystemExit: it is of another machine, or of other code, versions or settings.
     """
     if path is None or not path.exists():
         return {"machine": {}, "rows": []}
@@ -162,7 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmarks.
 
     Returns:
-        1 if a result of ours is wrong, or a cell lost more than noise in a comparison; else 0.
+        1 if a result of ours is wrong, or a cell lost more than noise in a comparison; 2 if there
+        is nothing to compare with; else 0.
     """
     started = time.monotonic()
     args = parser().parse_args(argv)
@@ -177,9 +178,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(args.device)
     dtype = args.dtype or (Dtype.BFLOAT16 if device.type == "cuda" else Dtype.FLOAT32)
     described = machine.describe(device)
+    described["settings"] = {n: getattr(args, n) for n in ("engine", "repeats", "peer_tuning")}
     for name, value in described.items():
         print(f"{name}: {value}")
     before = None if args.compare is None else json.loads(args.compare.read_text())
+    if before is not None and (why := compare.obstacle(before, described)) is not None:
+        print(f"not comparable with {args.compare}: {why}", file=sys.stderr)
+        return 2
     earlier = _earlier(args.json, described)
     rows = [r for r in report.rows_of(earlier) if r.ours.ms is not None]  # failures are tried again
     known = earlier["machine"].get("bandwidth") or BANDWIDTH.get(str(described.get("device")))
