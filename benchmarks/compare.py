@@ -100,12 +100,17 @@ def report(before: Mapping[str, Any], now: Mapping[str, Any]) -> int:
 
 def obstacle(before: Mapping[str, Any], machine: Mapping[str, Any]) -> str | None:
     """Why results of this machine cannot be compared with an earlier result; None: they can."""
-    devices = [m.get("device", m.get("processor")) for m in (before["machine"], machine)]
+    devices = [_device(m) for m in (before["machine"], machine)]
     if devices[0] != devices[1]:
         return f"{devices[0]} before, {devices[1]} now"
     if not all("against" in r for r in before["rows"]):
         return "rows of before 2026-11-28 do not say against whom they are"
     return None
+
+
+def _device(machine: Mapping[str, Any]) -> str:
+    on_cpu = f"{machine.get('processor')}, {machine.get('threads')} threads"
+    return str(machine.get("device", on_cpu))
 
 
 def _versions(machine: Mapping[str, Any]) -> dict[str, str]:
