@@ -145,7 +145,9 @@ def _speed(name: str, form: NormalForm) -> Iterator[tuple[str, ...]]:
     """Rows on the measured speed, from docs/results/ and from the shipped artifacts."""
     for path in sorted(RESULTS.glob("*.json")):
         result = load(path.name)
-        device = re.split(r" 80GB|,| \(", result["machine"]["device"])[0].removeprefix("NVIDIA ")
+        machine = result["machine"]
+        device = re.split(r" 80GB|,| \(", machine["device"])[0].removeprefix("NVIDIA ")
+        device += f", {machine['date'][:10]}"  # of which the code is, too
         cells: dict[tuple[str, str], list[str]] = {}
         for row in (r for r in result["rows"] if r.get("recurrence") == name):
             if "peer" in row:
