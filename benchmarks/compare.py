@@ -95,6 +95,9 @@ def report(before: Mapping[str, Any], now: Mapping[str, Any]) -> int:
     lost = [c for c in found if c.lost]
     for title, some in (("lost", lost), ("gained", [c for c in found if c.gained])):
         print(f"{title}: {len(some)} of {len(found)} cells", *some, sep="\n  ")
+    missing = {_cell(r) for r in rows_of(before) if r.ours.ok} - {_cell(c.now) for c in found}
+    if missing:
+        print(f"not measured now: {len(missing)} cells")
     return 1 if lost else 0
 
 

@@ -240,6 +240,9 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
         report.write(tmp_path / "before", ["x"], {"device": device}, rows)
         assert compare.main([str(tmp_path / "before"), str(tmp_path / "now")]) == 2
         assert why in capsys.readouterr().out
+    report.write(tmp_path / "before", ["x"], {"device": "a"}, [one, other])
+    assert compare.main([str(tmp_path / "before"), str(tmp_path / "now")]) == 0
+    assert "not measured now: 1 cells" in capsys.readouterr().out
     report.write(tmp_path / "before", ["x"], {"device": "b"}, [one])
     assert run.main([*COMMAND, "--compare", str(tmp_path / "before")]) == 2  # nothing is measured
     assert "not comparable" in capsys.readouterr().err
