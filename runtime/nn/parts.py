@@ -5,7 +5,8 @@ On a GPU they are one kernel each (`fused`); what is written here in torch is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -29,17 +30,46 @@ def again(product: Callable[[Tensor], Tensor], of: Callable[..., Tensor], *input
     It is for what costs little beside reading it: norms and activations before a matrix product.
     The product is not computed again, since nothing in its backward needs its result. Under
     torch.func's gradients, where no hooks see what is kept, all of it is kept.
+
+    Parameters are those of the call, if `product` and `of` are modules or methods of modules.
     """
+    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return product(of(*inputs))
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if torch.compiler.is_compiling():  # a graph computes again whatever is in the marked part
+        return product(checkpoint(of, *inputs, **options))
+    read = [x for f in (product, of) for x in _parameters(getattr(f, "__self__", f))]
 
     def both(*inputs: Any) -> Tensor:
-        return product(of(*inputs))
+        with _in_place(read):
+            return product(of(*inputs))
 
-    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        return both(*inputs)
-    # a graph computes again whatever is in the marked part; eager autograd stops where it can
-    marked = of if torch.compiler.is_compiling() else both
-    y: Tensor = checkpoint(marked, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return product(y) if marked is of else y
+    y: Tensor = checkpoint(both, *inputs, **options)  # which stops as soon as it can
+    return y
+
+
+_Parameter = tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None]
+
+
+def _parameters(x: object) -> list[_Parameter]:
+    """Of a module and those within it: where each is, its name there, and what it is now."""
+    parts = x.modules() if isinstance(x, nn.Module) else ()
+    # FSDP puts whole weights into the modules that it splits, where they are called
+    own = [p._parameters for p in parts if not hasattr(p, "unshard")]
+    return [(held, name, now) for held in own for name, now in held.items()]
+
+
+@contextmanager
+def _in_place(read: list[_Parameter]) -> Iterator[None]:
+    """Have modules hold what they held: `torch.func.functional_call` lends it for one call."""
+    lent = [(held, n, x, held[n]) for held, n, x in read if n in held and held[n] is not x]
+    for held, name, x, _ in lent:
+        held[name] = x
+    try:
+        yield
+    finally:
+        for held, name, _, now in lent:
+            held[name] = now
 
 
 class Split(NamedTuple):

@@ -150,6 +150,20 @@ def test_gradients_by_torch_func() -> None:
             torch.testing.assert_close(got[name][n], want, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_gradients_of_lent_parameters() -> None:
+    """What a backward computes again is of the parameters that the call was given."""
+    model, x = hybrid(), torch.randint(50, (2, 9))
+    own = {n: (p.detach() * 1.5).requires_grad_() for n, p in model.named_parameters()}
+    loss = torch.func.functional_call(model, own, (x,)).square().sum()
+    got = torch.autograd.grad(loss, [*own.values()])
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.copy_(own[n])
+    want = torch.autograd.grad(model(x).square().sum(), [*model.parameters()])
+    for name, a, b in zip(own, got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_flops_of_a_recurrence() -> None:
     """Linear attention's, by hand: scores and their values within a chunk, a write and a read."""
     op, K, V = cw.library.linear_attention, 16, 32
