@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from ..dsl import errors
 
 
-def check(sizes: Mapping[str, int], axes: str, **given: Tensor | None) -> None:
+def check(sizes: Mapping[str, int], axes: Sequence[str], **given: Tensor | None) -> None:
     """That each tensor that is given has the axes of these letters ("BTH"), of these sizes.
 
     Raises:

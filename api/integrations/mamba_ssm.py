@@ -226,8 +226,9 @@ def selective_state_update(
     check(sizes, "HPN", A=A)
     check(sizes, "HP", D=D, dt_bias=dt_bias)
     slots = state_batch_indices
+    pooled = slots is not None
+    check({**sizes, "slots": state.shape[0]}, ("slots" if pooled else "B", *"HPN"), state=state)
     if slots is None:
-        check(sizes, "BHPN", state=state)
         slots = torch.arange(state.shape[0], dtype=torch.int64, device=state.device)
     if _has_one_rate(A, dt, dt_bias):
         A, bias = wide(A[:, 0, 0]), None if dt_bias is None else dt_bias[:, 0]
@@ -236,10 +237,12 @@ def selective_state_update(
         o, _ = ssd_in_place.step(C, B, x, dt, dt * A, state=state, state_indices=slots)
     else:
         dt = _step_sizes(dt, dt_bias, dt_softplus).flatten(1)
-        channels, of_channels = x.flatten(1).unsqueeze(-1), state.flatten(1, 2).unsqueeze(-1)
-        if of_channels.data_ptr() != state.data_ptr():  # a copy, which nobody would see changed
+        heads, P = sizes["H"], sizes["P"]
+        if 1 not in (heads, P) and state.stride(1) != P * state.stride(2):
+            # flattened it is a copy, which nobody would see changed
             how = f"strides {tuple(state.stride())}"
             raise errors.BadLayout("state", how, help="H and P have to lie as one axis")
+        channels, of_channels = x.flatten(1).unsqueeze(-1), state.flatten(1, 2).unsqueeze(-1)
         o, _ = selective.step(
             *(C, B, channels, dt, A.flatten(0, 1)), state=of_channels, state_indices=slots
         )

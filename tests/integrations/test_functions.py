@@ -246,6 +246,11 @@ def test_mamba1() -> None:
         got = selective_state_update(state, u[..., -1], delta[..., -1], A, Bs[..., -1], Cs[..., -1])
         assert math.prod(part.shape) == B * D * (T - 1)
         check(got, selective_scan_fn(u, delta, A, Bs, Cs)[..., -1])
+        given = (u[..., -1], delta[..., -1], A, Bs[..., -1], Cs[..., -1])
+        again, update = state.clone(), selective_state_update
+        whole = torch.compile(update, backend="eager", fullgraph=True)(again, *given)
+        check(whole, update(state, *given))
+        check(again, state)
 
 
 def test_scans_refuse() -> None:
@@ -275,6 +280,12 @@ def test_scans_refuse() -> None:
     for name, wrong in (("D", skip[:1]), ("dt_bias", bias[:, None]), ("A", randn(H, 1, 1))):
         with pytest.raises(errors.BadShape, match=f"operand '{name}'"):
             selective_state_update(**{**token, name: wrong})
+    slots = torch.arange(B)
+    for how in ({}, {"state_batch_indices": slots}):  # as many numbers, in other axes
+        with pytest.raises(errors.BadShape, match="operand 'state'"):
+            selective_state_update(**{**token, "state": randn(B, P, H, N)}, **how)
+    with pytest.raises(errors.BadLayout, match="H and P"):
+        selective_state_update(**{**token, "state": randn(B, P, H, N).transpose(1, 2)})
 
 
 def test_no_tokens_and_no_sequences() -> None:
