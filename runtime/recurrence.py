@@ -193,14 +193,17 @@ class Recurrence:
         initial: Sequence[Tensor | None] = self._no_states
         if initial_state is not None:
             initial = initial_states(self.declaration, initial_state)
-        if self._stages is not None:
-            call = describe(self.declaration, operands, params, tuple(initial), cu_seqlens, static)
-            if self._stages.takes(call, name, finals=output_final_state):
+        bounds = boundaries(cu_seqlens)
+        if self._stages is not None and self._stages.serve(operands, name):
+            given = (operands, params, tuple(initial), bounds, static)
+            symbolic = any(type(n) is not int for x in operands.values() for n in x.shape)
+            call = describe(self.declaration, *given, symbolic=symbolic)
+            if self._stages.take(call, finals=output_final_state):
                 return self._stages(call, finals=output_final_state, engine=name, check=check)
         o, *made = self._ops.forward(
             *operands.values(),
             *initial,
-            cu_seqlens if cu_seqlens is None else boundaries(cu_seqlens),
+            bounds,
             *params.values(),
             *[number for _, number in static],
             name,

@@ -37,10 +37,12 @@ class Stages:
     def __str__(self) -> str:
         return ", then of ".join(repr(run.op) for run in self._stages)
 
-    def takes(self, call: Call, engine: str | None, *, finals: bool) -> bool:
-        """Whether it takes the place of a call: on a GPU; with states of lags, if it is dense."""
-        if chosen(call.operands.values(), engine) is not EngineName.TRITON:
-            return False
+    def serve(self, operands: Tensors, engine: str | None) -> bool:
+        """Whether such stages are faster than one call: on a GPU."""
+        return chosen(operands.values(), engine) is EngineName.TRITON
+
+    def take(self, call: Call, *, finals: bool) -> bool:
+        """Whether they take the place of a call: with states of lags, if it is dense."""
         stateless = not finals and all(x is None for x in call.initial)
         dense = call.cu_seqlens is None or stateless
         return 0 not in (call.B, call.T, call.HV) and (dense or not self._has_lags)
@@ -49,6 +51,9 @@ class Stages:
         self, call: Call, *, finals: bool, **options: Any
     ) -> tuple[Any, Tensor | tuple[Tensor, ...] | None]:
         """The outputs, and the final states if they are asked for."""
+        if torch.is_autocast_enabled(call.device.type):  # it may change no dtype within a call
+            with torch.autocast(call.device.type, enabled=False):
+                return self(call, finals=finals, **options)
         before = dict(zip(self._names, call.initial, strict=True))
         after: dict[str, Tensor] = {}
         results: dict[int, Tensor] = {}

@@ -13,6 +13,7 @@ from chunkwise.dsl.stages import stages_of
 from chunkwise.runtime.call import describe
 from chunkwise.runtime.inputs import draw, draw_states, ranges, usual_params
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 _STAGED = [
     d.name for d in library.all_declarations() if not d.has_micro and stages_of(d.normal_form())
@@ -72,6 +73,36 @@ def test_library(name: str) -> None:
 def test_which_are_staged() -> None:
     assert {"gsa", "abc", "mamba3", "mamba3_trapezoid"} <= {*_STAGED}
     assert not {"gated_delta_rule", "momentum_delta", "titans", "ttt", "mlstm"} & {*_STAGED}
+
+
+def test_what_any_call_takes_and_refuses() -> None:
+    """Sizes that are symbols; boundaries that are no tensor, as any other recurrence does."""
+    op = cw.library.gsa
+    call, _ = _call(op, None)
+    operands = [x.detach().float() for x in call.operands.values()]
+    graph = make_fx(lambda *x: op(*x, engine="eager")[0], tracing_mode="symbolic")(*operands)
+    longer = [torch.cat((x, x), 1) for x in operands]
+    torch.testing.assert_close(graph(*longer), op(*longer, engine="eager")[0])
+    with pytest.raises(cw.errors.BadCuSeqlens, match="cu_seqlens is a list"):
+        op(*operands, cu_seqlens=[0, 11])
+
+
+def test_autocast_changes_no_dtype_between_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    op, softmax = cw.library.gsa, torch.softmax
+
+    def of_cuda(x: Tensor, dim: int) -> Tensor:
+        """That of autocast on a GPU, which CPUs do not have."""
+        return softmax(x.float() if torch.is_autocast_enabled("cpu") else x, dim)
+
+    assert op._stages is not None
+    monkeypatch.setattr(torch, "softmax", of_cuda)
+    call, _ = _call(op, None)
+    narrow = {n: x.detach().bfloat16() for n, x in call.operands.items()}
+    call = describe(op.declaration, narrow, call.params, (None, None), None)
+    want, _ = op._stages(call, finals=False, engine="eager", check=None)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = op._stages(call, finals=False, engine="eager", check=None)
+    assert torch.equal(got, want)
 
 
 def test_a_lag_that_is_read_stays() -> None:
