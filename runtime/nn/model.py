@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..call import any_sharded
 from . import generation, training
 from .config import ModelConfig, mixer
 from .losses import linear_cross_entropy, linear_token_losses
@@ -235,11 +236,14 @@ class LanguageModel(nn.Module):
             folder: made if it does not exist.
 
         Raises:
-            ValueError: the model was not made by `from_config`.
+            ValueError: the model was not made by `from_config`, or ranks have parts of its weights.
             ModuleNotFoundError: safetensors (extra `train`) is not installed.
         """
         if self.config is None:
             raise ValueError("the model has no config: make it by LanguageModel.from_config")
+        if any_sharded(self.parameters(), {}):
+            how = "load what torch's get_model_state_dict gathers into a model of the same config"
+            raise ValueError(f"ranks have parts of the weights: {how}, and save that")
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         self.config.save(path / "config.json")

@@ -36,6 +36,8 @@ class HeadsParallel(ParallelStyle):
         if not hasattr(module, "split"):
             name = type(module).__name__
             raise TypeError(f"{name} is not split by heads: a RecurrentLayer, Attention, SwiGLU is")
+        if any(isinstance(x, DTensor) for x in module.parameters()):
+            raise ValueError(f"{type(module).__name__} is split already")
         ranks = device_mesh.size()
         splits: dict[str, Split | None] = module.split(ranks)  # type: ignore[operator]
         known = dict(module.named_parameters())
@@ -52,9 +54,12 @@ class HeadsParallel(ParallelStyle):
         for name in splits:  # in one order on all ranks
             if name.removesuffix(".weight") in plan:
                 continue
-            value = distribute_tensor(known[name].data, device_mesh, [_place(splits[name])])
+            whole = known[name]
+            value = distribute_tensor(whole.data, device_mesh, [_place(splits[name])])
             *owner, own = name.split(".")
-            module.get_submodule(".".join(owner)).register_parameter(own, nn.Parameter(value))
+            module.get_submodule(".".join(owner)).register_parameter(
+                own, nn.Parameter(value, requires_grad=whole.requires_grad)
+            )
         places = {name: _place(split) for name, split in splits.items()}
         module.register_state_dict_post_hook(partial(_as_one, orders, places))
         module.register_load_state_dict_pre_hook(partial(_by_ranks, orders, places, device_mesh))
@@ -111,6 +116,8 @@ def _by_ranks(
         if x is None or (name not in orders and isinstance(x, DTensor)):
             continue
         whole: Tensor = x.full_tensor() if isinstance(x, DTensor) else x
+        if whole.shape != module.get_parameter(name).shape:
+            continue  # which load_state_dict reports
         if name in orders:
             axis, order = orders[name]
             whole = whole.index_select(axis, order.to(whole.device))

@@ -25,6 +25,7 @@ from chunkwise.nn import (
     LanguageModel,
     ModelConfig,
     RecurrentConfig,
+    RecurrentLayer,
     ShortConvolution,
 )
 from chunkwise.nn import tensor_parallel as tensor_parallel_style
@@ -80,7 +81,7 @@ def mistakes() -> dict[str, str]:
 
     plain = given()
     momentum = make_inputs(cw.library.momentum_delta, Sizes(dtype=torch.float32)).operands
-    alone = dist.new_group([0])
+    alone, twice = dist.new_group([0]), Attention(16, 4)
     bounds = torch.tensor([0, 4, 12])
     cases: dict[str, Callable[[], Any]] = {
         "sizes": lambda: op(**given(V=4 + rank), group=dist.group.WORLD),
@@ -104,10 +105,28 @@ def mistakes() -> dict[str, str]:
             lambda x: ShortConvolution(3, 2)(x, group=dist.group.WORLD).sum()
         )(torch.randn(1, 6, 3)),
         "layers": lambda: Attention(4, 2)(torch.randn(1 + rank, 6, 4), group=dist.group.WORLD),
+        "a layer refused": lambda: Attention(4, 2)(
+            torch.randn(1, 6, 4), [0, 12] if rank else bounds, group=dist.group.WORLD
+        ),
+        "a layer's total": lambda: ShortConvolution(3, 2)(
+            torch.randn(1, 5, 3), bounds, group=dist.group.WORLD
+        ),
         "no group": lambda: op(**given(), group="gloo"),
         "heads": lambda: parallelize_module(
             Attention(6, 3), dist.init_device_mesh("cpu", (2,)), tensor_parallel_style()
         ),
+        "split twice": lambda: [
+            parallelize_module(twice, dist.init_device_mesh("cpu", (2,)), tensor_parallel_style())
+            for _ in range(2)
+        ],
+        "weights of more heads": lambda: parallelize_module(
+            _of_heads(2), dist.init_device_mesh("cpu", (2,)), tensor_parallel_style()
+        ).load_state_dict(_of_heads(4).state_dict()),
+        "weights in parts": lambda: parallelize_module(
+            LanguageModel.from_config(ModelConfig(11, 8, (AttentionConfig(2),))),
+            dist.init_device_mesh("cpu", (2,)),
+            {"blocks.0.mixer": tensor_parallel_style()},
+        ).save_pretrained("nowhere"),
         "no layer": lambda: parallelize_module(
             torch.nn.GELU(), dist.init_device_mesh("cpu", (2,)), tensor_parallel_style()
         ),
@@ -122,9 +141,13 @@ def mistakes() -> dict[str, str]:
         try:
             make()
             found[name] = "nothing"
-        except (cw.errors.ChunkwiseError, ValueError, TypeError) as why:
+        except (cw.errors.ChunkwiseError, ValueError, TypeError, RuntimeError) as why:
             found[name] = f"{type(why).__name__}: {why}"
     return found
+
+
+def _of_heads(heads: int) -> torch.nn.Module:
+    return RecurrentLayer(cw.library.linear_attention, 8, heads, 4, 4, conv_size=0)
 
 
 def errors_of(names: list[str], sizes: dict[str, Any], engine: str, parts: list[int]) -> Any:
@@ -295,10 +318,18 @@ def layers_by_heads() -> dict[str, float]:
     model = LanguageModel.from_config(config)
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     style = tensor_parallel_style()
+    frozen = {"blocks.0.mixer.norm.weight", "blocks.0.mixer.project.weight"}
+    for net in (alone, model):
+        for name in frozen:
+            net.get_parameter(name).requires_grad_(False)
     parallelize_module(model, mesh, {"blocks.*.mixer": style, "blocks.*.mlp": style})
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == frozen
     model.load_state_dict(alone.state_dict())
     tokens = torch.randint(11, (2, 9))
-    found = {}
+    found, x = {}, torch.randn(2, 9, 16)
+    first = [net.get_submodule("blocks.0.mixer") for net in (alone, model)]
+    compiled = torch.compile(first[1], backend="eager", fullgraph=True)
+    found["compiled"] = _far(compiled(x), first[0](x))
     with torch.no_grad():
         made = []
         for net in (alone, model):

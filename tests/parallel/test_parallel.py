@@ -118,8 +118,12 @@ MISTAKES = {
     "transform": "NoTransform: delta_rule was called under torch.func or forward mode",
     "transform of a convolution": "NoTransform: a short convolution was called under torch.func",
     "layers": "RankMismatch: on rank 1 B is 2, expected 1 as on rank 0",
+    "a layer's total": "BadCuSeqlens: cu_seqlens is 12 at [2], expected T = 10",
     "no group": "BadOption: option 'group' is 'gloo', expected a process group",
     "heads": "ValueError: heads is 3, expected a multiple of the 2 ranks",
+    "split twice": "ValueError: Attention is split already",
+    "weights of more heads": "size mismatch for project.weight",
+    "weights in parts": "ValueError: ranks have parts of the weights",
     "no layer": "TypeError: GELU is not split by heads",
     "mesh": "BadOption: option 'group' is 'a mesh of shape (1, 2)', expected a process group, or a "
     "mesh of one axis: mesh['cp']",
@@ -133,6 +137,8 @@ def test_mistakes_end_on_every_rank(two: list[dict[str, Any]]) -> None:
             assert message in found[case]
     assert "on rank 1 its call is refused (BadShape: operand 'v'" in first["refused"]
     assert second["refused"].startswith("BadShape: operand 'v'")
+    assert "on rank 1 its call is refused (BadCuSeqlens: cu_seqlens" in first["a layer refused"]
+    assert second["a layer refused"].startswith("BadCuSeqlens: cu_seqlens is a list")
     assert first["no tokens"].startswith("BadBatch: operand 'tokens' has batch size 0")
     assert "on rank 0 its call is refused (BadBatch" in second["no tokens"]
     assert "'one of other ranks', expected one with rank 1" in second["outside"]
