@@ -93,7 +93,7 @@ class Attention(nn.Module, Mixer):
 
     def _qkv(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (
-            y.reshape(*y.shape[:-1], self.heads, -1) for y in self.project(x).chunk(3, dim=-1)
+            y.unflatten(-1, (self.heads, self.channels)) for y in self.project(x).chunk(3, dim=-1)
         )
         q, k = rotate(q, position), rotate(k, position)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -147,7 +147,7 @@ class Attention(nn.Module, Mixer):
             if self.window is not None:
                 before = min(before, self.window - 1)
             k, v = self._with_before(k, v, before, counts, group)
-            sequence = None if sequence is None else sequence[-before - tokens :]
+            sequence = None if sequence is None else sequence[len(sequence) - before - tokens :]
         return self._join(_mixed(q, k, v, before, self.window, sequence)), k, v
 
     def _with_before(

@@ -13,9 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...dsl import errors
+from ..call import boundaries
 from ..packing import token_sequences
 from ..rank_scan import swap
 from ..ranks import compared, group_of, refuse_transforms
+from ..shapes import Form, check_packing
+from ..sizes import check_boundaries, refusal
 
 
 def counted(x: Tensor, title: str, cu_seqlens: Tensor | None, group: object) -> tuple[int, ...]:
@@ -29,13 +33,27 @@ def counted(x: Tensor, title: str, cu_seqlens: Tensor | None, group: object) -> 
 
     Raises:
         NoTransform: torch.func or forward mode looks on.
-        RankMismatch: on every rank, if those of another rank are of another kind.
+        BadShape: x has other axes.
+        BadBatch, BadCuSeqlens: the boundaries do not pack the tokens of all ranks.
+        RankMismatch: on every rank, if those of another rank are of another kind, or refused.
     """
-    ranks = group_of(group)
-    refuse_transforms(title)
-    sizes = {"B": x.shape[0], "channels": x.shape[2]}
-    text = f"{title} of {str(x.dtype)[6:]}"
-    return tuple(compared(ranks, text, x.shape[1], sizes, cu_seqlens))
+    ranks, text, tokens, sizes = group_of(group), title, 0, dict[str, int]()
+    refused: Exception | None = None
+    try:
+        refuse_transforms(title)
+        if x.ndim != 3:
+            raise errors.BadShape("x", x.shape, "[B,T,channels]")
+        bounds = boundaries(cu_seqlens)
+        if bounds is not None:
+            check_packing(Form.of(bounds), x.shape[0], "x", x.device, refusal)
+        text, tokens = f"{title} of {str(x.dtype)[6:]}", x.shape[1]
+        sizes = {"B": x.shape[0], "channels": x.shape[2]}
+    except Exception as why:  # `compared` tells the other ranks, and raises it here
+        refused = why
+    counts = compared(ranks, text, tokens, sizes, cu_seqlens, refused)
+    if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, sum(counts))
+    return tuple(counts)
 
 
 def before(counts: tuple[int, ...], group: object) -> int:

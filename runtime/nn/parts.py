@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..call import boundaries
+from ..call import any_sharded, boundaries
 from ..packing import token_sequences
 from ..wide import L2_EPS, wide
 from . import fused
@@ -29,11 +29,13 @@ def again(product: Callable[[Tensor], Tensor], of: Callable[..., Tensor], *input
 
     It is for what costs little beside reading it: norms and activations before a matrix product.
     The product is not computed again, since nothing in its backward needs its result. Under
-    torch.func's gradients, where no hooks see what is kept, all of it is kept.
+    torch.func's gradients, where no hooks see what is kept, all of it is kept; so it is in exported
+    programs.
 
     Parameters are those of the call, if `product` and `of` are modules or methods of modules.
     """
-    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    watched = torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting()
+    if watched or not torch.is_grad_enabled():
         return product(of(*inputs))
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if torch.compiler.is_compiling():  # a graph computes again whatever is in the marked part
@@ -95,7 +97,7 @@ def multiple(ranks: int, **sizes: int) -> None:
 
 def own(parameter: Tensor, x: Tensor) -> Tensor:
     """A parameter for `x`: of a DTensor this rank's part, if x is this rank's too."""
-    if not hasattr(parameter, "to_local") or hasattr(x, "to_local"):
+    if not any_sharded((parameter,), {}) or any_sharded((x,), {}):
         return parameter
     from torch.distributed.tensor import DTensor, Partial
 
@@ -108,7 +110,7 @@ def own(parameter: Tensor, x: Tensor) -> Tensor:
 
 def shared(x: Tensor, weight: Tensor) -> Tensor:
     """`x`, which all ranks have, for several products with split weights: of one gradient."""
-    if not hasattr(weight, "to_local") or hasattr(x, "to_local"):
+    if not any_sharded((weight,), {}) or any_sharded((x,), {}):
         return x
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -276,10 +278,17 @@ class ShortConvolution(nn.Module):
             spans: as of the class.
             device: where the module is.
         """
-        table = fused.span_table(spans)
+        self._parts, table = tuple(spans), fused.span_table(spans)
         self.widest = max(width for _, width, _ in table)
         made = torch.tensor(table, dtype=torch.int32, device=device)
         self.register_buffer("spans", made, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ShortConvolution:
+        was_meta = self.spans.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.spans.is_meta:  # `to_empty` fills nothing, nor do state dicts
+            self.set_spans(self._parts, self.spans.device)
+        return self
 
     def forward(
         self,
@@ -339,15 +348,14 @@ class ShortConvolution(nn.Module):
         self, x: Tensor, cu_seqlens: Tensor | None, group: ProcessGroup | DeviceMesh | None
     ) -> tuple[Tensor, Tensor | None, int]:
         """`x` behind the tokens before it on other ranks, their positions, and how many."""
-        if cu_seqlens is not None:
-            boundaries(cu_seqlens)
         if group is None:
             return x, None if cu_seqlens is None else positions(cu_seqlens, x.shape[1])[1], 0
         before, position, halo = self.size - 1, None, across_ranks()
         counts = halo.counted(x, "a short convolution", cu_seqlens, group)
         if cu_seqlens is not None:
             bounds = cu_seqlens.to(x.device, non_blocking=True)
-            position = halo.sequences(bounds, counts, group)[1][-x.shape[1] :]
+            position = halo.sequences(bounds, counts, group)[1]
+            position = position[len(position) - x.shape[1] :]
             position = F.pad(position, (before, 0))
         return halo.with_halo(x, before, group), position, before
 

@@ -164,6 +164,15 @@ def test_attention_says_what_it_cannot_be() -> None:
         SlidingWindowAttention(16, 2, 0)
 
 
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_attention_to_no_tokens(window: int | None) -> None:
+    x = tokens(0).requires_grad_()
+    mixer = attention(window)
+    assert mixer(x).shape == mixer.prefill(x)[0].shape == x.shape
+    mixer(x).sum().backward()
+    assert x.grad is not None
+
+
 def test_window_is_a_band_of_the_global_softmax() -> None:
     """The expected result uses a dense mask, which shares no code with the blocks."""
     mixer, x, window = attention(3), tokens(), 3
@@ -179,6 +188,15 @@ def test_convolution_is_torchs() -> None:
     weight = conv.weight.flip(0).T[:, None]
     padded = nn.functional.pad(x.transpose(1, 2), (3, 0))
     close(conv(x), nn.functional.conv1d(padded, weight, groups=HIDDEN).transpose(1, 2))
+
+
+def test_spans_of_a_convolution_that_was_made_without_memory() -> None:
+    def made() -> ShortConvolution:
+        return ShortConvolution(7, 4, [(4, True), (3, False)])
+
+    with torch.device("meta"):
+        without = made()
+    assert torch.equal(without.to_empty(device="cpu").spans, made().spans)
 
 
 def test_norms() -> None:

@@ -14,7 +14,14 @@ from chunkwise.codegen.config import Dims
 from chunkwise.codegen.plan import Hoist
 from chunkwise.codegen.programs import chunk_program
 from chunkwise.codegen.triton.defaults import default_config
-from chunkwise.nn import AttentionConfig, LanguageModel, ModelConfig, RecurrentConfig, flop_formulas
+from chunkwise.nn import (
+    AttentionConfig,
+    LanguageModel,
+    ModelConfig,
+    RecurrentConfig,
+    SwiGLU,
+    flop_formulas,
+)
 from chunkwise.runtime.ops import REGISTRY
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -162,6 +169,12 @@ def test_gradients_of_lent_parameters() -> None:
     want = torch.autograd.grad(model(x).square().sum(), [*model.parameters()])
     for name, a, b in zip(own, got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_program_traced_from_source_computes_nothing_again() -> None:
+    mlp, x = SwiGLU(8, 12), torch.randn(2, 8)
+    program = torch.export.export(mlp, (x,), strict=True)
+    torch.testing.assert_close(program.module()(x), mlp(x))
 
 
 def test_flops_of_a_recurrence() -> None:
