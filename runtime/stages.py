@@ -84,6 +84,8 @@ class Stages:
                 after |= {lag.name: lag.value(call, last) for lag in run.lags}
             outputs = o if isinstance(o, tuple) else (o,)
             results |= dict(zip(run.reads, outputs, strict=False))
+        cast = tuple(x.to(call.dtype) for x in outputs)  # the last stage may lead with another
+        o = cast if isinstance(o, tuple) else cast[0]
         return o, tuple(after[name] for name in self._names) if finals else None
 
 

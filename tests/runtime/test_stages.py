@@ -105,6 +105,19 @@ def test_autocast_changes_no_dtype_between_stages(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(got, want)
 
 
+def test_outputs_have_the_dtype_of_the_call() -> None:
+    """That of the first Value operand of the whole step, gated slot attention's q."""
+    op = cw.library.gsa
+    call, _ = _call(op, None)
+    for narrow in ("q", "v"):
+        mixed = {n: x.detach().float() for n, x in call.operands.items()}
+        mixed[narrow] = mixed[narrow].bfloat16()
+        own = describe(op.declaration, mixed, call.params, (None, None), None)
+        assert op._stages is not None
+        o, _ = op._stages(own, finals=False, engine="eager", check=None)
+        assert o.dtype == op(**mixed, engine="eager")[0].dtype
+
+
 def test_a_lag_that_is_read_stays() -> None:
     @recurrence
     def seen(
