@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from dataclasses import replace
 
 from ..dsl import algebra
-from ..dsl.ir import Node, Op
+from ..dsl.ir import Node, Op, constant, topological
 from ..dsl.normal_form import NormalForm, expressions, results_of
 from .coordinates import Coordinates, Seen
 
@@ -19,10 +20,10 @@ def added_up(
     None where no two are of one state, so that there is nothing to join.
     """
     terms, others = _terms(node)
-    rest = algebra.total(x if sign > 0 else algebra.neg(x) for sign, x in others)
+    rest = algebra.total(algebra.mul(constant(float(n)), x) for n, x in others)
     elsewhere = results_of(*expressions(form), *(x for x in form.outputs if x != node))
     elsewhere += [] if rest is None else results_of(rest)
-    if {n for _, n in terms} & {*elsewhere} or len({n for _, n in terms}) < len(terms):
+    if {n for _, n in terms} & {*elsewhere} or any(abs(sign) != 1 for sign, _ in terms):
         return None
     joined: dict[Seen, list[Seen]] = {}
     for sign, n in terms:
@@ -37,12 +38,19 @@ def added_up(
     return [functools.reduce(Seen.joined, parts) for parts in joined.values()], rest
 
 
-def _terms(node: Node, sign: int = 1) -> tuple[list[tuple[int, int]], list[tuple[int, Node]]]:
-    """The results that are added up, by number, and the other summands, each with its sign."""
-    if node.op is Op.RESULT:
-        return [(sign, results_of(node)[0])], []
-    if node.op in (Op.ADD, Op.SUB, Op.NEG):
-        signs = (sign, sign if node.op is Op.ADD else -sign) if len(node.args) == 2 else (-sign,)
-        found = [_terms(x, s) for x, s in zip(node.args, signs, strict=True)]
-        return [x for own, _ in found for x in own], [x for _, other in found for x in other]
-    return [], [(sign, node)]
+def _terms(node: Node) -> tuple[list[tuple[int, int]], list[tuple[int, Node]]]:
+    """The results that are added up, by number, and the other summands, each with its factor.
+
+    Each part of the sum is looked at once, however often it is added.
+    """
+    order = topological(node)
+    counts = Counter({node: 1})
+    for x in reversed(order):
+        if x.op in (Op.ADD, Op.SUB, Op.NEG) and x in counts:
+            count = counts.pop(x)
+            signs = (count, count if x.op is Op.ADD else -count)
+            for a, n in zip(x.args, signs if len(x.args) == 2 else (-count,), strict=True):
+                counts[a] += n
+    found = [(counts[x], x) for x in order if x in counts]
+    terms = [(n, results_of(x)[0]) for n, x in found if x.op is Op.RESULT]
+    return terms, [(n, x) for n, x in found if x.op is not Op.RESULT]

@@ -278,7 +278,8 @@ class _Split:
         self._form, self._place = form, place
         self._at, self._reads = at, reads
         self._own = [n for n, p in enumerate(reads) if p == place]
-        self._made: dict[Node, Made] = {}
+        self._made: dict[tuple[Node, bool], Made] = {}
+        self._mixed: dict[Node, Node] = {}  # of own results and others: what is there instead
 
     def stage(self, *, is_last: bool) -> Stage:
         form = self._form
@@ -327,16 +328,18 @@ class _Split:
         if not below:
             return node
         if not set(below) & set(self._own):
-            if node not in self._made:
+            if (node, decays) not in self._made:  # a key is narrow, the same as a log-decay wide
                 name = _fresh(self._form, f"given_{len(self._made)}")
                 operand = Operand(name, node.kind, Per.TOKEN)
-                self._made[node] = Made(operand, node, decays=decays)
-            return operand_leaf(self._made[node].operand)
+                self._made[node, decays] = Made(operand, node, decays=decays)
+            return operand_leaf(self._made[node, decays].operand)
         if node.op is Op.RESULT:
             (n,) = below
             return Node(Op.RESULT, (), (self._own.index(n),), node.kind)
-        args = tuple(self._known(a) for a in node.args)
-        return Node(node.op, args, node.attrs, node.kind, node.loc)
+        if node not in self._mixed:
+            args = tuple(self._known(a) for a in node.args)
+            self._mixed[node] = Node(node.op, args, node.attrs, node.kind, node.loc)
+        return self._mixed[node]
 
 
 # ---- declarations --------------------------------------------------------------------------------

@@ -20,12 +20,13 @@ _WIDTHS = (64, 128)  # channels that a tile of shared memory is swizzled for, an
 ROWS_OF_WARP = 16  # of a product's sums
 _IN_CHUNKS = (TileOp.SUM, TileOp.ROWS, TileOp.MASK, TileOp.DECAY, TileOp.INVERSE)
 NO_PRODUCTS = "it has no products"
+_OPERATIONS = 64  # of a vector, those of its parts at each of their uses
 _WARPS = (4, 8)  # that take one chunk's rows
 
 
 def refusal(kernel: tiled.TiledKernel, signature: Signature, config: KernelConfig) -> str | None:
     """Why the printer cannot have `kernel`; None if it can."""
-    why = _of_shape(kernel, signature, config)
+    why = _of_shape(kernel, signature, config) or _of_vectors(kernel)
     loaded = frozenset(s.value for s in kernel.statements if isinstance(s, tiled.Load))
     for s in kernel.statements:
         why = why or _of_statement(s, loaded)
@@ -157,6 +158,16 @@ def _of_statement(s: tiled.Statement, loaded: frozenset[Tile]) -> str | None:
     if isinstance(s, tiled.Finish):
         return None
     return f"it has a statement for which there is no row: {type(s).__name__.lower()}"
+
+
+def _of_vectors(kernel: tiled.TiledKernel) -> str | None:
+    """Vectors are computed where they are used, in the layout of what uses them."""
+    counts: dict[Tile, int] = {}
+    for s in kernel.statements:
+        if isinstance(s, tiled.Compute) and len(s.value.axes) < 2:
+            counts[s.value] = 1 + sum(counts.get(u.value, 0) for u in s.args)
+    most = max(counts.values(), default=0)
+    return f"it would compute a vector by {most} operations" if most > _OPERATIONS else None
 
 
 _STATE = "what it carries is no matrix of keys and values"

@@ -31,6 +31,7 @@ class Await:
 
 
 Event = Issue | Await
+_NONE: frozenset[Tile] = frozenset()
 
 
 def subtracted(statements: Iterable[tiled.Statement]) -> tuple[tiled.Statement, ...]:
@@ -70,16 +71,12 @@ class Schedule:
             s.value: s for s in statements if isinstance(s, tiled.Compute | tiled.Product)
         }
         self._products = [s for s in statements if isinstance(s, tiled.Product)]
+        self._below: dict[Tile, frozenset[Tile]] = {}  # the products that a value is made of
+        for s in self._made.values():
+            own = (s.value,) if isinstance(s, tiled.Product) else ()
+            parts = () if own else (self._below.get(u.value, _NONE) for u in s.args)
+            self._below[s.value] = frozenset(own).union(*parts)
         self.events = tuple(self._events())
-
-    def _below(self, x: Tile) -> frozenset[Tile]:
-        """The products of this step that `x` is made of, itself if it is one."""
-        s = self._made.get(x)
-        if isinstance(s, tiled.Product):
-            return frozenset((x,))
-        if s is None:
-            return frozenset()
-        return frozenset[Tile]().union(*(self._below(u.value) for u in s.args))
 
     def _onto(self, s: tiled.Product) -> Tile | None:
         """The product that `s` adds to while that may not be over: its sums serve nothing else."""
@@ -92,7 +89,7 @@ class Schedule:
         used = [s.left.value, s.right.value]
         if s.start is not None and self._onto(s) is None:
             used.append(s.start.value)
-        return frozenset[Tile]().union(*map(self._below, used))
+        return _NONE.union(*(self._below.get(x, _NONE) for x in used))
 
     def _height(self, s: tiled.Product) -> int:
         """The most products that follow one after the other from `s`, each waiting for the last."""

@@ -34,7 +34,6 @@ from chunkwise.runtime.triton.launch_plan import LaunchSpec
 from chunkwise.runtime.tuned.json import from_plain, to_plain
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from tests.codegen import gluon_emulator
 from tests.codegen.gluon_calls import GluonCall
 from tests.codegen.test_numpy_printer import Numpy
 from tests.harness import Sizes, engine_results, make_inputs, results
@@ -136,63 +135,6 @@ def test_it_computes_what_eager_does(
     o, *finals = Numpy.apply(call, *inputs.operands.values(), *inputs.initial)
     got = results(o, tuple(finals), inputs)
     assert_agree(got, engine_results(op, inputs, "eager"), torch.float32)
-
-
-@pytest.mark.parametrize("gates", ["mild", "strong", "resets", "one row"])
-def test_decays_of_any_strength(gates: str) -> None:
-    """Scores and what is applied by them, against the definition: blocks of 8 rows, of 16."""
-    C, K, FIRST = 16, 4, 3
-    draw = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, C, K, generator=draw)
-    g = {"mild": 1.0, "strong": 50.0, "resets": 8.0, "one row": 1.0}[gates]
-    g = -g * torch.rand(C, K, generator=draw)
-    if gates == "resets":
-        g[5] = g[11] = -110.0
-    if gates == "one row":
-        g[6, 1] = -125.0
-    i, j = torch.arange(C)[:, None], torch.arange(C)[None, :]
-    room, ones, within = (gluon_emulator.shared(n, C, m) for n, m in ((3, K), (2, C), (1, C)))
-    within.index(0).store(((i > j) & (i >> FIRST == j >> FIRST)).float())
-    shared = [gluon_emulator.shared(C, K) for _ in range(3)]
-    for held, value in zip(shared, (x, y, g), strict=True):
-        held.store(value)
-    found = gluon_emulator.called("decayed_dot", "decayed_apply")
-    beside = (within.index(0), ones.index(0), room, C, K, FIRST, None, None)
-    A = found["decayed_dot"](*shared, *beside)
-    sums = g.double().cumsum(0)
-    between = torch.where(i[:, :, None] > j[:, :, None], sums[:, None] - sums[None], -torch.inf)
-    want = torch.einsum("ik,jk,ijk->ij", x.double(), y.double(), between.exp())
-    torch.testing.assert_close(A.double(), want, rtol=1e-4, atol=1e-6)
-    beside = (within.index(0), ones, room, C, K, FIRST, None, None)
-    for transposed, axes in ((False, "ij,jk,ijk->ik"), (True, "ij,ik,ijk->jk")):
-        got = found["decayed_apply"](want.float(), shared[0], shared[2], *beside, transposed)
-        applied = torch.einsum(axes, want, x.double(), between.exp())
-        torch.testing.assert_close(got.double(), applied, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("least", [-0.1, -2.0, -60.0])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_what_is_decayed_is_rounded_finer_than_bfloat16(least: float, transposed: bool) -> None:
-    """The gradient of a gate is a sum of differences, of which roundings are what is left."""
-    C, K, FIRST = 64, 32, 5
-    draw = torch.Generator().manual_seed(0)
-    x, g = torch.randn(C, K, generator=draw), least * torch.rand(C, K, generator=draw)
-    A = torch.randn(C, C, generator=draw).tril(-1)
-    x, g, A = (t.bfloat16().float() for t in (x, g, A))
-    i, j = torch.arange(C)[:, None], torch.arange(C)[None, :]
-    room, ones, within = (gluon_emulator.shared(n, C, m) for n, m in ((2, K), (2, C), (1, C)))
-    within.index(0).store(((i > j) & (i >> FIRST == j >> FIRST)).float())
-    shared = [gluon_emulator.shared(C, K) for _ in range(2)]
-    for held, value in zip(shared, (x, g), strict=True):
-        held.store(value)
-    apply = gluon_emulator.called("decayed_apply", rounding=True)["decayed_apply"]
-    beside = (within.index(0), ones, room, C, K, FIRST, None, None, transposed)
-    got = apply(A, *shared, *beside).double()
-    sums = g.double().cumsum(0)
-    between = torch.where(i[:, :, None] > j[:, :, None], sums[:, None] - sums[None], -torch.inf)
-    axes = "ij,ik,ijk->jk" if transposed else "ij,jk,ijk->ik"
-    want = torch.einsum(axes, A.double(), x.double(), between.exp())
-    assert (got - want).norm() <= 1e-4 * want.norm()
 
 
 @pytest.mark.parametrize(
