@@ -103,31 +103,19 @@ def time_sums(start, ones, x):
     found = warpgroup_mma(ones, x, start, is_async=True)
     return warpgroup_mma_wait(0, deps=(found,))
 '''
-_IN_PARTS = '''
+_TIME_SUMS_OF_PARTS = '''
 @gluon.jit
-def in_parts(x, room):
-    """Has a float32 tile in shared memory as two parts of 8 bits: tf32 has fewer. A barrier."""
+def time_sums_of_parts(start, ones, x, room):
+    """`time_sums` of float32 tiles: of two parts of 8 bits, more than their factors had."""
     high = x.to(gl.bfloat16)
     barrier()
     room.index(0).store(high)
     room.index(1).store((x - high.to(gl.float32)).to(gl.bfloat16))
     fence_async_shared()
     barrier()
-'''
-_OF_PARTS = '''
-@gluon.jit
-def of_parts(a, room, start):
-    """`start` and a @ x, where x is in parts."""
-    found = warpgroup_mma(a, room.index(1), start, is_async=True)
-    found = warpgroup_mma(a, room.index(0), found, is_async=True)
+    found = warpgroup_mma(ones, room.index(1), start, is_async=True)
+    found = warpgroup_mma(ones, room.index(0), found, is_async=True)
     return warpgroup_mma_wait(0, deps=(found,))
-'''
-_TIME_SUMS_OF_PARTS = '''
-@gluon.jit
-def time_sums_of_parts(start, ones, x, room):
-    """`time_sums` of a float32 tile."""
-    in_parts(x, room)
-    return of_parts(ones, room, start)
 '''
 _HALVES = '''
 @gluon.jit
@@ -213,27 +201,38 @@ def decayed_apply(
     barrier()
     ones.index(0).store(gl.where(same & (far == 0), A, 0.0).to(gl.bfloat16))
     ones.index(1).store(gl.where(same, 0.0, A).to(gl.bfloat16))
-    own, across = ones.index(0), ones.index(1)
     if TRANSPOSED:
-        own, across = own.permute((1, 0)), across.permute((1, 0))
-        in_parts(x.load(KEYS).to(gl.float32) * gl.exp2(sums + 87.0), room)
-        z = of_parts(own, room, zero) * gl.exp2(gl.minimum(-sums, 174.0) - 87.0)
+        room.index(0).store((x.load(KEYS).to(gl.float32) * gl.exp2(sums + 87.0)).to(gl.bfloat16))
+        fence_async_shared()
+        barrier()
+        own, across = ones.index(0).permute((1, 0)), ones.index(1).permute((1, 0))
+        z = warpgroup_mma(own, room.index(0), zero, use_acc=False, is_async=True)
+        z = warpgroup_mma_wait(0, deps=(z,)) * gl.exp2(gl.minimum(-sums, 174.0) - 87.0)
         rest = time_sums(zero, within.permute((1, 0)), g) * 1.4426950408889634
-        z += of_parts(across, room, zero) * gl.exp2(rest - 87.0)
+        w = warpgroup_mma(across, room.index(0), zero, use_acc=False, is_async=True)
+        z += warpgroup_mma_wait(0, deps=(w,)) * gl.exp2(rest - 87.0)
     else:
         back = gl.exp2(gl.minimum(-sums, 174.0) - 87.0)
-        in_parts(x.load(KEYS).to(gl.float32) * back, room)
-        z = of_parts(own, room, zero)
-        back = gl.exp2(time_sums(zero, within.permute((1, 0)), g) * 1.4426950408889634 - 87.0)
-        in_parts(x.load(KEYS).to(gl.float32) * back, room)
-        z = of_parts(across, room, z) * gl.exp2(sums + 87.0)
+        room.index(0).store((x.load(KEYS).to(gl.float32) * back).to(gl.bfloat16))
+        rest = time_sums(zero, within.permute((1, 0)), g) * 1.4426950408889634
+        back = gl.exp2(rest - 87.0)
+        room.index(1).store((x.load(KEYS).to(gl.float32) * back).to(gl.bfloat16))
+        fence_async_shared()
+        barrier()
+        z = warpgroup_mma(ones.index(0), room.index(0), zero, use_acc=False, is_async=True)
+        z = warpgroup_mma(ones.index(1), room.index(1), z, is_async=True)
+        z = warpgroup_mma_wait(0, deps=(z,)) * gl.exp2(sums + 87.0)
     if far:
         for level in range(FIRST):
             e, pairs = halves(g, ones.index(0), level, C, BK, KEYS, SCORES)
             barrier()
             ones.index(0).store(gl.where(pairs, A, 0.0).to(gl.bfloat16))
-            in_parts(x.load(KEYS).to(gl.float32) * e, room)
-            z += e * of_parts(own, room, zero)
+            room.index(0).store((x.load(KEYS).to(gl.float32) * e).to(gl.bfloat16))
+            fence_async_shared()
+            barrier()
+            B = ones.index(0).permute((1, 0)) if TRANSPOSED else ones.index(0)
+            part = warpgroup_mma(B, room.index(0), zero, use_acc=False, is_async=True)
+            z += e * warpgroup_mma_wait(0, deps=(part,))
     return z
 '''
 _SIGMOID = """
@@ -304,19 +303,16 @@ def present(x, i, rows, EVEN: gl.constexpr):
     else:
         return gl.where(i < rows, x, 0.0)
 '''
-_APPLIED = ("power", "time_sums", "halves", "in_parts", "of_parts")
 _FUNCTIONS = {
     "sigmoid": (_SIGMOID, ()),
     "softplus": (_SOFTPLUS, ()),
     "logsigmoid": (_LOGSIGMOID, ("softplus",)),
     "power": (_POWER, ()),
     "time_sums": (_TIME_SUMS, ()),
-    "in_parts": (_IN_PARTS, ()),
-    "of_parts": (_OF_PARTS, ()),
-    "time_sums_of_parts": (_TIME_SUMS_OF_PARTS, ("in_parts", "of_parts")),
+    "time_sums_of_parts": (_TIME_SUMS_OF_PARTS, ()),
     "halves": (_HALVES, ()),
     "decayed_dot": (_DECAYED_DOT, ("power", "time_sums", "halves")),
-    "decayed_apply": (_DECAYED_APPLY, _APPLIED),
+    "decayed_apply": (_DECAYED_APPLY, ("power", "time_sums", "halves")),
     "put": (_PUT, ()),
     "leave": (_LEAVE, ("put",)),
     "cut": (_CUT, ()),

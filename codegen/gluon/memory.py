@@ -18,7 +18,7 @@ RESERVED = (
     *("gl", "tma", "mbarrier", "gluon", "pid", "n", "h", "part", "step", "steps", "chunk"),
     *("chunks", "item", "items", "turn", "index", "add", "shift"),
     *("power", "time_sums", "time_sums_of_parts", "halves", "decayed_dot", "decayed_apply"),
-    *("within", "room", "scores", "CHANNELS", "in_parts", "of_parts"),
+    *("within", "room", "scores", "CHANNELS"),
     *("sums", "sums_beside", "decay_between", "unit_lower_inverse", "put", "leave", "cut"),
     *("present", "batch", "at", "row", "there", "before", "length", "EVEN", "PACKED", "SEQUENCES"),
     *("cu_seqlens", "chunk_offsets", "chunk_table"),

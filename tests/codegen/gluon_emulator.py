@@ -243,14 +243,9 @@ def run(source: str, name: str, programs: int, arguments: Mapping[str, Any]) -> 
         function(*(arguments[n] for n in names))
 
 
-def called(*names: str, rounding: bool = False) -> dict[str, Any]:
-    """The device functions of these names and all that they call, as functions of tensors.
-
-    `rounding`: what they store in bfloat16 is rounded to it.
-    """
+def called(*names: str) -> dict[str, Any]:
+    """The device functions of these names and all that they call, as functions of tensors."""
     space = {**NAMES, "barrier": lambda: None}
-    if rounding:
-        space["gl"] = SimpleNamespace(**{**vars(_LANGUAGE), "bfloat16": torch.bfloat16})
     _OWN.products, _OWN.sent = [], []
     exec("\n".join(sources(names)), space)
     return space

@@ -38,28 +38,3 @@ def test_decays_of_any_strength(gates: str) -> None:
         got = found["decayed_apply"](want.float(), shared[0], shared[2], *beside, transposed)
         applied = torch.einsum(axes, want, x.double(), between.exp())
         torch.testing.assert_close(got.double(), applied, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("least", [-0.1, -2.0, -60.0])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_what_is_decayed_is_rounded_finer_than_bfloat16(least: float, transposed: bool) -> None:
-    """The gradient of a gate is a sum of differences, of which roundings are what is left."""
-    C, K, FIRST = 64, 32, 5
-    draw = torch.Generator().manual_seed(0)
-    x, g = torch.randn(C, K, generator=draw), least * torch.rand(C, K, generator=draw)
-    A = torch.randn(C, C, generator=draw).tril(-1)
-    x, g, A = (t.bfloat16().float() for t in (x, g, A))
-    i, j = torch.arange(C)[:, None], torch.arange(C)[None, :]
-    room, ones, within = (gluon_emulator.shared(n, C, m) for n, m in ((2, K), (2, C), (1, C)))
-    within.index(0).store(((i > j) & (i >> FIRST == j >> FIRST)).float())
-    shared = [gluon_emulator.shared(C, K) for _ in range(2)]
-    for held, value in zip(shared, (x, g), strict=True):
-        held.store(value)
-    apply = gluon_emulator.called("decayed_apply", rounding=True)["decayed_apply"]
-    beside = (within.index(0), ones, room, C, K, FIRST, None, None, transposed)
-    got = apply(A, *shared, *beside).double()
-    sums = g.double().cumsum(0)
-    between = torch.where(i[:, :, None] > j[:, :, None], sums[:, None] - sums[None], -torch.inf)
-    axes = "ij,ik,ijk->jk" if transposed else "ij,jk,ijk->ik"
-    want = torch.einsum(axes, A.double(), x.double(), between.exp())
-    assert (got - want).norm() <= 1e-4 * want.norm()
