@@ -178,8 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(args.device)
     dtype = args.dtype or (Dtype.BFLOAT16 if device.type == "cuda" else Dtype.FLOAT32)
     described = machine.describe(device)
-    described["settings"] = {n: getattr(args, n) for n in ("engine", "repeats", "peer_tuning")}
-    described["settings"] |= {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
+    chosen = {n: getattr(args, n) for n in ("engine", "repeats", "peer_tuning")}
+    chosen |= {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
+    described["settings"] = chosen
     for name, value in described.items():
         print(f"{name}: {value}")
     before = None if args.compare is None else json.loads(args.compare.read_text())
