@@ -214,8 +214,8 @@ def selective_state_update(
         BadLayout: H and P of a state do not lie as one axis.
     """
     if state.ndim == 3:
-        heads = [None if y is None else y.unsqueeze(-2) for y in (x, dt, B, C, D, z, dt_bias)]
-        x, dt, B, C, D, z, dt_bias = heads  # type: ignore[assignment]
+        by_head = [None if y is None else y.unsqueeze(-2) for y in (x, dt, B, C, D, z, dt_bias)]
+        x, dt, B, C, D, z, dt_bias = by_head  # type: ignore[assignment]
         one = state.unsqueeze(1)
         A = A.unsqueeze(0)
         return selective_state_update(

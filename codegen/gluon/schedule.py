@@ -73,9 +73,10 @@ class Schedule:
         self._products = [s for s in statements if isinstance(s, tiled.Product)]
         self._below: dict[Tile, frozenset[Tile]] = {}  # the products that a value is made of
         for s in self._made.values():
-            own = (s.value,) if isinstance(s, tiled.Product) else ()
-            parts = () if own else (self._below.get(u.value, _NONE) for u in s.args)
-            self._below[s.value] = frozenset(own).union(*parts)
+            if isinstance(s, tiled.Product):
+                self._below[s.value] = frozenset((s.value,))
+            else:
+                self._below[s.value] = _NONE.union(*(self._below.get(u.value, _NONE) for u in s.args))
         self.events = tuple(self._events())
 
     def _onto(self, s: tiled.Product) -> Tile | None:

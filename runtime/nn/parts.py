@@ -285,7 +285,7 @@ class ShortConvolution(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ShortConvolution:
         was_meta = self.spans.is_meta
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if was_meta and not self.spans.is_meta:  # `to_empty` fills nothing, nor do state dicts
             self.set_spans(self._parts, self.spans.device)
         return self
