@@ -50,12 +50,14 @@ class HeadsParallel(ParallelStyle):
             split = splits.get(f"{path}.weight")
             if isinstance(part, nn.Linear) and split is not None:
                 plan[path] = RowwiseParallel() if split.axis else ColwiseParallel()
-        parallelize_module(module, device_mesh, plan)
+        source = self.src_data_rank
+        parallelize_module(module, device_mesh, plan, src_data_rank=source)
         for name in splits:  # in one order on all ranks
             if name.removesuffix(".weight") in plan:
                 continue
             whole = known[name]
-            value = distribute_tensor(whole.data, device_mesh, [_place(splits[name])])
+            place = [_place(splits[name])]
+            value = distribute_tensor(whole.data, device_mesh, place, src_data_rank=source)
             *owner, own = name.split(".")
             module.get_submodule(".".join(owner)).register_parameter(
                 own, nn.Parameter(value, requires_grad=whole.requires_grad)

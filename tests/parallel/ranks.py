@@ -24,6 +24,7 @@ from chunkwise.nn import (
     LanguageModel,
     ModelConfig,
     RecurrentConfig,
+    RecurrentLayer,
 )
 from chunkwise.nn import tensor_parallel as tensor_parallel_style
 from chunkwise.runtime import rank_scan
@@ -249,6 +250,12 @@ def layers_by_heads() -> dict[str, float]:
     first = [net.get_submodule("blocks.0.mixer") for net in (alone, model)]
     compiled = torch.compile(first[1], backend="eager", fullgraph=True)
     found["compiled"] = _far(compiled(x), first[0](x))
+    rank, different = dist.get_rank(), RecurrentLayer(cw.library.kda, 8, 4, 4, 4)
+    for p in different.parameters():
+        torch.nn.init.constant_(p, rank)
+    parallelize_module(different, mesh, style, src_data_rank=None)  # each rank's own weights
+    for name, p in different.named_parameters():
+        found[f"own {name}"] = float((p.to_local() - rank).abs().max())
     with torch.no_grad():
         made = []
         for net in (alone, model):
