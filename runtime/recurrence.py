@@ -195,9 +195,11 @@ class Recurrence:
             initial = initial_states(self.declaration, initial_state)
         bounds = boundaries(cu_seqlens)
         if self._stages is not None and self._stages.serve(operands, name):
-            values = (operands, params, tuple(initial), bounds, static)
             symbolic = any(type(n) is not int for x in operands.values() for n in x.shape)
-            call = describe(self.declaration, *values, symbolic=symbolic)
+            starts = tuple(initial)
+            call = describe(
+                self.declaration, operands, params, starts, bounds, static, symbolic=symbolic
+            )
             if self._stages.take(call, finals=output_final_state):
                 return self._stages(call, finals=output_final_state, engine=name, check=check)
         o, *made = self._ops.forward(

@@ -237,8 +237,8 @@ def selective_state_update(
         o, _ = ssd_in_place.step(C, B, x, dt, dt * A, state=state, state_indices=slots)
     else:
         dt = _step_sizes(dt, dt_bias, dt_softplus).flatten(1)
-        heads, P = sizes["H"], sizes["P"]
-        if 1 not in (heads, P) and state.stride(1) != P * state.stride(2):
+        H, P = sizes["H"], sizes["P"]
+        if 1 not in (H, P) and state.stride(1) != P * state.stride(2):
             # flattened it is a copy, which nobody would see changed
             how = f"strides {tuple(state.stride())}"
             raise errors.BadLayout("state", how, help="H and P have to lie as one axis")
