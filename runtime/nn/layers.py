@@ -356,7 +356,7 @@ class RecurrentLayer(nn.Module, Mixer):
         final: bool,
         group: ProcessGroup | DeviceMesh | None = None,
     ) -> tuple[Tensor, Tensor, States | None]:
-        x = shared(x, self.project.weight)
+        x = shared(x, self.project)
         features = projected = self.project(x)
         fuses = self.convolve is not None and self.alike and fused.serves(projected)
         if self.convolve is not None:
@@ -408,7 +408,7 @@ class RecurrentLayer(nn.Module, Mixer):
         return LayerState(self._cache(none), None)
 
     def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        x = shared(x, self.project.weight)
+        x = shared(x, self.project)
         features, cache = self.project(x), state.convolution
         if self.convolve is not None:
             features, cache = self.convolve.step(features, cache)

@@ -108,9 +108,11 @@ def own(parameter: Tensor, x: Tensor) -> Tensor:
     return part
 
 
-def shared(x: Tensor, weight: Tensor) -> Tensor:
+def shared(x: Tensor, product: nn.Linear) -> Tensor:
     """`x`, which all ranks have, for several products with split weights: of one gradient."""
-    if not any_sharded((weight,), {}) or any_sharded((x,), {}):
+    weight = product.weight
+    # what FSDP splits is whole where it is called
+    if hasattr(product, "unshard") or not any_sharded((weight,), {}) or any_sharded((x,), {}):
         return x
     from torch.distributed.tensor import DTensor, Replicate
 

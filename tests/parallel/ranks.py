@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
@@ -32,6 +33,7 @@ from chunkwise.runtime.call import Call
 from chunkwise.runtime.triton import engine as triton_engine
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -272,6 +274,23 @@ def layers_by_heads() -> dict[str, float]:
     return found
 
 
+def linears_in_parts() -> dict[str, float]:
+    """A model whose linear layers FSDP splits one by one, against one process."""
+    mixers = (RecurrentConfig("gated_delta_rule", 2, 4, 4, gated=True),)
+    torch.manual_seed(0)
+    alone = LanguageModel.from_config(ModelConfig(11, 8, mixers, width=12))
+    model = deepcopy(alone)
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in [x for x in model.modules() if isinstance(x, torch.nn.Linear)]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    tokens = torch.randint(11, (2, 9))
+    for net in (alone, model):
+        net(tokens).square().sum().backward()
+    pairs = zip(alone.named_parameters(), model.parameters(), strict=True)
+    return {f"d {n}": _far(y.grad.full_tensor(), x.grad) for (n, x), y in pairs}
+
+
 def _layouts(line: DeviceMesh) -> dict[str, float]:
     """Calls whose operands are split over sequences, over heads, over time, and not at all."""
     op, sizes = cw.library.mamba2, Sizes(B=2, T=7, H=1, HV=4, initial=True, dtype=torch.float32)
@@ -373,6 +392,7 @@ def of_two(parts: list[int], sizes: dict[str, Any]) -> dict[str, Any]:
             "packed": models([9, 8], (4, 0, 11, 2)),
             "tensor parallel": tensor_parallel(),
             "layers by heads": layers_by_heads(),
+            "linears in parts": linears_in_parts(),
         },
         "mistakes": mistakes(),
         "received": [received(6), received(60)],
