@@ -1,1 +1,1 @@
-"""The printer of Gluon: serial scans for Hopper's warp groups, from the same tiled kernels."""
+"""The printer of Gluon, for Hopper: scans, and kernels of chunks, from the same tiled kernels."""

@@ -19,6 +19,9 @@ from chunkwise.runtime.triton import engine as triton_engine
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tests.harness import Sizes, engine_results, make_inputs
+from tests.tolerances import assert_agree
+
 pytestmark = pytest.mark.interpreter
 CHUNK = 16
 
@@ -92,6 +95,16 @@ def test_packed(keeping: Callable[..., list[str]]) -> None:
     packed = torch.tensor([0, 7, 7, 24, 40])
     found = gradients("gated_delta_rule", "triton", cu_seqlens=packed)
     agree(found, gradients("gated_delta_rule", "eager", cu_seqlens=packed))
+
+
+def test_micro_steps(keeping: Callable[..., list[str]]) -> None:
+    """A tile has a row for each micro-step of a token."""
+    keeping(Hoist.ALL)
+    sizes = Sizes(H=1, HV=2, K=20, V=24, initial=True, dtype=torch.float32, micro=2)
+    inputs = make_inputs(cw.library.delta_product, sizes.packed(7, 0, 17))
+    found = engine_results(cw.library.delta_product, inputs, "triton")
+    expected = engine_results(cw.library.delta_product, inputs, "eager")
+    assert_agree(found, expected, torch.float32)
 
 
 def test_segments(keeping: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
