@@ -76,7 +76,8 @@ class Schedule:
             if isinstance(s, tiled.Product):
                 self._below[s.value] = frozenset((s.value,))
             else:
-                self._below[s.value] = _NONE.union(*(self._below.get(u.value, _NONE) for u in s.args))
+                parts = (self._below.get(u.value, _NONE) for u in s.args)
+                self._below[s.value] = _NONE.union(*parts)
         self.events = tuple(self._events())
 
     def _onto(self, s: tiled.Product) -> Tile | None:
