@@ -72,12 +72,11 @@ class Schedule:
         }
         self._products = [s for s in statements if isinstance(s, tiled.Product)]
         self._below: dict[Tile, frozenset[Tile]] = {}  # the products that a value is made of
-        for s in self._made.values():
+        for x, s in self._made.items():
             if isinstance(s, tiled.Product):
-                self._below[s.value] = frozenset((s.value,))
+                self._below[x] = frozenset((x,))
             else:
-                parts = (self._below.get(u.value, _NONE) for u in s.args)
-                self._below[s.value] = _NONE.union(*parts)
+                self._below[x] = _NONE.union(*(self._below.get(u.value, _NONE) for u in s.args))
         self.events = tuple(self._events())
 
     def _onto(self, s: tiled.Product) -> Tile | None:
