@@ -254,7 +254,7 @@ def whole(name: str, x: Tensor) -> Tensor:
             "a nested tensor",
             help="pack the sequences: values() as [1, T, ...], and offsets() as cu_seqlens",
         )
-    if type(x) not in PLAIN and isinstance(x, _sharded()):
+    if type(x) not in PLAIN and any_sharded((x,), {}):
         raise errors.BadLayout(
             name,
             "a DTensor",
@@ -266,14 +266,10 @@ def whole(name: str, x: Tensor) -> Tensor:
 
 def any_sharded(args: Iterable[object], named: Mapping[str, object]) -> bool:
     """Whether an operand is a shard of a tensor on many devices."""
-    kinds = _sharded()
-    return bool(kinds) and any(isinstance(x, kinds) for x in (*args, *named.values()))
-
-
-def _sharded() -> tuple[type, ...]:
-    """The class of distributed tensors, once torch has loaded it."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return () if module is None else (module.DTensor,)
+    module = sys.modules.get("torch.distributed.tensor")  # there is none before torch has loaded it
+    if module is None:
+        return False
+    return any(isinstance(x, module.DTensor) for x in (*args, *named.values()))
 
 
 def _float(name: str, number: object) -> float:
