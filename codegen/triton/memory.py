@@ -232,9 +232,15 @@ class TritonMemory(TritonExpressions):
         return self._parameter(f"{of[1:]}_{name}", role, of)
 
     def _slot_mask(self, axes: Axes, mask: Axes) -> str:
-        inside = f"({self.slot} >= 0) & ({self.slot} < SLOTS)"
-        rest = self._mask(axes, mask).removeprefix(", mask=")
-        return f", mask={inside}" + (f" & ({rest})" if rest else "")
+        """Of no slot nothing is there: all channels are past the end (of a number, the number)."""
+        there = f"({self.slot} >= 0) & ({self.slot} < SLOTS)"
+        if not axes:
+            return f", mask={there}"
+        axis = Axis.V if Axis.V in axes else Axis.K
+        end = f"({RANGE[axis]} < tl.where({there}, {axis.value.upper()}, 0))"
+        rest = self._mask(axes, tuple(a for a in mask if a is not axis)).removeprefix(", mask=")
+        inside = self.place(end, (axis,), self.laid(axes))
+        return f", mask={inside}" + (f" & {rest}" if rest else "")
 
     def _pool(self, state: Tile) -> str:
         return self._parameter(f"{self.known[state]}_pool", Role.POOL, str(state.attrs[0]))
