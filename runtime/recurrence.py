@@ -107,6 +107,7 @@ class Recurrence:
         self._no_states = (None,) * len(declaration.states)
         self._stages = stages(declaration, Recurrence)
         self._has_one_output = len(declaration.step(declaration.default_micro).outputs) == 1
+        self._channels_of = _channels_of(declaration)
 
     def __call__(
         self,
@@ -297,7 +298,7 @@ class Recurrence:
             shape, channels = operands[x.name].shape, len(x.kind.axes)
             widths |= dict.fromkeys(x.kind.axes, shape[-1])
             micro = shape[-1 - channels - 1] if x.micro else micro
-        channels_of = _channels_of(self.declaration, micro, static)
+        channels_of = self._channels_of(micro, static)
         parts = o.split([widths[a] for a in channels_of], -1)
         return tuple(x if a else x.squeeze(-1) for x, a in zip(parts, channels_of, strict=True))
 
@@ -419,14 +420,16 @@ def _declare(function: Callable[..., object], engine: EngineName | str | None) -
     return Recurrence(Declaration(function, any_step=any_step), engine)
 
 
-def _channels_of(declaration: Declaration, micro: int, static: Static) -> tuple[str, ...]:
-    """The channel axis of every output, empty of a Scalar."""
-    step = declaration.step(micro, dict(static))
-    return tuple("".join(n.kind.axes) for n in step.outputs)
+def _channels_of(declaration: Declaration) -> Callable[[int, Static], tuple[str, ...]]:
+    """By micro-steps and numbers: the channel axis of every output, empty of a Scalar."""
 
+    def channels(micro: int, static: Static) -> tuple[str, ...]:
+        step = declaration.step(micro, dict(static))
+        return tuple("".join(n.kind.axes) for n in step.outputs)
 
-# what torch.compiler.assume_constant_result does, which imports the compiler
-_channels_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    # what torch.compiler.assume_constant_result does, which imports the compiler
+    channels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return channels
 
 
 def _refuse_reserved(declaration: Declaration) -> None:

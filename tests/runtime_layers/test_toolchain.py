@@ -100,7 +100,11 @@ def test_what_a_block_keeps_for_its_backward(compiled: bool) -> None:
     torch.manual_seed(0)
     mixer = RecurrentConfig("linear_attention", 2, 16, 16, conv_size=0)
     block = LanguageModel.from_config(ModelConfig(32, hidden, (mixer,), width=width)).blocks[0]
-    again = torch.compile(block, backend="aot_eager", fullgraph=True) if compiled else block
+    again = (
+        torch.compile(block, backend="aot_eager_decomp_partition", fullgraph=True)
+        if compiled
+        else block
+    )
     x = torch.randn(B, T, hidden, requires_grad=True)
     kept: dict[int, int] = {}
 
