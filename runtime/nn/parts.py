@@ -34,7 +34,9 @@ def again(product: Callable[[Tensor], Tensor], of: Callable[..., Tensor], *input
 
     Parameters are those of the call, if `product` and `of` are modules or methods of modules.
     """
-    watched = torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting()
+    # is_exporting() says yes in every graph of torch 2.11's compiler; what it reads does not
+    exporting = torch.compiler._is_exporting_flag
+    watched = torch._C._are_functorch_transforms_active() or exporting
     if watched or not torch.is_grad_enabled():
         return product(of(*inputs))
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
