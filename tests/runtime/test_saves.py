@@ -137,7 +137,7 @@ def test_computed_again(keeping: Callable[..., list[str]]) -> None:
 def test_nothing_is_kept_without_gradients(keeping: Callable[..., list[str]]) -> None:
     keeping(Hoist.ALL)
     given = operands("delta_rule")
-    with torch.no_grad(), torch.profiler.profile() as profile:
+    with torch.no_grad(), torch.profiler.profile(acc_events=True) as profile:
         cw.library.delta_rule(*given.values(), engine="triton")
     assert not any("_saving" in e.name for e in profile.events())
 
