@@ -251,13 +251,18 @@ def test_what_is_preferred(name: str, rows: int, tokens: int, v_tile: int | None
     assert made.of("forward_prep") == default.of("forward_prep")
 
 
-@pytest.mark.parametrize("gates", [Dtype.BFLOAT16, Dtype.FLOAT32])
-def test_where_a_system_is_solved_under_a_vector_gate_scans_alone_are(gates: Dtype) -> None:
-    form, dims = _form("kda"), Dims(128, 128)
+def _preferred(name: str, gates: Dtype) -> tuple[Config, Config | None]:
+    """The default at K = V = 128 under vector gates of a dtype, and what a Hopper GPU prefers."""
+    form, dims = _form(name), Dims(128, 128)
     signature = signature_for(form, dims, Dtype.BFLOAT16, Target.SM90)
     signature = replace(signature, dtypes=(("g", gates),))
     default = untuned_config(form, dims, Dtype.BFLOAT16, H100_SHARED)
-    made = preferred(form, default, signature, 64, 4096, 132)
+    return default, preferred(form, default, signature, 64, 4096, 132)
+
+
+@pytest.mark.parametrize("gates", [Dtype.BFLOAT16, Dtype.FLOAT32])
+def test_where_a_system_is_solved_under_a_vector_gate_scans_alone_are(gates: Dtype) -> None:
+    default, made = _preferred("kda", gates)
     assert made is not None
     names = {n for n, k in made.kernels if k.printer is Printer.GLUON}
     assert (made.chunk, names) == (default.chunk, {*SCANS})
@@ -266,11 +271,7 @@ def test_where_a_system_is_solved_under_a_vector_gate_scans_alone_are(gates: Dty
 @pytest.mark.parametrize("gates", [Dtype.BFLOAT16, Dtype.FLOAT32])
 def test_vector_gates_have_all_kernels_or_none(gates: Dtype) -> None:
     """Triton's kernels are slower in the chunks of Gluon's."""
-    form, dims = _form("gla"), Dims(128, 128)
-    signature = signature_for(form, dims, Dtype.BFLOAT16, Target.SM90)
-    signature = replace(signature, dtypes=(("g", gates),))
-    default = untuned_config(form, dims, Dtype.BFLOAT16, H100_SHARED)
-    made = preferred(form, default, signature, 64, 4096, 132)
+    _, made = _preferred("gla", gates)
     assert (made is None) is (gates is Dtype.FLOAT32)
     if made is not None:
         assert made.chunk == 64
