@@ -121,13 +121,28 @@ def _versions(machine: Mapping[str, Any]) -> dict[str, str]:
     return {p: v for p, v in machine.get("versions", {}).items() if p != "chunkwise"}
 
 
+def result(path: str) -> dict[str, Any]:
+    """What a file of results holds, as an argument of a command.
+
+    Raises:
+        ArgumentTypeError: there is none, or it is no result of `benchmarks.run`.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as why:
+        raise argparse.ArgumentTypeError(f"{path!r} cannot be read: {why}") from None
+    if not isinstance(found, dict) or not {"machine", "rows"} <= found.keys():
+        raise argparse.ArgumentTypeError(f"{path!r} is no result of `python -m benchmarks.run`")
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare two files."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
-    p.add_argument("before", type=Path)
-    p.add_argument("now", type=Path)
+    p.add_argument("before", type=result)
+    p.add_argument("now", type=result)
     args = p.parse_args(argv)
-    return report(json.loads(args.before.read_text()), json.loads(args.now.read_text()))
+    return report(args.before, args.now)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", type=Path, default=None, help="write everything there")
     p.add_argument(
         "--compare",
-        type=Path,
+        type=compare.result,
         metavar="JSON",
         help="compare with an earlier result, as benchmarks.compare does",
     )
@@ -183,9 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     described["settings"] = chosen
     for name, value in described.items():
         print(f"{name}: {value}")
-    before = None if args.compare is None else json.loads(args.compare.read_text())
+    before: dict[str, Any] | None = args.compare
     if before is not None and (why := compare.obstacle(before, described)) is not None:
-        print(f"not comparable with {args.compare}: {why}", file=sys.stderr)
+        print(f"not comparable: {why}", file=sys.stderr)
         return 2
     earlier = _earlier(args.json, described)
     rows = [r for r in report.rows_of(earlier) if r.ours.ms is not None]  # failures are tried again

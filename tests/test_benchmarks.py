@@ -248,6 +248,20 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "not comparable" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", [None, "no JSON", "[]", '{"rows": []}'])
+def test_what_is_no_result_is_named(
+    text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "before.json"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    for command in (run.main, lambda argv: compare.main([argv[-1], argv[-1]])):
+        with pytest.raises(SystemExit) as stopped:
+            command([*COMMAND, "--compare", str(path)])
+        assert stopped.value.code == 2
+        assert "before.json' " in capsys.readouterr().err
+
+
 def test_no_ratio_for_a_wrong_result_of_ours() -> None:
     wrong = row(1.0, 2.0, ok=False)
     assert wrong.ratio is None
